@@ -1,0 +1,24 @@
+"""Channels-last for any rank: [N, C, *spatial] logical, [N, *spatial, C] physical; element index = physical position.
+
+torch's memory formats know ranks 4 and 5 only; sequences [N, C, L] and vectors [N, D] follow the same rule here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return x with channels-last memory; x itself where it already is."""
+    return x if is_channels_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether [N, C, *spatial] x lies in memory as a dense [N, *spatial, C]."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def empty(n: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
+    """Uninitialised [n, *shape] with channels-last memory; shape is that of one sample, channels first."""
+    return torch.empty((n, *shape[1:], shape[0]), dtype=dtype, device=device).movedim(-1, 1)

@@ -1,0 +1,127 @@
+"""The noise standard, version 1: z is a pure function of (seed, stream, sample, t, element), the same bits everywhere.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives the words, Box-Muller with
+fixed polynomials (coefficients from Cephes, S. Moshier) the normals. Every operation is one IEEE binary32 or 32-bit
+integer operation, in the written order: `fastddpm.kernels.philox` is the same text in Triton, and bit-equal.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
+
+_MASK = 0xFFFFFFFF
+_SQRT_HALF_BITS = 0x3F3504F3
+_LOG = (
+    *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+    *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+)
+
+
+def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Addresses of some samples of one seed: [N, 2] int64 of (seed, sample index).
+
+    Args:
+        seed: 0 <= seed < 2^64; stored in two's complement.
+        samples: how many (0, 1, ...), or their indices, each 0 <= index < 2^56.
+    Raises: ValueError: seed or an index is out of range or not a whole number.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 <= seed < 2^64")
+    if isinstance(samples, int):
+        samples = range(samples)
+    index = samples if isinstance(samples, Tensor) else torch.tensor(_whole(samples), dtype=torch.int64)
+    if index.ndim != 1 or index.dtype != torch.int64:
+        raise ValueError(f"sample indices are {tuple(index.shape)} {index.dtype}; want one dimension of int64")
+    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < 1 << 56:
+        raise ValueError(f"sample indices span {int(index.min())}..{int(index.max())}; each must be 0 <= index < 2^56")
+    out = torch.empty(len(index), 2, dtype=torch.int64, device=device)
+    out[:, 0], out[:, 1] = seed - (1 << 64) if seed >> 63 else seed, index
+    return out
+
+
+def _whole(samples: Iterable[int]) -> list[int]:
+    listed = list(samples)
+    for index in listed:
+        if isinstance(index, bool) or not hasattr(index, "__index__") or not 0 <= index < 1 << 56:
+            raise ValueError(f"sample index is {index!r}; it must be a whole number, 0 <= index < 2^56")
+    return listed
+
+
+def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tensor) -> Tensor:
+    """Standard normals of N samples, each [*shape].
+
+    Args:
+        address: [N, 2] int64: (seed, sample index) of each; the unsigned 64-bit seed in two's complement, 0 <= index < 2^56
+            (unchecked: reading it would sync).
+        shape: of one sample, channels first: (C, H, W), (C, L) or (D,).
+        stream: 0..255, what the noise is for (STEP, START, TRAIN, LIKELIHOOD; 128..255 are free for users).
+        t: timestep, an int or [N] integers; 0 <= t < 2^32.
+    Returns: float32 [N, *shape] on address's device, channels-last in memory.
+    Raises: ValueError: an argument is not as above.
+    """
+    if address.ndim != 2 or address.shape[1] != 2 or address.dtype != torch.int64:
+        raise ValueError(f"address is {tuple(address.shape)} {address.dtype}; want [N, 2] int64 (seed, sample index)")
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream is {stream}; want 0..255 (128..255 are free for users)")
+    if not len(shape) or min(shape) < 0:
+        raise ValueError(f"shape is {tuple(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
+    n, count = len(address), math.prod(shape)
+    if isinstance(t, Tensor):
+        if t.shape not in ((n,), (1,), ()) or t.is_floating_point():
+            raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; want an int, or [{n}] integers like address")
+        t = t.to(address.device, torch.int64).reshape(-1, 1) & _MASK
+    elif not 0 <= t < 1 << 32:
+        raise ValueError(f"t is {t}; want 0 <= t < 2^32")
+    seed, sample = address[:, :1], address[:, 1:]
+    words = philox(
+        torch.arange((count + 3) // 4, device=address.device),
+        t,
+        sample & _MASK,
+        (stream << 24) + (sample >> 32 & 0xFFFFFF),
+        seed & _MASK,
+        seed >> 32 & _MASK,
+    )
+    u, v, u2, v2 = torch.broadcast_tensors(*words)
+    z = torch.stack([*box_muller(u, v), *box_muller(u2, v2)], -1).reshape(n, -1)[:, :count]
+    return z.reshape(n, *shape[1:], shape[0]).movedim(-1, 1)
+
+
+def philox(c0, c1, c2, c3, k0, k1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four words of each counter under its key; unsigned 32-bit values held in int64, broadcast."""
+    for r in range(10):
+        if r:
+            k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+        # int64 products wrap, but their 64 bits are those of the unsigned product
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+    return c0, c1, c2, c3
+
+
+def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Two words (unsigned 32-bit values in int64) -> (r cos a, r sin a) in float32."""
+    f = u.float() + 0.5
+    i = f.view(torch.int32) - _SQRT_HALF_BITS
+    e = (i >> 23) - 32
+    m = ((i & 0x007FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1
+    z = m * m
+    p = 7.0376836292e-2
+    for k in _LOG:
+        p = p * m + k
+    ln = ((p * m) * z - 0.5 * z) + m
+    ln = ln + e.float() * 0.6931471805599453
+    r = (-2 * ln).sqrt()
+
+    q = v >> 30
+    w = ((v.int() << 2) >> 8).float() * (math.pi / 2 / (1 << 24))
+    w2 = w * w
+    s = ((-1.9515295891e-4 * w2 + 8.3321608736e-3) * w2 + -1.6666654611e-1) * w2 * w + w
+    c = ((2.443315711809948e-5 * w2 + -1.388731625493765e-3) * w2 + 4.166664568298827e-2) * (w2 * w2) - 0.5 * w2 + 1
+    odd = (q & 1).bool()
+    cos, sin = torch.where(odd, s, c), torch.where(odd, c, s)
+    cos = torch.where((q + 1 & 2).bool(), -cos, cos)
+    sin = torch.where((q & 2).bool(), -sin, sin)
+    return r * cos, r * sin

@@ -1,0 +1,189 @@
+"""The specification: Ho, Jain, Abbeel, "Denoising diffusion probabilistic models" (2020, arXiv:2006.11239), in eager torch.
+
+Everything fast in this package is tested against this file, in float64 or bit for bit. Timesteps count from 0: index t here
+is the paper's t + 1, so x_t is the state that holds the noise of steps 0..t, and step 0 returns x_0. Coefficients are
+computed in float64 and rounded once to the dtype of the state. Shapes: states, eps and z are [N, ...] of any rank; t is an
+int, or [N] integers with one timestep for each entry.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Model = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t, t [N] int64) -> eps like x_t
+
+
+def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -> Tensor:
+    """Take one step of any sampler, as an affine update of the state in the written order of operations.
+
+    Each product and each sum is rounded on its own: every implementation of the step returns the bits of this one.
+
+    Args:
+        x: [N, ...] state, floating point.
+        m: like x, of any float dtype, which is widened to that of x: what the network returned.
+        row: [8], or [N, 8] with one row for each entry: cx cm lo hi A B C S.
+        z: like x, standard normal; None adds nothing, as S = 0 does.
+        clip: whether the row is for clamp(cx x + cm m, lo, hi), or has it folded into B and C.
+    Returns: the next state, like x.
+    """
+    cx, cm, lo, hi, A, B, C, S = _columns(row, x)
+    m = m.to(x.dtype)
+    if clip:
+        x_0 = torch.minimum(torch.maximum(cx * x + cm * m, lo), hi)
+        mean = (A * x_0 + B * x) + C * m
+    else:
+        mean = B * x + C * m
+    return mean if z is None else torch.where(S == 0, mean, mean + S * z)
+
+
+def add_noise(x_0: Tensor, eps: Tensor, row: Tensor) -> Tensor:
+    """Eq. 4 in the written order: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, two products and one sum.
+
+    Args:
+        x_0, eps: [N, ...] of one dtype.
+        row: [2], or [N, 2] with one row for each entry: sqrt(abar_t), sqrt(1 - abar_t).
+    """
+    signal, noise = _columns(row, x_0)
+    return signal * x_0 + noise * eps
+
+
+def linear_betas(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+    """The variances of the forward process that the paper chose (section 4): [T] float64."""
+    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+
+
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x_0): a normal distribution (eq. 6), its mean like x_t, its variance the same for all elements."""
+
+    mean: Tensor
+    var: Tensor
+
+
+class Diffusion:
+    """The forward process of some betas, its posterior, the training loss (Algorithm 1) and the sampler (Algorithm 2).
+
+    Args:
+        betas: [T], each 0 < beta < 1: variances of the forward steps.
+    Attributes: betas, alphas, alphas_cumprod, alphas_cumprod_prev (shifted by one, starting at 1),
+        posterior_var (eq. 7): [T] float64.
+    Raises: ValueError: betas are not as above.
+    """
+
+    def __init__(self, betas: Tensor):
+        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas are {tuple(betas.shape)}; want one dimension, each 0 < beta < 1")
+        self.betas = betas.double()
+        self.alphas = 1 - self.betas
+        self.alphas_cumprod = self.alphas.cumprod(0)
+        self.alphas_cumprod_prev = torch.cat([torch.ones_like(self.alphas[:1]), self.alphas_cumprod[:-1]])
+        self.posterior_var = (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod) * self.betas
+
+    @property
+    def T(self) -> int:
+        return len(self.betas)
+
+    def diffuse(self, x_prev: Tensor, t: int | Tensor, z: Tensor) -> Tensor:
+        """One step of the chain q(x_t | x_{t-1}), eq. 2: variance beta_t is added, the signal shrinks to make room."""
+        return _at(self.alphas.sqrt(), t, x_prev) * x_prev + _at(self.betas.sqrt(), t, x_prev) * z
+
+    def noised(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """q(x_t | x_0), eq. 4: in one shot what steps 0..t of the chain give, in distribution."""
+        rows = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()], -1)
+        return add_noise(x_0, eps, rows.to(x_0.device)[t])
+
+    def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Posterior:
+        """q(x_{t-1} | x_t, x_0), eq. 6 and 7."""
+        of_x_0 = self.alphas_cumprod_prev.sqrt() * self.betas / (1 - self.alphas_cumprod)
+        of_x_t = self.alphas.sqrt() * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+        mean = _at(of_x_0, t, x_t) * x_0 + _at(of_x_t, t, x_t) * x_t
+        return Posterior(mean, _at(self.posterior_var, t, x_t))
+
+    def predicted_x_0(self, x_t: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """Eq. 15: eq. 4 solved for x_0."""
+        noise = _at((1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
+        return (x_t - noise) / _at(self.alphas_cumprod.sqrt(), t, x_t)
+
+    def loss(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """L_simple, eq. 14, at given draws: the squared error of the predicted noise, averaged over all elements."""
+        return (eps - model(self.noised(x_0, t, eps), t)).square().mean()
+
+    def training_loss(self, model: Model, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Algorithm 1, lines 3 to 5: draw t and eps for each entry of x_0, return the loss whose gradient to step along."""
+        t = torch.randint(self.T, x_0.shape[:1], generator=generator, device=x_0.device)
+        eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+        return self.loss(model, x_0, t, eps)
+
+    def sigmas(self, variance: str = "small") -> Tensor:
+        """sigma_t of Algorithm 2: [T] float64, 0 at t = 0 (line 3: the last step adds no noise).
+
+        Args:
+            variance: "small": the posterior's (right for data that is one point); "large": beta_t (right for N(0, I)).
+        """
+        if variance not in ("small", "large"):
+            raise ValueError(f"variance is {variance!r}; want 'small' or 'large'")
+        var = (self.posterior_var if variance == "small" else self.betas).clone()
+        var[0] = 0
+        return var.sqrt()
+
+    def step(
+        self,
+        x_t: Tensor,
+        eps: Tensor,
+        t: int | Tensor,
+        z: Tensor | None = None,
+        *,
+        variance: str = "small",
+        clip: float | None = None,
+    ) -> Tensor:
+        """Algorithm 2, line 4: x_t -> x_{t-1}.
+
+        Args:
+            x_t: [N, ...] state.
+            eps: like x_t, of any float dtype: what the network predicted.
+            z: like x_t, standard normal; None leaves out sigma_t z, and t = 0 ignores it.
+            variance: see `sigmas`.
+            clip: clamp the predicted x_0 to [-clip, clip], then take the posterior's mean; None: eq. 11 as it stands.
+        """
+        if clip is None:
+            shift = _at(self.betas / (1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
+            mean = (x_t - shift) / _at(self.alphas.sqrt(), t, x_t)
+        else:
+            mean = self.posterior(self.predicted_x_0(x_t, t, eps).clamp(-clip, clip), x_t, t).mean
+        return mean if z is None else mean + _at(self.sigmas(variance), t, x_t) * z
+
+    def sample(
+        self,
+        model: Model,
+        x_T: Tensor,
+        noise: Callable[[int], Tensor] | None,
+        *,
+        variance: str = "small",
+        clip: float | None = None,
+    ) -> Tensor:
+        """Algorithm 2: all steps, T-1 down to 0.
+
+        Args:
+            model: eps_theta(x_t, t), t [N] int64.
+            x_T: [N, ...] standard normal.
+            noise: z of the step at t, like x_T, asked for at T-1..1; None: sampling without sigma_t z.
+            variance, clip: see `step`.
+        Returns: x_0, like x_T.
+        """
+        x = x_T
+        for t in reversed(range(self.T)):
+            eps = model(x, torch.full(x.shape[:1], t, device=x.device))
+            z = noise(t) if noise and t else None
+            x = self.step(x, eps, t, z, variance=variance, clip=clip)
+        return x
+
+
+def _at(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """values[t] in the dtype of x, to be broadcast over the elements of each entry."""
+    return _columns(values.to(x.device)[t].unsqueeze(-1), x)[0]
+
+
+def _columns(row: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The columns of [K] or [N, K] in the dtype of x, each to be broadcast over the elements of each entry."""
+    return row.to(x.dtype).reshape(-1, row.shape[-1], *[1] * (x.ndim - 1)).unbind(1)

@@ -1,18 +1,19 @@
-"""The specification: Ho, Jain, Abbeel, "Denoising diffusion probabilistic models" (2020, arXiv:2006.11239), in eager torch.
+"""The specification: "Denoising diffusion probabilistic models" (Ho et al. 2020, arXiv:2006.11239) in eager torch.
 
-Everything fast in this package is tested against this file, in float64 or bit for bit. Timesteps count from 0: index t here
-is the paper's t + 1, so x_t is the state that holds the noise of steps 0..t, and step 0 returns x_0. Coefficients are
-computed in float64 and rounded once to the dtype of the state. Shapes: states, eps and z are [N, ...] of any rank; t is an
-int, or [N] integers with one timestep for each entry.
+Everything fast in this package is tested against this file, in float64 or bit for bit. Timesteps count from 0: index t
+here is the paper's t + 1, so x_t holds the noise of steps 0..t, and step 0 returns x_0. Coefficients are computed in
+float64 and rounded once, to the dtype of the state. States, eps and z are [N, ...] of any rank; t is an int, or [N]
+integers with the timestep of each entry.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t, t [N] int64) -> eps like x_t
+VarianceType = Literal["fixed_small", "fixed_large"]  # sigma_t^2 = the posterior's variance, or beta_t
 
 
 def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -> Tensor:
@@ -55,7 +56,7 @@ def linear_betas(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
 
 
 class Posterior(NamedTuple):
-    """q(x_{t-1} | x_t, x_0): a normal distribution (eq. 6), its mean like x_t, its variance the same for all elements."""
+    """q(x_{t-1} | x_t, x_0), a normal distribution (eq. 6): mean like x_t, one variance for each entry."""
 
     mean: Tensor
     var: Tensor
@@ -110,20 +111,22 @@ class Diffusion:
         return (eps - model(self.noised(x_0, t, eps), t)).square().mean()
 
     def training_loss(self, model: Model, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Algorithm 1, lines 3 to 5: draw t and eps for each entry of x_0, return the loss whose gradient to step along."""
+        """Algorithm 1, lines 3 to 5: the loss at a uniform t and a normal eps drawn for each entry of x_0."""
         t = torch.randint(self.T, x_0.shape[:1], generator=generator, device=x_0.device)
         eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
         return self.loss(model, x_0, t, eps)
 
-    def sigmas(self, variance: str = "small") -> Tensor:
+    def sigmas(self, variance_type: VarianceType = "fixed_small") -> Tensor:
         """sigma_t of Algorithm 2: [T] float64, 0 at t = 0 (line 3: the last step adds no noise).
 
         Args:
-            variance: "small": the posterior's (right for data that is one point); "large": beta_t (right for N(0, I)).
+            variance_type: "fixed_small", the posterior's: optimal for data that is one point;
+                "fixed_large", beta_t: optimal for data from N(0, I) (section 3.2).
+        Raises: ValueError: variance_type is neither.
         """
-        if variance not in ("small", "large"):
-            raise ValueError(f"variance is {variance!r}; want 'small' or 'large'")
-        var = (self.posterior_var if variance == "small" else self.betas).clone()
+        if variance_type not in get_args(VarianceType):
+            raise ValueError(f"variance_type is {variance_type!r}; want one of {', '.join(get_args(VarianceType))}")
+        var = (self.posterior_var if variance_type == "fixed_small" else self.betas).clone()
         var[0] = 0
         return var.sqrt()
 
@@ -134,7 +137,7 @@ class Diffusion:
         t: int | Tensor,
         z: Tensor | None = None,
         *,
-        variance: str = "small",
+        variance_type: VarianceType = "fixed_small",
         clip: float | None = None,
     ) -> Tensor:
         """Algorithm 2, line 4: x_t -> x_{t-1}.
@@ -142,16 +145,16 @@ class Diffusion:
         Args:
             x_t: [N, ...] state.
             eps: like x_t, of any float dtype: what the network predicted.
-            z: like x_t, standard normal; None leaves out sigma_t z, and t = 0 ignores it.
-            variance: see `sigmas`.
-            clip: clamp the predicted x_0 to [-clip, clip], then take the posterior's mean; None: eq. 11 as it stands.
+            z: like x_t, standard normal; None leaves out sigma_t z (sigma_0 is 0).
+            variance_type: see `sigmas`.
+            clip: take the posterior's mean at the predicted x_0 clamped to [-clip, clip]; None: eq. 11 as it stands.
         """
         if clip is None:
             shift = _at(self.betas / (1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
             mean = (x_t - shift) / _at(self.alphas.sqrt(), t, x_t)
         else:
             mean = self.posterior(self.predicted_x_0(x_t, t, eps).clamp(-clip, clip), x_t, t).mean
-        return mean if z is None else mean + _at(self.sigmas(variance), t, x_t) * z
+        return mean if z is None else mean + _at(self.sigmas(variance_type), t, x_t) * z
 
     def sample(
         self,
@@ -159,7 +162,7 @@ class Diffusion:
         x_T: Tensor,
         noise: Callable[[int], Tensor] | None,
         *,
-        variance: str = "small",
+        variance_type: VarianceType = "fixed_small",
         clip: float | None = None,
     ) -> Tensor:
         """Algorithm 2: all steps, T-1 down to 0.
@@ -168,14 +171,14 @@ class Diffusion:
             model: eps_theta(x_t, t), t [N] int64.
             x_T: [N, ...] standard normal.
             noise: z of the step at t, like x_T, asked for at T-1..1; None: sampling without sigma_t z.
-            variance, clip: see `step`.
+            variance_type, clip: see `step`.
         Returns: x_0, like x_T.
         """
         x = x_T
         for t in reversed(range(self.T)):
             eps = model(x, torch.full(x.shape[:1], t, device=x.device))
             z = noise(t) if noise and t else None
-            x = self.step(x, eps, t, z, variance=variance, clip=clip)
+            x = self.step(x, eps, t, z, variance_type=variance_type, clip=clip)
         return x
 
 

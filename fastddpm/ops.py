@@ -1,0 +1,189 @@
+"""The fused operations: checked entry points to one torch.library operator each, with the same bits on every device.
+
+Triton on a GPU, torch elsewhere. The operators are opaque to torch.compile, which traces through the entry points
+without a graph break. Nothing here is differentiable.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from fastddpm import layout, noise
+from fastddpm.reference.diffusion import add_noise, update
+
+if TYPE_CHECKING:
+    from fastddpm.schedule import StepTable
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MAX_PER_SAMPLE = 65_535 * 1024  # elements: the kernels' grid has one axis of blocks of one sample
+
+
+def backend(device: torch.device | str) -> Literal["triton", "torch"]:
+    """What runs the operations on a device: the kernels on a GPU where Triton is installed, torch everywhere else."""
+    return "triton" if torch.device(device).type == "cuda" and _has_triton() else "torch"
+
+
+def step(
+    x: Tensor, m: Tensor, table: "StepTable", pos: Tensor, address: Tensor, *, out_dtype: torch.dtype | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Take one reverse step, x_t -> x_{t-1}, in place.
+
+    Ho et al. 2020 (arXiv:2006.11239), Algorithm 2 line 4, with x_0 clipped as eq. 15 where the table says so; or any
+    other affine sampler the table was built for. Bit for bit `reference.diffusion.update` with z =
+    `noise.normal(address, ..., stream=noise.STEP, t=table.timesteps[pos])`, which rows with S = 0 do not draw.
+
+    Args:
+        x: [N, C, *spatial] or [N, D] fp32, channels-last, data units (images: [-1, 1]); overwritten with x_{t-1}.
+        m: like x in fp16/bf16/fp32; the network's output (eps, x_0 or v, as the table was built for).
+        table: StepTable of S rows on x's device.
+        pos: [N] int32 on x's device, 0 <= pos < S: the row each entry is at; row S-1 is the first step taken.
+            Unchecked: reading it would sync.
+        address: [N, 2] int64 on x's device; (seed, sample index) of each entry, see `noise.address`.
+        out_dtype: also return x_{t-1} rounded to this dtype (fp32/bf16/fp16), for the network.
+    Returns: x, or (x, x in out_dtype).
+    Raises: ValueError: a shape, dtype, layout or device is not as above, or a gradient is asked for.
+    """
+    _check_state("step", "x", x, (torch.float32,))
+    if m.shape != x.shape:
+        raise ValueError(
+            f"step: m is {_describe(m)}, but x is {tuple(x.shape)}; the network must return one value per element of x"
+        )
+    _check_state("step", "m", m, FLOATS)
+    n = len(x)
+    _check("step", "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
+    _check("step", "address", address, (n, 2), torch.int64, x.device, "noise.address(seed, samples, device) makes one")
+    rows, timesteps = table.rows, table.timesteps
+    for name, tensor in (("m", m), ("table", rows)):
+        if tensor.device != x.device:
+            raise ValueError(f"step: {name} is on {tensor.device}, but x is on {x.device}; move it with .to(x.device)")
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise ValueError(f"step: out_dtype is {out_dtype}; want None or one of {_names(FLOATS)}")
+
+    copy = None if out_dtype is None else layout.empty(n, x.shape[1:], dtype=out_dtype, device=x.device)
+    torch.ops.fastddpm.step(x, m, rows, timesteps, pos, address, table.clip, copy)
+    return x if copy is None else (x, copy)
+
+
+def noising(
+    x_0: Tensor,
+    t: Tensor,
+    address: Tensor,
+    table: Tensor,
+    *,
+    stream: int = noise.TRAIN,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Noise clean samples in one shot: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
+
+    Bit for bit `reference.diffusion.add_noise` in fp32 with eps = `noise.normal(address, ..., stream=stream, t=...)`,
+    rounded once to dtype. The timestep in the noise's address is 0 for stream TRAIN and t for LIKELIHOOD.
+
+    Args:
+        x_0: [N, C, *spatial] or [N, D], channels-last: fp16/bf16/fp32 in data units, or uint8, which becomes
+            (u - 127.5) * (2 / 255) in fp32: 0..255 -> [-1, 1].
+        t: [N] int64 on x_0's device, 0 <= t < T. Unchecked: reading it would sync.
+        address: [N, 2] int64 on x_0's device; (seed, sample index), for TRAIN the running number of the example seen.
+        table: [T, 2] fp32 on x_0's device: sqrt(abar_t), sqrt(1 - abar_t), from `Schedule.noising_table`.
+        stream: noise.TRAIN or noise.LIKELIHOOD.
+        dtype: of the result, fp32/bf16/fp16.
+    Returns: x_t like x_0, in dtype.
+    Raises: ValueError: a shape, dtype, layout, device or stream is not as above, or a gradient is asked for.
+    """
+    _check_state("noising", "x_0", x_0, (*FLOATS, torch.uint8))
+    n, device = len(x_0), x_0.device
+    _check("noising", "t", t, (n,), torch.int64, device, "the timestep of each entry of x_0")
+    _check("noising", "address", address, (n, 2), torch.int64, device, "noise.address(seed, samples, device) makes one")
+    _check("noising", "table", table, (len(table), 2), torch.float32, device, "use Schedule.noising_table().to(device)")
+    if stream not in (noise.TRAIN, noise.LIKELIHOOD):
+        raise ValueError(f"noising: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
+    if dtype not in FLOATS:
+        raise ValueError(f"noising: dtype is {dtype}; want one of {_names(FLOATS)}")
+    return torch.ops.fastddpm.noising(x_0, t, address, table, stream, dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if x.ndim < 2 or x.dtype not in dtypes:
+        raise ValueError(f"{op}: {name} is {_describe(x)}; want [N, C, *spatial] or [N, D] of {_names(dtypes)}")
+    if not layout.is_channels_last(x):
+        raise ValueError(f"{op}: {name} has strides {x.stride()}, not channels-last; use layout.channels_last({name})")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} requires a gradient, and {op} has none; call it under torch.no_grad()")
+    if x.shape[1:].numel() > MAX_PER_SAMPLE:
+        raise ValueError(f"{op}: {name} is {_describe(x)}; a sample may have at most {MAX_PER_SAMPLE} elements")
+
+
+def _check(
+    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, hint: str
+) -> None:
+    if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+        raise ValueError(f"{op}: {name} is {_describe(x)}; want {shape} {dtype} on {device}, contiguous: {hint}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _step(
+    x: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    timesteps: Tensor,
+    pos: Tensor,
+    address: Tensor,
+    clip: bool,
+    copy: Tensor | None,
+) -> None:
+    if backend(x.device) == "triton":
+        from fastddpm.kernels.step import launch_step
+
+        return launch_step(x, m, rows, timesteps, pos, address, copy, clip=clip)
+    row, t = rows[pos], timesteps[pos]
+    if x.device.type == "cpu" and not row[:, -1].any():
+        z = None
+    else:
+        z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t)
+    x.copy_(update(x, m, row, z, clip=clip))
+    if copy is not None:
+        copy.copy_(x)
+
+
+def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+    x_t = layout.empty(len(x_0), x_0.shape[1:], dtype=dtype, device=x_0.device)
+    if backend(x_0.device) == "triton":
+        from fastddpm.kernels.noising import launch_noising
+
+        launch_noising(x_t, x_0, t, address, table, stream=stream, with_t=stream == noise.LIKELIHOOD)
+        return x_t
+    x = (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
+    eps = noise.normal(address, x.shape[1:], stream=stream, t=t if stream == noise.LIKELIHOOD else 0)
+    return x_t.copy_(add_noise(x, eps, table[t]))
+
+
+_LIBRARY = torch.library.Library("fastddpm", "DEF")  # custom_op would import torch._dynamo, a second, at the first call
+_LIBRARY.define(
+    "step(Tensor(a!) x, Tensor m, Tensor rows, Tensor timesteps, Tensor pos, Tensor address, bool clip,"
+    " Tensor(b!)? copy) -> ()"
+)
+_LIBRARY.define(
+    "noising(Tensor x_0, Tensor t, Tensor address, Tensor table, int stream, ScalarType dtype) -> Tensor",
+)
+_LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
+_LIBRARY.impl("noising", _noising, "CompositeExplicitAutograd")
+torch.library.register_fake("fastddpm::step", lambda *args: None, lib=_LIBRARY)
+
+
+@torch.library.register_fake("fastddpm::noising", lib=_LIBRARY)
+def _noising_like(x_0, t, address, table, stream, dtype):
+    return layout.empty(len(x_0), x_0.shape[1:], dtype=dtype, device=x_0.device)

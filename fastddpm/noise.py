@@ -32,6 +32,8 @@ def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.devi
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 <= seed < 2^64")
     if isinstance(samples, int):
+        if samples < 0:
+            raise ValueError(f"samples is {samples}; want how many (0 or more), or the indices themselves")
         samples = range(samples)
     index = samples if isinstance(samples, Tensor) else torch.tensor(_whole(samples), dtype=torch.int64)
     if index.ndim != 1 or index.dtype != torch.int64:
@@ -55,8 +57,8 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     """Standard normals of N samples, each [*shape].
 
     Args:
-        address: [N, 2] int64: (seed, sample index) of each; the unsigned 64-bit seed in two's complement, 0 <= index < 2^56
-            (unchecked: reading it would sync).
+        address: [N, 2] int64: (seed, sample index) of each; the unsigned 64-bit seed in two's complement,
+            0 <= index < 2^56 (unchecked: reading it would sync).
         shape: of one sample, channels first: (C, H, W), (C, L) or (D,).
         stream: 0..255, what the noise is for (STEP, START, TRAIN, LIKELIHOOD; 128..255 are free for users).
         t: timestep, an int or [N] integers; 0 <= t < 2^32.
@@ -65,7 +67,7 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     """
     if address.ndim != 2 or address.shape[1] != 2 or address.dtype != torch.int64:
         raise ValueError(f"address is {tuple(address.shape)} {address.dtype}; want [N, 2] int64 (seed, sample index)")
-    if not 0 <= stream < 256:
+    if isinstance(stream, float) or not 0 <= stream < 256:
         raise ValueError(f"stream is {stream}; want 0..255 (128..255 are free for users)")
     if not len(shape) or min(shape) < 0:
         raise ValueError(f"shape is {tuple(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
@@ -74,8 +76,8 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
         if t.shape not in ((n,), (1,), ()) or t.is_floating_point():
             raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; want an int, or [{n}] integers like address")
         t = t.to(address.device, torch.int64).reshape(-1, 1) & _MASK
-    elif not 0 <= t < 1 << 32:
-        raise ValueError(f"t is {t}; want 0 <= t < 2^32")
+    elif isinstance(t, float) or not 0 <= t < 1 << 32:
+        raise ValueError(f"t is {t}; want a whole number, 0 <= t < 2^32")
     seed, sample = address[:, :1], address[:, 1:]
     words = philox(
         torch.arange((count + 3) // 4, device=address.device),
@@ -86,7 +88,7 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
         seed >> 32 & _MASK,
     )
     u, v, u2, v2 = torch.broadcast_tensors(*words)
-    z = torch.stack([*box_muller(u, v), *box_muller(u2, v2)], -1).reshape(n, -1)[:, :count]
+    z = torch.stack([*box_muller(u, v), *box_muller(u2, v2)], -1).flatten(1)[:, :count].contiguous()
     return z.reshape(n, *shape[1:], shape[0]).movedim(-1, 1)
 
 

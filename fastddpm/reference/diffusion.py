@@ -73,8 +73,11 @@ class Diffusion:
     """
 
     def __init__(self, betas: Tensor):
-        if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError(f"betas are {tuple(betas.shape)}; want one dimension, each 0 < beta < 1")
+        outside = int((~((betas > 0) & (betas < 1))).sum())
+        if betas.ndim != 1 or outside:
+            raise ValueError(
+                f"betas are {tuple(betas.shape)}, {outside} not in 0 < beta < 1; want [T], all of them in it"
+            )
         self.betas = betas.double()
         self.alphas = 1 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(0)

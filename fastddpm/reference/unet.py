@@ -1,0 +1,320 @@
+"""The network of the specification: the U-Net of Ho et al. 2020 (arXiv:2006.11239), appendix B, in eager torch.
+
+A PixelCNN++ backbone (a U-Net of Wide ResNet blocks) with group normalisation, SiLU, self-attention at chosen
+resolutions, and a sinusoidal embedding of t that enters every residual block. Plain and slow: NCHW, any float dtype. It
+takes the configuration of diffusers' UNet2DModel and has its parameter names, so that its checkpoints load: in float64
+this is what the fast U-Net is judged by.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, width: int, *, flip_sin_to_cos: bool = False, freq_shift: float = 0) -> Tensor:
+    """Sines, then cosines (or flipped), of t times width // 2 frequencies from 1 down to about 1/10000.
+
+    Args:
+        t: [N], whole or fractional.
+        freq_shift: with 1 the last frequency is 1/10000, with 0 the one after the last would be.
+    Returns: [N, width] float64; an odd width ends in a column of zeros.
+    """
+    half = width // 2
+    places = torch.arange(half, dtype=torch.float64, device=t.device) / (half - freq_shift)
+    angles = t.double()[:, None] * torch.exp(-math.log(10000) * places)
+    waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
+    return F.pad(torch.cat(waves, 1), (0, width % 2))
+
+
+class EmbeddingMLP(nn.Module):
+    """[N, waves] -> [N, width]: two linear layers with SiLU between them."""
+
+    def __init__(self, waves: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(waves, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+class ResidualBlock(nn.Module):
+    """[N, channels, H, W], embedding [N, emb_width] -> [N, out, H, W]: two normalised convolutions beside a shortcut.
+
+    The embedding is added between the convolutions; with scale_shift it scales and shifts what the second norm returns.
+    """
+
+    def __init__(
+        self, channels: int, out: int, emb_width: int, groups: int, eps: float, scale_shift: bool, dropout: float
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
+        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(emb_width, 2 * out if scale_shift else out)
+        self.norm2 = nn.GroupNorm(groups, out, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        emb = self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, 1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + emb)
+        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """[N, channels, H, W] -> the same: each pixel attends to all, in channels // head_dim heads, beside a shortcut."""
+
+    def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float):
+        super().__init__()
+        head_dim = head_dim or channels
+        self.heads = channels // head_dim
+        if not self.heads:
+            raise ValueError(f"attention_head_dim is {head_dim}; want at most the {channels} channels of its block")
+        width = self.heads * head_dim
+        self.group_norm = nn.GroupNorm(groups, channels, eps) if groups else nn.Identity()
+        self.to_q = nn.Linear(channels, width)
+        self.to_k = nn.Linear(channels, width)
+        self.to_v = nn.Linear(channels, width)
+        self.to_out = nn.ModuleList([nn.Linear(width, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H W, channels]
+        q, k, v = (self._heads(to(pixels)) for to in (self.to_q, self.to_k, self.to_v))
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), 3)  # [N, heads, H W, H W]
+        h = self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
+        return x + h.transpose(1, 2).reshape(x.shape)
+
+    def _heads(self, pixels: Tensor) -> Tensor:
+        """[N, H W, width] -> [N, heads, H W, head_dim]."""
+        return pixels.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class Downsample(nn.Module):
+    """[N, C, H, W] -> [N, C, H/2, W/2]: a convolution of stride 2; padding 0 still pads below and on the right."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.pad = (1, 1, 1, 1) if padding else (0, 1, 0, 1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.pad))
+
+
+class Upsample(nn.Module):
+    """[N, C, H, W] -> [N, C, 2H, 2W]: every pixel four times, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+class DownBlock(nn.Module):
+    """One resolution on the way down: residual blocks, each followed by its attention, then a Downsample."""
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], downsamplers: list[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+
+    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        """Return what goes on to the next block; append to skips what goes across to the way up."""
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            h = attention(resnet(h, embedding))
+            skips.append(h)
+        for downsample in self.downsamplers:
+            h = downsample(h)
+            skips.append(h)
+        return h
+
+
+class MidBlock(nn.Module):
+    """The lowest resolution: attention between two residual blocks."""
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        h = self.attentions[0](self.resnets[0](h, embedding))
+        return self.resnets[1](h, embedding)
+
+
+class UpBlock(nn.Module):
+    """One resolution on the way up: as on the way down, but each residual block reads a skip too; then an Upsample."""
+
+    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsamplers: list[nn.Module]):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList(upsamplers)
+
+    def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
+        """Return what goes on to the next block; pop from skips, the last first."""
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            h = attention(resnet(torch.cat([h, skips.pop()], 1), embedding))
+        for upsample in self.upsamplers:
+            h = upsample(h)
+        return h
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t). The arguments are the configuration of diffusers' UNet2DModel, with its defaults.
+
+    Names that start with "_" are notes, and ignored.
+    Raises: ValueError: an option, or a value of one, that this network does not know.
+    """
+
+    def __init__(
+        self,
+        *,
+        sample_size: object = None,  # any H and W will do that halve evenly at each level
+        num_train_timesteps: object = None,  # and any t
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: float = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: Sequence[str] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: Sequence[str] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: Sequence[int] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        **others: object,
+    ):
+        super().__init__()
+        _check("time_embedding_type", [time_embedding_type], ["positional"])
+        _check("down_block_types", down_block_types, ["DownBlock2D", "AttnDownBlock2D"])
+        _check("mid_block_type", [mid_block_type], ["UNetMidBlock2D", None])
+        _check("up_block_types", up_block_types, ["UpBlock2D", "AttnUpBlock2D"])
+        _check("mid_block_scale_factor", [mid_block_scale_factor], [1])
+        _check("downsample_padding", [downsample_padding], [0, 1])
+        _check("downsample_type", [downsample_type], ["conv"])
+        _check("upsample_type", [upsample_type], ["conv"])
+        _check("act_fn", [act_fn], ["silu", "swish"])
+        _check("resnet_time_scale_shift", [resnet_time_scale_shift], ["default", "scale_shift"])
+        _check("class_embed_type", [class_embed_type], [None, "timestep", "identity"])
+        _check("the configuration", [name for name in others if not name.startswith("_")], [])
+        levels = len(block_out_channels)
+        if not levels == len(down_block_types) == len(up_block_types):
+            raise ValueError(
+                f"block_out_channels has {levels} levels; want as many down_block_types and up_block_types"
+            )
+
+        channels, bottom = block_out_channels[0], block_out_channels[-1]
+        emb_width = time_embedding_dim or 4 * channels
+        scale_shift = resnet_time_scale_shift == "scale_shift"
+        mid_groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
+
+        def resnet(channels: int, out: int) -> nn.Module:
+            return ResidualBlock(channels, out, emb_width, norm_num_groups, norm_eps, scale_shift, dropout)
+
+        def attention(wanted: bool, channels: int, groups: int | None = norm_num_groups) -> nn.Module:
+            return Attention(channels, attention_head_dim, groups, norm_eps) if wanted else nn.Identity()
+
+        self.embed = functools.partial(
+            timestep_embedding, width=channels, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
+        )
+        self.time_embedding = EmbeddingMLP(channels, emb_width)
+        self.class_embed_type = class_embed_type
+        self.class_embedding: nn.Module | None = None
+        if class_embed_type == "timestep":
+            self.class_embedding = EmbeddingMLP(channels, emb_width)
+        elif class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
+        elif num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(num_class_embeds, emb_width)
+
+        self.center_input_sample = center_input_sample
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        skips = [channels]  # the channels of each tensor that goes across
+        self.down_blocks = nn.ModuleList()
+        for level, (kind, out) in enumerate(zip(down_block_types, block_out_channels, strict=True), 1):
+            resnets = [resnet(c, out) for c in [channels, *[out] * (layers_per_block - 1)]]
+            attentions = [attention(kind == "AttnDownBlock2D", out) for _ in resnets]
+            downsamplers: list[nn.Module] = [Downsample(out, downsample_padding)] if level < levels else []
+            self.down_blocks.append(DownBlock(resnets, attentions, downsamplers))
+            skips += [out] * (len(resnets) + len(downsamplers))
+            channels = out
+
+        self.mid_block: nn.Module | None = None
+        if mid_block_type is not None:
+            resnets = [resnet(bottom, bottom), resnet(bottom, bottom)]
+            self.mid_block = MidBlock(resnets, [attention(add_attention, bottom, mid_groups)])
+
+        self.up_blocks = nn.ModuleList()
+        for level, (kind, out) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True), 1):
+            resnets = [resnet(c + skips.pop(), out) for c in [channels, *[out] * layers_per_block]]
+            attentions = [attention(kind == "AttnUpBlock2D", out) for _ in resnets]
+            upsamplers: list[nn.Module] = [Upsample(out)] if level < levels else []
+            self.up_blocks.append(UpBlock(resnets, attentions, upsamplers))
+            channels = out
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: int | Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Predict eps.
+
+        Args:
+            x: [N, in_channels, H, W] in the dtype of the parameters; H and W are multiples of 2^(levels - 1).
+            t: one timestep, or [N].
+            class_labels: [N] classes; [N, embedding width] where class_embed_type is "identity".
+        Returns: [N, out_channels, H, W].
+        Raises: ValueError: class_labels are missing, or given to a network without classes.
+        """
+        embedding = self.time_embedding(self.embed(torch.as_tensor(t, device=x.device).expand(len(x))).to(x.dtype))
+        if self.class_embedding is not None:
+            if class_labels is None:
+                raise ValueError("class_labels are missing; this network wants those of all entries of x")
+            labels = self.embed(class_labels).to(x.dtype) if self.class_embed_type == "timestep" else class_labels
+            embedding = embedding + self.class_embedding(labels)
+        elif class_labels is not None:
+            raise ValueError("class_labels are given, but this network has no classes; leave them out")
+
+        h = self.conv_in(2 * x - 1 if self.center_input_sample else x)
+        skips = [h]
+        for block in self.down_blocks:
+            h = block(h, embedding, skips)
+        if self.mid_block is not None:
+            h = self.mid_block(h, embedding)
+        for block in self.up_blocks:
+            h = block(h, embedding, skips)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+def _check(name: str, values: Iterable, known: list) -> None:
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is not known here; known are {known}")

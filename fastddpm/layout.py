@@ -10,8 +10,12 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return x with channels-last memory; x itself where it already is."""
-    return x if is_channels_last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    """Return x with channels-last memory and strides; a view of x where its memory is so already.
+
+    Strides are those of a fresh tensor, also where a dimension of size 1 would allow others: torch chooses kernels by them.
+    """
+    n, c, *spatial = x.shape
+    return x.movedim(1, -1).reshape(-1).view(n, *spatial, c).movedim(-1, 1)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -1,0 +1,54 @@
+# Everything runs in .venv, made here from python3. On a machine whose own python has the packages already,
+# PYTHON=python3 uses that one instead: make gpu-test PYTHON=python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+package := $(VENV)/package
+test := $(VENV)/test
+bench := $(VENV)/bench
+else
+package := here
+test := here
+bench := here
+endif
+
+.PHONY: sample test lint gpu-test bench clean here
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+sample: $(package)
+	$(PYTHON) -m fastddpm sample --out samples.png
+
+test: lint
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+lint: $(test)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+
+gpu-test: $(test)
+	$(PYTHON) -m pytest -m cuda
+
+bench: $(bench)
+	$(PYTHON) -m pytest bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+here:
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+# What is installed depends on pyproject.toml alone: the package itself is editable.
+$(VENV)/package: pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -m pip install --editable .
+	@touch $@
+
+$(VENV)/test $(VENV)/bench: pyproject.toml | $(VENV)/bin/python
+	$(PYTHON) -m pip install --editable '.[$(@F)]'
+	@touch $@

@@ -1,0 +1,208 @@
+"""Images in: each kind of source gives the same array; each kind of damage its one-line error."""
+
+import gzip
+import re
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastddpm.data import load_images
+
+
+def pictures(n=5, h=4, w=6, c=3):
+    return np.random.default_rng(7).integers(0, 256, (n, h, w, c), np.uint8)
+
+
+def idx(array, kind=8):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape) + array.tobytes()
+
+
+def save_folder(folder, batch, names):
+    for name, image in zip(names, batch, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(folder / name)
+    return folder
+
+
+def error(path):
+    """The error that loading path gives: one line that names the path."""
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        load_images(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["x_train", "x", "arr_0", "images", "anything"])
+@pytest.mark.parametrize("c", [1, 3])
+def test_npz(tmp_path, name, c):
+    np.savez(tmp_path / "data.npz", **{name: pictures(c=c)})
+    assert np.array_equal(load_images(tmp_path / "data.npz"), pictures(c=c))
+
+
+def test_npz_prefers_the_training_set_among_many(tmp_path):
+    np.savez_compressed(
+        tmp_path / "data", x_test=pictures(2), images=pictures(3), x_train=pictures(4), y_train=np.arange(4)
+    )
+    assert np.array_equal(load_images(tmp_path / "data.npz"), pictures(4))
+
+
+def test_npz_without_channels(tmp_path):
+    np.savez(tmp_path / "data.npz", pictures()[..., 0])
+    assert np.array_equal(load_images(tmp_path / "data.npz"), pictures()[..., :1])
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+@pytest.mark.parametrize("c", [None, 1, 3])
+def test_idx(tmp_path, pack, c):
+    want = pictures(c=c or 1)
+    (tmp_path / "images-idx3-ubyte").write_bytes(pack(idx(want if c else want[..., 0])))
+    assert np.array_equal(load_images(tmp_path / "images-idx3-ubyte"), want)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+def test_folder_is_read_in_sorted_order_with_subfolders(tmp_path, c):
+    names = ["a/2.png", "a/b/0.bmp", "b.PNG", "c 1.png", "ü.png"]
+    save_folder(tmp_path, pictures(c=c), names)
+    (tmp_path / "labels.csv").write_text("not an image")
+    save_folder(tmp_path, pictures(1), [".thumbnails/x.png"])
+    assert np.array_equal(load_images(tmp_path), pictures(c=c))
+
+
+def test_folder_of_grey_and_colour_is_colour(tmp_path):
+    colour, grey = pictures(4), pictures(4, c=1)
+    for i in range(4):
+        save_folder(tmp_path, [grey[i] if i % 2 == 0 else colour[i]], [f"{i}.png"])
+    want = np.stack([grey[i].repeat(3, axis=2) if i % 2 == 0 else colour[i] for i in range(4)])
+    assert np.array_equal(load_images(tmp_path), want)
+
+
+def test_folder_of_other_modes(tmp_path):
+    rgb = Image.fromarray(pictures(1)[0])
+    rgb.save(tmp_path / "0.png")
+    rgb.convert("RGBA").save(tmp_path / "1.png")
+    palette = rgb.quantize(64)
+    palette.save(tmp_path / "2.png")
+    want = np.stack([pictures(1)[0], pictures(1)[0], np.asarray(palette.convert("RGB"))])
+    assert np.array_equal(load_images(tmp_path), want)
+
+
+def test_black_and_white_becomes_grey(tmp_path):
+    bits = pictures(1, c=1)[0, ..., 0] > 127
+    Image.fromarray(bits).save(tmp_path / "0.png")
+    assert np.array_equal(load_images(tmp_path)[0, ..., 0], bits * 255)
+
+
+def test_many_files_show_progress(tmp_path, capfd):
+    save_folder(tmp_path, np.zeros((1001, 1, 1, 1), np.uint8), [f"{i}.png" for i in range(1001)])
+    assert len(load_images(tmp_path)) == 1001
+    assert "reading images: 100%" in capfd.readouterr().err
+
+
+def test_nothing_there(tmp_path):
+    assert "No such file" in error(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, these are no images", b"\x89PNG\r\n\x1a\n", b"\0", b"\0\0"])
+def test_unknown_type(tmp_path, content):
+    (tmp_path / "file.npz").write_bytes(content)
+    assert "unknown type; want an .npz" in error(tmp_path / "file.npz")
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "readme.txt").touch()
+    assert "holds no images" in error(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif"])
+def test_corrupt_image_is_named(tmp_path, suffix):
+    noise = Image.fromarray(pictures(1, 64, 64)[0])
+    noise.save(tmp_path / f"good.{suffix}")
+    whole = (tmp_path / f"good.{suffix}").read_bytes()
+    (tmp_path / f"truncated.{suffix}").write_bytes(whole[: len(whole) // 2])
+    assert f"truncated.{suffix}" in error(tmp_path)
+    (tmp_path / f"truncated.{suffix}").unlink()
+    (tmp_path / f"text.{suffix}").write_text("no image")
+    assert f"text.{suffix}" in error(tmp_path)
+
+
+def test_16_bit_image_is_named(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    message = error(tmp_path)
+    assert "deep.png" in message
+    assert "want 8 bits" in message
+
+
+def test_mixed_sizes_name_two_files_and_the_way_out(tmp_path):
+    save_folder(tmp_path, pictures(2), ["0.png", "1.png"])
+    save_folder(tmp_path, pictures(1, 8, 9), ["2.png"])
+    message = error(tmp_path)
+    assert "0.png is 6x4" in message
+    assert "2.png is 9x8" in message
+    assert "resize" in message
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 4, 4, 3), np.float32),
+        np.zeros((2, 4, 4, 3), np.int64),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((2, 3, 32, 32), np.uint8),
+        np.zeros((2, 2, 4, 4, 3), np.uint8),
+    ],
+)
+def test_npz_of_wrong_shape_or_dtype(tmp_path, array):
+    np.savez(tmp_path / "x.npz", x=array)
+    message = error(tmp_path / "x.npz")
+    assert f"x is {list(array.shape)} {array.dtype}; want uint8" in message
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (3, 0, 4, 1), (0, 4, 4)])
+def test_empty_npz(tmp_path, shape):
+    np.savez(tmp_path / "x.npz", x=np.zeros(shape, np.uint8))
+    assert "holds no images" in error(tmp_path / "x.npz")
+
+
+def test_npz_where_no_array_stands_out(tmp_path):
+    np.savez(tmp_path / "x.npz", one=pictures(), two=pictures())
+    assert "it holds one, two; want an array named x_train" in error(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz")
+    assert "it holds nothing" in error(tmp_path / "x.npz")
+
+
+def test_npz_is_never_unpickled(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.array([{"a": 1}], object))
+    assert "allow_pickle=False" in error(tmp_path / "x.npz")
+
+
+def test_truncated_npz(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", pictures(100))
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(whole[:-100])
+    assert "cannot load" in error(tmp_path / "x.npz")
+    (tmp_path / "x.npz").write_bytes(whole[:200] + bytes(100) + whole[300:])
+    assert "cannot load" in error(tmp_path / "x.npz")
+
+
+def test_truncated_idx(tmp_path):
+    whole, path = idx(pictures()[..., 0]), tmp_path / "idx"
+    for length, why in [(8, "header ends after 8 bytes"), (len(whole) - 1, "holds 119 bytes"), (len(whole) + 1, "121")]:
+        path.write_bytes((whole + b"\0")[:length])
+        assert why in error(path)
+    for packed in (gzip.compress(whole)[:-20], gzip.compress(whole)[:12], gzip.compress(whole)[:-8] + bytes(8)):
+        path.write_bytes(packed)
+        assert "truncated or damaged" in error(path)
+
+
+def test_idx_that_is_not_images(tmp_path):
+    (tmp_path / "idx").write_bytes(gzip.compress(idx(np.arange(10, dtype=np.uint8))))
+    assert "1 dimensions" in error(tmp_path / "idx")
+    (tmp_path / "idx").write_bytes(idx(np.zeros((2, 3, 4), ">i4"), kind=0x0C))
+    assert "type 0x0c" in error(tmp_path / "idx")
+    (tmp_path / "idx").write_bytes(gzip.compress(b"something else"))
+    assert "unknown type" in error(tmp_path / "idx")
+    (tmp_path / "idx").write_bytes(idx(np.zeros((0, 3, 4), np.uint8)))
+    assert "holds no images" in error(tmp_path / "idx")

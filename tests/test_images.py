@@ -1,0 +1,196 @@
+"""Pictures: diffusers' rounding, grids whose every pixel is accounted for, files that are whole or not there."""
+
+import errno
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastddpm import images
+from fastddpm.files import atomic, check_writable
+
+
+def pictures(n, h=4, w=3, c=3):
+    return np.random.default_rng(n).integers(0, 256, (n, h, w, c), np.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_to_uint8_is_diffusers_rounding(dtype):
+    ties = (torch.arange(256, dtype=dtype) + 0.5) / 127.5 - 1
+    x = torch.cat([torch.linspace(-1.5, 1.5, 10_000, dtype=dtype), ties, ties.nextafter(ties + 1)])
+    x = x[:10_500].reshape(1, 2, 50, 105)
+    diffusers = ((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
+    got = images.to_uint8(x)
+    assert np.array_equal(got.numpy(), diffusers)
+    assert got.is_contiguous()
+
+
+def test_to_uint8_equals_the_pipelines_own_conversion():
+    from diffusers.image_processor import VaeImageProcessor
+
+    x = torch.randn(3, 3, 8, 5, generator=torch.Generator().manual_seed(0))
+    pil = VaeImageProcessor.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(images.to_uint8(x).numpy(), np.stack([np.asarray(image) for image in pil]))
+
+
+def test_to_uint8_undoes_dequantisation():
+    u = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    x = (u.float() - 127.5) * (2 / 255)
+    assert torch.equal(images.to_uint8(x.movedim(-1, 1)), u)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_to_uint8_widens_half_precision_first(dtype):
+    x = torch.linspace(-1, 1, 1000).reshape(1, 1, 10, 100).to(dtype)
+    assert torch.equal(images.to_uint8(x), images.to_uint8(x.float()))
+
+
+def test_to_uint8_clamps_infinities_and_names_samples_with_nan():
+    x = torch.zeros(4, 1, 2, 2)
+    x[1, 0, 0, 0], x[2, 0, 1, 1] = float("inf"), float("-inf")
+    got = images.to_uint8(x)
+    assert got[1, 0, 0, 0] == 255
+    assert got[2, 1, 1, 0] == 0
+    x[3, 0, 0, 1] = x[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN in samples \[1, 3\]"):
+        images.to_uint8(x)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)])
+def test_to_uint8_wants_float_images(x):
+    with pytest.raises(ValueError, match="want floats"):
+        images.to_uint8(x)
+
+
+@pytest.mark.parametrize(("n", "rows", "columns"), [(1, 1, 1), (2, 1, 2), (5, 2, 3), (16, 4, 4), (17, 4, 5)])
+@pytest.mark.parametrize("c", [1, 3])
+def test_grid_shows_every_image_enlarged_on_white(n, rows, columns, c):
+    batch, scale = pictures(n, h=5, w=4, c=c), 2
+    picture = images.grid(batch, margin=2, width=columns * 5 * scale + 4)
+    want = np.full((rows * 12 + 2, columns * 10 + 2, c), 255, np.uint8)
+    for i, image in enumerate(batch):
+        top, left = 2 + i // columns * 12, 2 + i % columns * 10
+        want[top : top + 10, left : left + 8] = np.kron(image, np.ones((scale, scale, 1), np.uint8))
+    assert np.array_equal(picture, want)
+
+
+def test_grid_never_shrinks_large_images():
+    assert images.grid(pictures(4, h=50, w=60), width=64).shape == (2 * 52 + 2, 2 * 62 + 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (np.zeros((0, 4, 4, 3), np.uint8), "no images"),
+        (np.zeros((2, 4, 4, 3), np.float32), "want uint8"),
+        (np.zeros((4, 4, 3), np.uint8), "want uint8"),
+        (np.zeros((2, 4, 4, 2), np.uint8), "2 channels"),
+    ],
+)
+def test_grid_wants_8_bit_images(bad, match):
+    with pytest.raises(ValueError, match=match):
+        images.grid(bad)
+
+
+@pytest.mark.parametrize("c", [1, 3, 4])
+def test_files_read_back(tmp_path, c):
+    batch = pictures(3, c=c)
+    images.save_grid(batch, tmp_path / "grid.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), images.grid(batch).squeeze())
+    images.save_pngs(torch.from_numpy(batch), tmp_path / "new" / "folder", indices=[0, 7, 123456])
+    names = ["00000.png", "00007.png", "123456.png"]
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == names
+    read = [np.asarray(Image.open(tmp_path / "new" / "folder" / name)) for name in names]
+    assert np.array_equal(np.stack(read), batch.squeeze(-1) if c == 1 else batch)
+    images.save_npz(torch.from_numpy(batch), tmp_path / "samples.npz")
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert arrays.files == ["arr_0"]
+        assert np.array_equal(arrays["arr_0"], batch)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3), (2, 3, 4, 4)])
+def test_floats_of_any_rank_go_to_npz(tmp_path, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    images.save_npz(x, tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], x.numpy())
+        assert arrays["arr_0"].dtype == np.float32
+    with pytest.raises(ValueError, match="or write"):
+        images.save_pngs(x, tmp_path / "pngs")
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_atomic_leaves_the_old_file_when_the_writer_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic(path) as file:  # noqa: PT012 - the block is what fails
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+    with atomic(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_flushes_to_disk_before_renaming(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(("fsync", os.fstat(fd).st_size)))
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), rename(*names)))
+    with atomic(tmp_path / "file") as file:
+        file.write(b"12345")
+    assert calls == [("fsync", 5), "replace"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        images.save_grid(pictures(2), tmp_path / "grid.png")
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_obey_the_umask(tmp_path):
+    images.save_npz(pictures(1), tmp_path / "x.npz")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.npz").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_check_writable_makes_folders_and_leaves_no_file(tmp_path):
+    assert check_writable(tmp_path / "a" / "b" / "x.png") == tmp_path / "a" / "b" / "x.png"
+    assert os.listdir(tmp_path / "a" / "b") == []
+    check_writable(tmp_path / "c", folder=True)
+    assert os.listdir(tmp_path / "c") == []
+
+
+def test_check_writable_says_why_not(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for path, folder, why in [
+        (tmp_path / "file" / "x.png", False, "File exists|Not a directory"),
+        (tmp_path / "file", True, "File exists"),
+        (tmp_path / "folder.png", False, "it is a folder"),
+        (tmp_path / ("n" * 300) / "x.png", False, "name too long"),
+    ]:
+        with pytest.raises(ValueError, match=f"cannot write .*({why})"):
+            check_writable(path, folder=folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_check_writable_heeds_permissions(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_writable(tmp_path / "x.png")
+
+
+def test_png_is_written_whatever_the_name(tmp_path):
+    images.save_grid(pictures(1), tmp_path / "no-suffix")
+    assert Image.open(io.BytesIO((tmp_path / "no-suffix").read_bytes())).format == "PNG"

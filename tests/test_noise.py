@@ -236,8 +236,8 @@ def test_largest_magnitude():
     assert f"{float(magnitude.max()):.2f}" == "6.76"
 
 
-# Statistics. The seeds are fixed, so a test passes always or never. The bounds are such that right noise at a fresh seed
-# would fail a test about once in 1 / ALPHA times: ALPHA is shared out among the test's comparisons (Bonferroni).
+# Statistics. The seeds are fixed, so a test passes always or never. The bounds are such that right noise at a fresh
+# seed would fail a test about once in 1 / ALPHA times: ALPHA is shared out among the test's comparisons (Bonferroni).
 
 ALPHA = 1e-3
 N = 1 << 20

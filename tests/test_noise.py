@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastddpm import layout, noise
 from scipy import stats
 from torch import Tensor
+
+from fastddpm import layout, noise
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "vectors.json").read_text())
 MASK = 0xFFFFFFFF

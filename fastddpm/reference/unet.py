@@ -8,11 +8,19 @@ this is what the fast U-Net is judged by.
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 def timestep_embedding(t: Tensor, width: int, *, flip_sin_to_cos: bool = False, freq_shift: float = 0) -> Tensor:
@@ -49,10 +57,20 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, out: int, emb_width: int, groups: int, eps: float, scale_shift: bool, dropout: float
+        self,
+        channels: int,
+        out: int,
+        *,
+        emb_width: int,
+        groups: int,
+        eps: float,
+        act: Callable[[Tensor], Tensor],
+        scale_shift: bool,
+        dropout: float,
+        rescale: float = 1,
     ):
         super().__init__()
-        self.scale_shift = scale_shift
+        self.act, self.scale_shift, self.rescale = act, scale_shift, rescale
         self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_width, 2 * out if scale_shift else out)
@@ -62,22 +80,23 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        emb = self.time_emb_proj(F.silu(embedding))[:, :, None, None]
-        h = self.conv1(F.silu(self.norm1(x)))
+        emb = self.time_emb_proj(self.act(embedding))[:, :, None, None]
+        h = self.conv1(self.act(self.norm1(x)))
         if self.scale_shift:
             scale, shift = emb.chunk(2, 1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + emb)
-        return self.conv_shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+        return (self.conv_shortcut(x) + self.conv2(self.dropout(self.act(h)))) / self.rescale
 
 
 class Attention(nn.Module):
     """[N, channels, H, W] -> the same: each pixel attends to all, in channels // head_dim heads, beside a shortcut."""
 
-    def __init__(self, channels: int, head_dim: int | None, groups: int | None, eps: float):
+    def __init__(self, channels: int, *, head_dim: int | None, groups: int | None, eps: float, rescale: float = 1):
         super().__init__()
         head_dim = head_dim or channels
+        self.rescale = rescale
         self.heads = channels // head_dim
         if not self.heads:
             raise ValueError(f"attention_head_dim is {head_dim}; want at most the {channels} channels of its block")
@@ -93,7 +112,7 @@ class Attention(nn.Module):
         q, k, v = (self._heads(to(pixels)) for to in (self.to_q, self.to_k, self.to_v))
         weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), 3)  # [N, heads, H W, H W]
         h = self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
-        return x + h.transpose(1, 2).reshape(x.shape)
+        return (x + h.transpose(1, 2).reshape(x.shape)) / self.rescale
 
     def _heads(self, pixels: Tensor) -> Tensor:
         """[N, H W, width] -> [N, heads, H W, head_dim]."""
@@ -126,7 +145,9 @@ class Upsample(nn.Module):
 class DownBlock(nn.Module):
     """One resolution on the way down: residual blocks, each followed by its attention, then a Downsample."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], downsamplers: list[nn.Module]):
+    def __init__(
+        self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], downsamplers: Iterable[nn.Module]
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
@@ -146,7 +167,7 @@ class DownBlock(nn.Module):
 class MidBlock(nn.Module):
     """The lowest resolution: attention between two residual blocks."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
@@ -159,7 +180,7 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """One resolution on the way up: as on the way down, but each residual block reads a skip too; then an Upsample."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], upsamplers: list[nn.Module]):
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], upsamplers: Iterable[nn.Module]):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
@@ -219,30 +240,34 @@ class UNet(nn.Module):
         _check("down_block_types", down_block_types, ["DownBlock2D", "AttnDownBlock2D"])
         _check("mid_block_type", [mid_block_type], ["UNetMidBlock2D", None])
         _check("up_block_types", up_block_types, ["UpBlock2D", "AttnUpBlock2D"])
-        _check("mid_block_scale_factor", [mid_block_scale_factor], [1])
         _check("downsample_padding", [downsample_padding], [0, 1])
         _check("downsample_type", [downsample_type], ["conv"])
         _check("upsample_type", [upsample_type], ["conv"])
-        _check("act_fn", [act_fn], ["silu", "swish"])
+        _check("act_fn", [act_fn], [*ACTIVATIONS])
         _check("resnet_time_scale_shift", [resnet_time_scale_shift], ["default", "scale_shift"])
         _check("class_embed_type", [class_embed_type], [None, "timestep", "identity"])
-        _check("the configuration", [name for name in others if not name.startswith("_")], [])
+        for name, value in others.items():
+            if not name.startswith("_"):
+                raise ValueError(f"{name} is {value!r}, but this network has no such option; leave it out")
         levels = len(block_out_channels)
         if not levels == len(down_block_types) == len(up_block_types):
-            raise ValueError(
-                f"block_out_channels has {levels} levels; want as many down_block_types and up_block_types"
-            )
+            raise ValueError(f"block_out_channels has {levels} levels; want as many down_ and up_block_types")
 
         channels, bottom = block_out_channels[0], block_out_channels[-1]
         emb_width = time_embedding_dim or 4 * channels
         scale_shift = resnet_time_scale_shift == "scale_shift"
         mid_groups = attn_norm_num_groups or (None if scale_shift else norm_num_groups)
 
-        def resnet(channels: int, out: int) -> nn.Module:
-            return ResidualBlock(channels, out, emb_width, norm_num_groups, norm_eps, scale_shift, dropout)
-
-        def attention(wanted: bool, channels: int, groups: int | None = norm_num_groups) -> nn.Module:
-            return Attention(channels, attention_head_dim, groups, norm_eps) if wanted else nn.Identity()
+        resnet = functools.partial(
+            ResidualBlock,
+            emb_width=emb_width,
+            groups=norm_num_groups,
+            eps=norm_eps,
+            act=ACTIVATIONS[act_fn],
+            scale_shift=scale_shift,
+            dropout=dropout,
+        )
+        attention = functools.partial(Attention, head_dim=attention_head_dim, groups=norm_num_groups, eps=norm_eps)
 
         self.embed = functools.partial(
             timestep_embedding, width=channels, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
@@ -263,22 +288,24 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for level, (kind, out) in enumerate(zip(down_block_types, block_out_channels, strict=True), 1):
             resnets = [resnet(c, out) for c in [channels, *[out] * (layers_per_block - 1)]]
-            attentions = [attention(kind == "AttnDownBlock2D", out) for _ in resnets]
-            downsamplers: list[nn.Module] = [Downsample(out, downsample_padding)] if level < levels else []
+            attentions = [attention(out) if kind == "AttnDownBlock2D" else nn.Identity() for _ in resnets]
+            downsamplers = [Downsample(out, downsample_padding)] if level < levels else []
             self.down_blocks.append(DownBlock(resnets, attentions, downsamplers))
             skips += [out] * (len(resnets) + len(downsamplers))
             channels = out
 
         self.mid_block: nn.Module | None = None
         if mid_block_type is not None:
-            resnets = [resnet(bottom, bottom), resnet(bottom, bottom)]
-            self.mid_block = MidBlock(resnets, [attention(add_attention, bottom, mid_groups)])
+            scale = mid_block_scale_factor
+            resnets = [resnet(bottom, bottom, rescale=scale) for _ in range(2)]
+            attentions = [attention(bottom, groups=mid_groups, rescale=scale) if add_attention else nn.Identity()]
+            self.mid_block = MidBlock(resnets, attentions)
 
         self.up_blocks = nn.ModuleList()
         for level, (kind, out) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True), 1):
             resnets = [resnet(c + skips.pop(), out) for c in [channels, *[out] * layers_per_block]]
-            attentions = [attention(kind == "AttnUpBlock2D", out) for _ in resnets]
-            upsamplers: list[nn.Module] = [Upsample(out)] if level < levels else []
+            attentions = [attention(out) if kind == "AttnUpBlock2D" else nn.Identity() for _ in resnets]
+            upsamplers = [Upsample(out)] if level < levels else []
             self.up_blocks.append(UpBlock(resnets, attentions, upsamplers))
             channels = out
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
@@ -317,4 +344,4 @@ class UNet(nn.Module):
 def _check(name: str, values: Iterable, known: list) -> None:
     for value in values:
         if value not in known:
-            raise ValueError(f"{name}: {value!r} is not known here; known are {known}")
+            raise ValueError(f"{name} has {value!r}, which this network does not know; want {known}")

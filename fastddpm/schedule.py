@@ -11,7 +11,7 @@ Equation numbers are those of Ho et al. 2020 (arXiv:2006.11239) unless another p
 and meanings are those of diffusers' DDPMScheduler and DDIMScheduler, with these deliberate differences:
 
 - The last step returns the mean: S = 0 wherever no timestep follows. diffusers draws noise there unless it is at t = 0,
-  so with trailing spacing or an offset (sigma_t = 0.335 at the end of 10 trailing steps with fixed_large).
+  so with trailing spacing or an offset (sigma_t = 0.321 at the end of 10 trailing steps with fixed_large).
 - The previous timestep is the next one visited, for DDIM too; diffusers' DDIM subtracts T // steps from t instead.
 - Trailing spacing visits exactly `steps` timesteps; diffusers adds t = -1 for 62 of the 1000 step counts at T = 1000.
 - fixed_large_log has sigma_t = sqrt(beta_t), as fixed_large; diffusers takes the root of log(beta_t), which is NaN.
@@ -39,7 +39,7 @@ SAMPLERS = ("ddpm", "ddim")
 
 _SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler")
 # keys of published configs that change nothing: they serve thresholding or other schedulers, or no longer exist
-_INERT = {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "skip_prk_steps"}
+_INERT = {"dynamic_thresholding_ratio", "sample_max_value", "tensor_format", "skip_prk_steps", "predict_epsilon"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +124,16 @@ class Schedule:
                 "use thresholding=False with clip_sample=True and a clip_sample_range"
             )
         if self.trained_betas is not None:
-            given = torch.as_tensor(self.trained_betas, dtype=torch.float64).cpu()
-            if given.shape != (self.num_train_timesteps,):
+            given = _listed(self.trained_betas)
+            for beta in given:
+                if not _real(beta):
+                    raise ValueError(f"trained_betas: an entry is {beta!r}; want a number for each timestep")
+            if len(given) != self.num_train_timesteps:
                 raise ValueError(
-                    f"trained_betas has shape {tuple(given.shape)}, but num_train_timesteps is "
-                    f"{self.num_train_timesteps}; pass num_train_timesteps=len(trained_betas)"
+                    f"trained_betas holds {len(given)} betas, but num_train_timesteps is {self.num_train_timesteps}; "
+                    "pass num_train_timesteps=len(trained_betas)"
                 )
-            object.__setattr__(self, "trained_betas", tuple(given.tolist()))  # hashable and comparable
+            object.__setattr__(self, "trained_betas", tuple(map(float, given)))  # hashable, comparable
         if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
             raise ValueError("rescale_betas_zero_snr is True; it keeps abar_0 and zeroes abar_T-1, so it needs T >= 2")
         inside = (self.betas > 0) & (self.betas < 1)
@@ -153,13 +156,12 @@ class Schedule:
             raise ValueError(f"config is a {type(config).__name__}; want the dict of a scheduler_config.json")
         _known("scheduler config: _class_name", config.get("_class_name", _SCHEDULERS[0]), _SCHEDULERS)
         names = [field.name for field in fields(cls)]
-        options = {key: value for key, value in config.items() if not key.startswith("_") and key not in _INERT}
-        # diffusers before 0.10 wrote predict_epsilon where prediction_type stands now
-        if options.pop("predict_epsilon", True) is False:
+        for key, value in config.items():
+            if not (key.startswith("_") or key in _INERT or value is None or value is False):
+                _known("scheduler config: option", key, names)
+        options = {key: value for key, value in config.items() if key in names}
+        if config.get("predict_epsilon") is False:  # how old versions of diffusers wrote prediction_type="sample"
             options.setdefault("prediction_type", "sample")
-        options = {k: v for k, v in options.items() if k in names or not (v is None or v is False)}
-        for key in options:
-            _known("scheduler config: option", key, names)
         return cls(**options)
 
     def to_config(self) -> dict[str, Any]:
@@ -357,17 +359,19 @@ def _rescale_zero_snr(betas: Tensor) -> Tensor:
 
 
 def _descending(timesteps: Any, T: int) -> Tensor:
-    try:
-        listed = timesteps.tolist() if hasattr(timesteps, "tolist") else list(timesteps)
-        listed = [_whole("timesteps: an entry", t, 0, T - 1) for t in listed]
-    except TypeError:
-        listed = []
+    listed = [_whole("timesteps: an entry", t, 0, T - 1) for t in _listed(timesteps)]
     if not listed:
-        raise ValueError(f"timesteps is {timesteps!r}; want a strictly descending list of timesteps")
+        raise ValueError("timesteps is empty; want a strictly descending list of timesteps, or None")
     for before, after in pairwise(listed):
         if after >= before:
             raise ValueError(f"timesteps has {after} after {before}; want strictly descending timesteps")
     return torch.tensor(listed)
+
+
+def _listed(values: Any) -> list:
+    """The elements of a sequence, an array or a tensor; anything else is its own only element."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    return list(values) if isinstance(values, Iterable) else [values]
 
 
 def _whole(name: str, value: Any, low: int, high: float = math.inf) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastddpm.files import atomic
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHANNELS = (1, 3, 4)  # of a picture: grey, RGB, RGBA
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def _uint8(images: Tensor | np.ndarray) -> np.ndarray:
         raise ValueError(
             f"images are {array.shape} {array.dtype}; want uint8 [N, H, W, C]: see to_uint8, or write .npz"
         )
-    if array.shape[3] not in _MODES:
+    if array.shape[3] not in CHANNELS:
         raise ValueError(f"images have {array.shape[3]} channels, a PNG has 1, 3 or 4; write .npz")
     return array
 

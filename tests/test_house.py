@@ -1,0 +1,279 @@
+"""The house: layers, what an import costs, what is installed, and what the two commands of the README run."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastddpm
+
+ROOT = Path(__file__).parents[1]
+
+# From the top down: a file imports only what stands further down.
+LAYERS = ("__main__", "cli", "train", "sampler", "checkpoint", "unet", "ops", "noise", "schedule", "images", "data")
+LAYERS += ("files", "layout", "reference", "kernels", "_version")
+PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
+KNOWN = {"torch", "numpy", "PIL", "tqdm", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
+LIGHT = {"torch", *sys.stdlib_module_names}
+
+
+def imported(source, package):
+    """Dotted names of all that source imports, at whatever depth; `from a import b` is a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            yield from (".".join([*above, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def wrong_imports(source, module):
+    """What module (fastddpm.ops, fastddpm.kernels.step, ...) may not import, but does."""
+    layer, package = module.split(".")[1], module.rpartition(".")[0]
+    for name in imported(source, package):
+        top, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if layer in ("reference", "kernels"):
+            fine = (
+                target == layer if top == "fastddpm" else top in LIGHT | ({"triton"} if layer == "kernels" else set())
+            )
+        elif top == "fastddpm":
+            fine = target in LAYERS[LAYERS.index(layer) + 1 :]
+        else:
+            fine = top in KNOWN
+        if not fine:
+            yield name
+
+
+def module_of(path):
+    inside = path.relative_to(ROOT)
+    return ".".join([*(["fastddpm"] if inside.parts[0] == "kernels" else []), *inside.with_suffix("").parts])
+
+
+def python(code, cwd, **environment):
+    """What a fresh python prints, run far from the source tree."""
+    run = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(run, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=module_of)
+def test_imports_point_down(path):
+    if path == ROOT / "fastddpm" / "__init__.py":
+        return  # the public names: all layers but the command line
+    assert module_of(path).split(".")[1] in LAYERS, f"give {path.name} its place in LAYERS"
+    assert list(wrong_imports(path.read_text(), module_of(path))) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("fastddpm.ops", "from fastddpm import noise, sampler", ["fastddpm.sampler"]),
+        ("fastddpm.ops", "def f():\n    from fastddpm.unet import UNet2D", ["fastddpm.unet.UNet2D"]),
+        ("fastddpm.ops", "import fastddpm.cli as c", ["fastddpm.cli"]),
+        ("fastddpm.ops", "from .train import train", ["fastddpm.train.train"]),
+        ("fastddpm.ops", "from fastddpm import Sampler", ["fastddpm.Sampler"]),
+        ("fastddpm.ops", "import triton.language as tl", ["triton.language"]),
+        ("fastddpm.ops", "from kernels import step", ["kernels.step"]),
+        ("fastddpm.cli", "import fastddpm.kernels.step, tests.check, bench", ["tests.check", "bench"]),
+        ("fastddpm.reference.unet", "from fastddpm.reference import diffusion\nimport torch, math", []),
+        ("fastddpm.reference.unet", "import numpy as np\nfrom fastddpm import noise", ["numpy", "fastddpm.noise"]),
+        ("fastddpm.kernels.step", "from .philox import normals\nimport triton, torch", []),
+        ("fastddpm.kernels.step", "from ..noise import normal\nimport numpy", ["fastddpm.noise.normal", "numpy"]),
+    ],
+)
+def test_a_wrong_import_is_seen(module, source, wrong):
+    assert list(wrong_imports(source, module)) == wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/new.py", "import fastddpm"),
+        ("kernels/new.py", "def f():\n    from fastddpm.noise import normal"),
+        ("kernels/new.py", "from ..noise import normal"),
+        ("kernels/new.py", "import diffusers"),
+        ("fastddpm/new.py", "import triton.language as tl"),
+        ("fastddpm/new.py", "def f():\n    import diffusers"),
+        ("fastddpm/new.py", "from kernels import step"),
+        ("fastddpm/new.py", "from fastddpm.kernels import step"),
+        ("fastddpm/new.py", "from PIL import Image"),
+        ("fastddpm/new.py", "from fastddpm import cli"),
+        ("fastddpm/new.py", "import tests.check"),
+        ("fastddpm/cli.py", "import bench"),
+        ("fastddpm/reference/new.py", "import numpy as np"),
+        ("fastddpm/reference/new.py", "from fastddpm import noise"),
+        ("fastddpm/reference/new.py", "import triton"),
+        ("tests/new.py", "import kernels.step"),
+        ("bench/new.py", "from kernels import step"),
+    ],
+)
+def test_ruff_forbids(path, source):
+    assert "TID25" in ruff(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("kernels/new.py", "import torch\nimport triton\nfrom .philox import normals"),
+        ("fastddpm/new.py", "import torch\nfrom fastddpm import noise\ndef f():\n    import fastddpm.kernels.step"),
+        ("fastddpm/diffusers.py", "import diffusers"),
+        ("fastddpm/reference/new.py", "import torch\nfrom fastddpm.reference import diffusion"),
+        ("tests/new.py", "import diffusers\nimport triton\nimport fastddpm.kernels.step"),
+        ("bench/new.py", "import diffusers\nimport triton\nimport fastddpm.cli"),
+    ],
+)
+def test_ruff_allows(path, source):
+    assert "TID25" not in ruff(path, source)
+
+
+def ruff(path, source):
+    run = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "--output-format=concise",
+        f"--stdin-filename={path}",
+        "-",
+    ]
+    done = subprocess.run(run, cwd=ROOT, input=source, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    return done.stdout
+
+
+def test_import_is_cheap(tmp_path):
+    code = "import torch, time; t = time.perf_counter(); import fastddpm; print(time.perf_counter() - t)"
+    seconds = []
+    while len(seconds) < 8 and not (seconds and min(seconds) <= 0.2):
+        seconds.append(float(python(code, tmp_path)))
+    assert min(seconds) <= 0.2
+
+
+def test_import_loads_little_and_touches_no_device(tmp_path):
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastddpm
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+assert not torch.cuda.is_initialized()
+"""
+    loaded = set(python(code, tmp_path).split())
+    assert "fastddpm" in loaded
+    assert loaded & {"triton", "diffusers", "PIL", "huggingface_hub", "safetensors", "tqdm", "kernels"} == set()
+
+
+def test_kernels_are_mapped_where_the_package_is_editable(tmp_path):
+    code = "import fastddpm.kernels; print(fastddpm.__file__, fastddpm.kernels.__file__)"
+    origin = json.loads(importlib.metadata.distribution("fastddpm").read_text("direct_url.json") or "{}")
+    if not origin.get("dir_info", {}).get("editable"):
+        pytest.skip("fastddpm is not installed in editable mode")
+    assert python(code, tmp_path).split() == [str(ROOT / "fastddpm/__init__.py"), str(ROOT / "kernels/__init__.py")]
+
+
+def test_wheel_holds_the_package_and_nothing_else(tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in ("fastddpm", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    subprocess.run(build, check=True, capture_output=True, env=os.environ | {"PIP_NO_INDEX": "1"})
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
+    want = {module_of(path).replace(".", "/") + ".py" for path in PACKAGE} | {"fastddpm/py.typed"}
+    want |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastddpm/models").rglob("*") if path.is_file()}
+    assert {name for name in found if ".dist-info/" not in name} == want
+    assert f"fastddpm-{fastddpm.__version__}.dist-info/licenses/LICENSE" in found
+    code = "import fastddpm.kernels; print(fastddpm.__file__, fastddpm.kernels.__file__)"
+    places = [str(site / "fastddpm/__init__.py"), str(site / "fastddpm/kernels/__init__.py")]
+    assert python(code, tmp_path, PYTHONPATH=str(site)).split() == places
+
+
+def test_version_has_one_source():
+    assert importlib.metadata.version("fastddpm") == fastddpm.__version__
+    number = re.escape(fastddpm.__version__)
+    assert re.search(rf'^__version__ = "{number}"$', (ROOT / "fastddpm/_version.py").read_text(), re.MULTILINE)
+    assert not re.search(r"^version\b.*\d", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f"## [{fastddpm.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ci_runs_exactly_make_test():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text() == '#!/bin/sh\ncd "$(dirname "$0")/.." && exec make test\n'
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make in a copy of the Makefile's folder; gives the python commands it ran, in a machine of two shell scripts."""
+    if not shutil.which("make"):
+        pytest.skip("there is no make")
+    log, tools = tmp_path / "log", tmp_path / "tools"
+    tools.mkdir()
+    interpreter = f"""#!/bin/sh
+echo "${{0#{tmp_path}/}} $*" >> {log}
+if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && test ! -e no-pip; fi
+"""
+    (tools / "python3").write_text(interpreter)
+    (tools / "python3").chmod(0o755)
+    project = tmp_path / "project"
+    project.mkdir()
+    shutil.copy(ROOT / "Makefile", project)
+    shutil.copy(ROOT / "pyproject.toml", project)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    environment["PATH"] = f"{tools}:{environment['PATH']}"
+
+    def run(*arguments):
+        log.write_text("")
+        subprocess.run(["make", *arguments], cwd=project, env=environment, check=True, capture_output=True)
+        return log.read_text().splitlines()
+
+    run.project = project
+    return run
+
+
+LINT = [f"project/.venv/bin/python -m {tool}" for tool in ("ruff check", "ruff format --check", "mypy")]
+
+
+def test_make_test_sets_up_once_then_lints_and_tests(make):
+    setup = ["tools/python3 -m venv .venv", ".venv/bin/python -m pip install --editable .[test]"]
+    checks = [line.removeprefix("project/") for line in LINT] + [".venv/bin/python -m pytest -n 2"]
+    assert make("test") == setup + checks
+    assert make("test") == checks
+    later = (make.project / ".venv/test").stat().st_mtime + 10
+    os.utime(make.project / "pyproject.toml", (later, later))
+    assert make("test") == setup[1:] + checks
+
+
+def test_make_sample_sets_up_once_then_samples(make):
+    setup = ["tools/python3 -m venv .venv", ".venv/bin/python -m pip install --editable ."]
+    work = [".venv/bin/python -m fastddpm sample --out samples.png"]
+    assert make("sample") == setup + work
+    assert make("sample") == work
+
+
+def test_make_uses_another_python_as_it_is(make):
+    install = "tools/python3 -m pip install --quiet --no-deps --no-build-isolation --editable ."
+    assert make("gpu-test", "PYTHON=python3") == [install, "tools/python3 -m pytest -m cuda"]
+    assert not (make.project / ".venv").exists()
+
+
+def test_make_starts_over_after_a_failed_setup(make):
+    (make.project / "no-pip").touch()
+    with pytest.raises(subprocess.CalledProcessError):
+        make("sample")
+    (make.project / "no-pip").unlink()
+    assert make("sample")[0] == "tools/python3 -m venv .venv"

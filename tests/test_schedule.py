@@ -263,6 +263,16 @@ def test_cumulative_products_are_exact_to_12_digits(beta_schedule, zero_snr):
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_one_minus_abar_loses_no_digits(beta_schedule):
+    """Within one rounding per term of the sum, where 1 - alphas_cumprod can be off by hundreds of them."""
+    s = Schedule(beta_schedule=beta_schedule)
+    with decimals():
+        want = tensor([[1 - abar for abar in exact_abar(s.betas)]])[0]
+    roundings = torch.arange(2, 1002, dtype=torch.float64)
+    assert ((-s.log_alphas_cumprod.expm1() - want).abs() <= roundings * torch.finfo(torch.float64).eps * want).all()
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
 def test_zero_terminal_snr_is_an_affine_image_of_sqrt_abar(beta_schedule):
     """Lin et al. 2023, algorithm 1: sqrt(abar) keeps its first value, ends at 0, and is shifted and scaled between."""
     plain, rescaled = (
@@ -523,6 +533,7 @@ OLD_DDIM = {
         ({"num_train_timesteps": 2, "trained_betas": [0.1, 0.2]}, Schedule(2, trained_betas=[0.1, 0.2])),
         (diffusers.DDPMScheduler().config, Schedule()),
         (diffusers.DDIMScheduler(clip_sample=False).config, Schedule(clip_sample=False)),
+        (diffusers.DDIMParallelScheduler(set_alpha_to_one=False).config, Schedule(set_alpha_to_one=False)),
         (diffusers.DDPMParallelScheduler(variance_type="fixed_large").config, Schedule(variance_type="fixed_large")),
     ],
 )
@@ -585,6 +596,10 @@ def test_configs_make_the_round_trip_through_json_and_diffusers(s):
         (
             {"num_train_timesteps": 2, "trained_betas": [1.0, 0.2]},
             "trained_betas give beta 1 at t=0; want 0 < beta < 1",
+        ),
+        (
+            {"num_train_timesteps": 2, "trained_betas": [0.2, 1.5]},
+            "trained_betas give beta 1.5 at t=1; want 0 < beta < 1 (the last may be 1)",
         ),
         ({"num_train_timesteps": 1, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True; it keeps abar_0"),
     ],

@@ -173,6 +173,22 @@ assert not torch.cuda.is_initialized()
     assert loaded & {"triton", "diffusers", "PIL", "huggingface_hub", "safetensors", "tqdm", "kernels"} == set()
 
 
+def test_samples_without_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None  # import triton fails, as where it is not installed
+import torch
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import Schedule
+sampler = Sampler(lambda x, t: x / 2, Schedule(num_train_timesteps=5), shape=(1, 4, 4), device="cpu")
+x = sampler.sample(2, progress=False)
+assert x.shape == (2, 1, 4, 4) and x.isfinite().all()
+assert not any(name.startswith("triton.") for name in sys.modules)
+print("sampled")
+"""
+    assert python(code, tmp_path) == "sampled"
+
+
 def test_kernels_are_mapped_where_the_package_is_editable(tmp_path):
     code = "import fastddpm.kernels; print(fastddpm.__file__, fastddpm.kernels.__file__)"
     origin = json.loads(importlib.metadata.distribution("fastddpm").read_text("direct_url.json") or "{}")

@@ -1,0 +1,7 @@
+"""python -m fastddpm."""
+
+import sys
+
+from fastddpm.cli import main
+
+sys.exit(main())

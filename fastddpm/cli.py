@@ -1,0 +1,290 @@
+"""The command line, `fastddpm sample | train | info`: parses, calls, prints."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fastddpm import data, images, ops
+from fastddpm._version import __version__
+from fastddpm.files import check_writable
+from fastddpm.sampler import PRECISIONS, SHIPPED, Sampler, device_and_dtype
+from fastddpm.schedule import BETA_SCHEDULES, SAMPLERS, Schedule
+from fastddpm.train import TrainOptions, train
+
+_SUFFIXES = {".png": "grid", ".npz": "npz", "": "png"}
+_DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz"}
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface_hub", "diffusers")
+
+_TRAINING = {
+    "steps": "optimiser steps in all",
+    "batch_size": "images per step",
+    "learning_rate": "peak of the learning rate",
+    "warmup": "steps until the peak",
+    "ema": "decay of the averaged weights, which are what is saved",
+    "grad_clip": "largest norm of the gradient",
+    "flip": "mirror half of the images",
+    "channels": "of each level of the U-Net; every level but the first halves the image",
+    "layers": "residual blocks per level",
+    "attention": "levels with self-attention, 0 the finest",
+    "groups": "of the group norms",
+    "dropout": "in the residual blocks",
+    "seed": "of the initial weights and all that is random",
+    "save_every": "steps between checkpoints",
+    "sample_every": "steps between grids of samples",
+}
+
+_SAMPLE = """
+examples:
+  fastddpm sample                                          16 garments by the model in the package -> samples.png
+  fastddpm sample google/ddpm-cifar10-32 --num-samples 64  a diffusers checkpoint of the Hugging Face hub
+  fastddpm sample runs/mine --sampler ddim --steps 50      a folder; 50 deterministic steps instead of all 1000
+  fastddpm sample runs/mine --num-samples 50000 --out fid  a folder of PNGs, each batch written as it is finished
+  fastddpm sample runs/mine --indices 7,100-120 --out some.npz
+
+Sample i of a seed is the same image whatever else is sampled with it, up to the network's rounding.
+"""
+_TRAIN = """
+examples:
+  fastddpm train fashion-mnist.npz --out runs/garments
+  fastddpm train photographs/ --out runs/photographs --channels 64,128,256 --attention 1,2 --layers 2 --flip
+
+DATA is an .npz with uint8 [N, H, W] or [N, H, W, C], an MNIST-format file (idx, .gz or not), or a folder of images of
+one size. The folder --out becomes a diffusers checkpoint; the same command again resumes a run.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("\nfastddpm: interrupted; finished files are whole", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        hint = "" if args.debug or not kind else " (--debug shows where)"
+        print(f"fastddpm: error: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> None:
+    out, kind = _destination(args.out, args.format)
+    check_writable(out, folder=kind == "png")
+    sampler = Sampler.from_pretrained(
+        args.checkpoint, variant=args.variant, device=args.device, precision=args.precision
+    )
+    picture = sampler.shape[0] in images.CHANNELS
+    if not picture and kind != "npz":
+        raise ValueError(f"the model's samples have {sampler.shape[0]} channels, no picture has; write --format npz")
+    began = time.monotonic()
+    batches = sampler.batches(
+        args.num_samples if args.indices is None else args.indices,
+        seed=args.seed,
+        steps=args.steps,
+        sampler=args.sampler,
+        eta=args.eta,
+        noise=not args.no_noise,
+        batch_size=args.batch_size,
+        class_labels=args.class_labels,
+        progress=not args.quiet,
+    )
+    count, done = 0, []
+    for indices, x in batches:
+        count += len(x)
+        finished = images.to_uint8(x) if picture else x
+        if kind == "png":
+            images.save_pngs(finished, out, indices.tolist())
+        else:
+            done.append(finished)
+    seconds = time.monotonic() - began
+    if not count:
+        raise ValueError("no samples were asked for; give --num-samples or --indices")
+    if kind == "grid":
+        images.save_grid(torch.cat(done), out)
+    elif kind == "npz":
+        images.save_npz(torch.cat(done), out)
+    if not args.quiet:
+        print(f"{out}: {count} samples in {seconds:.1f} s, {count / seconds:.3g} per second")
+
+
+def _destination(out: str | None, kind: str | None) -> tuple[Path, str]:
+    """Where to write, and whether a grid, an npz or a folder of png; either follows from the other."""
+    if out is None:
+        return Path(_DEFAULT_OUT[kind or "grid"]), kind or "grid"
+    suffix = "" if Path(out).is_dir() else Path(out).suffix.lower()
+    implied = _SUFFIXES.get(suffix)
+    if kind is None and implied is None:
+        raise ValueError(f"--out is {out}; name a .png, an .npz or a folder, or say what it is with --format")
+    if kind is not None and suffix and implied is not None and implied != kind:
+        raise ValueError(f"--format {kind} does not go with --out {out}; leave --format out, or write a {implied}")
+    return Path(out), kind or str(implied)
+
+
+def _train(args: argparse.Namespace) -> None:
+    options = TrainOptions(
+        **{name: getattr(args, name) for name in (*_TRAINING, "precision")},
+        schedule=Schedule(beta_schedule=args.beta_schedule, num_train_timesteps=args.timesteps),
+    )
+    check_writable(args.out, folder=True)
+    out = train(data.load_images(args.data), args.out, options, device=args.device, progress=not args.quiet)
+    if not args.quiet:
+        print(f"{out}: trained for {options.steps} steps; now `fastddpm sample {out}`")
+
+
+def _info(args: argparse.Namespace) -> None:
+    facts = _facts()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for group, content in facts.items():
+        for name, value in content.items():
+            print(f"{group:<9} {name:<16} {value}")
+
+
+def _facts() -> dict[str, dict[str, Any]]:
+    """What decides how fastddpm runs here."""
+    device, dtype = device_and_dtype(None, "auto")
+    facts: dict[str, dict[str, Any]] = {
+        "version": {
+            "fastddpm": __version__,
+            "python": platform.python_version(),
+            **{n: _version(n) for n in _PACKAGES},
+        },
+        "machine": {"platform": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads()},
+        "default": {
+            "device": str(device),
+            "precision": str(dtype).removeprefix("torch."),
+            "kernels": ops.backend(device),
+        },
+    }
+    facts["machine"]["instructions"] = torch.backends.cpu.get_cpu_capability()
+    facts["machine"]["bf16"] = torch.cpu._is_avx512_bf16_supported()
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        facts["machine"][f"cuda:{i}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"fastddpm: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastddpm", description="Exact DDPM sampling, fast. Start with: fastddpm sample")
+    parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="sample | train | info", title="commands")
+
+    def command(name: str, run: Any, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return added
+
+    _add_sample(command("sample", _sample, "draw images from a trained model", _SAMPLE))
+    _add_train(command("train", _train, "train a model on images (Algorithm 1 of the DDPM paper)", _TRAIN))
+    info = command("info", _info, "versions, devices, and what each kernel compiles to")
+    info.add_argument("--json", action="store_true", help="the same as one JSON object")
+    return parser
+
+
+def _add_sample(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "checkpoint", nargs="?", help=f"folder or hub id of a diffusers checkpoint (default: {SHIPPED}, in the package)"
+    )
+    which = add.add_mutually_exclusive_group()
+    which.add_argument("--num-samples", type=int, default=16, metavar="N", help="samples 0..N-1 (default: %(default)s)")
+    which.add_argument("--indices", type=_numbers, metavar="I,J-K", help="these samples instead, such as 5,7,100-120")
+    add.add_argument("--seed", type=int, default=0, help="0 <= seed < 2^64 (default: %(default)s)")
+    add.add_argument("--steps", type=int, metavar="S", help="visit S of the T training timesteps (default: all)")
+    add.add_argument(
+        "--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's (default), ddim skips well"
+    )
+    add.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 is deterministic (default: %(default)s)")
+    add.add_argument("--no-noise", action="store_true", help="switch sigma_t z off: each step takes its mean")
+    add.add_argument(
+        "--class-labels", type=_numbers, metavar="L,M", help="one per sample, for a class-conditional model"
+    )
+    add.add_argument(
+        "--out", metavar="PATH", help="x.png: a grid; x.npz; a folder: one PNG each (default: samples.png)"
+    )
+    add.add_argument("--format", choices=tuple(_DEFAULT_OUT), help="what to write, where --out does not tell")
+    add.add_argument("--batch-size", type=int, metavar="B", help="samples computed together (default: by the device)")
+    _add_machine(add)
+    add.add_argument("--variant", metavar="NAME", help="of the weights, such as fp16")
+
+
+def _add_train(add: argparse.ArgumentParser) -> None:
+    add.add_argument("data", metavar="DATA", help="an .npz, an MNIST-format file or a folder of images")
+    add.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where the checkpoint goes, or an unfinished run is"
+    )
+    defaults = TrainOptions()
+    for name, text in _TRAINING.items():
+        default, flag = getattr(defaults, name), "--" + name.replace("_", "-")
+        if isinstance(default, bool):
+            add.add_argument(flag, action="store_true", help=text)
+        elif isinstance(default, tuple):
+            shown = ",".join(map(str, default))
+            add.add_argument(flag, type=_numbers, default=default, metavar="I,J", help=f"{text} (default: {shown})")
+        else:
+            add.add_argument(
+                flag, type=type(default), default=default, metavar="X", help=f"{text} (default: {default})"
+            )
+    schedule = defaults.schedule
+    add.add_argument("--beta-schedule", choices=BETA_SCHEDULES, default=schedule.beta_schedule, help="noise schedule")
+    add.add_argument("--timesteps", type=int, default=schedule.num_train_timesteps, metavar="T", help="of the schedule")
+    _add_machine(add)
+
+
+def _add_machine(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network (default: auto)"
+    )
+    add.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    add.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """5,7,100-103 -> (5, 7, 100, 101, 102, 103)."""
+    numbers: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 5,7,100-120")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(numbers)

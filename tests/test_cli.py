@@ -1,0 +1,336 @@
+"""The command line: what it writes, what it says, and one line for each thing that can be wrong."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastddpm import __version__, checkpoint, cli, images
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import Schedule
+from fastddpm.train import TrainOptions
+from fastddpm.unet import UNet2D
+
+ROOT = Path(__file__).parents[1]
+TINY = {"sample_size": 4, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+TINY |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
+
+
+def save_tiny(folder, channels=1):
+    torch.manual_seed(0)
+    net = UNet2D(**TINY, in_channels=channels, out_channels=channels)
+    checkpoint.save(folder, net.config, net.state_dict(), Schedule(num_train_timesteps=6))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint of a random network, 4 x 4 grey, T = 6."""
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def error(arguments, capsys):
+    """The one line on stderr of a command that fails with status 2."""
+    try:
+        status = cli.main(arguments)
+    except SystemExit as left:
+        status = left.code
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert re.fullmatch(r"fastddpm: error: .+\n", err)
+    return err
+
+
+def drawn(tiny, samples, **how):
+    return Sampler.from_pretrained(tiny).sample(samples, output="uint8", progress=False, **how).numpy()
+
+
+def test_sample_writes_a_grid(tiny, capsys):
+    assert cli.main(["sample", tiny]) == 0
+    assert np.array_equal(np.asarray(Image.open("samples.png")), images.grid(drawn(tiny, 16))[..., 0])
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"samples.png: 16 samples in [\d.]+ s, [\d.e+]+ per second\n", out)
+    assert "6/6" in err
+
+
+def test_sample_uses_the_model_in_the_package_by_default(tiny, monkeypatch):
+    monkeypatch.setattr("fastddpm.sampler.shipped_model", lambda: tiny)
+    assert cli.main(["sample", "--quiet", "--out", "x.npz"]) == 0
+    assert np.array_equal(np.load("x.npz")["arr_0"], drawn(tiny, 16))
+
+
+def test_sample_passes_every_option_on(tiny):
+    flags = "--num-samples 5 --seed 9 --steps 3 --sampler ddim --eta 0.5 --batch-size 2 --precision fp32 --device cpu"
+    assert cli.main(["sample", tiny, *flags.split(), "--out", "x.npz", "--quiet"]) == 0
+    sampler = Sampler.from_pretrained(tiny, precision="fp32", device="cpu")
+    how = {"seed": 9, "sampler": "ddim", "eta": 0.5, "batch_size": 2, "output": "uint8", "progress": False}
+    assert np.array_equal(np.load("x.npz")["arr_0"], sampler.sample(5, steps=3, **how))
+    assert cli.main(["sample", tiny, "--no-noise", "--out", "x.npz", "--quiet"]) == 0
+    assert np.array_equal(np.load("x.npz")["arr_0"], drawn(tiny, 16, noise=False))
+
+
+def test_sample_writes_a_folder_named_by_index(tiny, capsys):
+    assert cli.main(["sample", tiny, "--indices", "7,2-3", "--batch-size", "2", "--out", "a/b", "--quiet"]) == 0
+    assert sorted(os.listdir("a/b")) == ["00002.png", "00003.png", "00007.png"]
+    read = [np.asarray(Image.open(f"a/b/{i:05d}.png")) for i in (7, 2, 3)]
+    assert np.array_equal(np.stack(read)[..., None], drawn(tiny, [7, 2, 3], batch_size=2))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_finished_batches_outlive_an_interrupt(tiny, monkeypatch, capsys):
+    to_uint8, batches = images.to_uint8, []
+
+    def interrupted(x):
+        batches.append(x)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return to_uint8(x)
+
+    monkeypatch.setattr(images, "to_uint8", interrupted)
+    assert cli.main(["sample", tiny, "--num-samples", "9", "--batch-size", "2", "--out", "pngs", "--quiet"]) == 130
+    assert sorted(os.listdir("pngs")) == [f"0000{i}.png" for i in range(4)]
+    assert re.fullmatch(r"\nfastddpm: interrupted.*\n", capsys.readouterr().err)
+
+
+def test_samples_that_are_no_pictures_go_to_npz_as_floats(tmp_path, capsys):
+    latent = save_tiny(tmp_path / "latent", channels=5)
+    assert "5 channels" in error(["sample", latent], capsys)
+    assert cli.main(["sample", latent, "--format", "npz", "--num-samples", "2", "--quiet"]) == 0
+    want = Sampler.from_pretrained(latent).sample(2, progress=False)
+    assert np.array_equal(np.load("samples.npz")["arr_0"], want)
+
+
+@pytest.mark.parametrize(
+    ("flags", "path", "kind"),
+    [
+        ([], "samples.png", "grid"),
+        (["--format", "png"], "samples", "png"),
+        (["--format", "npz"], "samples.npz", "npz"),
+        (["--out", "a/x.PNG"], "a/x.PNG", "grid"),
+        (["--out", "x.npz"], "x.npz", "npz"),
+        (["--out", "x"], "x", "png"),
+        (["--out", "folder.1"], "folder.1", "png"),
+        (["--out", "x", "--format", "grid"], "x", "grid"),
+        (["--out", "x.data", "--format", "npz"], "x.data", "npz"),
+    ],
+)
+def test_format_follows_from_out_and_the_other_way_round(tiny, flags, path, kind):
+    Path("folder.1").mkdir()
+    assert cli.main(["sample", tiny, "--num-samples", "1", "--quiet", *flags]) == 0
+    if kind == "png":
+        assert os.listdir(path) == ["00000.png"]
+    else:
+        assert Path(path).read_bytes()[:2] == {"grid": b"\x89P", "npz": b"PK"}[kind]
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--steps 0", "steps is 0"),
+        ("--steps 7", "steps is 7"),
+        ("--steps 2.5", "argument --steps: invalid int value: '2.5'"),
+        ("--steps -3", "steps is -3"),
+        ("--num-samples -1", "-1"),
+        ("--num-samples few", "invalid int value"),
+        ("--batch-size 0", "batch_size is 0"),
+        ("--batch-size -2", "batch_size is -2"),
+        ("--seed -1", "seed is -1"),
+        ("--eta -1 --sampler ddim", "eta is -1"),
+        ("--sampler euler", "invalid choice: 'euler'"),
+        ("--precision fp8", "invalid choice: 'fp8'"),
+        ("--device abacus", "device is 'abacus'"),
+        ("--format gif", "invalid choice: 'gif'"),
+        ("--indices 5-3", "'5-3' is not a list of whole numbers"),
+        ("--indices 1,x", "'1,x' is not a list"),
+        ("--indices 1 --num-samples 2", "not allowed with"),
+        ("--class-labels 1,2", "class_labels"),
+        ("--out x.jpg", "--out is x.jpg"),
+        ("--out x.png --format npz", "--format npz does not go with --out x.png"),
+        ("--out x.npz --format png", "--format png does not go with --out x.npz"),
+        ("--out file/x.png", "cannot write file/x.png"),
+        ("--out file", "cannot write file"),
+        ("--out folder.png --format grid", "cannot write folder.png: it is a folder"),
+        ("--out /proc/x.png", "cannot write /proc/x.png"),
+        ("--num-samples 0", "no samples"),
+        ("--colour red", "unrecognized arguments: --colour red"),
+    ],
+)
+def test_sample_refuses(tiny, flags, why, capsys):
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    assert why in error(["sample", tiny, "--quiet", *flags.split()], capsys)
+    assert sorted(os.listdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("out", ["file/x.png", "file", "x.jpg"])
+def test_an_output_that_cannot_be_written_fails_before_the_model_is_read(out, capsys, monkeypatch):
+    monkeypatch.setattr(Sampler, "from_pretrained", None)
+    Path("file").touch()
+    assert out in error(["sample", "--out", out], capsys)
+
+
+def test_not_a_checkpoint(capsys):
+    Path("empty").mkdir()
+    Path("file").write_text("no model")
+    for source in ("empty", "file", "nowhere"):
+        assert source in error(["sample", source], capsys)
+
+
+def test_a_full_disk_is_one_line(tiny, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in error(["sample", tiny, "--quiet"], capsys)
+    assert os.listdir() == []
+
+
+def test_a_fault_of_ours_is_one_line_that_names_its_kind(tiny, capsys, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("on\ntwo lines")
+
+    monkeypatch.setattr(images, "save_grid", broken)
+    assert "ZeroDivisionError: on two lines (--debug shows where)" in error(["sample", tiny, "--quiet"], capsys)
+
+
+def test_debug_shows_the_traceback(tiny, capsys):
+    assert cli.main(["sample", tiny, "--steps", "0", "--debug"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("fastddpm: error: steps is 0")
+
+
+def test_train_takes_every_option_of_the_trainer(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cli, "train", lambda data, out, options, **how: given.update(options=options, how=how, out=out))
+    np.savez("data.npz", np.zeros((3, 4, 4), np.uint8))
+    assert cli.main(["train", "data.npz", "--out", "run", "--quiet"]) == 0
+    assert given["options"] == TrainOptions()
+    assert given["how"] == {"device": None, "progress": False}
+
+    other = {int: 7, float: 0.25, str: "fp32", bool: True, tuple: (4, 8)}
+    want = {
+        field.name: other[type(field.default)] for field in dataclasses.fields(TrainOptions) if field.name != "schedule"
+    }
+    flags = ["--beta-schedule", "sigmoid", "--timesteps", "50", "--device", "cpu"]
+    for name, value in want.items():
+        text = [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        flags += ["--" + name.replace("_", "-"), *text]
+    assert cli.main(["train", "data.npz", "--out", "run", *flags, "--quiet"]) == 0
+    schedule = Schedule(beta_schedule="sigmoid", num_train_timesteps=50)
+    assert given["options"] == TrainOptions(**want, schedule=schedule)
+    assert given["how"] == {"device": "cpu", "progress": False}
+
+
+def test_train_then_sample(capsys):
+    Path("pictures").mkdir()
+    for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (6, 4, 4), np.uint8)):
+        Image.fromarray(picture).save(f"pictures/{i}.png")
+    flags = "--steps 2 --batch-size 2 --channels 8 --attention 0 --groups 4 --timesteps 100 --warmup 1"
+    assert cli.main(["train", "pictures", "--out", "runs/a", *flags.split()]) == 0
+    out, err = capsys.readouterr()
+    assert out == "runs/a: trained for 2 steps; now `fastddpm sample runs/a`\n"
+    assert "2/2" in err
+    assert cli.main(["sample", "runs/a", "--num-samples", "3", "--out", "x.npz", "--quiet"]) == 0
+    assert np.load("x.npz")["arr_0"].shape == (3, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "why"),
+    [
+        ("nowhere", "", "cannot read nowhere"),
+        ("empty", "", "empty holds no images"),
+        ("corrupt", "", "cannot read the image corrupt/1.png"),
+        ("mixed", "", "mixed/0.png is 4x4, mixed/1.png is 5x5"),
+        ("file", "", "file is of unknown type"),
+        ("good.npz", "--steps 0", "steps is 0"),
+        ("good.npz", "--batch-size -1", "batch_size is -1"),
+        ("good.npz", "--precision fp8", "invalid choice: 'fp8'"),
+        ("good.npz", "--channels 8,x", "'8,x' is not a list"),
+        ("good.npz", "--timesteps 0", "num_train_timesteps is 0"),
+        ("good.npz", "--out file/run", "cannot write file/run"),
+    ],
+)
+def test_train_refuses(source, flags, why, capsys):
+    for folder in ("empty", "corrupt", "mixed"):
+        Path(folder).mkdir()
+    Image.new("L", (4, 4)).save("corrupt/0.png")
+    Path("corrupt/1.png").write_bytes(Path("corrupt/0.png").read_bytes()[:40])
+    Image.new("L", (4, 4)).save("mixed/0.png")
+    Image.new("L", (5, 5)).save("mixed/1.png")
+    Path("file").write_text("hello")
+    np.savez("good.npz", np.zeros((3, 4, 4), np.uint8))
+    assert why in error(["train", source, "--out", "run", *flags.split()], capsys)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"^version +fastddpm +{re.escape(__version__)}$", text, re.MULTILINE)
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["version"]["torch"] == torch.__version__
+    assert facts["default"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("command", ["sample", "train", "info"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: fastddpm {command}")
+
+
+def examples():
+    for text in (cli._SAMPLE, cli._TRAIN, (ROOT / "README.md").read_text()):
+        yield from re.findall(r"^ *(fastddpm (?:sample|train|info)\b.*?)(?:  .*)?$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", sorted(set(examples())))
+def test_examples_of_help_and_readme_parse(line):
+    cli._parser().parse_args(shlex.split(line)[1:])
+
+
+def test_readme_imports_what_there_is():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    imports = [line for block in blocks for line in block.splitlines() if line.startswith(("from ", "import "))]
+    assert len(imports) >= 3
+    for line in imports:
+        exec(line, {})
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"fastddpm {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["sample", "--help-me"]])
+def test_misuse_is_one_line(arguments, capsys):
+    assert "--help)" in error(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "start", [[sys.executable, "-m", "fastddpm"], [str(Path(sys.executable).with_name("fastddpm"))]]
+)
+def test_installed_command(start, tiny):
+    done = subprocess.run([*start, "sample", tiny, "--steps", "0"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fastddpm: error: steps is 0")
+    assert done.stderr.count("\n") == 1

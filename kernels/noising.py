@@ -1,0 +1,53 @@
+"""Fused forward noising x_0 -> x_t: reads x_0, writes x_t in the network's dtype; eps is made in registers.
+
+Traffic: the element sizes of x_0 and x_t: 3 bytes per element from uint8 to bf16.
+Precision: all arithmetic in fp32 in the written order, uint8 widened as (u - 127.5) * (2 / 255); rounded once.
+Spec: fastddpm/reference/diffusion.py::add_noise with fastddpm/noise.py. Proof: tests/test_kernels.py (bits),
+tests/test_compiled.py (machine code).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .philox import normals
+
+BLOCK = 1024
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # 16 elements per thread: uint8 is read 16 bytes at a time
+
+
+@triton.jit
+def noising_kernel(
+    x_t_ptr,  # [N, per_sample] fp32, bf16 or fp16, channels-last
+    x_0_ptr,  # like x_t: uint8, fp32, bf16 or fp16
+    t_ptr,  # [N] int64: timestep of each entry
+    address_ptr,  # [N, 2] int64: (seed, sample index) of each entry
+    table_ptr,  # [T, 2] fp32: sqrt(abar_t), sqrt(1 - abar_t)
+    per_sample,
+    STREAM: tl.constexpr,
+    WITH_T: tl.constexpr,  # whether t is part of the noise's address
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
+    block = tl.program_id(1)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < per_sample - block * BLOCK
+    at = n * per_sample + block.to(tl.int64) * BLOCK + offs
+
+    x_0 = tl.load(x_0_ptr + at, mask=mask).to(tl.float32)
+    if x_0_ptr.dtype.element_ty == tl.uint8:
+        x_0 = (x_0 - 127.5) * (2 / 255)
+    t = tl.load(t_ptr + n)
+    seed, sample = tl.load(address_ptr + 2 * n), tl.load(address_ptr + 2 * n + 1)
+    eps = normals(seed, STREAM, sample, t if WITH_T else t * 0, block, BLOCK)
+    x_t = tl.load(table_ptr + 2 * t) * x_0 + tl.load(table_ptr + 2 * t + 1) * eps
+    tl.store(x_t_ptr + at, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_noising(x_t, x_0, t, address, table, *, stream, with_t):
+    """Launch only; fastddpm.ops has checked every argument."""
+    per_sample = x_0.shape[1:].numel()
+    with torch.cuda.device_of(x_0):
+        noising_kernel[len(x_0), triton.cdiv(per_sample, BLOCK)](
+            x_t, x_0, t, address, table, per_sample, STREAM=stream, WITH_T=with_t, BLOCK=BLOCK, **OPTIONS
+        )

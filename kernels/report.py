@@ -1,0 +1,158 @@
+"""What the compiler makes of each kernel, without a GPU: python -m fastddpm.kernels.report [--json] [--cc 90 ...]
+
+Every variant is compiled ahead of time as a launch on aligned tensors compiles it (pointers and elements per sample are
+divisible by 16), and read back with cuobjdump, which ships inside Triton.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import noising, step
+
+CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
+# What the noise standard rules out: fused multiply-add, flush to zero, approximations, other roundings of a float.
+INEXACT = re.compile(r"(?:fma|mad)\.[\w.]*f\d\d|[a-z]\w*\.[\w.]*(?:ftz|approx|full)\b[\w.]*|[a-z]\w*\.r[zmp]\.[\w.]*")
+
+
+class Variant(NamedTuple):
+    """A kernel with the types of its pointers, and the bytes of its tensors that an element reads and writes."""
+
+    name: str
+    module: Any
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    read: int
+    written: int
+
+
+def step_variant(m: str, copy: str | None, *, clip: bool) -> Variant:
+    types = {"x_ptr": "*fp32", "m_ptr": f"*{m}", "row_ptr": "*fp32", "t_ptr": "*i32", "pos_ptr": "*i32"}
+    types |= {"address_ptr": "*i64", "per_sample": "i32"} | ({"copy_ptr": f"*{copy}"} if copy else {})
+    constants = {"CLIP": clip, "BLOCK": step.BLOCK} | ({} if copy else {"copy_ptr": None})
+    name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}"
+    written = 4 + (BYTES[copy] if copy else 0)
+    return Variant(name, step, step.step_kernel, types, constants, 4 + BYTES[m], written)
+
+
+def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
+    types = {"x_t_ptr": f"*{x_t}", "x_0_ptr": f"*{x_0}", "t_ptr": "*i64", "address_ptr": "*i64", "table_ptr": "*fp32"}
+    types |= {"per_sample": "i32"}
+    constants = {"STREAM": 3 if with_t else 2, "WITH_T": with_t, "BLOCK": noising.BLOCK}
+    name = f"noising {x_0} to {x_t}{', t in address' if with_t else ''}"
+    return Variant(name, noising, noising.noising_kernel, types, constants, BYTES[x_0], BYTES[x_t])
+
+
+VARIANTS = (
+    step_variant("fp32", None, clip=False),
+    step_variant("fp32", None, clip=True),
+    step_variant("bf16", None, clip=True),
+    step_variant("bf16", "bf16", clip=True),
+    step_variant("fp16", "fp16", clip=True),
+    noising_variant("u8", "fp32"),
+    noising_variant("u8", "bf16"),
+    noising_variant("fp32", "fp32", with_t=True),
+    noising_variant("fp32", "bf16"),
+)
+
+
+def report(capabilities: Iterable[int] = CAPABILITIES) -> list[dict[str, Any]]:
+    """One record for each variant and compute capability; about a second each, less once Triton has them in its cache.
+
+    Keys: kernel, cc; registers per thread; spill_bytes per thread; shared_bytes per block; load_bytes and store_bytes,
+    what an element's tensors take, and load_bytes_128 and store_bytes_128, how much of that moves in 16-byte accesses;
+    instructions per element; inexact, the PTX instructions that break the noise standard's arithmetic.
+
+    Instructions are all of the kernel's machine code but the padding after its end, divided by the elements of a
+    thread: both sides of every branch and the slow path of the square root count, so that less is executed.
+    Raises: RuntimeError: Triton is interpreting (TRITON_INTERPRET), or has no cuobjdump.
+    """
+    return list(_records(capabilities))
+
+
+def compiled(variant: Variant, cc: int, *, aligned: bool = True, **constants: Any) -> Any:
+    """Triton's CompiledKernel of a variant; not aligned: nothing is known to be divisible by 16."""
+    if not isinstance(variant.kernel, triton.JITFunction):
+        raise RuntimeError("report: Triton is interpreting its kernels; unset TRITON_INTERPRET")
+    constants = variant.constants | constants
+    names = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
+    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and aligned}
+    source = ASTSource(variant.kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.module.OPTIONS)
+
+
+def _records(capabilities: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for cc in capabilities:
+        for variant in VARIANTS:
+            yield _record(variant, cc)
+
+
+def _record(variant: Variant, cc: int) -> dict[str, Any]:
+    kernel = compiled(variant, cc)
+    sass = _cuobjdump(kernel.asm["cubin"], "-sass")
+    usage = dict(re.findall(r"(\w+):(\d+)", _cuobjdump(kernel.asm["cubin"], "-res-usage")))
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    while code[-1] in ("NOP", "BRA"):  # the end of the code is padded
+        code.pop()
+    threads = 32 * variant.module.OPTIONS["num_warps"]
+    per_thread = variant.module.BLOCK / threads
+    return {
+        "kernel": variant.name,
+        "cc": cc,
+        "registers": int(usage["REG"]),
+        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+        "load_bytes": variant.read,
+        "load_bytes_128": 16 * sum(op.startswith("LDG.E.128") for op in code) / per_thread,
+        "store_bytes": variant.written,
+        "store_bytes_128": 16 * sum(op.startswith("STG.E.128") for op in code) / per_thread,
+        "instructions": len(code) / per_thread,
+        "inexact": sorted(set(INEXACT.findall(kernel.asm["ptx"]))),
+    }
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> str:
+    try:
+        tool = knobs.nvidia.cuobjdump.path
+    except RuntimeError as error:
+        raise RuntimeError("report: this Triton has no cuobjdump; set TRITON_CUOBJDUMP_PATH to CUDA's") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return subprocess.run([tool, *options, path], check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastddpm.kernels.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON array instead of a table")
+    parser.add_argument("--cc", type=int, nargs="+", default=CAPABILITIES, help="compute capabilities, 90 for 9.0")
+    arguments = parser.parse_args()
+    if arguments.json:
+        print(json.dumps(report(arguments.cc), indent=1))
+        return
+    print(f"{'kernel':34} cc   registers  spills  shared  16-byte loads, stores (B/element)  instr/element  inexact")
+    for r in _records(arguments.cc):
+        loads = f"{r['load_bytes_128']:g} of {r['load_bytes']}"
+        stores = f"{r['store_bytes_128']:g} of {r['store_bytes']}"
+        print(
+            f"{r['kernel']:34} {r['cc']:<4} {r['registers']:9} {r['spill_bytes']:7} {r['shared_bytes']:7}"
+            f"{loads:>18}, {stores:<16} {r['instructions']:13.1f}  {' '.join(r['inexact']) or 'none'}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

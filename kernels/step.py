@@ -1,0 +1,66 @@
+"""Fused reverse step x_t -> x_{t-1}: reads x and m, writes x and, if asked, a copy; z is made in registers.
+
+Traffic: 8 bytes per element for x, plus the element sizes of m and of the copy: 10 bytes with m in bf16.
+Precision: all arithmetic in fp32 in the written order; the copy is rounded once.
+Spec: fastddpm/reference/diffusion.py::update with fastddpm/noise.py, stream 0. Proof: tests/test_kernels.py (bits),
+tests/test_compiled.py (machine code).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .philox import normals
+
+BLOCK = 1024
+OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # 16 elements per thread: the work per slot and thread is shared
+
+
+@triton.jit
+def step_kernel(
+    x_ptr,  # [N, per_sample] fp32, channels-last; updated in place
+    m_ptr,  # like x, the network's dtype
+    row_ptr,  # [S, 8] fp32: schedule.COLUMNS
+    t_ptr,  # [S] int32: training timestep of each row
+    pos_ptr,  # [N] int32: the row each entry is at; one captured graph serves all steps
+    address_ptr,  # [N, 2] int64: (seed, sample index) of each entry
+    copy_ptr,  # like x in another dtype, or None
+    per_sample,
+    CLIP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
+    block = tl.program_id(1)
+    offs = tl.arange(0, BLOCK)
+    mask = offs < per_sample - block * BLOCK
+    at = n * per_sample + block.to(tl.int64) * BLOCK + offs
+
+    x = tl.load(x_ptr + at, mask=mask)
+    m = tl.load(m_ptr + at, mask=mask).to(tl.float32)
+    pos = tl.load(pos_ptr + n)
+    row = row_ptr + pos.to(tl.int64) * 8
+    B, C, S = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
+
+    if CLIP:  # the order of operations is the specification: results are compared bit for bit
+        x_0 = tl.load(row) * x + tl.load(row + 1) * m
+        x_0 = tl.maximum(x_0, tl.load(row + 2), propagate_nan=tl.PropagateNan.ALL)
+        x_0 = tl.minimum(x_0, tl.load(row + 3), propagate_nan=tl.PropagateNan.ALL)
+        x_prev = (tl.load(row + 4) * x_0 + B * x) + C * m
+    else:
+        x_prev = B * x + C * m
+    if S != 0:
+        seed, sample = tl.load(address_ptr + 2 * n), tl.load(address_ptr + 2 * n + 1)
+        x_prev += S * normals(seed, 0, sample, tl.load(t_ptr + pos), block, BLOCK)
+
+    tl.store(x_ptr + at, x_prev, mask=mask)
+    if copy_ptr is not None:
+        tl.store(copy_ptr + at, x_prev.to(copy_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_step(x, m, rows, timesteps, pos, address, copy, *, clip):
+    """Launch only; fastddpm.ops has checked every argument."""
+    per_sample = x.shape[1:].numel()
+    with torch.cuda.device_of(x):
+        step_kernel[len(x), triton.cdiv(per_sample, BLOCK)](
+            x, m, rows, timesteps, pos, address, copy, per_sample, CLIP=clip, BLOCK=BLOCK, **OPTIONS
+        )

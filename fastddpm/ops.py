@@ -47,18 +47,18 @@ def step(
     Raises: ValueError: a shape, dtype, layout or device is not as above, or a gradient is asked for.
     """
     _check_state("step", "x", x, (torch.float32,))
-    if m.shape != x.shape:
+    if m.shape != x.shape or m.device != x.device:
         raise ValueError(
-            f"step: m is {_describe(m)}, but x is {tuple(x.shape)}; the network must return one value per element of x"
+            f"step: m is {_describe(m)}, but x is {tuple(x.shape)} on {x.device}; "
+            "the network must return one value per element of x, where x is"
         )
     _check_state("step", "m", m, FLOATS)
     n = len(x)
     _check("step", "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
     _check("step", "address", address, (n, 2), torch.int64, x.device, "noise.address(seed, samples, device) makes one")
-    rows, timesteps = table.rows, table.timesteps
-    for name, tensor in (("m", m), ("table", rows)):
-        if tensor.device != x.device:
-            raise ValueError(f"step: {name} is on {tensor.device}, but x is on {x.device}; move it with .to(x.device)")
+    rows, timesteps, hint = table.rows, table.timesteps, "Schedule.table(...).to(x.device) makes one"
+    _check("step", "table.rows", rows, (*rows.shape[:1], 8), torch.float32, x.device, hint)
+    _check("step", "table.timesteps", timesteps, rows.shape[:1], torch.int32, x.device, hint)
     if out_dtype is not None and out_dtype not in FLOATS:
         raise ValueError(f"step: out_dtype is {out_dtype}; want None or one of {_names(FLOATS)}")
 
@@ -96,7 +96,7 @@ def noising(
     n, device = len(x_0), x_0.device
     _check("noising", "t", t, (n,), torch.int64, device, "the timestep of each entry of x_0")
     _check("noising", "address", address, (n, 2), torch.int64, device, "noise.address(seed, samples, device) makes one")
-    _check("noising", "table", table, (len(table), 2), torch.float32, device, "use Schedule.noising_table().to(device)")
+    _check("noising", "table", table, (*table.shape[:1], 2), torch.float32, device, "use Schedule.noising_table().to(device)")
     if stream not in (noise.TRAIN, noise.LIKELIHOOD):
         raise ValueError(f"noising: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
     if dtype not in FLOATS:
@@ -146,7 +146,7 @@ def _step(
     copy: Tensor | None,
 ) -> None:
     if backend(x.device) == "triton":
-        from fastddpm.kernels.step import launch_step
+        from fastddpm.kernels.step import launch_step  # type: ignore[import-not-found]  # mapped by the installation
 
         return launch_step(x, m, rows, timesteps, pos, address, copy, clip=clip)
     row, t = rows[pos], timesteps[pos]
@@ -162,7 +162,7 @@ def _step(
 def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
     x_t = layout.empty(len(x_0), x_0.shape[1:], dtype=dtype, device=x_0.device)
     if backend(x_0.device) == "triton":
-        from fastddpm.kernels.noising import launch_noising
+        from fastddpm.kernels.noising import launch_noising  # type: ignore[import-not-found]
 
         launch_noising(x_t, x_0, t, address, table, stream=stream, with_t=stream == noise.LIKELIHOOD)
         return x_t

@@ -3,11 +3,15 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
+import re
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -147,35 +151,46 @@ def _train(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     facts = _facts()
     if args.json:
-        print(json.dumps(facts, indent=2))
+        compiled = _report(args.cc, "--json")
+        print(json.dumps({**facts, "kernels": compiled and json.loads(compiled)}, indent=2))
         return
     for group, content in facts.items():
         for name, value in content.items():
             print(f"{group:<9} {name:<16} {value}")
+    print("\n" + (_report(args.cc) or "no kernels: Triton is not installed, torch computes the same bits"))
 
 
 def _facts() -> dict[str, dict[str, Any]]:
     """What decides how fastddpm runs here."""
     device, dtype = device_and_dtype(None, "auto")
-    facts: dict[str, dict[str, Any]] = {
-        "version": {
-            "fastddpm": __version__,
-            "python": platform.python_version(),
-            **{n: _version(n) for n in _PACKAGES},
-        },
-        "machine": {"platform": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads()},
-        "default": {
-            "device": str(device),
-            "precision": str(dtype).removeprefix("torch."),
-            "kernels": ops.backend(device),
-        },
+    machine = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "bf16": torch.cpu._is_avx512_bf16_supported(),
     }
-    facts["machine"]["instructions"] = torch.backends.cpu.get_cpu_capability()
-    facts["machine"]["bf16"] = torch.cpu._is_avx512_bf16_supported()
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        facts["machine"][f"cuda:{i}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    return facts
+        machine[f"cuda:{i}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    versions = {"fastddpm": __version__, "python": platform.python_version(), **{n: _version(n) for n in _PACKAGES}}
+    default = {"device": device.type, "precision": str(dtype).removeprefix("torch."), "backend": ops.backend(device)}
+    return {"version": versions, "machine": machine, "default": default}
+
+
+def _report(capabilities: Sequence[int], *options: str) -> str | None:
+    """What each kernel compiles to, from a process of its own: this one may run kernels interpreted, or not at all."""
+    if find_spec("triton") is None:
+        return None
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    wanted = capabilities or sorted({10 * major + minor for major, minor in gpus if major >= 8})
+    run = [sys.executable, "-m", "fastddpm.kernels.report", *options, *(["--cc", *map(str, wanted)] if wanted else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reasons = re.findall(r"^[\w.]+: .+", done.stderr, re.MULTILINE)
+        raise RuntimeError(f"the kernels' report failed: {' '.join(reasons[-1:])}")
+    return done.stdout.rstrip()
 
 
 def _version(package: str) -> str | None:
@@ -218,6 +233,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_sample(command("sample", _sample, "draw images from a trained model", _SAMPLE))
     _add_train(command("train", _train, "train a model on images (Algorithm 1 of the DDPM paper)", _TRAIN))
     info = command("info", _info, "versions, devices, and what each kernel compiles to")
+    info.add_argument(
+        "--cc",
+        type=_numbers,
+        default=(),
+        metavar="I,J",
+        help="compute capabilities to compile for (default: the GPU's; 80,90,100,120)",
+    )
     info.add_argument("--json", action="store_true", help="the same as one JSON object")
     return parser
 

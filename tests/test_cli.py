@@ -278,14 +278,33 @@ def test_train_refuses(source, flags, why, capsys):
     assert why in error(["train", source, "--out", "run", *flags.split()], capsys)
 
 
-def test_info(capsys):
-    assert cli.main(["info"]) == 0
+@pytest.mark.slow
+def test_info(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # here kernels are interpreted, the report still compiles them
+    assert cli.main(["info", "--cc", "90"]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"^version +fastddpm +{re.escape(__version__)}$", text, re.MULTILINE)
-    assert cli.main(["info", "--json"]) == 0
+    assert re.search(r"^step m bf16, clip +90 +\d+ +0 ", text, re.MULTILINE)
+    assert cli.main(["info", "--cc", "90", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["version"]["torch"] == torch.__version__
     assert facts["default"]["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert {(record["cc"], record["spill_bytes"]) for record in facts["kernels"]} == {(90, 0)}
+
+
+def test_info_without_triton(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert cli.main(["info"]) == 0
+    assert "Triton is not installed" in capsys.readouterr().out
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kernels"] is None
+
+
+def test_info_names_a_capability_that_cannot_be_compiled_for(capsys):
+    assert cli.main(["info", "--cc", "1"]) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"fastddpm: error: RuntimeError: the kernels' report failed: .+\n", err)
 
 
 @pytest.mark.parametrize("command", ["sample", "train", "info"])

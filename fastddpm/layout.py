@@ -12,7 +12,7 @@ from torch import Tensor
 def channels_last(x: Tensor) -> Tensor:
     """Return x with channels-last memory and strides; a view of x where its memory is so already.
 
-    Strides are those of a fresh tensor, also where a dimension of size 1 would allow others: torch chooses kernels by them.
+    Strides are those of a fresh tensor, also where a dimension of size 1 would allow others: torch chooses by them.
     """
     n, c, *spatial = x.shape
     return x.movedim(1, -1).reshape(-1).view(n, *spatial, c).movedim(-1, 1)

@@ -16,7 +16,7 @@ STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T
 _MASK = 0xFFFFFFFF
 _SQRT_HALF_BITS = 0x3F3504F3
 _LOG = (
-    *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+    *(7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
     *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
 )
 
@@ -110,8 +110,8 @@ def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     e = (i >> 23) - 32
     m = ((i & 0x007FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1
     z = m * m
-    p = 7.0376836292e-2
-    for k in _LOG:
+    p = m * _LOG[0] + _LOG[1]
+    for k in _LOG[2:]:
         p = p * m + k
     ln = ((p * m) * z - 0.5 * z) + m
     ln = ln + e.float() * 0.6931471805599453

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm import checkpoint, images, noise, ops
+from fastddpm.files import atomic
 from fastddpm.layout import channels_last
 from fastddpm.sampler import Sampler, device_and_dtype
 from fastddpm.schedule import Schedule
@@ -230,7 +230,8 @@ def _resume(
     optimizer.load_state_dict(state["optimizer"])
     lines = (out / LOG).read_text().splitlines() if (out / LOG).exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-    _replace(out / LOG, lambda file: file.write_text("".join(line + "\n" for line in kept)))
+    with atomic(out / LOG) as file:
+        file.write("".join(line + "\n" for line in kept).encode())
     return state["step"], state["seconds"]
 
 
@@ -252,16 +253,8 @@ def _save(
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    _replace(out / STATE, lambda file: torch.save(state, file))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    with atomic(out / STATE) as file:
+        torch.save(state, file)
 
 
 def _log(out: Path, record: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The DDPM U-Net, channels-last, with diffusers' parameter names (`UNet2DModel`) and another execution.
 
 Everything that depends on t alone (embedding, time MLP, the projection of each residual block) is one row of numbers,
-computed by `time_rows` for all timesteps at once; `denoise` then takes such rows. Where the whole batch is at one t, the
+computed by `time_rows` for all timesteps at once; `denoise` takes such rows. Where the whole batch is at one t, the
 projection of a residual block is a bias per channel, and so it *is* the bias of the block's first convolution.
 
 Ho et al. 2020 (arXiv:2006.11239), appendix B. The plain version to compare with is `fastddpm.reference.unet`.
@@ -9,9 +9,9 @@ Ho et al. 2020 (arXiv:2006.11239), appendix B. The plain version to compare with
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fastddpm.layout import channels_last
 
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 IDENTITY = nn.Identity()
 DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
@@ -124,7 +125,7 @@ class UNet2D(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps)
         self.conv_out = Conv2d(widths[0], c["out_channels"], 3, padding=1)
         self.resnets = tuple(m for m in self.modules() if isinstance(m, Resnet))  # in the order of execution
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: int | Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict the noise in x_t (or x_0, or v: what the network was trained for).
@@ -172,7 +173,7 @@ class UNet2D(nn.Module):
             x = 2 * x - 1
         h = self.conv_in(x)
         skips = [h]
-        for block in self.down_blocks:
+        for block in cast("Iterable[Block]", self.down_blocks):
             for resnet, attention in block.layers():
                 h = attention(resnet(h, next(columns)))
                 skips.append(h)
@@ -182,7 +183,7 @@ class UNet2D(nn.Module):
         if self.mid_block is not None:
             for resnet, attention in self.mid_block.layers():
                 h = attention(resnet(h, next(columns)))
-        for block in self.up_blocks:
+        for block in cast("Iterable[Block]", self.up_blocks):
             for resnet, attention in block.layers():
                 h = attention(resnet(torch.cat([h, skips.pop()], 1), next(columns)))
             for upsample in block.upsamplers:
@@ -195,17 +196,16 @@ class UNet2D(nn.Module):
         What is cheap stays float32: the time path (a table, made once) and, where torch can mix, the norms' parameters.
         """
         net = copy.deepcopy(self).to(device).eval().requires_grad_(False)
-        for module in net.modules():
-            if isinstance(module, Resnet | Attention):
+        on_cpu = next(net.parameters()).device.type == "cpu"
+        for module in list(net.modules()):
+            if isinstance(module, Resnet):
                 module.fuse()
-        for module in net.modules():
-            if isinstance(module, Conv2d):
-                module.to(dtype)
-                module.pack = module.weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
             elif isinstance(module, Attention):
-                module.qkv.to(dtype)
-                module.to_out.to(dtype)
-            elif isinstance(module, nn.GroupNorm) and module.weight.device.type != "cpu":
+                module.fuse(dtype)
+            elif isinstance(module, Conv2d):
+                module.to(dtype)
+                module.pack = on_cpu and torch.backends.mkldnn.is_available()
+            elif isinstance(module, nn.GroupNorm) and not on_cpu:
                 module.to(dtype)
         return net
 
@@ -233,7 +233,8 @@ class Resnet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
-        self.scale_shift, self.act, self.scale = scale_shift, ACTIVATIONS[act], scale
+        self.scale_shift, self.scale = scale_shift, scale
+        self.act: Activation = ACTIVATIONS[act]
 
     def time_columns(self, embed: Tensor) -> Tensor:
         columns = self.time_emb_proj(embed)
@@ -242,7 +243,7 @@ class Resnet(nn.Module):
     def fuse(self) -> None:
         """Let the projection carry the first convolution's bias, so that neither is rounded before their sum."""
         if not self.scale_shift and self.conv1.bias is not None:
-            self.time_emb_proj.bias += self.conv1.bias
+            self.time_emb_proj.bias.add_(self.conv1.bias)
             self.conv1.bias = None
 
     def forward(self, x: Tensor, columns: Tensor) -> Tensor:
@@ -268,13 +269,13 @@ class Attention(nn.Module):
         self.qkv: nn.Linear | None = None
         self.head_dim, self.scale = head_dim, scale
 
-    def fuse(self) -> None:
-        """Make one matrix of three."""
-        width = self.to_q.in_features
-        self.qkv = nn.Linear(width, 3 * width, device="meta")
+    def fuse(self, dtype: torch.dtype) -> None:
+        """Make one matrix of three, in dtype."""
         parts = self.to_q, self.to_k, self.to_v
-        self.qkv.weight = nn.Parameter(torch.cat([part.weight for part in parts]), requires_grad=False)
-        self.qkv.bias = nn.Parameter(torch.cat([part.bias for part in parts]), requires_grad=False)
+        self.qkv = nn.Linear(self.to_q.in_features, 3 * self.to_q.in_features, device="meta")
+        self.qkv.weight = nn.Parameter(torch.cat([part.weight for part in parts]).to(dtype), requires_grad=False)
+        self.qkv.bias = nn.Parameter(torch.cat([part.bias for part in parts]).to(dtype), requires_grad=False)
+        self.to_out.to(dtype)
         del self.to_q, self.to_k, self.to_v
 
     def forward(self, x: Tensor) -> Tensor:
@@ -294,12 +295,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """The layers of one resolution; only a container, for the parameters' names."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module]):
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]):
         super().__init__()
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
 
-    def layers(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+    def layers(self) -> Iterator[tuple[Any, Any]]:
         """(residual block, what follows it): the middle's last residual block has no attention."""
         return zip_longest(self.resnets, self.attentions, fillvalue=IDENTITY)
 
@@ -343,22 +344,21 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """bias: [1 or N, C_out], in place of the module's own."""
-        per_sample = bias is not None and len(bias) > 1
-        shared = None if per_sample else self.bias if bias is None else bias[0].to(x.dtype)
-        if self.pack:
-            if self.packed is None or self.packed[0] != x.shape:
-                self.packed = x.shape, torch._C._nn.mkldnn_reorder_conv2d_weight(
-                    self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape
-                )
-            y = torch.ops.mkldnn._convolution_pointwise(
-                x, self.packed[1], shared, self.padding, self.stride, self.dilation, self.groups, "none", [], ""
-            )
-        else:
-            y = F.conv2d(x, self.weight, shared, self.stride, self.padding)
-        return y + bias.to(y.dtype)[:, :, None, None] if per_sample else y
+        if bias is not None and len(bias) > 1:
+            return self._convolve(x, None) + bias.to(x.dtype)[:, :, None, None]
+        return self._convolve(x, self.bias if bias is None else bias[0].to(x.dtype))
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.pack:
+            return F.conv2d(x, self.weight, bias, self.stride, cast("tuple[int, int]", self.padding))
+        how = self.padding, self.stride, self.dilation, self.groups
+        if self.packed is None or self.packed[0] != x.shape:
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+            self.packed = x.shape, reorder(self.weight.to_mkldnn(), *how, x.shape)
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], bias, *how, "none", [], "")
 
 
-def normed(norm: nn.GroupNorm, x: Tensor, act: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def normed(norm: nn.GroupNorm, x: Tensor, act: Activation | None = None) -> Tensor:
     """Group norm and activation, in x's dtype; the statistics, and on a CPU mostly the rest too, in float32."""
     # torch's CPU kernel for 16-bit channels-last is slow below 1024 pixels: 2.0 ms instead of 0.9 ms by way of float32,
     # for 16 x 256 x 16 x 16 (two cores of a Xeon with AMX, 2026-11-22), which is also more accurate.
@@ -385,8 +385,8 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"UNet2D: {key} holds {kind!r}, which is not supported; supported: {', '.join(kinds)}")
         if len(config[key]) != len(config["block_out_channels"]):
             raise ValueError(
-                f"UNet2D: {key} has {len(config[key])} entries, block_out_channels {len(config['block_out_channels'])}; "
-                "give one of each per level"
+                f"UNet2D: {key} has {len(config[key])} entries, but block_out_channels has "
+                f"{len(config['block_out_channels'])}; give one of each per level"
             )
     for width in config["block_out_channels"]:
         for key in ("norm_num_groups", "attention_head_dim"):

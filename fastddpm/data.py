@@ -83,7 +83,7 @@ def _load_idx(path: Path, *, gzipped: bool) -> np.ndarray:
         raise ValueError(
             f"{path} holds {len(data) - start} bytes of images, its header promises {math.prod(shape)} {shape}"
         )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # bytes are read-only, torch warns
 
 
 def _load_folder(folder: Path) -> np.ndarray:

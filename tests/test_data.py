@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastddpm.data import load_images
@@ -59,7 +60,9 @@ def test_npz_without_channels(tmp_path):
 def test_idx(tmp_path, pack, c):
     want = pictures(c=c or 1)
     (tmp_path / "images-idx3-ubyte").write_bytes(pack(idx(want if c else want[..., 0])))
-    assert np.array_equal(load_images(tmp_path / "images-idx3-ubyte"), want)
+    got = load_images(tmp_path / "images-idx3-ubyte")
+    assert np.array_equal(got, want)
+    assert np.array_equal(torch.from_numpy(got), want)  # which warns of read-only memory
 
 
 @pytest.mark.parametrize("c", [1, 3])

@@ -1,0 +1,196 @@
+"""The Fréchet feature distance: the formula against scipy and closed forms, and the command on tiny images."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from bench import frechet
+from bench.frechet import frechet_distance, gaussian_distance
+
+
+def gaussian(seed: int, dims: int = 24, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """A mean and a covariance whose eigenvalues span six decades."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(dims, dtype=torch.float64, generator=generator)
+    factor = torch.randn(dims, rank or dims, dtype=torch.float64, generator=generator)
+    return mean, factor @ torch.diag(torch.logspace(-4, 2, rank or dims, dtype=torch.float64)) @ factor.T
+
+
+def assert_close(got: float, want: float) -> None:
+    assert abs(got - want) <= 1e-9 * abs(want)
+
+
+def test_a_damaged_distance_is_not_close():
+    assert_close(1 + 1e-10, 1.0)
+    for damaged in (1 + 2e-9, float("nan"), -1.0):
+        with pytest.raises(AssertionError):
+            assert_close(damaged, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_distance_of_gaussians_is_that_of_scipy(seed):
+    (mean_a, cov_a), (mean_b, cov_b) = gaussian(seed), gaussian(seed + 100)
+    overlap = scipy.linalg.sqrtm((cov_a @ cov_b).numpy()).real.trace()
+    want = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()) - 2 * overlap
+    assert_close(gaussian_distance(mean_a, cov_a, mean_b, cov_b), want)
+
+
+def test_the_distance_of_diagonal_gaussians_is_their_closed_form():
+    (mean_a, _), (mean_b, _) = gaussian(0), gaussian(1)
+    sigma_a, sigma_b = torch.logspace(-3, 2, 24, dtype=torch.float64), torch.linspace(0, 9, 24, dtype=torch.float64)
+    want = float((mean_a - mean_b).square().sum() + (sigma_a - sigma_b).square().sum())
+    assert_close(gaussian_distance(mean_a, sigma_a.square().diag(), mean_b, sigma_b.square().diag()), want)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_gaussian_is_no_distance_from_itself(rank):
+    mean, cov = gaussian(0, rank=rank)
+    assert abs(gaussian_distance(mean, cov, mean, cov)) <= 1e-9 * cov.trace()
+
+
+def test_features_that_are_shifted_or_scaled():
+    a = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = torch.arange(6.0, dtype=torch.float64)
+    assert_close(frechet_distance(a, a + shift), 55.0)
+    assert_close(frechet_distance(a, 3 * a), float(4 * (a.mean(0).square().sum() + a.var(0).sum())))
+    assert_close(frechet_distance(a.numpy(), (a + shift).numpy()), 55.0)
+    assert_close(frechet_distance(a[:200], a[200:]), frechet_distance(a[200:], a[:200]))
+
+
+def test_the_distance_is_float64_whatever_comes():
+    a, b = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0)) + 1000
+    assert frechet_distance(a, b) == frechet_distance(a.double(), b.double())
+
+
+def test_fewer_features_are_further_apart():
+    """The bias that the documentation warns of: 40 draws per size, means 30 standard errors apart."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = (
+        torch.tensor([frechet_distance(*torch.randn(2, n, 8, generator=generator)) for _ in range(40)])
+        for n in (50, 500)
+    )
+    assert small.mean() - large.mean() >= 30 * large.std() / 40**0.5
+
+
+@pytest.mark.parametrize("shapes", [((5, 3), (5, 4)), ((5,), (5,)), ((1, 3), (5, 3)), ((5, 3), (0, 3))])
+def test_features_of_wrong_shapes(shapes):
+    with pytest.raises(ValueError, match=r"features are \[.*\] and \[.*\]; want \[N, D\] and \[M, D\], N, M >= 2"):
+        frechet_distance(*map(torch.zeros, shapes))
+
+
+# The command
+
+
+def garments(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """n images of ten blocky classes with noise, and their labels."""
+    patterns = np.random.default_rng(0).integers(0, 2, (10, 4, 4)).repeat(7, 1).repeat(7, 2) * 155
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 10, n)
+    return (patterns[labels] + random.integers(0, 100, (n, 28, 28))).astype(np.uint8), labels.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frechet")
+    (x_train, y_train), (x_test, y_test) = garments(320, 1), garments(100, 2)
+    np.savez(folder / "data.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    np.savez(folder / "good.npz", garments(100, 3)[0][..., None])
+    np.savez(folder / "noise.npz", np.random.default_rng(4).integers(0, 256, (100, 28, 28, 1), np.uint8))
+    np.savez(folder / "small.npz", np.zeros((100, 8, 8, 1), np.uint8))
+    np.savez(folder / "many.npz", np.zeros((400, 28, 28, 1), np.uint8))
+    np.savez(folder / "float.npz", np.zeros((20, 28, 28, 1)))
+    np.savez(folder / "unlabelled.npz", x_train=x_train)
+    np.savez(folder / "ragged.npz", x_train=x_train, y_train=y_test, x_test=x_test, y_test=y_test)
+    np.savez(folder / "classes.npz", x_train=x_train, y_train=y_train + 1, x_test=x_test, y_test=y_test)
+    (folder / "text").write_text("not a classifier")
+    frechet.main([str(folder / "data.npz"), str(folder / "good.npz"), "--classifier", str(folder / "classifier.pt")])
+    return folder
+
+
+def measured(files, name: str, capsys) -> tuple[float, float, float]:
+    """What the command prints: accuracy, distance of the samples, distance of real halves."""
+    frechet.main([str(files / "data.npz"), str(files / name), "--classifier", str(files / "classifier.pt")])
+    classifier, samples, real, note = capsys.readouterr().out.splitlines()
+    assert samples.startswith("100 samples to 100 real images: ")
+    assert real.startswith("100 real images to 100 other ones: ")
+    assert note.startswith("mean ± standard deviation over 5 choices of real images; compare figures of equal number")
+    return float(classifier.split()[1].rstrip("%")), *(
+        float(line.split(": ")[1].split()[0]) for line in (samples, real)
+    )
+
+
+def test_good_samples_are_as_near_as_real_images_and_noise_is_not(files, capsys):
+    accuracy, good, real = measured(files, "good.npz", capsys)
+    assert accuracy > 90
+    assert real > 0
+    assert good <= 1.5 * real
+    _, noise, real_again = measured(files, "noise.npz", capsys)
+    assert real_again == real
+    assert noise >= 10 * real
+
+
+def test_a_classifier_in_a_file_is_used_and_not_trained(files, capsys, monkeypatch):
+    monkeypatch.setattr(frechet, "train", None)
+    assert measured(files, "good.npz", capsys) == measured(files, "good.npz", capsys)
+
+
+def test_training_is_deterministic_and_leaves_the_global_generator_alone():
+    images, labels = garments(200, 1)
+    state = torch.random.get_rng_state()
+    one, two = (frechet.train(images, labels, epochs=1).state_dict() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    untrained = frechet.Classifier().state_dict()
+    assert not torch.equal(one["head.weight"], untrained["head.weight"])
+
+
+def test_sets_of_real_images_are_disjoint(monkeypatch):
+    compared = []
+    monkeypatch.setattr(frechet, "frechet_distance", lambda a, b: compared.append((a, b)) or 0.0)
+    samples, real = torch.zeros(4, 1), torch.arange(1.0, 9)[:, None]
+    distances = frechet.compare(samples, real, splits=3)
+    assert len(distances.samples) == len(distances.real) == 3
+    for (is_samples, one), (other, one_again) in zip(compared[::2], compared[1::2], strict=True):
+        assert is_samples is samples
+        assert torch.equal(one, one_again)
+        assert sorted([*one.flatten().tolist(), *other.flatten().tolist()]) == real.flatten().tolist()
+    assert len({tuple(one.flatten().tolist()) for _, one in compared[1::2]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.npz", "good.npz"], "absent.npz"),
+        (["text", "good.npz"], "want an .npz with x_train, y_train, x_test, y_test"),
+        (["unlabelled.npz", "good.npz"], "want an .npz with x_train, y_train, x_test, y_test"),
+        (["ragged.npz", "good.npz"], "is [320, 28, 28] uint8 with 100 labels; want uint8 [N, 28, 28] with N labels"),
+        (["classes.npz", "good.npz"], "want whole numbers from 0 to 9"),
+        (["data.npz", "absent.npz"], "absent.npz"),
+        (["data.npz", "float.npz"], "float64"),
+        (["data.npz", "small.npz"], "small.npz are [100, 8, 8, 1]; want grey images [N, 28, 28, 1]"),
+        (["data.npz", "many.npz"], "there are 400 samples; want 2 to 160, half of the 320 real images"),
+        (["data.npz", "good.npz", "--splits", "0"], "splits is 0; want at least 1"),
+        (["data.npz", "good.npz", "--classifier", "text"], "text is not a classifier of this command; name another"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(files, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    if "--classifier" not in arguments:
+        arguments = [*arguments, "--classifier", "classifier.pt"]
+    with pytest.raises(SystemExit) as exit_:
+        frechet.main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("python -m bench.frechet: error: ")
+    assert message in error
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        frechet.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for taught in ("compare figures of equal number alone", "--classifier FILE", "example:", "fastddpm sample"):
+        assert taught in text

@@ -96,7 +96,9 @@ def noising(
     n, device = len(x_0), x_0.device
     _check("noising", "t", t, (n,), torch.int64, device, "the timestep of each entry of x_0")
     _check("noising", "address", address, (n, 2), torch.int64, device, "noise.address(seed, samples, device) makes one")
-    _check("noising", "table", table, (*table.shape[:1], 2), torch.float32, device, "use Schedule.noising_table().to(device)")
+    _check(
+        "noising", "table", table, (*table.shape[:1], 2), torch.float32, device, "Schedule.noising_table().to(device)"
+    )
     if stream not in (noise.TRAIN, noise.LIKELIHOOD):
         raise ValueError(f"noising: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
     if dtype not in FLOATS:

@@ -278,13 +278,17 @@ def test_train_refuses(source, flags, why, capsys):
     assert why in error(["train", source, "--out", "run", *flags.split()], capsys)
 
 
-@pytest.mark.slow
 def test_info(capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # here kernels are interpreted, the report still compiles them
-    assert cli.main(["info", "--cc", "90"]) == 0
+    monkeypatch.setattr(cli, "_report", lambda capabilities, *options: f"the report for {capabilities}")
+    assert cli.main(["info", "--cc", "80,90"]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"^version +fastddpm +{re.escape(__version__)}$", text, re.MULTILINE)
-    assert re.search(r"^step m bf16, clip +90 +\d+ +0 ", text, re.MULTILINE)
+    assert text.endswith("the report for (80, 90)\n")
+
+
+@pytest.mark.slow
+def test_info_as_json_with_the_report_of_the_kernels(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # here kernels are interpreted, the report still compiles them
     assert cli.main(["info", "--cc", "90", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["version"]["torch"] == torch.__version__

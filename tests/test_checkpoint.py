@@ -6,6 +6,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import check
 import huggingface_hub
 import pytest
 import torch
@@ -117,15 +118,6 @@ def assert_same_tensors(got: dict, want: dict) -> None:
         assert torch.equal(got[name], value), name
 
 
-def message(function, *args, **kwargs) -> str:
-    """What the ValueError says that the call must raise, in one line."""
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (its callers compare the text)
-        function(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
-
 # Reading
 
 
@@ -160,7 +152,7 @@ def test_load_reads_the_variant_asked_for(shards, tmp_path, unet, scheduler):
     half.save_pretrained(tmp_path, variant="fp16", **shards)
     assert_same_tensors(checkpoint.load(tmp_path)[1], unet.state_dict())
     assert_same_tensors(checkpoint.load(tmp_path, variant="fp16")[1], half.state_dict())
-    assert "no weights" in message(checkpoint.load, tmp_path, variant="non_ema")
+    assert "no weights" in check.error_line(checkpoint.load, tmp_path, variant="non_ema")
 
 
 # Writing
@@ -230,12 +222,12 @@ def test_an_interrupted_save_leaves_the_weights_that_were_there(folder, unet, mo
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(place, config, {}, schedule)
     assert_same_tensors(checkpoint.load(folder)[1], unet.state_dict())
-    assert "no weights" in message(checkpoint.load, folder.with_name("fresh"))
+    assert "no weights" in check.error_line(checkpoint.load, folder.with_name("fresh"))
     assert not [path for path in folder.parent.rglob("*") if path.suffix == ".tmp"]
 
 
 def test_save_does_not_hide_a_checkpoint_behind_another(folder, options, unet):
-    text = message(checkpoint.save, folder, options, unet.state_dict(), Schedule(), pipeline=False)
+    text = check.error_line(checkpoint.save, folder, options, unet.state_dict(), Schedule(), pipeline=False)
     assert text.startswith(f"{folder} holds a pipeline's unet/")
 
 
@@ -279,7 +271,7 @@ def test_load_into_lists_what_does_not_fit(changes, want):
         state.pop(name, None)
         if shape is not None:
             state[name] = torch.zeros(shape)
-    text = message(checkpoint.load_into, module, state)
+    text = check.error_line(checkpoint.load_into, module, state)
     assert text == f"the parameters do not fit the network: {want}; load them with their own config"
     assert_same_tensors(module.state_dict(), before)
 
@@ -290,13 +282,15 @@ def test_load_into_lists_what_does_not_fit(changes, want):
 def test_load_of_what_is_no_folder(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
-    assert message(checkpoint.load, file).startswith(f"{file} is a file; a checkpoint is a folder")
+    assert check.error_line(checkpoint.load, file).startswith(f"{file} is a file; a checkpoint is a folder")
     for name in ("/no/such/folder", "no-such-folder", "a/b/c", "what is this?", "~/models", "../x/y"):
-        assert message(checkpoint.load, name).startswith(f"{name} is no folder here; name a folder, or a hub id")
+        assert check.error_line(checkpoint.load, name).startswith(
+            f"{name} is no folder here; name a folder, or a hub id"
+        )
 
 
 def test_load_of_an_empty_folder(tmp_path):
-    text = message(checkpoint.load, tmp_path)
+    text = check.error_line(checkpoint.load, tmp_path)
     assert text == f"{tmp_path} is not a DDPM checkpoint of diffusers: it has no unet/config.json and no config.json"
 
 
@@ -310,7 +304,7 @@ def test_load_of_an_empty_folder(tmp_path):
 )
 def test_load_names_the_file_that_is_missing(folder, name, want):
     (folder / name).unlink()
-    assert want in message(checkpoint.load, folder)
+    assert want in check.error_line(checkpoint.load, folder)
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
@@ -325,7 +319,7 @@ def test_load_names_the_file_that_is_missing(folder, name, want):
 )
 def test_load_of_a_bad_configuration(folder, name, content, want):
     (folder / name).write_bytes(content)
-    assert message(checkpoint.load, folder).startswith(f"{folder / name} {want}")
+    assert check.error_line(checkpoint.load, folder).startswith(f"{folder / name} {want}")
 
 
 @pytest.mark.parametrize(
@@ -338,20 +332,20 @@ def test_load_of_a_bad_configuration(folder, name, content, want):
 def test_load_of_another_class(folder, name, class_name, want):
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps({**content, "_class_name": class_name}))
-    assert want in message(checkpoint.load, folder)
+    assert want in check.error_line(checkpoint.load, folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 2000, 20_000, -1])
 def test_load_of_truncated_safetensors(folder, keep):
     path = folder / "unet" / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
-    assert message(checkpoint.load, folder).startswith(f"{path} is not a whole safetensors file")
+    assert check.error_line(checkpoint.load, folder).startswith(f"{path} is not a whole safetensors file")
 
 
 def test_load_of_a_git_lfs_pointer(folder):
     path = folder / "unet" / WEIGHTS
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 143003468\n")
-    assert "git lfs pull" in message(checkpoint.load, folder)
+    assert "git lfs pull" in check.error_line(checkpoint.load, folder)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +360,7 @@ def test_load_of_a_git_lfs_pointer(folder):
 def test_load_of_a_bad_index(folder, content, want):
     (folder / "unet" / WEIGHTS).unlink()
     (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
-    assert want in message(checkpoint.load, folder)
+    assert want in check.error_line(checkpoint.load, folder)
 
 
 class Touch:
@@ -384,7 +378,9 @@ def test_a_pickle_that_runs_code_is_not_run(folder, dump):
     marker, path = folder / "was here", folder / "unet" / PICKLE
     (folder / "unet" / WEIGHTS).unlink()
     dump({"conv_in.weight": Touch(marker)}, path)
-    assert message(checkpoint.load, folder).startswith(f"{path} is not a file of weights alone, so it was not loaded")
+    assert check.error_line(checkpoint.load, folder).startswith(
+        f"{path} is not a file of weights alone, so it was not loaded"
+    )
     assert not marker.exists()
     if dump is torch.save:
         torch.load(path, weights_only=False)
@@ -408,7 +404,7 @@ def test_load_of_a_pickle_that_is_not_weights(folder, content, want):
     path = folder / "unet" / PICKLE
     (folder / "unet" / WEIGHTS).unlink()
     torch.save(content, path)
-    assert message(checkpoint.load, folder).startswith(f"{path} {want}")
+    assert check.error_line(checkpoint.load, folder).startswith(f"{path} {want}")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 1000, -1])
@@ -417,7 +413,7 @@ def test_load_of_a_truncated_pickle(folder, unet, keep):
     (folder / "unet" / WEIGHTS).unlink()
     torch.save(unet.state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    assert message(checkpoint.load, folder).startswith(f"{path} is not a file of weights alone")
+    assert check.error_line(checkpoint.load, folder).startswith(f"{path} is not a file of weights alone")
 
 
 # The hub
@@ -479,7 +475,7 @@ def test_hub_model_without_weights(hub):
     hub.repo.mkdir()
     (hub.repo / "README.md").touch()
     hub.cache.mkdir()
-    assert "is not a DDPM checkpoint of diffusers" in message(checkpoint.load, "someone/ddpm")
+    assert "is not a DDPM checkpoint of diffusers" in check.error_line(checkpoint.load, "someone/ddpm")
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -491,7 +487,7 @@ def test_hub_out_of_reach(monkeypatch):
         "someone/ddpm is no folder here, and the Hugging Face hub gave none: "
         "LocalEntryNotFoundError: Got: ConnectError: Name or service not known"
     )
-    assert message(checkpoint.load, "someone/ddpm") == want
+    assert check.error_line(checkpoint.load, "someone/ddpm") == want
 
 
 def test_a_folder_named_like_a_hub_id_is_the_folder(hub, folder, unet, monkeypatch):

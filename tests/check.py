@@ -1,0 +1,44 @@
+"""What tests of several files ask: is this as near to float64 as plain torch comes, and is this error one line?"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate(ours: Tensor, plain: Tensor, ref: Tensor) -> None:
+    """ours errs at most twice as much as plain torch, in the largest error and in the root mean square.
+
+    Args:
+        ours: the result to be judged.
+        plain: the same by plain torch in the same dtype; an error below half a unit in the last place counts as one.
+        ref: the same in float64.
+    """
+    assert ours.shape == plain.shape == ref.shape
+    assert ref.dtype == torch.float64
+    half_ulp = torch.finfo(plain.dtype).eps / 2
+    for measure in (largest, root_mean_square):
+        error, theirs = measure(ours.double() - ref), measure(plain.double() - ref)
+        bound = 2 * max(theirs, half_ulp * measure(ref))
+        assert error <= bound < math.inf, f"{measure.__name__} error is {error:.3g}, plain torch's {theirs:.3g}"
+
+
+def largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def root_mean_square(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def error_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """The text of the ValueError that the call must raise, which must be one line."""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers compare the text)
+        function(*args, **kwargs)
+    text = str(caught.value)
+    assert text
+    assert "\n" not in text
+    return text

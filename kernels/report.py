@@ -22,6 +22,7 @@ from . import noising, step
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
+OPERATION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"  # a line of cuobjdump -sass
 # What the noise standard rules out: fused multiply-add, flush to zero, approximations, other roundings of a float.
 INEXACT = re.compile(r"(?:fma|mad)\.[\w.]*f\d\d|[a-z]\w*\.[\w.]*(?:ftz|approx|full)\b[\w.]*|[a-z]\w*\.r[zmp]\.[\w.]*")
 
@@ -57,14 +58,12 @@ def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
 
 VARIANTS = (
     step_variant("fp32", None, clip=False),
-    step_variant("fp32", None, clip=True),
     step_variant("bf16", None, clip=True),
     step_variant("bf16", "bf16", clip=True),
     step_variant("fp16", "fp16", clip=True),
     noising_variant("u8", "fp32"),
     noising_variant("u8", "bf16"),
     noising_variant("fp32", "fp32", with_t=True),
-    noising_variant("fp32", "bf16"),
 )
 
 
@@ -82,46 +81,49 @@ def report(capabilities: Iterable[int] = CAPABILITIES) -> list[dict[str, Any]]:
     return list(_records(capabilities))
 
 
-def compiled(variant: Variant, cc: int, *, aligned: bool = True, **constants: Any) -> Any:
-    """Triton's CompiledKernel of a variant; not aligned: nothing is known to be divisible by 16."""
+def compiled(
+    variant: Variant, cc: int, *, aligned: bool = True, constants: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """Triton's CompiledKernel of a variant.
+
+    Args: aligned: whether pointers and elements per sample are divisible by 16; constants, options: beyond the usual.
+    """
     if not isinstance(variant.kernel, triton.JITFunction):
         raise RuntimeError("report: Triton is interpreting its kernels; unset TRITON_INTERPRET")
-    constants = variant.constants | constants
+    constants = variant.constants | (constants or {})
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
     hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and aligned}
     source = ASTSource(variant.kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.module.OPTIONS)
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.module.OPTIONS | options)
+
+
+def measured(variant: Variant, kernel: Any) -> dict[str, Any]:
+    """The record of `report` for one compiled variant, but for its name and target."""
+    cubin = kernel.asm["cubin"]
+    usage = dict(re.findall(r"(\w+):(\d+)", _cuobjdump(cubin, "-res-usage")))
+    code = re.findall(OPERATION, _cuobjdump(cubin, "-sass"), re.MULTILINE)
+    while code[-1] in ("NOP", "BRA"):  # the end of the code is padded
+        code.pop()
+    per_thread = variant.module.BLOCK / (32 * kernel.metadata.num_warps)
+    wide = {op: 16 * sum(name.startswith(f"{op}.E.128") for name in code) / per_thread for op in ("LDG", "STG")}
+    return {
+        "registers": int(usage["REG"]),
+        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "shared_bytes": kernel.metadata.shared,
+        "load_bytes": variant.read,
+        "load_bytes_128": wide["LDG"],
+        "store_bytes": variant.written,
+        "store_bytes_128": wide["STG"],
+        "instructions": len(code) / per_thread,
+        "inexact": sorted(set(INEXACT.findall(kernel.asm["ptx"]))),
+    }
 
 
 def _records(capabilities: Iterable[int]) -> Iterator[dict[str, Any]]:
     for cc in capabilities:
         for variant in VARIANTS:
-            yield _record(variant, cc)
-
-
-def _record(variant: Variant, cc: int) -> dict[str, Any]:
-    kernel = compiled(variant, cc)
-    sass = _cuobjdump(kernel.asm["cubin"], "-sass")
-    usage = dict(re.findall(r"(\w+):(\d+)", _cuobjdump(kernel.asm["cubin"], "-res-usage")))
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    while code[-1] in ("NOP", "BRA"):  # the end of the code is padded
-        code.pop()
-    threads = 32 * variant.module.OPTIONS["num_warps"]
-    per_thread = variant.module.BLOCK / threads
-    return {
-        "kernel": variant.name,
-        "cc": cc,
-        "registers": int(usage["REG"]),
-        "spill_bytes": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "shared_bytes": kernel.metadata.shared,
-        "load_bytes": variant.read,
-        "load_bytes_128": 16 * sum(op.startswith("LDG.E.128") for op in code) / per_thread,
-        "store_bytes": variant.written,
-        "store_bytes_128": 16 * sum(op.startswith("STG.E.128") for op in code) / per_thread,
-        "instructions": len(code) / per_thread,
-        "inexact": sorted(set(INEXACT.findall(kernel.asm["ptx"]))),
-    }
+            yield {"kernel": variant.name, "cc": cc} | measured(variant, compiled(variant, cc))
 
 
 def _cuobjdump(cubin: bytes, *options: str) -> str:

@@ -1,0 +1,110 @@
+"""The kernels compiled without a GPU: no spills, 16-byte accesses, few instructions, exact arithmetic."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+INSTRUCTIONS = 80  # per element
+
+
+def python(*arguments):
+    """What a python prints in which Triton compiles, for in this process it interprets where there is no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = [sys.executable, *arguments]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_lean(record):
+    assert record["spill_bytes"] == 0, record
+    assert record["load_bytes_128"] == record["load_bytes"], record
+    assert record["store_bytes_128"] == record["store_bytes"], record
+    assert 0 < record["instructions"] <= INSTRUCTIONS, record
+    assert record["inexact"] == [], record
+
+
+LEAN = {"spill_bytes": 0, "load_bytes": 6, "load_bytes_128": 6.0, "store_bytes": 4, "store_bytes_128": 4.0}
+LEAN |= {"instructions": 80.0, "inexact": []}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"spill_bytes": 8},
+        {"load_bytes_128": 4.0},
+        {"store_bytes_128": 0.0},
+        {"instructions": 80.1},
+        {"instructions": 0.0},
+        {"instructions": float("nan")},
+        {"inexact": ["fma.rn.f32"]},
+    ],
+)
+def test_a_kernel_that_is_not_lean_is_seen(damage):
+    assert_lean(LEAN)
+    with pytest.raises(AssertionError):
+        assert_lean(LEAN | damage)
+
+
+@pytest.mark.slow
+def test_every_kernel_is_lean_on_every_gpu():
+    records = json.loads(python("-m", "fastddpm.kernels.report", "--json"))
+    for record in records:
+        assert_lean(record)
+    assert {record["cc"] for record in records} == {80, 90, 100, 120}
+    for cc in (80, 90, 100, 120):
+        kernels = [record["kernel"].partition(" ")[0] for record in records if record["cc"] == cc]
+        assert kernels.count("step") >= 4
+        assert kernels.count("noising") >= 3
+
+
+OTHERWISE = """
+import json
+from fastddpm.kernels import report
+
+step, copying = report.step_variant("bf16", None, clip=True), report.step_variant("bf16", "bf16", clip=True)
+def record(**options):
+    return report.measured(step, report.compiled(step, 90, **options))
+
+print(json.dumps({
+    "odd": record(aligned=False),
+    "one": record(aligned=False, constants={"per_sample": 1}),
+    "fused": record(enable_fp_fusion=True),
+    "spilling": record(maxnreg=32),
+    "copying": report.compiled(copying, 90).asm["ptx"],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compiled_otherwise():
+    records = json.loads(python("-c", OTHERWISE))
+    for name in ("odd", "one"):  # odd sizes and addresses compile as well, to narrow accesses
+        assert records[name]["load_bytes_128"] == records[name]["store_bytes_128"] == 0
+        assert records[name]["spill_bytes"] == 0
+        assert records[name]["inexact"] == []
+    assert records["fused"]["inexact"] == ["fma.rn.f32"]
+    assert records["spilling"]["spill_bytes"] > 0
+    assert "cvt.rn.bf16x2.f32" in records["copying"]  # to nearest, which the interpreter does not do
+
+
+INEXACT = ["fma.rn.f32", "mad.f32", "mul.ftz.f32", "sqrt.approx.f32", "div.full.f32", "add.rz.f32", "cvt.rz.bf16x2.f32"]
+EXACT = ["mul.rn.f32", "sqrt.rn.f32", "mad.lo.s64", "mad.wide.u32", "cvt.rn.bf16x2.f32", "max.NaN.f32", "cvt.f32.bf16"]
+
+
+def test_inexact_instructions_are_told_from_exact_ones():
+    code = "from fastddpm.kernels.report import INEXACT; import sys; print(*INEXACT.findall(sys.argv[1]))"
+    lines = "\n".join(f"\t@%p1 {name} \t%r1, %r2;" for name in INEXACT + EXACT)
+    assert python("-c", code, lines).split() == INEXACT
+
+
+def test_the_report_does_not_interpret():
+    run = [sys.executable, "-m", "fastddpm.kernels.report", "--cc", "90"]
+    done = subprocess.run(run, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.rstrip().endswith("unset TRITON_INTERPRET")

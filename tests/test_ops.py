@@ -1,0 +1,199 @@
+"""The entry points of `ops`: what they refuse, what torch.compile makes of them, and what they leave undone."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastddpm import layout, noise, ops
+from fastddpm.schedule import Schedule
+
+TABLE = Schedule().table()
+NOISING_TABLE = Schedule().noising_table()
+SHAPE = (2, 3, 4, 4)
+
+
+def step_arguments(device="cpu"):
+    x, m = (layout.channels_last(torch.randn(SHAPE, generator=torch.Generator().manual_seed(i))) for i in range(2))
+    pos = torch.tensor([999, 3], dtype=torch.int32)
+    arguments = {"x": x, "m": m.bfloat16(), "table": TABLE, "pos": pos, "address": noise.address(7, 2)}
+    return {name: value.to(device) for name, value in arguments.items()}
+
+
+def noising_arguments(device="cpu"):
+    x_0 = layout.channels_last(torch.randint(256, SHAPE, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    arguments = {"x_0": x_0, "t": torch.tensor([0, 999]), "address": noise.address(7, 2), "table": NOISING_TABLE}
+    return {name: value.to(device) for name, value in arguments.items()}
+
+
+# What is refused
+
+
+def contiguous(x):
+    return x.contiguous()
+
+
+BAD_STEPS = [
+    ("x", lambda x: x.half(), r"x is \(2, 3, 4, 4\) torch.float16 on cpu; want .* of float32"),
+    ("x", lambda x: x[:, 0, 0, 0], r"x is \(2,\) torch.float32 on cpu; want \[N, C, \*spatial\] or \[N, D\]"),
+    ("x", contiguous, r"x has strides \(48, 16, 4, 1\), not channels-last; use layout.channels_last\(x\)"),
+    ("x", lambda x: x.clone().requires_grad_(), r"x requires a gradient, .* call it under torch.no_grad\(\)"),
+    (
+        "x",
+        lambda x: x[:1],
+        r"m is \(2, 3, 4, 4\) .*, but x is \(1, 3, 4, 4\) on cpu; the network must return one value",
+    ),
+    ("m", lambda m: m[:, :2], r"m is \(2, 2, 4, 4\) torch.bfloat16 on cpu, but x is .*; the network must return one"),
+    ("m", lambda m: m.to("meta"), r"m is .* on meta, but x is \(2, 3, 4, 4\) on cpu; .*, where x is"),
+    ("m", lambda m: m.double(), r"m is .* torch.float64 on cpu; want .* of float32, bfloat16, float16"),
+    ("m", contiguous, r"m has strides \(48, 16, 4, 1\), not channels-last; use layout.channels_last\(m\)"),
+    ("m", lambda m: m.clone().requires_grad_(), r"m requires a gradient, .* call it under torch.no_grad\(\)"),
+    ("pos", lambda pos: pos.long(), r"pos is \(2,\) torch.int64 on cpu; want \(2,\) torch.int32 on cpu"),
+    ("pos", lambda pos: pos[:1], r"pos is \(1,\) torch.int32 on cpu; want \(2,\) torch.int32 on cpu"),
+    ("pos", lambda pos: pos[:1].expand(2), r"pos is .* contiguous"),
+    ("pos", lambda pos: pos.to("meta"), r"pos is \(2,\) torch.int32 on meta; want .* on cpu"),
+    ("address", lambda a: a[0], r"address is \(2,\) torch.int64 on cpu; want \(2, 2\) .*: noise.address\("),
+    ("address", lambda a: a.int(), r"address is \(2, 2\) torch.int32 on cpu; want \(2, 2\) torch.int64"),
+    ("table", lambda table: table.to("meta"), r"table.rows is \(1000, 8\) .* on meta; want \(1000, 8\) .* on cpu"),
+    ("table", lambda table: replace(table, rows=table.rows.double()), r"table.rows is .* torch.float64 .*; want"),
+    ("table", lambda table: replace(table, rows=table.rows[:, :6]), r"table.rows is \(1000, 6\) .*; want \(1000, 8\)"),
+    ("table", lambda table: replace(table, timesteps=table.timesteps[1:]), r"table.timesteps is \(999,\) .*; want"),
+    ("out_dtype", lambda none: torch.float64, r"out_dtype is torch.float64; want None or one of float32, bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "message"), BAD_STEPS)
+def test_step_refuses(name, spoil, message):
+    arguments = step_arguments()
+    before = arguments["x"].clone()
+    spoilt = arguments | {name: spoil(arguments.get(name))}
+    with pytest.raises(ValueError, match=f"^step: {message}") as error:
+        ops.step(**spoilt)
+    assert "\n" not in str(error.value)
+    assert torch.equal(arguments["x"], before)
+
+
+BAD_NOISINGS = [
+    (
+        "x_0",
+        lambda x: x.int(),
+        r"x_0 is \(2, 3, 4, 4\) torch.int32 on cpu; want .* of float32, bfloat16, float16, uint8",
+    ),
+    ("x_0", lambda x: x[:, 0, 0, 0], r"x_0 is \(2,\) torch.uint8 on cpu; want \[N, C, \*spatial\] or \[N, D\]"),
+    ("x_0", contiguous, r"x_0 has strides .*, not channels-last; use layout.channels_last\(x_0\)"),
+    ("x_0", lambda x: x.float().requires_grad_(), r"x_0 requires a gradient"),
+    ("t", lambda t: t.int(), r"t is \(2,\) torch.int32 on cpu; want \(2,\) torch.int64 on cpu"),
+    ("t", lambda t: t[0], r"t is \(\) torch.int64 on cpu; want \(2,\)"),
+    ("address", lambda a: a[:1], r"address is \(1, 2\) torch.int64 on cpu; want \(2, 2\)"),
+    (
+        "table",
+        lambda table: table.double(),
+        r"table is \(1000, 2\) torch.float64 on cpu; want \(1000, 2\) torch.float32",
+    ),
+    ("table", lambda table: table[:, 0], r"table is \(1000,\) .*; want \(1000, 2\) .*: Schedule.noising_table\(\)"),
+    ("table", lambda table: table.to("meta"), r"table is .* on meta; want .* on cpu"),
+    ("stream", lambda none: noise.STEP, r"stream is 0; want noise.TRAIN \(2\) or noise.LIKELIHOOD \(3\)"),
+    ("dtype", lambda none: torch.uint8, r"dtype is torch.uint8; want one of float32, bfloat16, float16"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "message"), BAD_NOISINGS)
+def test_noising_refuses(name, spoil, message):
+    arguments = noising_arguments()
+    with pytest.raises(ValueError, match=f"^noising: {message}") as error:
+        ops.noising(**arguments | {name: spoil(arguments.get(name))})
+    assert "\n" not in str(error.value)
+
+
+def test_samples_beyond_the_kernels_grid_are_refused():
+    x = torch.empty(1, 65_536 * 1024, device="meta")
+    with pytest.raises(
+        ValueError, match=r"^step: x is \(1, 67108864\) .*; a sample may have at most 67107840 elements"
+    ):
+        ops.step(x, x, TABLE, torch.zeros(1, dtype=torch.int32), noise.address(0, 1))
+
+
+# What runs where
+
+
+def test_backends():
+    assert ops.backend("cpu") == ops.backend(torch.device("cpu")) == "torch"
+
+
+@pytest.mark.parametrize(("installed", "backend"), [(True, "triton"), (False, "torch")])
+def test_a_gpu_runs_triton_where_it_is_installed(installed, backend, monkeypatch):
+    monkeypatch.setattr(ops, "_has_triton", lambda: installed)
+    assert ops.backend("cuda") == ops.backend(torch.device("cuda", 1)) == backend
+
+
+def test_triton_is_not_imported():
+    code = """
+import sys, torch
+from fastddpm import noise, ops, schedule
+x, pos, address = torch.zeros(1, 4), torch.tensor([5], dtype=torch.int32), noise.address(0, 1)
+ops.step(x, x.clone(), schedule.Schedule().table(), pos, address)
+ops.noising(x, pos.long(), address, schedule.Schedule().noising_table())
+assert not {"triton", "torch._dynamo"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("pos", "drawn"), [([0, 0], 0), ([0, 1], 1), ([999, 999], 1)])
+def test_no_noise_is_made_where_all_rows_have_none(pos, drawn, monkeypatch):
+    calls = []
+    normal = noise.normal
+    monkeypatch.setattr(noise, "normal", lambda *args, **kwargs: calls.append(args) or normal(*args, **kwargs))
+    ops.step(**step_arguments() | {"pos": torch.tensor(pos, dtype=torch.int32)})
+    assert len(calls) == drawn
+
+
+# torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_traces_step(device, dynamic):
+    def sample(x, m, table, pos, address):
+        for _ in range(2):
+            x, low = ops.step(x, m, table, pos, address, out_dtype=torch.bfloat16)
+            m, pos = low * 0.5, pos - 1
+        return x, low
+
+    arguments, again = step_arguments(device), step_arguments(device)
+    want = sample(**arguments)
+    got = torch.compile(sample, fullgraph=True, backend="aot_eager", dynamic=dynamic)(**again)
+    assert all(map(torch.equal, got, want))
+    assert got[0] is again["x"]
+    assert torch.equal(again["x"], arguments["x"])
+    assert layout.is_channels_last(got[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_traces_noising(device, dynamic):
+    def loss(x_0, t, address, table):
+        x_t = ops.noising(x_0, t, address, table, dtype=torch.bfloat16)
+        return x_t, (x_t.float() ** 2).mean()
+
+    arguments = noising_arguments(device)
+    want = loss(**arguments)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)(**arguments)
+    assert all(map(torch.equal, got, want))
+    assert layout.is_channels_last(got[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copied", [False, True])
+def test_step_is_registered_as_torch_expects(device, copied):
+    a = step_arguments(device)
+    copy = torch.empty_like(a["x"], dtype=torch.float16) if copied else None
+    arguments = (a["x"], a["m"], a["table"].rows, a["table"].timesteps, a["pos"], a["address"], True, copy)
+    torch.library.opcheck(torch.ops.fastddpm.step.default, arguments)
+
+
+@pytest.mark.slow
+def test_noising_is_registered_as_torch_expects(device):
+    arguments = (*noising_arguments(device).values(), noise.LIKELIHOOD, torch.float16)
+    torch.library.opcheck(torch.ops.fastddpm.noising.default, arguments)

@@ -78,6 +78,11 @@ def test_schedules_are_running_products():
     assert PAPER.alphas_cumprod_prev[0] == 1
 
 
+def test_schedules_are_in_float64_whatever_the_betas():
+    betas = linear_betas().float()
+    assert torch.equal(Diffusion(betas).alphas_cumprod, Diffusion(betas.double()).alphas_cumprod)
+
+
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [1.0], [math.nan], 0.1, [[0.5, 0.5], [0.5, 0.5]]])
 def test_impossible_betas_are_refused(betas):
     message = r"^betas are \([\d, ]*\), \d not in 0 < beta < 1; want \[T\], all of them in it$"
@@ -389,8 +394,8 @@ def test_every_dtype_stays_itself(dtype):
         SHORT.noised(x, t, eps),
         *SHORT.posterior(x, eps, t),
         SHORT.predicted_x_0(x, t, eps),
-        SHORT.step(x, eps, t, x),
-        SHORT.step(x, eps.half(), t, x, clip=1.0),
+        *(SHORT.step(x, m, t, x, clip=clip) for m in (eps.half(), eps.double()) for clip in (None, 1.0)),
+        *(update(x, m, randn(8), x, clip=clip) for m in (eps.half(), eps.double()) for clip in (False, True)),
         SHORT.sample(lambda x, t: x / 2, x, lambda t: eps),
         SHORT.loss(lambda x, t: x / 2, x, t, eps),
         SHORT.training_loss(lambda x, t: x / 2, x),

@@ -23,7 +23,7 @@ def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -
 
     Args:
         x: [N, ...] state, floating point.
-        m: like x, of any float dtype, which is widened to that of x: what the network returned.
+        m: like x, of any float dtype (widened, or rounded, to that of x first): what the network returned.
         row: [8], or [N, 8] with one row for each entry: cx cm lo hi A B C S.
         z: like x, standard normal; None adds nothing, as S = 0 does.
         clip: whether the row is for clamp(cx x + cm m, lo, hi), or has it folded into B and C.

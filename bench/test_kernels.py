@@ -52,7 +52,7 @@ def copy_gbps():
 def measure(benchmark, call, bytes_moved, copy_gbps):
     benchmark.pedantic(captured(call), rounds=30, warmup_rounds=3)
     gbps = bytes_moved * LAUNCHES / benchmark.stats.stats.median / 1e9
-    benchmark.extra_info |= {"gpu": torch.cuda.get_device_name(), "gbps": gbps, "copy_gbps": copy_gbps}
+    benchmark.extra_info.update(gpu=torch.cuda.get_device_name(), gbps=gbps, copy_gbps=copy_gbps)
     print(f"\n{benchmark.name}: {gbps:.0f} GB/s, {gbps / copy_gbps:.0%} of the copy's {copy_gbps:.0f}")
 
 

@@ -272,7 +272,7 @@ def test_captured_step_follows_what_lies_on_the_device():
     state, output, pos, where = held
     rows = table.to("cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
-        ops.step(state.clone(), output, rows, pos, where)  # compiles
+        ops.step(state.clone(), output, rows, pos, where, out_dtype=torch.bfloat16)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -2,6 +2,7 @@
 
 import math
 
+import check
 import diffusers
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_is_as_accurate_as_diffusers_in_other_dtypes(dtype):
     theirs.to(dtype)
     got, yardstick = plain_unet(theirs)(x.to(dtype), t), theirs(x.to(dtype), t).sample
     assert got.dtype == dtype
-    assert error(got, want) <= 2 * error(yardstick, want)
+    check.assert_as_accurate(got, yardstick, want)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def timestep_embedding(t: Tensor, width: int, *, flip_sin_to_cos: bool = False, 
     """
     half = width // 2
     places = torch.arange(half, dtype=torch.float64, device=t.device) / (half - freq_shift)
-    angles = t.double()[:, None] * torch.exp(-math.log(10000) * places)
+    angles = t[:, None] * torch.exp(-math.log(10000) * places)
     waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
     return F.pad(torch.cat(waves, 1), (0, width % 2))
 

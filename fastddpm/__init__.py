@@ -1,5 +1,14 @@
-"""fastddpm: the fastest exact DDPM sampler for PyTorch."""
+"""fastddpm: the fastest exact DDPM sampler for PyTorch.
 
+from fastddpm import Sampler
+sampler = Sampler.from_pretrained("google/ddpm-cifar10-32")  # a folder, a hub id, or nothing: the model in the package
+images = sampler.sample(16, seed=0, output="uint8")  # [16, 32, 32, 3]
+"""
+
+from fastddpm import noise, ops
 from fastddpm._version import __version__
+from fastddpm.sampler import Sampler
+from fastddpm.schedule import Schedule, StepTable
+from fastddpm.unet import UNet2D
 
-__all__ = ["__version__"]
+__all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]

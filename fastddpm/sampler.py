@@ -6,7 +6,7 @@ neither depends on the batch that sample i happens to be in.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -273,9 +273,9 @@ def sample_shape(net: UNet2D) -> tuple[int, ...]:
     return (net.config["in_channels"], *((size, size) if isinstance(size, int) else size))
 
 
-def shipped_model() -> str:
+def shipped_model() -> Path:
     """The folder of the model in the package."""
-    return str(files("fastddpm") / "models" / SHIPPED)
+    return Path(__file__).parent / "models" / SHIPPED
 
 
 def device_and_dtype(device: torch.device | str | None, precision: str) -> tuple[torch.device, torch.dtype]:

@@ -111,11 +111,10 @@ def train(
 
     height, width, channels = _checked(data, options)
     device, dtype = device_and_dtype(device, options.precision)
-    out = Path(out)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-
     torch.manual_seed(options.seed)
     net = UNet2D(**options.unet_config(height, width, channels)).to(device)
+    out = Path(out)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, fused=True)
     start, seconds = _resume(out, options, net, ema, optimizer)
@@ -154,7 +153,8 @@ def train(
             _save(out, options, net, ema, optimizer, done, time.monotonic() - began)
         if done % options.sample_every == 0 or done == options.steps:
             sampler = Sampler(ema, options.schedule, device=device)
-            grid = sampler.sample(64, seed=options.seed, steps=100, output="uint8", progress=False)
+            steps = min(100, options.schedule.num_train_timesteps)
+            grid = sampler.sample(64, seed=options.seed, steps=steps, output="uint8", progress=False)
             images.save_grid(grid, out / "samples" / f"step-{done:07d}.png")
     bar.close()
     return out

@@ -138,8 +138,11 @@ class UNet2D(nn.Module):
         Raises: ValueError: a shape is not as above, or class_labels missing or not wanted.
         """
         t = torch.as_tensor(t, device=x.device).reshape(-1)
-        if len(t) not in (1, len(x)):
-            raise ValueError(f"t holds {len(t)} timesteps for a batch of {len(x)}; want one for all, or one each")
+        for name, given in (("t", t), ("class_labels", t if class_labels is None else class_labels)):
+            if len(given) not in (1, len(x)):
+                raise ValueError(
+                    f"{name} has length {len(given)} for a batch of {len(x)}; want one for all, or one each"
+                )
         return self.denoise(x, self.time_rows(t, class_labels))
 
     def time_rows(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
@@ -163,7 +166,7 @@ class UNet2D(nn.Module):
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
         """The network given `time_rows`: one row for the whole batch, or [N, columns]."""
         shape, factor = (self.config["in_channels"],), 1 << (len(self.config["block_out_channels"]) - 1)
-        if x.ndim != 4 or x.shape[1:2] != shape or x.shape[2] % factor or x.shape[3] % factor:
+        if x.ndim != 4 or x.shape[1:2] != shape or x[0, 0].numel() == 0 or any(side % factor for side in x.shape[2:]):
             raise ValueError(
                 f"x is {tuple(x.shape)}; want [N, {shape[0]}, H, W] with H and W multiples of {factor} for this network"
             )
@@ -213,8 +216,8 @@ class UNet2D(nn.Module):
         """Sinusoidal embedding of t [N] -> [N, block_out_channels[0]] in the time MLP's dtype."""
         width = self.config["block_out_channels"][0]
         half = width // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - self.config["freq_shift"])
-        angle = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = t.float()[:, None] * torch.exp(exponent / (half - self.config["freq_shift"]))
         pair = [angle.cos(), angle.sin()] if self.config["flip_sin_to_cos"] else [angle.sin(), angle.cos()]
         return F.pad(torch.cat(pair, 1), (0, width % 2)).to(self.time_embedding.linear_1.weight.dtype)
 
@@ -359,12 +362,26 @@ class Conv2d(nn.Conv2d):
 
 
 def normed(norm: nn.GroupNorm, x: Tensor, act: Activation | None = None) -> Tensor:
-    """Group norm and activation, in x's dtype; the statistics, and on a CPU mostly the rest too, in float32."""
-    # torch's CPU kernel for 16-bit channels-last is slow below 1024 pixels: 2.0 ms instead of 0.9 ms by way of float32,
-    # for 16 x 256 x 16 x 16 (two cores of a Xeon with AMX, 2026-11-22), which is also more accurate.
-    widen = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and x[0, 0].numel() < 1024
-    y = F.group_norm(x.float() if widen else x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    """Group norm and activation, in x's dtype; the statistics in float32."""
+    y = x
+    if x.device.type == "cpu":
+        if x.dtype == torch.float32:
+            # torch's channels-last kernel takes E[x^2] - E[x]^2, which is right only near a mean of 0. Inputs of 16
+            # bits need no help: they lose more by their own rounding.
+            y = x - _group_means(x, norm.num_groups)
+        elif x.dtype in (torch.bfloat16, torch.float16) and x[0, 0].numel() < 1024:
+            # the kernel for 16 bits is slow below 1024 pixels: 2.0 ms instead of 0.9 ms by way of float32, for
+            # 16 x 256 x 16 x 16 (two cores of a Xeon with AMX, 2026-11-22); this is more accurate, too
+            y = x.float()
+    y = F.group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return (y if act is None else act(y)).to(x.dtype)
+
+
+def _group_means(x: Tensor, groups: int) -> Tensor:
+    """The mean of each sample's groups, for each channel: [N, C, 1, 1]."""
+    n, c = x.shape[:2]
+    means = x.mean((2, 3)).view(n, groups, -1).mean(2, keepdim=True)
+    return means.expand(n, groups, c // groups).reshape(n, c, 1, 1)
 
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:
@@ -374,22 +391,32 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"UNet2D: unknown option {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
     config = {**DEFAULTS, **config}
-    for key in ("down_block_types", "up_block_types", "block_out_channels"):
-        config[key] = tuple(config[key])
     for key, values in SUPPORTED.items():
         if config[key] not in values:
             raise ValueError(f"UNet2D: {key} is {config[key]!r}, which is not supported; supported: {values}")
-    for key, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
-        for kind in config[key]:
-            if kind not in kinds:
-                raise ValueError(f"UNet2D: {key} holds {kind!r}, which is not supported; supported: {', '.join(kinds)}")
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(config[key], list | tuple) or not config[key]:
+            raise ValueError(f"UNet2D: {key} is {config[key]!r}; want a list with one entry per level")
+        config[key] = tuple(config[key])
         if len(config[key]) != len(config["block_out_channels"]):
             raise ValueError(
                 f"UNet2D: {key} has {len(config[key])} entries, but block_out_channels has "
                 f"{len(config['block_out_channels'])}; give one of each per level"
             )
-    for width in config["block_out_channels"]:
-        for key in ("norm_num_groups", "attention_head_dim"):
-            if config[key] is not None and width % config[key]:
-                raise ValueError(f"UNet2D: {key} is {config[key]}, which does not divide block_out_channels' {width}")
+    for key, kinds in (("down_block_types", DOWN), ("up_block_types", UP)):
+        config[key] = tuple(str(kind).removeprefix("UNetRes") for kind in config[key])  # an old name for the same
+        for kind in config[key]:
+            if kind not in kinds:
+                raise ValueError(f"UNet2D: {key} holds {kind!r}, which is not supported; supported: {', '.join(kinds)}")
+    widths = config["block_out_channels"]
+    attended = {width for kind, width in zip(config["down_block_types"], widths, strict=True) if DOWN[kind]}
+    attended |= {width for kind, width in zip(config["up_block_types"], reversed(widths), strict=True) if UP[kind]}
+    attended |= {widths[-1]} if config["mid_block_type"] is not None and config["add_attention"] else set()
+    divisors = (("norm_num_groups", widths), ("attention_head_dim", attended), ("attn_norm_num_groups", widths[-1:]))
+    for key, multiples in divisors:
+        value = config[key]
+        if value is None and key != "norm_num_groups":
+            continue
+        if not isinstance(value, int) or value < 1 or any(width % value for width in multiples):
+            raise ValueError(f"UNet2D: {key} is {value!r}; want a whole number that divides {sorted(set(multiples))}")
     return config

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastddpm import checkpoint, layout
 from fastddpm.schedule import Schedule
-from fastddpm.unet import UNet2D
+from fastddpm.unet import UNet2D, normed
 
 TINY = {
     "sample_size": 16,
@@ -44,6 +44,8 @@ OPTIONS = {
     "downsample_padding 0": {**THREE, "downsample_padding": 0},
     "flip_sin_to_cos off": {"flip_sin_to_cos": False},
     "freq_shift 1": {"flip_sin_to_cos": False, "freq_shift": 1},
+    "old names of blocks": {"down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D")},
+    "heads as wide as the attended level": {"attention_head_dim": 16},
     "odd width": {"block_out_channels": (9, 12), "norm_num_groups": 3, "attention_head_dim": 3},
     "time_embedding_dim": {"time_embedding_dim": 20},
     "swish": {"act_fn": "swish"},
@@ -127,8 +129,8 @@ class Case:
     def diffusers(self, dtype: torch.dtype) -> Tensor:
         """By diffusers, in the memory format of ours: plain torch's kernels for that format are the yardstick.
 
-        On a CPU they sum in longer chains than those for NCHW: at the cifar10-32 layout, diffusers' own rms error in
-        float32 is 5.5e-7 in channels-last and 2.1e-7 in NCHW (a Xeon with AMX, 2026-11-22).
+        On a CPU their convolutions round otherwise than those for NCHW: at the cifar10-32 layout, diffusers' own rms
+        error in float32 is 5.5e-7 in channels-last and 2.1e-7 in NCHW (a Xeon with AMX, 2026-11-22).
         """
         net = UNet2DModel(**self.config).eval().requires_grad_(False)
         net.load_state_dict(self.theirs.state_dict())
@@ -168,6 +170,30 @@ def test_each_sample_may_have_its_own_t(option):
 @pytest.mark.parametrize("config", [CIFAR10, CELEBAHQ, BUTTERFLIES], ids=["cifar10-32", "celebahq-256", "butterflies"])
 def test_public_layouts_are_the_function_of_diffusers(config):
     Case(config, n=1, one_t=True).assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 12, 5, 7), (2, 32, 16, 16), (1, 8, 33, 33)])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_the_norm_is_right_far_from_zero(shape, groups, mean):
+    """Against torch's NCHW kernel, which takes the variance about the mean."""
+    torch.manual_seed(0)
+    x = layout.channels_last(torch.randn(shape) + mean)
+    norm = torch.nn.GroupNorm(groups, shape[1], 1e-6).requires_grad_(False)
+    ref = norm.double()(x.double())
+    plain = norm.float()(x.contiguous())
+    check.assert_as_accurate(normed(norm, x), plain, ref)
+
+
+def test_the_norm_of_one_pass_would_be_seen():
+    torch.manual_seed(0)
+    x = layout.channels_last(torch.randn(2, 32, 16, 16) + 1000)
+    norm = torch.nn.GroupNorm(4, 32).requires_grad_(False)
+    ref, plain = norm.double()(x.double()), norm.float()(x.contiguous())
+    one_pass = x.square().unflatten(1, (4, 8)).mean((2, 3, 4)) - x.unflatten(1, (4, 8)).mean((2, 3, 4)).square()
+    damaged = (x - 1000) / (one_pass.repeat_interleave(8, 1)[:, :, None, None] + 1e-5).sqrt()
+    with pytest.raises(AssertionError, match="error is"):
+        check.assert_as_accurate(damaged, plain, ref)
 
 
 def test_a_wrong_option_would_be_seen():
@@ -324,15 +350,20 @@ def test_an_option_that_is_not_supported_is_named(option):
     [
         ({"down_block_types": ("DownBlock2D",)}, "down_block_types has 1 entries, but block_out_channels has 2"),
         ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types has 3 entries, but block_out_channels has 2"),
-        ({"norm_num_groups": 3}, "norm_num_groups is 3, which does not divide block_out_channels' 8"),
-        ({"attention_head_dim": 5}, "attention_head_dim is 5, which does not divide block_out_channels' "),
+        ({"norm_num_groups": 3}, "norm_num_groups is 3; want a whole number that divides [8, 16]"),
+        ({"norm_num_groups": None}, "norm_num_groups is None; want a whole number that divides [8, 16]"),
+        ({"attn_norm_num_groups": 3}, "attn_norm_num_groups is 3; want a whole number that divides [16]"),
+        ({"attention_head_dim": 5}, "attention_head_dim is 5; want a whole number that divides [16]"),
+        ({"block_out_channels": 8}, "block_out_channels is 8; want a list with one entry per level"),
     ],
 )
 def test_options_that_do_not_fit_each_other(option, want):
     assert want in check.error_line(UNet2D, **{**TINY, **option})
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 2, 3, 16, 16), (2, 4, 16, 16), (2, 3, 15, 16), (2, 3, 16, 17)])
+@pytest.mark.parametrize(
+    "shape", [(3, 16, 16), (1, 2, 3, 16, 16), (2, 4, 16, 16), (2, 3, 15, 16), (2, 3, 16, 17), (2, 3, 0, 16)]
+)
 def test_an_input_of_the_wrong_shape(shape):
     want = f"x is {shape}; want [N, 3, H, W] with H and W multiples of 2 for this network"
     assert check.error_line(Case(TINY).ours, torch.zeros(shape), 0) == want
@@ -341,7 +372,11 @@ def test_an_input_of_the_wrong_shape(shape):
 def test_as_many_t_as_samples():
     net = Case(TINY).ours
     assert check.error_line(net, torch.zeros(2, 3, 16, 16), torch.zeros(3)).startswith(
-        "t holds 3 timesteps for a batch of 2"
+        "t has length 3 for a batch of 2"
+    )
+    labelled = UNet2D(**TINY, num_class_embeds=10)
+    assert check.error_line(labelled, torch.zeros(2, 3, 16, 16), 0, torch.zeros(3).long()).startswith(
+        "class_labels has length 3 for a batch of 2"
     )
 
 

@@ -1,0 +1,317 @@
+"""The loop is Algorithm 2 with addressed noise: equal to the specification, and to diffusers given the same noise."""
+
+import math
+
+import pytest
+import torch
+from check import assert_as_accurate, root_mean_square
+from diffusers import DDPMScheduler, UNet2DModel
+
+from fastddpm import Sampler, Schedule, UNet2D, noise
+from fastddpm.images import to_uint8
+from fastddpm.reference.diffusion import Diffusion, update
+
+SHAPES = [(1, 4, 4), (3, 5, 7), (2, 9), (5,)]
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+def elementwise(x, t):
+    """An eps-model without reductions: its result for one sample cannot depend on the others."""
+    return (x * 0.9 + t.reshape(-1, *[1] * (x.ndim - 1)) * 1e-4).sin()
+
+
+def tiny_unet(seed=0):
+    torch.manual_seed(seed)
+    return UNet2D(**TINY).eval()
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny_unet()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"noise": False}], ids=str)
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_loop_is_the_written_update_bit_for_bit(shape, how, clip):
+    schedule = Schedule(clip_sample=clip)
+    table = schedule.table(7, **how)
+    address = noise.address(3, [5, 2])
+    x = noise.normal(address, shape, stream=noise.START, t=1000)
+    for k in reversed(range(7)):
+        t = table.timesteps[k].long().expand(2)
+        z = noise.normal(address, shape, stream=noise.STEP, t=t)
+        x = update(x, elementwise(x, t), table.rows[k], z, clip=clip)
+    got = Sampler(elementwise, schedule, shape=shape).sample([5, 2], seed=3, steps=7, progress=False, **how)
+    assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_all_steps_are_algorithm_2(clip):
+    """All 1000 steps against the paper's formulas in float64, judged by the same formulas in float32."""
+    schedule = Schedule(clip_sample=clip)
+    address, shape = noise.address(0, 4), (2, 3)
+    process = Diffusion(schedule.betas)
+
+    def textbook(dtype):
+        x_T = noise.normal(address, shape, stream=noise.START, t=1000).to(dtype)
+        draw = lambda t: noise.normal(address, shape, stream=noise.STEP, t=t).to(dtype)
+        return process.sample(elementwise, x_T, draw, clip=1.0 if clip else None)
+
+    ours = Sampler(elementwise, schedule, shape=shape).sample(4, progress=False)
+    assert_as_accurate(ours, textbook(torch.float32), textbook(torch.float64))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_whole_path_is_as_accurate_as_diffusers(unet, precision):
+    """U-Net, table and loop together, given the same noise: distance to diffusers in float64, over plain diffusers'."""
+    schedule, address, shape = Schedule(), noise.address(1, 16), (1, 8, 8)
+
+    @torch.no_grad()
+    def diffusers(net_dtype, state_dtype, monkeypatch):
+        net, scheduler = UNet2DModel(**TINY).eval(), DDPMScheduler()
+        net.load_state_dict(unet.state_dict())
+        for parameter in net.parameters():
+            parameter.data = parameter.to(net_dtype)
+        scheduler.alphas_cumprod = schedule.alphas_cumprod.to(state_dtype)  # diffusers' own is rounded to float32
+        scheduler.set_timesteps(20)
+        x = noise.normal(address, shape, stream=noise.START, t=1000).to(state_dtype)
+        for t in scheduler.timesteps:
+            z = noise.normal(address, shape, stream=noise.STEP, t=int(t)).to(state_dtype)
+            monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, z=z, **kwargs: z)
+            m = net(x.to(net_dtype), t).sample.to(state_dtype)
+            x = scheduler.step(m, t, x).prev_sample
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        plain = diffusers({"fp32": torch.float32, "bf16": torch.bfloat16}[precision], torch.float32, patch)
+        exact = diffusers(torch.float64, torch.float64, patch)
+    ours = Sampler(unet, schedule, precision=precision).sample(16, seed=1, steps=20, progress=False)
+    if precision == "fp32":
+        assert_as_accurate(ours, plain, exact)
+    else:  # over 20 steps of bf16 the largest of the errors is chance: 1.0 to 2.2 times plain diffusers', by the seed
+        assert root_mean_square(ours - exact) <= 2 * root_mean_square(plain - exact)
+
+
+def test_gaussian_data_come_back():
+    """With the optimal eps-model of N(mean, var) data, samples have its mean and variance, but for the known bias."""
+    mean, var, T = torch.tensor([0.6, -0.2]), torch.tensor([0.09, 0.25]), 1000
+    schedule = Schedule(clip_sample=False)
+    abar = schedule.alphas_cumprod.float()
+
+    def optimal(x, t):
+        signal = abar[t][:, None]
+        return (1 - signal).sqrt() * (x - signal.sqrt() * mean) / (signal * var + 1 - signal)
+
+    def propagated():
+        """Mean and variance of the samples in exact arithmetic: every step is affine in x."""
+        m, v = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+        abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+        for t in reversed(range(T)):
+            slope = (1 - abar[t]).sqrt() / (abar[t] * var.double() + 1 - abar[t])
+            scale = (1 - schedule.betas[t] / (1 - abar[t]).sqrt() * slope) / schedule.alphas[t].sqrt()
+            shift = schedule.betas[t] / (1 - abar[t]).sqrt() * slope * abar[t].sqrt() / schedule.alphas[t].sqrt()
+            m = scale * m + shift * mean.double()
+            v = scale**2 * v + (schedule.betas[t] * (1 - abar_prev[t]) / (1 - abar[t]) if t else 0)
+        return m, v
+
+    m, v = propagated()
+    n = 4000
+    x = Sampler(optimal, schedule, shape=(2,)).sample(n, progress=False, batch_size=n).double()
+    five_sigma = 5.0  # P < 6e-7 for each of the four numbers
+    assert ((x.mean(0) - m).abs() <= five_sigma * (v / n).sqrt()).all()
+    assert ((x.var(0) - v).abs() <= five_sigma * v * math.sqrt(2 / n)).all()
+    assert ((m - mean).abs() <= 0.01 * mean.abs()).all()
+    assert ((v - var).abs() <= 0.05 * var).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_sample_does_not_depend_on_its_batch(shape):
+    sampler = Sampler(elementwise, shape=shape)
+    together = sampler.sample(7, seed=11, steps=5, progress=False)
+    for size in (1, 2, 3):
+        assert torch.equal(sampler.sample(7, seed=11, steps=5, batch_size=size, progress=False), together)
+    assert torch.equal(sampler.sample([6, 0, 3], seed=11, steps=5, progress=False), together[[6, 0, 3]])
+    assert not torch.equal(sampler.sample(7, seed=12, steps=5, progress=False), together)
+
+
+def test_the_noise_does_not_depend_on_the_batch(unet):
+    """Whatever the network rounds, what it is given first is the same bits, and so is every z added."""
+    seen = {}
+
+    def recording(x, t):
+        seen.setdefault(int(t[0]), []).append(x.clone())
+        return torch.zeros_like(x)
+
+    for size in (1, 4):
+        Sampler(recording, shape=(1, 8, 8)).sample(4, steps=10, batch_size=size, progress=False)
+    for states in seen.values():
+        assert torch.equal(torch.cat(states[:4]), states[4])
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_callback_sees_x_0(clip):
+    schedule, calls = Schedule(clip_sample=clip), []
+    sampler = Sampler(elementwise, schedule, shape=(2, 3))
+    plain = sampler.sample(3, steps=4, progress=False)
+    watched = sampler.sample(3, steps=4, progress=False, batch_size=2, callback=lambda *seen: calls.append(seen))
+    assert torch.equal(plain, watched)
+    assert [call[:2] for call in calls] == 2 * [(0, 750), (1, 500), (2, 250), (3, 0)]
+    assert [call[3].tolist() for call in calls] == 4 * [[0, 1]] + 4 * [[2]]
+    assert torch.equal(torch.cat([calls[3][2], calls[7][2]]), plain)  # the last step returns x_0 itself
+    x_T = noise.normal(noise.address(0, 2), (2, 3), stream=noise.START, t=1000)
+    exact = Diffusion(schedule.betas).predicted_x_0(x_T.double(), 750, elementwise(x_T, torch.tensor([750, 750])))
+    plain_x_0 = Diffusion(schedule.betas).predicted_x_0(x_T, 750, elementwise(x_T, torch.tensor([750, 750])))
+    bound = (lambda x: x.clamp(-1, 1)) if clip else (lambda x: x)
+    assert_as_accurate(calls[0][2], bound(plain_x_0), bound(exact))
+
+
+def test_uint8_images(unet):
+    sampler = Sampler(unet)
+    x = sampler.sample(3, steps=3, progress=False)
+    assert (x.dtype, x.shape) == (torch.float32, (3, 1, 8, 8))
+    assert x.abs().max() <= 1
+    images = sampler.sample(3, steps=3, progress=False, output="uint8")
+    assert torch.equal(images, to_uint8(x))
+
+
+def test_no_samples(unet):
+    assert Sampler(unet).sample(0, progress=False).shape == (0, 1, 8, 8)
+
+
+def test_weights_changed_between_runs_are_seen_and_the_model_is_left_alone():
+    net = tiny_unet().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    sampler = Sampler(net, precision="fp32")
+    first = sampler.sample(2, steps=3, progress=False)
+    assert net.training
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    with torch.no_grad():
+        net.conv_out.weight.mul_(1.5)
+    changed = sampler.sample(2, steps=3, progress=False)
+    assert not torch.equal(first, changed)
+    assert torch.equal(changed, Sampler(net, precision="fp32").sample(2, steps=3, progress=False))
+
+
+def test_class_labels():
+    torch.manual_seed(0)
+    net = UNet2D(**TINY, num_class_embeds=3)
+    sampler = Sampler(net, precision="fp32")
+    how = {"steps": 3, "progress": False}
+    mixed = sampler.sample(4, class_labels=[0, 1, 2, 1], batch_size=2, **how)
+    for label in range(3):
+        alone = sampler.sample(4, class_labels=[label] * 4, batch_size=2, **how)
+        same = torch.tensor([0, 1, 2, 1]) == label
+        assert torch.equal(mixed[same], alone[same])
+        assert not torch.equal(mixed[~same], alone[~same])
+    with pytest.raises(ValueError, match="class_labels are"):
+        sampler.sample(4, class_labels=[0, 1, 2], **how)
+    with pytest.raises(ValueError, match="class-conditional; pass class_labels"):
+        sampler.sample(4, **how)
+
+
+def test_bf16_of_another_network_is_autocast():
+    conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+    seen = []
+
+    def model(x, t):
+        seen.append((x.dtype, conv(x).dtype))
+        return conv(x)
+
+    Sampler(model, shape=(1, 8, 8), precision="bf16").sample(1, steps=1, progress=False)
+    Sampler(model, shape=(1, 8, 8)).sample(1, steps=1, progress=False)
+    assert seen == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+
+
+def test_progress_is_shown_or_not(capsys):
+    sampler = Sampler(elementwise, shape=(2,))
+    sampler.sample(3, steps=4, batch_size=2)
+    assert "8/8" in capsys.readouterr().err
+    sampler.sample(3, steps=4, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_shipped_model_samples():
+    images = Sampler.from_pretrained().sample(2, steps=2, progress=False, output="uint8")
+    assert images.shape == (2, 28, 28, 1)
+
+
+def fails_at(t_bad, result):
+    """A network that returns result(eps) at one timestep."""
+    return lambda x, t: result(torch.zeros_like(x)) if int(t[0]) == t_bad else torch.zeros_like(x)
+
+
+def nan_in_sample_1(eps):
+    eps[1, 0] = math.nan
+    return eps
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (nan_in_sample_1, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity for samples \[8\];"),
+        (lambda eps: eps / 0, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity for samples \[7, 8\]"),
+        (lambda eps: eps[:, :1], r"^step 3 of 4 \(t = 250\): the network returned \(2, 1\) torch.float32 on cpu for"),
+        (lambda eps: (eps,), r"^step 3 of 4 \(t = 250\): the network returned a tuple for \(2, 3\)"),
+        (lambda eps: eps.int(), r"^step 3 of 4 \(t = 250\): the network returned \(2, 3\) torch.int32"),
+    ],
+    ids=["nan", "all-nan", "shape", "tuple", "dtype"],
+)
+def test_a_wrong_network_output_names_the_step(result, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(fails_at(250, result), shape=(3,)).sample([7, 8], steps=4, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"samples": -1}, "samples is -1"),
+        ({"samples": 1.5}, "samples is 1.5"),
+        ({"samples": [-1]}, "sample index is -1"),
+        ({"samples": [0.5]}, "sample index is 0.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": 1001}, "steps is 1001"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"sampler": "pndm"}, "sampler is 'pndm'"),
+        ({"eta": -1.0, "sampler": "ddim"}, "eta is -1.0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"output": "pil"}, "output is 'pil'"),
+        ({"output": "uint8"}, "output is 'uint8', but a sample is"),
+        ({"class_labels": [1]}, "class_labels are"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Sampler(elementwise, shape=(2,)).sample(**{"samples": 1, "steps": 2, "progress": False, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": 3}, "model is 3"),
+        ({"shape": None}, "shape is missing"),
+        ({"shape": (0, 2)}, r"shape is \(0, 2\)"),
+        ({"shape": ()}, r"shape is \(\)"),
+        ({"precision": "fp8"}, "precision is 'fp8'; want one of auto, fp32, bf16"),
+        ({"device": "tpu9"}, "device is 'tpu9'"),
+        ({"device": "meta"}, "device is 'meta'"),
+    ],
+    ids=str,
+)
+def test_bad_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**{"model": elementwise, "shape": (2,), **arguments})

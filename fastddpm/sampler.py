@@ -6,6 +6,7 @@ neither depends on the batch that sample i happens to be in.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ Callback = Callable[[int, int, Tensor, Tensor], object]  # (step, t, x_0, sample
 SHIPPED = "fashion-mnist"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    """float32 that is float32: by default cuDNN's convolutions round to TF32 on the way."""
+    kinds: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 class Sampler:
@@ -160,6 +175,7 @@ class Sampler:
                 yield addresses[part, 1], self._run(network, table, addresses[part], label, callback, bar).cpu()
 
     @torch.no_grad()
+    @_ieee()
     def _run(
         self,
         network: Network,

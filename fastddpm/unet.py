@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from fastddpm.layout import channels_last
 
 Activation = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Activation] = {"silu": F.silu, "swish": F.silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU, which overwrites x where no gradient will need it."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+ACTIVATIONS: dict[str, Activation] = {"silu": silu, "swish": silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 IDENTITY = nn.Identity()
 DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
@@ -191,7 +198,7 @@ class UNet2D(nn.Module):
                 h = attention(resnet(torch.cat([h, skips.pop()], 1), next(columns)))
             for upsample in block.upsamplers:
                 h = upsample(h)
-        return self.conv_out(normed(self.conv_norm_out, h, F.silu))
+        return self.conv_out(normed(self.conv_norm_out, h, silu))
 
     def for_inference(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "UNet2D":
         """A copy to sample with: no gradients, convolutions and attention in `dtype`, fused and packed.

@@ -1,6 +1,8 @@
 """Where the operations are tested: in torch on the CPU, in the Triton interpreter, on a GPU."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,10 @@ from fastddpm import ops
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+if find_spec("diffusers") is None:  # a machine with a GPU may lack it, and can test all the rest
+    files = Path(__file__).parent.glob("test_*.py")
+    collect_ignore = [file.name for file in files if "from diffusers import" in file.read_text()]
 
 needs_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -184,6 +184,15 @@ def test_uint8_images(unet):
     assert torch.equal(images, to_uint8(x))
 
 
+def test_float32_is_float32_in_the_run_and_as_it_was_after():
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    precisions = lambda: [kind.fp32_precision for kind in kinds]
+    before, seen = precisions(), []
+    Sampler(lambda x, t: seen.append(precisions()) or x, shape=(1,)).sample(1, steps=1, progress=False)
+    assert seen == [["ieee", "ieee"]]
+    assert precisions() == before
+
+
 def test_no_samples(unet):
     assert Sampler(unet).sample(0, progress=False).shape == (0, 1, 8, 8)
 

@@ -28,7 +28,8 @@ def shipped():
 
 def cifar10():
     torch.manual_seed(0)
-    return CIFAR10, UNet2D(**CIFAR10).state_dict()
+    net = UNet2D(**CIFAR10)
+    return net.config, net.state_dict()
 
 
 MODELS = {"cifar10-32": cifar10, "shipped": shipped}

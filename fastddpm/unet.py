@@ -338,8 +338,8 @@ class Upsample(nn.Module):
     def fuse(self) -> None:
         """Convolve before the pixels are repeated.
 
-        An output pixel sees 2 x 2 different input pixels; which of the taps meet the same one depends only on the parity
-        of its row and column. So four 2 x 2 convolutions with summed taps, one per parity, do it with half of the
+        An output pixel sees 2 x 2 different input pixels; which of the taps meet the same one depends on nothing but the
+        parity of its row and column. So four 2 x 2 convolutions with summed taps, one per parity, do it with half of the
         multiplications: 181 -> 60 ms in fp32, 25 -> 18 ms in bf16, for 16 x 256 x 16 x 16 on a core of a Xeon with AMX,
         2026-11-22.
         """

@@ -338,10 +338,10 @@ class Upsample(nn.Module):
     def fuse(self) -> None:
         """Convolve before the pixels are repeated.
 
-        An output pixel sees 2 x 2 different input pixels; which of the taps meet the same one depends on nothing but the
-        parity of its row and column. So four 2 x 2 convolutions with summed taps, one per parity, do it with half of the
-        multiplications: 181 -> 60 ms in fp32, 25 -> 18 ms in bf16, for 16 x 256 x 16 x 16 on a core of a Xeon with AMX,
-        2026-11-22.
+        An output pixel sees 2 x 2 different input pixels; which taps meet the same one depends on nothing but the
+        parity of its row and column. So four 2 x 2 convolutions with summed taps, one per parity, do it with half
+        of the multiplications: 181 -> 60 ms in fp32, 25 -> 18 ms in bf16, for 16 x 256 x 16 x 16 on a core of a Xeon
+        with AMX, 2026-11-22.
         """
         width, tap = self.conv.in_channels, self.conv.weight
         meets = tap.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, input pixel, tap]
@@ -355,7 +355,7 @@ class Upsample(nn.Module):
         if self.phases is None:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         n, c, height, width = x.shape
-        y = self.phases(x).permute(0, 2, 3, 1).view(n, height + 1, width + 1, 2, 2, c)
+        y = self.phases(x).permute(0, 2, 3, 1).reshape(n, height + 1, width + 1, 2, 2, c)
         out = y.new_empty(n, height, 2, width, 2, c)
         for a, b in product(range(2), range(2)):
             out[:, :, a, :, b] = y[:, a : a + height, b : b + width, a, b]

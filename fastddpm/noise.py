@@ -6,7 +6,9 @@ integer operation, in the written order: `fastddpm.kernels.philox` is the same t
 """
 
 import math
+import numbers
 from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,28 +31,30 @@ def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.devi
         samples: how many (0, 1, ...), or their indices, each 0 <= index < 2^56.
     Raises: ValueError: seed or an index is out of range or not a whole number.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+    if not _whole(seed) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 <= seed < 2^64")
-    if isinstance(samples, int):
+    if _whole(samples):
         if samples < 0:
             raise ValueError(f"samples is {samples}; want how many (0 or more), or the indices themselves")
         samples = range(samples)
-    index = samples if isinstance(samples, Tensor) else torch.tensor(_whole(samples), dtype=torch.int64)
-    if index.ndim != 1 or index.dtype != torch.int64:
-        raise ValueError(f"sample indices are {tuple(index.shape)} {index.dtype}; want one dimension of int64")
-    if len(index) and not 0 <= int(index.min()) <= int(index.max()) < 1 << 56:
-        raise ValueError(f"sample indices span {int(index.min())}..{int(index.max())}; each must be 0 <= index < 2^56")
-    out = torch.empty(len(index), 2, dtype=torch.int64, device=device)
-    out[:, 0], out[:, 1] = seed - (1 << 64) if seed >> 63 else seed, index
-    return out
-
-
-def _whole(samples: Iterable[int]) -> list[int]:
-    listed = list(samples)
-    for index in listed:
-        if isinstance(index, bool) or not hasattr(index, "__index__") or not 0 <= index < 1 << 56:
+    if isinstance(samples, bool | str) or not isinstance(samples, Iterable):
+        raise ValueError(f"samples is {samples!r}; want how many (a whole number), or their indices")
+    if isinstance(samples, Tensor):
+        if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
+            raise ValueError(f"sample indices are {tuple(samples.shape)} {samples.dtype}; want [N] whole numbers")
+        samples = samples.tolist()
+    indices = list(samples)
+    for index in indices:
+        if not _whole(index) or not 0 <= index < 1 << 56:
             raise ValueError(f"sample index is {index!r}; it must be a whole number, 0 <= index < 2^56")
-    return listed
+    out = torch.empty(len(indices), 2, dtype=torch.int64)
+    out[:, 0] = int(seed) - (1 << 64) if seed >> 63 else int(seed)
+    out[:, 1] = torch.tensor(indices, dtype=torch.int64)
+    return out.to(device)
+
+
+def _whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tensor) -> Tensor:

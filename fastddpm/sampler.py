@@ -4,8 +4,9 @@ Sample i of a seed starts from noise that is a function of (seed, i), and every 
 neither depends on the batch that sample i happens to be in.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoint, images, layout, noise, ops
+from fastddpm.noise import address as _address  # `noise` is an argument where this is called
 from fastddpm.schedule import Schedule, StepTable
 from fastddpm.unet import UNet2D
 
@@ -24,20 +26,6 @@ Callback = Callable[[int, int, Tensor, Tensor], object]  # (step, t, x_0, sample
 SHIPPED = "fashion-mnist"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
-
-
-@contextmanager
-def _ieee() -> Iterator[None]:
-    """float32 that is float32: by default cuDNN's convolutions round to TF32 on the way."""
-    kinds: Any = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
 
 
 class Sampler:
@@ -66,16 +54,25 @@ class Sampler:
     ):
         if not callable(model):
             raise ValueError(f"model is {model!r}; want a network, called as model(x_t, t)")
+        if schedule is None:
+            schedule = Schedule()
+        if not isinstance(schedule, Schedule):
+            raise ValueError(
+                f"schedule is a {type(schedule).__name__}; want a Schedule: Schedule.from_config(scheduler.config) "
+                "makes one of a diffusers scheduler"
+            )
+        self.native = isinstance(model, UNet2D)
         if shape is None:
             if not isinstance(model, UNet2D) or not model.config["sample_size"]:
                 raise ValueError("shape is missing; give that of one sample: (C, H, W), (C, L) or (D,)")
             shape = sample_shape(model)
-        self.model, self.schedule, self.shape = model, schedule or Schedule(), tuple(shape)
-        if not self.shape or not all(isinstance(size, int) and size > 0 for size in self.shape):
+        if not isinstance(shape, Iterable):
+            raise ValueError(f"shape is {shape!r}; want that of one sample: (C, H, W), (C, L) or (D,)")
+        self.model, self.schedule, self.shape = model, schedule, tuple(map(int, shape))
+        if not self.shape or min(self.shape) < 1:
             raise ValueError(f"shape is {self.shape}; want whole numbers > 0: (C, H, W), (C, L) or (D,)")
-        native = isinstance(model, UNet2D)
-        self.device, self.dtype = device_and_dtype(device, precision if native or precision != "auto" else "fp32")
-        if isinstance(model, nn.Module) and not native:
+        self.device, self.dtype = device_and_dtype(device, precision if self.native or precision != "auto" else "fp32")
+        if isinstance(model, nn.Module) and not self.native:
             model.to(self.device)
 
     @classmethod
@@ -84,6 +81,7 @@ class Sampler:
         source: str | os.PathLike[str] | None = None,
         *,
         variant: str | None = None,
+        shape: Iterable[int] | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
     ) -> "Sampler":
@@ -93,15 +91,17 @@ class Sampler:
             source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None: the model in the package,
                 28 x 28 garments.
             variant: of the weights, such as "fp16".
+            shape: of one sample, (C, H, W), where it shall not be that of the checkpoint.
             device, precision: as above.
         Raises: ValueError: there is no checkpoint, or it is damaged or needs something that is not supported.
         """
-        config, parameters, schedule = checkpoint.load(source or shipped_model(), variant=variant)
+        folder = shipped_model() if source is None else source
+        config, parameters, schedule = checkpoint.load(folder, variant=variant)
         with torch.device("meta"):
             net = UNet2D(**config)
         net.to_empty(device="cpu")
         checkpoint.load_into(net, parameters)
-        return cls(net.eval(), schedule, device=device, precision=precision)
+        return cls(net.eval(), schedule, shape=shape, device=device, precision=precision)
 
     def sample(self, samples: int | Iterable[int], *, output: str = "float", **how: Any) -> Tensor:
         """Draw samples.
@@ -137,7 +137,7 @@ class Sampler:
         class_labels: Iterable[int] | Tensor | None = None,
         progress: bool = True,
         callback: Callback | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Draw samples and hand out each batch when it is finished.
 
         Args:
@@ -151,31 +151,38 @@ class Sampler:
             class_labels: of a class-conditional `UNet2D`: one label per sample.
             progress: show a bar.
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the predicted
-                clean samples x_0 (float32, like the batch; a copy) before the update.
-        Yields: (sample indices [n] int64, samples [n, *shape] float32), both on the CPU.
-        Raises: ValueError: as `sample`.
+                clean samples x_0 (float32, like the batch) before the update. Both tensors are copies.
+        Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU.
+        Raises: ValueError: as `sample`; for a bad argument at once, not in the first iteration.
         """
-        from tqdm import tqdm
-
         table = self.schedule.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise)
-        addresses = _addresses(seed, samples)
-        size = batch_size if batch_size is not None else self._batch_size()
+        addresses = _address(seed, samples)
+        size = self._batch_size() if batch_size is None else batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_size is {size!r}; want a whole number, at least 1")
-        labels = None if class_labels is None else torch.as_tensor(class_labels)
-        if labels is not None and (not isinstance(self.model, UNet2D) or labels.shape[:1] != (len(addresses),)):
-            raise ValueError(
-                f"class_labels are {tuple(labels.shape)} for {len(addresses)} samples; want one each, and a UNet2D"
-            )
-        network, table = self._network(table), table.to(self.device)
+        labels = self._labels(class_labels, len(addresses))
+        return self._batches(table.to(self.device), addresses, labels, size, progress, callback)
+
+    def _batches(
+        self,
+        table: StepTable,
+        addresses: Tensor,
+        labels: Tensor | None,
+        size: int,
+        progress: bool,
+        callback: Callback | None,
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        from tqdm import tqdm
+
         parts = [slice(start, start + size) for start in range(0, len(addresses), size)]
-        with tqdm(total=len(parts) * len(table), desc="sample", unit="step", disable=not progress) as bar:
+        bar = tqdm(total=len(parts) * len(table), desc="sample", unit="step", disable=not progress)
+        with bar, _evaluating(self.model):
+            network = self._network(table)
             for part in parts:
                 label = None if labels is None else labels[part]
-                yield addresses[part, 1], self._run(network, table, addresses[part], label, callback, bar).cpu()
+                yield addresses[part, 1].clone(), self._run(network, table, addresses[part], label, callback, bar).cpu()
 
     @torch.no_grad()
-    @_ieee()
     def _run(
         self,
         network: Network,
@@ -193,41 +200,88 @@ class Sampler:
         pos = torch.full((len(x),), len(table) - 1, dtype=torch.int32, device=self.device)
         watch = _Watch(table, addresses, self.device)
         for k in reversed(range(len(table))):
-            m = watch.checked(network(x, low, k, labels), x, k)
+            with self._strict():
+                m = network(x, low, k, labels)
+            m = watch.checked(m, x, k)
             if callback is not None:
                 step = len(table) - 1 - k
-                callback(step, int(table.timesteps[k]), _predicted(x, m, table.rows[k]), addresses[:, 1])
+                callback(step, int(table.timesteps[k]), _predicted(x, m, table.rows[k]), addresses[:, 1].clone())
             _, low = ops.step(x, m, table, pos, address, out_dtype=self.dtype)
             pos -= 1
             bar.update()
-        watch.finish()
+        watch.finish(x)
         return x
 
     def _network(self, table: StepTable) -> Network:
         """The model as the loop calls it; prepared anew for every run, so that weights changed in between are seen."""
-        device, dtype = self.device, self.dtype
-        if isinstance(self.model, UNet2D):
-            net = self.model.for_inference(dtype, device)
-            timesteps = table.timesteps.to(device)
+        device, dtype, model = self.device, self.dtype, self.model
+        if isinstance(model, UNet2D):
+            net = model.for_inference(dtype, device)
+            timesteps = table.timesteps
             if net.class_embedding is None:
                 with torch.no_grad():
                     rows = net.time_rows(timesteps).to(dtype)
                 return lambda x, low, k, labels: net.denoise(low, rows[k : k + 1])
             return lambda x, low, k, labels: net.denoise(low, net.time_rows(timesteps[k : k + 1], labels).to(dtype))
 
-        model, t = self.model, table.timesteps.long().tolist()
+        t = table.timesteps.long().tolist()
 
         def call(x: Tensor, low: Tensor, k: int, labels: Tensor | None) -> Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return model(x, torch.full((len(x),), t[k], device=device))
+                return model(x.clone(), torch.full((len(x),), t[k], device=device))  # a model may write to its input
 
         return call
 
+    @contextmanager
+    def _strict(self) -> Iterator[None]:
+        """float32 of a `UNet2D` is float32: by default cuDNN's convolutions round to TF32. Set process-wide."""
+        if not (self.native and self.device.type == "cuda" and self.dtype == torch.float32):
+            yield
+            return
+        cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+
+    def _labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
+        """One class label per sample: [N] int64, or [N, ...] as an embedding of type "identity" takes them."""
+        conditional = isinstance(self.model, UNet2D) and self.model.class_embedding is not None
+        if given is None and not conditional:
+            return None
+        if not isinstance(self.model, UNet2D) or not conditional:
+            raise ValueError("class_labels were given, but the model is not a class-conditional UNet2D; leave them out")
+        if given is None:
+            raise ValueError("the model is class-conditional; pass class_labels, one per sample")
+        labels = given if isinstance(given, Tensor) else torch.tensor(list(given))
+        if labels.shape[:1] != (count,):
+            raise ValueError(f"class_labels are {tuple(labels.shape)} for {count} samples; want one each")
+        if self.model.config["class_embed_type"] == "identity":
+            return labels
+        classes = self.model.config["num_class_embeds"] or 1 << 31
+        integers = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
+        if not integers or (count and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
+            raise ValueError(f"class_labels are {labels.tolist()[:8]}; want whole numbers, 0 <= label < {classes}")
+        return labels.long()
+
     def _batch_size(self) -> int:
-        pixels = 1
-        for size in self.shape[1:]:
-            pixels *= size
+        pixels = math.prod(self.shape[1:])
         return max(1, PIXELS_PER_BATCH[self.device.type] // max(pixels, 1 << 8))
+
+
+@contextmanager
+def _evaluating(model: Model | nn.Module) -> Iterator[None]:
+    """No dropout and no batch statistics in a run; afterwards every part is in the mode it was in."""
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 class _Watch:
@@ -250,13 +304,22 @@ class _Watch:
                 f"{self._step(k)}: the network returned {came} for {tuple(x.shape)} on {x.device}; want a tensor with "
                 "one value per element (lambda x, t: unet(x, t).sample for a diffusers model)"
             )
-        finite = m.isfinite().flatten(1).all(1)
-        self.bad = torch.where((self.bad < 0) & ~finite, k, self.bad)
+        m = layout.channels_last(m if m.dtype in ops.FLOATS else m.float())
+        self._look(m, k)
         if k % self.every == 0:
-            self.finish()
-        return layout.channels_last(m if m.dtype in ops.FLOATS else m.float())
+            self._stop()
+        return m
 
-    def finish(self) -> None:
+    def finish(self, x: Tensor) -> None:
+        """After the last step, whose result is x."""
+        self._look(x, 0)
+        self._stop()
+
+    def _look(self, values: Tensor, k: int) -> None:
+        finite = values.isfinite().flatten(1).all(1)
+        self.bad = torch.where((self.bad < 0) & ~finite, k, self.bad)
+
+    def _stop(self) -> None:
         first = int(self.bad.max()) if len(self.bad) else -1
         if first >= 0:
             named = [sample for sample, bad in zip(self.samples, self.bad.tolist(), strict=True) if bad == first]
@@ -273,14 +336,6 @@ def _predicted(x: Tensor, m: Tensor, row: Tensor) -> Tensor:
     """x_0 as the step sees it (eq. 15), clipped where the schedule clips."""
     cx, cm, lo, hi = row[:4]
     return (cx * x + cm * m.float()).clamp(lo, hi)
-
-
-def _addresses(seed: int, samples: int | Iterable[int]) -> Tensor:
-    if isinstance(samples, bool) or (isinstance(samples, int) and samples < 0):
-        raise ValueError(f"samples is {samples!r}; want how many (a whole number, not negative), or their indices")
-    if not isinstance(samples, int | Iterable):
-        raise ValueError(f"samples is {samples!r}; want how many (a whole number), or their indices")
-    return noise.address(seed, samples)
 
 
 def sample_shape(net: UNet2D) -> tuple[int, ...]:

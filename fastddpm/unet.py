@@ -73,6 +73,18 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+Range = tuple[str, Callable[[Any], bool]]
+COUNT: Range = "a whole number, at least 1", lambda value: isinstance(value, int) and value >= 1
+RANGES: dict[str, Range] = {
+    "in_channels": COUNT,
+    "out_channels": COUNT,
+    "layers_per_block": COUNT,
+    "norm_eps": ("a number > 0", lambda value: value > 0),
+    "dropout": ("a number, 0 <= dropout < 1", lambda value: 0 <= value < 1),
+    "mid_block_scale_factor": ("a number > 0", lambda value: value > 0),
+}
+
+
 class UNet2D(nn.Module):
     """eps_theta(x_t, t) as in diffusers' `UNet2DModel`: same options, same parameters, same function.
 
@@ -432,10 +444,13 @@ def _two_pass_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 def checked(config: dict[str, Any]) -> dict[str, Any]:
     """A full configuration: given keys over diffusers' defaults; raises ValueError for what is not supported."""
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    unknown = sorted(set(config) - set(DEFAULTS))
+    unknown = sorted(key for key in config.keys() - DEFAULTS.keys() if config[key] not in (None, False))
     if unknown:
         raise ValueError(f"UNet2D: unknown option {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
-    config = {**DEFAULTS, **config}
+    config = {key: config.get(key, default) for key, default in DEFAULTS.items()}
+    for key, (wanted, right) in RANGES.items():
+        if not _real(config[key]) or not right(config[key]):
+            raise ValueError(f"UNet2D: {key} is {config[key]!r}; want {wanted}")
     for key, values in SUPPORTED.items():
         if config[key] not in values:
             raise ValueError(f"UNet2D: {key} is {config[key]!r}, which is not supported; supported: {values}")
@@ -454,6 +469,10 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
             if kind not in kinds:
                 raise ValueError(f"UNet2D: {key} holds {kind!r}, which is not supported; supported: {', '.join(kinds)}")
     widths = config["block_out_channels"]
+    if not all(isinstance(width, int) and width >= 2 for width in widths):
+        raise ValueError(f"UNet2D: block_out_channels is {widths}; want whole numbers, at least 2")
+    if not _real(config["freq_shift"]) or not config["freq_shift"] < widths[0] // 2:
+        raise ValueError(f"UNet2D: freq_shift is {config['freq_shift']!r}; want less than {widths[0] // 2}")
     attended = {width for kind, width in zip(config["down_block_types"], widths, strict=True) if DOWN[kind]}
     attended |= {width for kind, width in zip(config["up_block_types"], reversed(widths), strict=True) if UP[kind]}
     attended |= {widths[-1]} if config["mid_block_type"] is not None and config["add_attention"] else set()
@@ -465,3 +484,7 @@ def checked(config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, int) or value < 1 or any(width % value for width in multiples):
             raise ValueError(f"UNet2D: {key} is {value!r}; want a whole number that divides {sorted(set(multiples))}")
     return config
+
+
+def _real(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from check import assert_as_accurate, root_mean_square
@@ -10,6 +11,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from fastddpm import Sampler, Schedule, UNet2D, noise
 from fastddpm.images import to_uint8
 from fastddpm.reference.diffusion import Diffusion, update
+from fastddpm.sampler import shipped_model
 
 SHAPES = [(1, 4, 4), (3, 5, 7), (2, 9), (5,)]
 TINY = {
@@ -184,13 +186,84 @@ def test_uint8_images(unet):
     assert torch.equal(images, to_uint8(x))
 
 
-def test_float32_is_float32_in_the_run_and_as_it_was_after():
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    precisions = lambda: [kind.fp32_precision for kind in kinds]
-    before, seen = precisions(), []
-    Sampler(lambda x, t: seen.append(precisions()) or x, shape=(1,)).sample(1, steps=1, progress=False)
-    assert seen == [["ieee", "ieee"]]
-    assert precisions() == before
+def test_float32_is_float32_on_a_gpu_and_settings_are_as_they_were_after(unet):
+    sampler = Sampler(unet, precision="fp32", device="cpu")
+    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    before = settings()
+    with sampler._strict():
+        assert settings() == before
+    sampler.device = torch.device("cuda")
+    torch.set_float32_matmul_precision("high")
+    try:
+        with sampler._strict():
+            assert settings() == (False, "highest")
+        assert settings() == (before[0], "high")
+    finally:
+        torch.set_float32_matmul_precision(before[1])
+
+
+def test_precision_follows_the_device(unet, monkeypatch):
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert Sampler(unet, device="cpu").dtype == dtype
+        assert Sampler(elementwise, shape=(2,), device="cpu").dtype == torch.float32
+        assert Sampler(unet, device="cpu", precision="bf16").dtype == torch.bfloat16
+
+
+def test_the_batch_follows_the_size_of_a_sample():
+    sizes = {(3, 32, 32): 64, (3, 256, 256): 1, (3, 1024, 1024): 1, (5,): 256, (1, 4, 4): 256}
+    assert {shape: Sampler(elementwise, shape=shape, device="cpu")._batch_size() for shape in sizes} == sizes
+
+
+def test_a_network_is_evaluated_and_left_in_its_mode():
+    net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4).eval())
+    modes = []
+
+    def record(module, args, output):
+        modes.append(module.training)
+
+    net[0].register_forward_hook(record)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t):
+            return self.net(x)
+
+    model = Model()
+    Sampler(model, shape=(4,)).sample(2, steps=2, progress=False)
+    assert modes == [False, False]
+    assert [part.training for part in (model, net, net[0], net[1])] == [True, True, True, False]
+
+
+def test_neither_network_nor_callback_can_change_the_run():
+    def careless(x, t):
+        m = elementwise(x, t)
+        x.zero_()
+        return m
+
+    def spoil(step, t, x_0, indices):
+        x_0.zero_()
+        indices.add_(100)
+
+    how = {"steps": 5, "progress": False}
+    want = Sampler(elementwise, shape=(3,)).sample(2, **how)
+    assert torch.equal(Sampler(careless, shape=(3,)).sample(2, callback=spoil, **how), want)
+
+
+def test_whole_numbers_of_numpy_and_torch():
+    sampler, how = Sampler(elementwise, shape=np.array([3])), {"steps": 2, "progress": False}
+    want = sampler.sample(range(1, 3), seed=4, **how)
+    for given in (np.array([1, 2]), torch.tensor([1, 2], dtype=torch.int32), (i for i in (1, 2))):
+        assert torch.equal(sampler.sample(given, seed=np.int64(4), **how), want)
+    assert torch.equal(sampler.sample(np.int64(3), seed=4, **how)[1:], want)
+
+
+def test_arguments_are_checked_before_the_first_batch():
+    with pytest.raises(ValueError, match="steps is 0"):
+        Sampler(elementwise, shape=(3,)).batches(2, steps=0)
 
 
 def test_no_samples(unet):
@@ -223,8 +296,13 @@ def test_class_labels():
         same = torch.tensor([0, 1, 2, 1]) == label
         assert torch.equal(mixed[same], alone[same])
         assert not torch.equal(mixed[~same], alone[~same])
-    with pytest.raises(ValueError, match="class_labels are"):
-        sampler.sample(4, class_labels=[0, 1, 2], **how)
+    for labels in (np.array([0, 1, 2, 1]), torch.tensor([0, 1, 2, 1], dtype=torch.uint8), (i for i in (0, 1, 2, 1))):
+        assert torch.equal(sampler.sample(4, class_labels=labels, batch_size=2, **how), mixed)
+    for wrong in ([0, 1, 2], [0, 1, 2, 3], [0, 1, 2, -1], [0.0, 1, 2, 1], [True] * 4):
+        with pytest.raises(ValueError, match="class_labels are"):
+            sampler.sample(4, class_labels=wrong, **how)
+    with pytest.raises(ValueError, match="class_labels were given, but the model is not"):
+        Sampler(tiny_unet()).sample(2, class_labels=[0, 1], **how)
     with pytest.raises(ValueError, match="class-conditional; pass class_labels"):
         sampler.sample(4, **how)
 
@@ -251,6 +329,7 @@ def test_progress_is_shown_or_not(capsys):
 
 
 def test_the_shipped_model_samples():
+    assert sum(file.stat().st_size for file in shipped_model().rglob("*")) <= 12_000_000
     images = Sampler.from_pretrained().sample(2, steps=2, progress=False, output="uint8")
     assert images.shape == (2, 28, 28, 1)
 
@@ -270,11 +349,12 @@ def nan_in_sample_1(eps):
     [
         (nan_in_sample_1, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity for samples \[8\];"),
         (lambda eps: eps / 0, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity for samples \[7, 8\]"),
+        (lambda eps: eps.double() + 1e300, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity"),
         (lambda eps: eps[:, :1], r"^step 3 of 4 \(t = 250\): the network returned \(2, 1\) torch.float32 on cpu for"),
         (lambda eps: (eps,), r"^step 3 of 4 \(t = 250\): the network returned a tuple for \(2, 3\)"),
         (lambda eps: eps.int(), r"^step 3 of 4 \(t = 250\): the network returned \(2, 3\) torch.int32"),
     ],
-    ids=["nan", "all-nan", "shape", "tuple", "dtype"],
+    ids=["nan", "all-nan", "beyond float32", "shape", "tuple", "dtype"],
 )
 def test_a_wrong_network_output_names_the_step(result, message):
     with pytest.raises(ValueError, match=message):
@@ -298,7 +378,7 @@ def test_a_wrong_network_output_names_the_step(result, message):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"output": "pil"}, "output is 'pil'"),
         ({"output": "uint8"}, "output is 'uint8', but a sample is"),
-        ({"class_labels": [1]}, "class_labels are"),
+        ({"class_labels": [1]}, "class_labels were given"),
     ],
     ids=str,
 )
@@ -315,6 +395,8 @@ def test_bad_arguments(arguments, message):
         ({"shape": None}, "shape is missing"),
         ({"shape": (0, 2)}, r"shape is \(0, 2\)"),
         ({"shape": ()}, r"shape is \(\)"),
+        ({"shape": 5}, "shape is 5"),
+        ({"schedule": DDPMScheduler()}, r"schedule is a DDPMScheduler; want a Schedule: Schedule.from_config"),
         ({"precision": "fp8"}, "precision is 'fp8'; want one of auto, fp32, bf16"),
         ({"device": "tpu9"}, "device is 'tpu9'"),
         ({"device": "meta"}, "device is 'meta'"),

@@ -38,6 +38,8 @@ def load(
     Returns: (options of `UNet2D`, parameters by name on the CPU in the dtype stored, schedule).
     Raises: ValueError: there is no checkpoint, or a file of it is missing, damaged or for another class.
     """
+    if not os.fspath(source):
+        raise ValueError("the checkpoint is named ''; name a folder, or a hub id such as google/ddpm-cifar10-32")
     folder = Path(source)
     if not folder.is_dir():
         folder = _download(os.fspath(source), variant)
@@ -155,7 +157,9 @@ def _read_config(folder: Path, part: str, name: str) -> tuple[Path, dict[str, An
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except ValueError as error:
         raise ValueError(f"{path} is not readable JSON: {_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; want an object of options")
@@ -182,8 +186,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        with open(path, "rb"):  # safetensors says of any file that it cannot open that there is none
+            return load_file(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file; get it again (git lfs pull in a clone): {_line(error)}"
         ) from error
@@ -202,11 +209,17 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except Exception as error:  # whatever a damaged or hostile pickle comes to
         raise ValueError(f"{path} is not a file of weights alone, so it was not loaded: {_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} holds a {type(content).__name__}, not parameters by name; want a state_dict")
     return content
+
+
+def _unreadable(path: Path, error: OSError) -> ValueError:
+    return ValueError(f"cannot read {path}: {error.strerror or _line(error)}")
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,10 +68,17 @@ one size. The folder --out becomes a diffusers checkpoint; the same command agai
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr."""
+    """Run one command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr.
+
+    141, as a shell has it, where the reader of the output has left.
+    """
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again when it ends
+        return 141
     except KeyboardInterrupt:
         print("\nfastddpm: interrupted; finished files are whole", file=sys.stderr)
         return 130
@@ -94,7 +102,7 @@ def _sample(args: argparse.Namespace) -> None:
     if not picture and kind != "npz":
         raise ValueError(f"the model's samples have {sampler.shape[0]} channels, no picture has; write --format npz")
     began = time.monotonic()
-    batches = sampler.batches(
+    batches: Any = sampler.batches(
         args.num_samples if args.indices is None else args.indices,
         seed=args.seed,
         steps=args.steps,
@@ -106,13 +114,14 @@ def _sample(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     count, done = 0, []
-    for indices, x in batches:
-        count += len(x)
-        finished = images.to_uint8(x) if picture else x
-        if kind == "png":
-            images.save_pngs(finished, out, indices.tolist())
-        else:
-            done.append(finished)
+    with closing(batches):  # its progress bar ends before an error is told
+        for indices, x in batches:
+            count += len(x)
+            finished = images.to_uint8(x) if picture else x
+            if kind == "png":
+                images.save_pngs(finished, out, indices.tolist())
+            else:
+                done.append(finished)
     seconds = time.monotonic() - began
     if not count:
         raise ValueError("no samples were asked for; give --num-samples or --indices")
@@ -128,7 +137,7 @@ def _destination(out: str | None, kind: str | None) -> tuple[Path, str]:
     """Where to write, and whether a grid, an npz or a folder of png; either follows from the other."""
     if out is None:
         return Path(_DEFAULT_OUT[kind or "grid"]), kind or "grid"
-    suffix = "" if Path(out).is_dir() else Path(out).suffix.lower()
+    suffix = "" if out.endswith(os.sep) or Path(out).is_dir() else Path(out).suffix.lower()
     implied = _SUFFIXES.get(suffix)
     if kind is None and implied is None:
         raise ValueError(f"--out is {out}; name a .png, an .npz or a folder, or say what it is with --format")
@@ -142,8 +151,10 @@ def _train(args: argparse.Namespace) -> None:
         **{name: getattr(args, name) for name in (*_TRAINING, "precision")},
         schedule=Schedule(beta_schedule=args.beta_schedule, num_train_timesteps=args.timesteps),
     )
-    check_writable(args.out, folder=True)
-    out = train(data.load_images(args.data), args.out, options, device=args.device, progress=not args.quiet)
+    progress = not args.quiet
+    out = train(
+        data.load_images(args.data, progress=progress), args.out, options, device=args.device, progress=progress
+    )
     if not args.quiet:
         print(f"{out}: trained for {options.steps} steps; now `fastddpm sample {out}`")
 
@@ -163,6 +174,7 @@ def _info(args: argparse.Namespace) -> None:
 def _facts() -> dict[str, dict[str, Any]]:
     """What decides how fastddpm runs here."""
     device, dtype = device_and_dtype(None, "auto")
+    precision = next(name for name, value in PRECISIONS.items() if value == dtype)
     machine = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -174,7 +186,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         gpu = torch.cuda.get_device_properties(i)
         machine[f"cuda:{i}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
     versions = {"fastddpm": __version__, "python": platform.python_version(), **{n: _version(n) for n in _PACKAGES}}
-    default = {"device": device.type, "precision": str(dtype).removeprefix("torch."), "backend": ops.backend(device)}
+    default = {"device": device.type, "precision": precision, "backend": ops.backend(device)}
     return {"version": versions, "machine": machine, "default": default}
 
 
@@ -288,8 +300,11 @@ def _add_train(add: argparse.ArgumentParser) -> None:
                 flag, type=type(default), default=default, metavar="X", help=f"{text} (default: {default})"
             )
     schedule = defaults.schedule
-    add.add_argument("--beta-schedule", choices=BETA_SCHEDULES, default=schedule.beta_schedule, help="noise schedule")
-    add.add_argument("--timesteps", type=int, default=schedule.num_train_timesteps, metavar="T", help="of the schedule")
+    kind, T = schedule.beta_schedule, schedule.num_train_timesteps
+    add.add_argument(
+        "--beta-schedule", choices=BETA_SCHEDULES, default=kind, help="the noise schedule (default: %(default)s)"
+    )
+    add.add_argument("--timesteps", type=int, default=T, metavar="T", help="of the schedule (default: %(default)s)")
     _add_machine(add)
 
 

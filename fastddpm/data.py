@@ -12,25 +12,28 @@ import numpy as np
 
 _ARRAYS = ("x_train", "x", "arr_0", "images")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-_GREY, _COLOUR = {"1", "L"}, {"LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+_GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 _WANTED = "want an .npz, an MNIST-format file (idx, plain or .gz) or a folder of images"
 
 
-def load_images(path: str | os.PathLike[str]) -> np.ndarray:
+def load_images(path: str | os.PathLike[str], *, progress: bool = True) -> np.ndarray:
     """All images of one size, in memory.
 
     Args:
         path: one of
             an .npz with uint8 [N, H, W] or [N, H, W, C]: array x_train, x, arr_0 or images, else its only array;
             an MNIST-format file (idx of unsigned bytes, [N, H, W] or [N, H, W, C]), gzipped or not;
-            a folder, searched with its subfolders in sorted order: all grey gives C = 1, any colour makes all RGB;
-            alpha is dropped.
+            a folder, searched with its subfolders in sorted order: all grey gives C = 1, any colour makes all RGB (a
+            palette counts as colour); alpha is dropped; a photograph is turned as its EXIF orientation says.
+        progress: show a bar while a large folder is read.
     Returns: uint8 [N, H, W, C], C = 1, 3 or 4.
     Raises: ValueError: it does not exist, is of another kind, is damaged, is empty, or its images differ in size.
     """
+    if not os.fspath(path):
+        raise ValueError(f"path is ''; {_WANTED}")
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(path, progress)
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -86,15 +89,17 @@ def _load_idx(path: Path, *, gzipped: bool) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # bytes are read-only, torch warns
 
 
-def _load_folder(folder: Path) -> np.ndarray:
+def _load_folder(folder: Path, progress: bool) -> np.ndarray:
     from tqdm import tqdm
 
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and not _hidden(file, folder))
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and not _hidden(file, folder))
+    files = sorted(filter(Path.is_file, found))
     if not files:
         raise ValueError(f"{folder} holds no images (none of *{' *'.join(sorted(_SUFFIXES))})")
     first = _decode(files[0])
     images = np.empty((len(files), *first.shape), np.uint8)
-    for i, file in enumerate(tqdm(files, desc="reading images", unit="image", disable=len(files) <= 1000)):
+    quiet = not progress or len(files) <= 1000
+    for i, file in enumerate(tqdm(files, desc="reading images", unit="image", disable=quiet)):
         image = _decode(file)
         if image.shape[:2] != first.shape[:2]:
             (h, w), (h0, w0) = image.shape[:2], first.shape[:2]
@@ -111,13 +116,13 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 
 def _decode(file: Path) -> np.ndarray:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as image:
             if image.mode not in _GREY | _COLOUR:
                 raise ValueError(f"its mode is {image.mode}, want 8 bits per channel")
-            array = np.asarray(image.convert("L" if image.mode in _GREY else "RGB"))
+            array = np.asarray(ImageOps.exif_transpose(image).convert("L" if image.mode in _GREY else "RGB"))
     except Exception as error:  # decoders fail in many ways: OSError, SyntaxError, struct.error, DecompressionBombError
         raise ValueError(f"cannot read the image {file}: {error}") from error
     return array if array.ndim == 3 else array[..., None]

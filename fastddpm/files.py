@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and paths that are known to be writable before the work begins."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,10 +14,14 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open path for writing; it appears, or changes, only when the block ends without an exception.
 
     The bytes go to a temporary name in the same folder, are flushed to the disk, and take the name in one step: whoever
-    reads path sees the old content or the new, also after a crash.
+    reads path sees the old content or the new, also after a crash. A link stays, and the file it names is written; a
+    pipe or a device is written to as it is.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if _special(path):
+        with open(path, "wb") as file:
+            yield file
+        return
+    path, temporary = _resolved(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -34,13 +39,32 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Pat
     Raises: ValueError: it cannot; says why.
     """
     path = Path(path)
-    inside = path if folder else path.parent
     try:
-        if not folder and path.is_dir():
+        if folder:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        elif path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        inside.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=inside):
-            pass
+        elif _special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            target, temporary = _resolved(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            temporary.unlink()
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; name another place") from error
     return path
+
+
+def _special(path: str | os.PathLike[str]) -> bool:
+    """Whether path is something that cannot be replaced by a file."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _resolved(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file that path leads to, and the temporary name beside it."""
+    target = Path(os.path.realpath(path))
+    return target, target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -292,7 +292,7 @@ def step_rows(
         S = (posterior_var if schedule.variance_type.startswith("fixed_small") else beta).sqrt()
     else:
         # 1 - abar_prev - sigma_t^2, arranged so that nothing cancels for eta <= 1
-        direction_var = noise_var_prev * (alpha * noise_var_prev + (1 - eta**2) * beta) / noise_var
+        direction_var = noise_var_prev * (alpha * noise_var_prev + (1 - eta * eta) * beta) / noise_var
         if not (direction_var >= 0).all():
             t = int(timesteps[int((direction_var >= 0).long().argmin())])
             raise ValueError(f"eta is {eta}, which asks for sigma_t^2 > 1 - abar_prev at t={t}; use 0 <= eta <= 1")

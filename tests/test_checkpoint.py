@@ -354,7 +354,7 @@ def test_load_of_a_git_lfs_pointer(folder):
         ({}, "has no weight_map"),
         ({"weight_map": [WEIGHTS]}, "has no weight_map"),
         ({"weight_map": {"conv_in.weight": 1}}, "has no weight_map"),
-        ({"weight_map": {"conv_in.weight": "gone.safetensors"}}, "gone.safetensors is not a whole safetensors file"),
+        ({"weight_map": {"conv_in.weight": "gone.safetensors"}}, "gone.safetensors: No such file"),
     ],
 )
 def test_load_of_a_bad_index(folder, content, want):

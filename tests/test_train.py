@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from check import assert_as_accurate, error_line
 from diffusers import DDPMPipeline
 from PIL import Image
+from torch import nn
 
-from fastddpm import Sampler, Schedule, UNet2D, checkpoint, noise
+from fastddpm import Sampler, Schedule, UNet2D, checkpoint, images, noise
 from fastddpm import train as trainer
-from fastddpm.reference.diffusion import Diffusion
+from fastddpm.layout import channels_last
+from fastddpm.reference.diffusion import Diffusion, add_noise
 from fastddpm.train import TrainOptions, train
 
 SMALL = TrainOptions(
@@ -63,8 +67,8 @@ def test_what_a_run_leaves(tmp_path):
         assert grid.size[0] > 64
     net = DDPMPipeline.from_pretrained(out).unet
     assert_same(dict(net.state_dict()), parameters(out))
-    images = Sampler.from_pretrained(out).sample(2, steps=2, progress=False, output="uint8")
-    assert images.shape == (2, 8, 8, 1)
+    drawn = Sampler.from_pretrained(out).sample(2, steps=2, progress=False, output="uint8")
+    assert drawn.shape == (2, 8, 8, 1)
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
 
 
@@ -86,36 +90,210 @@ def test_one_step_is_algorithm_1(tmp_path):
     assert_as_accurate(torch.tensor(logged), plain, loss)
 
 
+def test_a_run_is_the_plain_loop_written_by_hand(tmp_path):
+    """To the bit: AdamW, clipping, warm-up and cosine, the average and its warm-up, a t for each image, dropout."""
+    seed, size, rate, data = (1 << 63) + 5, 3, 5e-3, pictures()
+    options = dataclasses.replace(SMALL, seed=seed, learning_rate=rate, grad_clip=0.1, ema=0.15, dropout=0.3)
+    out = run(tmp_path, options, data)
+
+    torch.manual_seed(seed)
+    net = UNet2D(**options.unet_config(8, 8, 1))
+    ema = {name: value.clone() for name, value in net.state_dict().items()}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, fused=True)
+    pixels = torch.from_numpy(data).movedim(-1, 1)
+    table, norms = options.schedule.noising_table(), []
+    for k, (share, decay) in enumerate([(1 / 2, 1 / 10), (1, 0.15), (1, 0.15), (1 / 2, 0.15)]):
+        seen = range(k * size, (k + 1) * size)
+        orders = [np.random.default_rng((seed, 0, epoch)).permutation(7) for epoch in range(2)]
+        x_0 = (pixels[[orders[i // 7][i % 7] for i in seen]].float() - 127.5) * (2 / 255)
+        t = torch.from_numpy(np.random.default_rng((seed, 1, k)).integers(20, size=size))
+        eps = noise.normal(noise.address(seed, seen), (1, 8, 8), stream=noise.TRAIN, t=0)
+        torch.manual_seed(int(np.random.SeedSequence((seed, 2, k)).generate_state(1, np.uint64)[0]))
+        loss = F.mse_loss(net(channels_last(add_noise(x_0, eps, table[t])), t), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), 0.1))
+        optimizer.param_groups[0]["lr"] = share * rate
+        optimizer.step()
+        for name, value in net.state_dict().items():
+            ema[name].lerp_(value, 1 - decay)
+    assert min(norms) > 0.1
+    assert_same(parameters(out), ema)
+    assert losses(out) == [(4, loss.item())]
+
+
+def test_the_network_is_the_one_asked_for():
+    options = TrainOptions(channels=(8, 16, 24), layers=3, attention=(0, 2), groups=4, dropout=0.25)
+    assert options.unet_config(8, 12, 3) == {
+        "sample_size": (8, 12),
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16, 24),
+        "layers_per_block": 3,
+        "down_block_types": ("AttnDownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D", "AttnUpBlock2D"),
+        "attention_head_dim": None,
+        "norm_num_groups": 4,
+        "dropout": 0.25,
+    }
+    assert options.unet_config(8, 8, 1)["sample_size"] == 8
+
+
 def test_it_learns(tmp_path):
     options = dataclasses.replace(SMALL, steps=100, batch_size=16, learning_rate=4e-3, save_every=100, sample_every=100)
-    run(tmp_path, options)
-    by_step = dict(losses(tmp_path))
-    assert by_step[100] < by_step[50] < 0.6  # predicting eps = 0 has loss 1
+    out = run(tmp_path, options)
+    torch.manual_seed(options.seed)
+    net = UNet2D(**options.unet_config(8, 8, 1))
+    x_0 = torch.from_numpy(pictures(64)).movedim(-1, 1).float() / 127.5 - 1
+    t = torch.arange(64) % 20
+    eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))
+    process = Diffusion(options.schedule.betas)
+    with torch.no_grad():
+        untrained = process.loss(net, x_0, t, eps)
+        checkpoint.load_into(net, parameters(out))
+        trained = process.loss(net, x_0, t, eps)
+    assert trained < min(untrained, eps.square().mean())  # the latter is the loss of predicting eps = 0
 
 
-@pytest.mark.parametrize("stop", [2, 3])
-def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, stop):
-    whole = run(tmp_path / "whole")
+class Killed(BaseException):
+    """Nothing in the trainer may catch it."""
 
-    class Killed(BaseException):
-        """Nothing in the trainer may catch it."""
 
-    average = trainer._average
-    calls = []
+def killed_run(monkeypatch, owner, name, call, out, options=SMALL):
+    """A run that dies in its call number `call`, from 1 on, of owner.name."""
+    original, calls = getattr(owner, name), []
 
-    def killed_in_step(*args):
+    def killed(*args, **how):
         calls.append(args)
-        if len(calls) > stop:
+        if len(calls) == call:
             raise Killed
-        average(*args)
+        return original(*args, **how)
 
-    monkeypatch.setattr(trainer, "_average", killed_in_step)
-    with pytest.raises(Killed):
-        run(tmp_path / "killed")
-    monkeypatch.setattr(trainer, "_average", average)
-    again = run(tmp_path / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            run(out, options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"), [(trainer, "_average", 2), (trainer, "_average", 4), (checkpoint, "save", 1)]
+)
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, owner, name, call, dropout):
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+    options = dataclasses.replace(SMALL, dropout=dropout)
+    whole = run(tmp_path / "whole", options)
+    killed_run(monkeypatch, owner, name, call, tmp_path / "killed", options)
+    again = run(tmp_path / "killed", options)
     assert_same(parameters(whole), parameters(again))
     assert losses(whole) == losses(again)
+    assert [step for step, _ in losses(again)] == [1, 2, 3, 4]
+
+
+def test_a_kill_between_the_last_state_and_its_checkpoint_is_made_good(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    killed_run(monkeypatch, checkpoint, "save", 2, tmp_path / "killed")
+    assert_same(parameters(whole), parameters(run(tmp_path / "killed")))
+
+
+def test_resuming_mends_the_log_and_counts_the_seconds_on(tmp_path, monkeypatch):
+    killed_run(monkeypatch, trainer, "_average", 3, tmp_path)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    assert (state["step"], state["seconds"] < 1000) == (2, True)
+    torch.save({**state, "seconds": 1000.0}, tmp_path / "training.pt")
+    kept = '{"step": 2, "loss": 0.5, "seconds": 1.0}'
+    (tmp_path / "log.jsonl").write_bytes(
+        f'{kept}\n7\n{{"step": 3, "loss": 0.5}}\n{{"step": 4, "lo'.encode() + b"\0\xff"
+    )
+    run(tmp_path)
+    first, last = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert first == kept
+    assert json.loads(last)["step"] == 4
+    assert 1000 < json.loads(last)["seconds"] < 2000
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+class Touch:
+    """Its pickle makes the file `ran`."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        lambda path: path.write_text("notes on a training"),
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"step": 2}, path),
+        lambda path: torch.save([torch.zeros(2)], path),
+        lambda path: torch.save({**torch.load(path, weights_only=True), "net": {}}, path),
+        lambda path: torch.save(Touch(), path),
+    ],
+    ids=["truncated", "text", "empty", "another dict", "a list", "no weights", "a pickle that runs code"],
+)
+def test_a_state_that_cannot_be_resumed_is_named(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    out = run(tmp_path / "run", dataclasses.replace(SMALL, steps=1))
+    before = parameters(out)
+    damage(out / "training.pt")
+    line = error_line(run, out, dataclasses.replace(SMALL, steps=1))
+    assert line.startswith(f"{out / 'training.pt'} is damaged, or not of a run (")
+    assert line.endswith("train into another folder")
+    assert_same(parameters(out), before)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("held", ["unet/config.json", "model_index.json", "config.json"])
+def test_a_checkpoint_of_another_origin_is_not_overwritten(tmp_path, held):
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).write_text("{}")
+    line = error_line(run, tmp_path)
+    assert f"holds a checkpoint ({held.split('/')[0]}) and no training.pt to resume; train into another folder" in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / held]
+
+
+def test_other_images_are_another_run(tmp_path):
+    run(tmp_path)
+    other = pictures()
+    other[3, 2, 1] ^= 1
+    assert f'{tmp_path} holds a run with other "data": {{"shape": [7, 8, 8, 1]' in error_line(run, tmp_path, data=other)
+    assert '"data"' in error_line(run, tmp_path, data=pictures().reshape(7, 4, 16, 1))
+
+
+def test_images_in_any_memory(tmp_path):
+    data = pictures()
+    mirrored = data[:, :, ::-1]
+    frozen = mirrored.copy()
+    frozen.flags.writeable = False
+    assert_same(parameters(run(tmp_path / "a", data=mirrored)), parameters(run(tmp_path / "b", data=frozen)))
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path):
+    before = torch.get_rng_state()
+    run(tmp_path, dataclasses.replace(SMALL, dropout=0.3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision_is_that_of_the_network_and_of_the_grid(tmp_path, precision, dtype):
+    seen = set()
+
+    def watch(module, args, output):
+        if module.training and isinstance(module, nn.Conv2d):
+            seen.add(output.dtype)
+
+    with nn.modules.module.register_module_forward_hook(watch):
+        out = run(tmp_path, dataclasses.replace(SMALL, precision=precision, seed=3))
+    assert seen == {dtype}
+    sampler = Sampler.from_pretrained(out, precision=precision)
+    want = images.grid(sampler.sample(64, seed=3, steps=20, output="uint8", progress=False))
+    with Image.open(out / "samples" / "step-0000004.png") as grid:
+        assert np.array_equal(np.asarray(grid), want[..., 0])
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
@@ -167,6 +345,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("step", "what"), [(3, "the loss is nan at step 4"), (4, "the weights are not finite at step 4")]
+)
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, monkeypatch, step, what):
+    average, calls = trainer._average, []
+
+    def poisoned(ema, net, decay):
+        calls.append(decay)
+        if len(calls) == step:
+            nn.init.constant_(net.conv_in.bias, float("nan"))
+        average(ema, net, decay)
+
+    monkeypatch.setattr(trainer, "_average", poisoned)
+    assert what in error_line(run, tmp_path, dataclasses.replace(SMALL, steps=6))
+    assert all(value.isfinite().all() for value in parameters(tmp_path).values())
+    assert torch.load(tmp_path / "training.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize(
     ("data", "options", "message"),
     [
         (np.zeros((2, 8, 8), np.uint8), {}, "data is uint8 (2, 8, 8)"),
@@ -178,6 +374,34 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         (None, {"schedule": Schedule(prediction_type="v_prediction")}, "prediction_type is 'v_prediction'"),
         (None, {"groups": 3}, "groups is 3; want a divisor of each of channels, 8, 16"),
         (None, {"precision": "fp8"}, "precision is 'fp8'"),
+        (np.zeros((2, 8, 8, 2), np.uint8), {}, "data is uint8 (2, 8, 8, 2)"),
+        (np.zeros((2, 0, 8, 1), np.uint8), {}, "images are 0 x 8"),
+        (None, {"schedule": Schedule(rescale_betas_zero_snr=True)}, "abar is 0 at t=999"),
+        (None, {"schedule": Schedule(steps_offset=100)}, "steps_offset 100"),
+        (None, {"steps": True}, "steps is True"),
+        (None, {"save_every": 0}, "save_every is 0"),
+        (None, {"sample_every": -1}, "sample_every is -1"),
+        (None, {"layers": 0}, "layers is 0"),
+        (None, {"groups": 0}, "groups is 0"),
+        (None, {"warmup": -1}, "warmup is -1"),
+        (None, {"grad_clip": 0.0}, "grad_clip is 0.0"),
+        (None, {"grad_clip": float("nan")}, "grad_clip is nan"),
+        (None, {"ema": 1.0}, "ema is 1.0"),
+        (None, {"ema": -0.1}, "ema is -0.1"),
+        (None, {"dropout": 1.0}, "dropout is 1.0"),
+        (None, {"dropout": -0.1}, "dropout is -0.1"),
+        (None, {"learning_rate": 0.0}, "learning_rate is 0.0"),
+        (None, {"learning_rate": float("inf")}, "learning_rate is inf"),
+        (None, {"learning_rate": float("nan")}, "learning_rate is nan"),
+        (None, {"flip": 1}, "flip is 1"),
+        (None, {"channels": ()}, "channels is ()"),
+        (None, {"channels": (8, 0)}, "channels is (8, 0)"),
+        (None, {"channels": (8, 16.0)}, "channels is (8, 16.0)"),
+        (None, {"channels": 8}, "channels is 8"),
+        (None, {"attention": (2,)}, "attention is (2,); want levels, each from 0 to 1"),
+        (None, {"attention": (-1,)}, "attention is (-1,)"),
+        (None, {"seed": -1}, "seed is -1"),
+        (None, {"seed": 1 << 64}, f"seed is {1 << 64}"),
     ],
     ids=str,
 )

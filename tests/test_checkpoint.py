@@ -1,5 +1,8 @@
 """Checkpoints of diffusers, read and written: against diffusers itself, and what is said of files that are none."""
 
+import builtins
+import errno
+import io
 import json
 import os
 import pickle
@@ -283,6 +286,7 @@ def test_load_of_what_is_no_folder(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
     assert check.error_line(checkpoint.load, file).startswith(f"{file} is a file; a checkpoint is a folder")
+    assert check.error_line(checkpoint.load, "").startswith("the checkpoint is named ''; name a folder")
     for name in ("/no/such/folder", "no-such-folder", "a/b/c", "what is this?", "~/models", "../x/y"):
         assert check.error_line(checkpoint.load, name).startswith(
             f"{name} is no folder here; name a folder, or a hub id"
@@ -340,6 +344,22 @@ def test_load_of_truncated_safetensors(folder, keep):
     path = folder / "unet" / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     assert check.error_line(checkpoint.load, folder).startswith(f"{path} is not a whole safetensors file")
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", f"unet/{WEIGHTS}", f"unet/{PICKLE}"])
+def test_load_of_a_file_that_may_not_be_read(folder, unet, monkeypatch, name):
+    if name.endswith(PICKLE):
+        (folder / "unet" / WEIGHTS).rename(folder / name)
+
+    def locked(path, *args, **how):
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *args, **how)
+
+    original = io.open
+    monkeypatch.setattr(io, "open", locked)
+    monkeypatch.setattr(builtins, "open", locked)
+    assert check.error_line(checkpoint.load, folder) == f"cannot read {folder / name}: Permission denied"
 
 
 def test_load_of_a_git_lfs_pointer(folder):

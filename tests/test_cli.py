@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastddpm import __version__, checkpoint, cli, images
 from fastddpm.sampler import Sampler
@@ -84,6 +86,17 @@ def test_sample_passes_every_option_on(tiny):
     assert np.array_equal(np.load("x.npz")["arr_0"], drawn(tiny, 16, noise=False))
 
 
+def test_sample_takes_a_variant(tiny, tmp_path):
+    both = shutil.copytree(tiny, tmp_path / "both")
+    weights = both / "unet" / "diffusion_pytorch_model.safetensors"
+    halved = {name: value / 2 for name, value in load_file(weights).items()}
+    save_file(halved, weights.with_suffix(".half.safetensors"))
+    assert cli.main(["sample", str(both), "--variant", "half", "--out", "x.npz", "--quiet"]) == 0
+    want = Sampler.from_pretrained(both, variant="half").sample(16, output="uint8", progress=False)
+    assert np.array_equal(np.load("x.npz")["arr_0"], want)
+    assert not np.array_equal(want, drawn(tiny, 16))
+
+
 def test_sample_writes_a_folder_named_by_index(tiny, capsys):
     assert cli.main(["sample", tiny, "--indices", "7,2-3", "--batch-size", "2", "--out", "a/b", "--quiet"]) == 0
     assert sorted(os.listdir("a/b")) == ["00002.png", "00003.png", "00007.png"]
@@ -124,6 +137,8 @@ def test_samples_that_are_no_pictures_go_to_npz_as_floats(tmp_path, capsys):
         (["--out", "a/x.PNG"], "a/x.PNG", "grid"),
         (["--out", "x.npz"], "x.npz", "npz"),
         (["--out", "x"], "x", "png"),
+        (["--out", "new.samples/"], "new.samples", "png"),
+        (["--out", "x.png/"], "x.png", "png"),
         (["--out", "folder.1"], "folder.1", "png"),
         (["--out", "x", "--format", "grid"], "x", "grid"),
         (["--out", "x.data", "--format", "npz"], "x.data", "npz"),
@@ -151,6 +166,9 @@ def test_format_follows_from_out_and_the_other_way_round(tiny, flags, path, kind
         ("--batch-size -2", "batch_size is -2"),
         ("--seed -1", "seed is -1"),
         ("--eta -1 --sampler ddim", "eta is -1"),
+        ("--eta 1e200 --sampler ddim", "eta is 1e+200"),
+        ("--eta inf --sampler ddim", "eta is inf"),
+        ("--eta nan --sampler ddim", "eta is nan"),
         ("--sampler euler", "invalid choice: 'euler'"),
         ("--precision fp8", "invalid choice: 'fp8'"),
         ("--device abacus", "device is 'abacus'"),
@@ -189,6 +207,7 @@ def test_not_a_checkpoint(capsys):
     Path("file").write_text("no model")
     for source in ("empty", "file", "nowhere"):
         assert source in error(["sample", source], capsys)
+    assert "the checkpoint is named ''" in error(["sample", ""], capsys)
 
 
 def test_a_full_disk_is_one_line(tiny, capsys, monkeypatch):
@@ -206,6 +225,18 @@ def test_a_fault_of_ours_is_one_line_that_names_its_kind(tiny, capsys, monkeypat
 
     monkeypatch.setattr(images, "save_grid", broken)
     assert "ZeroDivisionError: on two lines (--debug shows where)" in error(["sample", tiny, "--quiet"], capsys)
+
+
+def test_the_progress_bar_ends_before_an_error_is_told(tiny, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images, "save_pngs", full)
+    assert cli.main(["sample", tiny, "--out", "pngs", "--batch-size", "8"]) == 2
+    bar, line, end = capsys.readouterr().err.split("\n")
+    assert "6/12" in bar
+    assert line == "fastddpm: error: [Errno 28] No space left on device"
+    assert end == ""
 
 
 def test_debug_shows_the_traceback(tiny, capsys):
@@ -276,6 +307,16 @@ def test_train_refuses(source, flags, why, capsys):
     Path("file").write_text("hello")
     np.savez("good.npz", np.zeros((3, 4, 4), np.uint8))
     assert why in error(["train", source, "--out", "run", *flags.split()], capsys)
+    assert not Path("run").exists()
+
+
+def test_train_is_quiet_when_asked(capfd):
+    Path("pictures").mkdir()
+    for i in range(1001):
+        Image.new("L", (1, 1)).save(f"pictures/{i}.png")
+    flags = "--steps 1 --batch-size 2 --channels 4 --attention , --groups 4 --timesteps 100 --quiet"
+    assert cli.main(["train", "pictures", "--out", "run", *flags.split()]) == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_info(capsys, monkeypatch):
@@ -284,6 +325,10 @@ def test_info(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert re.search(rf"^version +fastddpm +{re.escape(__version__)}$", text, re.MULTILINE)
     assert text.endswith("the report for (80, 90)\n")
+    for dtype, flag in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        monkeypatch.setattr(cli, "device_and_dtype", lambda *_, dtype=dtype: (torch.device("cpu"), dtype))
+        assert cli.main(["info"]) == 0
+        assert re.search(rf"^default +precision +{flag}$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -316,7 +361,11 @@ def test_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([command, "--help"])
     assert left.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: fastddpm {command}")
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: fastddpm {command}")
+    if command == "train":
+        assert "(default: linear)" in text
+        assert "(default: 1000)" in text
 
 
 def examples():
@@ -355,6 +404,17 @@ def test_version(capsys):
 @pytest.mark.parametrize("arguments", [[], ["paint"], ["sample", "--help-me"]])
 def test_misuse_is_one_line(arguments, capsys):
     assert "--help)" in error(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    "start", [[sys.executable, "-m", "fastddpm"], [str(Path(sys.executable).with_name("fastddpm"))]]
+)
+def test_a_reader_that_leaves_is_no_error(start):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*start, "info"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(

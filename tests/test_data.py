@@ -1,6 +1,7 @@
 """Images in: each kind of source gives the same array; each kind of damage its one-line error."""
 
 import gzip
+import os
 import re
 import struct
 
@@ -98,14 +99,56 @@ def test_black_and_white_becomes_grey(tmp_path):
     assert np.array_equal(load_images(tmp_path)[0, ..., 0], bits * 255)
 
 
+@pytest.mark.parametrize("mode", ["LA", "L"])
+def test_grey_with_transparency_is_grey(tmp_path, mode):
+    grey = pictures(1, c=1)[0, ..., 0]
+    picture = Image.fromarray(grey)
+    if mode == "LA":
+        picture.putalpha(Image.fromarray(255 - grey))
+    picture.save(tmp_path / "0.png", **({"transparency": 7} if mode == "L" else {}))
+    with Image.open(tmp_path / "0.png") as saved:
+        assert (saved.mode, "transparency" in saved.info) == (mode, mode == "L")
+    assert np.array_equal(load_images(tmp_path)[0, ..., 0], grey)
+
+
+def test_a_grey_palette_counts_as_colour(tmp_path):
+    grey = Image.fromarray(pictures(1, c=1)[0, ..., 0])
+    grey.convert("P").save(tmp_path / "0.png")
+    assert np.array_equal(load_images(tmp_path)[0], np.asarray(grey)[..., None].repeat(3, axis=2))
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it turned clockwise by 90 degrees
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "0.png", exif=exif)
+    Image.fromarray(np.rot90(pictures(1)[0], -1)).save(tmp_path / "1.png")
+    upright, again = load_images(tmp_path)
+    assert upright.shape == (6, 4, 3)
+    assert np.array_equal(upright, again)
+
+
+def test_what_is_no_file_is_no_image(tmp_path):
+    save_folder(tmp_path, pictures(1), ["folder.png/a.png"])
+    (tmp_path / "link.png").symlink_to("folder.png/a.png")
+    (tmp_path / "dangling.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert np.array_equal(load_images(tmp_path), pictures(1).repeat(2, axis=0))
+
+
 def test_many_files_show_progress(tmp_path, capfd):
     save_folder(tmp_path, np.zeros((1001, 1, 1, 1), np.uint8), [f"{i}.png" for i in range(1001)])
     assert len(load_images(tmp_path)) == 1001
     assert "reading images: 100%" in capfd.readouterr().err
+    assert len(load_images(tmp_path, progress=False)) == 1001
+    assert capfd.readouterr() == ("", "")
 
 
-def test_nothing_there(tmp_path):
+def test_nothing_there(tmp_path, monkeypatch):
     assert "No such file" in error(tmp_path / "absent.npz")
+    save_folder(tmp_path, pictures(1), ["0.png"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="^path is ''; want an .npz.*$"):
+        load_images("")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello, these are no images", b"\x89PNG\r\n\x1a\n", b"\0", b"\0\0"])

@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +160,38 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_a_link(tmp_path, there):
+    (tmp_path / "elsewhere").mkdir()
+    if there:
+        (tmp_path / "elsewhere" / "grid.png").write_bytes(b"old")
+    (tmp_path / "link.png").symlink_to("elsewhere/grid.png")
+    check_writable(tmp_path / "link.png")
+    images.save_grid(pictures(1), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "elsewhere" / "grid.png").read_bytes()[:4] == b"\x89PNG"
+    assert os.listdir(tmp_path / "elsewhere") == ["grid.png"]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    check_writable(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    images.save_npz(pictures(2), pipe)
+    reader.join()
+    assert pipe.is_fifo()
+    with np.load(io.BytesIO(read[0])) as arrays:
+        assert np.array_equal(arrays["arr_0"], pictures(2))
+
+
+def test_a_device_stays_a_device():
+    check_writable(os.devnull)
+    images.save_grid(pictures(1), os.devnull)
+    assert Path(os.devnull).is_char_device()
+
+
 def test_files_obey_the_umask(tmp_path):
     images.save_npz(pictures(1), tmp_path / "x.npz")
     (tmp_path / "plain").touch()
@@ -179,9 +213,17 @@ def test_check_writable_says_why_not(tmp_path):
         (tmp_path / "file", True, "File exists"),
         (tmp_path / "folder.png", False, "it is a folder"),
         (tmp_path / ("n" * 300) / "x.png", False, "name too long"),
+        (tmp_path / ("n" * 250), False, "name too long"),  # for the temporary name
     ]:
         with pytest.raises(ValueError, match=f"cannot write .*({why})"):
             check_writable(path, folder=folder)
+
+
+def test_check_writable_asks_of_a_pipe_too(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_writable(tmp_path / "pipe")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -147,7 +147,7 @@ def test_nothing_there(tmp_path, monkeypatch):
     assert "No such file" in error(tmp_path / "absent.npz")
     save_folder(tmp_path, pictures(1), ["0.png"])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="^path is ''; want an .npz.*$"):
+    with pytest.raises(ValueError, match=r"^path is ''; want an .npz.*$"):
         load_images("")
 
 

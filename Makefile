@@ -32,7 +32,7 @@ gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
 bench: $(bench)
-	$(PYTHON) -m pytest bench
+	$(PYTHON) -m pytest bench -s
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

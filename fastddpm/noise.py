@@ -1,8 +1,8 @@
 """The noise standard, version 1: z is a pure function of (seed, stream, sample, t, element), the same bits everywhere.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives the words, Box-Muller with
-fixed polynomials (coefficients from Cephes, S. Moshier) the normals. Every operation is one IEEE binary32 or 32-bit
-integer operation, in the written order: `fastddpm.kernels.philox` is the same text in Triton, and bit-equal.
+fixed polynomials (coefficients from Cephes, S. Moshier) the normals. Every operation has the value of one IEEE
+binary32 or 32-bit integer operation, in the written order: `fastddpm.kernels.philox` gives the same bits in Triton.
 """
 
 import math
@@ -40,7 +40,7 @@ def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.devi
     if isinstance(samples, bool | str) or not isinstance(samples, Iterable):
         raise ValueError(f"samples is {samples!r}; want how many (a whole number), or their indices")
     if isinstance(samples, Tensor):
-        if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
+        if samples.ndim != 1 or samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool:
             raise ValueError(f"sample indices are {tuple(samples.shape)} {samples.dtype}; want [N] whole numbers")
         samples = samples.tolist()
     indices = list(samples)
@@ -71,16 +71,16 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     """
     if address.ndim != 2 or address.shape[1] != 2 or address.dtype != torch.int64:
         raise ValueError(f"address is {tuple(address.shape)} {address.dtype}; want [N, 2] int64 (seed, sample index)")
-    if isinstance(stream, float) or not 0 <= stream < 256:
-        raise ValueError(f"stream is {stream}; want 0..255 (128..255 are free for users)")
-    if not len(shape) or min(shape) < 0:
+    if not _whole(stream) or not 0 <= stream < 256:
+        raise ValueError(f"stream is {stream}; want a whole number, 0..255 (128..255 are free for users)")
+    if not len(shape) or not all(_whole(size) and size >= 0 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
     n, count = len(address), math.prod(shape)
     if isinstance(t, Tensor):
-        if t.shape not in ((n,), (1,), ()) or t.is_floating_point():
+        if t.shape not in ((n,), (1,), ()) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; want an int, or [{n}] integers like address")
         t = t.to(address.device, torch.int64).reshape(-1, 1) & _MASK
-    elif isinstance(t, float) or not 0 <= t < 1 << 32:
+    elif not _whole(t) or not 0 <= t < 1 << 32:
         raise ValueError(f"t is {t}; want a whole number, 0 <= t < 2^32")
     seed, sample = address[:, :1], address[:, 1:]
     words = philox(
@@ -119,7 +119,9 @@ def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p = p * m + k
     ln = ((p * m) * z - 0.5 * z) + m
     ln = ln + e.float() * 0.6931471805599453
-    r = (-2 * ln).double().sqrt().float()  # torch's float32 root on a CPU may be a bit off
+    # torch's roots on a CPU can be a unit off, in float32 and in float64; but the root of a float32 number is never so
+    # near to the middle between two others that a float64 root, a unit off, would round to the wrong one
+    r = (-2 * ln).double().sqrt().float()
 
     q = v >> 30
     w = ((v.int() << 2) >> 8).float() * (math.pi / 2 / (1 << 24))

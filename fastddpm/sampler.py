@@ -196,7 +196,7 @@ class Sampler:
         address = addresses.to(self.device)
         labels = None if labels is None else labels.to(self.device)
         x = noise.normal(address, self.shape, stream=noise.START, t=table.num_train_timesteps)
-        low = x.to(self.dtype)
+        low = x.to(self.dtype)  # x itself in float32
         pos = torch.full((len(x),), len(table) - 1, dtype=torch.int32, device=self.device)
         watch = _Watch(table, addresses, self.device)
         for k in reversed(range(len(table))):
@@ -206,7 +206,10 @@ class Sampler:
             if callback is not None:
                 step = len(table) - 1 - k
                 callback(step, int(table.timesteps[k]), _predicted(x, m, table.rows[k]), addresses[:, 1].clone())
-            _, low = ops.step(x, m, table, pos, address, out_dtype=self.dtype)
+            if self.dtype == torch.float32:
+                ops.step(x, m, table, pos, address)
+            else:
+                _, low = ops.step(x, m, table, pos, address, out_dtype=self.dtype)
             pos -= 1
             bar.update()
         watch.finish(x)

@@ -106,6 +106,10 @@ class Schedule:
             value = getattr(self, name)
             if not _real(value) or value <= 0:
                 raise ValueError(f"{name} is {value!r}; want a number > 0")
+        for name in ("num_train_timesteps", "steps_offset"):
+            object.__setattr__(self, name, int(getattr(self, name)))  # numpy's numbers are not JSON's
+        for name in ("beta_start", "beta_end", "clip_sample_range"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         for name in ("clip_sample", "rescale_betas_zero_snr", "thresholding", "set_alpha_to_one"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; want True or False")
@@ -281,7 +285,10 @@ def step_rows(
     log_prev = torch.cat([log_last, log_abar[:-1]])
     abar, noise_var = log_abar.exp(), 0 - log_abar.expm1()  # noise_var = 1 - abar
     abar_prev, noise_var_prev = log_prev.exp(), 0 - log_prev.expm1()
-    alpha, beta = (log_abar - log_prev).exp(), 0 - (log_abar - log_prev).expm1()
+    # summed over each step by itself: a difference of the cumulated logs would lose the digits of a late, small beta
+    edges, log_alphas = [-1 if ends_at_one else 0, *timesteps.tolist()], torch.log1p(-schedule.betas)
+    log_alpha = torch.stack([log_alphas[start + 1 : end + 1].sum() for start, end in pairwise(edges)])
+    alpha, beta = log_alpha.exp(), 0 - log_alpha.expm1()
     posterior_var = noise_var_prev / noise_var * beta  # eq. 7
 
     (cx, cm), (ex, em) = _predictions(schedule.prediction_type, abar, noise_var, timesteps)

@@ -1,6 +1,7 @@
 """Where the operations are tested: in torch on the CPU, in the Triton interpreter, on a GPU."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from fastddpm import ops
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
 
-if find_spec("diffusers") is None:  # a machine with a GPU may lack it, and can test all the rest
-    files = Path(__file__).parent.glob("test_*.py")
-    collect_ignore = [file.name for file in files if "from diffusers import" in file.read_text()]
+# A machine with a GPU may lack what some tests compare with, and can run all the others.
+_needs = re.compile(r"^(?:from|import) (diffusers|hypothesis|scipy)\b", re.MULTILINE)
+collect_ignore = [
+    file.name
+    for file in Path(__file__).parent.glob("test_*.py")
+    if not all(find_spec(package) for package in _needs.findall(file.read_text()))
+]
 
 needs_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -5,6 +5,7 @@ import math
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -153,6 +154,14 @@ def test_bits_do_not_depend_on_the_device():
     assert torch.equal(noise.normal(address.cuda(), (3, 64, 64), stream=noise.STEP, t=5).cpu(), want)
 
 
+def test_the_root_is_correctly_rounded():
+    """Every significand at both parities of the exponent: all roots that float32 has, but for powers of 4."""
+    for bits in torch.arange(0x3F800000, 0x40800000, dtype=torch.int32).split(1 << 22):
+        value = bits.view(torch.float32)
+        ours = value.double().sqrt().float()
+        assert np.array_equal(ours.numpy(), np.sqrt(value.numpy()))
+
+
 @pytest.mark.parametrize(
     ("seed", "samples", "message"),
     [
@@ -187,6 +196,10 @@ def test_address_rejects(seed, samples, message):
         ({"stream": -1}, "stream is -1"),
         ({"stream": 256}, "stream is 256"),
         ({"stream": 0.5}, "stream is 0.5"),
+        ({"stream": None}, "stream is None"),
+        ({"shape": (2.5,)}, r"shape is \(2.5,\)"),
+        ({"t": None}, "t is None"),
+        ({"t": torch.ones(2, dtype=torch.bool)}, r"t is \(2,\) torch.bool"),
         ({"t": -1}, "t is -1"),
         ({"t": 1 << 32}, "t is 4294967296"),
         ({"t": 1.5}, "t is 1.5"),

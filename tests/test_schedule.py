@@ -168,9 +168,10 @@ def test_rows_of_a_thousand_timesteps_are_textbook(beta_schedule, zero_snr, samp
 
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_unclipped_rows_are_algorithm_2(variance_type):
+@pytest.mark.parametrize("trained_betas", [None, torch.linspace(0.05, 1e-5, 1000)], ids=["linear", "falling"])
+def test_unclipped_rows_are_algorithm_2(variance_type, trained_betas):
     """Line 4: (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t) + sigma_t z, each coefficient to 1e-12."""
-    s = Schedule(variance_type=variance_type, clip_sample=False)
+    s = Schedule(variance_type=variance_type, clip_sample=False, trained_betas=trained_betas)
     rows = step_rows(s, torch.arange(1000))
     abar = [Decimal(1), *exact_abar(s.betas)]
     with decimals():
@@ -663,3 +664,8 @@ def assert_one_line(message: str, call) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         call()
     assert message in str(caught.value)
+
+
+def test_numbers_of_numpy_are_json():
+    s = Schedule(num_train_timesteps=np.int64(10), beta_start=np.float32(1e-4), steps_offset=np.int32(1))
+    assert Schedule.from_config(json.loads(json.dumps(s.to_config()))) == s

@@ -27,7 +27,7 @@ from fastddpm.train import TrainOptions, train
 
 _SUFFIXES = {".png": "grid", ".npz": "npz", "": "png"}
 _DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz"}
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "huggingface_hub", "diffusers")
+_PACKAGES = ("triton", "numpy", "safetensors", "huggingface_hub", "diffusers")
 
 _TRAINING = {
     "steps": "optimiser steps in all",
@@ -185,7 +185,8 @@ def _facts() -> dict[str, dict[str, Any]]:
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         machine[f"cuda:{i}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    versions = {"fastddpm": __version__, "python": platform.python_version(), **{n: _version(n) for n in _PACKAGES}}
+    versions = {"fastddpm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: _version(name) for name in _PACKAGES}
     default = {"device": device.type, "precision": precision, "backend": ops.backend(device)}
     return {"version": versions, "machine": machine, "default": default}
 

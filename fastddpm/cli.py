@@ -185,7 +185,11 @@ def _facts() -> dict[str, dict[str, Any]]:
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         machine[f"cuda:{i}"] = f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
-    versions = {"fastddpm": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {
+        "fastddpm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
     versions |= {name: _version(name) for name in _PACKAGES}
     default = {"device": device.type, "precision": precision, "backend": ops.backend(device)}
     return {"version": versions, "machine": machine, "default": default}

@@ -216,7 +216,11 @@ class UNet2D(nn.Module):
         """A copy to sample with: no gradients, convolutions and attention in `dtype`, fused and packed.
 
         What is cheap stays float32: the time path (a table, made once) and, where torch can mix, the norms' parameters.
+
+        Raises: ValueError: dtype is none of float32, bfloat16 and float16.
         """
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype}; want torch.float32, bfloat16 or float16")
         net = copy.deepcopy(self).to(device).eval().requires_grad_(False)
         on_cpu = next(net.parameters()).device.type == "cpu"
         for module in list(net.modules()):
@@ -226,10 +230,12 @@ class UNet2D(nn.Module):
                 module.fuse(dtype)
             elif isinstance(module, Upsample) and on_cpu:
                 module.fuse()
+        onednn = on_cpu and torch.backends.mkldnn.is_available()
+        packs = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
         for module in net.modules():
             if isinstance(module, Conv2d):
                 module.to(dtype)
-                module.pack = on_cpu and torch.backends.mkldnn.is_available()
+                module.pack = onednn and packs
             elif isinstance(module, nn.GroupNorm) and not on_cpu:
                 module.to(dtype)
         return net

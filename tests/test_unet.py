@@ -389,6 +389,10 @@ def test_as_many_t_as_samples():
     )
 
 
+def test_inference_is_in_floats_of_16_or_32_bits():
+    assert check.error_line(UNet2D(**TINY).for_inference, torch.float64).startswith("dtype is torch.float64; want")
+
+
 def test_class_labels_go_with_class_embeddings():
     x, labels = torch.zeros(2, 3, 16, 16), torch.tensor([1, 2])
     assert check.error_line(UNet2D(**TINY), x, 0, labels).startswith("class_labels were given")

@@ -42,12 +42,12 @@ def step(
         pos: [N] int32 on x's device, 0 <= pos < S: the row each entry is at; row S-1 is the first step taken.
             Unchecked: reading it would sync.
         address: [N, 2] int64 on x's device; (seed, sample index) of each entry, see `noise.address`.
-        out_dtype: also return x_{t-1} rounded to this dtype (fp32/bf16/fp16), for the network.
+        out_dtype: also return x_{t-1} rounded to this dtype (bf16/fp16), for the network; in fp32 x is all it needs.
     Returns: x, or (x, x in out_dtype).
     Raises: ValueError: a shape, dtype, layout or device is not as above, or a gradient is asked for.
     """
     _check_state("step", "x", x, (torch.float32,))
-    if m.shape != x.shape or m.device != x.device:
+    if not isinstance(m, Tensor) or m.shape != x.shape or m.device != x.device:
         raise ValueError(
             f"step: m is {_describe(m)}, but x is {tuple(x.shape)} on {x.device}; "
             "the network must return one value per element of x, where x is"
@@ -59,8 +59,8 @@ def step(
     rows, timesteps, hint = table.rows, table.timesteps, "Schedule.table(...).to(x.device) makes one"
     _check("step", "table.rows", rows, (*rows.shape[:1], 8), torch.float32, x.device, hint)
     _check("step", "table.timesteps", timesteps, rows.shape[:1], torch.int32, x.device, hint)
-    if out_dtype is not None and out_dtype not in FLOATS:
-        raise ValueError(f"step: out_dtype is {out_dtype}; want None or one of {_names(FLOATS)}")
+    if out_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"step: out_dtype is {out_dtype}; want bfloat16, float16, or None: x itself is float32")
 
     copy = None if out_dtype is None else layout.empty(n, x.shape[1:], dtype=out_dtype, device=x.device)
     torch.ops.fastddpm.step(x, m, rows, timesteps, pos, address, table.clip, copy)
@@ -99,7 +99,7 @@ def noising(
     _check(
         "noising", "table", table, (*table.shape[:1], 2), torch.float32, device, "Schedule.noising_table().to(device)"
     )
-    if stream not in (noise.TRAIN, noise.LIKELIHOOD):
+    if not isinstance(stream, int) or stream not in (noise.TRAIN, noise.LIKELIHOOD):
         raise ValueError(f"noising: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
     if dtype not in FLOATS:
         raise ValueError(f"noising: dtype is {dtype}; want one of {_names(FLOATS)}")
@@ -112,7 +112,7 @@ def _has_triton() -> bool:
 
 
 def _check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if x.ndim < 2 or x.dtype not in dtypes:
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.dtype not in dtypes:
         raise ValueError(f"{op}: {name} is {_describe(x)}; want [N, C, *spatial] or [N, D] of {_names(dtypes)}")
     if not layout.is_channels_last(x):
         raise ValueError(f"{op}: {name} has strides {x.stride()}, not channels-last; use layout.channels_last({name})")
@@ -129,8 +129,8 @@ def _check(
         raise ValueError(f"{op}: {name} is {_describe(x)}; want {shape} {dtype} on {device}, contiguous: {hint}")
 
 
-def _describe(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {x.dtype} on {x.device}"
+def _describe(x: object) -> str:
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -150,6 +150,8 @@ def _step(
     if backend(x.device) == "triton":
         from fastddpm.kernels.step import launch_step  # type: ignore[import-not-found]  # mapped by the installation
 
+        written = [x] if copy is None else [x, copy]
+        torch.autograd.graph.increment_version(written)  # autograd does not see what a kernel writes
         return launch_step(x, m, rows, timesteps, pos, address, copy, clip=clip)
     row, t = rows[pos], timesteps[pos]
     if x.device.type == "cpu" and not row[:, -1].any():

@@ -32,7 +32,7 @@ def noising_kernel(
     block = tl.program_id(1)
     offs = tl.arange(0, BLOCK)
     mask = offs < per_sample - block * BLOCK
-    at = n * per_sample + block.to(tl.int64) * BLOCK + offs
+    at = n * per_sample + block * BLOCK + offs
 
     x_0 = tl.load(x_0_ptr + at, mask=mask).to(tl.float32)
     if x_0_ptr.dtype.element_ty == tl.uint8:

@@ -57,9 +57,11 @@ def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
 
 
 VARIANTS = (
+    step_variant("fp32", None, clip=True),
     step_variant("fp32", None, clip=False),
-    step_variant("bf16", None, clip=True),
+    step_variant("fp32", "bf16", clip=True),
     step_variant("bf16", "bf16", clip=True),
+    step_variant("bf16", "bf16", clip=False),
     step_variant("fp16", "fp16", clip=True),
     noising_variant("u8", "fp32"),
     noising_variant("u8", "bf16"),

@@ -24,7 +24,7 @@ def step_kernel(
     t_ptr,  # [S] int32: training timestep of each row
     pos_ptr,  # [N] int32: the row each entry is at; one captured graph serves all steps
     address_ptr,  # [N, 2] int64: (seed, sample index) of each entry
-    copy_ptr,  # like x in another dtype, or None
+    copy_ptr,  # like x in bf16 or fp16, or None
     per_sample,
     CLIP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,12 +33,12 @@ def step_kernel(
     block = tl.program_id(1)
     offs = tl.arange(0, BLOCK)
     mask = offs < per_sample - block * BLOCK
-    at = n * per_sample + block.to(tl.int64) * BLOCK + offs
+    at = n * per_sample + block * BLOCK + offs
 
     x = tl.load(x_ptr + at, mask=mask)
     m = tl.load(m_ptr + at, mask=mask).to(tl.float32)
     pos = tl.load(pos_ptr + n)
-    row = row_ptr + pos.to(tl.int64) * 8
+    row = row_ptr + pos * 8
     B, C, S = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
 
     if CLIP:  # the order of operations is the specification: results are compared bit for bit

@@ -1,7 +1,10 @@
 """`ops` in torch, in the Triton interpreter and on a GPU: the bits of the reference, and nothing else written."""
 
+import subprocess
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
-from math import inf, nan, prod
+from math import inf, isfinite, nan, prod
 
 import pytest
 import torch
@@ -130,7 +133,7 @@ def test_a_write_into_a_guard_is_seen(at):
         (torch.float32, None),
         (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize("clip", [True, False])
@@ -203,6 +206,73 @@ def test_step_keeps_what_is_not_finite(bad, device):
         assert not want[0, 1, 2, 3].isfinite()
         assert torch.equal(got.isnan(), want.isnan())
         assert_same_bits(got.nan_to_num(), want.nan_to_num())
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+def test_step_keeps_a_nan_that_only_the_clamp_sees(device):
+    x, m = step_inputs((1, 3, 8, 8))
+    x[0, 1, 2, 3], m[0, 1, 2, 3] = 1e37, 1e37  # cx x + cm m = inf - inf, while B x and C m are finite
+    pos, address, table = positions(999), addresses(1), TABLES[True]
+    cx, cm, _, _, _, B, C, _ = (table.rows[999] * 1e37).tolist()
+    assert (cx, cm) == (inf, -inf)
+    assert isfinite(B)
+    assert isfinite(C)
+    got = run_step(device, x, m, table, pos, address).cpu()
+    assert got.isnan().nonzero().tolist() == [[0, 1, 2, 3]]
+
+
+FAR = """
+import sys, torch
+from fastddpm import noise, ops
+from fastddpm.kernels import noising, step
+from fastddpm.reference.diffusion import add_noise, update
+from fastddpm.schedule import Schedule
+
+device, n, per_sample, block = sys.argv[1], 34, ops.MAX_PER_SAMPLE, 1024
+assert (n - 1) * per_sample > 2**31
+address, table, noising_table = noise.address(3, n), Schedule().table(), Schedule().noising_table()
+pos = torch.arange(n, dtype=torch.int32)
+
+def far(dtype, value=None):  # memory that nothing touches takes no room on a CPU
+    memory = torch.empty((n - 1) * per_sample + block, dtype=dtype, device=device)
+    blocks = memory.as_strided((n, block), (per_sample, 1))
+    return memory, blocks if value is None else blocks.copy_(value)
+
+drawn = torch.randn(2, n, block, generator=torch.Generator().manual_seed(0)).half()
+(x, x_blocks), (m, _) = far(torch.float32, drawn[0]), far(torch.float16, drawn[1])
+arguments = (a.to(device) for a in (table.rows, table.timesteps, pos, address))
+step.step_kernel[n, 1](x, m, *arguments, None, per_sample, CLIP=True, BLOCK=block, **step.OPTIONS)
+z = noise.normal(address, (block,), stream=noise.STEP, t=pos)
+want = update(drawn[0].float(), drawn[1], table.rows[pos], z, clip=True)
+assert torch.equal(x_blocks.cpu(), want)
+
+del x, x_blocks
+x_t, x_t_blocks = far(torch.float16)
+arguments = (a.to(device) for a in (pos.long(), address, noising_table))
+noising.noising_kernel[n, 1](
+    x_t, m, *arguments, per_sample, STREAM=noise.TRAIN, WITH_T=False, BLOCK=block, **noising.OPTIONS)
+eps = noise.normal(address, (block,), stream=noise.TRAIN, t=0)
+assert torch.equal(x_t_blocks.cpu(), add_noise(drawn[1].float(), eps, noising_table[pos]).half())
+"""
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(kernel_device):
+    """The first block of each of 34 samples of the largest size; a wrong address may well crash the process."""
+    subprocess.run([sys.executable, "-c", FAR, kernel_device], check=True)
+
+
+@pytest.mark.parametrize("operation", ["step", "noising"])
+def test_kernels_are_launched_on_the_device_of_their_data(operation, interpreted, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or nullcontext())
+    x, _ = step_inputs((2, 3, 4, 4))
+    if operation == "step":
+        ops.step(x, x.clone(), TABLES[True], positions(5, 5), addresses(2))
+    else:
+        ops.noising(x, torch.tensor([5, 5]), addresses(2), NOISING_TABLE)
+    assert len(seen) == 1
+    assert seen[0] is x
 
 
 def test_step_of_nothing(device):

@@ -45,11 +45,13 @@ BAD_STEPS = [
         lambda x: x[:1],
         r"m is \(2, 3, 4, 4\) .*, but x is \(1, 3, 4, 4\) on cpu; the network must return one value",
     ),
+    ("m", lambda m: None, r"m is NoneType, but x is \(2, 3, 4, 4\) on cpu; the network must return one value"),
     ("m", lambda m: m[:, :2], r"m is \(2, 2, 4, 4\) torch.bfloat16 on cpu, but x is .*; the network must return one"),
     ("m", lambda m: m.to("meta"), r"m is .* on meta, but x is \(2, 3, 4, 4\) on cpu; .*, where x is"),
     ("m", lambda m: m.double(), r"m is .* torch.float64 on cpu; want .* of float32, bfloat16, float16"),
     ("m", contiguous, r"m has strides \(48, 16, 4, 1\), not channels-last; use layout.channels_last\(m\)"),
     ("m", lambda m: m.clone().requires_grad_(), r"m requires a gradient, .* call it under torch.no_grad\(\)"),
+    ("x", lambda x: None, r"x is NoneType; want \[N, C, \*spatial\] or \[N, D\] of float32"),
     ("pos", lambda pos: pos.long(), r"pos is \(2,\) torch.int64 on cpu; want \(2,\) torch.int32 on cpu"),
     ("pos", lambda pos: pos[:1], r"pos is \(1,\) torch.int32 on cpu; want \(2,\) torch.int32 on cpu"),
     ("pos", lambda pos: pos[:1].expand(2), r"pos is .* contiguous"),
@@ -60,7 +62,8 @@ BAD_STEPS = [
     ("table", lambda table: replace(table, rows=table.rows.double()), r"table.rows is .* torch.float64 .*; want"),
     ("table", lambda table: replace(table, rows=table.rows[:, :6]), r"table.rows is \(1000, 6\) .*; want \(1000, 8\)"),
     ("table", lambda table: replace(table, timesteps=table.timesteps[1:]), r"table.timesteps is \(999,\) .*; want"),
-    ("out_dtype", lambda none: torch.float64, r"out_dtype is torch.float64; want None or one of float32, bfloat16"),
+    ("out_dtype", lambda none: torch.float64, r"out_dtype is torch.float64; want bfloat16, float16, or None"),
+    ("out_dtype", lambda none: torch.float32, r"out_dtype is torch.float32; want .* None: x itself is float32"),
 ]
 
 
@@ -95,6 +98,8 @@ BAD_NOISINGS = [
     ("table", lambda table: table[:, 0], r"table is \(1000,\) .*; want \(1000, 2\) .*: Schedule.noising_table\(\)"),
     ("table", lambda table: table.to("meta"), r"table is .* on meta; want .* on cpu"),
     ("stream", lambda none: noise.STEP, r"stream is 0; want noise.TRAIN \(2\) or noise.LIKELIHOOD \(3\)"),
+    ("stream", lambda none: 2.0, r"stream is 2.0; want noise.TRAIN \(2\)"),
+    ("stream", lambda none: True, r"stream is True; want noise.TRAIN \(2\)"),
     ("dtype", lambda none: torch.uint8, r"dtype is torch.uint8; want one of float32, bfloat16, float16"),
 ]
 
@@ -108,11 +113,47 @@ def test_noising_refuses(name, spoil, message):
 
 
 def test_samples_beyond_the_kernels_grid_are_refused():
-    x = torch.empty(1, 65_536 * 1024, device="meta")
-    with pytest.raises(
-        ValueError, match=r"^step: x is \(1, 67108864\) .*; a sample may have at most 67107840 elements"
-    ):
-        ops.step(x, x, TABLE, torch.zeros(1, dtype=torch.int32), noise.address(0, 1))
+    largest, beyond = (torch.empty(1, ops.MAX_PER_SAMPLE + i, device="meta") for i in range(2))
+    step_from = TABLE.to("meta"), torch.zeros(1, dtype=torch.int32, device="meta"), noise.address(0, 1, "meta")
+    t = torch.zeros(1, dtype=torch.int64, device="meta")
+    noising_from = t, noise.address(0, 1, "meta"), NOISING_TABLE.to("meta")
+    assert ops.step(largest, largest, *step_from) is largest
+    assert ops.noising(largest, *noising_from).shape == largest.shape
+    message = r"is \(1, 67107841\) .*; a sample may have at most 67107840 elements"
+    with pytest.raises(ValueError, match=f"^step: x {message}"):
+        ops.step(beyond, beyond, *step_from)
+    with pytest.raises(ValueError, match=f"^noising: x_0 {message}"):
+        ops.noising(beyond, *noising_from)
+
+
+# Autograd
+
+
+def test_no_gradient_is_asked_for_under_no_grad():
+    arguments, spoilt = step_arguments(), step_arguments()
+    spoilt["m"].requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(ops.step(**spoilt), ops.step(**arguments))
+
+
+@pytest.mark.parametrize("name", ["x", "copy"])
+def test_autograd_sees_what_is_overwritten(name, device):
+    a = step_arguments(device)
+    written = {"x": a["x"], "copy": torch.empty_like(a["x"], dtype=torch.bfloat16)}
+    weight = torch.ones_like(written[name], requires_grad=True)
+    loss = (weight * written[name]).sum()
+    torch.ops.fastddpm.step(
+        a["x"], a["m"], a["table"].rows, a["table"].timesteps, a["pos"], a["address"], True, written["copy"]
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_step_in_inference_mode(device):
+    want = ops.step(**step_arguments(device), out_dtype=torch.bfloat16)
+    with torch.inference_mode():
+        got = ops.step(**step_arguments(device), out_dtype=torch.bfloat16)
+    assert all(map(torch.equal, got, want))
 
 
 # What runs where

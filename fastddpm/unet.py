@@ -185,7 +185,7 @@ class UNet2D(nn.Module):
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
         """The network given `time_rows`: one row for the whole batch, or [N, columns]."""
         shape, factor = (self.config["in_channels"],), 1 << (len(self.config["block_out_channels"]) - 1)
-        if x.ndim != 4 or x.shape[1:2] != shape or x[0, 0].numel() == 0 or any(side % factor for side in x.shape[2:]):
+        if x.ndim != 4 or x.shape[1:2] != shape or 0 in x.shape[2:] or any(side % factor for side in x.shape[2:]):
             raise ValueError(
                 f"x is {tuple(x.shape)}; want [N, {shape[0]}, H, W] with H and W multiples of {factor} for this network"
             )
@@ -221,7 +221,7 @@ class UNet2D(nn.Module):
         """
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; want torch.float32, bfloat16 or float16")
-        net = copy.deepcopy(self).to(device).eval().requires_grad_(False)
+        net = copy.deepcopy(self).to(device, torch.float32).eval().requires_grad_(False)
         on_cpu = next(net.parameters()).device.type == "cpu"
         for module in list(net.modules()):
             if isinstance(module, Resnet):
@@ -423,7 +423,7 @@ def normed(norm: nn.GroupNorm, x: Tensor, act: Activation | None = None) -> Tens
     else:
         # torch's CPU kernel for 16 bits is slow below 1024 pixels: 2.0 ms instead of 0.9 ms by way of float32, for
         # 16 x 256 x 16 x 16 (two cores of a Xeon with AMX, 2026-11-22); this is more accurate, too
-        widen = on_cpu and x.dtype in (torch.bfloat16, torch.float16) and x[0, 0].numel() < 1024
+        widen = on_cpu and x.dtype in (torch.bfloat16, torch.float16) and x.shape[2:].numel() < 1024
         y = F.group_norm(x.float() if widen else x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return (y if act is None else act(y)).to(x.dtype)
 

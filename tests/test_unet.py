@@ -389,6 +389,15 @@ def test_as_many_t_as_samples():
     )
 
 
+def test_a_network_of_16_bits_samples_in_32():
+    case = Case(TINY, one_t=True)
+    want = UNet2D(**TINY).eval()
+    want.load_state_dict({name: value.bfloat16().float() for name, value in case.ours.state_dict().items()})
+    net = case.ours.bfloat16().for_inference(torch.float32)
+    fast = want.for_inference(torch.float32)
+    assert torch.equal(net.denoise(case.x, net.time_rows(case.t)), fast.denoise(case.x, fast.time_rows(case.t)))
+
+
 def test_inference_is_in_floats_of_16_or_32_bits():
     assert check.error_line(UNet2D(**TINY).for_inference, torch.float64).startswith("dtype is torch.float64; want")
 

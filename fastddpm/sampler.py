@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,10 @@ class Sampler:
             if not isinstance(model, UNet2D) or not model.config["sample_size"]:
                 raise ValueError("shape is missing; give that of one sample: (C, H, W), (C, L) or (D,)")
             shape = sample_shape(model)
-        if not isinstance(shape, Iterable):
-            raise ValueError(f"shape is {shape!r}; want that of one sample: (C, H, W), (C, L) or (D,)")
-        self.model, self.schedule, self.shape = model, schedule, tuple(map(int, shape))
-        if not self.shape or min(self.shape) < 1:
-            raise ValueError(f"shape is {self.shape}; want whole numbers > 0: (C, H, W), (C, L) or (D,)")
+        sizes = tuple(shape) if isinstance(shape, Iterable) else ()
+        if not sizes or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in sizes):
+            raise ValueError(f"shape is {shape!r}; want whole numbers > 0: (C, H, W), (C, L) or (D,)")
+        self.model, self.schedule, self.shape = model, schedule, tuple(map(int, sizes))
         self.device, self.dtype = device_and_dtype(device, precision if self.native or precision != "auto" else "fp32")
         if isinstance(model, nn.Module) and not self.native:
             model.to(self.device)

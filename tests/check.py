@@ -8,6 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+# a small U-Net's options
+TINY = {
+    "sample_size": 16,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
 
 def assert_as_accurate(ours: Tensor, plain: Tensor, ref: Tensor) -> None:
     """ours errs at most twice as much as plain torch, in the largest error and in the root mean square.

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from check import assert_as_accurate, root_mean_square
+from check import TINY, assert_as_accurate, root_mean_square
 from diffusers import DDPMScheduler, UNet2DModel
 
 from fastddpm import Sampler, Schedule, UNet2D, noise
@@ -14,16 +14,7 @@ from fastddpm.reference.diffusion import Diffusion, update
 from fastddpm.sampler import shipped_model
 
 SHAPES = [(1, 4, 4), (3, 5, 7), (2, 9), (5,)]
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
+SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
 
 
 def elementwise(x, t):
@@ -33,7 +24,7 @@ def elementwise(x, t):
 
 def tiny_unet(seed=0):
     torch.manual_seed(seed)
-    return UNet2D(**TINY).eval()
+    return UNet2D(**SMALL).eval()
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +71,7 @@ def test_the_whole_path_is_as_accurate_as_diffusers(unet, precision):
 
     @torch.no_grad()
     def diffusers(net_dtype, state_dtype, monkeypatch):
-        net, scheduler = UNet2DModel(**TINY).eval(), DDPMScheduler()
+        net, scheduler = UNet2DModel(**SMALL).eval(), DDPMScheduler()
         net.load_state_dict(unet.state_dict())
         for parameter in net.parameters():
             parameter.data = parameter.to(net_dtype)
@@ -287,7 +278,7 @@ def test_weights_changed_between_runs_are_seen_and_the_model_is_left_alone():
 
 def test_class_labels():
     torch.manual_seed(0)
-    net = UNet2D(**TINY, num_class_embeds=3)
+    net = UNet2D(**SMALL, num_class_embeds=3)
     sampler = Sampler(net, precision="fp32")
     how = {"steps": 3, "progress": False}
     mixed = sampler.sample(4, class_labels=[0, 1, 2, 1], batch_size=2, **how)
@@ -396,6 +387,8 @@ def test_bad_arguments(arguments, message):
         ({"shape": (0, 2)}, r"shape is \(0, 2\)"),
         ({"shape": ()}, r"shape is \(\)"),
         ({"shape": 5}, "shape is 5"),
+        ({"shape": (2.5,)}, r"shape is \(2.5,\)"),
+        ({"shape": (True, 2)}, r"shape is \(True, 2\)"),
         ({"schedule": DDPMScheduler()}, r"schedule is a DDPMScheduler; want a Schedule: Schedule.from_config"),
         ({"precision": "fp8"}, "precision is 'fp8'; want one of auto, fp32, bf16"),
         ({"device": "tpu9"}, "device is 'tpu9'"),

@@ -6,6 +6,7 @@ import math
 import check
 import pytest
 import torch
+from check import TINY
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
@@ -13,14 +14,6 @@ from fastddpm import checkpoint, layout
 from fastddpm.schedule import Schedule
 from fastddpm.unet import UNet2D, normed
 
-TINY = {
-    "sample_size": 16,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 THREE = {
     "block_out_channels": (8, 16, 24),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastddpm import ops
 from fastddpm.layout import channels_last
 
 Activation = Callable[[Tensor], Tensor]
@@ -141,8 +142,9 @@ class UNet2D(nn.Module):
                 block.upsamplers = nn.ModuleList([Upsample(width)])
             self.up_blocks.append(block)
             below = width
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps)
+        self.conv_norm_out = GroupNorm(groups, widths[0], eps)
         self.conv_out = Conv2d(widths[0], c["out_channels"], 3, padding=1)
+        self.projection: nn.Linear | None = None
         self.resnets = tuple(m for m in self.modules() if isinstance(m, Resnet))  # in the order of execution
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -180,7 +182,9 @@ class UNet2D(nn.Module):
             by_time = self.config["class_embed_type"] == "timestep"
             embed = embed + self.class_embedding(self._sinusoid(class_labels) if by_time else class_labels)
         embed = ACTIVATIONS[self.config["act_fn"]](embed)
-        return torch.cat([resnet.time_columns(embed) for resnet in self.resnets], 1)
+        if self.projection is not None:
+            return self.projection(embed)
+        return torch.cat([F.linear(embed, *resnet.time_projection()) for resnet in self.resnets], 1)
 
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
         """The network given `time_rows`: one row for the whole batch, or [N, columns]."""
@@ -207,38 +211,70 @@ class UNet2D(nn.Module):
                 h = attention(resnet(h, next(columns)))
         for block in cast("Iterable[Block]", self.up_blocks):
             for resnet, attention in block.layers():
-                h = attention(resnet(torch.cat([h, skips.pop()], 1), next(columns)))
+                h = attention(resnet(h, next(columns), skips.pop()))
             for upsample in block.upsamplers:
                 h = upsample(h)
-        return self.conv_out(normed(self.conv_norm_out, h, silu))
+        return self.conv_out(self.conv_norm_out(h, silu))
 
-    def for_inference(self, dtype: torch.dtype, device: torch.device | str | None = None) -> "UNet2D":
+    def for_inference(
+        self, dtype: torch.dtype, device: torch.device | str | None = None, *, pack: bool = True
+    ) -> "UNet2D":
         """A copy to sample with: no gradients, convolutions and attention in `dtype`, fused and packed.
 
-        What is cheap stays float32: the time path (a table, made once) and, where torch can mix, the norms' parameters.
+        What is cheap stays float32: the time path (a table, made once) and, where the kernels or torch can mix, the
+        norms' parameters and the biases that are added with the residuals.
 
-        Raises: ValueError: dtype is none of float32, bfloat16 and float16.
+        Args:
+            dtype: float32, bfloat16 or float16.
+            device: None is this network's own.
+            pack: on a CPU, keep the convolutions' weights in oneDNN's own layout, which torch.compile cannot trace.
+        Raises: ValueError: dtype is none of these.
         """
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in ops.FLOATS:
             raise ValueError(f"dtype is {dtype}; want torch.float32, bfloat16 or float16")
-        net = copy.deepcopy(self).to(device, torch.float32).eval().requires_grad_(False)
-        on_cpu = next(net.parameters()).device.type == "cpu"
-        for module in list(net.modules()):
-            if isinstance(module, Resnet):
-                module.fuse()
-            elif isinstance(module, Attention):
-                module.fuse(dtype)
-            elif isinstance(module, Upsample) and on_cpu:
-                module.fuse()
-        onednn = on_cpu and torch.backends.mkldnn.is_available()
+        device = self.conv_in.weight.device if device is None else torch.device(device)
+        on_cpu, kernels = device.type == "cpu", ops.backend(device) == "triton"
+        onednn = pack and on_cpu and torch.backends.mkldnn.is_available()
         packs = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        with torch.device("meta"):
+            net = UNet2D(**self.config)
+            net.projection = nn.Linear(net.time_embedding.linear_2.out_features, sum(r.columns for r in net.resnets))
+            for module in list(net.modules()):
+                if isinstance(module, Resnet | Attention):
+                    module.fuse(kernels)
+                elif isinstance(module, Upsample) and on_cpu:
+                    module.fuse()
         for module in net.modules():
             if isinstance(module, Conv2d):
-                module.to(dtype)
                 module.pack = onednn and packs
-            elif isinstance(module, nn.GroupNorm) and not on_cpu:
                 module.to(dtype)
+            elif isinstance(module, Attention):
+                cast(nn.Linear, module.qkv).to(dtype)
+                module.to_out.to(dtype)
+            elif isinstance(module, GroupNorm):
+                module.kernels = kernels
+                module.to(torch.float32 if kernels or on_cpu else dtype)
+        net.to_empty(device=device).eval().requires_grad_(False)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        net.refresh(self)
         return net
+
+    @torch.no_grad()
+    def refresh(self, source: "UNet2D") -> None:
+        """Take over, in place, the weights that the network this copy is of has now."""
+        if source.conv_in.weight.dtype != torch.float32:
+            source = copy.deepcopy(source).float()  # sums of weights shall not be rounded to 16 bits
+        state: dict[str, Tensor] = dict(source.named_parameters())
+        for prefix, module in source.named_modules():
+            if isinstance(module, Resnet | Attention | Upsample):
+                state |= {f"{prefix}.{name}": value for name, value in module.fused()}
+        weights, biases = zip(*(resnet.time_projection() for resnet in source.resnets), strict=True)
+        state |= {"projection.weight": torch.cat(weights), "projection.bias": torch.cat(biases)}
+        for name, parameter in self.named_parameters():
+            parameter.copy_(state[name])
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.packed = None
 
     def _sinusoid(self, t: Tensor) -> Tensor:
         """Sinusoidal embedding of t [N] -> [N, block_out_channels[0]] in the time MLP's dtype."""
@@ -256,37 +292,71 @@ class Resnet(nn.Module):
     def __init__(self, c_in: int, c_out: int, embed: int, groups: int, eps: float, act: str, scale_shift: bool,
                  dropout: float, scale: float):  # fmt: skip
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.norm1 = GroupNorm(groups, c_in, eps)
         self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.columns = 2 * c_out if scale_shift else c_out
         self.time_emb_proj = nn.Linear(embed, self.columns)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.norm2 = GroupNorm(groups, c_out, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
-        self.scale_shift, self.scale = scale_shift, scale
+        self.bias: nn.Parameter | None = None  # of the residual sum, where a kernel adds it
+        self.scale_shift, self.scale, self.kernels = scale_shift, scale, False
         self.act: Activation = ACTIVATIONS[act]
 
-    def time_columns(self, embed: Tensor) -> Tensor:
-        columns = self.time_emb_proj(embed)
-        return columns if self.scale_shift or self.conv1.bias is None else columns + self.conv1.bias
+    def time_projection(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the columns; without scale_shift they carry the first convolution's bias.
 
-    def fuse(self) -> None:
-        """Let the projection carry the first convolution's bias, so that neither is rounded before their sum."""
-        if not self.scale_shift and self.conv1.bias is not None:
-            self.time_emb_proj.bias.add_(self.conv1.bias)
+        So neither is rounded before their sum.
+        """
+        weight, bias = self.time_emb_proj.weight, self.time_emb_proj.bias
+        return weight, bias if self.scale_shift or self.conv1.bias is None else bias + self.conv1.bias
+
+    def fuse(self, kernels: bool) -> None:
+        """Leave the columns to the network's projection, and the biases to kernels where there are some."""
+        del self.time_emb_proj
+        self.kernels = kernels
+        if not self.scale_shift:
             self.conv1.bias = None
+        if kernels:
+            self.bias = nn.Parameter(torch.empty(self.conv2.out_channels))
+            self.conv2.bias = None
+            if self.conv_shortcut is not None:
+                self.conv_shortcut.bias = None
 
-    def forward(self, x: Tensor, columns: Tensor) -> Tensor:
-        h = normed(self.norm1, x, self.act)
+    def fused(self) -> Iterator[tuple[str, Tensor]]:
+        """What `fuse` made room for."""
+        bias = cast(Tensor, self.conv2.bias)
+        yield "bias", bias if self.conv_shortcut is None else bias + cast(Tensor, self.conv_shortcut.bias)
+
+    def forward(self, x: Tensor, columns: Tensor, skip: Tensor | None = None) -> Tensor:
+        """columns: [1 or N, self.columns], of the time rows; skip: the channels that follow x's, on the way up."""
+        if skip is not None and not self.kernels:
+            x, skip = torch.cat([x, skip], 1), None
+        h = self.norm1(x, self.act, skip=skip)
         if self.scale_shift:
             scale, shift = columns.to(h.dtype)[:, :, None, None].chunk(2, 1)
-            h = self.act(normed(self.norm2, self.conv1(h)) * (1 + scale) + shift)
+            h = self.act(self.norm2(self.conv1(h)) * (1 + scale) + shift)
+        elif self.kernels:
+            h = self.norm2(self.conv1(h), self.act, add=columns)
         else:
-            h = normed(self.norm2, self.conv1(h, columns), self.act)
+            h = self.norm2(self.conv1(h, columns), self.act)
         h = self.conv2(self.dropout(h))
-        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        if self.kernels:
+            h = ops.residual(h, self._shortcut(x, skip), self.bias)
+        else:
+            h += x if self.conv_shortcut is None else self.conv_shortcut(x)
         return h if self.scale == 1 else h / self.scale
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """The input, projected where widths differ: x and skip by a matrix product each, so they stay apart."""
+        if self.conv_shortcut is None:
+            return x if skip is None else torch.cat([x, skip], 1)
+        weight = self.conv_shortcut.weight.flatten(1)
+        y = F.linear(_pixels(x), weight[:, : x.shape[1]])
+        if skip is not None:
+            y.addmm_(_pixels(skip), weight[:, x.shape[1] :].t())
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -294,32 +364,41 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, head_dim: int, groups: int | None, eps: float, scale: float):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps) if groups else None
+        self.group_norm = GroupNorm(groups, width, eps) if groups else None
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.qkv: nn.Linear | None = None
+        self.bias: nn.Parameter | None = None  # of the residual sum, where a kernel adds it
         self.head_dim, self.scale = head_dim, scale
 
-    def fuse(self, dtype: torch.dtype) -> None:
-        """Make one matrix of three, in dtype."""
-        parts = self.to_q, self.to_k, self.to_v
-        self.qkv = nn.Linear(self.to_q.in_features, 3 * self.to_q.in_features, device="meta")
-        self.qkv.weight = nn.Parameter(torch.cat([part.weight for part in parts]).to(dtype), requires_grad=False)
-        self.qkv.bias = nn.Parameter(torch.cat([part.bias for part in parts]).to(dtype), requires_grad=False)
-        self.to_out.to(dtype)
+    def fuse(self, kernels: bool) -> None:
+        """Make one matrix of three, and leave the last bias to a kernel where there is one."""
+        width = self.to_q.in_features
+        self.qkv = nn.Linear(width, 3 * width)
         del self.to_q, self.to_k, self.to_v
+        if kernels:
+            self.bias = nn.Parameter(torch.empty(width))
+            cast(Any, self.to_out[0]).bias = None
+
+    def fused(self) -> Iterator[tuple[str, Tensor]]:
+        """What `fuse` made room for."""
+        parts = self.to_q, self.to_k, self.to_v
+        yield "qkv.weight", torch.cat([part.weight for part in parts])
+        yield "qkv.bias", torch.cat([part.bias for part in parts])
+        yield "bias", cast(Tensor, self.to_out[0].bias)
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
-        h = x if self.group_norm is None else normed(self.group_norm, x)
-        h = h.permute(0, 2, 3, 1).reshape(n, height * width, c)
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = _pixels(h).view(n, height * width, c)
         if self.qkv is not None:
             q, k, v = self.qkv(h).chunk(3, -1)
         else:
             q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
-        h = self.to_out[0](h).view(n, height, width, c).permute(0, 3, 1, 2) + x
+        h = self.to_out[0](h).view(n, height, width, c).permute(0, 3, 1, 2)
+        h = h + x if self.bias is None else ops.residual(h, x, self.bias)
         return h if self.scale == 1 else h / self.scale
 
 
@@ -361,13 +440,16 @@ class Upsample(nn.Module):
         of the multiplications: 181 -> 60 ms in fp32, 25 -> 18 ms in bf16, for 16 x 256 x 16 x 16 on a core of a Xeon
         with AMX, 2026-11-22.
         """
+        width = self.conv.in_channels
+        self.phases = Conv2d(width, 4 * width, 2, padding=1)
+        del self.conv
+
+    def fused(self) -> Iterator[tuple[str, Tensor]]:
+        """What `fuse` made room for."""
         width, tap = self.conv.in_channels, self.conv.weight
         meets = tap.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, input pixel, tap]
-        weight = torch.einsum("apk,bql,oikl->aboipq", meets, meets, tap).reshape(4 * width, width, 2, 2)
-        self.phases = Conv2d(width, 4 * width, 2, padding=1, device="meta")
-        self.phases.weight = nn.Parameter(weight.contiguous(memory_format=torch.channels_last), requires_grad=False)
-        self.phases.bias = nn.Parameter(cast(Tensor, self.conv.bias).repeat(4), requires_grad=False)
-        del self.conv
+        yield "phases.weight", torch.einsum("apk,bql,oikl->aboipq", meets, meets, tap).reshape(4 * width, width, 2, 2)
+        yield "phases.bias", cast(Tensor, self.conv.bias).repeat(4)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.phases is None:
@@ -415,20 +497,36 @@ class Conv2d(nn.Conv2d):
         return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], bias, *how, "none", [], "")
 
 
-def normed(norm: nn.GroupNorm, x: Tensor, act: Activation | None = None) -> Tensor:
+class GroupNorm(nn.GroupNorm):
     """Group norm and activation, in x's dtype; the statistics in float32."""
-    on_cpu = x.device.type == "cpu"
-    if on_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
-        y = _two_pass_group_norm(norm, x)
-    else:
-        # torch's CPU kernel for 16 bits is slow below 1024 pixels: 2.0 ms instead of 0.9 ms by way of float32, for
-        # 16 x 256 x 16 x 16 (two cores of a Xeon with AMX, 2026-11-22); this is more accurate, too
-        widen = on_cpu and x.dtype in (torch.bfloat16, torch.float16) and x.shape[2:].numel() < 1024
-        y = F.group_norm(x.float() if widen else x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return (y if act is None else act(y)).to(x.dtype)
+
+    kernels = False
+
+    def forward(
+        self, x: Tensor, act: Activation | None = None, *, skip: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """skip: channels that follow x's; add: [1 or N, C], added to x before. Both need kernels."""
+        if self.kernels:
+            how: dict[str, Any] = {"eps": self.eps, "skip": skip, "add": add, "silu": act is silu}
+            y = ops.group_norm(x, self.weight, self.bias, self.num_groups, **how)
+            return y if act is None or act is silu else act(y)
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            y = _two_pass_group_norm(self, x)
+        else:
+            # torch's CPU kernel for 16 bits is slow below 1024 pixels: 2.0 ms instead of 0.9 ms by way of float32, for
+            # 16 x 256 x 16 x 16 (two cores of a Xeon with AMX, 2026-11-22); this is more accurate, too
+            widen = on_cpu and x.dtype in (torch.bfloat16, torch.float16) and x.shape[2:].numel() < 1024
+            y = F.group_norm(x.float() if widen else x, self.num_groups, self.weight, self.bias, self.eps)
+        return (y if act is None else act(y)).to(x.dtype)
 
 
-def _two_pass_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] channels-last -> [N * H * W, C], a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _two_pass_group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     """Group norm with the variance taken about the mean.
 
     torch's CPU kernel for channels-last takes E[x^2] - E[x]^2, whose error grows with (mean / std)^2. 16-bit inputs can

@@ -27,7 +27,15 @@ def backend(device: torch.device | str) -> Literal["triton", "torch"]:
 
 
 def step(
-    x: Tensor, m: Tensor, table: "StepTable", pos: Tensor, address: Tensor, *, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    m: Tensor,
+    table: "StepTable",
+    pos: Tensor,
+    address: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    bad: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Take one reverse step, x_t -> x_{t-1}, in place.
 
@@ -43,8 +51,12 @@ def step(
             Unchecked: reading it would sync.
         address: [N, 2] int64 on x's device; (seed, sample index) of each entry, see `noise.address`.
         out_dtype: also return x_{t-1} rounded to this dtype (bf16/fp16), for the network; in fp32 x is all it needs.
-    Returns: x, or (x, x in out_dtype).
-    Raises: ValueError: a shape, dtype, layout or device is not as above, or a gradient is asked for.
+        out: like x in bf16/fp16: overwritten with x_{t-1} rounded and returned, in place of a new tensor.
+        bad: [N] int32 on x's device: where x_{t-1} of entry n holds a value that is not finite, bad[n] becomes
+            max(bad[n], pos[n]). Positions descend: of what was -1 at the start, the row of the first bad step is left.
+    Returns: x, or (x, x in out_dtype or out).
+    Raises: ValueError: a shape, dtype, layout or device is not as above, out and out_dtype are both given, or a
+        gradient is asked for.
     """
     _check_state("step", "x", x, (torch.float32,))
     if not isinstance(m, Tensor) or m.shape != x.shape or m.device != x.device:
@@ -62,9 +74,18 @@ def step(
     if out_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"step: out_dtype is {out_dtype}; want bfloat16, float16, or None: x itself is float32")
 
-    copy = None if out_dtype is None else layout.empty(n, x.shape[1:], dtype=out_dtype, device=x.device)
-    torch.ops.fastddpm.step(x, m, rows, timesteps, pos, address, table.clip, copy)
-    return x if copy is None else (x, copy)
+    if out is not None:
+        if out_dtype is not None:
+            raise ValueError(f"step: out_dtype is {out_dtype}, but out is given, {_describe(out)}; give one of the two")
+        _check_state("step", "out", out, FLOATS[1:])
+        if out.shape != x.shape or out.device != x.device:
+            raise ValueError(f"step: out is {_describe(out)}; want {tuple(x.shape)} on {x.device}, like x")
+    elif out_dtype is not None:
+        out = layout.empty(n, x.shape[1:], dtype=out_dtype, device=x.device)
+    if bad is not None:
+        _check("step", "bad", bad, (n,), torch.int32, x.device, "torch.full((n,), -1, dtype=torch.int32) starts one")
+    torch.ops.fastddpm.step(x, m, rows, timesteps, pos, address, table.clip, out, bad)
+    return x if out is None else (x, out)
 
 
 def noising(
@@ -146,13 +167,14 @@ def _step(
     address: Tensor,
     clip: bool,
     copy: Tensor | None,
+    bad: Tensor | None,
 ) -> None:
     if backend(x.device) == "triton":
         from fastddpm.kernels.step import launch_step  # type: ignore[import-not-found]  # mapped by the installation
 
-        written = [x] if copy is None else [x, copy]
+        written = [tensor for tensor in (x, copy, bad) if tensor is not None]
         torch.autograd.graph.increment_version(written)  # autograd does not see what a kernel writes
-        return launch_step(x, m, rows, timesteps, pos, address, copy, clip=clip)
+        return launch_step(x, m, rows, timesteps, pos, address, copy, bad, clip=clip)
     row, t = rows[pos], timesteps[pos]
     if x.device.type == "cpu" and not row[:, -1].any():
         z = None
@@ -161,6 +183,9 @@ def _step(
     x.copy_(update(x, m, row, z, clip=clip))
     if copy is not None:
         copy.copy_(x)
+    if bad is not None:
+        finite = x.isfinite().flatten(1).all(1)
+        bad.copy_(torch.where(finite, bad, torch.maximum(bad, pos)))
 
 
 def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
@@ -178,7 +203,7 @@ def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int
 _LIBRARY = torch.library.Library("fastddpm", "DEF")  # custom_op would import torch._dynamo, a second, at the first call
 _LIBRARY.define(
     "step(Tensor(a!) x, Tensor m, Tensor rows, Tensor timesteps, Tensor pos, Tensor address, bool clip,"
-    " Tensor(b!)? copy) -> ()"
+    " Tensor(b!)? copy, Tensor(c!)? bad) -> ()"
 )
 _LIBRARY.define(
     "noising(Tensor x_0, Tensor t, Tensor address, Tensor table, int stream, ScalarType dtype) -> Tensor",

@@ -39,11 +39,12 @@ class Variant(NamedTuple):
     written: int
 
 
-def step_variant(m: str, copy: str | None, *, clip: bool) -> Variant:
+def step_variant(m: str, copy: str | None, *, clip: bool, bad: bool = True) -> Variant:
     types = {"x_ptr": "*fp32", "m_ptr": f"*{m}", "row_ptr": "*fp32", "t_ptr": "*i32", "pos_ptr": "*i32"}
-    types |= {"address_ptr": "*i64", "per_sample": "i32"} | ({"copy_ptr": f"*{copy}"} if copy else {})
+    types |= {"address_ptr": "*i64", "copy_ptr": f"*{copy}", "bad_ptr": "*i32", "per_sample": "i32"}
     constants = {"CLIP": clip, "BLOCK": step.BLOCK} | ({} if copy else {"copy_ptr": None})
-    name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}"
+    constants |= {} if bad else {"bad_ptr": None}
+    name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}{'' if bad else ', unwatched'}"
     written = 4 + (BYTES[copy] if copy else 0)
     return Variant(name, step, step.step_kernel, types, constants, 4 + BYTES[m], written)
 

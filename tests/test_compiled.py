@@ -72,6 +72,7 @@ import json
 from fastddpm.kernels import report
 
 step, copying = report.step_variant("bf16", None, clip=True), report.step_variant("bf16", "bf16", clip=True)
+unwatched = report.step_variant("bf16", None, clip=True, bad=False)
 def record(**options):
     return report.measured(step, report.compiled(step, 90, **options))
 
@@ -80,6 +81,8 @@ print(json.dumps({
     "one": record(aligned=False, constants={"per_sample": 1}),
     "fused": record(enable_fp_fusion=True),
     "spilling": record(maxnreg=32),
+    "watched": report.compiled(step, 90).asm["ptx"],
+    "unwatched": report.compiled(unwatched, 90).asm["ptx"],
     "copying": report.compiled(copying, 90).asm["ptx"],
 }))
 """
@@ -94,6 +97,8 @@ def test_kernels_compiled_otherwise():
         assert records[name]["inexact"] == []
     assert records["fused"]["inexact"] == ["fma.rn.f32"]
     assert records["spilling"]["spill_bytes"] > 0
+    for instruction, how_many in (("atom.", 1), ("max.NaN", 15), ("bar.sync", 0)):  # the flag's own, per 16 elements
+        assert records["watched"].count(instruction) - records["unwatched"].count(instruction) == how_many, instruction
     assert "cvt.rn.bf16x2.f32" in records["copying"]  # to nearest, which the interpreter does not do
     clamps = re.findall(r"\b(?:max|min)\.[\w.]*f32", records["copying"])
     assert set(clamps) == {"max.NaN.f32", "min.NaN.f32"}  # the interpreter's own keep NaN whatever the kernel says

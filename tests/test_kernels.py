@@ -24,6 +24,8 @@ SEEDS = [2**64 - 1, 0, 2**63, 12345]
 SAMPLES = [2**56 - 1, 2**32, 7, 2**32 - 1]
 GUARD = 64  # elements: keeps the alignment of the allocation
 
+numpy_complains = pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # in the interpreter
+
 
 def drawn(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -195,7 +197,7 @@ def test_step_where_no_z_is_drawn_adds_nothing(device):
     assert_same_bits(run_step(device, x, x.clone(), table, pos, address), x)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
+@numpy_complains
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 def test_step_keeps_what_is_not_finite(bad, device):
     x, m = step_inputs((1, 3, 8, 8))
@@ -209,7 +211,111 @@ def test_step_keeps_what_is_not_finite(bad, device):
         assert_same_bits(got.nan_to_num(), want.nan_to_num())
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_step_writes_its_copy_where_it_is_told(shape, out_dtype, device):
+    pos, address, guards = positions(*POSITIONS[: shape[0]]), addresses(shape[0]), Guards()
+    x, m = step_inputs(shape, out_dtype)
+    want = stepped(x, m, TABLES[True], pos, address)
+    out = guards.empty(len(x), shape[1:], dtype=out_dtype, device=device)
+    got, copy = run_step(device, x, m, TABLES[True], pos, address, out=out)
+    assert copy is out
+    assert_same_bits(got, want)
+    assert_same_bits(copy, want.to(out_dtype))
+    guards.check()
+
+
+FLAGS = [-1, 998, 1000, 7]  # before a step: none yet, one lower, one higher, one lower than POSITIONS' 999, 0, 500, 1
+
+
+def watched(device, x, m, pos, bad, table=TABLES[True]):
+    """What the flags are after a step, amid a guard, with every entry's own bits left as they would be without."""
+    memory = torch.full((len(x) + 2 * GUARD,), -7, dtype=torch.int32, device=device)
+    flags = memory[GUARD:-GUARD].copy_(torch.tensor(bad, dtype=torch.int32))
+    address = addresses(len(x))
+    got = run_step(device, x, m, table, pos, address, bad=flags).cpu()
+    alone = run_step(device, x, m, table, pos, address).cpu()
+    assert torch.equal(got.nan_to_num(), alone.nan_to_num())
+    assert (memory[:GUARD] == -7).all()
+    assert (memory[-GUARD:] == -7).all()
+    return flags.tolist()
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flags_are_left_alone_where_all_is_finite(shape, clip, device):
+    x, m = step_inputs(shape, torch.bfloat16)
+    x[0, 0], m[-1, -1] = 1e38, -1e30  # large, but finite to the end
+    n = shape[0]
+    assert watched(device, x, m, positions(*[400] * n), FLAGS[:n], TABLES[clip]) == FLAGS[:n]
+
+
+@numpy_complains
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("value", [nan, inf, -inf])
+@pytest.mark.parametrize("where", ["x", "m"])
+def test_flags_name_the_row_of_every_bad_entry(where, value, clip, device):
+    x, m = step_inputs((4, 3, 20, 20), torch.float16)  # a block and a part of one
+    spoilt = {"x": x, "m": m}[where]
+    spoilt[0, 2, 19, 19] = spoilt[1, 0, 0, 0] = spoilt[2, 1, 10, 10] = value
+    table = TABLES[clip]
+    assert watched(device, x, m, positions(999, 40, 500, 1), [-1, -1, -1, -1], table) == [999, 40, 500, -1]
+    assert watched(device, x, m, positions(999, 40, 500, 1), [998, 41, 500, 7], table) == [999, 41, 500, 7]
+
+
+@numpy_complains
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (1, 1023), (1, 1024), (1, 1025), (1, 4, 257)], ids=str)
+def test_flags_see_one_bad_element_wherever_it_is(shape, device):
+    size = prod(shape)
+    for element in {0, 1, 15, 16, 1000, 1022, 1023, 1024, 1027, size - 1}:
+        if element < size:
+            x, m = step_inputs(shape)
+            x.movedim(1, -1).reshape(1, -1)[0, element] = nan  # a view: channels-last memory
+            assert x.isnan().sum() == 1
+            assert watched(device, x, m, positions(5), [-1]) == [5], element
+
+
+@numpy_complains
+def test_flags_see_what_overflows_in_the_update(device):
+    x, m = step_inputs((2, 3, 8, 8))
+    x[1, 0, 0, 0] = m[1, 0, 0, 0] = 3e38  # -B x overflows, both inputs are finite
+    rows = TABLES[False].rows.clone()
+    rows[:, 5] = 2
+    assert watched(device, x, m, positions(9, 9), [-1, -1], replace(TABLES[False], rows=rows)) == [-1, 9]
+
+
+@numpy_complains
+def test_flags_stay_at_the_first_bad_step(device):
+    """Positions descend, and what is bad once stays bad."""
+    table, address, state = TABLES[True].to(device), addresses(3).to(device), step_inputs((3, 3, 8, 8))[0].to(device)
+    bad, seen = torch.full((3,), -1, dtype=torch.int32, device=device), []
+    for k in (999, 998, 997, 996):
+        m = step_inputs((3, 3, 8, 8), seed=k)[1].to(device)
+        if k == 998:
+            m[1, 0, 3, 3] = inf
+        if k == 997:
+            m[0] = nan
+        ops.step(state, m, table, positions(k, k, k).to(device), address, bad=bad)
+        seen.append(bad.tolist())
+    assert seen == [[-1, -1, -1], [-1, 998, -1], [997, 998, -1], [997, 998, -1]]
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16])
+def test_flags_and_a_copy_at_once(out_dtype, device):
+    x, m = step_inputs((2, 3, 20, 20), torch.bfloat16)
+    pos, address = positions(4, 700), addresses(2)
+    m[1, 2, 19, 19] = nan
+    bad = torch.full((2,), -1, dtype=torch.int32, device=device)
+    got = run_step(device, x, m, TABLES[True], pos, address, out_dtype=out_dtype, bad=bad)
+    assert bad.tolist() == [-1, 700]
+    want = stepped(x, m, TABLES[True], pos, address)
+    if out_dtype is not None:
+        assert_same_bits(got[1].cpu().nan_to_num(), want.to(out_dtype).nan_to_num())
+        got = got[0]
+    assert_same_bits(got.cpu().nan_to_num(), want.nan_to_num())
+
+
+@numpy_complains
 def test_step_keeps_a_nan_that_only_the_clamp_sees(device):
     x, m = step_inputs((1, 3, 8, 8))
     x[0, 1, 2, 3], m[0, 1, 2, 3] = 1e37, 1e37  # cx x + cm m = inf - inf, while B x and C m are finite
@@ -242,10 +348,15 @@ def far(dtype, value=None):  # memory that nothing touches takes no room on a CP
 drawn = torch.randn(2, n, block, generator=torch.Generator().manual_seed(0)).half()
 (x, x_blocks), (m, _) = far(torch.float32, drawn[0]), far(torch.float16, drawn[1])
 arguments = (a.to(device) for a in (table.rows, table.timesteps, pos, address))
-step.step_kernel[n, 1](x, m, *arguments, None, per_sample, CLIP=True, BLOCK=block, **step.OPTIONS)
+bad = torch.full((n,), -1, dtype=torch.int32, device=device)
+x_blocks[-1, -1] = float("nan")
+step.step_kernel[n, 1](x, m, *arguments, None, bad, per_sample, CLIP=True, BLOCK=block, **step.OPTIONS)
 z = noise.normal(address, (block,), stream=noise.STEP, t=pos)
 want = update(drawn[0].float(), drawn[1], table.rows[pos], z, clip=True)
+assert x_blocks[-1, -1].isnan()
+x_blocks[-1, -1] = want[-1, -1]
 assert torch.equal(x_blocks.cpu(), want)
+assert bad.tolist() == [-1] * (n - 1) + [n - 1]
 
 del x, x_blocks
 x_t, x_t_blocks = far(torch.float16)
@@ -344,12 +455,13 @@ def test_captured_step_follows_what_lies_on_the_device():
     held = [a.to("cuda", copy=True) for a in (x, m, first, address)]
     state, output, pos, where = held
     rows = table.to("cuda")
+    low, bad = torch.empty_like(state, dtype=torch.bfloat16), torch.full((4,), -1, dtype=torch.int32, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
-        ops.step(state.clone(), output, rows, pos, where, out_dtype=torch.bfloat16)  # compiles
+        ops.step(state.clone(), output, rows, pos, where, out=low, bad=bad)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        _, low = ops.step(state, output, rows, pos, where, out_dtype=torch.bfloat16)
+        ops.step(state, output, rows, pos, where, out=low, bad=bad)
         pos.sub_(1)
 
     for k in range(3):
@@ -362,3 +474,8 @@ def test_captured_step_follows_what_lies_on_the_device():
     pos.fill_(500)
     graph.replay()
     assert_same_bits(state, stepped(x, m, table, positions(500, 500, 500, 500), addresses(4).flip(0)))
+    assert bad.tolist() == [-1, -1, -1, -1]
+    output[2].fill_(nan)
+    graph.replay()
+    graph.replay()
+    assert bad.tolist() == [-1, -1, 499, -1]

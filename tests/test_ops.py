@@ -1,5 +1,6 @@
 """The entry points of `ops`: what they refuse, what torch.compile makes of them, and what they leave undone."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -64,7 +65,40 @@ BAD_STEPS = [
     ("table", lambda table: replace(table, timesteps=table.timesteps[1:]), r"table.timesteps is \(999,\) .*; want"),
     ("out_dtype", lambda none: torch.float64, r"out_dtype is torch.float64; want bfloat16, float16, or None"),
     ("out_dtype", lambda none: torch.float32, r"out_dtype is torch.float32; want .* None: x itself is float32"),
+    (
+        "out",
+        lambda none: output(torch.float32),
+        r"out is \(2, 3, 4, 4\) torch.float32 on cpu; want .* of bfloat16, float16",
+    ),
+    (
+        "out",
+        lambda none: output()[:1],
+        r"out is \(1, 3, 4, 4\) torch.bfloat16 on cpu; want \(2, 3, 4, 4\) on cpu, like x",
+    ),
+    ("out", lambda none: output(device="meta"), r"out is .* on meta; want \(2, 3, 4, 4\) on cpu, like x"),
+    (
+        "out",
+        lambda none: contiguous(output()),
+        r"out has strides .*, not channels-last; use layout.channels_last\(out\)",
+    ),
+    ("out", lambda none: 3, r"out is int; want \[N, C, \*spatial\]"),
+    (
+        "bad",
+        lambda none: torch.zeros(2),
+        r"bad is \(2,\) torch.float32 on cpu; want \(2,\) torch.int32 on cpu, contiguous",
+    ),
+    ("bad", lambda none: flags()[:1], r"bad is \(1,\) torch.int32 on cpu; want \(2,\) torch.int32 on cpu"),
+    ("bad", lambda none: flags().repeat(2)[::2], r"bad is .* contiguous: torch.full\(\(n,\), -1, dtype=torch.int32\)"),
+    ("bad", lambda none: flags().to("meta"), r"bad is \(2,\) torch.int32 on meta; want .* on cpu"),
 ]
+
+
+def output(dtype=torch.bfloat16, device="cpu"):
+    return layout.empty(SHAPE[0], SHAPE[1:], dtype=dtype, device=device)
+
+
+def flags(device="cpu"):
+    return torch.full(SHAPE[:1], -1, dtype=torch.int32, device=device)
 
 
 @pytest.mark.parametrize(("name", "spoil", "message"), BAD_STEPS)
@@ -76,6 +110,13 @@ def test_step_refuses(name, spoil, message):
         ops.step(**spoilt)
     assert "\n" not in str(error.value)
     assert torch.equal(arguments["x"], before)
+
+
+def test_step_refuses_two_places_for_its_copy():
+    with pytest.raises(
+        ValueError, match=r"^step: out_dtype is torch.float16, but out is given, .*; give one of the two$"
+    ):
+        ops.step(**step_arguments(), out_dtype=torch.float16, out=output())
 
 
 BAD_NOISINGS = [
@@ -136,15 +177,13 @@ def test_no_gradient_is_asked_for_under_no_grad():
         assert torch.equal(ops.step(**spoilt), ops.step(**arguments))
 
 
-@pytest.mark.parametrize("name", ["x", "copy"])
+@pytest.mark.parametrize("name", ["x", "out", "bad"])
 def test_autograd_sees_what_is_overwritten(name, device):
     a = step_arguments(device)
-    written = {"x": a["x"], "copy": torch.empty_like(a["x"], dtype=torch.bfloat16)}
-    weight = torch.ones_like(written[name], requires_grad=True)
+    written = {"x": a["x"], "out": output(device=a["x"].device), "bad": flags(a["x"].device)}
+    weight = torch.ones(written[name].shape, device=a["x"].device, requires_grad=True)
     loss = (weight * written[name]).sum()
-    torch.ops.fastddpm.step(
-        a["x"], a["m"], a["table"].rows, a["table"].timesteps, a["pos"], a["address"], True, written["copy"]
-    )
+    ops.step(**a | written)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -194,20 +233,24 @@ def test_no_noise_is_made_where_all_rows_have_none(pos, drawn, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_traces_step(device, dynamic):
-    def sample(x, m, table, pos, address):
+    def sample(x, m, table, pos, address, bad):
         for _ in range(2):
             x, low = ops.step(x, m, table, pos, address, out_dtype=torch.bfloat16)
+            x, low = ops.step(x, m, table, pos, address, out=low, bad=bad)
             m, pos = low * 0.5, pos - 1
-        return x, low
+        return x, low, bad
 
-    arguments, again = step_arguments(device), step_arguments(device)
+    arguments, again = (step_arguments(device) | {"bad": flags(step_arguments(device)["x"].device)} for _ in range(2))
+    arguments["m"][1, 0, 0, 0] = again["m"][1, 0, 0, 0] = math.inf
     want = sample(**arguments)
+    assert want[2].tolist() == [-1, 3]
     got = torch.compile(sample, fullgraph=True, backend="aot_eager", dynamic=dynamic)(**again)
-    assert all(map(torch.equal, got, want))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(got, want, strict=True))
     assert got[0] is again["x"]
-    assert torch.equal(again["x"], arguments["x"])
+    assert torch.equal(again["x"].nan_to_num(), arguments["x"].nan_to_num())
     assert layout.is_channels_last(got[1])
 
 
@@ -226,11 +269,11 @@ def test_torch_compile_traces_noising(device, dynamic):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("copied", [False, True])
-def test_step_is_registered_as_torch_expects(device, copied):
+@pytest.mark.parametrize("written", [False, True])
+def test_step_is_registered_as_torch_expects(device, written):
     a = step_arguments(device)
-    copy = torch.empty_like(a["x"], dtype=torch.float16) if copied else None
-    arguments = (a["x"], a["m"], a["table"].rows, a["table"].timesteps, a["pos"], a["address"], True, copy)
+    also = (output(device=a["x"].device), flags(a["x"].device)) if written else (None, None)
+    arguments = (a["x"], a["m"], a["table"].rows, a["table"].timesteps, a["pos"], a["address"], True, *also)
     torch.library.opcheck(torch.ops.fastddpm.step.default, arguments)
 
 

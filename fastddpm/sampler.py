@@ -6,6 +6,8 @@ neither depends on the batch that sample i happens to be in.
 
 import math
 import os
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
@@ -15,18 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm import checkpoint, images, layout, noise, ops
+from fastddpm import checkpoint, images, layout
+from fastddpm.engine import PRECISIONS, Engine, Model, Slots
 from fastddpm.noise import address as _address  # `noise` is an argument where this is called
 from fastddpm.schedule import Schedule, StepTable
 from fastddpm.unet import UNet2D
 
-Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t [N] int64) -> eps, x_0 or v, like x_t
-Network = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]  # (x, x in the precision, row, class labels) -> m
 Callback = Callable[[int, int, Tensor, Tensor], object]  # (step, t, x_0, sample indices)
 
 SHIPPED = "fashion-mnist"
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
+PIXELS_PER_MICRO_BATCH = {"cpu": 1 << 12, "cuda": 1 << 16}  # 4 and 64
+LOOK = 16  # steps on a GPU from one look at the flag to the next
 
 
 class Sampler:
@@ -38,9 +40,17 @@ class Sampler:
         schedule: the noise schedule the model was trained for.
         shape: of one sample, channels first; a `UNet2D` knows its own.
         device: "cuda" where there is one, else "cpu".
-        precision: "fp32", "bf16" or "auto". The state, the noise and the update are float32 in any case. A `UNet2D`
-            computes in the precision; any other model is called under torch.autocast for bf16. "auto" is bf16 for a
-            `UNet2D` where the device computes it natively, else fp32.
+        precision: "fp32", "tf32" (on a GPU: float32 whose products are rounded to TF32), "bf16", "fp16" or "auto". The
+            state, the noise, the update, the norms' statistics and all that depends on t alone are float32 in any case.
+            A `UNet2D` computes in the precision; any other model is called under torch.autocast for bf16 and fp16.
+            "auto" is bf16 for a `UNet2D` where the device computes it natively, else fp32.
+        engine: "eager"; "compiled", by torch.compile, which takes a minute at first; "graph", each step the replay of
+            one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU and runs that are worth it,
+            else "eager", with the same bits. In a graph a model of your own must not wait for the GPU, and what it
+            decides in Python it decides once.
+        batch_invariant: sample i is the same bits alone, in any batch, at any place: the network always computes the
+            same number of samples at once, sample i in place i modulo that number, beside empty places where samples
+            are missing. True chooses the number by the device and the size of a sample; a whole number is it.
     Raises: ValueError: an argument is not as above.
     """
 
@@ -52,6 +62,8 @@ class Sampler:
         shape: Iterable[int] | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
+        engine: str = "auto",
+        batch_invariant: bool | int = False,
     ):
         if not callable(model):
             raise ValueError(f"model is {model!r}; want a network, called as model(x_t, t)")
@@ -62,7 +74,6 @@ class Sampler:
                 f"schedule is a {type(schedule).__name__}; want a Schedule: Schedule.from_config(scheduler.config) "
                 "makes one of a diffusers scheduler"
             )
-        self.native = isinstance(model, UNet2D)
         if shape is None:
             if not isinstance(model, UNet2D) or not model.config["sample_size"]:
                 raise ValueError("shape is missing; give that of one sample: (C, H, W), (C, L) or (D,)")
@@ -70,10 +81,23 @@ class Sampler:
         sizes = tuple(shape) if isinstance(shape, Iterable) else ()
         if not sizes or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in sizes):
             raise ValueError(f"shape is {shape!r}; want whole numbers > 0: (C, H, W), (C, L) or (D,)")
-        self.model, self.schedule, self.shape = model, schedule, tuple(map(int, sizes))
-        self.device, self.dtype = device_and_dtype(device, precision if self.native or precision != "auto" else "fp32")
-        if isinstance(model, nn.Module) and not self.native:
+        self.schedule, self.shape = schedule, tuple(map(int, sizes))
+        if not isinstance(model, UNet2D) and precision == "auto":
+            precision = "fp32"
+        self.device, self.precision = device_and_precision(device, precision)
+        self.engine = Engine(model, self.shape, schedule.num_train_timesteps, self.device, self.precision, engine)
+        self.micro_batch = self._micro_batch(batch_invariant)
+        if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
             model.to(self.device)
+
+    @property
+    def model(self) -> Model | nn.Module:
+        return self.engine.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in."""
+        return self.engine.dtype
 
     @classmethod
     def from_pretrained(
@@ -84,6 +108,8 @@ class Sampler:
         shape: Iterable[int] | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
+        engine: str = "auto",
+        batch_invariant: bool | int = False,
     ) -> "Sampler":
         """A sampler of a diffusers DDPM checkpoint.
 
@@ -92,16 +118,18 @@ class Sampler:
                 28 x 28 garments.
             variant: of the weights, such as "fp16".
             shape: of one sample, (C, H, W), where it shall not be that of the checkpoint.
-            device, precision: as above.
+            device, precision, engine, batch_invariant: as above.
         Raises: ValueError: there is no checkpoint, or it is damaged or needs something that is not supported.
         """
+        device, precision = device_and_precision(device, precision)
         folder = shipped_model() if source is None else source
         config, parameters, schedule = checkpoint.load(folder, variant=variant)
         with torch.device("meta"):
             net = UNet2D(**config)
-        net.to_empty(device="cpu")
+        net.to_empty(device=device)
         checkpoint.load_into(net, parameters)
-        return cls(net.eval(), schedule, shape=shape, device=device, precision=precision)
+        how: dict[str, Any] = {"device": device, "precision": precision, "engine": engine}
+        return cls(net.eval(), schedule, shape=shape, batch_invariant=batch_invariant, **how)
 
     def sample(self, samples: int | Iterable[int], *, output: str = "float", **how: Any) -> Tensor:
         """Draw samples.
@@ -119,9 +147,18 @@ class Sampler:
             raise ValueError(f"output is {output!r}; want 'float' or 'uint8'")
         if output == "uint8" and len(self.shape) != 3:
             raise ValueError(f"output is 'uint8', but a sample is {self.shape}, not an image (C, H, W); use 'float'")
-        done = [batch for _, batch in self.batches(samples, **how)]
-        x = torch.cat(done) if done else layout.empty(0, self.shape, dtype=torch.float32)
-        return images.to_uint8(x) if output == "uint8" else x
+        if isinstance(samples, Iterable) and not isinstance(samples, Tensor):
+            samples = tuple(samples)
+        batches = self.batches(samples, **how)
+        count = int(samples) if isinstance(samples, Integral) else len(samples)  # type: ignore[arg-type]
+        out = layout.empty(count, self.shape, dtype=torch.float32)
+        if output == "uint8":
+            out = torch.empty(count, *self.shape[1:], self.shape[0], dtype=torch.uint8)
+        done = 0
+        for _, x in batches:
+            out[done : done + len(x)] = images.to_uint8(x) if output == "uint8" else x
+            done += len(x)
+        return out
 
     def batches(
         self,
@@ -147,12 +184,14 @@ class Sampler:
             timesteps: visit exactly these instead, strictly descending.
             sampler: "ddpm" or "ddim"; eta: DDIM's, 0 is deterministic.
             noise: False switches sigma_t z off, and each step returns its mean.
-            batch_size: samples computed together; None chooses by the device and the size of a sample.
+            batch_size: samples computed together; None chooses by the device and the size of a sample. Without enough
+                memory it is halved, with a warning. It does not apply with batch_invariant.
             class_labels: of a class-conditional `UNet2D`: one label per sample.
             progress: show a bar.
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the predicted
                 clean samples x_0 (float32, like the batch) before the update. Both tensors are copies.
-        Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU.
+        Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU, in the order
+            asked for.
         Raises: ValueError: as `sample`; for a bad argument at once, not in the first iteration.
         """
         table = self.schedule.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise)
@@ -161,7 +200,7 @@ class Sampler:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_size is {size!r}; want a whole number, at least 1")
         labels = self._labels(class_labels, len(addresses))
-        return self._batches(table.to(self.device), addresses, labels, size, progress, callback)
+        return self._batches(table, addresses, labels, size, progress, callback)
 
     def _batches(
         self,
@@ -174,80 +213,76 @@ class Sampler:
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         from tqdm import tqdm
 
-        parts = [slice(start, start + size) for start in range(0, len(addresses), size)]
+        parts, in_order = deque(self._parts(addresses[:, 1], size)), _InOrder(addresses[:, 1])
         bar = tqdm(total=len(parts) * len(table), desc="sample", unit="step", disable=not progress)
         with bar, _evaluating(self.model):
-            network = self._network(table)
-            for part in parts:
-                label = None if labels is None else labels[part]
-                yield addresses[part, 1].clone(), self._run(network, table, addresses[part], label, callback, bar).cpu()
+            while parts:
+                part, done = parts.popleft(), bar.n
+                try:
+                    x = self._run(table, part, addresses, labels, callback, bar)
+                except torch.OutOfMemoryError as error:
+                    failure, x = str(error).splitlines()[0], None  # the error itself would keep the memory
+                if x is None:
+                    parts = self._smaller([part, *parts], failure)
+                    bar.n, bar.total = done, done + len(parts) * len(table)
+                else:
+                    yield from in_order.put(part, x)
 
-    @torch.no_grad()
+    def _parts(self, samples: Tensor, size: int) -> list[Tensor]:
+        """Which samples to compute together: for each entry of a batch the place in samples, -1 where it is empty."""
+        if not self.micro_batch:
+            return list(torch.arange(len(samples)).split(size)) if len(samples) else []
+        parts: list[Tensor] = []
+        seen: Counter[int] = Counter()  # how many samples each entry was given
+        for place, entry in enumerate((samples % self.micro_batch).tolist()):
+            if seen[entry] == len(parts):
+                parts.append(torch.full((self.micro_batch,), -1))
+            parts[seen[entry]][entry] = place
+            seen[entry] += 1
+        return parts
+
+    def _smaller(self, parts: list[Tensor], failure: str) -> deque[Tensor]:
+        """What to compute together instead when the first of the parts was too much for the memory."""
+        if self.engine.clear():
+            return deque(parts)
+        size = len(parts[0])
+        if self.micro_batch or size == 1:
+            way_out = f"batch_invariant={size // 2} (with other bits), " if size > 1 else ""
+            raise torch.OutOfMemoryError(
+                f"{failure} This was for {size} samples; use {way_out}fp16 or bf16, or the CPU"
+            )
+        size = (size + 1) // 2
+        warnings.warn(f"out of memory; going on with batches of {size} samples. {failure}", stacklevel=4)
+        return deque(torch.cat(parts).split(size))
+
     def _run(
         self,
-        network: Network,
         table: StepTable,
+        part: Tensor,
         addresses: Tensor,
         labels: Tensor | None,
         callback: Callback | None,
         bar: Any,
     ) -> Tensor:
-        """All steps of one batch: [N, *shape] float32, channels-last."""
-        address = addresses.to(self.device)
-        labels = None if labels is None else labels.to(self.device)
-        x = noise.normal(address, self.shape, stream=noise.START, t=table.num_train_timesteps)
-        low = x.to(self.dtype)  # x itself in float32
-        pos = torch.full((len(x),), len(table) - 1, dtype=torch.int32, device=self.device)
-        watch = _Watch(table, addresses, self.device)
-        for k in reversed(range(len(table))):
-            with self._strict():
-                m = network(x, low, k, labels)
-            m = watch.checked(m, x, k)
-            if callback is not None:
-                step = len(table) - 1 - k
-                callback(step, int(table.timesteps[k]), _predicted(x, m, table.rows[k]), addresses[:, 1].clone())
-            if self.dtype == torch.float32:
-                ops.step(x, m, table, pos, address)
-            else:
-                _, low = ops.step(x, m, table, pos, address, out_dtype=self.dtype)
-            pos -= 1
-            bar.update()
-        watch.finish(x)
-        return x
-
-    def _network(self, table: StepTable) -> Network:
-        """The model as the loop calls it; prepared anew for every run, so that weights changed in between are seen."""
-        device, dtype, model = self.device, self.dtype, self.model
-        if isinstance(model, UNet2D):
-            net = model.for_inference(dtype, device)
-            timesteps = table.timesteps
-            if net.class_embedding is None:
-                with torch.no_grad():
-                    rows = net.time_rows(timesteps).to(dtype)
-                return lambda x, low, k, labels: net.denoise(low, rows[k : k + 1])
-            return lambda x, low, k, labels: net.denoise(low, net.time_rows(timesteps[k : k + 1], labels).to(dtype))
-
-        t = table.timesteps.long().tolist()
-
-        def call(x: Tensor, low: Tensor, k: int, labels: Tensor | None) -> Tensor:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                return model(x.clone(), torch.full((len(x),), t[k], device=device))  # a model may write to its input
-
-        return call
-
-    @contextmanager
-    def _strict(self) -> Iterator[None]:
-        """float32 of a `UNet2D` is float32: by default cuDNN's convolutions round to TF32. Set process-wide."""
-        if not (self.native and self.device.type == "cuda" and self.dtype == torch.float32):
-            yield
-            return
-        cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
+        """All steps of one batch: [n, *shape] float32 on the CPU, channels-last, of the entries that are not empty."""
+        taken = part >= 0
+        which = part.clamp(min=0)  # what stands in an empty entry does not matter
+        with self.engine.slots(len(part), 0 if callback else len(table)) as slots:
+            slots.load(table, addresses[which], None if labels is None else labels[which])
+            samples = addresses[which, 1][taken]
+            watch = _Watch(slots, taken, samples, bar)
+            for k in reversed(range(len(table))):
+                if callback is None:
+                    slots.advance()
+                else:
+                    m = slots.predict()
+                    x_0 = _predicted(slots.x, m, slots.table.rows[k])
+                    x_0 = x_0 if taken.all() else x_0[taken.to(x_0.device)]
+                    callback(len(table) - 1 - k, int(table.timesteps[k]), x_0, samples.clone())
+                    slots.update(m)
+                watch.after(k)
+            x = slots.x.to("cpu", copy=True)
+        return x if taken.all() else layout.channels_last(x[taken])
 
     def _labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
         """One class label per sample: [N] int64, or [N, ...] as an embedding of type "identity" takes them."""
@@ -270,8 +305,16 @@ class Sampler:
         return labels.long()
 
     def _batch_size(self) -> int:
-        pixels = math.prod(self.shape[1:])
-        return max(1, PIXELS_PER_BATCH[self.device.type] // max(pixels, 1 << 8))
+        return max(1, PIXELS_PER_BATCH[self.device.type] // max(math.prod(self.shape[1:]), 1 << 8))
+
+    def _micro_batch(self, batch_invariant: bool | int) -> int:
+        """How many samples the network always computes at once; 0: as many as there are."""
+        if isinstance(batch_invariant, bool):
+            size = max(1, PIXELS_PER_MICRO_BATCH[self.device.type] // max(math.prod(self.shape[1:]), 1 << 8))
+            return size if batch_invariant else 0
+        if not isinstance(batch_invariant, Integral) or batch_invariant < 1:
+            raise ValueError(f"batch_invariant is {batch_invariant!r}; want True, False or a whole number, at least 1")
+        return int(batch_invariant)
 
 
 @contextmanager
@@ -287,52 +330,71 @@ def _evaluating(model: Model | nn.Module) -> Iterator[None]:
             part.training = training
 
 
-class _Watch:
-    """Stops a run whose network returned the wrong thing, naming the step and the samples.
+class _InOrder:
+    """Hands out samples in the order asked for, as soon as all before them are there."""
 
-    Reading a flag would make a GPU wait in every step, so there the first bad step is kept on the device and read at
-    intervals.
+    def __init__(self, samples: Tensor):
+        self.samples, self.next = samples, 0
+        self.waiting: dict[int, Tensor] = {}
+
+    def put(self, part: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        places = part[part >= 0]
+        if torch.equal(places, torch.arange(self.next, self.next + len(places))) and not self.waiting:
+            self.next += len(places)
+            yield self.samples[places], x
+            return
+        self.waiting |= dict(zip(places.tolist(), x, strict=True))
+        first = self.next
+        ready = []
+        while self.next in self.waiting:
+            ready.append(self.waiting.pop(self.next))
+            self.next += 1
+        if ready:
+            yield self.samples[first : self.next].clone(), layout.channels_last(torch.stack(ready))
+
+
+class _Watch:
+    """Stops a run whose network returned NaN or infinity, naming the first bad step and the samples; moves the bar.
+
+    Waiting for the flag in each step would leave a GPU idle. There it is copied to the host behind the steps that are
+    under way, and read one look later: so the host is never more than two looks ahead, and the GPU never waits.
     """
 
-    def __init__(self, table: StepTable, addresses: Tensor, device: torch.device):
-        self.timesteps, self.samples = table.timesteps.tolist(), addresses[:, 1].tolist()
-        self.every = 1 if device.type == "cpu" else 100
-        self.bad = torch.full((len(addresses),), -1, device=device)  # row at which each sample first went wrong
+    def __init__(self, slots: Slots, taken: Tensor, samples: Tensor, bar: Any):
+        self.slots, self.taken, self.samples, self.bar = slots, taken, samples, bar
+        self.on_gpu, self.steps, self.copied = slots.bad.device.type == "cuda", 0, 0
+        if self.on_gpu:
+            self.host = torch.empty(len(taken), dtype=torch.int32, pin_memory=True)
+            self.event = torch.cuda.Event()
 
-    def checked(self, m: Any, x: Tensor, k: int) -> Tensor:
-        """m in channels-last memory, as the update takes it."""
-        if not isinstance(m, Tensor) or m.shape != x.shape or not m.is_floating_point() or m.device != x.device:
-            came = f"{tuple(m.shape)} {m.dtype} on {m.device}" if isinstance(m, Tensor) else f"a {type(m).__name__}"
-            raise ValueError(
-                f"{self._step(k)}: the network returned {came} for {tuple(x.shape)} on {x.device}; want a tensor with "
-                "one value per element (lambda x, t: unet(x, t).sample for a diffusers model)"
-            )
-        m = layout.channels_last(m if m.dtype in ops.FLOATS else m.float())
-        self._look(m, k)
-        if k % self.every == 0:
-            self._stop()
-        return m
+    def after(self, k: int) -> None:
+        """After the step at row k."""
+        self.steps += 1
+        if not self.on_gpu:
+            self._judge(self.slots.bad)
+        elif k % LOOK == 0:
+            self._collect()
+            self.host.copy_(self.slots.bad, non_blocking=True)
+            self.event.record()
+            self.copied, self.steps = self.steps, 0
+            if k == 0:
+                self._collect()
 
-    def finish(self, x: Tensor) -> None:
-        """After the last step, whose result is x."""
-        self._look(x, 0)
-        self._stop()
+    def _collect(self) -> None:
+        if self.copied:
+            self.event.synchronize()
+            self._judge(self.host, self.copied)
 
-    def _look(self, values: Tensor, k: int) -> None:
-        finite = values.isfinite().flatten(1).all(1)
-        self.bad = torch.where((self.bad < 0) & ~finite, k, self.bad)
-
-    def _stop(self) -> None:
-        first = int(self.bad.max()) if len(self.bad) else -1
+    def _judge(self, bad: Tensor, steps: int = 1) -> None:
+        bad = bad[self.taken]
+        first = int(bad.max())
         if first >= 0:
-            named = [sample for sample, bad in zip(self.samples, self.bad.tolist(), strict=True) if bad == first]
+            named = self.samples[bad == first].tolist()
             raise ValueError(
-                f"{self._step(first)}: the network returned NaN or infinity for samples {named[:8]}"
+                f"{self.slots.step(first)}: the network returned NaN or infinity for samples {named[:8]}"
                 f"{' ...' * (len(named) > 8)}; try precision fp32, or another checkpoint"
             )
-
-    def _step(self, k: int) -> str:
-        return f"step {len(self.timesteps) - k} of {len(self.timesteps)} (t = {self.timesteps[k]})"
+        self.bar.update(steps)
 
 
 def _predicted(x: Tensor, m: Tensor, row: Tensor) -> Tensor:
@@ -352,7 +414,7 @@ def shipped_model() -> Path:
     return Path(__file__).parent / "models" / SHIPPED
 
 
-def device_and_dtype(device: torch.device | str | None, precision: str) -> tuple[torch.device, torch.dtype]:
+def device_and_precision(device: torch.device | str | None, precision: str) -> tuple[torch.device, str]:
     """Where and in what to compute: the GPU if there is one; for "auto", bf16 where the device computes it natively.
 
     Raises: ValueError: the device or the precision is unknown, or not to be had here.
@@ -367,10 +429,17 @@ def device_and_dtype(device: torch.device | str | None, precision: str) -> tuple
         raise ValueError(f"device is '{device}', which is not to be had here; use 'cpu'")
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; want one of auto, {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise ValueError(f"precision is 'tf32', which '{device}' does not have; use fp32 or bf16")
     if precision != "auto":
-        return device, PRECISIONS[precision]
+        return device, precision
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         native = torch.cpu._is_avx512_bf16_supported()
-    return device, torch.bfloat16 if native else torch.float32
+    return device, "bf16" if native else "fp32"
+
+
+def device_and_dtype(device: torch.device | str | None, precision: str) -> tuple[torch.device, torch.dtype]:
+    device, name = device_and_precision(device, precision)
+    return device, PRECISIONS[name]

@@ -18,7 +18,20 @@ import fastddpm
 ROOT = Path(__file__).parents[1]
 
 # From the top down: a file imports only what stands further down.
-LAYERS = ("__main__", "cli", "train", "sampler", "checkpoint", "unet", "ops", "noise", "schedule", "images", "data")
+LAYERS = (
+    "__main__",
+    "cli",
+    "train",
+    "sampler",
+    "engine",
+    "checkpoint",
+    "unet",
+    "ops",
+    "noise",
+    "schedule",
+    "images",
+    "data",
+)
 LAYERS += ("files", "layout", "reference", "kernels", "_version")
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
 KNOWN = {"torch", "numpy", "PIL", "tqdm", "safetensors", "huggingface_hub", *sys.stdlib_module_names}

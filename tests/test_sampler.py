@@ -9,6 +9,7 @@ from check import TINY, assert_as_accurate, root_mean_square
 from diffusers import DDPMScheduler, UNet2DModel
 
 from fastddpm import Sampler, Schedule, UNet2D, noise
+from fastddpm.engine import PRECISIONS
 from fastddpm.images import to_uint8
 from fastddpm.reference.diffusion import Diffusion, update
 from fastddpm.sampler import shipped_model
@@ -64,7 +65,7 @@ def test_all_steps_are_algorithm_2(clip):
     assert_as_accurate(ours, textbook(torch.float32), textbook(torch.float64))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_whole_path_is_as_accurate_as_diffusers(unet, precision):
     """U-Net, table and loop together, given the same noise: distance to diffusers in float64, over plain diffusers'."""
     schedule, address, shape = Schedule(), noise.address(1, 16), (1, 8, 8)
@@ -86,7 +87,7 @@ def test_the_whole_path_is_as_accurate_as_diffusers(unet, precision):
         return x
 
     with pytest.MonkeyPatch.context() as patch:
-        plain = diffusers({"fp32": torch.float32, "bf16": torch.bfloat16}[precision], torch.float32, patch)
+        plain = diffusers(PRECISIONS[precision], torch.float32, patch)
         exact = diffusers(torch.float64, torch.float64, patch)
     ours = Sampler(unet, schedule, precision=precision).sample(16, seed=1, steps=20, progress=False)
     if precision == "fp32":
@@ -168,6 +169,116 @@ def test_the_callback_sees_x_0(clip):
     assert_as_accurate(calls[0][2], bound(plain_x_0), bound(exact))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batch_invariance_is_of_every_bit(unet, precision):
+    """Whatever the network's arithmetic makes of another number of samples, or of another place among them."""
+    sampler = Sampler(unet, device="cpu", precision=precision, batch_invariant=4)
+    how = {"seed": 3, "steps": 4, "progress": False}
+    samples = [0, 1, 2, 3, 4, 7, 9, 2**40 + 2]
+    alone = {sample: sampler.sample([sample], **how)[0] for sample in samples}
+    for asked in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 9, 0, 4], [7, 3], samples, [2**40 + 2, 2, 2, 7, 2], samples[::-1]):
+        for batch_size in (1, 3, None):
+            x = sampler.sample(asked, batch_size=batch_size, **how)
+            assert torch.equal(x, torch.stack([alone[sample] for sample in asked])), (asked, batch_size)
+
+
+def test_batch_invariance_of_a_network_that_minds_its_batch():
+    minding = lambda x, t: x * 0.9 + len(x) * 0.01 + torch.arange(len(x))[:, None] * 0.1
+    how, equal = {"steps": 3, "progress": False}, []
+    for invariant in (3, False):
+        sampler = Sampler(minding, shape=(2,), device="cpu", batch_invariant=invariant)
+        equal += [torch.equal(sampler.sample([5, 1, 7], **how)[1], sampler.sample([1], **how)[0])]
+    assert equal == [True, False]
+
+
+def test_batch_invariance_does_not_mix_labels():
+    torch.manual_seed(0)
+    net = UNet2D(**SMALL, num_class_embeds=3)
+    sampler, how = Sampler(net, device="cpu", batch_invariant=2), {"steps": 3, "progress": False}
+    asked, labels = [0, 0, 1, 4, 0], [2, 1, 0, 1, 2]
+    x = sampler.sample(asked, class_labels=labels, **how)
+    for place, (sample, label) in enumerate(zip(asked, labels, strict=True)):
+        assert torch.equal(x[place], sampler.sample([sample], class_labels=[label], **how)[0])
+
+
+def batches_of(sampler, samples, **how):
+    """The (sample indices, first number) of each batch handed out."""
+    batches = sampler.batches(samples, steps=2, progress=False, **how)
+    return [(indices.tolist(), x[:, 0].tolist()) for indices, x in batches]
+
+
+def test_batches_come_in_the_order_asked_for():
+    plain = Sampler(elementwise, shape=(1,), device="cpu")
+    fixed = Sampler(elementwise, shape=(1,), device="cpu", batch_invariant=4)
+    one = lambda sample: plain.sample([sample], steps=2, progress=False).item()
+    assert [indices for indices, _ in batches_of(fixed, range(3, 12))] == [[3, 4, 5, 6], [7, 8, 9, 10], [11]]
+    asked = [0, 4, 8, 1, 5, 2, 3]
+    handed = batches_of(fixed, asked)
+    assert [indices for indices, _ in handed] == [[0], [4], [8, 1, 5, 2, 3]]  # entry 0 is that of 0, 4 and 8
+    for indices, numbers in handed:
+        assert numbers == [one(sample) for sample in indices]
+
+
+def test_empty_places_are_neither_seen_nor_judged():
+    """Sample 1 goes wrong; three places of the micro-batch are empty."""
+    seen = []
+    sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
+    sampler.sample([1], steps=2, progress=False, callback=lambda step, t, x_0, indices: seen.append((x_0, indices)))
+    assert [(tuple(x_0.shape), indices.tolist()) for x_0, indices in seen] == 2 * [((1, 2), [1])]
+    sampler = Sampler(lambda x, t: x / 0, shape=(2,), device="cpu", batch_invariant=4)
+    with pytest.raises(ValueError, match=r"for samples \[1\];"):
+        sampler.sample([1], steps=2, progress=False)
+
+
+def hungry(limit):
+    """A network that has memory for a few samples."""
+
+    def model(x, t):
+        if len(x) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
+        return elementwise(x, t)
+
+    return model
+
+
+def test_without_memory_the_batch_is_halved(capsys):
+    sampler = Sampler(hungry(3), shape=(2,), device="cpu")
+    want = Sampler(elementwise, shape=(2,), device="cpu").sample(11, steps=3, progress=False)
+    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+        sizes = [len(x) for _, x in sampler.batches(11, steps=3, batch_size=8)]
+    assert [str(w.message).partition(".")[0] for w in warned] == [
+        f"out of memory; going on with batches of {size} samples" for size in (4, 2)
+    ]
+    assert sizes == [2, 2, 2, 2, 2, 1]
+    assert "18/18" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="going on with batches of 2"):
+        assert torch.equal(sampler.sample(11, steps=3, batch_size=4, progress=False), want)
+
+
+def test_kept_buffers_are_given_up_before_the_batch_is_halved(monkeypatch):
+    sampler = Sampler(hungry(8), shape=(2,), device="cpu")
+    sampler.sample(2, steps=2, progress=False)
+    kept, model = dict(sampler.engine._idle), hungry(8)
+    network = lambda x, t: model(torch.cat([x, x]) if sampler.engine._idle else x, t)[: len(x)]
+    monkeypatch.setattr(sampler.engine, "model", network)
+    monkeypatch.setattr(sampler.engine, "network", network)
+    assert kept
+    assert len(sampler.sample(6, steps=2, batch_size=6, progress=False)) == 6  # and no warning
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "way_out"),
+    [({}, {}, "; use fp16 or bf16"), ({"batch_invariant": 8}, {}, "; use batch_invariant=4 (with other bits)")],
+    ids=str,
+)
+def test_without_memory_for_one(options, how, way_out):
+    sampler = Sampler(hungry(0), shape=(2,), device="cpu", **options)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        sampler.sample(1, steps=2, progress=False, **how)
+    assert way_out in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_uint8_images(unet):
     sampler = Sampler(unet)
     x = sampler.sample(3, steps=3, progress=False)
@@ -175,22 +286,6 @@ def test_uint8_images(unet):
     assert x.abs().max() <= 1
     images = sampler.sample(3, steps=3, progress=False, output="uint8")
     assert torch.equal(images, to_uint8(x))
-
-
-def test_float32_is_float32_on_a_gpu_and_settings_are_as_they_were_after(unet):
-    sampler = Sampler(unet, precision="fp32", device="cpu")
-    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
-    before = settings()
-    with sampler._strict():
-        assert settings() == before
-    sampler.device = torch.device("cuda")
-    torch.set_float32_matmul_precision("high")
-    try:
-        with sampler._strict():
-            assert settings() == (False, "highest")
-        assert settings() == (before[0], "high")
-    finally:
-        torch.set_float32_matmul_precision(before[1])
 
 
 def test_precision_follows_the_device(unet, monkeypatch):
@@ -204,6 +299,9 @@ def test_precision_follows_the_device(unet, monkeypatch):
 def test_the_batch_follows_the_size_of_a_sample():
     sizes = {(3, 32, 32): 64, (3, 256, 256): 1, (3, 1024, 1024): 1, (5,): 256, (1, 4, 4): 256}
     assert {shape: Sampler(elementwise, shape=shape, device="cpu")._batch_size() for shape in sizes} == sizes
+    fixed = {(3, 32, 32): 4, (3, 256, 256): 1, (5,): 16}
+    for shape, size in fixed.items():
+        assert Sampler(elementwise, shape=shape, device="cpu", batch_invariant=True).micro_batch == size
 
 
 def test_a_network_is_evaluated_and_left_in_its_mode():
@@ -298,7 +396,8 @@ def test_class_labels():
         sampler.sample(4, **how)
 
 
-def test_bf16_of_another_network_is_autocast():
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_of_another_network_are_autocast(precision):
     conv = torch.nn.Conv2d(1, 1, 3, padding=1)
     seen = []
 
@@ -306,9 +405,9 @@ def test_bf16_of_another_network_is_autocast():
         seen.append((x.dtype, conv(x).dtype))
         return conv(x)
 
-    Sampler(model, shape=(1, 8, 8), precision="bf16").sample(1, steps=1, progress=False)
+    Sampler(model, shape=(1, 8, 8), precision=precision).sample(1, steps=1, progress=False)
     Sampler(model, shape=(1, 8, 8)).sample(1, steps=1, progress=False)
-    assert seen == [(torch.float32, torch.bfloat16), (torch.float32, torch.float32)]
+    assert seen == [(torch.float32, PRECISIONS[precision]), (torch.float32, torch.float32)]
 
 
 def test_progress_is_shown_or_not(capsys):
@@ -390,7 +489,10 @@ def test_bad_arguments(arguments, message):
         ({"shape": (2.5,)}, r"shape is \(2.5,\)"),
         ({"shape": (True, 2)}, r"shape is \(True, 2\)"),
         ({"schedule": DDPMScheduler()}, r"schedule is a DDPMScheduler; want a Schedule: Schedule.from_config"),
-        ({"precision": "fp8"}, "precision is 'fp8'; want one of auto, fp32, bf16"),
+        ({"precision": "fp8"}, "precision is 'fp8'; want one of auto, fp32, tf32, bf16, fp16"),
+        ({"precision": "tf32", "device": "cpu"}, "precision is 'tf32', which 'cpu' does not have; use fp32 or bf16"),
+        ({"batch_invariant": 0}, "batch_invariant is 0; want True, False or a whole number, at least 1"),
+        ({"batch_invariant": "yes"}, "batch_invariant is 'yes'"),
         ({"device": "tpu9"}, "device is 'tpu9'"),
         ({"device": "meta"}, "device is 'meta'"),
     ],

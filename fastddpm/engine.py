@@ -1,0 +1,317 @@
+"""The engine takes a batch one step further: eagerly, compiled, or as one replay of a captured CUDA graph.
+
+All that a step reads and writes lies in tensors that `Slots` owns, at fixed addresses: the states, the tables, and the
+row, seed and sample index of each entry. So one captured graph is every step of every schedule - the network, the fused
+update, the next position - and needs no argument, no wait and no allocation.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm import layout, noise, ops
+from fastddpm.schedule import StepTable
+from fastddpm.unet import UNet2D
+
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t [N] int64) -> eps, x_0 or v, like x_t
+
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ENGINES = ("eager", "compiled", "graph", "compiled+graph")
+WORTH_CAPTURING = 16  # steps: capturing costs a few of them
+CACHED = 4  # batch sizes whose buffers and graph are kept
+
+_settings = threading.RLock()
+_capture = threading.Lock()
+
+
+class Engine:
+    """A network made ready to sample with; `Slots` for batches, which are kept for the next batch of their size.
+
+    Args:
+        model: as of `Sampler`.
+        shape: of one sample, channels first.
+        num_train_timesteps: T; no table has more rows.
+        device: a CPU or CUDA device.
+        precision: one of PRECISIONS.
+        kind: one of ENGINES, or "auto": on a GPU a `UNet2D` is captured if the steps are worth it; all else is eager.
+            Both are the same kernels on the same numbers, so that the choice changes no bit.
+    Raises: ValueError: kind is unknown, or not for this device.
+    """
+
+    def __init__(
+        self,
+        model: Model | nn.Module,
+        shape: tuple[int, ...],
+        num_train_timesteps: int,
+        device: torch.device,
+        precision: str,
+        kind: str = "auto",
+    ):
+        if kind not in ("auto", *ENGINES):
+            raise ValueError(f"engine is {kind!r}; want one of auto, {', '.join(ENGINES)}")
+        if "graph" in kind and device.type != "cuda":
+            raise ValueError(f"engine is {kind!r}, and '{device}' has no CUDA graphs; use 'eager' or 'compiled'")
+        self.model, self.shape, self.num_train_timesteps = model, shape, num_train_timesteps
+        self.device, self.precision, self.dtype, self.kind = device, precision, PRECISIONS[precision], kind
+        self.compiles = "compiled" in kind
+        self.net: UNet2D | None = None
+        self.network: Callable[..., Any] | None = None
+        self._idle: dict[tuple[int, bool], Slots] = {}
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def slots(self, n: int, steps: int) -> Iterator["Slots"]:
+        """Slots for a batch of n, nobody else's until the context ends, to take so many steps with.
+
+        On a GPU they work on a stream of their own, which waits for the one that is current, and in the end that one
+        for it.
+        """
+        key = n, "graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING)
+        with self._lock:
+            self._refresh()
+            slots = self._idle.pop(key, None) or Slots(self, *key)
+        with _on(slots.stream):
+            yield slots
+        with self._lock:
+            self._idle[key] = slots
+            while len(self._idle) > CACHED:
+                del self._idle[next(iter(self._idle))]
+
+    def clear(self) -> bool:
+        """Free the memory of the slots that are kept; whether there were any."""
+        with self._lock:
+            kept = bool(self._idle)
+            self._idle.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return kept
+
+    @property
+    def _captures_by_itself(self) -> bool:
+        return self.kind == "auto" and self.device.type == "cuda" and isinstance(self.model, UNet2D)
+
+    def _refresh(self) -> None:
+        """Make the network, or let it have the weights that the model has now."""
+        if not isinstance(self.model, UNet2D):
+            self.network = self.network or self._compiled(self.model)
+        elif self.net is None:
+            self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
+            self.network = self._compiled(self.net.denoise, fullgraph=True)
+        else:
+            self.net.refresh(self.model)
+
+    def _compiled(self, network: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
+        if not self.compiles:
+            return network
+        mode = "max-autotune-no-cudagraphs" if self.device.type == "cuda" else "default"
+        return torch.compile(network, fullgraph=fullgraph, dynamic=False, mode=mode)
+
+
+class Slots:
+    """The entries of a batch and what advances them.
+
+    Attributes:
+        x: [n, *shape] float32, channels-last: the states x_t.
+        low: x in the precision of a `UNet2D`, which reads it; x itself where that is float32, or for another model.
+        pos: [n] int32: the row of the table each entry is at; the same for all of them.
+        address: [n, 2] int64: (seed, sample index) of each, see `noise.address`.
+        bad: [n] int32: the row at which a value first was not finite, -1 while all are.
+        table: [T] rows, of which the first S are those that were loaded.
+    """
+
+    def __init__(self, engine: Engine, n: int, captures: bool):
+        self.engine, self.captures = engine, captures
+        device, T = engine.device, engine.num_train_timesteps
+        self.stream = torch.cuda.Stream(device) if captures else None
+        self.x = self.low = layout.empty(n, engine.shape, dtype=torch.float32, device=device)
+        self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
+        self.pos, self.bad = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
+        rows, timesteps = torch.empty(T, 8, device=device), torch.empty(T, dtype=torch.int32, device=device)
+        self.table = StepTable(rows, timesteps, False, T)
+        self.labels: Tensor | None = None
+        if engine.net is not None:
+            if engine.dtype != torch.float32:
+                self.low = layout.empty(n, engine.shape, dtype=engine.dtype, device=device)
+            # Without kernels a row that serves the whole batch is a bias of convolutions, in their precision.
+            kernels = ops.backend(device) == "triton"
+            self._at = self.pos if kernels else self.pos[:1]
+            self._time_dtype = torch.float32 if kernels else engine.dtype
+            columns = engine.net.projection.out_features  # type: ignore[union-attr]
+            self._time_rows = torch.empty(T, columns, dtype=self._time_dtype, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._prepared_for: object = None
+
+    @torch.no_grad()
+    def load(self, table: StepTable, address: Tensor, labels: Tensor | None = None) -> None:
+        """Start a batch: x_T of each entry, at the first step of a table.
+
+        Args:
+            table: S rows, on any device.
+            address: [n, 2] int64, on any device.
+            labels: [n] int64 (or [n, ...], as an embedding of type "identity" takes them) for a class-conditional
+                `UNet2D`.
+        """
+        engine, S = self.engine, len(table)
+        self._loaded = table
+        self.table = replace(self.table, clip=table.clip)
+        self.table.rows[:S].copy_(table.rows)
+        self.table.timesteps[:S].copy_(table.timesteps)
+        self.address.copy_(address)
+        if labels is None or self.labels is None or labels.shape != self.labels.shape:
+            dtype = torch.float32 if labels is not None and labels.is_floating_point() else torch.int64
+            self.labels = None if labels is None else labels.to(engine.device, dtype, copy=True)
+        else:
+            self.labels.copy_(labels)
+        if engine.net is not None and labels is None:
+            with arithmetic("fp32", engine.device):
+                self._time_rows[:S] = engine.net.time_rows(self.table.timesteps[:S])
+        self._start()
+        if (self.captures or engine.compiles) and self._prepared_for != (now := self._built_in()):
+            self._prepare()
+            self._prepared_for = now
+            self._start()
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Take one step."""
+        if self._graph is None:
+            self.update(self.predict())
+        else:
+            self._graph.replay()
+            self.k -= 1
+
+    @torch.no_grad()
+    def predict(self) -> Tensor:
+        """The first half of a step: what the network makes of x, in channels-last memory.
+
+        Raises: ValueError: it is not a tensor with one number for each element of x; the message names the step.
+        """
+        engine = self.engine
+        network = cast(Callable[..., Any], engine.network)
+        with arithmetic(engine.precision, engine.device):
+            if engine.net is not None:
+                m = network(self.low, self._columns())
+            else:
+                t = self.table.timesteps.index_select(0, self.pos).long()
+                with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
+                    m = network(self.x.clone(), t)  # a model may write to its input
+        if (
+            not isinstance(m, Tensor)
+            or m.shape != self.x.shape
+            or not m.is_floating_point()
+            or m.device != self.x.device
+        ):
+            came = f"{tuple(m.shape)} {m.dtype} on {m.device}" if isinstance(m, Tensor) else f"a {type(m).__name__}"
+            raise ValueError(
+                f"{self.step(self.k)}: the network returned {came} for {tuple(self.x.shape)} on {self.x.device}; want "
+                "a tensor with one value per element (lambda x, t: unet(x, t).sample for a diffusers model)"
+            )
+        return layout.channels_last(m if m.dtype in ops.FLOATS else m.float())
+
+    @torch.no_grad()
+    def update(self, m: Tensor) -> None:
+        """The second half: x_t -> x_{t-1}, and on to the next row."""
+        out = None if self.low is self.x else self.low
+        ops.step(self.x, m, self.table, self.pos, self.address, out=out, bad=self.bad)
+        self.pos -= 1
+        self.k -= 1
+
+    def step(self, k: int) -> str:
+        """What the step at row k is called in a message."""
+        S = len(self._loaded)
+        return f"step {S - k} of {S} (t = {int(self._loaded.timesteps[k])})"
+
+    def _columns(self) -> Tensor:
+        """[1 or n, columns]: all of the network that depends on t (and the class) alone."""
+        if self.labels is None:
+            return self._time_rows.index_select(0, self._at)
+        t = self.table.timesteps.index_select(0, self._at)
+        return cast(UNet2D, self.engine.net).time_rows(t, self.labels).to(self._time_dtype)
+
+    def _start(self) -> None:
+        T, self.k = self.table.num_train_timesteps, len(self._loaded) - 1
+        self.x.copy_(noise.normal(self.address, self.engine.shape, stream=noise.START, t=T))
+        self.low.copy_(self.x)
+        self.pos.fill_(self.k)
+        self.bad.fill_(-1)
+
+    def _built_in(self) -> object:
+        """All that a graph or compiled code has built in and that may be another at the next load."""
+        labels, cudnn, model = self.labels, torch.backends.cudnn, self.engine.model
+        weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+        return (
+            self.table.clip,
+            None if labels is None else labels.data_ptr(),
+            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+            () if self.engine.net is not None else tuple(weight.data_ptr() for weight in weights),
+        )
+
+    def _prepare(self) -> None:
+        """Compile and capture a step; the states are spoilt."""
+        self._graph = None
+        with _many_versions() if self.engine.compiles else nullcontext():
+            self.update(self.predict())
+        if self.captures:
+            self._graph = self._captured()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads may go on, and allocate; but no two may capture
+            with _capture, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.update(self.predict())
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(error)) from error
+            raise ValueError(
+                f"engine: a step of this network cannot be captured ({str(error).splitlines()[0]}): it must not wait "
+                "for the GPU (.item(), .cpu(), if on a tensor); use engine='eager'"
+            ) from error
+        return graph
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """float32 on a GPU is float32, but TF32 where that is the precision; torch's settings are as before afterwards.
+
+    They are those of the process: by default cuDNN's convolutions round to TF32. So one thread at a time has them.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, tf32 = torch.backends.cudnn, precision == "tf32"
+    with _settings:
+        matmul = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        try:
+            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on a stream, in order with the current one."""
+    if stream is None:
+        yield
+        return
+    outside = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(outside)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outside.wait_stream(stream)
+
+
+def _many_versions() -> Any:
+    """torch.compile gives a function up after eight versions; each batch size is one, and each network."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)

@@ -1,0 +1,393 @@
+"""What an engine may change is the speed. Graphs are played back here as by a GPU: same memory, nothing of Python."""
+
+import threading
+
+import pytest
+import torch
+from check import TINY, assert_as_accurate
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastddpm import Sampler, Schedule, UNet2D, layout, noise, ops
+from fastddpm.engine import CACHED, WORTH_CAPTURING, Engine, Slots, arithmetic
+from fastddpm.reference.diffusion import update
+
+SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
+SHAPE = (1, 8, 8)
+WAITS = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "_to_copy.cpu")
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's idea of a function: the operations it ran, on the tensors and numbers it ran them on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for place, value in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(place, torch.Tensor) and address(place) != address(value):
+                    place.copy_(value)  # what was allocated stays where it is
+
+
+def address(x):
+    return x.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs on the CPU; gives those that were captured."""
+    captured = []
+
+    def capture(slots):
+        graph = Recording()
+        with graph:
+            slots.update(slots.predict())
+        captured.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(Slots, "_captured", capture)
+    return captured
+
+
+def tiny_unet(**options):
+    torch.manual_seed(0)
+    return UNet2D(**SMALL, **options).eval()
+
+
+def elementwise(x, t):
+    return (x * 0.9 + t.reshape(-1, *[1] * (x.ndim - 1)) * 1e-4).sin()
+
+
+def graphed(model, schedule=None, **options):
+    """A sampler that captures."""
+    sampler = Sampler(model, schedule, device="cpu", **options)
+    sampler.engine.kind = "graph"
+    return sampler
+
+
+def eager(model, schedule=None, **options):
+    return Sampler(model, schedule, device="cpu", engine="eager", **options)
+
+
+RUNS = [
+    {"steps": 5},
+    {"steps": 3, "seed": 9},
+    {"steps": 9, "sampler": "ddim", "eta": 0.5},
+    {"timesteps": (900, 3, 0), "noise": False},
+    {"steps": 5, "seed": 2**64 - 1},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_graph_is_every_step_of_every_run(graphs, precision):
+    net = tiny_unet()
+    one, plain = graphed(net, precision=precision), eager(net, precision=precision)
+    for how in RUNS:
+        samples = [0, 2**40, 5]
+        assert torch.equal(one.sample(samples, progress=False, **how), plain.sample(samples, progress=False, **how)), (
+            how
+        )
+    assert len(graphs) == 1
+
+
+def test_a_graph_of_another_network(graphs):
+    one, plain = (make(elementwise, shape=(3, 5)) for make in (graphed, eager))
+    for how in RUNS:
+        assert torch.equal(one.sample(3, progress=False, **how), plain.sample(3, progress=False, **how))
+    assert len(graphs) == 1
+
+
+def test_what_is_decided_in_python_is_seen_to_be_frozen(graphs):
+    """The check above can fail: this network's choice is made at capture, and not again."""
+
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x, t):
+            self.calls += 1
+            return x * 0.1 * self.calls
+
+    results = [make(Counting(), shape=(3,)).sample(2, steps=5, progress=False) for make in (graphed, eager)]
+    assert not torch.equal(*results)
+
+
+def test_a_step_never_waits(graphs):
+    """Neither for a number to decide on, nor for a copy to the host."""
+    net = tiny_unet(num_class_embeds=3)
+    graphed(net).sample(2, steps=3, class_labels=[0, 1], progress=False)
+    names = [str(func) for graph in graphs for func, *_ in graph.calls]
+    assert any("fastddpm.step" in name for name in names)
+    assert not [name for name in names if any(wait in name for wait in WAITS)]
+
+
+def test_a_wait_is_seen(graphs):
+    graphed(lambda x, t: x * (0.5 if t[0] > 500 else 0.25), shape=(3,)).sample(2, steps=3, progress=False)
+    assert any(wait in str(func) for func, *_ in graphs[0].calls for wait in WAITS)
+
+
+def test_what_is_returned_is_no_buffer(graphs):
+    sampler = graphed(tiny_unet())
+    seen = []
+    first = sampler.sample(2, steps=3, progress=False, callback=lambda step, t, x_0, indices: seen.append(x_0))
+    kept, were = first.clone(), [x_0.clone() for x_0 in seen]
+    for x in (first, *seen):
+        x.zero_()
+    assert torch.equal(sampler.sample(2, steps=3, progress=False), kept)
+    batches = list(sampler.batches(4, steps=3, batch_size=2, progress=False))
+    assert torch.equal(batches[0][1], kept)
+    assert not torch.equal(batches[1][1], kept)
+    assert all(not x.any() for x in seen)
+    assert len(were) == 3
+
+
+def test_weights_changed_in_place_are_in_the_next_run(graphs, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
+    net = tiny_unet()
+    sampler, how = graphed(net, precision="fp32"), {"steps": 3, "progress": False}
+    first = sampler.sample(2, **how)
+    for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):  # torch does not count the second kind
+        for parameter in net.parameters():
+            with torch.no_grad():
+                change(parameter)
+        assert torch.equal(sampler.sample(2, **how), eager(net, precision="fp32").sample(2, **how))
+        assert not torch.equal(sampler.sample(2, **how), first)
+    assert len(graphs) == 1
+
+
+def test_weights_of_another_network_are_read_where_they_are(graphs):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t):
+            return x * self.scale
+
+    net = Net()
+    sampler, how = graphed(net, shape=(3,)), {"steps": 3, "progress": False}
+    sampler.sample(2, **how)
+    net.scale.data.fill_(0.25)
+    assert torch.equal(sampler.sample(2, **how), eager(net, shape=(3,)).sample(2, **how))
+    assert len(graphs) == 1
+    net.scale = torch.nn.Parameter(torch.tensor(0.75))  # elsewhere in memory: the graph would read the old one
+    assert torch.equal(sampler.sample(2, **how), eager(net, shape=(3,)).sample(2, **how))
+    assert len(graphs) == 2
+
+
+def test_graphs_are_reused_and_bounded(graphs):
+    sampler, how = graphed(elementwise, shape=(3,)), {"steps": 2, "progress": False}
+    for size in (1, 2, 1, 2):
+        sampler.sample(4, batch_size=size, **how)
+    assert len(graphs) == 2
+    for size in range(1, CACHED + 3):
+        sampler.sample(size, batch_size=size, **how)
+    assert len(sampler.engine._idle) == CACHED
+    made = len(graphs)
+    sampler.sample(1, **how)
+    assert len(graphs) == made + 1  # the one least lately used was given up
+    assert sampler.engine.clear()
+    assert not sampler.engine.clear()
+
+
+def test_what_is_built_into_a_graph_makes_another(graphs):
+    net = tiny_unet(num_class_embeds=3)
+    sampler, how = graphed(net), {"steps": 2, "progress": False}
+    sampler.sample(2, class_labels=[0, 1], **how)
+    labelled = sampler.sample(2, class_labels=[2, 2], **how)
+    assert len(graphs) == 1
+    assert torch.equal(labelled, eager(net).sample(2, class_labels=[2, 2], **how))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        sampler.sample(2, class_labels=[2, 2], **how)
+    assert len(graphs) == 2
+    with sampler.engine.slots(2, 2) as slots:
+        for clip in (True, False):
+            slots.load(Schedule(clip_sample=clip).table(2), noise.address(0, 2), torch.tensor([2, 2]))
+    assert len(graphs) == 4
+
+
+def test_a_run_within_a_run(graphs):
+    sampler, how = graphed(tiny_unet()), {"steps": 4, "progress": False}
+    want, inner = sampler.sample(2, **how), []
+
+    def callback(*seen):
+        inner.append(sampler.sample(2, seed=5, **how))
+
+    assert torch.equal(sampler.sample(2, callback=callback, **how), want)
+    assert all(torch.equal(x, sampler.sample(2, seed=5, **how)) for x in inner)
+    assert len(inner) == 4
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_two_threads_and_two_samplers(graphs, captures):
+    net, other = tiny_unet(), elementwise
+    make = graphed if captures else eager
+    shared, own = make(net, precision="fp32"), make(other, shape=(3, 4))
+    jobs = [(shared, 0), (shared, 1), (own, 2), (shared, 3)]
+    how = {"steps": 6, "batch_size": 2, "progress": False}
+    want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
+    got, start = [None] * len(jobs), threading.Barrier(len(jobs))
+
+    def work(i):
+        start.wait()
+        for _ in range(3):
+            got[i] = jobs[i][0].sample(4, seed=jobs[i][1], **how)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_failed_run_leaves_nothing_behind(graphs):
+    def fails_once(x, t):
+        if fails_once.armed:
+            raise RuntimeError("broken")
+        return x * 0.5
+
+    fails_once.armed = False
+    sampler, how = eager(fails_once, shape=(3,)), {"steps": 2, "progress": False}
+    want = sampler.sample(2, **how)
+    fails_once.armed = True
+    with pytest.raises(RuntimeError, match="broken"):
+        sampler.sample(2, **how)
+    assert not sampler.engine._idle
+    fails_once.armed = False
+    assert torch.equal(sampler.sample(2, **how), want)
+
+
+def test_auto_captures_what_is_worth_it(graphs, monkeypatch):
+    """Where a GPU is; never another network, whose Python may decide things."""
+    monkeypatch.setattr(
+        Engine, "_captures_by_itself", property(lambda self: self.kind == "auto" and isinstance(self.model, UNet2D))
+    )
+    sampler = Sampler(tiny_unet(), device="cpu")
+    sampler.sample(1, steps=WORTH_CAPTURING - 1, progress=False)
+    assert not graphs
+    short = sampler.sample(1, steps=WORTH_CAPTURING, progress=False)
+    assert len(graphs) == 1
+    assert torch.equal(short, eager(sampler.model).sample(1, steps=WORTH_CAPTURING, progress=False))
+    sampler.sample(1, steps=WORTH_CAPTURING, progress=False, callback=lambda *seen: None)
+    assert len(graphs) == 1  # a callback sees the middle of a step
+    Sampler(elementwise, shape=(3,), device="cpu").sample(1, steps=100, progress=False)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("model", ["unet", "another"])
+def test_the_engines_by_device(model):
+    net = tiny_unet() if model == "unet" else elementwise
+    for device, want in (("cuda", model == "unet"), ("cpu", False)):
+        assert Engine(net, SHAPE, 1000, torch.device(device), "fp32")._captures_by_itself == want
+        assert not Engine(net, SHAPE, 1000, torch.device(device), "fp32", "eager")._captures_by_itself
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("fast", "engine is 'fast'; want one of auto, eager, compiled, graph, compiled\\+graph"),
+        ("graph", "engine is 'graph', and 'cpu' has no CUDA graphs; use 'eager' or 'compiled'"),
+        ("compiled+graph", "engine is 'compiled\\+graph', and 'cpu' has no CUDA graphs"),
+    ],
+)
+def test_an_engine_that_is_not_to_be_had(kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Sampler(elementwise, shape=(3,), device="cpu", engine=kind)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkeypatch):
+    """With tensors that have a device and a shape and no values, where to ask for a value is an error."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    pytest.importorskip("triton")
+    made, table = Engine(tiny_unet(), SHAPE, 1000, torch.device("cuda"), precision, "eager"), Schedule().table(10)
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    made.net = tiny_unet(**({"num_class_embeds": 3} if labels else {})).for_inference(made.dtype)
+    made.network = made.net.denoise
+    monkeypatch.setattr(made, "_refresh", lambda: None)
+    with FakeTensorMode():
+        for module in made.net.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+        with made.slots(2, 10) as slots:
+            if labels:
+                slots.labels = torch.zeros(2, dtype=torch.int64, device="cuda")
+            slots._loaded, slots.k = table, 9
+            assert ops.backend(slots.x.device) == "triton"
+            m = slots.predict()
+            assert (m.shape, m.dtype, m.device.type) == (slots.x.shape, made.dtype, "cuda")
+            slots.update(m)
+            assert all(
+                tensor.device.type == "cuda" for tensor in vars(slots).values() if isinstance(tensor, torch.Tensor)
+            )
+            with pytest.raises(DataDependentOutputException):
+                int(slots.bad.max())
+
+
+def test_slots_may_be_at_different_rows():
+    """One step of each entry is the written update at its own row, with its own noise."""
+    made = Engine(elementwise, (2, 3), 1000, torch.device("cpu"), "fp32")
+    table, where = Schedule().table(20), noise.address(4, [7, 8, 9])
+    with made.slots(3, 20) as slots:
+        slots.load(table, where)
+        x = slots.x.clone()
+        slots.pos.copy_(torch.tensor([19, 4, 0]))
+        pos = slots.pos.clone()
+        slots.advance()
+        t = table.timesteps[pos]
+        z = noise.normal(where, (2, 3), stream=noise.STEP, t=t)
+        want = update(x, elementwise(x, t), table.rows[pos], z, clip=True)
+        want[2] = update(x[2:], elementwise(x[2:], t[2:]), table.rows[0], None, clip=True)[0]
+        assert torch.equal(slots.x, want)
+        assert slots.pos.tolist() == [18, 3, -1]
+        assert layout.is_channels_last(slots.x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_is_the_same_function(precision):
+    """Against the U-Net in float64; the yardstick is the eager engine."""
+    net = tiny_unet()
+    results = {}
+    for kind in ("eager", "compiled"):
+        sampler = Sampler(net, device="cpu", precision=precision, engine=kind)
+        with sampler.engine.slots(2, 4) as slots:
+            slots.load(Schedule().table(4), noise.address(0, 2))
+            low, row = slots.low.clone(), slots._columns()
+            results[kind] = slots.predict().clone()
+    exact = tiny_unet().double()
+    with torch.no_grad():
+        rows = exact.time_rows(torch.tensor([750]))
+        assert torch.allclose(rows.float(), row.float(), atol=float(row.abs().max()) * torch.finfo(row.dtype).eps * 4)
+        assert_as_accurate(results["compiled"], results["eager"], exact.denoise(low.double(), rows))
+
+
+def test_settings_of_float32_on_a_gpu_are_as_they_were_after():
+    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    before = settings()
+    with arithmetic("fp32", torch.device("cpu")):
+        assert settings() == before
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for precision, want in (("fp32", (False, "highest")), ("tf32", (True, "high")), ("bf16", (False, "highest"))):
+            with arithmetic(precision, torch.device("cuda")):
+                assert settings() == want
+            assert settings() == (before[0], "medium")
+    finally:
+        torch.set_float32_matmul_precision(before[1])

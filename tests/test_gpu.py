@@ -1,66 +1,270 @@
-"""What only a GPU can show of the sampler and the U-Net; the kernels have their own tests."""
+"""What only a GPU can show of the engine, the sampler and the U-Net; the kernels have their own tests."""
 
 import math
+import threading
 
 import check
 import pytest
 import torch
 from conftest import needs_gpu
 
-from fastddpm import Sampler, UNet2D, noise
+from fastddpm import Sampler, Schedule, UNet2D, noise
+from fastddpm.engine import PRECISIONS, Slots, arithmetic
 from fastddpm.reference.unet import UNet
 
 pytestmark = needs_gpu
 CONFIG = {**check.TINY, "block_out_channels": (32, 64), "norm_num_groups": 8}
+RUNS = [
+    {"steps": 20},
+    {"steps": 33, "seed": 9},
+    {"steps": 17, "sampler": "ddim", "eta": 0.5},
+    {"steps": 20, "noise": False},
+]
+ENGINES = ["eager", "graph"]
 
 
+def tiny_unet(**options):
+    torch.manual_seed(0)
+    return UNet2D(**CONFIG, **options).eval()
+
+
+def elementwise(x, t):
+    return (x * 0.9 + t.reshape(-1, *[1] * (x.ndim - 1)) * 1e-4).sin()
+
+
+def samplers(model, **options):
+    return [Sampler(model, device="cuda", engine=engine, **options) for engine in ENGINES]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 5, 7), (2, 9), (5,)])
 @pytest.mark.parametrize("how", [{}, {"sampler": "ddim", "eta": 0.5}], ids=str)
-def test_cpu_and_gpu_sample_the_same_bits(shape, how):
+def test_cpu_and_gpu_sample_the_same_bits(shape, how, engine):
     """With a network that rounds the same on both, all the rest does, too."""
     model = lambda x, t: x * 0.75
     cpu, gpu = (
-        Sampler(model, shape=shape, device=device).sample(5, seed=2, steps=20, progress=False, **how)
-        for device in ("cpu", "cuda")
+        Sampler(model, shape=shape, device=device, engine=kind).sample(5, seed=2, steps=20, progress=False, **how)
+        for device, kind in (("cpu", "eager"), ("cuda", engine))
     )
     assert torch.equal(cpu, gpu)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_graph_is_every_step_of_every_run(precision, monkeypatch):
+    captured, capture = [], Slots._captured
+    monkeypatch.setattr(Slots, "_captured", lambda slots: captured.append(slots) or capture(slots))
+    eager, graph = samplers(tiny_unet(), precision=precision)
+    for how in RUNS:
+        how = {"samples": [0, 2**40, 5], "progress": False, **how}
+        assert torch.equal(graph.sample(**how), eager.sample(**how)), how
+    assert len(captured) == 1
+
+
+def test_class_labels_are_read_in_the_graph():
+    eager, graph = samplers(tiny_unet(num_class_embeds=5))
+    for labels in ([0, 1], [4, 4]):
+        how = {"class_labels": labels, "steps": 20, "progress": False}
+        assert torch.equal(graph.sample(2, **how), eager.sample(2, **how))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
+    """From the first step of a run to the last, looks at the flag included."""
+    sampler = Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision)
+    how = {"steps": 50, "progress": False}
+    want = sampler.sample(4, **how)
+    allocations = lambda: torch.cuda.memory_stats()["allocation.all.allocated"]
+    advance, counts = Slots.advance, []
+
+    def watched(slots):
+        torch.cuda.set_sync_debug_mode("error")
+        counts.append(allocations())
+        advance(slots)
+        counts.append(allocations())
+        if slots.k < 0:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Slots, "advance", watched)
+    try:
+        got = sampler.sample(4, **how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got, want)
+    assert len(counts) == 100
+    assert len(set(counts)) == 1
+
+
+def test_a_wait_is_an_error():
+    """As the test above takes for granted."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_the_unet_is_as_accurate_as_plain_torch(dtype):
-    torch.manual_seed(0)
-    net, plain, ref = UNet2D(**CONFIG).eval(), UNet(**CONFIG).eval(), UNet(**CONFIG).eval().double().cuda()
+def test_the_unet_is_as_accurate_as_plain_torch(precision):
+    dtype = PRECISIONS[precision]
+    net, plain, ref = tiny_unet(), UNet(**CONFIG).eval(), UNet(**CONFIG).eval().double().cuda()
     plain.load_state_dict(net.state_dict())
     ref.load_state_dict(net.state_dict())
     x, t = torch.randn(4, 3, 16, 16, device="cuda"), torch.tensor([300], device="cuda")
     fast = net.for_inference(dtype, "cuda")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        ours = fast.denoise(x.to(dtype), fast.time_rows(t).to(dtype))
+    with arithmetic("fp32", x.device):
+        rows = fast.time_rows(t)
+    with arithmetic(precision, x.device):
+        ours = fast.denoise(x.to(dtype), rows)
         theirs = plain.to("cuda", dtype)(x.to(dtype), t.expand(4))
     check.assert_as_accurate(ours, theirs, ref(x.to(dtype).double(), t.expand(4)))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@torch.no_grad()
+def test_a_whole_run_is_as_accurate_as_plain_torch(precision):
+    """Against the reference U-Net in the same loop; the state and the update are float32 in both."""
+    dtype, how = PRECISIONS[precision], {"steps": 50, "progress": False}
+    net = tiny_unet()
+
+    def loop(kind):
+        model = UNet(**CONFIG).eval()
+        model.load_state_dict(net.state_dict())
+        model.to("cuda", kind)
+
+        def call(x, t):
+            with arithmetic(precision, x.device):
+                return model(x.to(kind), t)
+
+        return Sampler(call, shape=(3, 16, 16), device="cuda", engine="eager").sample(8, **how).double()
+
+    exact, plain = loop(torch.float64), loop(dtype)
+    ours = Sampler(net, device="cuda", precision=precision).sample(8, **how).double()
+    assert check.root_mean_square(ours - exact) <= 2 * check.root_mean_square(plain - exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["compiled", "compiled+graph"])
+def test_compiled_is_the_same_function(kind):
+    """The yardstick is the eager engine."""
+    net, exact = tiny_unet(), UNet(**CONFIG).eval().double().cuda()
+    exact.load_state_dict(net.state_dict())
+    outputs = {}
+    for engine in ("eager", kind):
+        sampler = Sampler(net, device="cuda", engine=engine)
+        with sampler.engine.slots(2, 20) as slots:
+            slots.load(Schedule().table(20), noise.address(0, 2))
+            low = slots.low.clone()
+            outputs[engine] = slots.predict().clone()
+        assert sampler.sample(2, steps=20, progress=False).isfinite().all()
+    with torch.no_grad():
+        ref = exact(low.double(), torch.full((2,), 950, device="cuda"))
+    check.assert_as_accurate(outputs[kind], outputs["eager"], ref)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_weights_changed_in_place_are_in_the_next_run(place, precision):
+    net = tiny_unet().to(place)
+    sampler, how = Sampler(net, device="cuda", engine="graph", precision=precision), {"steps": 20, "progress": False}
+    first = sampler.sample(2, **how)
+    for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):
+        for parameter in net.parameters():
+            with torch.no_grad():
+                change(parameter)
+        now = sampler.sample(2, **how)
+        assert torch.equal(now, Sampler(net, device="cuda", engine="eager", precision=precision).sample(2, **how))
+        assert not torch.equal(now, first)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_leaves_the_model_where_it_was(precision):
-    torch.manual_seed(0)
-    net = UNet2D(**CONFIG)
+    net = tiny_unet()
     x = Sampler(net, device="cuda", precision=precision).sample(2, steps=5, progress=False)
     assert x.device.type == "cpu"
     assert x.isfinite().all()
     assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}
 
 
-def test_the_first_bad_step_is_named():
+@pytest.mark.parametrize("engine", ENGINES)
+def test_threads_and_samplers_do_not_disturb_each_other(engine):
+    fp32, tf32 = (Sampler(tiny_unet(), device="cuda", engine=engine, precision=p) for p in ("fp32", "tf32"))
+    own = Sampler(elementwise, shape=(3, 4), device="cuda", engine=engine)
+    jobs = [(fp32, 0), (fp32, 1), (own, 2), (tf32, 3)]
+    how = {"steps": 40, "batch_size": 2, "progress": False}
+    want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
+    for sampler, _ in jobs:
+        sampler.engine.clear()  # so that they capture beside each other
+    got, start = [None] * len(jobs), threading.Barrier(len(jobs))
+
+    def work(i):
+        start.wait()
+        for _ in range(3):
+            got[i] = jobs[i][0].sample(4, seed=jobs[i][1], **how)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_batch_invariance_is_of_every_bit(precision, engine):
+    sampler = Sampler(tiny_unet(), device="cuda", precision=precision, engine=engine, batch_invariant=8)
+    how = {"seed": 3, "steps": 20, "progress": False}
+    alone = {sample: sampler.sample([sample], **how)[0] for sample in (0, 1, 5, 8, 2**40 + 2)}
+    for asked in ([0, 1, 5], [5, 1, 0, 8], [2**40 + 2, 8, 0], range(9)):
+        x = sampler.sample(asked, **how)
+        for place, sample in enumerate(asked):
+            assert sample not in alone or torch.equal(x[place], alone[sample])
+
+
+def test_a_network_that_waits_cannot_be_captured():
+    model = lambda x, t: x * (0.5 if t[0].item() > 500 else 0.25)
+    with pytest.raises(ValueError, match=r"cannot be captured .*use engine='eager'") as caught:
+        Sampler(model, shape=(3,), device="cuda", engine="graph").sample(2, steps=20, progress=False)
+    assert "\n" not in str(caught.value)
+    x = Sampler(elementwise, shape=(3,), device="cuda", engine="graph").sample(2, steps=20, progress=False)
+    assert torch.equal(x, Sampler(elementwise, shape=(3,), device="cuda").sample(2, steps=20, progress=False))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_without_memory_the_batch_is_halved(engine):
+    """Of 48 samples that want a twentieth of the memory each."""
+    share = torch.cuda.get_device_properties(0).total_memory // 20
+
+    def hungry(x, t):
+        taken = torch.empty(len(x) * share, dtype=torch.uint8, device=x.device)
+        return elementwise(x, t) + 0 * taken[:1].float()
+
+    sampler, how = Sampler(hungry, shape=(2,), device="cuda", engine=engine), {"steps": 17, "progress": False}
+    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+        got = sampler.sample(48, batch_size=48, **how)
+    assert [str(w.message).partition(".")[0].split()[-2] for w in warned] == ["24", "12"]
+    assert torch.equal(got, Sampler(elementwise, shape=(2,), device="cuda").sample(48, **how))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_first_bad_step_is_named(engine):
     """Though the flag is read only now and then."""
 
     def model(x, t):
-        return torch.where(
-            (t[:, None] < 500) & (torch.arange(len(x), device=x.device)[:, None] == 1), math.nan, x * 0.5
-        )
+        bad = (t[:, None] < 500) & (torch.arange(len(x), device=x.device)[:, None] == 1)
+        return torch.where(bad, math.nan, x * 0.5)
 
+    sampler = Sampler(model, shape=(3,), device="cuda", engine=engine)
     with pytest.raises(ValueError, match=r"^step 501 of 1000 \(t = 499\): .* for samples \[8\]"):
-        Sampler(model, shape=(3,), device="cuda").sample([7, 8, 9], progress=False)
+        sampler.sample([7, 8, 9], progress=False)
+
+
+def test_the_bar_is_full_at_the_end(capsys):
+    Sampler(tiny_unet(), device="cuda").sample(3, steps=37, batch_size=2)
+    assert "74/74" in capsys.readouterr().err
 
 
 def test_the_noise_is_the_same_bits():

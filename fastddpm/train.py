@@ -21,15 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm import checkpoint, images, noise, ops
+from fastddpm.engine import PRECISIONS
 from fastddpm.files import atomic, check_writable
 from fastddpm.layout import channels_last
-from fastddpm.sampler import Sampler, device_and_dtype
+from fastddpm.sampler import Sampler, device_and_precision
 from fastddpm.schedule import Schedule
 from fastddpm.unet import UNet2D
 
 STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
 LOG = "log.jsonl"
 LOG_EVERY = 50  # steps; reading the loss makes a GPU wait
+TRAINED = ("auto", "fp32", "bf16")  # gradients in fp16 would need their loss scaled
 GRID_STEPS = 100  # of the sample grids
 
 
@@ -117,7 +119,10 @@ def train(
 
     height, width, channels = _checked(data, options)
     data = np.require(data, requirements=["C", "W"])  # torch takes neither negative strides nor read-only memory
-    device, dtype = device_and_dtype(device, options.precision)
+    if options.precision not in TRAINED:
+        raise ValueError(f"precision is {options.precision!r}; want one of {', '.join(TRAINED)}")
+    device, precision = device_and_precision(device, options.precision)
+    dtype = PRECISIONS[precision]
     out, run = Path(out), _described(data, options)
     forked = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(forked):
@@ -167,7 +172,7 @@ def train(
                 _save_state(out, run, parts, done, time.monotonic() - began)
                 checkpoint.save(out, ema.config, ema.state_dict(), options.schedule)
             if draw:
-                sampler = Sampler(ema, options.schedule, device=device, precision=options.precision)
+                sampler = Sampler(ema, options.schedule, device=device, precision=precision)
                 steps = _grid_steps(options)
                 grid = sampler.sample(64, seed=options.seed, steps=steps, output="uint8", progress=False)
                 images.save_grid(grid, out / "samples" / f"step-{done:07d}.png")

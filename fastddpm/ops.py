@@ -1,14 +1,17 @@
-"""The fused operations: checked entry points to one torch.library operator each, with the same bits on every device.
+"""The fused operations: checked entry points to one torch.library operator each.
 
-Triton on a GPU, torch elsewhere. The operators are opaque to torch.compile, which traces through the entry points
-without a graph break. Nothing here is differentiable.
+Triton on a GPU, torch elsewhere: the same bits on every device, but for `group_norm`, whose sums take another order.
+The operators are opaque to torch.compile, which traces through the entry points without a graph break. Nothing here is
+differentiable.
 """
 
 from functools import cache
 from importlib.util import find_spec
+from math import inf
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm import layout, noise
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PER_SAMPLE = 65_535 * 1024  # elements: the kernels' grid has one axis of blocks of one sample
+MAX_ACTIVATION = 1 << 29  # elements per sample: the kernels count them in 32 bits, with room to round up
+MAX_GROUP = 8192  # channels of a group: the kernel holds all those of a pixel
 
 
 def backend(device: torch.device | str) -> Literal["triton", "torch"]:
@@ -127,26 +132,118 @@ def noising(
     return torch.ops.fastddpm.noising(x_0, t, address, table, stream, dtype)
 
 
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float,
+    skip: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, with SiLU after it if asked.
+
+    In fp32, rounded once; nothing but the result is made. An entry's bits depend on no other entry, but on the size of
+    the batch, by which the kernel cuts its work.
+
+    Args:
+        x: [N, C1, *spatial] fp32/bf16/fp16, channels-last.
+        weight, bias: [C] fp32, C = C1 + C2.
+        groups: how many of equally many channels; one may hold channels of both x and skip.
+        eps: added to the variance.
+        skip: [N, C2, *spatial], the channels that follow x's, like x; or None.
+        add: [1 or N, C] fp32 of any row stride, added before the statistics (the time bias, a slice of a table's
+            columns); or None.
+        silu: whether y * sigmoid(y) is returned for y.
+    Returns: [N, C, *spatial] like x, new.
+    Raises: ValueError: a shape, dtype, layout or device is not as above, groups do not divide the channels, eps is not
+        positive, or a gradient is asked for.
+    """
+    _check_state("group_norm", "x", x, FLOATS, MAX_ACTIVATION)
+    n, channels, device = len(x), x.shape[1], x.device
+    if skip is not None:
+        _check_state("group_norm", "skip", skip, FLOATS, MAX_ACTIVATION)
+        if len(skip) != n or skip.shape[2:] != x.shape[2:] or skip.dtype != x.dtype or skip.device != device:
+            raise ValueError(f"group_norm: skip is {_describe(skip)}, x {_describe(x)}; only their channels may differ")
+        channels += skip.shape[1]
+        if channels * x.shape[2:].numel() > MAX_ACTIVATION:
+            raise ValueError(
+                f"group_norm: x is {_describe(x)} and skip {_describe(skip)}; "
+                f"a sample of both may have at most {MAX_ACTIVATION} elements"
+            )
+    if not isinstance(groups, int) or groups < 1 or channels % groups or channels > groups * MAX_GROUP:
+        raise ValueError(
+            f"group_norm: groups is {groups!r}; want a whole number that divides the {channels} channels into groups "
+            f"of at most {MAX_GROUP}"
+        )
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        _check("group_norm", name, parameter, (channels,), torch.float32, device, "one value per channel of the result")
+    if add is not None and (
+        not isinstance(add, Tensor)
+        or add.shape not in ((1, channels), (n, channels))
+        or add.dtype != torch.float32
+        or add.device != device
+        or (add.stride(1) != 1 and channels > 1)
+    ):
+        raise ValueError(
+            f"group_norm: add is {_describe(add)}; want (1 or {n}, {channels}) torch.float32 on {device}, "
+            "each row contiguous: one for all entries of x or one for each"
+        )
+    if not isinstance(eps, int | float) or not 0 < eps < inf:
+        raise ValueError(f"group_norm: eps is {eps!r}; want a number > 0")
+    _check_gradients("group_norm", weight=weight, bias=bias, add=add)
+    return torch.ops.fastddpm.group_norm(x, weight, bias, groups, float(eps), skip, add, silu)
+
+
+def residual(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """h = (h + residual) + bias in place, in fp32, rounded once.
+
+    Args:
+        h: [N, C, *spatial] or [N, D] fp32/bf16/fp16, channels-last; overwritten.
+        residual: like h.
+        bias: [C] fp32, or None.
+    Returns: h.
+    Raises: ValueError: a shape, dtype, layout or device is not as above, or a gradient is asked for.
+    """
+    _check_state("residual", "h", h, FLOATS, MAX_ACTIVATION)
+    _check_state("residual", "residual", residual, (h.dtype,), MAX_ACTIVATION)
+    if residual.shape != h.shape or residual.device != h.device:
+        raise ValueError(f"residual: residual is {_describe(residual)}; want {tuple(h.shape)} on {h.device}, like h")
+    if bias is not None:
+        _check("residual", "bias", bias, h.shape[1:2], torch.float32, h.device, "one value per channel of h")
+        _check_gradients("residual", bias=bias)
+    torch.ops.fastddpm.residual(h, residual, bias)
+    return h
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], most: int = MAX_PER_SAMPLE) -> None:
     if not isinstance(x, Tensor) or x.ndim < 2 or x.dtype not in dtypes:
         raise ValueError(f"{op}: {name} is {_describe(x)}; want [N, C, *spatial] or [N, D] of {_names(dtypes)}")
     if not layout.is_channels_last(x):
         raise ValueError(f"{op}: {name} has strides {x.stride()}, not channels-last; use layout.channels_last({name})")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: {name} requires a gradient, and {op} has none; call it under torch.no_grad()")
-    if x.shape[1:].numel() > MAX_PER_SAMPLE:
-        raise ValueError(f"{op}: {name} is {_describe(x)}; a sample may have at most {MAX_PER_SAMPLE} elements")
+    _check_gradients(op, **{name: x})
+    if x.shape[1:].numel() > most:
+        raise ValueError(f"{op}: {name} is {_describe(x)}; a sample may have at most {most} elements")
+
+
+def _check_gradients(op: str, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {name} requires a gradient, and {op} has none; call it under torch.no_grad()")
 
 
 def _check(
     op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, hint: str
 ) -> None:
-    if x.shape != shape or x.dtype != dtype or x.device != device or not x.is_contiguous():
+    right = isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device
+    if not right or not x.is_contiguous():
         raise ValueError(f"{op}: {name} is {_describe(x)}; want {shape} {dtype} on {device}, contiguous: {hint}")
 
 
@@ -200,6 +297,42 @@ def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int
     return x_t.copy_(add_noise(x, eps, table[t]))
 
 
+def _group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    skip: Tensor | None,
+    add: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    y = layout.empty(len(x), (len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    if backend(x.device) == "triton":
+        from fastddpm.kernels.group_norm import launch_group_norm  # type: ignore[import-not-found]
+
+        launch_group_norm(y, x, weight, bias, groups, eps, skip, add, silu=silu)
+        return y
+    v = x.float() if skip is None else torch.cat([x, skip], 1).float()
+    if add is not None:
+        v = v + add.view(*add.shape, *[1] * (x.ndim - 2))
+    # contiguous, for in channels-last torch's CPU kernel takes E[x^2] - E[x]^2
+    v = torch.group_norm(v.contiguous(), groups, weight, bias, eps)
+    return y.copy_(F.silu(v) if silu else v)
+
+
+def _residual(h: Tensor, residual: Tensor, bias: Tensor | None) -> None:
+    if backend(h.device) == "triton":
+        from fastddpm.kernels.residual import launch_residual  # type: ignore[import-not-found]
+
+        torch.autograd.graph.increment_version(h)
+        return launch_residual(h, residual, bias)
+    total = h.float() + residual.float()
+    h.copy_(total if bias is None else total + bias.view(-1, *[1] * (h.ndim - 2)))
+
+
 _LIBRARY = torch.library.Library("fastddpm", "DEF")  # custom_op would import torch._dynamo, a second, at the first call
 _LIBRARY.define(
     "step(Tensor(a!) x, Tensor m, Tensor rows, Tensor timesteps, Tensor pos, Tensor address, bool clip,"
@@ -208,11 +341,24 @@ _LIBRARY.define(
 _LIBRARY.define(
     "noising(Tensor x_0, Tensor t, Tensor address, Tensor table, int stream, ScalarType dtype) -> Tensor",
 )
+_LIBRARY.define(
+    "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? add, bool silu)"
+    " -> Tensor"
+)
+_LIBRARY.define("residual(Tensor(a!) h, Tensor residual, Tensor? bias) -> ()")
 _LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
 _LIBRARY.impl("noising", _noising, "CompositeExplicitAutograd")
+_LIBRARY.impl("group_norm", _group_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("residual", _residual, "CompositeExplicitAutograd")
 torch.library.register_fake("fastddpm::step", lambda *args: None, lib=_LIBRARY)
+torch.library.register_fake("fastddpm::residual", lambda *args: None, lib=_LIBRARY)
 
 
 @torch.library.register_fake("fastddpm::noising", lib=_LIBRARY)
 def _noising_like(x_0, t, address, table, stream, dtype):
     return layout.empty(len(x_0), x_0.shape[1:], dtype=dtype, device=x_0.device)
+
+
+@torch.library.register_fake("fastddpm::group_norm", lib=_LIBRARY)
+def _group_norm_like(x, weight, bias, groups, eps, skip, add, silu):
+    return layout.empty(len(x), (len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device)

@@ -1,0 +1,329 @@
+"""Fused group norm: silu(normalised(cat([x, skip]) + add) * weight + bias); neither cat nor sum is ever made.
+
+Traffic: each input element read and y written, 4 bytes per element in bf16, where a program holds its groups in
+registers. Groups too large for that are shared among programs, in two launches, and read twice: 6 bytes.
+Precision: fp32, rounded once. The variance is taken about the mean, in a second pass that also corrects the mean; of
+shared groups by Welford's recurrence. Multiply-adds are fused, and SiLU's exponential and division are the fast ones:
+nothing here is specified to the bit.
+Spec: torch's cat, group_norm, silu. Proof: tests/test_group_norm.py (float64), tests/test_compiled.py (machine code).
+"""
+
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+FULL = 264  # programs that fill a GPU: two for each of the 132 multiprocessors of an H200
+HELD = 16_384  # elements that a program holds: 32 in each thread of 16 warps
+TILE = 4_096  # elements that it reads at once where several share a group: 16 in each thread of 8 warps
+MAX_SLABS = 128  # programs that share a group: each reads what all have found
+
+
+class Plan(NamedTuple):
+    """How a launch is cut: a program takes `groups` neighbouring groups and `slab` pixels of a sample, `rows` at once.
+
+    Where rows covers all pixels it holds them, in one launch; otherwise there are two, of the statistics and of y.
+    """
+
+    groups: int  # a power of two
+    rows: int  # a power of two
+    slab: int  # a multiple of rows
+    warps: int
+
+
+def plan(n: int, pixels: int, channels: int, groups: int, itemsize: int) -> Plan:
+    """The plan for n samples of [pixels, channels] in elements of itemsize bytes, from these numbers alone.
+
+    Few programs are short of time, so each takes one group and has many threads. Where there are enough to fill a GPU
+    they are short of memory traffic, so each takes up to 64 bytes of a pixel: two sectors, which it alone reads.
+    """
+    width = triton.next_power_of_2(channels // groups)
+    rows = triton.next_power_of_2(pixels)
+    takes = _takes(channels, groups, itemsize, 64)
+    if rows * width <= HELD:
+        full = [t for t in takes if n * triton.cdiv(groups, t) >= FULL and rows * width * t <= HELD // 2]
+        take = max(full, default=1)
+        return Plan(take, rows, rows, _warps(rows * width * take, 32 if full else 16))
+    take = max(takes)
+    rows = max(1, TILE // (width * take))
+    return Plan(take, rows, _slab(pixels, rows, 2 * FULL // (n * triton.cdiv(groups, take))), 8)
+
+
+def candidates(n: int, pixels: int, channels: int, groups: int, itemsize: int) -> list[Plan]:
+    """The plans worth a race, `plan`'s among them."""
+    plans = {plan(n, pixels, channels, groups, itemsize)}
+    width = triton.next_power_of_2(channels // groups)
+    for take in _takes(channels, groups, itemsize, 128):
+        rows = triton.next_power_of_2(pixels)
+        if rows * width * take <= 2 * HELD:
+            plans |= {Plan(take, rows, rows, _warps(rows * width * take, each)) for each in (8, 16, 32)}
+        rows = max(1, TILE // (width * take))
+        if rows < pixels:
+            for programs in (FULL, 2 * FULL, 4 * FULL):
+                slab = _slab(pixels, rows, programs // (n * triton.cdiv(groups, take)))
+                plans |= {Plan(take, rows, slab, warps) for warps in (4, 8)}
+    return sorted(plans)
+
+
+def _takes(channels: int, groups: int, itemsize: int, most: int) -> list[int]:
+    """How many groups a program may take: one, or what fills accesses of 16 bytes, up to `most` bytes of a pixel."""
+    group_bytes = channels // groups * itemsize
+    aligned = 16 // gcd(16, group_bytes)
+    doubled = (aligned << k for k in range(8))
+    return sorted({1} | {take for take in doubled if take <= groups and take * group_bytes <= most})
+
+
+def _warps(elements: int, each: int) -> int:
+    return min(16, max(1, elements // (32 * each)))
+
+
+def _slab(pixels: int, rows: int, slabs: int) -> int:
+    slabs = min(MAX_SLABS, max(1, slabs))
+    return triton.cdiv(triton.cdiv(pixels, slabs), rows) * rows
+
+
+@triton.jit
+def held_kernel(
+    y_ptr,  # [N, pixels, channels] like x: [x's channels, skip's channels]
+    x_ptr,  # [N, pixels, x_channels] fp32, bf16 or fp16
+    skip_ptr,  # [N, pixels, channels - x_channels] like x, or None
+    add_ptr,  # [N, channels] fp32, rows add_stride apart (0: one row for all), or None
+    weight_ptr,  # [channels] fp32
+    bias_ptr,  # [channels] fp32
+    pixels,
+    channels,
+    x_channels,
+    add_stride,
+    eps,
+    SILU: tl.constexpr,
+    PER_GROUP: tl.constexpr,  # channels of a group
+    WIDTH: tl.constexpr,  # the same, padded to a power of two
+    GROUPS: tl.constexpr,  # of a program
+    STRIPES: tl.constexpr,  # programs side by side, for all groups
+    ROWS: tl.constexpr,  # at least pixels
+):
+    """y, by programs that hold their groups."""
+    stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES).to(tl.int64)
+    row = tl.arange(0, ROWS)
+    flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    mask = (row < pixels)[:, None] & there[None, :]
+    x = _load(x_ptr, skip_ptr, n, row, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
+    add = _centred(add_ptr, n * add_stride, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    weight, bias = _affine(weight_ptr, bias_ptr, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    count = _counts(row < pixels, PER_GROUP, WIDTH)
+    centred, _, delta, var = _moments(x, add, count, None, 1 / (pixels * PER_GROUP))
+    scale = weight / tl.sqrt_rn(var + eps)
+    y = centred * scale + (bias - delta * scale)
+    _store(y_ptr, y, n, row, flat, mask, pixels, channels, SILU)
+
+
+@triton.jit
+def statistics_kernel(
+    statistics_ptr,  # [N, slabs, 3, groups] fp32: mean, what it lacks, variance
+    x_ptr,  # these as above
+    skip_ptr,
+    add_ptr,
+    pixels,
+    channels,
+    x_channels,
+    add_stride,
+    slabs,
+    PER_GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIPES: tl.constexpr,
+    ROWS: tl.constexpr,  # pixels at a time
+    SLAB: tl.constexpr,  # pixels in all
+):
+    """Statistics of each group over each slab."""
+    stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES // slabs).to(tl.int64)
+    s = tl.program_id(0) // STRIPES % slabs
+    row = tl.arange(0, ROWS)
+    flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    add = _centred(add_ptr, n * add_stride, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+
+    rows = tl.minimum(pixels - s * SLAB, SLAB)
+    mean = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
+    inner = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
+    for i in range(0, SLAB, ROWS):  # every place of the tile on its own: nothing is exchanged in the loop
+        mask = (row < rows - i)[:, None] & there[None, :]
+        x = _load(x_ptr, skip_ptr, n, s * SLAB + i + row, flat, mask, pixels, channels, x_channels)
+        off = tl.where(mask, x - mean, 0)
+        mean += off * (ROWS / (i + ROWS))
+        inner += off * (x - mean)
+    seen = (rows - row + (ROWS - 1)) // ROWS
+    mean, inner = mean.reshape(ROWS, GROUPS, WIDTH), inner.reshape(ROWS, GROUPS, WIDTH)
+    _, mean, delta, var = _moments(mean, add, _counts(seen, PER_GROUP, WIDTH), inner, 1 / (rows * PER_GROUP))
+
+    g = stripe * GROUPS + tl.arange(0, GROUPS)
+    groups = channels // PER_GROUP
+    at = statistics_ptr + (n * slabs + s) * (3 * groups) + g
+    tl.store(at, mean.reshape(GROUPS), mask=g < groups)
+    tl.store(at + groups, delta.reshape(GROUPS), mask=g < groups)
+    tl.store(at + 2 * groups, var.reshape(GROUPS), mask=g < groups)
+
+
+@triton.jit
+def apply_kernel(
+    y_ptr,  # these as above
+    x_ptr,
+    skip_ptr,
+    add_ptr,
+    weight_ptr,
+    bias_ptr,
+    statistics_ptr,
+    pixels,
+    channels,
+    x_channels,
+    add_stride,
+    slabs,
+    eps,
+    SILU: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIPES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SLAB: tl.constexpr,
+    SLABS: tl.constexpr,  # at least slabs
+):
+    """y, from the statistics of all slabs."""
+    stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES // slabs).to(tl.int64)
+    s = tl.program_id(0) // STRIPES % slabs
+    row = tl.arange(0, ROWS)
+    flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    add = _centred(add_ptr, n * add_stride, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    weight, bias = _affine(weight_ptr, bias_ptr, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+
+    each = tl.arange(0, SLABS)[:, None]
+    g = stripe * GROUPS + tl.arange(0, GROUPS)[None, :]
+    groups = channels // PER_GROUP
+    at = statistics_ptr + (n * slabs + each) * (3 * groups) + g
+    known = (each < slabs) & (g < groups)
+    means = tl.load(at, mask=known, other=0)
+    deltas = tl.load(at + groups, mask=known, other=0)
+    variances = tl.load(at + 2 * groups, mask=known, other=0)
+    share = tl.minimum(tl.maximum(pixels - each * SLAB, 0), SLAB) / pixels
+    mean = tl.sum(share * means, 0)
+    off = means - mean[None, :] + deltas
+    delta = tl.sum(share * off, 0)
+    var = tl.sum(share * (variances + off * off), 0) - delta * delta
+    mean, delta, var = mean[None, :, None], delta[None, :, None], var[None, :, None]
+    scale = weight / tl.sqrt_rn(var + eps)
+    offset = bias - delta * scale
+    if add is not None:
+        offset += add * scale
+
+    rows = tl.minimum(pixels - s * SLAB, SLAB)
+    for i in range(0, SLAB, ROWS):
+        pixel, inside = s * SLAB + i + row, (row < rows - i)[:, None] & there[None, :]
+        x = _load(x_ptr, skip_ptr, n, pixel, flat, inside, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
+        _store(y_ptr, (x - mean) * scale + offset, n, pixel, flat, inside, pixels, channels, SILU)
+
+
+@triton.jit
+def _columns(column, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """The channel at each column of a stripe, and whether there is one."""
+    first = stripe * (GROUPS * PER_GROUP)
+    if PER_GROUP == WIDTH:  # said plainly, for the compiler to see that neighbours are neighbours
+        channel = first + column
+        there = channel < channels
+    else:
+        channel = first + column // WIDTH * PER_GROUP + column % WIDTH
+        there = (column % WIDTH < PER_GROUP) & (channel < channels)
+    return channel, there
+
+
+@triton.jit
+def _load(x_ptr, skip_ptr, n, pixel, channel, mask, pixels, channels, x_channels):
+    """[pixels, channels] of sample n, in fp32; 0 where the mask is not."""
+    at = x_ptr + n * pixels * x_channels + (pixel[:, None] * x_channels + channel[None, :])
+    if skip_ptr is not None:
+        skip_channels = channels - x_channels
+        other = pixel[:, None] * skip_channels + (channel[None, :] - x_channels)
+        at = tl.where(channel[None, :] < x_channels, at, skip_ptr + n * pixels * skip_channels + other)
+    return tl.load(at, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _store(y_ptr, y, n, pixel, channel, mask, pixels, channels, SILU: tl.constexpr):
+    if SILU:
+        y = y / (1 + tl.exp2(y * -1.4426950408889634))  # from y = -128 down y / inf = -0
+    at = y_ptr + n * pixels * channels + (pixel[:, None] * channels + channel[None, :])
+    tl.store(at, y.reshape(mask.shape[0], mask.shape[1]).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _centred(add_ptr, start, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """[1, GROUPS, WIDTH] of add without each group's mean, which the norm does not see; or None."""
+    if add_ptr is not None:
+        column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        channel, there = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+        add = tl.load(add_ptr + start + channel, mask=there, other=0)
+        return (add - tl.sum(add, 1)[:, None] / PER_GROUP)[None]
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """weight and bias: [1, GROUPS, WIDTH] each."""
+    column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    channel, there = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    return tl.load(weight_ptr + channel, mask=there)[None], tl.load(bias_ptr + channel, mask=there)[None]
+
+
+@triton.jit
+def _counts(seen, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """What each place of a tile stands for, given each row's: [rows, 1, 1 or WIDTH] fp32."""
+    count = seen.to(tl.float32)[:, None, None]
+    if PER_GROUP < WIDTH:
+        count *= (tl.arange(0, WIDTH) < PER_GROUP).to(tl.float32)[None, None, :]
+    return count
+
+
+@triton.jit
+def _moments(x, shift, count, inner, inverse):
+    """Statistics of each group over x + shift, where every x stands for `count` values with squares `inner` about it.
+
+    Args: x: [rows, groups, width]; shift, inner: the like, or None for 0; inverse: 1 / how many values a group has.
+    Returns: x - mean + shift, then [1, groups, 1] each: mean, which is x's, rounded; what it lacks; the variance.
+    """
+    mean = (_total(count * x) * inverse)[None, :, None]
+    centred = x - mean
+    if shift is not None:
+        centred += shift
+    first = count * centred
+    second = first * centred
+    if inner is not None:
+        second += inner
+    delta, square = tl.split(_total(tl.join(first, second)) * inverse)
+    delta = delta[None, :, None]
+    return centred, mean, delta, square[None, :, None] - delta * delta
+
+
+@triton.jit
+def _total(x):
+    """[rows, groups, width, ...] -> [groups, ...]."""
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
+    """Launch only; fastddpm.ops has checked every argument."""
+    n, channels, *spatial = y.shape
+    pixels, per_group = prod(spatial), channels // groups
+    cut = plan(n, pixels, channels, groups, y.element_size())
+    stripes, slabs = triton.cdiv(groups, cut.groups), triton.cdiv(pixels, cut.slab)
+    inputs, affine = (x, skip, add), (weight, bias)
+    sizes = (pixels, channels, x.shape[1], 0 if add is None or len(add) == 1 else add.stride(0))
+    tile = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "GROUPS": cut.groups}
+    tile |= {"STRIPES": stripes, "ROWS": cut.rows, "num_warps": cut.warps}
+    with torch.cuda.device_of(x):
+        if cut.rows >= pixels:
+            held_kernel[n * stripes,](y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
+            return
+        found = torch.empty(n, slabs, 3, groups, device=x.device)
+        tile["SLAB"] = cut.slab
+        statistics_kernel[n * stripes * slabs,](found, *inputs, *sizes, slabs, **tile)
+        tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}
+        apply_kernel[n * stripes * slabs,](y, *inputs, *affine, found, *sizes, slabs, eps, **tile)

@@ -1,7 +1,9 @@
 # Everything runs in .venv, made here from python3. On a machine whose own python has the packages already,
 # PYTHON=python3 uses that one instead: make gpu-test PYTHON=python3
+# make bench writes OUT/latest.json; BENCH is more for pytest: make bench BENCH='-m "not compiled"'
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+OUT ?= bench/results
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 package := $(VENV)/package
@@ -32,7 +34,7 @@ gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
 bench: $(bench)
-	$(PYTHON) -m pytest bench -s
+	$(PYTHON) -m pytest bench -s -q --benchmark-quiet --benchmark-json=$(OUT)/latest.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -262,7 +262,8 @@ if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && 
     project.mkdir()
     shutil.copy(ROOT / "Makefile", project)
     shutil.copy(ROOT / "pyproject.toml", project)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    inherited = ("MAKE", "MFLAGS", "PYTHON", "OUT", "BENCH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
     environment["PATH"] = f"{tools}:{environment['PATH']}"
 
     def run(*arguments):
@@ -298,6 +299,12 @@ def test_make_uses_another_python_as_it_is(make):
     install = "tools/python3 -m pip install --quiet --no-deps --no-build-isolation --editable ."
     assert make("gpu-test", "PYTHON=python3") == [install, "tools/python3 -m pytest -m cuda"]
     assert not (make.project / ".venv").exists()
+
+
+def test_make_bench_takes_more_options_and_writes_where_it_is_told(make):
+    pytest_ = "tools/python3 -m pytest bench -s -q --benchmark-quiet --benchmark-json="
+    assert make("bench", "PYTHON=python3")[1:] == [pytest_ + "bench/results/latest.json"]
+    assert make("bench", "PYTHON=python3", "OUT=out", "BENCH=-k step")[1:] == [pytest_ + "out/latest.json -k step"]
 
 
 def test_make_starts_over_after_a_failed_setup(make):

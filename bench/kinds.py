@@ -1,0 +1,51 @@
+"""Where the time of a step goes: the profiler's kernels, sorted by name into a few kinds."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bench.machine import DEVICE, Call, wait
+
+OTHER = "copies, other"
+MATMUL = "convolution, matmul"
+# The first that is found in the name of a kernel or an operator. Inductor names a pointwise kernel by all that went
+# into it, such as a convolution, so those come before what multiplies matrices.
+PATTERNS = [
+    (MATMUL, r"^triton_tem_"),
+    ("attention", r"flash|fmha|sdpa|softmax|attention"),
+    ("norm, SiLU", r"group_?norm|silu|RowwiseMoments|ComputeFusedParams|^(held|statistics|apply)_kernel"),
+    ("update", r"step_kernel|fastddpm::step"),
+    (OTHER, r"^triton_(poi|red|per)_|nchwToNhwc|nhwcToNchw|^Mem(cpy|set)|copy|CatArray|residual"),
+    (MATMUL, r"conv|winograd|gem[mv]|xmma|cutlass|nvjet|splitK|matmul|linear|:(add|b|badd)?mm"),
+]
+
+
+def kind(name: str) -> str | None:
+    """The kind of a kernel or an operator; None where its name tells none."""
+    return next((kind for kind, pattern in PATTERNS if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def microseconds(run: Call) -> dict[str, Counter[str]]:
+    """{kind: {name: microseconds}} of the kernels of a GPU, or the operators of a CPU, that run() executes."""
+    on_gpu = DEVICE.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+        run()
+        wait()
+    found: dict[str, Counter[str]] = {kind: Counter() for kind, _ in PATTERNS}
+    for event in profiled.events():
+        if (event.device_type != torch.autograd.DeviceType.CPU) == on_gpu:
+            time = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+            found[_kind_of(event)][event.name] += time
+    return found
+
+
+def _kind_of(event: Any) -> str:
+    """Its own, or that of the nearest operator that called it."""
+    while event is not None:
+        if found := kind(event.name):
+            return found
+        event = event.cpu_parent
+    return OTHER

@@ -1,0 +1,121 @@
+"""The networks that are measured, with random weights, and what a forward pass of them consists of."""
+
+from collections import Counter
+from functools import cache
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.machine import DEVICE, SCALE
+from fastddpm import UNet2D, checkpoint, layout, ops
+from fastddpm.sampler import sample_shape, shipped_model
+from fastddpm.unet import GroupNorm, silu
+
+CIFAR10 = {  # google/ddpm-cifar10-32
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "layers_per_block": 2,
+    "norm_eps": 1e-6,
+    "norm_num_groups": 32,
+    "sample_size": 32,
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+CELEBAHQ = {  # google/ddpm-celebahq-256
+    **CIFAR10,
+    "block_out_channels": (128, 128, 256, 256, 512, 512),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "sample_size": 256,
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+}
+TINY = {  # of the same kind: for a look at whether everything runs
+    **CIFAR10,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+LAYOUTS = {"cifar10-32": CIFAR10, "celebahq-256": CELEBAHQ}
+if SCALE == "tiny":
+    LAYOUTS = dict.fromkeys(LAYOUTS, TINY)
+
+
+@cache
+def network(name: str) -> UNet2D:
+    """A layout with random weights, or "shipped", the model in the package; float32, on the device."""
+    torch.manual_seed(0)
+    net = UNet2D(**_config(name))
+    if name == "shipped":
+        checkpoint.load_into(net, checkpoint.load(shipped_model())[1])
+    return net.to(DEVICE).eval()
+
+
+def _config(name: str) -> dict[str, Any]:
+    return checkpoint.load(shipped_model())[0] if name == "shipped" else LAYOUTS[name]
+
+
+class Norm(NamedTuple):
+    """A group norm of the network as it is built for a GPU; shapes are those of one sample."""
+
+    shape: tuple[int, ...]
+    skip: tuple[int, ...] | None  # of the second input, where there is one
+    groups: int
+    eps: float
+    add: bool  # whether the time bias is added
+    silu: bool
+
+
+@cache
+def norms(name: str) -> Counter[Norm]:
+    """All of one forward pass, in order, and how often there is each."""
+    found: Counter[Norm] = Counter()
+
+    def record(norm, args, options):
+        x, act, skip, add = args[0], args[1] if len(args) > 1 else None, options.get("skip"), options.get("add")
+        skip_shape = None if skip is None else tuple(skip.shape[1:])
+        found[Norm(tuple(x.shape[1:]), skip_shape, norm.num_groups, norm.eps, add is not None, act is silu)] += 1
+
+    with patch.object(ops, "backend", lambda device: "triton"):
+        net = _on_meta(name).for_inference(torch.bfloat16, "meta")
+    for module in net.modules():
+        if isinstance(module, GroupNorm):
+            module.register_forward_pre_hook(record, with_kwargs=True)
+        elif isinstance(module, nn.Conv2d):  # on "meta" its result is not channels-last
+            module.register_forward_hook(lambda conv, args, y: layout.channels_last(y))
+    _forward(net)
+    return found
+
+
+@cache
+def flops(name: str) -> int:
+    """Floating-point operations per image and step, a multiplication and an addition counting as two.
+
+    Convolutions and matrix products, attention's too; not those of a fast path that saves some, and not those of the
+    tables of what depends on t alone.
+    """
+    net = _on_meta(name)
+    with FlopCounterMode(display=False) as counter:
+        _forward(net)
+    return counter.get_total_flops()
+
+
+def _on_meta(name: str) -> UNet2D:
+    config = _config(name)
+    with torch.device("meta"):
+        return UNet2D(**config)
+
+
+@torch.no_grad()
+def _forward(net: UNet2D) -> None:
+    """Of one image."""
+    x = torch.empty(1, *sample_shape(net), dtype=net.conv_in.weight.dtype, device="meta")
+    net.denoise(x, torch.empty(1, sum(resnet.columns for resnet in net.resnets), device="meta"))

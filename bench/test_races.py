@@ -1,0 +1,187 @@
+"""Candidates side by side on the shapes of the networks: pytest bench/test_races.py -s
+
+All run hot, many times over the same tensors in one captured graph: in a network the activations come from the kernel
+before and lie in the cache, as far as they fit.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from check import assert_as_accurate
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.layouts import Norm, norms
+from bench.machine import DEVICE, SCALE, Call, race, repeated, right, say
+from bench.test_kernels import noising_problem, step_problem
+from fastddpm import layout, ops
+
+DTYPE = torch.bfloat16
+BACKENDS = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
+NETWORKS = {
+    "cuda": [("cifar10-32", 64), ("cifar10-32", 1), ("celebahq-256", 16), ("celebahq-256", 1)],
+    "cpu": [("cifar10-32", 1)],
+    "tiny": [("cifar10-32", 2)],
+}[SCALE]
+ATTENTION = {  # batch, tokens, heads, head dim
+    "cuda": [(n, tokens, width // dim, dim) for tokens in (256, 1024) for n in (64, 1)
+             for width, dim in ((256, 256), (512, 512), (256, 8), (256, 64))],
+    "cpu": [(1, 256, 1, 256), (1, 256, 32, 8)],
+    "tiny": [(2, 16, 1, 32)],
+}[SCALE]  # fmt: skip
+COMPILED = ("plans", "inductor")
+LAUNCHES = [(512, 1), (512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 2), (2048, 4), (4096, 4), (4096, 8)]
+
+
+class NormProblem:
+    """The inputs of a group norm, off centre, and who can compute it."""
+
+    def __init__(self, norm: Norm, batch: int):
+        self.norm = norm
+        parts = [shape for shape in (norm.shape, norm.skip) if shape]
+        self.x, self.skip = ([self._input(batch, shape) for shape in parts] + [None])[:2]
+        channels = sum(shape[0] for shape in parts)
+        self.weight, self.bias = torch.rand(channels, device=DEVICE) + 0.5, torch.randn(channels, device=DEVICE)
+        self.add = torch.randn(batch, 2 * channels, device=DEVICE)[:, :channels] if norm.add else None
+        self.bytes_moved = 2 * sum(part.nbytes for part in (self.x, self.skip) if part is not None)
+
+    def ours(self) -> Tensor:
+        how = {"eps": self.norm.eps, "skip": self.skip, "add": self.add, "silu": self.norm.silu}
+        return ops.group_norm(self.x, self.weight, self.bias, self.norm.groups, **how)
+
+    def torch(self, dtype: torch.dtype = DTYPE) -> Tensor:
+        """Plain torch in channels-last; compiled, it is Inductor's."""
+        x = self.x.to(dtype) if self.skip is None else torch.cat([self.x.to(dtype), self.skip.to(dtype)], 1)
+        if self.add is not None:
+            x = x + self.add.to(dtype)[:, :, None, None]
+        y = F.group_norm(x, self.norm.groups, self.weight.to(dtype), self.bias.to(dtype), self.norm.eps)
+        y = F.silu(y) if self.norm.silu else y
+        return y.contiguous(memory_format=torch.channels_last)  # a GPU's group norm returns NCHW
+
+    def check(self) -> Callable[[Tensor], None]:
+        """Of a result: it errs at most twice as much as plain torch's."""
+        return partial(assert_as_accurate, plain=self.torch(), ref=self.torch(torch.float64))
+
+    @staticmethod
+    def _input(batch: int, shape: tuple[int, ...]) -> Tensor:
+        return layout.empty(batch, shape, dtype=DTYPE, device=DEVICE).normal_(1)
+
+
+@pytest.mark.parametrize("rival", ["torch", *(pytest.param(who, marks=pytest.mark.compiled) for who in COMPILED)])
+@pytest.mark.parametrize(("name", "batch"), NETWORKS)
+def test_norms(measure, name, batch, rival):
+    """All group norms of a forward pass as the product runs them, and each of them beside its rivals."""
+    problems = {norm: NormProblem(norm, batch) for norm in norms(name)}
+    if rival == "plans":
+        if ops.backend(DEVICE) != "triton":
+            pytest.skip("the kernels run on a GPU")
+        compile_ahead(problems)
+    totals, records = Counter(), []
+    for (norm, problem), count in zip(problems.items(), norms(name).values(), strict=True):
+        rivals = plans(problem) if rival == "plans" else {rival: problem.torch}
+        if rival == "inductor":
+            torch._dynamo.reset()  # after eight versions of a function it would no longer be compiled
+            rivals = {rival: torch.compile(problem.torch, fullgraph=True, dynamic=False)}
+        contenders, wrong = right({"ours": problem.ours} | rivals, problem.check())
+        times = race(contenders)
+        records.append({**norm._asdict(), "count": count, "times_s": times, "wrong": wrong})
+        totals.update({who: count * times[who] for who in ("ours", rival) if who in times})
+        totals["fastest of each"] += count * min(times.values())
+        what = f"{list(norm.shape)}{f' + {norm.skip[0]}' if norm.skip else ''}{' + t' * norm.add}{' silu' * norm.silu}"
+        show(f"{count} x {what}", times, problem.bytes_moved)
+
+    def forward():
+        for norm, problem in problems.items():
+            for _ in range(norms(name)[norm]):
+                problem.ours()
+
+    moved = sum(norms(name)[norm] * problem.bytes_moved for norm, problem in problems.items())
+    measure(*repeated(forward), bytes_moved=moved, shapes=records, totals_s=totals)
+    show("sums", totals, moved)
+    assert not any(record["wrong"] for record in records), [record["wrong"] for record in records if record["wrong"]]
+
+
+def plans(problem: NormProblem) -> dict[str, Call]:
+    """By every plan that the kernel could have chosen; its own is "ours"."""
+    from fastddpm.kernels import group_norm
+
+    n, channels = len(problem.x), len(problem.weight)
+    shape = n, problem.x.shape[2:].numel(), channels, problem.norm.groups, problem.x.itemsize
+    found = [plan for plan in group_norm.candidates(*shape) if plan != group_norm.plan(*shape)]
+    return {str(tuple(plan)): patch.multiple(group_norm, plan=lambda *_, p=plan: p)(problem.ours) for plan in found}
+
+
+def compile_ahead(problems: dict[Norm, NormProblem], processes: int | None = None) -> None:
+    """Fill Triton's cache from all cores: a kernel takes one of them a second or two, and there are hundreds."""
+    tasks = [(norm, len(problem.x), who) for norm, problem in problems.items() for who in plans(problem)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(_run_plan, *zip(*tasks, strict=True)))
+
+
+def _run_plan(norm: Norm, batch: int, who: str) -> None:
+    with suppress(RuntimeError):  # the race will tell
+        plans(NormProblem(norm, batch))[who]()
+
+
+def show(what: str, times: dict[str, float], bytes_moved: int = 0) -> None:
+    """The four that are fastest, and the memory rate of the first."""
+    best = sorted(times.items(), key=lambda item: item[1])[:4]
+    rate = f" ({bytes_moved / best[0][1] / 1e9:.0f} GB/s)" if bytes_moved else ""
+    say(f"    {what:<32} " + ", ".join(f"{who} {1e6 * time:.1f} us" for who, time in best) + rate)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("batch", "tokens", "heads", "dim"), ATTENTION)
+def test_attention(measure, batch, tokens, heads, dim, dtype):
+    """Self-attention of the U-Net's middle: what torch chooses, and every backend that takes it."""
+    qkv = torch.randn(batch, tokens, 3 * heads * dim, dtype=dtype, device=DEVICE).chunk(3, -1)
+    q, k, v = (part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in qkv)  # as one product makes them
+    attention = partial(F.scaled_dot_product_attention, q, k, v)
+
+    def by(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return attention()
+
+    def check(y: Tensor) -> None:
+        few = [part[:2] for part in (q, k, v)]  # in float64 the whole batch would be slow
+        assert_as_accurate(y[:2], plain_attention(*few), plain_attention(*(part.double() for part in few)))
+
+    contenders, wrong = right({backend.name: partial(by, backend) for backend in BACKENDS}, check)
+    times = race(contenders)
+    show(f"{batch} x {tokens} tokens, {heads} heads of {dim}", times)
+    check(attention())
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    operations = 4 * batch * heads * tokens**2 * dim
+    measure(*repeated(attention), flops=operations, precision=precision, backends_s=times, not_timed=wrong)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+
+
+@pytest.mark.parametrize("kernel", ["step", "noising"])
+def test_launches(measure, kernel):
+    """The kernel's own block size and number of warps, and others, from 64 Mi elements."""
+    if ops.backend(DEVICE) != "triton":
+        pytest.skip("the kernels run on a GPU")
+    module = import_module(f"fastddpm.kernels.{kernel}")
+    shape = {"cuda": (342, 3, 256, 256)}.get(SCALE, (2, 3, 32, 32))
+    problem = partial(step_problem, shape, DTYPE) if kernel == "step" else partial(noising_problem, shape, torch.uint8)
+    contenders = {}
+    for block, warps in LAUNCHES:
+        launched = patch.multiple(module, BLOCK=block, OPTIONS=module.OPTIONS | {"num_warps": warps})
+        call, bytes_moved = launched(problem)()
+        contenders[f"{block} by {warps} warps"] = launched(call)
+    times = race(contenders)
+    measure(*repeated(problem()[0]), bytes_moved=bytes_moved, launches_s=times)
+    show(f"now {module.BLOCK} by {module.OPTIONS['num_warps']} warps", times, bytes_moved)

@@ -1,0 +1,294 @@
+"""The benchmarks run, and measure what they say: all of them at a tiny size, their gates with damaged results."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from check import TINY
+from conftest import needs_gpu
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastddpm import layout, ops
+from fastddpm.reference.unet import UNet
+
+pytest.importorskip("pytest_benchmark")  # bench has it
+
+from bench import conftest, kinds, layouts, machine, test_kernels, test_races, test_sampling
+
+ROOT = Path(__file__).parents[1]
+NORM = layouts.Norm((8, 5, 7), (4, 5, 7), groups=2, eps=1e-5, add=True, silu=True)
+LARGE = layouts.Norm((8, 48, 48), None, groups=2, eps=1e-5, add=False, silu=False)
+KINDS = {
+    # cuDNN
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_warpgroupsize1x1x1_g1"
+    "_execute_segment_k_off_kernel__5x_cudnn": "convolution, matmul",
+    "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x64_64x3_nhwc_align8>("
+    "cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x64_64x3_nhwc_align8::Params)": "convolution, matmul",
+    "void implicit_convolve_sgemm<float, float, 1024, 5, 5, 3, 3, 3, 1, false, false, true>": "convolution, matmul",
+    "void cudnn::winograd_nonfused::winogradForwardOutput4x4<float, float>": "convolution, matmul",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0": "attention",
+    "void cudnn::engines_precompiled::nchwToNhwcKernel<__half, __half, float, false, true>": "copies, other",
+    "void cudnn::ops::nhwcToNchwKernel<__half, __half, float, true, false>": "copies, other",
+    # cuBLAS
+    "nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT": "convolution, matmul",
+    "ampere_sgemm_128x64_tn": "convolution, matmul",
+    "void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float>": "convolution, matmul",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, float, false>": "convolution, matmul",
+    # ATen
+    "void pytorch_flash::flash_fwd_kernel<pytorch_flash::Flash_fwd_kernel_traits<256, 64, 64, 4>>": "attention",
+    "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<...>::Params)": "attention",
+    "void (anonymous namespace)::softmax_warp_forward<float, float, float, 8, false, false>": "attention",
+    "void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::BFloat16>(long, float)": "norm, SiLU",
+    "void at::native::(anonymous namespace)::ComputeFusedParamsCUDAKernel<c10::BFloat16, float>": "norm, SiLU",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::(anonymous namespace)::silu_kernel(at::"
+    "TensorIteratorBase&)::{lambda()#1}>": "norm, SiLU",
+    "void at::native::(anonymous namespace)::CatArrayBatchedCopy<unsigned short, unsigned int, 4>": "copies, other",
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>": "copies, other",
+    "void at::native::(anonymous namespace)::upsample_nearest2d_nhwc_out_frame<c10::BFloat16>": "copies, other",
+    "Memcpy DtoD (Device -> Device)": "copies, other",
+    "Memset (Device)": "copies, other",
+    # Inductor
+    "triton_red_fused_native_group_norm_15": "norm, SiLU",
+    "triton_poi_fused_convolution_native_group_norm_silu_3": "norm, SiLU",
+    "triton_poi_fused_add_convolution_2": "copies, other",
+    "triton_tem_fused_convolution_5": "convolution, matmul",
+    "triton_tem_fused__to_copy_addmm_gelu_t_view_9": "convolution, matmul",
+    # here
+    "step_kernel": "update",
+    "held_kernel": "norm, SiLU",
+    "statistics_kernel": "norm, SiLU",
+    "apply_kernel": "norm, SiLU",
+    "residual_kernel": "copies, other",
+    # operators of a CPU
+    "fastddpm::step": "update",
+    "fastddpm::group_norm": "norm, SiLU",
+    "fastddpm::residual": "copies, other",
+    "mkldnn::_convolution_pointwise": "convolution, matmul",
+    "aten::mkldnn_convolution": "convolution, matmul",
+    "aten::addmm": "convolution, matmul",
+    "aten::mm": "convolution, matmul",
+    "aten::native_group_norm": "norm, SiLU",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention",
+    "aten::index_select": "copies, other",
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """bench looks for a GPU when it is imported; its parts are tested where each machine has them."""
+    for module in (machine, layouts, kinds, test_kernels, test_races, test_sampling):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(layouts, "LAYOUTS", {"tiny": TINY})
+    layouts.network.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_every_benchmark_runs_at_a_tiny_size(device, tmp_path):
+    code = "import pytest, sys, torch; torch.compile = lambda f, **how: f; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-s", "-q", "--benchmark-quiet", f"--benchmark-json={tmp_path / 'results.json'}"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))}
+    environment |= {"BENCH_TINY": "1", "COMMIT": "abc"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    run = [sys.executable, "-c", code, "bench", *options]
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    about = results["machine_info"]
+    assert results["commit_info"]["id"] == "abc"
+    assert about["torch"] == torch.__version__
+    assert about["scale"] == "tiny"
+    assert about.keys() >= {"gpu", "triton", "cuda", "cudnn", "diffusers"}
+    assert about["ceilings"].keys() >= {"copy", "fp32", "bf16", "fp16"}
+    ran = {record["name"].partition("[")[0] for record in results["benchmarks"]}
+    defined = {
+        name for module in (test_kernels, test_races, test_sampling) for name in vars(module) if name[:5] == "test_"
+    }
+    assert defined - ran <= ({"test_launches"} if device == "cpu" else set())
+    for record in results["benchmarks"]:
+        assert record["name"] in done.stdout, "each is printed"
+
+
+def test_the_time_ends_before_the_command_does():
+    def begins(after, seconds, *marks):
+        config = SimpleNamespace(stash={conftest.BEGAN: time.monotonic() - after}, getoption={"seconds": seconds}.get)
+        item = SimpleNamespace(config=config, get_closest_marker=lambda name: name in marks)
+        try:
+            conftest.pytest_runtest_setup(item)
+        except pytest.skip.Exception:
+            return False
+        return True
+
+    assert begins(10, 20)
+    assert not begins(10, 5)
+    assert begins(100, 400, "compiled")
+    assert not begins(200, 400, "compiled")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kernels_are_of_a_kind(name):
+    assert (kinds.kind(name) or kinds.OTHER) == KINDS[name]
+
+
+def test_an_operator_is_of_the_kind_of_what_called_it():
+    x = layout.channels_last(torch.randn(2, 8, 16, 16))
+    norm = nn.GroupNorm(2, 8)
+
+    def run():
+        y = norm(x)
+        torch.mm(y.reshape(-1, 16), torch.ones(16, 16)).neg()
+
+    found = kinds.microseconds(run)
+    assert found["norm, SiLU"].keys() >= {"aten::group_norm", "aten::native_group_norm", "aten::empty"}
+    assert "aten::mm" in found["convolution, matmul"]
+    assert "aten::neg" in found[kinds.OTHER]
+    assert not found["update"]
+    assert all(time >= 0 for names in found.values() for time in names.values())
+
+
+def test_a_repeated_call_is_made_as_often_as_is_said():
+    calls = []
+    run, n = machine.repeated(lambda: calls.append(time.sleep(0.001)), seconds=0.01)
+    calls.clear()
+    run()
+    assert len(calls) == n
+    assert 1 < n <= 10
+
+
+def test_a_race_is_won_by_the_fastest():
+    times = machine.race({"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}, rounds=3)
+    assert list(times) == ["fast", "slow"]
+    assert times["fast"] >= 0.001
+    assert times["slow"] >= 0.004
+
+
+def test_the_peak_is_what_lives_at_one_moment():
+    x = torch.ones(1 << 18)
+    assert machine.peak_bytes(lambda: x * x + x) == 2 * x.nbytes
+    assert machine.peak_bytes(lambda: (x * x).mul_(x) * x) == 2 * x.nbytes
+    assert machine.peak_bytes(lambda: None) == 0
+
+
+def test_the_work_of_a_step_is_counted_as_for_the_plain_network():
+    """Without the part that depends on t alone: a linear layer is two operations for each weight."""
+    with torch.device("meta"):
+        plain, t = UNet(**TINY), torch.zeros(1)
+        with FlopCounterMode(display=False) as counter:
+            plain(torch.empty(1, 3, 16, 16), t)
+    linear = [module for name, module in plain.named_modules() if "time_emb" in name and isinstance(module, nn.Linear)]
+    assert len(linear) > 2
+    assert layouts.flops("tiny") == counter.get_total_flops() - sum(2 * layer.weight.numel() for layer in linear)
+
+
+def test_the_work_of_the_public_layouts(monkeypatch):
+    """DESIGN's figures: 12.1 without attention's products, 0.34 of them; 497."""
+    monkeypatch.setattr(layouts, "LAYOUTS", {"cifar10-32": layouts.CIFAR10, "celebahq-256": layouts.CELEBAHQ})
+    assert round(layouts.flops("cifar10-32") / 1e9, 2) == 12.44
+    assert round(layouts.flops("celebahq-256") / 1e9) == 497
+
+
+def test_all_norms_are_found():
+    """Those of the plain network, which concatenates."""
+    plain, found = UNet(**TINY).to("meta"), Counter()
+    for module in plain.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_pre_hook(lambda norm, args: found.update([(tuple(args[0].shape[1:]), norm.eps)]))
+    plain(torch.empty(1, 3, 16, 16, device="meta"), torch.zeros(1, device="meta"))
+    ours = layouts.norms("tiny")
+    joined = Counter()
+    for norm, count in ours.items():
+        joined[(norm.shape[0] + (norm.skip or (0,))[0], *norm.shape[1:]), norm.eps] += count
+    assert joined == found
+    assert sum(count for norm, count in ours.items() if norm.skip) == 4
+    assert sum(count for norm, count in ours.items() if norm.add) == len(layouts.network("tiny").resnets)
+    assert sum(count for norm, count in ours.items() if not norm.silu) == 4  # attention's
+
+
+# No timing of a wrong result
+
+
+@pytest.mark.parametrize("damage", [lambda y: y + 0.02, lambda y: y * 1.05, lambda y: y.fill_(torch.nan)])
+def test_a_wrong_norm_is_not_timed(damage):
+    torch.manual_seed(0)
+    problem = test_races.NormProblem(NORM, 2)
+    contenders = {"ours": problem.ours, "torch": problem.torch, "damaged": lambda: damage(problem.ours())}
+    right, wrong = machine.right(contenders, problem.check())
+    assert right == {"ours": problem.ours, "torch": problem.torch}
+    assert "error is" in wrong["damaged"]
+
+
+@pytest.mark.parametrize("problem", [test_kernels.step_problem, test_kernels.noising_problem])
+def test_a_wrong_bit_is_not_timed(problem, monkeypatch):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if problem is test_kernels.step_problem else torch.uint8
+    call, bytes_moved = problem((2, 3, 5, 7), dtype)
+    assert bytes_moved == 2 * 105 * (12 if dtype == torch.bfloat16 else 3)
+    call()
+    op, bits = ("step", torch.int32) if dtype == torch.bfloat16 else ("noising", torch.int16)
+    right = getattr(ops, op)
+
+    def wrong(x, *args, **how):
+        y = right(x, *args, **how)
+        (x if op == "step" else y).view(bits)[0, 0, 0, 0] ^= 1
+        return y
+
+    monkeypatch.setattr(ops, op, wrong)
+    with pytest.raises(AssertionError):
+        problem((2, 3, 5, 7), dtype)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_wrong_network_is_not_timed(precision):
+    with test_sampling.prepared("tiny", 3, "eager", precision) as (slots, seconds):
+        assert seconds > 0
+        assert slots.pos.tolist() == [999] * 3
+        test_sampling.gate(slots, "tiny", precision)
+        slots.engine.net.conv_norm_out.weight.mul_(1.05)
+        with pytest.raises(AssertionError, match="error is"):
+            test_sampling.gate(slots, "tiny", precision)
+
+
+# Kernels in the interpreter
+
+
+def test_every_plan_of_the_norm_is_raced(interpreted):
+    torch.manual_seed(0)
+    problem = test_races.NormProblem(LARGE, 2)
+    plans = test_races.plans(problem)
+    assert len(plans) > 3
+    assert machine.right(plans, problem.check()) == (plans, {})
+
+
+@pytest.mark.slow
+def test_plans_are_compiled_by_other_processes(monkeypatch):
+    """What does not arrive there, or fails, is an error here."""
+    problems = {norm: test_races.NormProblem(norm, 1) for norm in (NORM, LARGE)}
+    test_races.compile_ahead(problems, processes=1)
+    monkeypatch.setattr(test_races, "plans", lambda problem: {"no such plan": problem.ours})
+    with pytest.raises(KeyError, match="no such plan"):
+        test_races.compile_ahead(problems, processes=1)
+
+
+@pytest.mark.parametrize("kernel", ["step", "noising"])
+def test_other_launches_are_raced(interpreted, monkeypatch, kernel):
+    module, seen = import_module(f"fastddpm.kernels.{kernel}"), set()
+    launched = getattr(module, f"{kernel}_kernel")
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *args, **how: seen.add((how["BLOCK"], how["num_warps"])) or launched[grid](*args, **how)
+
+    monkeypatch.setattr(module, f"{kernel}_kernel", Spy())
+    monkeypatch.setattr(test_races, "LAUNCHES", [(512, 1), (2048, 8)])
+    own = module.BLOCK, module.OPTIONS["num_warps"]
+    test_races.test_launches(lambda run, n, **facts: run(), kernel)
+    assert seen == {own, (512, 1), (2048, 8)}
+    assert own == (module.BLOCK, module.OPTIONS["num_warps"])

@@ -38,8 +38,8 @@ class Engine:
         num_train_timesteps: T; no table has more rows.
         device: a CPU or CUDA device.
         precision: one of PRECISIONS.
-        kind: one of ENGINES, or "auto": on a GPU a `UNet2D` is captured if the steps are worth it; all else is eager.
-            Both are the same kernels on the same numbers, so that the choice changes no bit.
+        kind: one of ENGINES, or "auto": with the kernels of a GPU a `UNet2D` is captured if the steps are worth it;
+            all else is eager. Both are the same kernels on the same numbers, so that the choice changes no bit.
     Raises: ValueError: kind is unknown, or not for this device.
     """
 
@@ -72,11 +72,13 @@ class Engine:
         for it.
         """
         key = n, "graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING)
-        with self._lock:
-            self._refresh()
-            slots = self._idle.pop(key, None) or Slots(self, *key)
-        with _on(slots.stream):
-            yield slots
+        # in inference mode the buffers would be unfit for a run outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            with self._lock:
+                self._refresh()
+                slots = self._idle.pop(key, None) or Slots(self, *key)
+            with _on(slots.stream):
+                yield slots
         with self._lock:
             self._idle[key] = slots
             while len(self._idle) > CACHED:
@@ -93,7 +95,7 @@ class Engine:
 
     @property
     def _captures_by_itself(self) -> bool:
-        return self.kind == "auto" and self.device.type == "cuda" and isinstance(self.model, UNet2D)
+        return self.kind == "auto" and isinstance(self.model, UNet2D) and ops.backend(self.device) == "triton"
 
     def _refresh(self) -> None:
         """Make the network, or let it have the weights that the model has now."""
@@ -146,7 +148,6 @@ class Slots:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prepared_for: object = None
 
-    @torch.no_grad()
     def load(self, table: StepTable, address: Tensor, labels: Tensor | None = None) -> None:
         """Start a batch: x_T of each entry, at the first step of a table.
 
@@ -176,7 +177,6 @@ class Slots:
             self._prepared_for = now
             self._start()
 
-    @torch.no_grad()
     def advance(self) -> None:
         """Take one step."""
         if self._graph is None:
@@ -185,7 +185,6 @@ class Slots:
             self._graph.replay()
             self.k -= 1
 
-    @torch.no_grad()
     def predict(self) -> Tensor:
         """The first half of a step: what the network makes of x, in channels-last memory.
 
@@ -213,7 +212,6 @@ class Slots:
             )
         return layout.channels_last(m if m.dtype in ops.FLOATS else m.float())
 
-    @torch.no_grad()
     def update(self, m: Tensor) -> None:
         """The second half: x_t -> x_{t-1}, and on to the next row."""
         out = None if self.low is self.x else self.low

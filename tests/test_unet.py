@@ -10,7 +10,7 @@ from check import TINY
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
-from fastddpm import checkpoint, layout
+from fastddpm import checkpoint, layout, ops
 from fastddpm.schedule import Schedule
 from fastddpm.unet import GroupNorm, UNet2D
 
@@ -140,7 +140,8 @@ class Case:
         net = self.ours.for_inference(dtype)
         each = self.labels is not None
         rows = net.time_rows(self.t, self.labels) if each else net.time_rows(torch.arange(1000))[self.t]
-        return net.denoise(self.x.to(dtype), rows.to(dtype))
+        kernels = ops.backend(self.x.device) == "triton"
+        return net.denoise(self.x.to(dtype), rows if kernels else rows.to(dtype))
 
     def assert_as_accurate_as_diffusers(self) -> None:
         ref, plain = self.diffusers(torch.float64), self.diffusers(torch.float32)
@@ -157,6 +158,16 @@ def test_every_option_is_the_function_of_diffusers(option):
 @pytest.mark.parametrize("option", ["defaults", "three levels", "scale_shift", "class embedding", "no middle"])
 def test_each_sample_may_have_its_own_t(option):
     Case({**TINY, **OPTIONS[option]}).assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [
+    "defaults", "two layers", "downsample_padding 0", "odd width", "mish", "scale_shift", "mid_block_scale_factor",
+    "channels", "class embedding"
+])  # fmt: skip
+def test_with_the_kernels_of_a_gpu(option, interpreted):
+    """Concat-free skips, projections as matrix products, biases with the norms and the residuals."""
+    Case({**TINY, "sample_size": 8, **OPTIONS[option]}, one_t=option == "defaults").assert_as_accurate_as_diffusers()
 
 
 @pytest.mark.slow

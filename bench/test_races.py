@@ -43,96 +43,6 @@ COMPILED = ("plans", "inductor")
 LAUNCHES = [(512, 1), (512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 2), (2048, 4), (4096, 4), (4096, 8)]
 
 
-class NormProblem:
-    """The inputs of a group norm, off centre, and who can compute it."""
-
-    def __init__(self, norm: Norm, batch: int):
-        self.norm = norm
-        parts = [shape for shape in (norm.shape, norm.skip) if shape]
-        self.x, self.skip = ([self._input(batch, shape) for shape in parts] + [None])[:2]
-        channels = sum(shape[0] for shape in parts)
-        self.weight, self.bias = torch.rand(channels, device=DEVICE) + 0.5, torch.randn(channels, device=DEVICE)
-        self.add = torch.randn(batch, 2 * channels, device=DEVICE)[:, :channels] if norm.add else None
-        self.bytes_moved = 2 * sum(part.nbytes for part in (self.x, self.skip) if part is not None)
-
-    def ours(self) -> Tensor:
-        how = {"eps": self.norm.eps, "skip": self.skip, "add": self.add, "silu": self.norm.silu}
-        return ops.group_norm(self.x, self.weight, self.bias, self.norm.groups, **how)
-
-    def torch(self, dtype: torch.dtype = DTYPE) -> Tensor:
-        """Plain torch in channels-last; compiled, it is Inductor's."""
-        x = self.x.to(dtype) if self.skip is None else torch.cat([self.x.to(dtype), self.skip.to(dtype)], 1)
-        if self.add is not None:
-            x = x + self.add.to(dtype)[:, :, None, None]
-        y = F.group_norm(x, self.norm.groups, self.weight.to(dtype), self.bias.to(dtype), self.norm.eps)
-        y = F.silu(y) if self.norm.silu else y
-        return y.contiguous(memory_format=torch.channels_last)  # a GPU's group norm returns NCHW
-
-    def check(self) -> Callable[[Tensor], None]:
-        """Of a result: it errs at most twice as much as plain torch's."""
-        return partial(assert_as_accurate, plain=self.torch(), ref=self.torch(torch.float64))
-
-    @staticmethod
-    def _input(batch: int, shape: tuple[int, ...]) -> Tensor:
-        return layout.empty(batch, shape, dtype=DTYPE, device=DEVICE).normal_(1)
-
-
-@pytest.mark.parametrize("rival", ["torch", *(pytest.param(who, marks=pytest.mark.compiled) for who in COMPILED)])
-@pytest.mark.parametrize(("name", "batch"), NETWORKS)
-def test_norms(measure, name, batch, rival):
-    """All group norms of a forward pass as the product runs them, and each of them beside its rivals."""
-    problems = {norm: NormProblem(norm, batch) for norm in norms(name)}
-    if rival == "plans":
-        if ops.backend(DEVICE) != "triton":
-            pytest.skip("the kernels run on a GPU")
-        compile_ahead(problems)
-    totals, records = Counter(), []
-    for (norm, problem), count in zip(problems.items(), norms(name).values(), strict=True):
-        rivals = plans(problem) if rival == "plans" else {rival: problem.torch}
-        if rival == "inductor":
-            torch._dynamo.reset()  # after eight versions of a function it would no longer be compiled
-            rivals = {rival: torch.compile(problem.torch, fullgraph=True, dynamic=False)}
-        contenders, wrong = right({"ours": problem.ours} | rivals, problem.check())
-        times = race(contenders)
-        records.append({**norm._asdict(), "count": count, "times_s": times, "wrong": wrong})
-        totals.update({who: count * times[who] for who in ("ours", rival) if who in times})
-        totals["fastest of each"] += count * min(times.values())
-        what = f"{list(norm.shape)}{f' + {norm.skip[0]}' if norm.skip else ''}{' + t' * norm.add}{' silu' * norm.silu}"
-        show(f"{count} x {what}", times, problem.bytes_moved)
-
-    def forward():
-        for norm, problem in problems.items():
-            for _ in range(norms(name)[norm]):
-                problem.ours()
-
-    moved = sum(norms(name)[norm] * problem.bytes_moved for norm, problem in problems.items())
-    measure(*repeated(forward), bytes_moved=moved, shapes=records, totals_s=totals)
-    show("sums", totals, moved)
-    assert not any(record["wrong"] for record in records), [record["wrong"] for record in records if record["wrong"]]
-
-
-def plans(problem: NormProblem) -> dict[str, Call]:
-    """By every plan that the kernel could have chosen; its own is "ours"."""
-    from fastddpm.kernels import group_norm
-
-    n, channels = len(problem.x), len(problem.weight)
-    shape = n, problem.x.shape[2:].numel(), channels, problem.norm.groups, problem.x.itemsize
-    found = [plan for plan in group_norm.candidates(*shape) if plan != group_norm.plan(*shape)]
-    return {str(tuple(plan)): patch.multiple(group_norm, plan=lambda *_, p=plan: p)(problem.ours) for plan in found}
-
-
-def compile_ahead(problems: dict[Norm, NormProblem], processes: int | None = None) -> None:
-    """Fill Triton's cache from all cores: a kernel takes one of them a second or two, and there are hundreds."""
-    tasks = [(norm, len(problem.x), who) for norm, problem in problems.items() for who in plans(problem)]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        list(pool.map(_run_plan, *zip(*tasks, strict=True)))
-
-
-def _run_plan(norm: Norm, batch: int, who: str) -> None:
-    with suppress(RuntimeError):  # the race will tell
-        plans(NormProblem(norm, batch))[who]()
-
-
 def show(what: str, times: dict[str, float], bytes_moved: int = 0) -> None:
     """The four that are fastest, and the memory rate of the first."""
     best = sorted(times.items(), key=lambda item: item[1])[:4]
@@ -185,3 +95,101 @@ def test_launches(measure, kernel):
     times = race(contenders)
     measure(*repeated(problem()[0]), bytes_moved=bytes_moved, launches_s=times)
     show(f"now {module.BLOCK} by {module.OPTIONS['num_warps']} warps", times, bytes_moved)
+
+
+class NormProblem:
+    """The inputs of a group norm, off centre, and who can compute it."""
+
+    def __init__(self, norm: Norm, batch: int):
+        self.norm = norm
+        parts = [shape for shape in (norm.shape, norm.skip) if shape]
+        self.x, self.skip = ([self._input(batch, shape) for shape in parts] + [None])[:2]
+        channels = sum(shape[0] for shape in parts)
+        self.weight, self.bias = torch.rand(channels, device=DEVICE) + 0.5, torch.randn(channels, device=DEVICE)
+        self.add = torch.randn(batch, 2 * channels, device=DEVICE)[:, :channels] if norm.add else None
+        self.bytes_moved = 2 * sum(part.nbytes for part in (self.x, self.skip) if part is not None)
+
+    def ours(self) -> Tensor:
+        how = {"eps": self.norm.eps, "skip": self.skip, "add": self.add, "silu": self.norm.silu}
+        return ops.group_norm(self.x, self.weight, self.bias, self.norm.groups, **how)
+
+    def plain(self, dtype: torch.dtype = DTYPE, norm: Callable[..., Tensor] | None = None) -> Call:
+        """By `plain_norm`, or what it was compiled to, all in dtype."""
+        inputs = self.x, self.skip, self.add, self.weight, self.bias
+        cast = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
+        return partial(norm or plain_norm, *cast, self.norm.groups, self.norm.eps, self.norm.silu)
+
+    def check(self) -> Callable[[Tensor], None]:
+        """Of a result: it errs at most twice as much as plain torch's."""
+        return partial(assert_as_accurate, plain=self.plain()(), ref=self.plain(torch.float64)())
+
+    @staticmethod
+    def _input(batch: int, shape: tuple[int, ...]) -> Tensor:
+        return layout.empty(batch, shape, dtype=DTYPE, device=DEVICE).normal_(1)
+
+
+def plain_norm(x, skip, add, weight, bias, groups, eps, silu):
+    """Plain torch from channels-last to channels-last; compiled, it is Inductor's."""
+    if skip is not None:
+        x = torch.cat([x, skip], 1)
+    if add is not None:
+        x = x + add[:, :, None, None]
+    y = F.group_norm(x, groups, weight, bias, eps)
+    y = F.silu(y) if silu else y
+    return y.contiguous(memory_format=torch.channels_last)  # a GPU's group norm returns NCHW
+
+
+@pytest.mark.parametrize("rival", ["torch", *(pytest.param(who, marks=pytest.mark.compiled) for who in COMPILED)])
+@pytest.mark.parametrize(("name", "batch"), NETWORKS)
+def test_norms(measure, name, batch, rival):
+    """All group norms of a forward pass as the product runs them, and each of them beside its rivals."""
+    problems = {norm: NormProblem(norm, batch) for norm in norms(name)}
+    if rival == "plans":
+        if ops.backend(DEVICE) != "triton":
+            pytest.skip("the kernels run on a GPU")
+        compile_ahead(problems)
+    totals, records = Counter(), []
+    for (norm, problem), count in zip(problems.items(), norms(name).values(), strict=True):
+        rivals = plans(problem) if rival == "plans" else {rival: problem.plain()}
+        if rival == "inductor":
+            torch._dynamo.reset()  # after eight versions of a function it would no longer be compiled
+            rivals = {rival: problem.plain(norm=torch.compile(plain_norm, fullgraph=True, dynamic=False))}
+        contenders, wrong = right({"ours": problem.ours} | rivals, problem.check())
+        times = race(contenders)
+        records.append({**norm._asdict(), "count": count, "times_s": times, "wrong": wrong})
+        totals.update({who: count * times[who] for who in ("ours", rival) if who in times})
+        totals["fastest of each"] += count * min(times.values(), default=math.nan)
+        what = f"{list(norm.shape)}{f' + {norm.skip[0]}' if norm.skip else ''}{' + t' * norm.add}{' silu' * norm.silu}"
+        show(f"{count} x {what}", times, problem.bytes_moved)
+
+    def forward():
+        for norm, problem in problems.items():
+            for _ in range(norms(name)[norm]):
+                problem.ours()
+
+    moved = sum(norms(name)[norm] * problem.bytes_moved for norm, problem in problems.items())
+    measure(*repeated(forward), bytes_moved=moved, shapes=records, totals_s=totals)
+    show("sums", totals, moved)
+    assert not any(record["wrong"] for record in records), [record["wrong"] for record in records if record["wrong"]]
+
+
+def plans(problem: NormProblem) -> dict[str, Call]:
+    """By every plan that the kernel could have chosen; its own is "ours"."""
+    from fastddpm.kernels import group_norm
+
+    n, channels = len(problem.x), len(problem.weight)
+    shape = n, problem.x.shape[2:].numel(), channels, problem.norm.groups, problem.x.itemsize
+    found = [plan for plan in group_norm.candidates(*shape) if plan != group_norm.plan(*shape)]
+    return {str(tuple(plan)): patch.multiple(group_norm, plan=lambda *_, p=plan: p)(problem.ours) for plan in found}
+
+
+def compile_ahead(problems: dict[Norm, NormProblem], processes: int | None = None) -> None:
+    """Fill Triton's cache from all cores: a kernel takes one of them a second or two, and there are hundreds."""
+    tasks = [(norm, len(problem.x), who) for norm, problem in problems.items() for who in plans(problem)]
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        list(pool.map(_run_plan, *zip(*tasks, strict=True)))
+
+
+def _run_plan(norm: Norm, batch: int, who: str) -> None:
+    with suppress(RuntimeError):  # the race will tell
+        plans(NormProblem(norm, batch))[who]()

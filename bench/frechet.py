@@ -21,33 +21,9 @@ from tqdm import tqdm
 
 from fastddpm.data import load_images
 from fastddpm.files import atomic
+from fastddpm.frechet import frechet_distance
 
 SIDE, CLASSES, FEATURES = 28, 10, 128
-
-
-def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
-    """Squared Fréchet distance between the Gaussians fitted to two sets of features, in float64.
-
-    Args: a, b: [N, D] and [M, D], N, M >= 2. It is biased upwards, the more the fewer they are: compare equal N and M.
-    Raises: ValueError: the shapes are not as above.
-    """
-    a, b = (torch.as_tensor(x).double() for x in (a, b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features are {list(a.shape)} and {list(b.shape)}; want [N, D] and [M, D], N, M >= 2")
-    return gaussian_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
-
-
-def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)); [D] and [D, D] float64."""
-    # the eigenvalues of cov_a cov_b are the squared singular values of the product of the symmetric roots, which unlike
-    # the product of the covariances loses no digits of the small ones
-    overlap = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * overlap)
-
-
-def _root(cov: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding can leave -1e-17 in place of 0
 
 
 class Classifier(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import frechet
-from bench.frechet import frechet_distance, gaussian_distance
+from fastddpm.frechet import frechet_distance, gaussian_distance, random_features
 
 
 def gaussian(seed: int, dims: int = 24, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -78,6 +78,35 @@ def test_fewer_features_are_further_apart():
 def test_features_of_wrong_shapes(shapes):
     with pytest.raises(ValueError, match=r"features are \[.*\] and \[.*\]; want \[N, D\] and \[M, D\], N, M >= 2"):
         frechet_distance(*map(torch.zeros, shapes))
+
+
+# The features
+
+
+def images(n, seed=0, shape=(3, 16, 16), correlated=True):
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x + x.roll(1, 3) + x.roll(1, 2) if correlated else x * 3**0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 28, 28), (3, 5, 7), (4, 1, 1)])
+def test_random_features_are_a_fixed_function(shape):
+    x = images(5, shape=shape)
+    got = random_features(x)
+    torch.manual_seed(int(got.sum()))
+    assert got.shape == (5, 24)
+    assert got.dtype == torch.float64
+    assert got.isfinite().all()
+    assert (got > 0).any()
+    assert torch.equal(random_features(x.float().double()), random_features(x.float()))
+    assert torch.equal(random_features(x), got)
+
+
+def test_random_features_tell_distributions_apart():
+    """Equal in mean and variance, other in what neighbouring pixels have to do with one another."""
+    one, other = (random_features(images(400, seed)) for seed in range(2))
+    alike = frechet_distance(one, other)
+    for strange in (images(400, 2, correlated=False), images(400, 2) * 1.2, images(400, 2) + 0.3):
+        assert frechet_distance(random_features(strange), other) >= 3 * alike
 
 
 # The command

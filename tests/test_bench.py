@@ -62,12 +62,6 @@ KINDS = {
     "triton_poi_fused_add_convolution_2": "copies, other",
     "triton_tem_fused_convolution_5": "convolution, matmul",
     "triton_tem_fused__to_copy_addmm_gelu_t_view_9": "convolution, matmul",
-    # here
-    "step_kernel": "update",
-    "held_kernel": "norm, SiLU",
-    "statistics_kernel": "norm, SiLU",
-    "apply_kernel": "norm, SiLU",
-    "residual_kernel": "copies, other",
     # operators of a CPU
     "fastddpm::step": "update",
     "fastddpm::group_norm": "norm, SiLU",
@@ -136,6 +130,15 @@ def test_the_time_ends_before_the_command_does():
 @pytest.mark.parametrize("name", KINDS)
 def test_kernels_are_of_a_kind(name):
     assert (kinds.kind(name) or kinds.OTHER) == KINDS[name]
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"), [("group_norm", "norm, SiLU"), ("residual", "copies, other"), ("step", "update")]
+)
+def test_the_packages_kernels_are_of_a_kind(module, kind):
+    names = [name for name in vars(import_module(f"fastddpm.kernels.{module}")) if name.endswith("_kernel")]
+    assert names
+    assert {kinds.kind(name) for name in names} == {kind}
 
 
 def test_an_operator_is_of_the_kind_of_what_called_it():

@@ -10,6 +10,7 @@ from check import TINY
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor
 
+from bench.layouts import CIFAR10
 from fastddpm import checkpoint, layout, ops
 from fastddpm.schedule import Schedule
 from fastddpm.unet import GroupNorm, UNet2D
@@ -60,23 +61,6 @@ OPTIONS = {
     "class embedding": {"num_class_embeds": 10},
     "class embedding as of t": {"class_embed_type": "timestep"},
     "class embedding given": {"class_embed_type": "identity"},
-}
-CIFAR10 = {  # google/ddpm-cifar10-32
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "block_out_channels": (128, 256, 256, 256),
-    "center_input_sample": False,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "downsample_padding": 0,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-6,
-    "norm_num_groups": 32,
-    "sample_size": 32,
-    "time_embedding_type": "positional",
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 }
 CELEBAHQ = {  # google/ddpm-celebahq-256, a quarter as wide and high
     **CIFAR10,

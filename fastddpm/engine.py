@@ -252,6 +252,10 @@ class Slots:
     def _prepare(self) -> None:
         """Compile and capture a step; the states are spoilt."""
         self._graph = None
+        if not self.engine.compiles:
+            with ops.compiling(self.engine.device):
+                self.update(self.predict())
+            self._start()
         with _many_versions() if self.engine.compiles else nullcontext():
             self.update(self.predict())
         if self.captures:

@@ -5,6 +5,7 @@ The operators are opaque to torch.compile, which traces through the entry points
 differentiable.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from math import inf
@@ -29,6 +30,15 @@ MAX_GROUP = 8192  # channels of a group: the kernel holds all those of a pixel
 def backend(device: torch.device | str) -> Literal["triton", "torch"]:
     """What runs the operations on a device: the kernels on a GPU where Triton is installed, torch everywhere else."""
     return "triton" if torch.device(device).type == "cuda" and _has_triton() else "torch"
+
+
+def compiling(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which kernels are compiled, by all cores at once, and not launched: results are not computed."""
+    if device.type != "cuda" or backend(device) != "triton":
+        return nullcontext()
+    from fastddpm.kernels.launch import compiling  # type: ignore[import-not-found]
+
+    return compiling()
 
 
 def step(

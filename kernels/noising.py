@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .philox import normals
 
 BLOCK = 1024
@@ -48,6 +49,5 @@ def launch_noising(x_t, x_0, t, address, table, *, stream, with_t):
     """Launch only; fastddpm.ops has checked every argument."""
     per_sample = x_0.shape[1:].numel()
     with torch.cuda.device_of(x_0):
-        noising_kernel[len(x_0), triton.cdiv(per_sample, BLOCK)](
-            x_t, x_0, t, address, table, per_sample, STREAM=stream, WITH_T=with_t, BLOCK=BLOCK, **OPTIONS
-        )
+        grid, tensors = (len(x_0), triton.cdiv(per_sample, BLOCK)), (x_t, x_0, t, address, table)
+        launch(noising_kernel, grid, *tensors, per_sample, STREAM=stream, WITH_T=with_t, BLOCK=BLOCK, **OPTIONS)

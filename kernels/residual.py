@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 8 elements per thread: 16 bytes of bf16
 
@@ -38,4 +40,5 @@ def launch_residual(h, residual, bias):
     per_sample = h.shape[1:].numel()
     blocks = triton.cdiv(per_sample, BLOCK)
     with torch.cuda.device_of(h):
-        residual_kernel[len(h) * blocks,](h, residual, bias, per_sample, h.shape[1], blocks, BLOCK=BLOCK, **OPTIONS)
+        sizes = per_sample, h.shape[1], blocks
+        launch(residual_kernel, (len(h) * blocks,), h, residual, bias, *sizes, BLOCK=BLOCK, **OPTIONS)

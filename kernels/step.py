@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
 from .philox import normals
 
 BLOCK = 1024
@@ -72,6 +73,5 @@ def launch_step(x, m, rows, timesteps, pos, address, copy, bad, *, clip):
     """Launch only; fastddpm.ops has checked every argument."""
     per_sample = x.shape[1:].numel()
     with torch.cuda.device_of(x):
-        step_kernel[len(x), triton.cdiv(per_sample, BLOCK)](
-            x, m, rows, timesteps, pos, address, copy, bad, per_sample, CLIP=clip, BLOCK=BLOCK, **OPTIONS
-        )
+        grid, tensors = (len(x), triton.cdiv(per_sample, BLOCK)), (x, m, rows, timesteps, pos, address, copy, bad)
+        launch(step_kernel, grid, *tensors, per_sample, CLIP=clip, BLOCK=BLOCK, **OPTIONS)

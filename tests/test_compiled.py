@@ -104,6 +104,35 @@ def test_kernels_compiled_otherwise():
     assert set(clamps) == {"max.NaN.f32", "min.NaN.f32"}  # the interpreter's own keep NaN whatever the kernel says
 
 
+AHEAD = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:  # of a GPU that is not there: whatever is launched, or loaded, fails
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+from fastddpm.kernels import launch, residual
+
+h, bias = torch.zeros(2, 4, 16, dtype=torch.bfloat16), torch.zeros(4)
+with launch.compiling():
+    for h in (h, h.float(), h.half()):
+        residual.launch_residual(h, h, bias)
+compiled = residual.residual_kernel.device_caches[0][0].values()
+assert [type(kernel).__name__ for kernel in compiled] == 3 * ["CompiledKernel"], compiled
+try:
+    residual.launch_residual(h, h, bias)
+except AttributeError:
+    print("launched")  # after the context
+"""
+
+
+def test_kernels_are_compiled_ahead_of_their_launches():
+    assert python("-c", AHEAD).split() == ["launched"]
+
+
 INEXACT = ["fma.rn.f32", "mad.f32", "mul.ftz.f32", "sqrt.approx.f32", "div.full.f32", "add.rz.f32", "cvt.rz.bf16x2.f32"]
 EXACT = ["mul.rn.f32", "sqrt.rn.f32", "mad.lo.s64", "mad.wide.u32", "cvt.rn.bf16x2.f32", "max.NaN.f32", "cvt.f32.bf16"]
 

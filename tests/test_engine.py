@@ -79,6 +79,7 @@ def eager(model, schedule=None, **options):
 
 
 RUNS = [
+    {"steps": 1},
     {"steps": 5},
     {"steps": 3, "seed": 9},
     {"steps": 9, "sampler": "ddim", "eta": 0.5},

@@ -15,6 +15,7 @@ from fastddpm.reference.unet import UNet
 pytestmark = needs_gpu
 CONFIG = {**check.TINY, "block_out_channels": (32, 64), "norm_num_groups": 8}
 RUNS = [
+    {"steps": 1},
     {"steps": 20},
     {"steps": 33, "seed": 9},
     {"steps": 17, "sampler": "ddim", "eta": 0.5},

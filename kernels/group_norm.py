@@ -3,8 +3,8 @@
 Traffic: each input element read and y written, 4 bytes per element in bf16, where a program holds its groups in
 registers. Groups too large for that are shared among programs, in two launches, and read twice: 6 bytes.
 Precision: fp32, rounded once. The variance is taken about the mean, in a second pass that also corrects the mean; of
-shared groups by Welford's recurrence. Multiply-adds are fused, and SiLU's exponential and division are the fast ones:
-nothing here is specified to the bit.
+shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is the fast one and in 16 bits its
+division is, too: nothing here is specified to the bit.
 Spec: torch's cat, group_norm, silu. Proof: tests/test_group_norm.py (float64), tests/test_compiled.py (machine code).
 """
 
@@ -108,13 +108,15 @@ def held_kernel(
     stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES).to(tl.int64)
     row = tl.arange(0, ROWS)
     flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    c, inside = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
     mask = (row < pixels)[:, None] & there[None, :]
     x = _load(x_ptr, skip_ptr, n, row, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
-    add = _centred(add_ptr, n * add_stride, stripe, channels, PER_GROUP, WIDTH, GROUPS)
-    weight, bias = _affine(weight_ptr, bias_ptr, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
+    weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
     count = _counts(row < pixels, PER_GROUP, WIDTH)
     centred, _, delta, var = _moments(x, add, count, None, 1 / (pixels * PER_GROUP))
-    scale = weight / tl.sqrt_rn(var + eps)
+    scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     y = centred * scale + (bias - delta * scale)
     _store(y_ptr, y, n, row, flat, mask, pixels, channels, SILU)
 
@@ -142,7 +144,9 @@ def statistics_kernel(
     s = tl.program_id(0) // STRIPES % slabs
     row = tl.arange(0, ROWS)
     flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
-    add = _centred(add_ptr, n * add_stride, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    c, inside = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
 
     rows = tl.minimum(pixels - s * SLAB, SLAB)
     mean = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
@@ -194,8 +198,10 @@ def apply_kernel(
     s = tl.program_id(0) // STRIPES % slabs
     row = tl.arange(0, ROWS)
     flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
-    add = _centred(add_ptr, n * add_stride, stripe, channels, PER_GROUP, WIDTH, GROUPS)
-    weight, bias = _affine(weight_ptr, bias_ptr, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    c, inside = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
+    weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
 
     each = tl.arange(0, SLABS)[:, None]
     g = stripe * GROUPS + tl.arange(0, GROUPS)[None, :]
@@ -210,17 +216,17 @@ def apply_kernel(
     off = means - mean[None, :] + deltas
     delta = tl.sum(share * off, 0)
     var = tl.sum(share * (variances + off * off), 0) - delta * delta
-    mean, delta, var = mean[None, :, None], delta[None, :, None], var[None, :, None]
-    scale = weight / tl.sqrt_rn(var + eps)
-    offset = bias - delta * scale
+    mean = tl.where(inside, mean[:, None], 0)[None]
+    scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :, None]
+    offset = bias - delta[None, :, None] * scale
     if add is not None:
         offset += add * scale
 
     rows = tl.minimum(pixels - s * SLAB, SLAB)
     for i in range(0, SLAB, ROWS):
-        pixel, inside = s * SLAB + i + row, (row < rows - i)[:, None] & there[None, :]
-        x = _load(x_ptr, skip_ptr, n, pixel, flat, inside, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
-        _store(y_ptr, (x - mean) * scale + offset, n, pixel, flat, inside, pixels, channels, SILU)
+        pixel, mask = s * SLAB + i + row, (row < rows - i)[:, None] & there[None, :]
+        x = _load(x_ptr, skip_ptr, n, pixel, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
+        _store(y_ptr, (x - mean) * scale + offset, n, pixel, flat, mask, pixels, channels, SILU)
 
 
 @triton.jit
@@ -250,27 +256,18 @@ def _load(x_ptr, skip_ptr, n, pixel, channel, mask, pixels, channels, x_channels
 @triton.jit
 def _store(y_ptr, y, n, pixel, channel, mask, pixels, channels, SILU: tl.constexpr):
     if SILU:
-        y = y / (1 + tl.exp2(y * -1.4426950408889634))  # from y = -128 down y / inf = -0
+        below = 1 + tl.exp2(y * -1.4426950408889634)  # inf from y = -128 down: y / inf = -0
+        y = tl.div_rn(y, below) if y_ptr.dtype.element_ty == tl.float32 else y / below
     at = y_ptr + n * pixels * channels + (pixel[:, None] * channels + channel[None, :])
     tl.store(at, y.reshape(mask.shape[0], mask.shape[1]).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _centred(add_ptr, start, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """[1, GROUPS, WIDTH] of add without each group's mean, which the norm does not see; or None."""
+def _centred(add_ptr, at, mask, PER_GROUP: tl.constexpr):
+    """[1, groups, width] of add without each group's mean, which the norm does not see; or None."""
     if add_ptr is not None:
-        column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        channel, there = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
-        add = tl.load(add_ptr + start + channel, mask=there, other=0)
+        add = tl.load(add_ptr + at, mask=mask, other=0)
         return (add - tl.sum(add, 1)[:, None] / PER_GROUP)[None]
-
-
-@triton.jit
-def _affine(weight_ptr, bias_ptr, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """weight and bias: [1, GROUPS, WIDTH] each."""
-    column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    channel, there = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
-    return tl.load(weight_ptr + channel, mask=there)[None], tl.load(bias_ptr + channel, mask=there)[None]
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import noising, step
+from . import group_norm, noising, residual, step
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -28,13 +28,14 @@ INEXACT = re.compile(r"(?:fma|mad)\.[\w.]*f\d\d|[a-z]\w*\.[\w.]*(?:ftz|approx|fu
 
 
 class Variant(NamedTuple):
-    """A kernel with the types of its pointers, and the bytes of its tensors that an element reads and writes."""
+    """A kernel with the types of its arguments, and the bytes of its tensors that an element reads and writes."""
 
     name: str
-    module: Any
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
+    options: dict[str, Any]
+    elements: int  # of a program, at once
     read: int
     written: int
 
@@ -46,7 +47,7 @@ def step_variant(m: str, copy: str | None, *, clip: bool, bad: bool = True) -> V
     constants |= {} if bad else {"bad_ptr": None}
     name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}{'' if bad else ', unwatched'}"
     written = 4 + (BYTES[copy] if copy else 0)
-    return Variant(name, step, step.step_kernel, types, constants, 4 + BYTES[m], written)
+    return Variant(name, step.step_kernel, types, constants, step.OPTIONS, step.BLOCK, 4 + BYTES[m], written)
 
 
 def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
@@ -54,7 +55,39 @@ def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
     types |= {"per_sample": "i32"}
     constants = {"STREAM": 3 if with_t else 2, "WITH_T": with_t, "BLOCK": noising.BLOCK}
     name = f"noising {x_0} to {x_t}{', t in address' if with_t else ''}"
-    return Variant(name, noising, noising.noising_kernel, types, constants, BYTES[x_0], BYTES[x_t])
+    kernel, read = noising.noising_kernel, BYTES[x_0]
+    return Variant(name, kernel, types, constants, noising.OPTIONS, noising.BLOCK, read, BYTES[x_t])
+
+
+def group_norm_variants(
+    dtype: str, n: int, pixels: int, channels: int, *, skip: bool = False, add: bool = False, silu: bool = True
+) -> Iterator[Variant]:
+    """The kernels that `group_norm.plan` has launched for n samples of [pixels, channels] in 32 groups."""
+    plan = group_norm.plan(n, pixels, channels, 32, BYTES[dtype])
+    width = triton.next_power_of_2(channels // 32)
+    types = dict.fromkeys(("y_ptr", "x_ptr", "skip_ptr"), f"*{dtype}") | {"eps": "fp32"}
+    types |= dict.fromkeys(("add_ptr", "weight_ptr", "bias_ptr", "statistics_ptr"), "*fp32")
+    types |= dict.fromkeys(("pixels", "channels", "x_channels", "add_stride", "slabs"), "i32")
+    constants = {"SILU": silu, "PER_GROUP": channels // 32, "WIDTH": width, "GROUPS": plan.groups, "ROWS": plan.rows}
+    constants |= {"STRIPES": triton.cdiv(32, plan.groups), "SLAB": plan.slab}
+    constants |= {"SLABS": triton.next_power_of_2(triton.cdiv(pixels, plan.slab))}
+    constants |= ({} if skip else {"skip_ptr": None}) | ({} if add else {"add_ptr": None})
+    held = plan.rows >= pixels
+    for kernel in [group_norm.held_kernel] if held else [group_norm.statistics_kernel, group_norm.apply_kernel]:
+        what = kernel.__name__.removesuffix("_kernel")
+        name = f"norm {what} {dtype} {n}x{pixels}x{channels}{', skip' * skip}{', add' * add}{', silu' * silu}"
+        own = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        written = 0 if kernel is group_norm.statistics_kernel else BYTES[dtype]
+        elements = plan.rows * plan.groups * width
+        yield Variant(name, kernel, types, own, {"num_warps": plan.warps}, elements, BYTES[dtype], written)
+
+
+def residual_variant(dtype: str, *, bias: bool) -> Variant:
+    types = {"h_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
+    types |= dict.fromkeys(("per_sample", "channels", "blocks"), "i32")
+    constants = {"BLOCK": residual.BLOCK} | ({} if bias else {"bias_ptr": None})
+    name, kernel, read = f"residual {dtype}{', bias' * bias}", residual.residual_kernel, 2 * BYTES[dtype] + 4 * bias
+    return Variant(name, kernel, types, constants, residual.OPTIONS, residual.BLOCK, read, BYTES[dtype])
 
 
 VARIANTS = (
@@ -67,18 +100,26 @@ VARIANTS = (
     noising_variant("u8", "fp32"),
     noising_variant("u8", "bf16"),
     noising_variant("fp32", "fp32", with_t=True),
+    *group_norm_variants("bf16", 1, 1024, 256, skip=True),
+    *group_norm_variants("bf16", 64, 1024, 128, add=True),
+    *group_norm_variants("bf16", 64, 256, 256, silu=False),
+    *group_norm_variants("fp32", 64, 1024, 256, add=True),
+    *group_norm_variants("bf16", 1, 256 * 256, 128, add=True),
+    residual_variant("bf16", bias=True),
+    residual_variant("fp32", bias=True),
 )
 
 
 def report(capabilities: Iterable[int] = CAPABILITIES) -> list[dict[str, Any]]:
-    """One record for each variant and compute capability; about a second each, less once Triton has them in its cache.
+    """One record for each variant and compute capability; half a second each, less once Triton has them in its cache.
 
     Keys: kernel, cc; registers per thread; spill_bytes per thread; shared_bytes per block; load_bytes and store_bytes,
     what an element's tensors take, and load_bytes_128 and store_bytes_128, how much of that moves in 16-byte accesses;
     instructions per element; inexact, the PTX instructions that break the noise standard's arithmetic.
 
     Instructions are all of the kernel's machine code but the padding after its end, divided by the elements of a
-    thread: both sides of every branch and the slow path of the square root count, so that less is executed.
+    thread: both sides of every branch and the slow path of the square root count, so that less is executed. Of a group
+    norm the loads include the parameters of the channels, which a thread reads once.
     Raises: RuntimeError: Triton is interpreting (TRITON_INTERPRET), or has no cuobjdump.
     """
     return list(_records(capabilities))
@@ -96,9 +137,9 @@ def compiled(
     constants = variant.constants | (constants or {})
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
-    hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and aligned}
-    source = ASTSource(variant.kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.module.OPTIONS | options)
+    hinted = [(i,) for i, name in enumerate(names) if aligned and signature[name] not in ("constexpr", "fp32")]
+    source = ASTSource(variant.kernel, signature, constants, {key: [["tt.divisibility", 16]] for key in hinted})
+    return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.options | options)
 
 
 def measured(variant: Variant, kernel: Any) -> dict[str, Any]:
@@ -108,7 +149,7 @@ def measured(variant: Variant, kernel: Any) -> dict[str, Any]:
     code = re.findall(OPERATION, _cuobjdump(cubin, "-sass"), re.MULTILINE)
     while code[-1] in ("NOP", "BRA"):  # the end of the code is padded
         code.pop()
-    per_thread = variant.module.BLOCK / (32 * kernel.metadata.num_warps)
+    per_thread = variant.elements / (32 * kernel.metadata.num_warps)
     wide = {op: 16 * sum(name.startswith(f"{op}.E.128") for name in code) / per_thread for op in ("LDG", "STG")}
     return {
         "registers": int(usage["REG"]),
@@ -148,12 +189,12 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(report(arguments.cc), indent=1))
         return
-    print(f"{'kernel':34} cc   registers  spills  shared  16-byte loads, stores (B/element)  instr/element  inexact")
+    print(f"{'kernel':46} cc   registers  spills  shared  16-byte loads, stores (B/element)  instr/element  inexact")
     for r in _records(arguments.cc):
         loads = f"{r['load_bytes_128']:g} of {r['load_bytes']}"
         stores = f"{r['store_bytes_128']:g} of {r['store_bytes']}"
         print(
-            f"{r['kernel']:34} {r['cc']:<4} {r['registers']:9} {r['spill_bytes']:7} {r['shared_bytes']:7}"
+            f"{r['kernel']:46} {r['cc']:<4} {r['registers']:9} {r['spill_bytes']:7} {r['shared_bytes']:7}"
             f"{loads:>18}, {stores:<16} {r['instructions']:13.1f}  {' '.join(r['inexact']) or 'none'}",
             flush=True,
         )

@@ -1,8 +1,9 @@
-"""The command line, `fastddpm sample | train | info`: parses, calls, prints."""
+"""The command line, `fastddpm sample | train | verify | info`: parses, calls, prints."""
 
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,10 +22,12 @@ import torch
 
 from fastddpm import data, images, ops
 from fastddpm._version import __version__
+from fastddpm.engine import ENGINES, PRECISIONS
 from fastddpm.files import check_writable
-from fastddpm.sampler import PRECISIONS, SHIPPED, Sampler, device_and_dtype
+from fastddpm.sampler import SHIPPED, Sampler, device_and_precision
 from fastddpm.schedule import BETA_SCHEDULES, SAMPLERS, Schedule
-from fastddpm.train import TrainOptions, train
+from fastddpm.train import TRAINED, TrainOptions, train
+from fastddpm.verify import table, verify
 
 _SUFFIXES = {".png": "grid", ".npz": "npz", "": "png"}
 _DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz"}
@@ -55,7 +59,8 @@ examples:
   fastddpm sample runs/mine --num-samples 50000 --out fid  a folder of PNGs, each batch written as it is finished
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
 
-Sample i of a seed is the same image whatever else is sampled with it, up to the network's rounding.
+Sample i of a seed is the same image whatever else is sampled with it, up to the network's rounding; with
+--batch-invariant to the bit.
 """
 _TRAIN = """
 examples:
@@ -65,16 +70,24 @@ examples:
 DATA is an .npz with uint8 [N, H, W] or [N, H, W, C], an MNIST-format file (idx, .gz or not), or a folder of images of
 one size. The folder --out becomes a diffusers checkpoint; the same command again resumes a run.
 """
+_VERIFY = """
+examples:
+  fastddpm verify                                          the model in the package: a minute or two on two cores
+  fastddpm verify google/ddpm-cifar10-32 --steps 100       a diffusers checkpoint, its trajectory of 100 steps
+
+Noise, update and noising must have the reference's bits; what rounds otherwise may err at most twice as much as plain
+torch in the same precision does, both judged by float64. Exit status 1 if anything fails.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr.
 
-    141, as a shell has it, where the reader of the output has left.
+    1 where something that was verified is wrong; 141, as a shell has it, where the reader of the output has left.
     """
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        status = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again when it ends
@@ -89,14 +102,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "" if args.debug or not kind else " (--debug shows where)"
         print(f"fastddpm: error: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 2
-    return 0
+    return status or 0
 
 
 def _sample(args: argparse.Namespace) -> None:
     out, kind = _destination(args.out, args.format)
     check_writable(out, folder=kind == "png")
     sampler = Sampler.from_pretrained(
-        args.checkpoint, variant=args.variant, device=args.device, precision=args.precision
+        args.checkpoint,
+        variant=args.variant,
+        device=args.device,
+        precision=args.precision,
+        engine=args.engine,
+        batch_invariant=args.batch_invariant,
     )
     picture = sampler.shape[0] in images.CHANNELS
     if not picture and kind != "npz":
@@ -159,6 +177,33 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{out}: trained for {options.steps} steps; now `fastddpm sample {out}`")
 
 
+def _verify(args: argparse.Namespace) -> int:
+    records = verify(
+        args.checkpoint,
+        variant=args.variant,
+        device=args.device,
+        steps=args.steps,
+        damage=args.damage,
+        progress=not args.quiet,
+    )
+    passed = all(record.verdict != "FAIL" for record in records)
+    if args.json:
+        listed = [asdict(record) | {"verdict": record.verdict} for record in records]
+        print(json.dumps({"passed": passed, "records": _finite(listed)}, indent=2))
+    else:
+        print(table(records))
+    return 0 if passed else 1
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities as text, for which JSON has no numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(content) for content in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _info(args: argparse.Namespace) -> None:
     facts = _facts()
     if args.json:
@@ -173,8 +218,7 @@ def _info(args: argparse.Namespace) -> None:
 
 def _facts() -> dict[str, dict[str, Any]]:
     """What decides how fastddpm runs here."""
-    device, dtype = device_and_dtype(None, "auto")
-    precision = next(name for name, value in PRECISIONS.items() if value == dtype)
+    device, precision = device_and_precision(None, "auto")
     machine = {
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -233,7 +277,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastddpm", description="Exact DDPM sampling, fast. Start with: fastddpm sample")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="sample | train | info", title="commands")
+    commands = parser.add_subparsers(required=True, metavar="sample | train | verify | info", title="commands")
 
     def command(name: str, run: Any, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -249,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_sample(command("sample", _sample, "draw images from a trained model", _SAMPLE))
     _add_train(command("train", _train, "train a model on images (Algorithm 1 of the DDPM paper)", _TRAIN))
+    _add_verify(command("verify", _verify, "prove that this machine computes what the reference does", _VERIFY))
     info = command("info", _info, "versions, devices, and what each kernel compiles to")
     info.add_argument(
         "--cc",
@@ -262,9 +307,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sample(add: argparse.ArgumentParser) -> None:
-    add.add_argument(
-        "checkpoint", nargs="?", help=f"folder or hub id of a diffusers checkpoint (default: {SHIPPED}, in the package)"
-    )
+    _add_checkpoint(add)
     which = add.add_mutually_exclusive_group()
     which.add_argument("--num-samples", type=int, default=16, metavar="N", help="samples 0..N-1 (default: %(default)s)")
     which.add_argument("--indices", type=_numbers, metavar="I,J-K", help="these samples instead, such as 5,7,100-120")
@@ -283,8 +326,13 @@ def _add_sample(add: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--format", choices=tuple(_DEFAULT_OUT), help="what to write, where --out does not tell")
     add.add_argument("--batch-size", type=int, metavar="B", help="samples computed together (default: by the device)")
-    _add_machine(add)
-    add.add_argument("--variant", metavar="NAME", help="of the weights, such as fp16")
+    add.add_argument(
+        "--batch-invariant", action="store_true", help="sample i has the same bits whatever is sampled with it"
+    )
+    add.add_argument(
+        "--engine", choices=("auto", *ENGINES), default="auto", help="how a step is run (default: auto, by the device)"
+    )
+    _add_machine(add, ("auto", *PRECISIONS))
 
 
 def _add_train(add: argparse.ArgumentParser) -> None:
@@ -310,13 +358,29 @@ def _add_train(add: argparse.ArgumentParser) -> None:
         "--beta-schedule", choices=BETA_SCHEDULES, default=kind, help="the noise schedule (default: %(default)s)"
     )
     add.add_argument("--timesteps", type=int, default=T, metavar="T", help="of the schedule (default: %(default)s)")
+    _add_machine(add, TRAINED)
+
+
+def _add_verify(add: argparse.ArgumentParser) -> None:
+    _add_checkpoint(add)
+    add.add_argument("--steps", type=int, metavar="S", help="of the trajectory (default: all T)")
+    add.add_argument("--json", action="store_true", help="the comparisons as one JSON object")
+    add.add_argument("--damage", metavar="RUNG", help=argparse.SUPPRESS)
     _add_machine(add)
 
 
-def _add_machine(add: argparse.ArgumentParser) -> None:
+def _add_checkpoint(add: argparse.ArgumentParser) -> None:
     add.add_argument(
-        "--precision", choices=("auto", *PRECISIONS), default="auto", help="of the network (default: auto)"
+        "checkpoint", nargs="?", help=f"folder or hub id of a diffusers checkpoint (default: {SHIPPED}, in the package)"
     )
+    add.add_argument("--variant", metavar="NAME", help="of the weights, such as fp16")
+
+
+def _add_machine(add: argparse.ArgumentParser, precisions: Sequence[str] = ()) -> None:
+    if precisions:
+        add.add_argument(
+            "--precision", choices=precisions, default="auto", help="of the network (default: %(default)s)"
+        )
     add.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     add.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastddpm.rungs import accuracy, root_mean_square
+
+__all__ = ["TINY", "assert_as_accurate", "error_line", "root_mean_square"]
+
 # a small U-Net's options
 TINY = {
     "sample_size": 16,
@@ -29,19 +33,8 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, ref: Tensor) -> None:
     """
     assert ours.shape == plain.shape == ref.shape
     assert ref.dtype == torch.float64
-    half_ulp = torch.finfo(plain.dtype).eps / 2
-    for measure in (largest, root_mean_square):
-        error, theirs = measure(ours.double() - ref), measure(plain.double() - ref)
-        bound = 2 * max(theirs, half_ulp * measure(ref))
-        assert error <= bound < math.inf, f"{measure.__name__} error is {error:.3g}, plain torch's {theirs:.3g}"
-
-
-def largest(x: Tensor) -> float:
-    return float(x.abs().max())
-
-
-def root_mean_square(x: Tensor) -> float:
-    return float(x.square().mean().sqrt())
+    for measure, error, bound in accuracy(ours, plain, ref):
+        assert error <= bound < math.inf, f"{measure} error is {error:.3g}, twice plain torch's {bound:.3g}"
 
 
 def error_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

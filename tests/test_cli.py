@@ -78,12 +78,35 @@ def test_sample_uses_the_model_in_the_package_by_default(tiny, monkeypatch):
 
 def test_sample_passes_every_option_on(tiny):
     flags = "--num-samples 5 --seed 9 --steps 3 --sampler ddim --eta 0.5 --batch-size 2 --precision fp32 --device cpu"
+    flags += " --engine eager"
     assert cli.main(["sample", tiny, *flags.split(), "--out", "x.npz", "--quiet"]) == 0
     sampler = Sampler.from_pretrained(tiny, precision="fp32", device="cpu")
     how = {"seed": 9, "sampler": "ddim", "eta": 0.5, "batch_size": 2, "output": "uint8", "progress": False}
     assert np.array_equal(np.load("x.npz")["arr_0"], sampler.sample(5, steps=3, **how))
     assert cli.main(["sample", tiny, "--no-noise", "--out", "x.npz", "--quiet"]) == 0
     assert np.array_equal(np.load("x.npz")["arr_0"], drawn(tiny, 16, noise=False))
+
+
+def test_sample_takes_the_machine_s_options(tiny, monkeypatch):
+    given = []
+
+    def noted(*args, **how):
+        given.append(how)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Sampler, "from_pretrained", noted)
+    for flags in ("", "--engine compiled --batch-invariant --precision fp16"):
+        assert cli.main(["sample", tiny, *flags.split()]) == 2
+    default, other = given
+    assert (default["engine"], default["batch_invariant"], default["precision"]) == ("auto", False, "auto")
+    assert (other["engine"], other["batch_invariant"], other["precision"]) == ("compiled", True, "fp16")
+
+
+def test_sample_in_a_batch_invariant_way(tiny):
+    for indices, out in (("0-9", "many.npz"), ("7", "one.npz")):
+        flags = ["--batch-invariant", "--indices", indices, "--out", out, "--quiet"]
+        assert cli.main(["sample", tiny, *flags]) == 0
+    assert np.array_equal(np.load("many.npz")["arr_0"][7:8], np.load("one.npz")["arr_0"])
 
 
 def test_sample_takes_a_variant(tiny, tmp_path):
@@ -171,6 +194,9 @@ def test_format_follows_from_out_and_the_other_way_round(tiny, flags, path, kind
         ("--eta nan --sampler ddim", "eta is nan"),
         ("--sampler euler", "invalid choice: 'euler'"),
         ("--precision fp8", "invalid choice: 'fp8'"),
+        ("--precision tf32 --device cpu", "precision is 'tf32', which 'cpu' does not have; use fp32 or bf16"),
+        ("--engine steam", "invalid choice: 'steam'"),
+        ("--engine graph --device cpu", "engine is 'graph', and 'cpu' has no CUDA graphs; use 'eager' or 'compiled'"),
         ("--device abacus", "device is 'abacus'"),
         ("--format gif", "invalid choice: 'gif'"),
         ("--indices 5-3", "'5-3' is not a list of whole numbers"),
@@ -292,6 +318,7 @@ def test_train_then_sample(capsys):
         ("good.npz", "--steps 0", "steps is 0"),
         ("good.npz", "--batch-size -1", "batch_size is -1"),
         ("good.npz", "--precision fp8", "invalid choice: 'fp8'"),
+        ("good.npz", "--precision fp16", "invalid choice: 'fp16'"),
         ("good.npz", "--channels 8,x", "'8,x' is not a list"),
         ("good.npz", "--timesteps 0", "num_train_timesteps is 0"),
         ("good.npz", "--out file/run", "cannot write file/run"),
@@ -325,10 +352,10 @@ def test_info(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert re.search(rf"^version +fastddpm +{re.escape(__version__)}$", text, re.MULTILINE)
     assert text.endswith("the report for (80, 90)\n")
-    for dtype, flag in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        monkeypatch.setattr(cli, "device_and_dtype", lambda *_, dtype=dtype: (torch.device("cpu"), dtype))
+    for precision in ("bf16", "fp32"):
+        monkeypatch.setattr(cli, "device_and_precision", lambda *_, name=precision: (torch.device("cpu"), name))
         assert cli.main(["info"]) == 0
-        assert re.search(rf"^default +precision +{flag}$", capsys.readouterr().out, re.MULTILINE)
+        assert re.search(rf"^default +precision +{precision}$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -356,7 +383,33 @@ def test_info_names_a_capability_that_cannot_be_compiled_for(capsys):
     assert re.fullmatch(r"fastddpm: error: RuntimeError: the kernels' report failed: .+\n", err)
 
 
-@pytest.mark.parametrize("command", ["sample", "train", "info"])
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("--steps 7", "steps is 7; want a whole number from 1 to 6"),
+        ("--steps few", "invalid int value"),
+        ("--device abacus", "device is 'abacus'"),
+        ("--damage glass", "damage is 'glass'; want one of the rungs words, noise, step,"),
+        ("--precision fp32", "unrecognized arguments: --precision fp32"),
+    ],
+)
+def test_verify_refuses(tiny, flags, why, capsys):
+    assert why in error(["verify", tiny, "--quiet", *flags.split()], capsys)
+    assert "nowhere" in error(["verify", "nowhere"], capsys)
+
+
+def test_verify_passes_every_option_on(monkeypatch, capsys):
+    given = []
+    monkeypatch.setattr(cli, "verify", lambda source, **how: given.append((source, how)) or [])
+    flags = "--variant fp16 --device cpu --steps 3 --damage step --quiet"
+    assert cli.main(["verify"]) == 0
+    assert cli.main(["verify", "a", *flags.split()]) == 0
+    how = {"variant": None, "device": None, "steps": None, "damage": None, "progress": True}
+    other = {"variant": "fp16", "device": "cpu", "steps": 3, "damage": "step", "progress": False}
+    assert given == [(None, how), ("a", other)]
+
+
+@pytest.mark.parametrize("command", ["sample", "train", "verify", "info"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([command, "--help"])
@@ -369,8 +422,8 @@ def test_help(command, capsys):
 
 
 def examples():
-    for text in (cli._SAMPLE, cli._TRAIN, (ROOT / "README.md").read_text()):
-        yield from re.findall(r"^ *(fastddpm (?:sample|train|info)\b.*?)(?:  .*)?$", text, re.MULTILINE)
+    for text in (cli._SAMPLE, cli._TRAIN, cli._VERIFY, (ROOT / "README.md").read_text()):
+        yield from re.findall(r"^ *(fastddpm (?:sample|train|verify|info)\b.*?)(?:  .*)?$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("line", sorted(set(examples())))
@@ -384,7 +437,7 @@ def readme_blocks():
 
 def test_readme_runs(tiny, monkeypatch):
     monkeypatch.setattr("fastddpm.sampler.shipped_model", lambda: tiny)
-    package, hub, own = readme_blocks()
+    package, hub, own, gpu = readme_blocks()
     names: dict = {}
     exec(package, names)
     assert names["images"].shape == (16, 4, 4, 1)
@@ -392,6 +445,10 @@ def test_readme_runs(tiny, monkeypatch):
     assert names["x"].shape == (64, 1, 4, 4)
     exec(own, names)
     assert names["points"].shape == (1000, 2)
+    for there, here in (("google/ddpm-cifar10-32", tiny), ('"cuda"', '"cpu"'), ('"graph"', '"eager"')):
+        gpu = gpu.replace(there, here)
+    exec(gpu, names)
+    assert names["sampler"].precision == "bf16"
 
 
 def test_version(capsys):
@@ -413,7 +470,7 @@ def test_a_reader_that_leaves_is_no_error(start, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # buffered, the text leaves at the end
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*start, "info"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([*start, "info", "--cc", "90"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -22,6 +22,7 @@ LAYERS = (
     "__main__",
     "cli",
     "verify",
+    "rungs",
     "train",
     "sampler",
     "engine",

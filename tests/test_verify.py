@@ -1,0 +1,374 @@
+"""The ladder holds on this machine, and each rung of it breaks when the fast side of that rung is wrong."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import geometric_mean
+
+import check
+import pytest
+import torch
+from conftest import needs_gpu
+
+from fastddpm import checkpoint, cli, rungs, verify
+from fastddpm.rungs import OF_KERNELS, RUNGS, Case, Checkpoint, Record
+from fastddpm.schedule import Schedule
+from fastddpm.unet import UNet2D
+
+NETWORK = {**check.TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
+SCHEDULE = Schedule(num_train_timesteps=12, beta_end=0.4)  # x_T is noise: abar_T = 0.05
+CPU = torch.device("cpu")
+
+
+def saved(folder, schedule=SCHEDULE, **config):
+    torch.manual_seed(0)
+    net = UNet2D(**NETWORK | config)
+    checkpoint.save(folder, net.config, net.state_dict(), schedule)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint of a random network, 8 x 8 grey."""
+    return saved(tmp_path_factory.mktemp("tiny"))
+
+
+interpreted = cache(verify._climb_interpreted)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Triton interprets here, and need not be started anew; what is not damaged, once."""
+    if torch.cuda.is_available():
+        return
+    pytest.importorskip("triton")
+    monkeypatch.setattr(
+        verify, "_interpreted", lambda schedule, damage: interpreted(schedule, damage if damage in OF_KERNELS else None)
+    )
+
+
+def climbed(capsys, *arguments):
+    """Exit status of fastddpm verify, and its comparisons, JSON without NaN and infinity."""
+    status = cli.main(["verify", "--json", "--quiet", *arguments])
+    out, err = capsys.readouterr()
+    assert err == ""
+    told = json.loads(out, parse_constant=pytest.fail)
+    assert told["passed"] == (status == 0)
+    return status, told["records"]
+
+
+def failed(records):
+    return {record["rung"] for record in records if record["verdict"] == "FAIL"}
+
+
+def only(monkeypatch, *names):
+    monkeypatch.setattr(verify, "RUNGS", {name: RUNGS[name] for name in names})
+    monkeypatch.setattr(verify, "OF_KERNELS", ())
+
+
+# The ladder
+
+
+@pytest.mark.slow
+def test_the_ladder_holds(tiny, capsys):
+    status, records = climbed(capsys, tiny)
+    assert status == 0, [record for record in records if record["verdict"] == "FAIL"]
+    assert list(dict.fromkeys(record["rung"] for record in records)) == list(RUNGS)
+    on_gpu = torch.cuda.is_available()
+    skipped = {record["rung"]: record["note"] for record in records if record["verdict"] == "skipped"}
+    assert skipped == ({} if on_gpu else {"engines": "cpu has no CUDA graphs"})
+    for name in OF_KERNELS:
+        text = " ".join(record["compared"] for record in records if record["rung"] == name)
+        wanted = ["the kernel"] if on_gpu else ["torch", "the interpreted kernel"]
+        assert all(f"by {who}" in text for who in wanted)
+    compared = {record["compared"] for record in records}
+    for precision in ("fp32", "bf16", "fp16", *(["tf32"] if on_gpu else [])):
+        for measure in ("max", "rms"):
+            assert f"{precision} U-Net with the float64 reference, {measure}" in compared
+    for precision in ("fp32", "bf16"):
+        assert f"{precision} trajectory of 12 steps with float64, mean rms" in compared
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("rung", [*RUNGS])
+def test_a_damaged_rung_fails_and_no_other(rung, tiny, capsys, in_this_process):
+    if rung == "engines" and not torch.cuda.is_available():
+        pytest.skip("it is a rung of GPUs")
+    status, records = climbed(capsys, tiny, "--damage", rung, "--steps", "6")
+    assert status == 1
+    assert failed(records) == {rung}
+    if rung in OF_KERNELS and not torch.cuda.is_available():
+        both = [record["verdict"] for record in records if record["rung"] == rung]
+        assert both[: len(both) // 2].count("FAIL") >= 1  # in torch
+        assert both[len(both) // 2 :].count("FAIL") >= 1  # in the interpreter
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU")
+def test_damage_reaches_the_interpreter():
+    pytest.importorskip("triton")
+    records = verify._interpreted(SCHEDULE, "step")
+    assert {record.rung for record in records} == set(OF_KERNELS)
+    assert {record.rung for record in records if record.verdict != "pass"} == {"step"}
+    assert all(isinstance(record, Record) for record in records)
+
+
+@pytest.mark.parametrize("name", OF_KERNELS)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule(),
+        Schedule(num_train_timesteps=1),
+        Schedule(clip_sample=False, variance_type="fixed_large"),
+        Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+        Schedule(50, prediction_type="sample", beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0),
+    ],
+    ids=["default", "one step", "unclipped", "v", "x_0"],
+)
+def test_rungs_of_the_kernels_hold_for_other_schedules(schedule, name):
+    records = verify._climb(name, Case(schedule, CPU, "torch"), False)
+    assert [record for record in records if record.verdict != "pass"] == []
+    damaged = verify._climb(name, Case(schedule, CPU, "torch"), True)
+    assert "FAIL" in {record.verdict for record in damaged}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_class_embeds": 3},
+        {"class_embed_type": "timestep"},
+        {"class_embed_type": "identity"},
+        {"sample_size": (8, 4), "in_channels": 3, "out_channels": 3, "resnet_time_scale_shift": "scale_shift"},
+    ],
+    ids=["classes", "classes by time", "embeddings", "scale and shift"],
+)
+def test_other_networks(config, tmp_path, monkeypatch):
+    only(monkeypatch, "unet", "trajectory", "batch", "distribution")
+    records = verify.verify(saved(tmp_path, **config), steps=4, progress=False)
+    assert [record for record in records if record.verdict != "pass"] == []
+    assert {record.rung for record in records} == {"unet", "trajectory", "batch", "distribution"}
+
+
+def test_steps_are_those_of_the_trajectory(tiny, monkeypatch):
+    only(monkeypatch, "trajectory")
+    for steps, t in ((None, range(11, -1, -1)), (3, (8, 4, 0)), (1, (0,))):
+        fp32, bf16 = verify.verify(tiny, steps=steps, progress=False)
+        assert f" of {len(t)} steps " in fp32.compared
+        shown = [at for at, _, _ in fp32.steps]
+        assert shown == [at for at, _, _ in bf16.steps]
+        assert shown == (list(t) if steps else [t[i] for i in (0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11)])
+        for record in (fp32, bf16) if steps else ():  # all steps are shown: the means are theirs
+            errors, plain = ([point[i] for point in record.steps] for i in (1, 2))
+            assert math.isclose(record.error, geometric_mean(errors), rel_tol=1e-12)
+            assert math.isclose(record.bound, 2 * geometric_mean(plain), rel_tol=1e-12)
+            decibel = [20 * math.log10(2 / values[-1]) for values in (errors, plain)]  # of [-1, 1]
+            assert record.note == "PSNR of x_0 {:.1f} dB, plain torch's {:.1f}".format(*decibel)
+
+
+# What a verdict means
+
+
+def test_a_verdict_is_nan_proof():
+    assert Record("r", "c").verdict == Record("r", "c", bound=1).verdict == "skipped"
+    for error, bound in ((0, 0), (1.0, 1.0), (0.0, 5.0)):
+        assert Record("r", "c", error, bound).verdict == "pass"
+    for error, bound in ((1, 0), (1.01, 1), (math.nan, 1), (1, math.nan), (math.nan, math.nan), (math.inf, math.inf)):
+        assert Record("r", "c", error, bound).verdict == "FAIL"
+    assert Record("r", "c", 1, math.inf).verdict == "FAIL"
+
+
+def test_unequal_bits_are_counted():
+    want = torch.tensor([[0.0, 1.0], [2.0, math.nan]])
+    assert rungs.unequal(want.clone(), want) == 0
+    for place, value in (((0, 0), -0.0), ((0, 1), 1 + 2**-23), ((1, 0), math.nan)):
+        got = want.clone()
+        got[place] = value
+        assert rungs.unequal(got, want) == 1
+    assert rungs.unequal(want[:1], want) == rungs.unequal(want.double(), want) == math.inf
+    assert rungs.unequal(torch.tensor([1, 3]), torch.tensor([1, 2])) == 1
+    assert rungs.unequal(want.half(), want.half() + 1) == 3
+
+
+def test_accuracy_wants_one_shape():
+    x = torch.zeros(2, 3)
+    message = check.error_line(rungs.accuracy, x, x, x[:1].double())
+    assert message == "ours is (2, 3), plain (2, 3), ref (1, 3); want one"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_network_that_breaks_fails(value, tiny):
+    one, other = (verify.Sampler.from_pretrained(tiny, precision="fp32", device="cpu") for _ in range(2))
+    case = Checkpoint(one.schedule, CPU, "torch", one.model, one.shape)
+    with torch.no_grad():
+        for precision in ("fp64", *case.precisions):
+            case.plain(precision, torch.zeros(1, 1, 8, 8), 0, None)  # made now, of sound weights
+        other.model.conv_out.bias[0] = value
+    case.net = other.model
+    for name in ("unet", "trajectory", "distribution"):
+        records = verify._climb(name, case, False)
+        assert records
+        assert {record.verdict for record in records} == {"FAIL"}
+
+
+def test_what_raises_has_failed_and_the_rest_goes_on(tiny, monkeypatch):
+    def broken(case, damage):
+        yield Record("words", "first", 0, 0)
+        raise ZeroDivisionError("on\ntwo lines")
+
+    only(monkeypatch, "words", "step")
+    monkeypatch.setitem(verify.RUNGS, "words", broken)
+    first, second, *others = verify.verify(tiny, progress=False)
+    assert (first.compared, first.verdict) == ("first", "pass")
+    assert (second.rung, second.verdict, second.note) == ("words", "FAIL", "ZeroDivisionError: on two lines")
+    assert {record.rung for record in others} == {"step"}
+
+
+def test_where_plain_torch_overflows_nothing_is_compared(tiny, monkeypatch):
+    plain = Checkpoint.plain
+
+    def overflowing(case, precision, *args):
+        return plain(case, precision, *args) + (math.inf if precision == "fp16" else 0)
+
+    monkeypatch.setattr(Checkpoint, "plain", overflowing)
+    only(monkeypatch, "unet")
+    records = verify.verify(tiny, device="cpu", progress=False)
+    assert [record.verdict for record in records] == ["pass"] * 4 + ["skipped"]
+    assert records[-1].note == "plain torch overflows in fp16"
+
+
+# Triton's interpreter
+
+
+def test_without_triton_the_interpreter_is_skipped(tmp_path, monkeypatch):
+    (tmp_path / "triton.py").write_text("raise ImportError('it is not for this machine')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    records = verify._interpreted(SCHEDULE, None)
+    assert [record.rung for record in records] == list(OF_KERNELS)
+    assert {(record.verdict, record.note) for record in records} == {
+        ("skipped", "no Triton: it is not for this machine")
+    }
+
+
+def test_an_interpreter_that_crashes_has_failed(tmp_path, monkeypatch):
+    (tmp_path / "triton.py").write_text("raise SystemError('triton is broken')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    records = verify._interpreted(SCHEDULE, None)
+    assert {(record.verdict, record.note) for record in records} == {("FAIL", "SystemError: triton is broken")}
+
+
+def test_triton_is_not_imported_on_a_cpu(tiny):
+    code = """
+import sys
+from fastddpm import verify
+verify._interpreted = lambda *_: []  # in another process
+verify.verify(sys.argv[1], device="cpu", steps=1, progress=False)
+assert not {"triton", "torch._dynamo"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code, tiny], check=True)
+
+
+# Arguments and output
+
+
+def test_published_numbers_are_those_of_the_standard():
+    vectors = json.loads((Path(__file__).parent / "data" / "vectors.json").read_text())
+    published = [[" ".join(case[key]) for key in ("counter", "key", "words")] for case in vectors["philox4x32_10"]]
+    assert [list(line) for line in rungs.WORDS] == published
+    normals = {
+        (case["seed"], case["stream"], case["sample"], case["t"], " ".join(case["bits"][:4]))
+        for case in vectors["normals"]
+    }
+    assert set(rungs.NORMALS) <= normals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"damage": "stepp"}, f"damage is 'stepp'; want one of the rungs {', '.join(RUNGS)}"),
+        ({"steps": 13}, "steps is 13; want a whole number from 1 to 12"),
+        ({"device": "abacus"}, "device is 'abacus'; want 'cpu', 'cuda' or 'cuda:N'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(arguments, message, tiny, monkeypatch):
+    monkeypatch.setattr(verify, "_climb", None)
+    assert check.error_line(verify.verify, tiny, **arguments) == message
+
+
+def test_a_rung_that_is_skipped_cannot_be_damaged(tiny, monkeypatch):
+    only(monkeypatch, "words", "engines")
+    message = check.error_line(verify.verify, tiny, device="cpu", damage="engines", progress=False)
+    assert message == "damage is 'engines', but that rung is skipped on cpu; choose another"
+
+
+def test_the_table_is_read_on_a_terminal():
+    records = [
+        Record("step", "update by torch with the float32 reference", 0, 0),
+        Record("unet", "fp32 U-Net, max", 1.25e-6, 2e-6),
+        Record("engines", "CUDA graph with eager", note="cpu has no CUDA graphs"),
+        Record(
+            "trajectory", "bf16 trajectory", 0.001, 0.0015, "PSNR of x_0 40.0 dB", [(11, 1e-4, 2e-4), (0, 1e-3, 9e-4)]
+        ),
+    ]
+    head, step, unet, engines, trajectory, along, points, verdict = verify.table(records).splitlines()
+    assert head.split() == ["rung", "compared", "error", "bound"]
+    assert step == "step        update by torch with the float32 reference  0 differ  equal   pass"
+    assert unet.split() == ["unet", "fp32", "U-Net,", "max", "1.25e-06", "2e-06", "pass"]
+    assert engines.endswith("  skipped  cpu has no CUDA graphs")
+    assert trajectory.endswith("0.001     0.0015  pass     PSNR of x_0 40.0 dB")
+    assert along == "bf16 trajectory after t (plain torch's):"
+    assert points == "  11: 1.0e-04 (2.0e-04), 0: 1.0e-03 (9.0e-04)"
+    assert verdict == "passed: all 3 comparisons; 1 skipped"
+    records[0] = replace(records[0], error=7)
+    records[1] = replace(records[1], error=math.nan)
+    _, step, unet, *_, verdict = verify.table(records).splitlines()
+    assert step.endswith("7 differ  equal   FAIL")
+    assert unet.split()[-3:] == ["nan", "2e-06", "FAIL"]
+    assert verdict == "FAILED: 2 of 3 comparisons, in step, unet"
+
+
+def test_the_command_prints_the_table_below_a_bar(tiny, capsys, monkeypatch):
+    only(monkeypatch, "words", "trajectory")
+    assert cli.main(["verify", tiny, "--steps", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "passed: all 3 comparisons; 0 skipped"
+    assert "verify" in err
+    assert "trajectory" in err
+    assert cli.main(["verify", tiny, "--steps", "3", "--quiet", "--damage", "words"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "FAILED: 1 of 3 comparisons, in words"
+    assert err == ""
+
+
+def test_json_has_no_nan(tiny, capsys, monkeypatch):
+    only(monkeypatch, "words")
+    monkeypatch.setitem(verify.RUNGS, "words", lambda *_: iter([Record("words", "c", math.nan, math.inf)]))
+    status, records = climbed(capsys, tiny)
+    assert status == 1
+    assert records == [
+        {"rung": "words", "compared": "c", "error": "nan", "bound": "inf", "note": "", "steps": [], "verdict": "FAIL"}
+    ]
+
+
+def test_damage_is_a_secret(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--help"])
+    text = capsys.readouterr().out
+    assert "--steps" in text
+    assert "damage" not in text
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("damage", [None, "engines", "step", "norm", "trajectory"])
+@pytest.mark.parametrize("mark", [pytest.param("cuda", marks=needs_gpu)])
+def test_the_ladder_of_a_gpu(mark, damage, tiny, capsys):
+    status, records = climbed(capsys, tiny, "--device", mark, *(["--damage", damage] if damage else []))
+    assert failed(records) == ({damage} if damage else set())
+    assert status == (1 if damage else 0)
+    assert "skipped" not in {record["verdict"] for record in records}

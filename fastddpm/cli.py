@@ -189,7 +189,7 @@ def _verify(args: argparse.Namespace) -> int:
     passed = all(record.verdict != "FAIL" for record in records)
     if args.json:
         listed = [asdict(record) | {"verdict": record.verdict} for record in records]
-        print(json.dumps({"passed": passed, "records": _finite(listed)}, indent=2))
+        print(json.dumps({"passed": passed, "records": _finite(listed)}))
     else:
         print(table(records))
     return 0 if passed else 1

@@ -254,7 +254,7 @@ def _check(
 ) -> None:
     right = isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device
     if not right or not x.is_contiguous():
-        raise ValueError(f"{op}: {name} is {_describe(x)}; want {shape} {dtype} on {device}, contiguous: {hint}")
+        raise ValueError(f"{op}: {name} is {_describe(x)}; want {tuple(shape)} {dtype} on {device}, contiguous: {hint}")
 
 
 def _describe(x: object) -> str:

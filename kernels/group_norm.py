@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 FULL = 264  # programs that fill a GPU: two for each of the 132 multiprocessors of an H200
 HELD = 16_384  # elements that a program holds: 32 in each thread of 16 warps
 TILE = 4_096  # elements that it reads at once where several share a group: 16 in each thread of 8 warps
@@ -115,7 +117,7 @@ def held_kernel(
     add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
     weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
     count = _counts(row < pixels, PER_GROUP, WIDTH)
-    centred, _, delta, var = _moments(x, add, count, None, 1 / (pixels * PER_GROUP))
+    centred, _, delta, var = _moments(x, add, count, None, pixels * PER_GROUP)
     scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     y = centred * scale + (bias - delta * scale)
     _store(y_ptr, y, n, row, flat, mask, pixels, channels, SILU)
@@ -159,7 +161,7 @@ def statistics_kernel(
         inner += off * (x - mean)
     seen = (rows - row + (ROWS - 1)) // ROWS
     mean, inner = mean.reshape(ROWS, GROUPS, WIDTH), inner.reshape(ROWS, GROUPS, WIDTH)
-    _, mean, delta, var = _moments(mean, add, _counts(seen, PER_GROUP, WIDTH), inner, 1 / (rows * PER_GROUP))
+    _, mean, delta, var = _moments(mean, add, _counts(seen, PER_GROUP, WIDTH), inner, rows * PER_GROUP)
 
     g = stripe * GROUPS + tl.arange(0, GROUPS)
     groups = channels // PER_GROUP
@@ -280,13 +282,13 @@ def _counts(seen, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _moments(x, shift, count, inner, inverse):
+def _moments(x, shift, count, inner, size):
     """Statistics of each group over x + shift, where every x stands for `count` values with squares `inner` about it.
 
-    Args: x: [rows, groups, width]; shift, inner: the like, or None for 0; inverse: 1 / how many values a group has.
+    Args: x: [rows, groups, width]; shift, inner: the like, or None for 0; size: how many values a group has.
     Returns: x - mean + shift, then [1, groups, 1] each: mean, which is x's, rounded; what it lacks; the variance.
     """
-    mean = (_total(count * x) * inverse)[None, :, None]
+    mean = (_total(count * x) / size)[None, :, None]
     centred = x - mean
     if shift is not None:
         centred += shift
@@ -294,7 +296,7 @@ def _moments(x, shift, count, inner, inverse):
     second = first * centred
     if inner is not None:
         second += inner
-    delta, square = tl.split(_total(tl.join(first, second)) * inverse)
+    delta, square = tl.split(_total(tl.join(first, second)) / size)
     delta = delta[None, :, None]
     return centred, mean, delta, square[None, :, None] - delta * delta
 
@@ -317,10 +319,9 @@ def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
     tile |= {"STRIPES": stripes, "ROWS": cut.rows, "num_warps": cut.warps}
     with torch.cuda.device_of(x):
         if cut.rows >= pixels:
-            held_kernel[n * stripes,](y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
-            return
-        found = torch.empty(n, slabs, 3, groups, device=x.device)
+            return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
+        found, grid = torch.empty(n, slabs, 3, groups, device=x.device), (n * stripes * slabs,)
         tile["SLAB"] = cut.slab
-        statistics_kernel[n * stripes * slabs,](found, *inputs, *sizes, slabs, **tile)
+        launch(statistics_kernel, grid, found, *inputs, *sizes, slabs, **tile)
         tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}
-        apply_kernel[n * stripes * slabs,](y, *inputs, *affine, found, *sizes, slabs, eps, **tile)
+        launch(apply_kernel, grid, y, *inputs, *affine, found, *sizes, slabs, eps, **tile)

@@ -76,10 +76,10 @@ def group_norm_variants(
     for kernel in [group_norm.held_kernel] if held else [group_norm.statistics_kernel, group_norm.apply_kernel]:
         what = kernel.__name__.removesuffix("_kernel")
         name = f"norm {what} {dtype} {n}x{pixels}x{channels}{', skip' * skip}{', add' * add}{', silu' * silu}"
-        own = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        own, typed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (constants, types))
         written = 0 if kernel is group_norm.statistics_kernel else BYTES[dtype]
         elements = plan.rows * plan.groups * width
-        yield Variant(name, kernel, types, own, {"num_warps": plan.warps}, elements, BYTES[dtype], written)
+        yield Variant(name, kernel, typed, own, {"num_warps": plan.warps}, elements, BYTES[dtype], written)
 
 
 def residual_variant(dtype: str, *, bias: bool) -> Variant:

@@ -440,8 +440,3 @@ def device_and_precision(device: torch.device | str | None, precision: str) -> t
     else:
         native = torch.cpu._is_avx512_bf16_supported()
     return device, "bf16" if native else "fp32"
-
-
-def device_and_dtype(device: torch.device | str | None, precision: str) -> tuple[torch.device, torch.dtype]:
-    device, name = device_and_precision(device, precision)
-    return device, PRECISIONS[name]

@@ -1,7 +1,9 @@
 """What tests of several files ask: is this as near to float64 as plain torch comes, and is this error one line?"""
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from fastddpm.rungs import accuracy, root_mean_square
 
-__all__ = ["TINY", "assert_as_accurate", "error_line", "root_mean_square"]
+__all__ = ["TINY", "assert_as_accurate", "at_once", "error_line", "root_mean_square"]
 
 # a small U-Net's options
 TINY = {
@@ -35,6 +37,18 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, ref: Tensor) -> None:
     assert ref.dtype == torch.float64
     for measure, error, bound in accuracy(ours, plain, ref):
         assert error <= bound < math.inf, f"{measure} error is {error:.3g}, twice plain torch's {bound:.3g}"
+
+
+def at_once(*functions: Callable[[], Any], times: int = 3) -> list[list[Any]]:
+    """The results of each, called so many times in a thread of its own; the threads start together."""
+    start = threading.Barrier(len(functions))
+
+    def call(function: Callable[[], Any]) -> list[Any]:
+        start.wait()
+        return [function() for _ in range(times)]
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(call, functions))
 
 
 def error_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

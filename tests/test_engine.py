@@ -1,10 +1,10 @@
 """What an engine may change is the speed. Graphs are played back here as by a GPU: same memory, nothing of Python."""
 
-import threading
+from functools import partial
 
 import pytest
 import torch
-from check import TINY, assert_as_accurate
+from check import TINY, assert_as_accurate, at_once
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -236,20 +236,9 @@ def test_two_threads_and_two_samplers(graphs, captures):
     jobs = [(shared, 0), (shared, 1), (own, 2), (shared, 3)]
     how = {"steps": 6, "batch_size": 2, "progress": False}
     want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
-    got, start = [None] * len(jobs), threading.Barrier(len(jobs))
-
-    def work(i):
-        start.wait()
-        for _ in range(3):
-            got[i] = jobs[i][0].sample(4, seed=jobs[i][1], **how)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    got = at_once(*(partial(sampler.sample, 4, seed=seed, **how) for sampler, seed in jobs))
+    for results, x in zip(got, want, strict=True):
+        assert all(torch.equal(result, x) for result in results)
 
 
 def test_runs_in_and_out_of_inference_mode():

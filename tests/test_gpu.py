@@ -1,7 +1,7 @@
 """What only a GPU can show of the engine, the sampler and the U-Net; the kernels have their own tests."""
 
 import math
-import threading
+from functools import partial
 
 import check
 import pytest
@@ -197,20 +197,9 @@ def test_threads_and_samplers_do_not_disturb_each_other(engine):
     want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
     for sampler, _ in jobs:
         sampler.engine.clear()  # so that they capture beside each other
-    got, start = [None] * len(jobs), threading.Barrier(len(jobs))
-
-    def work(i):
-        start.wait()
-        for _ in range(3):
-            got[i] = jobs[i][0].sample(4, seed=jobs[i][1], **how)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
+    got = check.at_once(*(partial(sampler.sample, 4, seed=seed, **how) for sampler, seed in jobs))
+    for results, x in zip(got, want, strict=True):
+        assert all(torch.equal(result, x) for result in results)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

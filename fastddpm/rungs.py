@@ -353,19 +353,23 @@ def trajectory(case: Checkpoint, damage: bool) -> Iterator[Record]:
             half_ulp = torch.finfo(torch.float32).eps / 2 * root_mean_square(ref)
             for kind, slots, walk in zip(kinds, fast, plain, strict=True):
                 slots.advance()
-                error, theirs = (root_mean_square(x.double() - ref) for x in (slots.x, next(walk)))
-                errors[kind].append((t, error, max(theirs, half_ulp)))
+                error, plain_error = (root_mean_square(x.double() - ref) for x in (slots.x, next(walk)))
+                errors[kind].append((t, error, max(plain_error, half_ulp)))
     peak = 2 * schedule.clip_sample_range if schedule.clip_sample else float(ref.max() - ref.min())
     for kind, along in errors.items():
         # Errors grow on the way, until chance alone makes one of two equally good runs three times better at the end.
-        # So the means of the logarithms are compared: in 22 runs ours was never more than 1.5 times plain torch's.
-        error, theirs = torch.tensor(along, dtype=torch.float64)[:, 1:].log().mean(0).exp().tolist()
+        # So the medians over all steps are compared: in 22 runs ours was never more than 1.3 times plain torch's. And a
+        # single wrong step is seen by itself, for it more than doubles the error.
+        ours, theirs = torch.tensor(along, dtype=torch.float64)[:, 1:].unbind(1)
+        growth = (ours / torch.maximum(theirs, torch.cat([theirs[:1], ours[:-1]]))).max()
         psnr, plain_psnr = (20 * math.log10(peak / max(e, 1e-300)) for e in along[-1][1:])
-        yield Record(
-            *("trajectory", f"{kind} trajectory of {len(along)} steps with float64, mean rms", error, 2 * theirs),
-            note=f"PSNR of x_0 {psnr:.1f} dB, plain torch's {plain_psnr:.1f}",
-            steps=along,
+        note, name = (
+            f"PSNR of x_0 {psnr:.1f} dB, plain torch's {plain_psnr:.1f}",
+            f"{kind} trajectory of {len(along)} steps",
         )
+        median, bound = float(ours.median()), 2 * float(theirs.median())
+        yield Record("trajectory", f"{name} with float64, median rms", median, bound, note, along)
+        yield Record("trajectory", f"{name}, growth of the error in one", float(growth), 2)
 
 
 def batch(case: Checkpoint, damage: bool) -> Iterator[Record]:

@@ -77,7 +77,7 @@ def table(records: Sequence[Record]) -> str:
         if r.steps:
             shown = sorted({round(i * (len(r.steps) - 1) / 10) for i in range(11)})
             along = ", ".join("{}: {:.1e} ({:.1e})".format(*r.steps[i]) for i in shown)
-            text += [f"{r.compared} after t (plain torch's):", f"  {along}"]
+            text += [f"{r.compared.partition(' with ')[0]}, rms error after t (plain torch's):", f"  {along}"]
     judged = [r for r in records if r.verdict != "skipped"]
     failed = [r.rung for r in judged if r.verdict == "FAIL"]
     if failed:

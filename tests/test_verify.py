@@ -331,7 +331,7 @@ def test_the_table_is_read_on_a_terminal():
     assert unet.split() == ["unet", "fp32", "U-Net,", "max", "1.25e-06", "2e-06", "pass"]
     assert engines.endswith("  skipped  cpu has no CUDA graphs")
     assert trajectory.endswith("0.001     0.0015  pass     PSNR of x_0 40.0 dB")
-    assert along == "bf16 trajectory after t (plain torch's):"
+    assert along == "bf16 trajectory, rms error after t (plain torch's):"
     assert points == "  11: 1.0e-04 (2.0e-04), 0: 1.0e-03 (9.0e-04)"
     assert verdict == "passed: all 3 comparisons; 1 skipped"
     records[0] = replace(records[0], error=7)

@@ -494,10 +494,11 @@ class Conv2d(nn.Conv2d):
             y = F.conv2d(x, self.weight, bias, self.stride, cast("tuple[int, int]", self.padding))
             return channels_last(y) if self.kernels else y  # torch promises no memory format
         how = self.padding, self.stride, self.dilation, self.groups
-        if self.packed is None or self.packed[0] != x.shape:
+        packed = self.packed  # another thread may drop it
+        if packed is None or packed[0] != x.shape:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self.packed = x.shape, reorder(self.weight.to_mkldnn(), *how, x.shape)
-        return torch.ops.mkldnn._convolution_pointwise(x, self.packed[1], bias, *how, "none", [], "")
+            self.packed = packed = x.shape, reorder(self.weight.to_mkldnn(), *how, x.shape)
+        return torch.ops.mkldnn._convolution_pointwise(x, packed[1], bias, *how, "none", [], "")
 
 
 class GroupNorm(nn.GroupNorm):

@@ -54,6 +54,7 @@ def graphs(monkeypatch):
         captured.append(graph)
         return graph
 
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(Slots, "_captured", capture)
     return captured
@@ -151,8 +152,7 @@ def test_what_is_returned_is_no_buffer(graphs):
     assert len(were) == 3
 
 
-def test_weights_changed_in_place_are_in_the_next_run(graphs, monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
+def test_weights_changed_in_place_are_in_the_next_run(graphs):
     net = tiny_unet()
     sampler, how = graphed(net, precision="fp32"), {"steps": 3, "progress": False}
     first = sampler.sample(2, **how)

@@ -6,13 +6,18 @@ update, the next position - and needs no argument, no wait and no allocation.
 """
 
 import threading
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastddpm import layout, noise, ops
 from fastddpm.schedule import StepTable
@@ -27,6 +32,7 @@ CACHED = 4  # batch sizes whose buffers and graph are kept
 
 _settings = threading.RLock()
 _capture = threading.Lock()
+_streams: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)  # that no slots use: torch has 32 to give
 
 
 class Engine:
@@ -60,20 +66,21 @@ class Engine:
         self.device, self.precision, self.dtype, self.kind = device, precision, PRECISIONS[precision], kind
         self.compiles = "compiled" in kind
         self.net: UNet2D | None = None
-        self.network: Callable[..., Any] | None = None
+        self.plain: Callable[..., Any] = model
+        self.network: Callable[..., Any] | None = None  # the same, perhaps compiled
         self._idle: dict[tuple[int, bool], Slots] = {}
         self._lock = threading.RLock()
 
     @contextmanager
     def slots(self, n: int, steps: int) -> Iterator["Slots"]:
-        """Slots for a batch of n, nobody else's until the context ends, to take so many steps with.
+        """Slots for a batch of n, nobody else's until the context ends, to `advance` so many times.
 
-        On a GPU they work on a stream of their own, which waits for the one that is current, and in the end that one
-        for it.
+        Those with a graph work on a stream of their own, in order with the one that is current. The network has the
+        weights that the model has now. torch's modes of the caller, such as autocast, do not apply.
         """
-        key = n, "graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING)
+        key = n, bool(steps) and ("graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING))
         # in inference mode the buffers would be unfit for a run outside of it
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._lock:
                 self._refresh()
                 slots = self._idle.pop(key, None) or Slots(self, *key)
@@ -90,7 +97,8 @@ class Engine:
             kept = bool(self._idle)
             self._idle.clear()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with _capture:  # during which nothing would be freed
+                torch.cuda.empty_cache()
         return kept
 
     @property
@@ -100,12 +108,13 @@ class Engine:
     def _refresh(self) -> None:
         """Make the network, or let it have the weights that the model has now."""
         if not isinstance(self.model, UNet2D):
-            self.network = self.network or self._compiled(self.model)
+            self.plain = self.model
         elif self.net is None:
             self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
-            self.network = self._compiled(self.net.denoise, fullgraph=True)
+            self.plain = self.net.denoise
         else:
             self.net.refresh(self.model)
+        self.network = self.network or self._compiled(self.plain, fullgraph=self.net is not None)
 
     def _compiled(self, network: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:
         if not self.compiles:
@@ -120,21 +129,26 @@ class Slots:
     Attributes:
         x: [n, *shape] float32, channels-last: the states x_t.
         low: x in the precision of a `UNet2D`, which reads it; x itself where that is float32, or for another model.
-        pos: [n] int32: the row of the table each entry is at; the same for all of them.
+        pos: [n] int32: the row of the table each entry is at. Without the kernels of a GPU a `UNet2D` reads but the
+            first of them, as all are the same after `load`.
         address: [n, 2] int64: (seed, sample index) of each, see `noise.address`.
         bad: [n] int32: the row at which a value first was not finite, -1 while all are.
         table: [T] rows, of which the first S are those that were loaded.
     """
 
     def __init__(self, engine: Engine, n: int, captures: bool):
-        self.engine, self.captures = engine, captures
+        self.engine: Engine = weakref.proxy(engine)  # which holds these: graphs shall go when it does
+        self.captures, self.stream = captures, None
         device, T = engine.device, engine.num_train_timesteps
-        self.stream = torch.cuda.Stream(device) if captures else None
+        if captures:
+            free = _streams[device]
+            self.stream = free.pop() if free else torch.cuda.Stream(device)
+            weakref.finalize(self, free.append, self.stream)
         self.x = self.low = layout.empty(n, engine.shape, dtype=torch.float32, device=device)
         self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
         self.pos, self.bad = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
-        rows, timesteps = torch.empty(T, 8, device=device), torch.empty(T, dtype=torch.int32, device=device)
-        self.table = StepTable(rows, timesteps, False, T)
+        rows = torch.empty(T, 8, dtype=torch.float32, device=device)
+        self.table = StepTable(rows, torch.empty(T, dtype=torch.int32, device=device), False, T)
         self.labels: Tensor | None = None
         if engine.net is not None:
             if engine.dtype != torch.float32:
@@ -185,19 +199,22 @@ class Slots:
             self._graph.replay()
             self.k -= 1
 
-    def predict(self) -> Tensor:
+    def predict(self, network: Callable[..., Any] | None = None) -> Tensor:
         """The first half of a step: what the network makes of x, in channels-last memory.
 
         Raises: ValueError: it is not a tensor with one number for each element of x; the message names the step.
         """
         engine = self.engine
-        network = cast(Callable[..., Any], engine.network)
+        network = network or cast(Callable[..., Any], engine.network)
         with arithmetic(engine.precision, engine.device):
             if engine.net is not None:
                 m = network(self.low, self._columns())
             else:
                 t = self.table.timesteps.index_select(0, self.pos).long()
-                with torch.autocast(engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32):
+                # without a cache: it would keep, and a graph build in, the weights as they are now
+                with torch.autocast(
+                    engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32, cache_enabled=False
+                ):
                     m = network(self.x.clone(), t)  # a model may write to its input
         if (
             not isinstance(m, Tensor)
@@ -239,22 +256,24 @@ class Slots:
         self.bad.fill_(-1)
 
     def _built_in(self) -> object:
-        """All that a graph or compiled code has built in and that may be another at the next load."""
-        labels, cudnn, model = self.labels, torch.backends.cudnn, self.engine.model
+        """What a graph has built in and may be another at the next load: addresses, and torch's choice of kernels."""
+        labels, cudnn, cuda, model = self.labels, torch.backends.cudnn, torch.backends.cuda, self.engine.model
         weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
         return (
             self.table.clip,
             None if labels is None else labels.data_ptr(),
-            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
             () if self.engine.net is not None else tuple(weight.data_ptr() for weight in weights),
+            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+            (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+            cuda.cudnn_sdp_enabled(),
         )
 
     def _prepare(self) -> None:
         """Compile and capture a step; the states are spoilt."""
         self._graph = None
-        if not self.engine.compiles:
-            with ops.compiling(self.engine.device):
-                self.update(self.predict())
+        if self.captures:
+            with NoWaiting(), ops.compiling(self.engine.device):
+                self.update(self.predict(self.engine.plain))
             self._start()
         with _many_versions() if self.engine.compiles else nullcontext():
             self.update(self.predict())
@@ -268,13 +287,36 @@ class Slots:
             with _capture, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.update(self.predict())
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
+            causes = error, error.__context__  # the end of a failed capture is an error of its own
+            if any(isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) for e in causes):
                 raise torch.OutOfMemoryError(str(error)) from error
-            raise ValueError(
-                f"engine: a step of this network cannot be captured ({str(error).splitlines()[0]}): it must not wait "
-                "for the GPU (.item(), .cpu(), if on a tensor); use engine='eager'"
-            ) from error
+            raise cannot_capture(str(error).partition("\n")[0]) from error
         return graph
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU. A capture would, too, but torch does not recover from that."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tags, inputs = func.tags, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
+        shapes = torch.Tag.dynamic_output_shape in tags and (func is not torch.ops.aten.index.Tensor or by_mask)
+        if shapes or torch.Tag.data_dependent_output in tags:
+            raise cannot_capture(f"{func} waits")
+        to, moves = kwargs.get("device"), func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
+        # a number may come from the host with a launch; results do not count: attention has one that stays there
+        places = {x.device.type for x in inputs if x.ndim or moves} | ({to.type} if moves and to else set())
+        if places > {"cpu"}:
+            raise cannot_capture(f"{func} copies between the host and the GPU")
+        return func(*args, **kwargs)
+
+
+def cannot_capture(why: str) -> ValueError:
+    return ValueError(
+        f"engine: a step of this network cannot be captured ({why}): it must not wait for the GPU, as .item(), .cpu() "
+        "and an if on a tensor do; use engine='eager'"
+    )
 
 
 @contextmanager
@@ -286,15 +328,28 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn, tf32 = torch.backends.cudnn, precision == "tf32"
-    with _settings:
-        matmul = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        try:
-            with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=tf32):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
+    with _settings, ExitStack() as after:
+        for get, set_, value in _float32_settings(precision == "tf32"):
+            after.callback(set_, get())
+            set_(value)
+        yield
+
+
+def _float32_settings(tf32: bool) -> list[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
+    """(get, set, value) of torch's settings: by their older names, or by the newer, where those have been used."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    older: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = [
+        (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high" if tf32 else "highest"),
+        (partial(getattr, cudnn, "allow_tf32"), partial(setattr, cudnn, "allow_tf32"), tf32),
+    ]
+    try:
+        for get, _, _ in older:
+            get()
+        return older
+    except RuntimeError:
+        owners, value = (matmul, cudnn.conv, cudnn.rnn), "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+        name = "fp32_precision"
+        return [(partial(getattr, owner, name), partial(setattr, owner, name), value) for owner in owners]
 
 
 @contextmanager

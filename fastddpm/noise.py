@@ -47,9 +47,9 @@ def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.devi
     for index in indices:
         if not _whole(index) or not 0 <= index < 1 << 56:
             raise ValueError(f"sample index is {index!r}; it must be a whole number, 0 <= index < 2^56")
-    out = torch.empty(len(indices), 2, dtype=torch.int64)
+    out = torch.empty(len(indices), 2, dtype=torch.int64, device="cpu")
     out[:, 0] = int(seed) - (1 << 64) if seed >> 63 else int(seed)
-    out[:, 1] = torch.tensor(indices, dtype=torch.int64)
+    out[:, 1] = torch.tensor(indices, dtype=torch.int64, device="cpu")
     return out.to(device)
 
 

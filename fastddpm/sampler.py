@@ -6,6 +6,7 @@ neither depends on the batch that sample i happens to be in.
 
 import math
 import os
+import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,6 +31,9 @@ PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 
 PIXELS_PER_MICRO_BATCH = {"cpu": 1 << 12, "cuda": 1 << 16}  # 4 and 64
 LOOK = 16  # steps on a GPU from one look at the flag to the next
 
+_evaluated: dict[int, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # id of a model: runs under way, modes before them
+_evaluated_lock = threading.Lock()
+
 
 class Sampler:
     """Draws samples from a trained eps-model.
@@ -47,7 +51,8 @@ class Sampler:
         engine: "eager"; "compiled", by torch.compile, which takes a minute at first; "graph", each step the replay of
             one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU and runs that are worth it,
             else "eager", with the same bits. In a graph a model of your own must not wait for the GPU, and what it
-            decides in Python it decides once.
+            decides in Python it decides once; pass the module itself, not a function around it, if its weights may be
+            replaced (changes in place are seen by the next batch in any case).
         batch_invariant: sample i is the same bits alone, in any batch, at any place: the network always computes the
             same number of samples at once, sample i in place i modulo that number, beside empty places where samples
             are missing. True chooses the number by the device and the size of a sample; a whole number is it.
@@ -151,9 +156,9 @@ class Sampler:
             samples = tuple(samples)
         batches = self.batches(samples, **how)
         count = int(samples) if isinstance(samples, Integral) else len(samples)  # type: ignore[arg-type]
-        out = layout.empty(count, self.shape, dtype=torch.float32)
+        out = layout.empty(count, self.shape, dtype=torch.float32, device="cpu")
         if output == "uint8":
-            out = torch.empty(count, *self.shape[1:], self.shape[0], dtype=torch.uint8)
+            out = torch.empty(count, *self.shape[1:], self.shape[0], dtype=torch.uint8, device="cpu")
         done = 0
         for _, x in batches:
             out[done : done + len(x)] = images.to_uint8(x) if output == "uint8" else x
@@ -231,12 +236,12 @@ class Sampler:
     def _parts(self, samples: Tensor, size: int) -> list[Tensor]:
         """Which samples to compute together: for each entry of a batch the place in samples, -1 where it is empty."""
         if not self.micro_batch:
-            return list(torch.arange(len(samples)).split(size)) if len(samples) else []
+            return list(torch.arange(len(samples), device="cpu").split(size)) if len(samples) else []
         parts: list[Tensor] = []
         seen: Counter[int] = Counter()  # how many samples each entry was given
         for place, entry in enumerate((samples % self.micro_batch).tolist()):
             if seen[entry] == len(parts):
-                parts.append(torch.full((self.micro_batch,), -1))
+                parts.append(torch.full((self.micro_batch,), -1, device="cpu"))
             parts[seen[entry]][entry] = place
             seen[entry] += 1
         return parts
@@ -321,15 +326,25 @@ class Sampler:
 
 @contextmanager
 def _evaluating(model: Model | nn.Module) -> Iterator[None]:
-    """No dropout and no batch statistics in a run; afterwards every part is in the mode it was in."""
-    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
-    for part, _ in modes:
-        part.training = False
+    """No dropout and no batch statistics in a run; after the last of several, every part is in the mode it was in."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with _evaluated_lock:
+        runs, modes = _evaluated.get(id(model), (0, [(part, part.training) for part in model.modules()]))
+        _evaluated[id(model)] = runs + 1, modes
+        for part, _ in modes:
+            part.training = False
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        with _evaluated_lock:
+            runs, modes = _evaluated.pop(id(model))
+            if runs > 1:
+                _evaluated[id(model)] = runs - 1, modes
+            else:
+                for part, training in modes:
+                    part.training = training
 
 
 class _InOrder:
@@ -341,7 +356,7 @@ class _InOrder:
 
     def put(self, part: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         places = part[part >= 0]
-        if torch.equal(places, torch.arange(self.next, self.next + len(places))) and not self.waiting:
+        if places.tolist() == list(range(self.next, self.next + len(places))) and not self.waiting:
             self.next += len(places)
             yield self.samples[places], x
             return
@@ -366,7 +381,7 @@ class _Watch:
         self.slots, self.taken, self.samples, self.bar = slots, taken, samples, bar
         self.on_gpu, self.steps, self.copied = slots.bad.device.type == "cuda", 0, 0
         if self.on_gpu:
-            self.host = torch.empty(len(taken), dtype=torch.int32, pin_memory=True)
+            self.host = torch.empty(len(taken), dtype=torch.int32, device="cpu", pin_memory=True)
             self.event = torch.cuda.Event()
 
     def after(self, k: int) -> None:
@@ -377,7 +392,7 @@ class _Watch:
         elif k % LOOK == 0:
             self._collect()
             self.host.copy_(self.slots.bad, non_blocking=True)
-            self.event.record()
+            self.event.record(torch.cuda.current_stream(self.slots.bad.device))
             self.copied, self.steps = self.steps, 0
             if k == 0:
                 self._collect()
@@ -429,6 +444,8 @@ def device_and_precision(device: torch.device | str | None, precision: str) -> t
         raise ValueError(f"device is {device!r}; want 'cpu', 'cuda' or 'cuda:N'") from error
     if device.type not in PIXELS_PER_BATCH or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device is '{device}', which is not to be had here; use 'cpu'")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # another thread may have another
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; want one of auto, {', '.join(PRECISIONS)}")
     if precision == "tf32" and device.type != "cuda":

@@ -274,7 +274,7 @@ class UNet2D(nn.Module):
             parameter.copy_(state[name])
         for module in self.modules():
             if isinstance(module, Conv2d):
-                module.packed = None
+                module.version += 1
 
     def _sinusoid(self, t: Tensor) -> Tensor:
         """Sinusoidal embedding of t [N] -> [N, block_out_channels[0]] in the time MLP's dtype."""
@@ -481,7 +481,8 @@ class Conv2d(nn.Conv2d):
 
     kernels = False  # which take channels-last memory and no other
     pack = False
-    packed: tuple[torch.Size, Tensor] | None = None
+    packed: tuple[object, Tensor] | None = None
+    version = 0  # of the weight
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """bias: [1 or N, C_out], in place of the module's own."""
@@ -494,10 +495,10 @@ class Conv2d(nn.Conv2d):
             y = F.conv2d(x, self.weight, bias, self.stride, cast("tuple[int, int]", self.padding))
             return channels_last(y) if self.kernels else y  # torch promises no memory format
         how = self.padding, self.stride, self.dilation, self.groups
-        packed = self.packed  # another thread may drop it
-        if packed is None or packed[0] != x.shape:
+        packed, now = self.packed, (x.shape, self.version)  # other threads may pack, too, or bring new weights
+        if packed is None or packed[0] != now:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-            self.packed = packed = x.shape, reorder(self.weight.to_mkldnn(), *how, x.shape)
+            self.packed = packed = now, reorder(self.weight.to_mkldnn(), *how, x.shape)
         return torch.ops.mkldnn._convolution_pointwise(x, packed[1], bias, *how, "none", [], "")
 
 

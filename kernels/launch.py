@@ -23,7 +23,8 @@ def compiling() -> Iterator[None]:
 
     A kernel takes a core a second, a network has dozens.
     """
-    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+    # an error is the launch's to tell: raised here, it would leave the mode on
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         token = _compiling.set(True)
         try:
             yield

@@ -68,6 +68,7 @@ def test_class_labels_are_read_in_the_graph():
         assert torch.equal(graph.sample(2, **how), eager.sample(2, **how))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, torch says
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
     """From the first step of a run to the last, looks at the flag included."""
@@ -95,6 +96,7 @@ def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
     assert len(set(counts)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_wait_is_an_error():
     """As the test above takes for granted."""
     torch.cuda.set_sync_debug_mode("error")
@@ -146,6 +148,7 @@ def test_a_whole_run_is_as_accurate_as_plain_torch(precision):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
 @pytest.mark.parametrize("kind", ["compiled", "compiled+graph"])
 def test_compiled_is_the_same_function(kind):
     """The yardstick is the eager engine."""

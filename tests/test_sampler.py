@@ -301,7 +301,9 @@ def test_the_batch_follows_the_size_of_a_sample():
     assert {shape: Sampler(elementwise, shape=shape, device="cpu")._batch_size() for shape in sizes} == sizes
     fixed = {(3, 32, 32): 4, (3, 256, 256): 1, (5,): 16}
     for shape, size in fixed.items():
-        assert Sampler(elementwise, shape=shape, device="cpu", batch_invariant=True).micro_batch == size
+        sampler = Sampler(elementwise, shape=shape, device="cpu", batch_invariant=True)
+        assert sampler.micro_batch == size
+        assert len(sampler.sample(3, steps=1, progress=False)) == 3
 
 
 def test_a_network_is_evaluated_and_left_in_its_mode():
@@ -325,6 +327,31 @@ def test_a_network_is_evaluated_and_left_in_its_mode():
     Sampler(model, shape=(4,)).sample(2, steps=2, progress=False)
     assert modes == [False, False]
     assert [part.training for part in (model, net, net[0], net[1])] == [True, True, True, False]
+
+
+def test_interleaved_runs_leave_a_network_in_its_mode():
+    net = torch.nn.Dropout(0.5)
+    net.seen = []
+    net.register_forward_hook(lambda module, args, out: net.seen.append(module.training))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t):
+            return self.net(x)
+
+    model = Model()
+    sampler, how = Sampler(model, shape=(4,)), {"steps": 2, "batch_size": 1, "progress": False}
+    first, second = sampler.batches(2, **how), sampler.batches(3, **how)
+    next(first), next(second)
+    list(first)
+    assert not model.training
+    list(second)
+    assert net.seen == [False] * 10
+    assert model.training
+    assert net.training
 
 
 def test_neither_network_nor_callback_can_change_the_run():

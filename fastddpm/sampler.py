@@ -273,9 +273,10 @@ class Sampler:
         taken = part >= 0
         which = part.clamp(min=0)  # what stands in an empty entry does not matter
         with self.engine.slots(len(part), 0 if callback else len(table)) as slots:
-            bar.set_description("prepare")  # to compile takes a minute
+            if self.engine.compiles:
+                bar.set_description("compile")  # which takes minutes
             slots.load(table, addresses[which], None if labels is None else labels[which])
-            bar.set_description("sample")
+            bar.set_description("sample", refresh=False)
             samples = addresses[which, 1][taken]
             watch = _Watch(slots, taken, samples, bar)
             for k in reversed(range(len(table))):

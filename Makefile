@@ -34,6 +34,7 @@ gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
 bench: $(bench)
+	@mkdir -p $(OUT)
 	$(PYTHON) -m pytest bench -s -q --benchmark-quiet --benchmark-json=$(OUT)/latest.json $(BENCH)
 
 clean:

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     needs = COMPILING if item.get_closest_marker("compiled") else 0
     if time.monotonic() - item.config.stash[BEGAN] + needs > item.config.getoption("seconds"):
-        pytest.skip("--seconds are over, or too few are left to compile")
+        pytest.skip(f"{item.name}: --seconds are over, or too few are left to compile")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

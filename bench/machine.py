@@ -84,7 +84,7 @@ def right(contenders: dict[str, Call], check: Callable[[Any], None]) -> tuple[di
     for name, call in contenders.items():
         try:
             check(call())
-        except (AssertionError, RuntimeError) as error:
+        except Exception as error:  # Triton's are of no common kind
             wrong[name] = str(error).partition("\n")[0]
     return {name: call for name, call in contenders.items() if name not in wrong}, wrong
 

@@ -78,7 +78,8 @@ def times(ceilings):
         rivals = theirs.get("diffusers fp32", math.nan), min(theirs.values(), default=math.nan)
         for name, (step, prepare) in found.items():
             row = f"{f'{model}, batch {batch}':<24}{name:<22}{1e3 * step:>9.3f}{batch / step / T:>10.4g}"
-            say(row + "".join(f"{rival / step:>9.2f}x" for rival in rivals) + f"{prepare:>12.2f}")
+            times_as_fast = (f"{rival / step:>9.2f}x" if rival == rival else f"{'-':>10}" for rival in rivals)
+            say(row + "".join(times_as_fast) + f"{prepare:>12.2f}")
     say(f"images/s: with all {T} steps; shipped, fastest: times as fast as diffusers as it comes, and as its fastest")
 
 

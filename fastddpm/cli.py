@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _sample(args: argparse.Namespace) -> None:
+    if args.batch_invariant and args.batch_size is not None:
+        raise ValueError("--batch-size does not apply with --batch-invariant, which fixes it; leave one out")
     out, kind = _destination(args.out, args.format)
     check_writable(out, folder=kind == "png")
     sampler = Sampler.from_pretrained(

@@ -208,7 +208,9 @@ class Slots:
         network = network or cast(Callable[..., Any], engine.network)
         with arithmetic(engine.precision, engine.device):
             if engine.net is not None:
-                m = network(self.low, self._columns())
+                with arithmetic("fp32", engine.device):
+                    columns = self._columns()
+                m = network(self.low, columns)
             else:
                 t = self.table.timesteps.index_select(0, self.pos).long()
                 # without a cache: it would keep, and a graph build in, the weights as they are now

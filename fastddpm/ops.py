@@ -155,8 +155,8 @@ def group_norm(
 ) -> Tensor:
     """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, with SiLU after it if asked.
 
-    In fp32, rounded once; nothing but the result is made. An entry's bits depend on no other entry, but on the size of
-    the batch, by which the kernel cuts its work.
+    In fp32, rounded once; the kernel makes neither the sum nor the whole of x and skip. An entry's bits depend on no
+    other entry, but on the size of the batch, by which the kernel cuts its work.
 
     Args:
         x: [N, C1, *spatial] fp32/bf16/fp16, channels-last.

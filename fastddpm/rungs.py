@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm import noise, ops
+from fastddpm import layout, noise, ops
 from fastddpm.engine import PRECISIONS, Engine, arithmetic
 from fastddpm.frechet import frechet_distance, random_features
 from fastddpm.reference.diffusion import Diffusion, add_noise, update
@@ -40,6 +40,7 @@ NORMALS = (
 FREE = 128  # a stream of noise, for the inputs
 SHAPE = (3, 20, 20)  # of the kernels' samples: one of their blocks, and a part of the next
 SLIGHTLY = 1 + 1e-4  # how wrong damaged coefficients are
+LONG = 50  # steps, from which on one of them can be judged by itself
 FEW = 20  # steps, where all of them are not the point
 SAMPLES = 64  # in each of the sets whose distributions are compared
 INTERPRETED = "the interpreted kernel"
@@ -142,7 +143,7 @@ class Checkpoint(Case):
             yield x
 
     def few(self) -> int:
-        return min(FEW, self.schedule.num_train_timesteps)
+        return min(FEW, self.steps or self.schedule.num_train_timesteps, self.schedule.num_train_timesteps)
 
     def bar(self, steps: Iterable[Any], what: str) -> Iterable[Any]:
         from tqdm import tqdm
@@ -283,25 +284,36 @@ def norm(case: Case, damage: bool) -> Iterator[Record]:
     weight, bias, *add = _drawn(4, (32,), 1).to(case.device)
     time_bias = torch.stack(add)
 
-    def plain(dtype: torch.dtype, x: Tensor, skip: Tensor) -> Tensor:
-        whole = torch.cat([x, skip], 1).contiguous().to(dtype) + time_bias.to(dtype)[:, :, None, None]
-        return F.silu(F.group_norm(whole, groups, weight.to(dtype), bias.to(dtype), eps))
+    def plain(dtype: torch.dtype, x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
+        whole = (x if skip is None else torch.cat([x, skip], 1)).contiguous().to(dtype)
+        whole = whole if add is None else whole + add.to(dtype)[:, :, None, None]
+        y = F.group_norm(whole, groups, weight.to(dtype), bias.to(dtype), eps)
+        return y if add is None else F.silu(y)
 
-    for dtype, centre in product(case.dtypes, (0, 1000)):
-        x, skip = ((_drawn(2, (c, 9, 7), c) + centre).to(case.device, dtype) for c in (24, 8))
-        ours = ops.group_norm(x, weight * wrong, bias, groups, eps=eps, skip=skip, add=time_bias, silu=True)
-        compared = f"{_name(dtype)} group norm about {centre} by {case.kernels} with float64"
-        yield from _accurate("norm", compared, ours, plain(dtype, x, skip), plain(torch.float64, x, skip))
+    # the last is too large for one program of the kernel to hold
+    shapes = ("bare", (9, 7), 0), ("", (9, 7), 0), ("", (9, 7), 1000), ("shared", (47, 45), 1000)
+    for dtype, (what, size, centre) in product(case.dtypes, shapes):
+        x, rest = ((_drawn(2, (c, *size), c) + centre).to(case.device, dtype) for c in (24, 8))
+        if what == "bare":
+            x, skip, plus = torch.cat([x, rest], 1), None, None
+        else:
+            skip, plus = rest, time_bias
+        x = layout.channels_last(x)
+        how: Any = {"eps": eps, "skip": skip, "add": plus, "silu": plus is not None}
+        ours = ops.group_norm(x, weight * wrong, bias, groups, **how)
+        compared = f"{_name(dtype)} {f'{what} ' * bool(what)}group norm about {centre} by {case.kernels} with float64"
+        theirs = plain(torch.float32, x, skip, plus).to(dtype)
+        yield from _accurate("norm", compared, ours, theirs, plain(torch.float64, x, skip, plus))
 
 
 def residual(case: Case, damage: bool) -> Iterator[Record]:
-    bias = _drawn(1, (24,), 3)[0].to(case.device)
+    bias, differing = _drawn(1, (24,), 3)[0].to(case.device), 0.0
     for dtype in case.dtypes:
         h, other = (_drawn(2, (24, 9, 7), seed).to(case.device, dtype) for seed in (1, 2))
-        theirs = h + other + bias.to(dtype)[:, None, None]
-        ref = h.double() + other.double() + bias.double()[:, None, None]
+        want = ((h.float() + other.float()) + bias[:, None, None]).to(dtype)
         ops.residual(h, other, None if damage else bias)
-        yield from _accurate("residual", f"{_name(dtype)} residual sum by {case.kernels} with float64", h, theirs, ref)
+        differing += unequal(h, want)
+    yield Record("residual", f"residual sums by {case.kernels} with torch's in float32", differing, 0)
 
 
 def unet(case: Checkpoint, damage: bool) -> Iterator[Record]:
@@ -369,7 +381,8 @@ def trajectory(case: Checkpoint, damage: bool) -> Iterator[Record]:
         )
         median, bound = float(ours.median()), 2 * float(theirs.median())
         yield Record("trajectory", f"{name} with float64, median rms", median, bound, note, along)
-        yield Record("trajectory", f"{name}, growth of the error in one", float(growth), 2)
+        if len(along) >= LONG:  # in a few steps the error of an equally good run may grow eightfold by chance
+            yield Record("trajectory", f"{name}, growth of the error in one", float(growth), 2)
 
 
 def batch(case: Checkpoint, damage: bool) -> Iterator[Record]:
@@ -394,9 +407,13 @@ def distribution(case: Checkpoint, damage: bool) -> Iterator[Record]:
     one, other = torch.cat(reference).split(SAMPLES)
     labels = case.labels(range(SAMPLES))
     fast = sampler.sample(SAMPLES, steps=len(table), noise=not damage, class_labels=labels, progress=case.progress)
+    found = random_features(fast)
+    strangers = (torch.cdist(found.double(), one.double()).argmin(1).cpu() != torch.arange(SAMPLES)).sum()
+    kind = f"{sampler.precision} samples"
+    yield Record("distribution", f"{kind}, those nearest to another one of the reference's", float(strangers), 0)
     yield Record(
-        *("distribution", f"{sampler.precision} samples with the reference's, Fréchet distance"),
-        *(frechet_distance(random_features(fast), one), frechet_distance(other, one)),
+        *("distribution", f"{kind} with the reference's, Fréchet distance"),
+        *(frechet_distance(found, one), frechet_distance(other, one)),
         note=f"the bound is that of {SAMPLES} reference samples to {SAMPLES} others",
     )
 

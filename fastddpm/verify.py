@@ -104,10 +104,11 @@ def _interpreted(schedule: Schedule, damage: str | None) -> list[Record]:
     """The rungs of the kernels as Triton interprets them."""
     given = json.dumps({"schedule": schedule.to_config(), "damage": damage})
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    run = [sys.executable, "-m", "fastddpm.verify"]
+    # not -m, which would look for modules in the current folder first
+    run = [sys.executable, "-c", "import sys; del sys.path[0]; from fastddpm.verify import _interpret; _interpret()"]
     done = subprocess.run(run, input=given, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        why = done.stderr.strip().rpartition("\n")[2]
+        why = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
         return [Record(name, INTERPRETED, math.nan, 0, why) for name in OF_KERNELS]
     return [Record(**record) for record in json.loads(done.stdout)]
 
@@ -122,13 +123,9 @@ def _interpret() -> None:
 def _climb_interpreted(schedule: Schedule, damage: str | None) -> list[Record]:
     """The rungs of the kernels where TRITON_INTERPRET is set."""
     try:
-        importlib.import_module("fastddpm.kernels.step")
+        importlib.import_module("triton")
     except ImportError as error:
         return [Record(name, INTERPRETED, note=f"no Triton: {error}") for name in OF_KERNELS]
     case = Case(schedule, torch.device("cpu"), INTERPRETED)
     with mock.patch.object(ops, "backend", return_value="triton"):
         return [record for name in OF_KERNELS for record in _climb(name, case, name == damage)]
-
-
-if __name__ == "__main__":
-    _interpret()

@@ -114,7 +114,7 @@ def test_every_benchmark_runs_at_a_tiny_size(device, tmp_path):
 def test_the_time_ends_before_the_command_does():
     def begins(after, seconds, *marks):
         config = SimpleNamespace(stash={conftest.BEGAN: time.monotonic() - after}, getoption={"seconds": seconds}.get)
-        item = SimpleNamespace(config=config, get_closest_marker=lambda name: name in marks)
+        item = SimpleNamespace(name="a case", config=config, get_closest_marker=lambda name: name in marks)
         try:
             conftest.pytest_runtest_setup(item)
         except pytest.skip.Exception:

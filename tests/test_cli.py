@@ -102,6 +102,13 @@ def test_sample_takes_the_machine_s_options(tiny, monkeypatch):
     assert (other["engine"], other["batch_invariant"], other["precision"]) == ("compiled", True, "fp16")
 
 
+def test_a_batch_size_that_would_be_ignored_is_refused(tiny, tmp_path, capsys):
+    out = tmp_path / "x.png"
+    assert cli.main(["sample", str(tiny), "--batch-invariant", "--batch-size", "5", "--out", str(out)]) == 2
+    assert "--batch-size does not apply with --batch-invariant" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_sample_in_a_batch_invariant_way(tiny):
     for indices, out in (("0-9", "many.npz"), ("7", "one.npz")):
         flags = ["--batch-invariant", "--indices", indices, "--out", out, "--quiet"]

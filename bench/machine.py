@@ -5,8 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
@@ -15,11 +14,12 @@ from typing import Any
 
 import torch
 
+from fastddpm.engine import PRECISIONS, arithmetic
+
 Call = Callable[[], object]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = "tiny" if os.environ.get("BENCH_TINY") else DEVICE.type  # of all sizes; tiny: to see that everything runs
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCHES = 20  # in one captured graph
 
 
@@ -96,26 +96,13 @@ def ceilings() -> dict[str, float]:
     copy = race({"copy": partial(torch.empty_like(source).copy_, source)})["copy"]
     rates = {"copy": 2 * size / copy / 1e9}
     side = {"cuda": 8192, "cpu": 1024, "tiny": 32}[SCALE]
-    for precision, dtype in DTYPES.items():
+    for precision, dtype in PRECISIONS.items():
         if precision == "tf32" and DEVICE.type == "cpu":
             continue
         a, b = (torch.randn(side, side, device=DEVICE).to(dtype) for _ in range(2))
-        with float32_by(precision):
+        with arithmetic(precision, DEVICE):
             rates[precision] = 2 * side**3 / race({precision: partial(torch.mm, a, b)})[precision] / 1e12
     return rates
-
-
-@contextmanager
-def float32_by(precision: str) -> Iterator[None]:
-    """float32 products in the matrix units' TF32 for "tf32", and in float32 for all else. Set process-wide."""
-    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try:
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def peak_bytes(call: Call) -> int:

@@ -23,9 +23,9 @@ from check import assert_as_accurate
 
 from bench import kinds
 from bench.layouts import flops, network
-from bench.machine import DEVICE, DTYPES, SCALE, peak_bytes, say, wait
+from bench.machine import DEVICE, SCALE, peak_bytes, say, wait
 from fastddpm import Sampler, Schedule, UNet2D, checkpoint, layout, noise, ops
-from fastddpm.engine import Engine, Slots, arithmetic
+from fastddpm.engine import PRECISIONS, Engine, Slots, arithmetic
 from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampler import sample_shape
@@ -135,7 +135,7 @@ def gate(slots: Slots, model: str, precision: str) -> None:
     slots.load(table, noise.address(0, len(slots.x)))
     x = slots.x[:2].clone()
     slots.advance()
-    dtype = DTYPES[precision]
+    dtype = PRECISIONS[precision]
     plain, ref = reference(model).to(dtype), reference(model).double()
     t = torch.full((len(x),), 500, device=DEVICE)
     with arithmetic(precision, DEVICE):
@@ -241,7 +241,7 @@ def test_memory(benchmark, ceilings, precision, batch, kind):
 
     The peak of a bare forward pass, above its inputs, stands for the activations and the output.
     """
-    net, dtype = network("cifar10-32"), DTYPES[precision]
+    net, dtype = network("cifar10-32"), PRECISIONS[precision]
     held = held_by_the_network(net, batch, precision)
     held["state"] = 4 * batch * math.prod(sample_shape(net))
     held["low-precision copy"] = 0 if dtype == torch.float32 else held["state"] // 2
@@ -261,8 +261,8 @@ def test_memory(benchmark, ceilings, precision, batch, kind):
 
 @torch.no_grad()
 def held_by_the_network(net: UNet2D, batch: int, precision: str) -> dict[str, int]:
-    fast = net.for_inference(DTYPES[precision], DEVICE)
-    x = layout.empty(batch, sample_shape(net), dtype=DTYPES[precision], device=DEVICE).normal_()
+    fast = net.for_inference(PRECISIONS[precision], DEVICE)
+    x = layout.empty(batch, sample_shape(net), dtype=PRECISIONS[precision], device=DEVICE).normal_()
     with arithmetic(precision, DEVICE):
         rows = fast.time_rows(torch.arange(T, device=DEVICE))
         rows = rows if ops.backend(DEVICE) == "triton" else rows.to(x.dtype)

@@ -306,6 +306,17 @@ def test_the_batch_follows_the_size_of_a_sample():
         assert len(sampler.sample(3, steps=1, progress=False)) == 3
 
 
+class Untimed(torch.nn.Module):
+    """A network that does not look at t."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
+
+
 def test_a_network_is_evaluated_and_left_in_its_mode():
     net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4).eval())
     modes = []
@@ -315,15 +326,7 @@ def test_a_network_is_evaluated_and_left_in_its_mode():
 
     net[0].register_forward_hook(record)
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x, t):
-            return self.net(x)
-
-    model = Model()
+    model = Untimed(net)
     Sampler(model, shape=(4,)).sample(2, steps=2, progress=False)
     assert modes == [False, False]
     assert [part.training for part in (model, net, net[0], net[1])] == [True, True, True, False]
@@ -334,15 +337,7 @@ def test_interleaved_runs_leave_a_network_in_its_mode():
     net.seen = []
     net.register_forward_hook(lambda module, args, out: net.seen.append(module.training))
 
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x, t):
-            return self.net(x)
-
-    model = Model()
+    model = Untimed(net)
     sampler, how = Sampler(model, shape=(4,)), {"steps": 2, "batch_size": 1, "progress": False}
     first, second = sampler.batches(2, **how), sampler.batches(3, **how)
     next(first), next(second)

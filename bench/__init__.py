@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.NAME --help`."""
+"""Benchmarks: `make bench`, see NOTES.md; and `python -m bench.frechet --help`."""

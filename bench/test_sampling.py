@@ -4,7 +4,6 @@ Runs take fewer than the 1000 steps where those would take long. Every step is t
 1000. What is done once before the steps (weights converted, code compiled, a graph captured) is the column "prepare".
 """
 
-import gc
 import json
 import math
 import os
@@ -124,8 +123,6 @@ def prepared(model: str, batch: int, kind: str, precision: str) -> Iterator[tupl
         gate(slots, model, precision)
         slots.load(table, address)
         yield slots, seconds
-    del slots, engine
-    gc.collect()  # they refer to each other
 
 
 @torch.no_grad()

@@ -107,13 +107,12 @@ class Engine:
 
     def _refresh(self) -> None:
         """Make the network, or let it have the weights that the model has now."""
-        if not isinstance(self.model, UNet2D):
-            self.plain = self.model
-        elif self.net is None:
-            self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
-            self.plain = self.net.denoise
-        else:
-            self.net.refresh(self.model)
+        if isinstance(self.model, UNet2D):
+            if self.net is None:
+                self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
+                self.plain = self.net.denoise
+            else:
+                self.net.refresh(self.model)
         self.network = self.network or self._compiled(self.plain, fullgraph=self.net is not None)
 
     def _compiled(self, network: Callable[..., Any], *, fullgraph: bool = False) -> Callable[..., Any]:

@@ -1,0 +1,290 @@
+"""Records of measurements: JSON lines under bench/results, one for each case and run, which nothing ever changes."""
+
+import ast
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
+from hashlib import sha256
+from importlib import import_module
+from numbers import Integral, Real
+from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+SCHEMA = 1
+HERE = Path(__file__).parent
+BESIDE = ("records", "turns", "watch")  # modules that store or observe: they do not change what a case measures
+
+
+# Names
+
+
+def device_name(machine: dict[str, Any]) -> str:
+    """The folder of a machine's records: its GPU, or its CPU and the number of threads, as a-z, 0-9 and dashes."""
+    name = machine.get("gpu") or f"{machine.get('cpu') or 'unknown'} {machine.get('threads') or 1} threads"
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """(commit, dirty) of the repository that bench/ lies in, but for bench/results; (None, None) without one.
+
+    The environment's COMMIT wins, for a copy of the tree without its repository: "abc" or, dirty, "abc-dirty".
+    """
+    if given := os.environ.get("COMMIT"):
+        return given.removesuffix("-dirty"), given.endswith("-dirty")
+    try:
+        changed = _git("status", "--porcelain", "--untracked-files=normal", "--", ":/", ":!results")
+        return _git("rev-parse", "HEAD"), bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(*args: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(HERE), *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
+def new_file(folder: Path, device: str, run: str, commit: str | None) -> Path:
+    """A new empty file for the records of one run: folder/device/run-commit.jsonl, numbered where that exists."""
+    (folder / device).mkdir(parents=True, exist_ok=True)
+    stem, number = f"{run.replace(':', '')}-{(commit or 'unknown')[:7]}", 1
+    while True:
+        path = folder / device / f"{stem}{f'-{number}' if number > 1 else ''}.jsonl"
+        try:
+            path.touch(exist_ok=False)  # another run may begin in the same second
+            return path
+        except FileExistsError:
+            number += 1
+
+
+# Lines
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line, in one write, and wait until it is on the disk; NaN and infinity become null.
+
+    Raises: OSError: it cannot be written whole. The next one begins on a line of its own all the same.
+    """
+    line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        end = os.fstat(file).st_size
+        if end and os.pread(file, 1, end - 1) != b"\n":
+            line = b"\n" + line
+        if (written := os.write(file, line)) != len(line):
+            raise OSError(f"{path}: {written} of the record's {len(line)} bytes were written; is the disk full?")
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it; of unknown things the str()."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """The records in files and in all *.jsonl of folders, in order of run and time.
+
+    Lines that are none, such as one that was cut short, are skipped with a warning that tells file, line and why.
+
+    Raises: FileNotFoundError: one of the paths does not exist.
+    """
+    files: dict[Path, None] = {}  # each once, in order
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; want a file or folder of records, such as bench/results")
+        files.update(dict.fromkeys(sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]))
+    return sorted((record for file in files for record in _records(file)), key=lambda r: (r["run"], r["time"]))
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        warnings.warn(f"{file}: skipped, {error.strerror}", stacklevel=3)
+        return
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
+            why = "it is not JSON, or was cut short"
+        else:
+            why = _fault(record)
+        if why:
+            warnings.warn(f"{file}, line {number}: skipped, {why}", stacklevel=3)
+        else:
+            yield record
+
+
+def _fault(record: Any) -> str | None:
+    """Why it is no record of this schema."""
+    if not isinstance(record, dict) or "schema" not in record:
+        return "it is not a record of a benchmark"
+    if record["schema"] != SCHEMA:
+        return f"its schema is {record['schema']!r:.40}; want {SCHEMA}"
+    for field, (right, want) in FIELDS.items():
+        if field not in record:
+            return f"it has no {field}"
+        if not right(record[field]):
+            return f"{field} is {record[field]!r:.80}; want {want}"
+    return None
+
+
+def _is(*types: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _time(value: Any) -> bool:
+    with suppress(TypeError, ValueError):
+        return bool(datetime.strptime(value, "%Y-%m-%dT%H:%M:%SZ"))
+    return False
+
+
+def _samples(value: Any) -> bool:
+    return isinstance(value, list) and all(_number(item) and item > 0 for item in value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_number, value.values()))
+
+
+def _shares(value: Any) -> bool:
+    return isinstance(value, dict) and all(_numbers(of) and of.keys() == {"rate", "share"} for of in value.values())
+
+
+NOTHING = type(None)
+TEXT, TEXT_OR_NULL, OBJECT = (_is(str), "text"), (_is(str, NOTHING), "text or null"), (_is(dict), "an object")
+TIME, NUMBER = (_time, "a time such as 2026-11-22T21:00:00Z"), (_number, "a number")
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{"run": TIME, "time": TIME, "case": TEXT, "name": TEXT, "params": OBJECT, "hash": TEXT},
+    **{"group": TEXT_OR_NULL, "contender": TEXT_OR_NULL, "reason": TEXT_OR_NULL},
+    "outcome": (lambda value: value in ("passed", "failed", "skipped"), "passed, failed or skipped"),
+    "invalid": (lambda value: isinstance(value, list) and all(map(_is(str), value)), "a list of texts"),
+    "samples_s": (_samples, "a list of seconds above 0"),
+    **{"calls": NUMBER, "bytes": NUMBER, "flops": NUMBER, "images": NUMBER},
+    **{"clock": TEXT_OR_NULL, "cache": TEXT_OR_NULL, "precision": TEXT_OR_NULL},
+    "shares": (_shares, "an object of rates and shares"),
+    "errors": (_is(dict, NOTHING), "an object or null"),
+    **{"facts": OBJECT, "machine": OBJECT, "watch": OBJECT, "device": TEXT, "scale": TEXT, "commit": TEXT_OR_NULL},
+    "ceilings": (_numbers, "an object of numbers"),
+    "dirty": (_is(bool, NOTHING), "true, false or null"),
+}
+
+
+# The source of a case
+
+
+def source_hash(function: Callable[..., Any]) -> str:
+    """12 hex digits of what a case measures: cases with different ones do not compare. Never fails.
+
+    That is the source of the function and of what it names, directly or not, in its own package: functions, classes and
+    constants in capital letters (numbers, strings; lists, tuples and dicts of what counts). Decorators, and with them
+    parameters, comments, docstrings and formatting do not count. Of the fixtures it takes only `measure` does.
+    """
+    found: dict[object, str] = {}
+    package = str(getattr(function, "__module__", "")).partition(".")[0]
+    with suppress(Exception):  # what is found until then has to do
+        _add("", function, package, found)
+    with suppress(Exception):  # there is no such fixture
+        if "measure" in inspect.signature(function).parameters:
+            _add("", import_module(f"{package}.conftest").measure, package, found)
+    return sha256(repr(sorted(found.values())).encode()).hexdigest()[:12]
+
+
+def _add(name: str, value: Any, package: str, found: dict[object, str]) -> None:
+    """Put into `found` the value of a constant, by its name, or the source of a function or class, by its id."""
+    with suppress(Exception):  # some objects fail at any question
+        value = inspect.unwrap(value)
+    if isinstance(value, MethodType):
+        value = value.__func__
+    elif isinstance(value, partial):
+        value = [value.func, value.args, value.keywords]
+    elif isinstance(value, dict):
+        value = list(value.items())
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        found[name] = f"{name} = {value!r}"
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _add(f"{name}[{number}]", item, package, found)
+    elif isinstance(value, FunctionType | type) and _counts(value.__module__, package) and id(value) not in found:
+        found[id(value)] = ""  # it may name itself
+        found[id(value)], paths = _source(value)
+        for path in paths:
+            _follow(path, value, package, found)
+
+
+def _counts(module: str, package: str) -> bool:
+    return module.partition(".")[0] == package and module not in [f"{package}.{name}" for name in BESIDE]
+
+
+def _follow(path: str, value: FunctionType | type, package: str, found: dict[object, str]) -> None:
+    """Add what the dotted name means in a function or class."""
+    names = dict(vars(sys.modules[value.__module__]))
+    if isinstance(value, FunctionType):
+        names = dict(value.__globals__)
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            with suppress(ValueError):  # it is empty
+                names[name] = cell.cell_contents
+    first, *rest = path.split(".")
+    item, last = names.get(first), first
+    for last in rest:
+        if not isinstance(item, ModuleType) or not _counts(item.__name__, package):
+            break
+        item = getattr(item, last, None)
+    if callable(item) or last.isupper():
+        _add(f"{value.__module__}.{path}", item, package, found)
+
+
+def _source(value: FunctionType | type) -> tuple[str, list[str]]:
+    """The source, normalised, and the dotted names in it that are not local; of what has no source, its bytecode."""
+    code = getattr(value, "__code__", None)
+    try:
+        text = inspect.getsource(value)
+        tree = ast.parse(f"if 1:\n{text}" if text[0].isspace() else text).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return (repr((code.co_code, code.co_names)), list(code.co_names)) if code else (value.__qualname__, [])
+    tree = _Bare().visit(tree.body[0] if isinstance(tree, ast.If) else tree)
+    local = code.co_varnames + code.co_cellvars if code else ()
+    paths = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute))
+    return ast.unparse(tree), [path for path in paths if NAME.fullmatch(path) and path.partition(".")[0] not in local]
+
+
+NAME = re.compile(r"\w+(\.\w+)*")
+
+
+class _Bare(ast.NodeTransformer):
+    """Without decorators and docstrings."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            node.decorator_list = []
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        return node

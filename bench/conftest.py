@@ -1,24 +1,36 @@
-"""What the benchmarks share: their order, the time they may take, the ceilings, and a line for each of them."""
+"""What the benchmarks share: their order and time, the ceilings, how each is measured, and the record of it."""
 
+import gc
 import json
+import math
 import os
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
+import torch
 
-from bench import machine
+from bench import machine, records, turns
+from bench.watch import Watch, gpu_uuid
 
 HERE = Path(__file__).parent
-FILES = ("test_kernels.py", "test_sampling.py", "test_races.py")  # in the order of importance: time may not suffice
+# in the order of importance: time may not suffice
+FILES = ("test_kernels.py", "test_unet.py", "test_sampling.py", "test_start.py", "test_memory.py", "test_races.py")
 COMPILING = 240  # seconds that torch.compile may take for a network
-BEGAN, CEILINGS = pytest.StashKey[float](), pytest.StashKey[dict]()
+MOST_ROUNDS = 200
+PROCESSES = 2 if "BENCH_TURNS" in os.environ else 1  # of ours on the device
+BEGAN, CEILINGS, DRIVER = pytest.StashKey[float](), pytest.StashKey[dict](), pytest.StashKey[Any]()
+RECORDS, RUN = pytest.StashKey[Path](), pytest.StashKey[dict]()
+MEASURED = pytest.StashKey[dict]()  # of a case: what it adds to its record
 
 
 def pytest_addoption(parser):
     text = "start no benchmark later, and no compilation %d seconds before, so that the results are written (480)"
     parser.addoption("--seconds", type=float, default=480, help=text % COMPILING)
+    parser.addoption("--records", type=Path, default=HERE / "results", help="folder of the records (bench/results)")
 
 
 def pytest_configure(config):
@@ -28,7 +40,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     ours = [item for item in items if item.path.parent == HERE]
     for item in ours:
-        item.add_marker(pytest.mark.filterwarnings("default"))  # warnings of other packages end no benchmark
+        if not item.get_closest_marker("benchmark"):
+            item.add_marker(pytest.mark.benchmark(timer=machine.clock))
     # torch.compile takes minutes, so what is compiled comes last
     ours.sort(key=lambda item: (item.get_closest_marker("compiled") is not None, FILES.index(item.path.name)))
     items[:] = [item for item in items if item.path.parent != HERE] + ours
@@ -37,49 +50,160 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     needs = COMPILING if item.get_closest_marker("compiled") else 0
     if time.monotonic() - item.config.stash[BEGAN] + needs > item.config.getoption("seconds"):
-        pytest.skip(f"{item.name}: --seconds are over, or too few are left to compile")
+        pytest.skip("--seconds are over, or too few are left to compile")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"out of memory: {str(error).partition(chr(10))[0]}")
+    finally:
+        gc.collect()
+        if machine.DEVICE.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# Records
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if (
+        RUN in item.config.stash
+        and item.path.parent == HERE
+        and (call.when == "call" or (call.when == "setup" and not report.passed))
+    ):
+        record = item.config.stash[RUN] | {"time": now()} | about(item) | {"outcome": report.outcome, "reason": None}
+        record |= item.stash.get(MEASURED, {}) if report.passed else {"reason": reason(call.excinfo.value)}
+        records.append(item.config.stash[RECORDS], record)
+    return report
+
+
+def about(item: pytest.Item) -> dict[str, Any]:
+    """What a record tells of a case, and what it has where the case does not tell."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return {
+        "case": f"{item.path.name}::{item.originalname}",
+        "name": item.name,
+        "params": {name: plain(value) for name, value in params.items()},
+        "hash": records.source_hash(item.function),
+        "group": None, "contender": None, "invalid": [], "samples_s": [], "calls": 1, "clock": None, "cache": None,
+        "bytes": 0, "flops": 0, "precision": None, "images": 0, "shares": {}, "errors": None, "facts": {}, "watch": {},
+    }  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def reason(error: BaseException) -> str:
+    return next(iter((str(error) or type(error).__name__).splitlines()))
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def run(pytestconfig) -> dict[str, Any]:
+    """What all records of this run have in common, and the file that they go to; the ceilings are measured first."""
+    with Watch(gpu_uuid(machine.DEVICE), PROCESSES) as watch:
+        ceilings = machine.ceilings()
+    facts = machine.description() | {"driver": watch.facts["driver"]}
+    commit, dirty = records.commit()
+    device, began = records.device_name(facts), now()
+    pytestconfig.stash[RUN] = common = {
+        "schema": records.SCHEMA, "run": began, "ceilings": ceilings, "device": device, "scale": machine.SCALE,
+        "machine": facts, "commit": commit, "dirty": dirty,
+    }  # fmt: skip
+    pytestconfig.stash[RECORDS] = path = records.new_file(pytestconfig.getoption("records"), device, began, commit)
+    units = {name: f"{rate:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in ceilings.items()}
+    machine.say(json.dumps(facts | {f"{name} (ceiling)": rate for name, rate in units.items()}, indent=1))
+    for line in watch.invalid:
+        machine.say(f"the ceilings are not to be trusted: {line}")
+    yield common
+    machine.say(f"records: {path}\n")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.pop("node", None)
-    machine_info |= machine.description() | {"ceilings": config.stash.get(CEILINGS, None)}
+    machine_info |= {key: value for key, value in config.stash.get(RUN, {}).items() if key not in ("commit", "dirty")}
 
 
 def pytest_benchmark_update_commit_info(commit_info):
-    commit_info["id"] = os.environ.get("COMMIT", commit_info["id"])  # for a copy of the tree without its repository
-
-
-@pytest.fixture(scope="session")
-def ceilings(pytestconfig):
-    """`machine.ceilings`, measured once, before anything else."""
-    pytestconfig.stash[CEILINGS] = rates = machine.ceilings()
-    facts = machine.description() | {f"{name} (ceiling)": f"{rate:.4g}" for name, rate in rates.items()}
-    machine.say(json.dumps(facts, indent=1))
-    return rates
+    commit_info["id"], commit_info["dirty"] = records.commit()
 
 
 @pytest.fixture
-def measure(benchmark, ceilings):
+def record(request):
+    """record(**fields): add to the record of this case."""
+    request.node.stash[MEASURED] = fields = {}
+    return fields.update
+
+
+# Measuring
+
+
+@pytest.fixture
+def measure(benchmark, run, record, request):
     """measure(run, n, ...): time run(), which is n calls, and record and print a call's share of the ceilings.
 
-    Args: bytes_moved, flops: of a call; precision: whose ceiling counts; rounds: how often run() is timed;
-        **facts: recorded besides.
-    Returns: the seconds a call takes.
+    Args: group, contender: see `bench.contenders`; bytes_moved, flops, images: of a call; precision: whose ceiling
+        counts; cold: whether the caches are emptied before each round; errors: what the gate found; facts: recorded
+        besides.
+    Returns: the seconds a call takes, the median.
+
+    There are as many rounds as fit into --benchmark-max-time, and at least --benchmark-min-rounds.
     """
 
-    def measured(run, n, *, bytes_moved=0, flops=0, precision="fp32", rounds=20, **facts):
-        benchmark.pedantic(run, rounds=rounds if machine.SCALE != "tiny" else 2, warmup_rounds=1)
-        seconds = median(benchmark.stats.stats.data) / n
-        line = f"{benchmark.name:<72} {1e6 * seconds:>10.1f} us"
-        for rate, unit, ceiling in (
-            (bytes_moved / seconds / 1e9, "GB/s", ceilings["copy"]),
-            (flops / seconds / 1e12, "TFLOP/s", ceilings.get(precision, ceilings["fp32"])),
-        ):
-            if rate:
-                facts |= {unit: rate, f"share of {unit}": rate / ceiling}
-                line += f" {rate:>8.4g} {unit}, {rate / ceiling:.0%} of {ceiling:.4g}"
+    def measured(
+        work, n, *, group=None, contender=None, bytes_moved=0, flops=0, images=0, precision="fp32", cold=False,
+        errors=None, facts=None,
+    ):  # fmt: skip
+        option = request.config.getoption
+        most, least = float(option("benchmark_max_time")), option("benchmark_min_rounds")
+        work()
+        fit = math.ceil(most / max(machine.timed(work), 1e-9))
+
+        def before_each():
+            turns.over(f"{request.node.path.name}::{request.node.name}")
+            if cold:
+                machine.empty_caches()
+
+        with Watch(gpu_uuid(machine.DEVICE), PROCESSES) as watch:
+            benchmark.pedantic(work, setup=before_each, rounds=max(least, min(fit, MOST_ROUNDS)))
+        if benchmark.disabled:
+            return math.nan
+        samples = [seconds / n for seconds in benchmark.stats.stats.data]
+        seconds = median(samples)
+        shares = {
+            unit: {
+                "rate": amount / seconds,
+                "share": amount / seconds / run["ceilings"].get(name, run["ceilings"]["fp32"]),
+            }
+            for amount, unit, name in ((bytes_moved / 1e9, "GB/s", "copy"), (flops / 1e12, "TFLOP/s", precision))
+            if amount
+        }
+        facts = dict(facts or {})
+        energy_j = watch.facts["energy_j"]
+        if images and energy_j is not None:
+            facts["energy_per_image_j"] = energy_j / (images * n * len(samples))
+        record(
+            samples_s=samples, calls=n, clock=machine.CLOCK, cache="cold" if cold else "hot", group=group,
+            contender=contender, bytes=bytes_moved, flops=flops, images=images, precision=precision, shares=shares,
+            errors=errors, facts=facts, watch=watch.facts, invalid=watch.invalid,
+        )  # fmt: skip
+        benchmark.group = group
         benchmark.extra_info.update(seconds_per_call=seconds, **facts)
-        machine.say(line)
+        line = f"{request.node.name:<72} {1e6 * seconds:>10.1f} us"
+        for unit, found in shares.items():
+            line += f" {found['rate']:>8.4g} {unit}, {found['share']:.0%} of the ceiling"
+        machine.say(line + "".join(f"; NOT VALID, {why}" for why in watch.invalid))
         return seconds
 
     return measured

@@ -108,6 +108,25 @@ def flops(name: str) -> int:
     return counter.get_total_flops()
 
 
+@cache
+def traffic(name: str, batch: int, itemsize: int) -> int:
+    """Bytes that a forward pass moves if each convolution, product and norm reads its input and its weights once and
+    writes its output once, and all else is done on the way: more than a whole fused network would need, less than most
+    that run layer by layer do."""
+    elements = {"each": 0, "once": 0}
+
+    def count(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+        elements["each"] += args[0].numel() + y.numel()
+        elements["once"] += sum(parameter.numel() for parameter in module.parameters())
+
+    net = _on_meta(name)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
+            module.register_forward_hook(count)
+    _forward(net)
+    return itemsize * (batch * elements["each"] + elements["once"])
+
+
 def _on_meta(name: str) -> UNet2D:
     config = _config(name)
     with torch.device("meta"):

@@ -5,16 +5,18 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import accumulate
 from statistics import median
 from typing import Any
 
+import cpuinfo
 import torch
 
 from fastddpm.engine import PRECISIONS, arithmetic
+from fastddpm.rungs import accuracy, unequal
 
 Call = Callable[[], object]
 
@@ -23,6 +25,7 @@ SCALE = "tiny" if os.environ.get("BENCH_TINY") else DEVICE.type  # of all sizes;
 LAUNCHES = 20  # in one captured graph
 
 
+@cache
 def description() -> dict[str, Any]:
     """What a record must tell to be compared with another: device and versions."""
     import triton
@@ -32,9 +35,9 @@ def description() -> dict[str, Any]:
         "gpu": gpu and gpu.name,
         "gpu_memory_gb": gpu and gpu.total_memory / 1e9,
         "l2_mb": gpu and gpu.L2_cache_size / 1e6,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpuinfo.get_cpu_info().get("brand_raw") or platform.machine(),
         "threads": torch.get_num_threads(),
-        "scale": SCALE,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
@@ -53,19 +56,71 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def repeated(call: Call, seconds: float = 0.01) -> tuple[Call, int]:
-    """(run, n): run() makes n calls, which take about `seconds`, and waits for them.
+class Moment:
+    """A place in the queue of the GPU's current stream; the difference of two waits for the later one."""
 
-    On a GPU they are replays of a captured graph: launching from Python takes longer than many a kernel. What a call
-    reads and writes is as hot as its size allows, as it is in a network.
-    """
-    calls = 1
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Moment") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+def clock() -> Any:
+    """Now, of which differences are seconds: of the device on a GPU, so that no wait for it counts."""
+    return Moment() if DEVICE.type == "cuda" else time.perf_counter()
+
+
+CLOCK = "cuda events" if DEVICE.type == "cuda" else "wall"
+
+
+@cache
+def _evicting() -> torch.Tensor:
+    size = 4 << 20 if SCALE == "tiny" else 64 << 20
     if DEVICE.type == "cuda":
-        call, calls = _captured(call), LAUNCHES
-    _times(call, 1)
-    once = _seconds(partial(_times, call, 1))
-    times = max(1, math.ceil(seconds / once))
-    return partial(_times, call, times), times * calls
+        size = max(4 * size, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
+    return torch.empty(size, dtype=torch.uint8, device=DEVICE).random_()
+
+
+def empty_caches() -> None:
+    """Fill the L2 cache with what no benchmark reads.
+
+    A GPU is meanwhile busy for as long as Python takes to launch what is timed next. The last cache of a server's CPU
+    may be larger, and keep the inputs.
+    """
+    _evicting().add_(1)
+
+
+def rotated(calls: Sequence[Call], *, captured: bool) -> tuple[Call, int]:
+    """(run, n): run() makes each of n calls once, so that none finds its inputs in the cache from the one before.
+
+    captured: on a GPU it is the replay of a graph. Launching from Python takes longer than many a kernel.
+    """
+    for call in calls:
+        call()  # what libraries and compilers make once
+    if captured and DEVICE.type == "cuda":
+        return _captured(calls), len(calls)
+    return partial(_each, calls), len(calls)
+
+
+def repeated(call: Call, seconds: float = 0.01, *, captured: bool = True) -> tuple[Call, int]:
+    """(run, n): run() makes n calls, which take about `seconds`; captured: as above, some calls in each graph.
+
+    What a call reads and writes is as hot as its size allows, as it is in a network.
+    """
+    run, calls = rotated([call] * (LAUNCHES if captured and DEVICE.type == "cuda" else 1), captured=captured)
+    timed(run)
+    times = max(1, math.ceil(seconds / timed(run)))
+    return partial(_each, [run] * times), times * calls
+
+
+def timed(run: Call) -> float:
+    """Seconds."""
+    began = clock()
+    run()
+    return clock() - began
 
 
 def race(contenders: dict[str, Call], *, rounds: int = 5, seconds: float = 0.01) -> dict[str, float]:
@@ -74,11 +129,33 @@ def race(contenders: dict[str, Call], *, rounds: int = 5, seconds: float = 0.01)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (run, n) in runs.items():
-            times[name].append(_seconds(run) / n)
+            times[name].append(timed(run) / n)
     return dict(sorted(((name, median(values)) for name, values in times.items()), key=lambda item: item[1]))
 
 
-def right(contenders: dict[str, Call], check: Callable[[Any], None]) -> tuple[dict[str, Call], dict[str, str]]:
+# Gates: what is wrong is not timed
+
+
+def judged(ours: torch.Tensor, plain: torch.Tensor, ref: torch.Tensor) -> dict[str, Any]:
+    """The errors of a result, which are at most twice those of plain torch in the same dtype; ref is float64.
+
+    Raises: AssertionError: they are larger.
+    """
+    errors = {name: {"error": error, "bound": bound} for name, error, bound in accuracy(ours, plain, ref)}
+    for name, found in errors.items():
+        assert found["error"] <= found["bound"] < math.inf, (
+            f"{name} error is {found['error']:.3g}, twice plain torch's {found['bound']:.3g}"
+        )
+    return errors
+
+
+def same_bits(ours: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
+    """Raises: AssertionError: some bit differs."""
+    assert (wrong := unequal(ours, want)) == 0, f"{wrong:g} of {want.numel()} elements differ"
+    return {"bits": "equal"}
+
+
+def right(contenders: dict[str, Call], check: Callable[[Any], object]) -> tuple[dict[str, Call], dict[str, str]]:
     """Those whose results pass the check, and what is wrong with the others: they are not timed."""
     wrong = {}
     for name, call in contenders.items():
@@ -121,33 +198,26 @@ def peak_bytes(call: Call) -> int:
     return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))
 
 
-def _captured(call: Call) -> Call:
-    """LAUNCHES calls as the replay of a CUDA graph."""
+def _captured(calls: Sequence[Call]) -> Call:
+    """They as the replay of a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()  # compiles, and makes what libraries make once
+        for call in calls[:2]:
+            call()  # what a stream makes once
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(LAUNCHES):
+        for call in calls:
             call()
 
-    def replay() -> Call:
+    def replay() -> Sequence[Call]:
         graph.replay()
-        return call  # whose tensors the graph reads: they must live as long
+        return calls  # whose tensors the graph reads: they must live as long
 
     return replay
 
 
-def _times(call: Call, n: int) -> None:
-    for _ in range(n):
+def _each(calls: Sequence[Call]) -> None:
+    for call in calls:
         call()
-    wait()
-
-
-def _seconds(run: Call) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began

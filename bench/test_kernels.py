@@ -1,63 +1,202 @@
-"""Memory rates of the kernels next to that of a device copy: pytest bench/test_kernels.py -s
+"""Memory rates of the kernels next to that of a device copy, and to plain torch: pytest bench/test_kernels.py
 
-From 64 Mi elements the aim is 90 % of the copy's rate. The smaller ones are what sampling has, and hot in the cache.
+From 64 Mi elements the aim is 90 % of the copy's rate. The smaller shapes are what sampling has. Each call finds the
+caches without its inputs, except where the case says hot.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench.machine import DEVICE, SCALE, repeated
+from bench.contenders import MIDDLE, SCHEDULE, T, contender
+from bench.machine import DEVICE, SCALE, Call, judged, repeated, rotated, same_bits
 from fastddpm import layout, noise, ops
-from fastddpm.reference.diffusion import add_noise, update
-from fastddpm.schedule import Schedule
+from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, update
 
 SHAPES = {
     "cuda": [(21_846, 3, 32, 32), (342, 3, 256, 256), (64, 3, 32, 32), (1, 3, 32, 32)],
-    "cpu": [(64, 3, 32, 32)],
+    "cpu": [(64, 3, 32, 32), (1, 3, 32, 32)],
     "tiny": [(9, 3, 5, 7)],
 }[SCALE]
+ROTATED = 20  # sets of inputs, or two where they are larger than this together
+ENOUGH_BYTES = 1 << 28
+JUDGED = 8  # samples of a batch
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
+STEP = [
+    *(("fastddpm step", dtype) for dtype in ("bf16", "fp16", "fp32")),
+    *(("reference step", dtype) for dtype in ("bf16", "fp32")),
+    ("diffusers step", "fp32"),
+]
+NOISING = [
+    *(("fastddpm noising", dtype) for dtype in ("uint8", "fp32")),
+    *(("reference noising", dtype) for dtype in ("uint8", "fp32")),
+    ("diffusers noising", "fp32"),
+]
 
 
-def step_problem(shape, dtype):
-    """A step of the middle of the schedule, gated on its first samples, and the bytes it moves."""
-    table, address = Schedule().table().to(DEVICE), noise.address(0, shape[0], DEVICE)
+class Problem(NamedTuple):
+    """Inputs of a kernel and what to do with them, judged: `call` moves at least so many bytes."""
+
+    call: Call
+    bytes_moved: int
+    errors: dict[str, Any]
+
+
+# A step of the middle of the schedule, in float32; dtype: the network's
+
+
+def step_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
     x, m = (layout.empty(shape[0], shape[1:], dtype=d, device=DEVICE).normal_() for d in (torch.float32, dtype))
-    pos = torch.full(shape[:1], 500, dtype=torch.int32, device=DEVICE)
-    z = noise.normal(address[:8], shape[1:], stream=noise.STEP, t=500)
-    want = update(x[:8], m[:8], table.rows[500], z, clip=table.clip)
-    out = None if dtype == torch.float32 else torch.empty_like(m)
-    bad = torch.full_like(pos, -1)
-    call = partial(ops.step, x, m, table, pos, address, out=out, bad=bad)
+    fewest = 2 * x.nbytes + m.nbytes + (0 if dtype == torch.float32 else m.nbytes)
+    call, errors = {"fastddpm": _our_step, "reference": _reference_step, "diffusers": _diffusers_step}[who](x, m)
+    return Problem(call, fewest, errors)
+
+
+def _our_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
+    table, address = SCHEDULE.table().to(DEVICE), noise.address(0, len(x), DEVICE)
+    pos = torch.full(x.shape[:1], MIDDLE, dtype=torch.int32, device=DEVICE)
+    z = noise.normal(address[:JUDGED], x.shape[1:], stream=noise.STEP, t=MIDDLE)
+    want = update(x[:JUDGED], m[:JUDGED], table.rows[MIDDLE], z, clip=table.clip)
+    out = None if m.dtype == torch.float32 else torch.empty_like(m)
+    call = partial(ops.step, x, m, table, pos, address, out=out, bad=torch.full_like(pos, -1))
     call()
-    assert torch.equal(x[:8], want)
-    assert out is None or torch.equal(out, x.to(dtype))
-    return call, 2 * x.nbytes + m.nbytes + (0 if out is None else out.nbytes)
+    errors = same_bits(x[:JUDGED], want)
+    return call, errors if out is None else same_bits(out, x.to(m.dtype))
 
 
-def noising_problem(shape, dtype):
-    """Noising to bfloat16, gated on its first samples, and the bytes it moves."""
-    table, address = Schedule().noising_table().to(DEVICE), noise.address(0, shape[0], DEVICE)
+def _reference_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
+    """With noise from torch's generator, and the network's copy of the result."""
+    table = SCHEDULE.table().to(DEVICE)
+    row, clip = table.rows[MIDDLE], table.clip
+
+    def call() -> Tensor:
+        y = update(x, m, row, torch.randn_like(x), clip=clip)
+        return y if m.dtype == torch.float32 else y.to(m.dtype)
+
+    few = x[:JUDGED], m[:JUDGED]
+    want = partial(update, row=row, z=None, clip=clip)
+    return call, judged(want(*few), want(*few), want(*(part.double() for part in few)))
+
+
+def _diffusers_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(T)
+    t, generator = scheduler.timesteps[T - 1 - MIDDLE], torch.Generator(DEVICE)
+    step = partial(scheduler.step, m, t, x, return_dict=False)
+    z = torch.randn(x.shape, generator=generator.manual_seed(0), device=DEVICE)
+    theirs = step(generator=generator.manual_seed(0))[0]
+    x, m, z = (part[:JUDGED] for part in (x, m, z))
+    plain, ref = (_textbook_step(x.to(dtype), m.to(dtype), z.to(dtype)) for dtype in (torch.float32, torch.float64))
+    return step, judged(theirs[:JUDGED], plain, ref)
+
+
+def _textbook_step(x: Tensor, m: Tensor, z: Tensor) -> Tensor:
+    """The paper's step with clipping (eq. 6, 7, 15), all coefficients in the dtype of x, from alphas_cumprod alone."""
+    diffusion = Diffusion(linear_betas(T))
+    abar = (1 - linear_betas(T).float().to(x.dtype)).cumprod(0)
+    diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev = abar, torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
+    diffusion.alphas = abar / diffusion.alphas_cumprod_prev
+    diffusion.betas = 1 - diffusion.alphas
+    diffusion.posterior_var = (1 - diffusion.alphas_cumprod_prev) / (1 - abar) * diffusion.betas
+    return diffusion.step(x, m, MIDDLE, z, clip=1)
+
+
+# Noising to bfloat16; dtype: the data's
+
+
+def noising_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
     x_0 = layout.empty(shape[0], shape[1:], dtype=dtype, device=DEVICE).random_(256)
-    t = torch.randint(1000, shape[:1], device=DEVICE)
-    eps = noise.normal(address[:8], shape[1:], stream=noise.TRAIN, t=0)
-    value = (x_0[:8].float() - 127.5) * (2 / 255) if dtype == torch.uint8 else x_0[:8].float()
+    t = torch.randint(T, shape[:1], device=DEVICE)
+    noised: dict[str, Callable[..., Any]] = {
+        "fastddpm": _our_noising, "reference": _reference_noising, "diffusers": _diffusers_noising,
+    }  # fmt: skip
+    call, errors = noised[who](x_0, t)
+    return Problem(call, x_0.nbytes + 2 * x_0.numel(), errors)
+
+
+def _our_noising(x_0: Tensor, t: Tensor) -> tuple[Call, dict[str, Any]]:
+    table, address = SCHEDULE.noising_table().to(DEVICE), noise.address(0, len(x_0), DEVICE)
+    eps = noise.normal(address[:JUDGED], x_0.shape[1:], stream=noise.TRAIN, t=0)
     call = partial(ops.noising, x_0, t, address, table, dtype=torch.bfloat16)
-    x_t = call()
-    assert torch.equal(x_t[:8], add_noise(value, eps, table[t[:8]]).bfloat16())
-    return call, x_0.nbytes + x_t.nbytes
+    want = add_noise(_data(x_0[:JUDGED]), eps, table[t[:JUDGED]]).bfloat16()
+    return call, same_bits(call()[:JUDGED], want)
+
+
+def _reference_noising(x_0: Tensor, t: Tensor) -> tuple[Call, dict[str, Any]]:
+    table = SCHEDULE.noising_table().to(DEVICE)
+
+    def call() -> Tensor:
+        value = _data(x_0)
+        return add_noise(value, torch.randn_like(value), table[t]).bfloat16()
+
+    return call, _judged_noising(lambda x, eps, t: add_noise(x, eps, table[t]), x_0, t)
+
+
+def _diffusers_noising(x_0: Tensor, t: Tensor) -> tuple[Call, dict[str, Any]]:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(DEVICE)
+
+    def call() -> Tensor:
+        value = _data(x_0)
+        return scheduler.add_noise(value, torch.randn_like(value), t).bfloat16()
+
+    return call, _judged_noising(scheduler.add_noise, x_0, t)
+
+
+def _judged_noising(noised: Callable[[Tensor, Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor) -> dict[str, Any]:
+    """In bfloat16, at a given eps."""
+    value, t, table = _data(x_0[:JUDGED]), t[:JUDGED], SCHEDULE.noising_table().to(DEVICE)
+    eps = torch.randn_like(value)
+    ref = add_noise(value.double(), eps.double(), table[t].double())
+    return judged(noised(value, eps, t).bfloat16(), add_noise(value, eps, table[t]).bfloat16(), ref)
+
+
+def _data(x_0: Tensor) -> Tensor:
+    """[-1, 1] of uint8 images."""
+    return (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
+
+
+# The cases
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_step(measure, shape, dtype):
-    call, bytes_moved = step_problem(shape, dtype)
-    measure(*repeated(call), bytes_moved=bytes_moved)
+@pytest.mark.parametrize(("name", "dtype"), STEP)
+def test_step(measure, shape, name, dtype):
+    timed(measure, step_problem, shape, name, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
-def test_noising(measure, shape, dtype):
-    call, bytes_moved = noising_problem(shape, dtype)
-    measure(*repeated(call), bytes_moved=bytes_moved)
+@pytest.mark.parametrize(("name", "dtype"), NOISING)
+def test_noising(measure, shape, name, dtype):
+    timed(measure, noising_problem, shape, name, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES[-2:], ids=str)
+@pytest.mark.parametrize("name", ["fastddpm step", "fastddpm noising"])
+def test_hot(measure, shape, name):
+    """As in sampling, where the network has just written m."""
+    problem = step_problem if "step" in name else noising_problem
+    found = problem(shape, torch.bfloat16 if "step" in name else torch.uint8)
+    measure(*repeated(found.call), bytes_moved=found.bytes_moved, errors=found.errors)
+
+
+def timed(
+    measure: Callable[..., float], problem: Callable[..., Problem], shape: tuple[int, ...], name: str, dtype: str
+):
+    who, kernel = name.split()
+    if who == "diffusers":
+        contender("diffusers eager fp32")
+    first = problem(shape, PRECISIONS[dtype], who)
+    sets = 2 if first.bytes_moved * ROTATED > ENOUGH_BYTES else ROTATED
+    calls = [first.call, *(problem(shape, PRECISIONS[dtype], who).call for _ in range(sets - 1))]
+    run, n = rotated(calls, captured=who == "fastddpm")
+    group = f"{kernel}, {' x '.join(map(str, shape))}, {dtype}"
+    measure(run, n, group=group, contender=who, bytes_moved=first.bytes_moved, cold=True, errors=first.errors)

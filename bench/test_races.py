@@ -1,4 +1,4 @@
-"""Candidates side by side on the shapes of the networks: pytest bench/test_races.py -s
+"""Candidates side by side on the shapes of the networks: pytest bench/test_races.py
 
 All run hot, many times over the same tensors in one captured graph: in a network the activations come from the kernel
 before and lie in the cache, as far as they fit.
@@ -12,17 +12,17 @@ from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from check import assert_as_accurate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.layouts import Norm, norms
-from bench.machine import DEVICE, SCALE, Call, race, repeated, right, say
+from bench.machine import DEVICE, SCALE, Call, judged, race, repeated, right, say
 from bench.test_kernels import noising_problem, step_problem
 from fastddpm import layout, ops
 
@@ -62,17 +62,18 @@ def test_attention(measure, batch, tokens, heads, dim, dtype):
         with sdpa_kernel(backend):
             return attention()
 
-    def check(y: Tensor) -> None:
+    def check(y: Tensor) -> dict[str, Any]:
         few = [part[:2] for part in (q, k, v)]  # in float64 the whole batch would be slow
-        assert_as_accurate(y[:2], plain_attention(*few), plain_attention(*(part.double() for part in few)))
+        return judged(y[:2], plain_attention(*few), plain_attention(*(part.double() for part in few)))
 
     contenders, wrong = right({backend.name: partial(by, backend) for backend in BACKENDS}, check)
     times = race(contenders)
     show(f"{batch} x {tokens} tokens, {heads} heads of {dim}", times)
-    check(attention())
+    errors = check(attention())
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     operations = 4 * batch * heads * tokens**2 * dim
-    measure(*repeated(attention), flops=operations, precision=precision, backends_s=times, not_timed=wrong)
+    facts = {"backends_s": times, "not_timed": wrong}
+    measure(*repeated(attention), flops=operations, precision=precision, errors=errors, facts=facts)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,11 +91,11 @@ def test_launches(measure, kernel):
     contenders = {}
     for block, warps in LAUNCHES:
         launched = patch.multiple(module, BLOCK=block, OPTIONS=module.OPTIONS | {"num_warps": warps})
-        call, bytes_moved = launched(problem)()
-        contenders[f"{block} by {warps} warps"] = launched(call)
-    times = race(contenders)
-    measure(*repeated(problem()[0]), bytes_moved=bytes_moved, launches_s=times)
-    show(f"now {module.BLOCK} by {module.OPTIONS['num_warps']} warps", times, bytes_moved)
+        contenders[f"{block} by {warps} warps"] = launched(launched(problem)().call)
+    times, own = race(contenders), problem()
+    facts = {"launches_s": times}
+    measure(*repeated(own.call), bytes_moved=own.bytes_moved, errors=own.errors, facts=facts)
+    show(f"now {module.BLOCK} by {module.OPTIONS['num_warps']} warps", times, own.bytes_moved)
 
 
 class NormProblem:
@@ -119,9 +120,9 @@ class NormProblem:
         cast = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
         return partial(norm or plain_norm, *cast, self.norm.groups, self.norm.eps, self.norm.silu)
 
-    def check(self) -> Callable[[Tensor], None]:
+    def check(self) -> Callable[[Tensor], dict[str, Any]]:
         """Of a result: it errs at most twice as much as plain torch's."""
-        return partial(assert_as_accurate, plain=self.plain()(), ref=self.plain(torch.float64)())
+        return partial(judged, plain=self.plain()(), ref=self.plain(torch.float64)())
 
     @staticmethod
     def _input(batch: int, shape: tuple[int, ...]) -> Tensor:
@@ -148,7 +149,7 @@ def test_norms(measure, name, batch, rival):
         if ops.backend(DEVICE) != "triton":
             pytest.skip("the kernels run on a GPU")
         compile_ahead(problems)
-    totals, records = Counter(), []
+    totals, records, errors = Counter(), [], []
     for (norm, problem), count in zip(problems.items(), norms(name).values(), strict=True):
         rivals = plans(problem) if rival == "plans" else {rival: problem.plain()}
         if rival == "inductor":
@@ -156,6 +157,7 @@ def test_norms(measure, name, batch, rival):
             rivals = {rival: problem.plain(norm=torch.compile(plain_norm, fullgraph=True, dynamic=False))}
         contenders, wrong = right({"ours": problem.ours} | rivals, problem.check())
         assert "ours" not in wrong, wrong["ours"]
+        errors.append(problem.check()(problem.ours()))
         times = race(contenders)
         records.append({**norm._asdict(), "count": count, "times_s": times, "wrong": wrong})
         totals.update({who: count * times[who] for who in ("ours", rival) if who in times})
@@ -169,7 +171,9 @@ def test_norms(measure, name, batch, rival):
                 problem.ours()
 
     moved = sum(norms(name)[norm] * problem.bytes_moved for norm, problem in problems.items())
-    measure(*repeated(forward), bytes_moved=moved, shapes=records, totals_s=totals)
+    worst = max(errors, key=lambda found: max(one["error"] / one["bound"] for one in found.values()))
+    facts = {"shapes": records, "totals_s": dict(totals)}
+    measure(*repeated(forward), bytes_moved=moved, precision="bf16", errors=worst, facts=facts)
     show("sums", totals, moved)
     for record in records:
         for who, why in record["wrong"].items():

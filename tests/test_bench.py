@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,22 @@ from fastddpm.reference.unet import UNet
 
 pytest.importorskip("pytest_benchmark")  # bench has it
 
-from bench import conftest, kinds, layouts, machine, test_kernels, test_races, test_sampling
+from bench import (
+    conftest,
+    contenders,
+    kinds,
+    layouts,
+    machine,
+    records,
+    test_kernels,
+    test_memory,
+    test_races,
+    test_sampling,
+    test_start,
+    test_unet,
+)  # fmt: skip
 
+CASES = (test_kernels, test_memory, test_races, test_sampling, test_start, test_unet)
 ROOT = Path(__file__).parents[1]
 NORM = layouts.Norm((8, 5, 7), (4, 5, 7), groups=2, eps=1e-5, add=True, silu=True)
 LARGE = layouts.Norm((8, 48, 48), None, groups=2, eps=1e-5, add=False, silu=False)
@@ -79,36 +94,90 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     """bench looks for a GPU when it is imported; its parts are tested where each machine has them."""
-    for module in (machine, layouts, kinds, test_kernels, test_races, test_sampling):
+    for module in (machine, contenders, layouts, kinds, *CASES):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(layouts, "LAYOUTS", {"tiny": TINY})
-    layouts.network.cache_clear()
+    for cached in (layouts.network, layouts.traffic, layouts.flops, contenders.expected, contenders._exact):
+        cached.cache_clear()
+
+
+def bench(*options, device="cpu", **environment):
+    """pytest bench at a tiny size, nothing compiled."""
+    code = "import pytest, sys, torch; torch.compile = lambda f, **how: f; sys.exit(pytest.main(sys.argv[1:]))"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET", "COMMIT", "BENCH"))}
+    kept |= {"BENCH_TINY": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}) | environment
+    run = [sys.executable, "-c", code, "bench", "--benchmark-min-rounds=3", "--benchmark-max-time=0", *options]
+    return subprocess.run(run, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_every_benchmark_runs_at_a_tiny_size(device, tmp_path):
-    code = "import pytest, sys, torch; torch.compile = lambda f, **how: f; sys.exit(pytest.main(sys.argv[1:]))"
-    options = ["-s", "-q", "--benchmark-quiet", f"--benchmark-json={tmp_path / 'results.json'}"]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET"))}
-    environment |= {"BENCH_TINY": "1", "COMMIT": "abc"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    run = [sys.executable, "-c", code, "bench", *options]
-    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = bench(f"--records={tmp_path}", f"--benchmark-json={tmp_path / 'latest.json'}", device=device, COMMIT="abc")
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    about = results["machine_info"]
-    assert results["commit_info"]["id"] == "abc"
-    assert about["torch"] == torch.__version__
-    assert about["scale"] == "tiny"
-    assert about.keys() >= {"gpu", "triton", "cuda", "cudnn", "diffusers"}
-    assert about["ceilings"].keys() >= {"copy", "fp32", "bf16", "fp16"}
-    ran = {record["name"].partition("[")[0] for record in results["benchmarks"]}
-    defined = {
-        name for module in (test_kernels, test_races, test_sampling) for name in vars(module) if name[:5] == "test_"
+    found = records.read([tmp_path])
+    assert {(record["outcome"], record["commit"], record["scale"]) for record in found if not record["reason"]} == {
+        ("passed", "abc", "tiny")
     }
-    assert defined - ran <= ({"test_launches"} if device == "cpu" else set())
-    for record in results["benchmarks"]:
+    ran = {record["case"].partition("::")[2] for record in found if record["outcome"] == "passed"}
+    defined = {name for module in CASES for name in vars(module) if name.startswith("test_")}
+    assert defined - ran == ({"test_launches"} if device == "cpu" else set())
+    for record in found:
         assert record["name"] in done.stdout, "each is printed"
+        assert record["outcome"] == "skipped" or len(record["samples_s"]) >= ("memory" not in record["case"])
+    about, theirs = found[0], json.loads((tmp_path / "latest.json").read_text())
+    assert about["ceilings"].keys() >= {"copy", "fp32", "bf16", "fp16"}
+    assert about["machine"].keys() >= {"gpu", "driver", "cpu", "python", "triton", "cuda", "cudnn", "diffusers"}
+    assert about["machine"]["torch"] == torch.__version__
+    assert theirs["commit_info"]["id"] == "abc"
+    assert {record["name"] for record in theirs["benchmarks"]} <= {record["name"] for record in found}
+    groups = Counter(record["group"] for record in found if record["group"])
+    assert all(count > 1 for group, count in groups.items() if group.endswith("fp32") or "cifar10-32" in group)
+
+
+@pytest.mark.slow
+def test_a_second_run_adds_to_the_first(tmp_path):
+    first, second = (
+        (bench(f"--records={tmp_path}", "-k", "noising and uint8"), sorted(tmp_path.rglob("*.jsonl"))) for _ in range(2)
+    )
+    before = {path: path.read_bytes() for path in first[1]}
+    assert second[1] != first[1]
+    assert {path: path.read_bytes() for path in first[1]} == before
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_a_record_without_a_time(tmp_path):
+    """The kernel errs by a bit: the case is red, and the run goes on."""
+    plugin = tmp_path / "damage.py"
+    plugin.write_text(
+        "from fastddpm import ops\n"
+        "right = ops.noising\n"
+        "def noising(*args, **how):\n"
+        "    y = right(*args, **how)\n"
+        "    y.view(dtype=__import__('torch').int16)[0, 0, 0, 0] ^= 1\n"
+        "    return y\n"
+        "ops.noising = noising\n"
+    )
+    select = ["-k", "noising and uint8 and (fastddpm or reference) and not hot"]
+    done = bench(f"--records={tmp_path}", "-p", "damage", *select, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    ours, reference = sorted(records.read([tmp_path]), key=lambda record: record["outcome"])
+    assert ours["outcome"] == "failed"
+    assert ours["reason"].startswith("1 of 945 elements differ")
+    assert ours["samples_s"] == []
+    assert ours["contender"] is None
+    assert reference["outcome"] == "passed"
+    assert len(reference["samples_s"]) == 3
+
+
+@pytest.mark.slow
+def test_pytest_benchmarks_options_hold(tmp_path):
+    select = "-k", "noising and fastddpm and uint8 and not hot"
+    assert bench(f"--records={tmp_path}", *select, "--benchmark-min-rounds=7").returncode == 0
+    assert [len(record["samples_s"]) for record in records.read([tmp_path])] == [7]
+    done = bench(f"--records={tmp_path / 'off'}", *select, "--benchmark-disable")
+    assert done.returncode == 0, done.stdout
+    assert [record["samples_s"] for record in records.read([tmp_path / "off"])] == [[]]
 
 
 def test_the_time_ends_before_the_command_does():
@@ -232,9 +301,10 @@ def test_a_wrong_norm_is_not_timed(damage):
 def test_a_wrong_bit_is_not_timed(problem, monkeypatch):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if problem is test_kernels.step_problem else torch.uint8
-    call, bytes_moved = problem((2, 3, 5, 7), dtype)
-    assert bytes_moved == 2 * 105 * (12 if dtype == torch.bfloat16 else 3)
-    call()
+    found = problem((2, 3, 5, 7), dtype)
+    assert found.bytes_moved == 2 * 105 * (12 if dtype == torch.bfloat16 else 3)
+    assert found.errors == {"bits": "equal"}
+    found.call()
     op, bits = ("step", torch.int32) if dtype == torch.bfloat16 else ("noising", torch.int16)
     right = getattr(ops, op)
 
@@ -244,19 +314,66 @@ def test_a_wrong_bit_is_not_timed(problem, monkeypatch):
         return y
 
     monkeypatch.setattr(ops, op, wrong)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="1 of 210 elements differ"):
         problem((2, 3, 5, 7), dtype)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_wrong_network_is_not_timed(precision):
-    with test_sampling.prepared("tiny", 3, "eager", precision) as (slots, seconds):
-        assert seconds > 0
-        assert slots.pos.tolist() == [999] * 3
-        test_sampling.gate(slots, "tiny", precision)
-        slots.engine.net.conv_norm_out.weight.mul_(1.05)
-        with pytest.raises(AssertionError, match="error is"):
-            test_sampling.gate(slots, "tiny", precision)
+@pytest.mark.parametrize("who", ["reference", "diffusers"])
+@pytest.mark.parametrize("problem", [test_kernels.step_problem, test_kernels.noising_problem])
+def test_others_do_the_same_work(problem, who):
+    """Their results pass the gate, and are nothing that was there before."""
+    pytest.importorskip("diffusers")
+    found = problem((2, 3, 5, 7), torch.float32, who)
+    assert found.errors["rms"]["error"] <= found.errors["rms"]["bound"]
+    first, second = found.call(), found.call()
+    first, second = (y[0] if isinstance(y, tuple) else y for y in (first, second))
+    assert first.shape == (2, 3, 5, 7)
+    assert not torch.equal(first, second), "each call draws its noise"
+
+
+@pytest.mark.parametrize("name", ["fastddpm eager fp32", "fastddpm eager bf16", "reference eager fp32"])
+@pytest.mark.parametrize("work", ["forward", "loop"])
+def test_a_wrong_network_is_not_timed(name, work, monkeypatch):
+    who = contenders.contender(name)
+    prepared = partial(contenders.forward, "tiny", 3) if work == "forward" else partial(contenders.loop, "tiny", 3, 2)
+    with prepared(who) as ready:
+        assert ready.seconds > 0
+        assert ready.errors["max"]["error"] <= ready.errors["max"]["bound"]
+        assert ready.run().shape == (3, 3, 16, 16)
+    exact = contenders._exact("tiny")
+    monkeypatch.setattr(contenders, "_exact", lambda model: exact * 1.05)
+    contenders.expected.cache_clear()
+    with pytest.raises(AssertionError, match="error is"), prepared(who):
+        pytest.fail("it was handed out")
+
+
+def test_a_network_is_judged_by_a_sample_that_every_batch_has():
+    assert torch.equal(contenders.inputs("tiny", 1), contenders.inputs("tiny", 5)[:1])
+    x = contenders.inputs("tiny", 2)
+    assert torch.equal(x.bfloat16().float(), x)
+
+
+# How it is timed
+
+
+def test_each_set_of_inputs_is_used_once():
+    used = []
+    run, n = machine.rotated([partial(used.append, i) for i in range(5)], captured=True)
+    assert n == 5
+    used.clear()
+    run()
+    assert used == [0, 1, 2, 3, 4]
+
+
+@needs_gpu
+def test_a_gpus_time_is_without_the_wait_for_its_start(monkeypatch):
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
+    x = torch.randn(1 << 20, device="cuda")
+    run, n = machine.rotated([x.sin] * 50, captured=True)
+    machine.timed(run)
+    machine.empty_caches()
+    assert n == 50
+    assert machine.timed(run) > 0
 
 
 # Kernels in the interpreter

@@ -121,7 +121,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
-        warnings.warn(f"{file}: skipped, {error.strerror}", stacklevel=3)
+        warnings.warn(f"{file}: skipped, {error.strerror}", stacklevel=4)
         return
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -133,7 +133,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
         else:
             why = _fault(record)
         if why:
-            warnings.warn(f"{file}, line {number}: skipped, {why}", stacklevel=3)
+            warnings.warn(f"{file}, line {number}: skipped, {why}", stacklevel=4)
         else:
             yield record
 

@@ -1,0 +1,156 @@
+"""Whether head is slower than base: the verdict on each case of two sets of records.
+
+A regression is a median that is larger by more than a threshold, of samples that differ more than chance lets them
+(Mann-Whitney's U test): what is certain but small does not matter, what is large but noise does not count.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from scipy.stats import mannwhitneyu
+
+Record = dict[str, Any]
+VERDICTS = ("broken", "slower", "too few samples", "unchanged", "faster", "not compared")  # the worst first
+THRESHOLD, P = 0.05, 0.002
+
+
+@dataclass(frozen=True)
+class Case:
+    """What became of a case; medians in seconds per call, None where there is none."""
+
+    case: str  # module::name
+    verdict: str  # one of VERDICTS
+    reason: str | None = None  # for broken, too few samples and not compared
+    base_s: float | None = None
+    head_s: float | None = None
+    ratio: float | None = None  # head / base
+    p: float | None = None
+    samples: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    about: list[str]  # lines: what was compared, where
+    cases: list[Case]  # the worst first
+    threshold: float
+    p: float
+    problems: list[str]  # of a process that died: how, and the end of its output
+
+    @property
+    def status(self) -> int:
+        """Of the command: 1 for a regression, 2 where it cannot be told."""
+        verdicts = {case.verdict for case in self.cases}
+        if verdicts & {"slower", "broken"}:
+            return 1
+        return 2 if self.problems or not verdicts & {"unchanged", "faster"} else 0
+
+
+def compare(
+    base: Sequence[Record],
+    head: Sequence[Record],
+    *,
+    threshold: float = THRESHOLD,
+    p: float = P,
+    problems: Sequence[str] = (),
+) -> Comparison:
+    """Judge all cases of two sets of records. Several runs of one case are one set of samples.
+
+    Raises: ValueError: they are of different devices.
+    """
+    devices = [{record["device"] for record in side} for side in (base, head)]
+    if all(devices) and not devices[0] & devices[1]:
+        one, other = (", ".join(sorted(side)) for side in devices)
+        raise ValueError(
+            f"base was measured on {one}, head on {other}; their times do not compare: measure both on one"
+        )
+    one_device = len(devices[0] | devices[1]) == 1
+    sides, cases = [_by_case(side) for side in (base, head)], []
+    for device, name in dict.fromkeys([*sides[0], *sides[1]]):
+        runs = [side.get((device, name), []) for side in sides]
+        cases.append(_compared(name if one_device else f"{name} on {device}", *runs, threshold, p))
+    cases.sort(key=lambda case: (VERDICTS.index(case.verdict), -(case.ratio or 0)))
+    return Comparison(_about(base, head), cases, threshold, p, list(problems))
+
+
+def judge(case: str, base: Sequence[float], head: Sequence[float], *, threshold: float, p: float) -> Case:
+    """The verdict on samples: of two equal builds, p is the probability to call them different, half of it slower."""
+    n, m = len(base), len(head)
+    verdict, reason, found = "unchanged", None, None
+    ratio = median(head) / median(base)
+    if smallest_p(n, m) < p:
+        found = float(mannwhitneyu(base, head, alternative="two-sided").pvalue)
+        if found < p and ratio > 1 + threshold:
+            verdict = "slower"
+        elif found < p and 1 / ratio > 1 + threshold:
+            verdict = "faster"
+    else:
+        times = next(times for times in range(2, 1000) if smallest_p(times * n, times * m) < p)
+        verdict, reason = "too few samples", f"{n} and {m} never give p < {p:g}: take {times} runs (--launches {times})"
+    return Case(case, verdict, reason, median(base), median(head), ratio, found, (n, m))
+
+
+def smallest_p(n: int, m: int) -> float:
+    """The two-sided p of n samples that are all below m others, the most extreme of all orders."""
+    return 2 / math.comb(n + m, n)
+
+
+def _by_case(side: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """{(device, module::name): its runs}"""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in side:
+        name = f"{record['case'].partition('::')[0]}::{record['name']}"
+        found.setdefault((record["device"], name), []).append(record)
+    return found
+
+
+def _compared(case: str, base: list[Record], head: list[Record], threshold: float, p: float) -> Case:
+    if not base or not head:
+        return Case(case, "not compared", f"only in {'base' if base else 'head'}")
+    base, head = _alike(base), _alike(head)
+    for field, what in (("hash", "what the case does"), ("scale", "the scale"), ("params", "parameters")):
+        if base[-1][field] != head[-1][field]:
+            return Case(case, "not compared", f"{what} differs: {base[-1][field]} and {head[-1][field]}")
+    for side, runs in (("base", base), ("head", head)):
+        if failed := next((run["reason"] for run in runs if run["outcome"] == "failed"), None):
+            broken = side == "head" and any(run["outcome"] == "passed" for run in base)
+            return Case(case, "broken" if broken else "not compared", f"failed in {side}: {failed}")
+    samples = []
+    for side, runs in (("base", base), ("head", head)):
+        valid = [run for run in runs if run["samples_s"] and not run["invalid"]]
+        if not valid:
+            return Case(case, "not compared", f"{_why_none(runs)} in {side}")
+        samples.append([seconds for run in valid for seconds in run["samples_s"]])
+    return judge(case, *samples, threshold=threshold, p=p)
+
+
+def _alike(runs: list[Record]) -> list[Record]:
+    """All of them if they measured the same, else the latest."""
+    kinds = [[run[field] for field in ("hash", "scale", "params")] for run in runs]
+    return runs if all(kind == kinds[0] for kind in kinds) else runs[-1:]
+
+
+def _why_none(runs: list[Record]) -> str:
+    if invalid := next((run["invalid"] for run in runs if run["invalid"]), None):
+        return f"invalid ({'; '.join(invalid)})"
+    if skipped := next((run["reason"] for run in runs if run["outcome"] == "skipped"), None):
+        return f"skipped ({skipped})"
+    return "without timings"
+
+
+def _about(base: Sequence[Record], head: Sequence[Record]) -> list[str]:
+    """Commits and devices, and what else differs."""
+    devices = sorted({record["device"] for record in [*base, *head]})
+    lines = [f"base {_commits(base)}, head {_commits(head)}, on {', '.join(devices) or 'no device'}"]
+    if base and head:
+        one, other = base[-1]["machine"], head[-1]["machine"]
+        differ = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        lines += [f"another {key}: {one.get(key)} and {other.get(key)}" for key in differ]
+    return lines
+
+
+def _commits(side: Sequence[Record]) -> str:
+    names = dict.fromkeys(f"{(r['commit'] or 'unknown')[:12]}{'-dirty' if r['dirty'] else ''}" for r in side)
+    return ", ".join(names) if len(names) < 4 else f"of {len(names)} commits"

@@ -1,6 +1,6 @@
 # Everything runs in .venv, made here from python3. On a machine whose own python has the packages already,
 # PYTHON=python3 uses that one instead: make gpu-test PYTHON=python3
-# make bench writes OUT/latest.json; BENCH is more for pytest: make bench BENCH='-m "not compiled"'
+# make bench adds a file of records to OUT; BENCH is more for pytest: make bench BENCH='-m "not compiled"'
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OUT ?= bench/results
@@ -15,7 +15,7 @@ test := here
 bench := here
 endif
 
-.PHONY: sample test lint gpu-test bench clean here
+.PHONY: sample test lint gpu-test bench smoke report clean here
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -34,8 +34,17 @@ gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
 bench: $(bench)
-	@mkdir -p $(OUT)
-	$(PYTHON) -m pytest bench -s -q --benchmark-quiet --benchmark-json=$(OUT)/latest.json $(BENCH)
+	$(PYTHON) -m pytest bench --records $(OUT) $(BENCH)
+
+# Everything that make bench does, at sizes that take no time
+smoke: $(bench)
+	rm -rf build/smoke
+	BENCH_TINY=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest bench --records build/smoke --benchmark-min-rounds=2 \
+		--benchmark-max-time=0 $(BENCH)
+	$(PYTHON) -m bench.report build/smoke --out build/smoke/report.html
+
+report: $(bench)
+	$(PYTHON) -m bench.report $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -171,7 +171,7 @@ def measure(benchmark, run, record, request):
         fit = math.ceil(most / max(machine.timed(work), 1e-9))
 
         def before_each():
-            turns.over(f"{request.node.path.name}::{request.node.name}")
+            turns.over(request.node.nodeid)
             if cold:
                 machine.empty_caches()
 
@@ -191,7 +191,7 @@ def measure(benchmark, run, record, request):
         }
         facts = dict(facts or {})
         energy_j = watch.facts["energy_j"]
-        if images and energy_j is not None:
+        if images and energy_j is not None and PROCESSES == 1:  # else it is that of both
             facts["energy_per_image_j"] = energy_j / (images * n * len(samples))
         record(
             samples_s=samples, calls=n, clock=machine.CLOCK, cache="cold" if cold else "hot", group=group,

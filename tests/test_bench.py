@@ -95,7 +95,7 @@ KINDS = {
 def on_the_cpu(monkeypatch):
     """bench looks for a GPU when it is imported; its parts are tested where each machine has them."""
     for module in (machine, contenders, layouts, kinds, *CASES):
-        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"), raising=False)  # not all ask for it
     monkeypatch.setattr(layouts, "LAYOUTS", {"tiny": TINY})
     for cached in (layouts.network, layouts.traffic, layouts.flops, contenders.expected, contenders._exact):
         cached.cache_clear()
@@ -123,8 +123,8 @@ def test_every_benchmark_runs_at_a_tiny_size(device, tmp_path):
     defined = {name for module in CASES for name in vars(module) if name.startswith("test_")}
     assert defined - ran == ({"test_launches"} if device == "cpu" else set())
     for record in found:
-        assert record["name"] in done.stdout, "each is printed"
-        assert record["outcome"] == "skipped" or len(record["samples_s"]) >= ("memory" not in record["case"])
+        assert record["outcome"] == "skipped" or record["name"] in done.stdout, "each is printed"
+        assert record["outcome"] == "skipped" or bool(record["samples_s"]) == ("memory" not in record["case"])
     about, theirs = found[0], json.loads((tmp_path / "latest.json").read_text())
     assert about["ceilings"].keys() >= {"copy", "fp32", "bf16", "fp16"}
     assert about["machine"].keys() >= {"gpu", "driver", "cpu", "python", "triton", "cuda", "cudnn", "diffusers"}
@@ -163,7 +163,7 @@ def test_what_is_wrong_is_a_record_without_a_time(tmp_path):
     assert done.returncode == 1
     ours, reference = sorted(records.read([tmp_path]), key=lambda record: record["outcome"])
     assert ours["outcome"] == "failed"
-    assert ours["reason"].startswith("1 of 945 elements differ")
+    assert ours["reason"].startswith("1 of 840 elements differ")
     assert ours["samples_s"] == []
     assert ours["contender"] is None
     assert reference["outcome"] == "passed"
@@ -333,16 +333,15 @@ def test_others_do_the_same_work(problem, who):
 
 @pytest.mark.parametrize("name", ["fastddpm eager fp32", "fastddpm eager bf16", "reference eager fp32"])
 @pytest.mark.parametrize("work", ["forward", "loop"])
-def test_a_wrong_network_is_not_timed(name, work, monkeypatch):
+def test_a_wrong_network_is_not_timed(name, work):
     who = contenders.contender(name)
     prepared = partial(contenders.forward, "tiny", 3) if work == "forward" else partial(contenders.loop, "tiny", 3, 2)
     with prepared(who) as ready:
         assert ready.seconds > 0
         assert ready.errors["max"]["error"] <= ready.errors["max"]["bound"]
         assert ready.run().shape == (3, 3, 16, 16)
-    exact = contenders._exact("tiny")
-    monkeypatch.setattr(contenders, "_exact", lambda model: exact * 1.05)
-    contenders.expected.cache_clear()
+    with torch.no_grad():  # from now on; what is expected has been computed
+        layouts.network("tiny").conv_norm_out.weight.mul_(1.05)
     with pytest.raises(AssertionError, match="error is"), prepared(who):
         pytest.fail("it was handed out")
 
@@ -365,10 +364,10 @@ def test_each_set_of_inputs_is_used_once():
     assert used == [0, 1, 2, 3, 4]
 
 
-@needs_gpu
-def test_a_gpus_time_is_without_the_wait_for_its_start(monkeypatch):
-    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
-    x = torch.randn(1 << 20, device="cuda")
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
+def test_a_gpus_time_is_that_between_two_events(device, monkeypatch):
+    monkeypatch.setattr(machine, "DEVICE", torch.device(device))
+    x = torch.randn(1 << 20, device=device)
     run, n = machine.rotated([x.sin] * 50, captured=True)
     machine.timed(run)
     machine.empty_caches()

@@ -157,7 +157,7 @@ def _is(*types: type) -> Callable[[Any], bool]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _time(value: Any) -> bool:
@@ -272,7 +272,15 @@ def _source(value: FunctionType | type) -> tuple[str, list[str]]:
     tree = _Bare().visit(tree.body[0] if isinstance(tree, ast.If) else tree)
     local = code.co_varnames + code.co_cellvars if code else ()
     paths = (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute))
-    return ast.unparse(tree), [path for path in paths if NAME.fullmatch(path) and path.partition(".")[0] not in local]
+    return _dump(tree), [path for path in paths if NAME.fullmatch(path) and path.partition(".")[0] not in local]
+
+
+def _dump(node: object) -> str:
+    """A syntax tree as a text, the same in all versions of Python: those of ast.dump and ast.unparse are not."""
+    if isinstance(node, ast.AST):
+        fields = (f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
+        return f"{type(node).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_dump, node))}]" if isinstance(node, list) else repr(node)
 
 
 NAME = re.compile(r"\w+(\.\w+)*")
@@ -287,4 +295,6 @@ class _Bare(ast.NodeTransformer):
             node.decorator_list = []
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
+        elif isinstance(node, ast.JoinedStr):
+            node.values = [part for part in node.values if part.value != ""]  # Python 3.12 has some at the end
         return node

@@ -1,4 +1,4 @@
-"""Did it become slower? Two builds, measured here in turns, or two sets of stored records: python -m bench.compare -h"""
+"""Did it become slower? Two builds, measured here in turns, or two sets of records: python -m bench.compare --help"""
 
 import argparse
 import json
@@ -177,9 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m bench.compare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Compare the speed of BASE and HEAD. Both are builds of the package (a folder it is installed in, a source\n"
-            "checkout or a git revision), to be measured here in turns by the benchmarks of this checkout, or both are\n"
-            "stored records (a file or a folder of *.jsonl)."
+            "Compare the speed of BASE and HEAD. Both are builds of the package (a folder it is installed in, a\n"
+            "source checkout or a git revision), to be measured here in turns by the benchmarks of this checkout,\n"
+            "or both are stored records (a file or a folder of *.jsonl)."
         ),
         epilog=EXAMPLES,
     )

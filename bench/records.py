@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module
 from numbers import Integral, Real
@@ -239,26 +239,37 @@ def _add(name: str, value: Any, package: str, found: dict[object, str]) -> None:
             _follow(path, value, package, found)
 
 
-def _counts(module: str, package: str) -> bool:
-    return module.partition(".")[0] == package and module not in [f"{package}.{name}" for name in BESIDE]
+def _counts(module: str | None, package: str) -> bool:
+    return str(module).partition(".")[0] == package and module not in [f"{package}.{name}" for name in BESIDE]
 
 
 def _follow(path: str, value: FunctionType | type, package: str, found: dict[object, str]) -> None:
     """Add what the dotted name means in a function or class."""
-    names = dict(vars(sys.modules[value.__module__]))
+    module = sys.modules.get(value.__module__)
+    names = dict(getattr(value, "__globals__", None) or vars(module))
     if isinstance(value, FunctionType):
-        names = dict(value.__globals__)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             with suppress(ValueError):  # it is empty
                 names[name] = cell.cell_contents
-    first, *rest = path.split(".")
-    item, last = names.get(first), first
-    for last in rest:
+    name, *rest = path.split(".")
+    item = names.get(name)
+    for part in rest:
         if not isinstance(item, ModuleType) or not _counts(item.__name__, package):
             break
-        item = getattr(item, last, None)
-    if callable(item) or last.isupper():
+        module, name, item = item, part, getattr(item, part, None)
+    if (callable(item) or name.isupper()) and name not in _foreign(module, package):
         _add(f"{value.__module__}.{path}", item, package, found)
+
+
+@cache
+def _foreign(module: ModuleType | None, package: str) -> set[str]:
+    """What it imports from other packages by name."""
+    try:
+        nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    others = (n for n in nodes if isinstance(n, ast.ImportFrom) and f"{n.module}.".partition(".")[0] != package)
+    return {alias.asname or alias.name for node in others for alias in node.names}
 
 
 def _source(value: FunctionType | type) -> tuple[str, list[str]]:

@@ -328,6 +328,7 @@ import pytest
 
 from cases import machine, watch
 from cases.machine import helper
+from outside import FAR, far, quick as far_quick
 
 SIZES = {"a": [1, 2], "b": (3.5, None), "c": machine.chosen, object(): 1}
 LIMIT = 4
@@ -346,6 +347,7 @@ def test_it(measure, data, size):
     def call(y=2):  # nested
         return inner(size), f"{size!r:>{y}} {machine.Thing().name['a']} is 'it' or \\"that\\""
     measure(call, quick, machine.DEEP, machine.deep(), SIZES, seen, machine.made, watch.Watch)
+    measure(FAR, far, far_quick, machine.FAR)
     local_only = data
     return local_only
 
@@ -354,6 +356,8 @@ def local_only():
     return 11
 ''',
     "machine.py": '''
+from outside import FAR
+
 DEEP = "x"
 WIDTH = 3
 DATA = {"WIDTH": WIDTH}
@@ -420,6 +424,16 @@ def mutual(n):
 def unused():
     return 81
 ''',
+    "../outside.py": """
+from functools import partial
+
+FAR = 131
+quick = partial(int, 141)
+
+
+def far():
+    return 151
+""",
     "watch.py": """
 class Watch:
     size = 91
@@ -459,7 +473,7 @@ def hashed(tmp_path, monkeypatch):
             try:
                 return records.source_hash(import_module("cases.test_it").test_it)
             finally:
-                for name in [name for name in sys.modules if name.partition(".")[0] == "cases"]:
+                for name in [name for name in sys.modules if name.partition(".")[0] in ("cases", "outside")]:
                     del sys.modules[name]
 
     return hash_of
@@ -493,6 +507,9 @@ def write(folder, file="test_it.py", old="", new=""):
         ("machine.py", '"WIDTH": WIDTH', '"WIDTH": 5'),
         ("machine.py", "WIDTH = 3", "WIDTH = 1 + 2"),
         ("watch.py", "91", "92"),
+        ("../outside.py", "131", "132"),
+        ("../outside.py", "141", "142"),
+        ("../outside.py", "151", "152"),
         ("conftest.py", "101", "102"),
         ("conftest.py", '    """Measure."""\n', ""),
         ("conftest.py", "@pytest.fixture\ndef measure", "@pytest.fixture(scope='function')\ndef measure"),
@@ -547,7 +564,7 @@ def test_a_hash_is_the_same_in_every_process_and_python(hashed, tmp_path):
         ).stdout.strip()
         for seed in ("0", "1")
     }  # fmt: skip
-    assert found == {hashed()} == {"5c00aa96a5c8"}
+    assert found == {hashed()} == {"43aaa49e22f3"}
 
 
 def test_what_has_no_source_has_a_hash():

@@ -154,8 +154,8 @@ def measure(benchmark, run, record, request):
     """measure(run, n, ...): time run(), which is n calls, and record and print a call's share of the ceilings.
 
     Args: group, contender: see `bench.contenders`; bytes_moved, flops, images: of a call; precision: whose ceiling
-        counts; cold: whether the caches are emptied before each round; errors: what the gate found; facts: recorded
-        besides.
+        counts; before: called before each round, untimed; cold: whether the caches are emptied then; errors: what the
+        gate found; facts: recorded besides.
     Returns: the seconds a call takes, the median.
 
     There are as many rounds as fit into --benchmark-max-time, and at least --benchmark-min-rounds.
@@ -163,18 +163,22 @@ def measure(benchmark, run, record, request):
 
     def measured(
         work, n, *, group=None, contender=None, bytes_moved=0, flops=0, images=0, precision="fp32", cold=False,
-        errors=None, facts=None,
+        before=None, errors=None, facts=None,
     ):  # fmt: skip
         option = request.config.getoption
         most, least = float(option("benchmark_max_time")), option("benchmark_min_rounds")
-        work()
-        fit = math.ceil(most / max(machine.timed(work), 1e-9))
 
         def before_each():
             turns.over(request.node.nodeid)
+            if before:
+                before()
             if cold:
                 machine.empty_caches()
 
+        before_each()
+        work()
+        before_each()
+        fit = math.ceil(most / max(machine.timed(work), 1e-9))
         with Watch(gpu_uuid(machine.DEVICE), PROCESSES) as watch:
             benchmark.pedantic(work, setup=before_each, rounds=max(least, min(fit, MOST_ROUNDS)))
         if benchmark.disabled:

@@ -60,6 +60,8 @@ class Prepared(NamedTuple):
 
 def contender(name: str) -> Contender:
     found = Contender(*name.split())
+    if "compiled" in found.engine:
+        torch.compiler.reset()  # what another case has compiled
     if found.who == "diffusers" and not find_spec("diffusers"):
         pytest.skip("diffusers is not installed")
     return found

@@ -102,7 +102,7 @@ def _verdict(case: Case, quoted: Callable[[str], str], bold: str = "") -> str:
 
 
 def _table(cases: Sequence[Case]) -> list[str]:
-    rows = [[_code(case.case), *_figures(case), _verdict(case, _code, "**")] for case in cases]
+    rows = [[_cell(case.case), *_figures(case), _verdict(case, _cell, "**")] for case in cases]
     return [f"| {' | '.join(row)} |" for row in [HEADER, ["---", *["--:"] * 4, "---"], *rows]] + [""]
 
 
@@ -111,11 +111,15 @@ def _folded(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """Any text as code in a cell of a table: only there `[a](b)` is no link, @name tells nobody, <b> is not bold."""
+    """Any text as code, where `[a](b)` is no link, @name tells nobody and <b> is not bold."""
     text = " ".join(text.split())
-    text = re.sub(r"\\(?=\|)", r"\\ ", text).replace("|", r"\|")
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    """The same in a table, where | would end the cell; with a space after what would escape the escape."""
+    return re.sub(r"\\(?=\|)", r"\\ ", _code(text)).replace("|", r"\|")
 
 
 # The command

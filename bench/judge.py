@@ -112,9 +112,13 @@ def _compared(case: str, base: list[Record], head: list[Record], threshold: floa
     if not base or not head:
         return Case(case, "not compared", f"only in {'base' if base else 'head'}")
     base, head = _alike(base), _alike(head)
-    for field, what in (("hash", "what the case does"), ("scale", "the scale"), ("params", "parameters")):
+    for field, differs in (
+        ("hash", "the case itself differs"),
+        ("scale", "scales differ"),
+        ("params", "parameters differ"),
+    ):
         if base[-1][field] != head[-1][field]:
-            return Case(case, "not compared", f"{what} differs: {base[-1][field]} and {head[-1][field]}")
+            return Case(case, "not compared", f"{differs}: {base[-1][field]} and {head[-1][field]}")
     for side, runs in (("base", base), ("head", head)):
         if failed := next((run["reason"] for run in runs if run["outcome"] == "failed"), None):
             broken = side == "head" and any(run["outcome"] == "passed" for run in base)

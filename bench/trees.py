@@ -14,6 +14,7 @@ from bench.turns import Side, alternate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+PYTEST = "import pytest, sys; from bench import turns; sys.exit(pytest.main(sys.argv[1:], plugins=[turns]))"
 ENDED = (0, 1, 5)  # pytest's status: all passed, some failed, none was chosen
 TAIL = 20  # lines of output that tell why a side died
 LEFT_OUT = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
@@ -76,15 +77,15 @@ def measure(
         work = Path(temporary).resolve()
         here = work / "here"  # a copy, beside which there is no fastddpm
         shutil.copytree(HERE, here / "bench", ignore=LEFT_OUT)
-        pytest = [sys.executable, "-m", "pytest", str(suite or here / "bench"), "-p", "bench.turns"]
-        pytest += ["-p", "no:cacheprovider", "--continue-on-collection-errors", "--benchmark-min-rounds=10", *options]
+        run = [sys.executable, "-c", PYTEST, str(suite or here / "bench"), "-p", "no:cacheprovider"]
+        run += ["--continue-on-collection-errors", "--benchmark-min-rounds=10", *options]
         environments = {}
         for side, name in tqdm({"base": base, "head": head}.items(), desc="installing", leave=False):
             (out / side).mkdir(parents=True)
             environments[side] = _environment(*install(name, work / side), here)
         for launch in range(launches):
             sides = {
-                side: Side([*pytest, f"--records={out / side}"], cwd=here, env=environment, log=out / f"{side}.log")
+                side: Side([*run, f"--records={out / side}"], cwd=here, env=environment, log=out / f"{side}.log")
                 for side, environment in environments.items()
             }
             order = list(sides.values())

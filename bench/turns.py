@@ -1,8 +1,8 @@
 """Two processes that take turns, one timed round each, so that both see the machine in the same state.
 
 A process runs only while it has the turn: from its start to its first `over`, and from the return of that call to the
-next one; when it ends, the other goes on. It is pytest with `-p bench.turns`, which tells the order of its cases. Who
-waits does so in a read of a socket: a thread that spins would disturb the other.
+next one; when it ends, the other goes on. It is pytest with this module as a plugin, which tells the order of its
+cases. Who waits does so in a read of a socket: a thread that spins would disturb the other.
 """
 
 import json

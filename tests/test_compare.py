@@ -150,9 +150,9 @@ def only(base, head, **limits):
 @pytest.mark.parametrize(
     ("base", "head", "reason"),
     [
-        ({}, {"hash": "0"}, "what the case does differs: a1b2c3d4e5f6 and 0"),
-        ({}, {"scale": "tiny"}, "the scale differs: cpu and tiny"),
-        ({"params": {"n": 1}}, {"params": {"n": 2}}, "parameters differs: {'n': 1} and {'n': 2}"),
+        ({}, {"hash": "0"}, "the case itself differs: a1b2c3d4e5f6 and 0"),
+        ({}, {"scale": "tiny"}, "scales differ: cpu and tiny"),
+        ({"params": {"n": 1}}, {"params": {"n": 2}}, "parameters differ: {'n': 1} and {'n': 2}"),
         ({}, {"outcome": "skipped", "reason": "no GPU", "samples_s": []}, "skipped (no GPU) in head"),
         ({"outcome": "failed", "reason": "error is 1", "samples_s": []}, {}, "failed in base: error is 1"),
         ({"invalid": ["throttled", "shared"]}, {}, "invalid (throttled; shared) in base"),
@@ -316,14 +316,18 @@ def test_markdown(stored, capsys):
     [
         ("test[a](b) <b> @you", "`test[a](b) <b> @you`"),
         ("two\nlines", "`two lines`"),
-        ("a|b", r"`a\|b`"),
-        (r"a\|b", r"`a\ \|b`"),
         ("`", "`` ` ``"),
         ("a``b", "``` a``b ```"),
     ],
 )
 def test_any_text_is_code(text, code):
     assert compare._code(text) == code
+    assert compare._cell(text) == code
+
+
+def test_a_cell_has_no_bar():
+    assert compare._code(r"a|b\|c") == r"`a|b\|c`"
+    assert compare._cell(r"a|b\|c") == r"`a\|b\ \|c`"
 
 
 @pytest.mark.parametrize(

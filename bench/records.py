@@ -17,7 +17,7 @@ from hashlib import sha256
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 SCHEMA = 1
@@ -221,9 +221,7 @@ def _add(name: str, value: Any, package: str, found: dict[object, str]) -> None:
     """Put into `found` the value of a constant, by its name, or the source of a function or class, by its id."""
     with suppress(Exception):  # some objects fail at any question
         value = inspect.unwrap(value)
-    if isinstance(value, MethodType):
-        value = value.__func__
-    elif isinstance(value, partial):
+    if isinstance(value, partial):
         value = [value.func, value.args, value.keywords]
     elif isinstance(value, dict):
         value = list(value.items())
@@ -305,7 +303,7 @@ class _Bare(ast.NodeTransformer):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             node.decorator_list = []
             if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+                node.body = node.body[1:]
         elif isinstance(node, ast.JoinedStr):
             node.values = [part for part in node.values if part.value != ""]  # Python 3.12 has some at the end
         return node

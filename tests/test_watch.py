@@ -152,6 +152,14 @@ def test_all_is_told(nvml):
     assert nvml.users == 0, "NVML was not shut down"
 
 
+def test_the_first_sample_is_taken_before(nvml, monkeypatch):
+    ask = nvml.nvmlDeviceGetName
+    monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda handle: time.sleep(0.05) or ask(handle), raising=False)
+    with Watch(UUID, interval_s=60) as found:
+        assert nvml.samples == 1
+    assert found.facts["samples"] == 2
+
+
 def test_samples_are_taken_meanwhile(nvml):
     with Watch(UUID, interval_s=0.001) as found:
         deadline = time.monotonic() + 30
@@ -367,6 +375,7 @@ def test_an_nvml_that_hangs_is_not_waited_for(nvml, monkeypatch, hangs):
         goes_on.set()
         for thread in threading.enumerate():
             if thread.name == "NVML":
+                assert thread.daemon, "the process waits for it in the end"
                 thread.join(30)
 
 
@@ -461,6 +470,11 @@ def test_memory_that_is_not_ours(nvml, held, listed, used, reserved, allowed, sh
     )
 
 
+def test_who_is_told_once(nvml):
+    nvml.gpus[UUID] = gpu(ComputeRunningProcesses=processes(1, 2), MemoryInfo=SimpleNamespace(used=9 * GIB))
+    assert watched().invalid == ["shared: 1 other process on the GPU"]
+
+
 def test_memory_that_torch_takes_or_gives_back_meanwhile(nvml, held):
     nvml.gpus[UUID] = gpu(MemoryInfo=[SimpleNamespace(used=1 * GIB), SimpleNamespace(used=20 * GIB)])
     with Watch(UUID, interval_s=60) as found:
@@ -481,7 +495,7 @@ def stat(monkeypatch, tmp_path):
 
     def write(lines, own=(0, 0, 0, 0)):
         file.write_text("\n".join(lines))
-        now["own"] = (*own, 0)
+        now["own"] = (*(7 + seconds for seconds in own), 99 + sum(own))
 
     return write
 

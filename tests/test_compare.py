@@ -469,7 +469,7 @@ def test_who_is_behind_catches_up(tmp_path, one, other, want):
 
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 KILL_A = "pid = int(open(log).readline().split()[2]); os.kill(pid, signal.SIGKILL)"
-OUTLIVED = "os.fork() or (time.sleep(60), os._exit(0)); note('leaves'); os._exit(7)"
+OUTLIVED = "os.fork() or (time.sleep(4), note('outlives'), os._exit(0)); os._exit(7)"
 
 
 @pytest.mark.parametrize(
@@ -481,13 +481,14 @@ OUTLIVED = "os.fork() or (time.sleep(60), os._exit(0)); note('leaves'); os._exit
         ([("x", 3)], [("x", 1), ("x", KILL_A), ("x", 2)], [-9, 0]),
         ([("x", 3)], [("x", KILL_A), ("x", 3)], [-9, 0]),
         ([("x", 1), ("x", KILLED)], [("x", 1), ("x", KILLED)], [-9, -9]),
-        ([("x", 1), ("x", OUTLIVED.replace("60", "5"))], [("x", 3)], [7, 0]),
+        ([("x", 1), ("x", OUTLIVED)], [("x", 3)], [7, 0]),
         ([("x", 1), ("x", "os.close(int(os.environ['BENCH_TURNS'])); raise SystemExit")], [("x", 3)], [0, 0]),
     ],
 )
 def test_who_dies_leaves_the_turn_to_the_other(tmp_path, one, other, statuses):
     events, found = play(tmp_path, one, other)
     assert found == statuses
+    assert "outlives" not in [event[1] for event in events], "nobody waits for a child of the dead"
     done = rounds([event for event in events if event[0] == "B"])
     assert done == [f"B:x{number}" for _, n in other if isinstance(n, int) for number in range(n)]
 
@@ -706,6 +707,7 @@ def test_a_slower_build_is_found(tmp_path, suite):
     assert "INTERNALERROR" not in (kept / "base.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_build_is_as_fast_as_itself(tmp_path, suite):
     """Two launches, of which the other side begins the second; pytest's own options choose the cases."""
     seeded = "import random\nnoise = random.Random(os.getpid() % 2)\n"

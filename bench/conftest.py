@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,20 +15,19 @@ import torch
 from bench import machine, records, turns
 from bench.watch import Watch, gpu_uuid
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 # in the order of importance: time may not suffice
 FILES = ("test_kernels.py", "test_unet.py", "test_sampling.py", "test_start.py", "test_memory.py", "test_races.py")
 COMPILING = 240  # seconds that torch.compile may take for a network
 MOST_ROUNDS = 200
-PROCESSES = 2 if "BENCH_TURNS" in os.environ else 1  # of ours on the device
 BEGAN, CEILINGS, DRIVER = pytest.StashKey[float](), pytest.StashKey[dict](), pytest.StashKey[Any]()
 RECORDS, RUN = pytest.StashKey[Path](), pytest.StashKey[dict]()
 MEASURED = pytest.StashKey[dict]()  # of a case: what it adds to its record
 
 
 def pytest_addoption(parser):
-    text = "start no benchmark later, and no compilation %d seconds before, so that the results are written (480)"
-    parser.addoption("--seconds", type=float, default=480, help=text % COMPILING)
+    text = f"start no benchmark later, and no compilation {COMPILING} seconds before: what runs has a limit (480)"
+    parser.addoption("--seconds", type=float, default=480 if turns.PROCESSES == 1 else math.inf, help=text)
     parser.addoption("--records", type=Path, default=HERE / "results", help="folder of the records (bench/results)")
 
 
@@ -42,6 +40,10 @@ def pytest_collection_modifyitems(items):
     for item in ours:
         if not item.get_closest_marker("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=machine.clock))
+    if turns.PROCESSES > 1:  # two builds are compared: others are the same in both
+        rivals = [item for item in ours if params(item).get("name", "").startswith(("reference", "diffusers"))]
+        rivals and items[0].config.hook.pytest_deselected(items=rivals)
+        ours = [item for item in ours if item not in rivals]
     # torch.compile takes minutes, so what is compiled comes last
     ours.sort(key=lambda item: (item.get_closest_marker("compiled") is not None, FILES.index(item.path.name)))
     items[:] = [item for item in items if item.path.parent != HERE] + ours
@@ -84,15 +86,18 @@ def pytest_runtest_makereport(item, call):
 
 def about(item: pytest.Item) -> dict[str, Any]:
     """What a record tells of a case, and what it has where the case does not tell."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
     return {
         "case": f"{item.path.name}::{item.originalname}",
         "name": item.name,
-        "params": {name: plain(value) for name, value in params.items()},
+        "params": {name: plain(value) for name, value in params(item).items()},
         "hash": records.source_hash(item.function),
         "group": None, "contender": None, "invalid": [], "samples_s": [], "calls": 1, "clock": None, "cache": None,
         "bytes": 0, "flops": 0, "precision": None, "images": 0, "shares": {}, "errors": None, "facts": {}, "watch": {},
     }  # fmt: skip
+
+
+def params(item: pytest.Item) -> dict[str, Any]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def plain(value: Any) -> Any:
@@ -112,7 +117,7 @@ def now() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def run(pytestconfig) -> dict[str, Any]:
     """What all records of this run have in common, and the file that they go to; the ceilings are measured first."""
-    with Watch(gpu_uuid(machine.DEVICE), PROCESSES) as watch:
+    with Watch(gpu_uuid(machine.DEVICE), turns.PROCESSES) as watch:
         ceilings = machine.ceilings()
     facts = machine.description() | {"driver": watch.facts["driver"]}
     commit, dirty = records.commit()
@@ -179,7 +184,7 @@ def measure(benchmark, run, record, request):
         work()
         before_each()
         fit = math.ceil(most / max(machine.timed(work), 1e-9))
-        with Watch(gpu_uuid(machine.DEVICE), PROCESSES) as watch:
+        with Watch(gpu_uuid(machine.DEVICE), turns.PROCESSES) as watch:
             benchmark.pedantic(work, setup=before_each, rounds=max(least, min(fit, MOST_ROUNDS)))
         if benchmark.disabled:
             return math.nan
@@ -195,7 +200,7 @@ def measure(benchmark, run, record, request):
         }
         facts = dict(facts or {})
         energy_j = watch.facts["energy_j"]
-        if images and energy_j is not None and PROCESSES == 1:  # else it is that of both
+        if images and energy_j is not None and turns.PROCESSES == 1:  # else it is that of both
             facts["energy_per_image_j"] = energy_j / (images * n * len(samples))
         record(
             samples_s=samples, calls=n, clock=machine.CLOCK, cache="cold" if cold else "hot", group=group,

@@ -19,6 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+PROCESSES = 2 if "BENCH_TURNS" in os.environ else 1  # of ours, that may have work on the device
+
 # In the measured process
 
 

@@ -1,0 +1,758 @@
+"""One HTML page of all records, which asks nothing of the network: python -m bench.report --help
+
+Everything is in the page without its script, which adds tooltips and a filter.
+"""
+
+import argparse
+import math
+import os
+import sys
+import warnings
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from operator import attrgetter
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NoReturn
+
+from bench import records
+from bench.chart import (
+    BYTES,
+    SECONDS,
+    Markup,
+    Plot,
+    Scale,
+    bar,
+    figure,
+    linear,
+    logarithmic,
+    percent,
+    quantity,
+    stretched,
+    tag,
+)
+
+Record = dict[str, Any]
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+LONGEST = 40  # points of a history, the latest
+APART = 18  # pixels between the labels of two roofs
+MACHINE = {
+    "gpu": "GPU", "gpu_memory_gb": "GPU memory, GB", "l2_mb": "L2 cache, MB", "driver": "driver", "cpu": "CPU",
+    "threads": "threads", "python": "Python", "torch": "PyTorch", "triton": "Triton", "cuda": "CUDA", "cudnn": "cuDNN",
+    "diffusers": "diffusers",
+}  # fmt: skip
+
+
+# What was found
+
+
+@dataclass(frozen=True)
+class Result:
+    """A record, and what it says: seconds per call, or, of a case of memory, the bytes of its peak."""
+
+    record: Record
+
+    @cached_property
+    def quartiles(self) -> tuple[float, float, float] | None:
+        """The lower one, the median, the upper one; None where nothing was measured."""
+        samples = self.record["samples_s"] or [self.peak] * (self.peak is not None)
+        if self.record["outcome"] != "passed" or not samples:
+            return None
+        return tuple(quantiles(samples, method="inclusive")) if len(samples) > 1 else (samples[0],) * 3
+
+    @property
+    def peak(self) -> float | None:
+        value = self.record["facts"].get("peak_bytes")
+        return value if _number(value) and value > 0 else None
+
+    @property
+    def units(self) -> Sequence[tuple[float, str]]:
+        return SECONDS if self.record["samples_s"] else BYTES
+
+    @property
+    def median(self) -> float:
+        return self.quartiles[1] if self.quartiles else math.nan
+
+    @property
+    def timed(self) -> bool:
+        return bool(self.quartiles and self.record["samples_s"])
+
+    @property
+    def valid(self) -> bool:
+        return bool(self.quartiles) and not self.record["invalid"]
+
+    @property
+    def state(self) -> str:
+        """passed, invalid, failed or skipped."""
+        return "invalid" if self.quartiles and self.record["invalid"] else self.record["outcome"]
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no figure, or none to be trusted."""
+        if self.record["outcome"] != "passed":
+            return f"{self.record['outcome']}: {self.record['reason'] or 'no reason is told'}"
+        return f"invalid: {'; '.join(self.record['invalid'])}" if self.record["invalid"] else None
+
+    @property
+    def kind(self) -> str:
+        return "failed" if not self.quartiles else "valid" if self.valid else "invalid"
+
+    @property
+    def commit(self) -> str:
+        """Short, with a star where the tree had changes."""
+        return f"{(self.record['commit'] or 'unknown')[:7]}{'*' * bool(self.record['dirty'])}"
+
+    @property
+    def when(self) -> str:
+        return when(self.record["run"])
+
+    def said(self, digits: int = 3) -> str:
+        return quantity(self.median, self.units, digits) if self.quartiles else "–"
+
+    def spread(self) -> str:
+        return " – ".join(quantity(value, self.units, 4) for value in self.quartiles[::2]) if self.timed else "–"
+
+    def about(self) -> str:
+        """Some lines, for a tooltip."""
+        lines = [f"{self.commit}, {self.when} UTC"]
+        if self.quartiles:
+            rounds = len(self.record["samples_s"])
+            spread = f" (quartiles {self.spread()}; {rounds} round{'s' * (rounds != 1)})" if rounds else ""
+            lines.insert(0, f"{self.said(4)}{spread}")
+        lines += [
+            f"{figure(of['rate'])} {unit}, {percent(of['share'])} of the ceiling"
+            for unit, of in self.record["shares"].items()
+        ]
+        return "\n".join([*lines, *filter(None, [self.trouble])])
+
+
+@dataclass(frozen=True)
+class Case:
+    """All results of one case on one device, in order."""
+
+    results: list[Result]
+
+    @cached_property
+    def ran(self) -> list[Result]:
+        return [result for result in self.results if result.record["outcome"] != "skipped"]
+
+    @property
+    def last(self) -> Result:
+        """The last one that was not skipped, if there is any."""
+        return (self.ran or self.results)[-1]
+
+    @property
+    def function(self) -> str:
+        return self.last.record["case"]
+
+    @property
+    def name(self) -> str:
+        return self.last.record["name"]
+
+    @cached_property
+    def group(self) -> str | None:
+        return self._known("group")
+
+    @cached_property
+    def contender(self) -> str | None:
+        return self._known("contender")
+
+    def _known(self, field: str) -> str | None:
+        """A failed case does not tell it: then what it told before."""
+        return next((r.record[field] for r in reversed(self.results) if r.record[field]), None)
+
+    @property
+    def ours(self) -> bool:
+        """Also of what has no others beside it."""
+        return (self.contender or "fastddpm").startswith("fastddpm")
+
+    @property
+    def kind(self) -> str:
+        return "ours" if self.ours else "other"
+
+    @property
+    def title(self) -> str:
+        """What tells it from the others of its group, or else of its function."""
+        return self.contender or self.name.removeprefix("test_")
+
+    @property
+    def words(self) -> str:
+        """What the filter looks at."""
+        return " ".join(filter(None, [self.function, self.name, self.group, self.contender])).lower()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What was measured on one device at one scale."""
+
+    cases: list[Case]  # of a function, and in it of a group, one after the other
+    latest: Record  # of the latest run
+
+    @property
+    def name(self) -> str:
+        machine = self.latest["machine"]
+        name, threads = machine.get("gpu") or machine.get("cpu") or self.latest["device"], machine.get("threads")
+        if threads and not machine.get("gpu"):
+            name = f"{name}, {threads} thread{'s' * (threads != 1)}"
+        return f"{name} (tiny sizes)" if self.latest["scale"] == "tiny" else name
+
+    @property
+    def functions(self) -> dict[str | None, list[Case]]:
+        return by(attrgetter("function"), self.cases)
+
+    def ceilings(self) -> dict[str, float]:
+        return {name: rate for name, rate in self.latest["ceilings"].items() if rate > 0}
+
+
+def devices(found: Iterable[Record]) -> list[Device]:
+    """Records in order of their runs, sorted into devices and cases; what has a GPU comes first."""
+    sorted_: dict[tuple[str, str], dict[tuple[str, str], list[Result]]] = {}
+    for record in found:
+        place = sorted_.setdefault((record["scale"], record["device"]), {})
+        place.setdefault((record["case"], record["name"]), []).append(Result(record))
+    scales = {"cuda": 0, "cpu": 1}
+    return [_device(sorted_[key].values()) for key in sorted(sorted_, key=lambda key: (scales.get(key[0], 2), key))]
+
+
+def _device(results: Iterable[list[Result]]) -> Device:
+    cases = [Case(found) for found in results]
+    places: dict[tuple[str, ...], int] = {}
+    for case in cases:
+        for key in ((case.function,), (case.function, case.group or case.name)):
+            places.setdefault(key, len(places))
+    cases.sort(key=lambda c: (places[(c.function,)], places[(c.function, c.group or c.name)]))
+    latest = max((result.record for case in cases for result in case.results), key=lambda r: (r["run"], r["time"]))
+    return Device(cases, latest)
+
+
+def by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[str | None, list[Case]]:
+    """Cases in groups, in the order of their first ones."""
+    found: dict[str | None, list[Case]] = {}
+    for case in cases:
+        found.setdefault(key(case), []).append(case)
+    return found
+
+
+def when(time: str) -> str:
+    """2026-11-22 21:00"""
+    return time[:16].replace("T", " ")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# The page
+
+
+def page(found: Sequence[Record]) -> str:
+    """The whole HTML page."""
+    style, script = (Markup((HERE / f"report.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
+    sources = [f"{kind}-src {_hash(text)}" for kind, text in (("style", style), ("script", script))]
+    policy = "; ".join(["default-src 'none'", *sources, "img-src data:", "base-uri 'none'", "form-action 'none'"])
+    on = devices(found)
+    runs = len({(record["device"], record["run"]) for record in found})
+    summary = f"{len(found):,} records of {runs} run{'s' * (runs != 1)}, the latest of {when(found[-1]['run'])} UTC"
+    links = [tag("a", device.name, href=f"#device-{number}") for number, device in enumerate(on, 1)]
+    filter_ = Markup(
+        '<label id="filter" hidden>Filter <input type="search" placeholder="step bf16" autocomplete="off"'
+        ' spellcheck="false"></label><output id="count"></output>'
+    )
+    body = [
+        tag("header", tag("h1", "fastddpm", tag("span", " benchmarks")), tag("p", summary, class_="soft")),
+        tag("nav", tag("div", *links, class_="links"), filter_, aria_label="Devices"),
+        tag("main", *(_section(device, number) for number, device in enumerate(on, 1))),
+        tag("script", script),
+    ]
+    head = [
+        Markup('<meta charset="utf-8">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<meta name="color-scheme" content="light dark">'),
+        Markup('<link rel="icon" href="data:,">'),
+        tag("title", "fastddpm benchmarks"),
+        tag("style", style),
+    ]
+    html = tag("html", tag("head", *head), tag("body", *body), lang="en")
+    return f"<!doctype html>\n{html}\n"
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+def _section(device: Device, number: int) -> Markup:
+    parts = {
+        "machine": _machine(device),
+        "beside others": _races(device),
+        "history": _history(device),
+        "share of the ceiling": _shares(device),
+        "roofline": _roofline(device),
+        "numbers": _tables(device),
+    }
+    ids = {title: f"{title.split()[0]}-{number}" for title in parts}
+    links = [tag("a", title.capitalize(), href=f"#{ids[title]}") for title in parts if title != "machine"]
+    run = Result(device.latest)
+    head = tag("p", f"{run.commit}, {run.when} UTC", class_="soft")
+    inside = [
+        tag("section", tag("h3", title.capitalize()) if title != "machine" else None, *content, id=ids[title])
+        for title, content in parts.items()
+    ]
+    heading = tag("div", tag("h2", device.name), head, tag("div", *links, class_="links"), class_="head")
+    return tag("section", heading, *inside, class_="device", id=f"device-{number}")
+
+
+def _folded(function: str, cases: Sequence[Case], *content: Markup) -> Markup:
+    """The cases of a function, under its name."""
+    module, _, name = function.partition("::")
+    many = f"{len(cases)} case{'s' * (len(cases) != 1)}"
+    summary = tag(
+        "summary",
+        tag("h4", name.removeprefix("test_").replace("_", " ")),
+        tag("span", f"{module}, {many}", class_="soft"),
+    )
+    return tag("details", summary, *content, class_="group", open_="")
+
+
+def _table(head: Sequence[str], *bodies: Iterable[Markup], kind: str, caption: Markup | None = None) -> Markup:
+    columns = tag("thead", tag("tr", *(tag("th", title, scope="col") for title in head)))
+    return tag("table", caption, columns, *(tag("tbody", *rows) for rows in bodies), class_=kind)
+
+
+# The machine
+
+
+def _machine(device: Device) -> list[Markup]:
+    latest, outcomes = device.latest, Counter(case.last.state for case in device.cases)
+    machine = {**dict.fromkeys(MACHINE), **latest["machine"]}
+    facts = [
+        tag(
+            "tr",
+            tag("th", MACHINE.get(key, key), scope="row"),
+            tag("td", figure(value, 4) if _float(value) else str(value)),
+        )
+        for key, value in machine.items()
+        if value is not None
+    ]
+    counts = [
+        _tile("cases", f"{len(device.cases)}"),
+        *(_tile(state, f"{outcomes[state]}", state) for state in ("failed", "invalid", "skipped")),
+    ]
+    ceilings = [
+        _tile(f"{name} ceiling", figure(rate), unit="GB/s" if name == "copy" else "TFLOP/s")
+        for name, rate in device.ceilings().items()
+    ]
+    trouble = [
+        tag("li", tag("b", case.name), " ", result.trouble, class_=result.state, data_case=case.words)
+        for case in device.cases
+        if (result := case.last).state in ("failed", "invalid")
+    ]
+    beside = [
+        tag("div", *counts, class_="tiles"),
+        tag("div", *ceilings, class_="tiles") if ceilings else None,
+        tag("ul", *trouble, class_="trouble") if trouble else None,
+    ]
+    about = tag("table", tag("caption", "Machine"), tag("tbody", *facts), class_="facts")
+    return [tag("div", tag("div", *beside), about, class_="overview")]
+
+
+def _tile(label: str, value: str, state: str = "", unit: str = "") -> Markup:
+    number = tag("b", value, tag("small", f" {unit}") if unit else None)
+    return tag("div", tag("span", label), number, class_=f"tile {state if value != '0' else ''}".rstrip())
+
+
+def _float(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+# Contenders beside each other
+
+
+def _races(device: Device) -> list[Markup]:
+    groups = by(attrgetter("group"), (case for case in device.cases if case.group))
+    found = [race for group, cases in groups.items() if (race := _race(group, cases, device.latest["run"]))]
+    found.sort(key=lambda race: not race[0])
+    if not found:
+        return [tag("p", "No run has measured two contenders at the same work.", class_="soft")]
+    text = "The time of a call; shorter is better. The last column is how many times as fast our fastest is."
+    return [tag("p", text, class_="soft"), *(card for _, card in found)]
+
+
+def _race(group: str, cases: Sequence[Case], latest: str) -> tuple[bool, Markup] | None:
+    """(whether it makes images, its card): of the latest run that has measured some of the group."""
+    run = max((r.record["run"] for case in cases for r in case.results if r.timed), default=None)
+    of_run = {case.name: [r for r in case.ran if r.record["run"] == run] for case in cases}
+    entries = [(case, of_run[case.name][-1]) for case in cases if of_run[case.name]]
+    if len(entries) < 2:
+        return None
+    entries.sort(key=lambda entry: entry[1].median if entry[1].timed else math.inf)
+    best, rival = (next((e for e in entries if e[1].valid and e[0].ours == ours), None) for ours in (True, False))
+    slowest, fastest = max(r.median for _, r in entries if r.timed), best[1].median if best else None
+    caption = [tag("h4", group)]
+    if best and rival:
+        ratio, kind = rival[1].median / fastest, "" if fastest < rival[1].median else " slower"
+        text = tag("b", f"{figure(ratio, 2)} ×"), f" as fast as {rival[0].title}, the fastest other"
+        caption.append(tag("p", *text, class_=f"claim{kind}"))
+    if run != latest:
+        caption.append(tag("p", f"{entries[0][1].commit}, {entries[0][1].when} UTC", class_="soft"))
+    images = any(result.record["images"] > 0 for _, result in entries)
+    head = ["contender", "", "time", *(["images/s"] if images else []), "of the ceiling", "ours is"]
+    rows = [_contender(case, result, slowest, fastest, images) for case, result in entries]
+    table = _table(head, rows, kind="race", caption=tag("caption", *caption))
+    return images, tag("article", table, class_="card", data_case=" ".join(case.words for case, _ in entries))
+
+
+def _contender(case: Case, result: Result, slowest: float, fastest: float | None, images: bool) -> Markup:
+    rate = share = ratio = ""
+    if result.timed:
+        rate = figure(result.record["images"] / result.median) if result.record["images"] else ""
+        share = percent(max(s["share"] for s in result.record["shares"].values())) if result.record["shares"] else ""
+        ratio = f"{figure(result.median / fastest, 2)} × as fast" if fastest and result.valid and not case.ours else ""
+    cells = [
+        tag("th", case.title, scope="row"),
+        tag("td", bar(result.median / slowest, f"{case.kind} {result.kind}") if result.timed else None, _why(result)),
+        tag("td", result.said() if result.timed else "", class_="time"),
+        tag("td", rate, data_unit="images/s") if images else None,
+        tag("td", share, data_unit="of the ceiling"),
+        tag("td", ratio),
+    ]
+    return tag("tr", *cells, class_=case.kind)
+
+
+def _why(result: Result) -> Markup | None:
+    return tag("p", result.trouble, class_=f"why {result.state}") if result.trouble else None
+
+
+# History
+
+
+def _history(device: Device) -> list[Markup]:
+    key = Plot(linear(0, 1), linear(0, 1), 12)
+    legend = [
+        _legend("median", key.line([(0, 0.5), (1, 0.5)], "ours"), key.mark(0.5, 0.5, "ours", "a median")),
+        _legend("quartiles", key.band([(0, 0), (1, 0)], [(0, 1), (1, 1)], "ours")),
+        _legend("invalid", key.mark(0.5, 0.5, "ours invalid", "an invalid one")),
+        _legend("failed", key.mark(0.5, 0.5, "failed", "a failure")),
+        _legend("the case changed: not comparable", key.upright(0.5, "changed")),
+        tag("span", tag("b", "%"), "since the one before"),
+    ]
+    groups = []
+    for function, cases in device.functions.items():
+        if ran := [case for case in cases if case.ran]:
+            groups.append(_folded(function, ran, tag("div", *map(_card, ran), class_="cards")))
+    return [tag("p", *legend, class_="legend"), *groups]
+
+
+def _legend(text: str, *parts: Markup) -> Markup:
+    """A line or band stretched, or a mark, before its name."""
+    paths = [part for part in parts if part.startswith("<path")]
+    marks = [part for part in parts if part not in paths]
+    return tag("span", tag("svg", stretched(paths, 12), *marks, width=24, height=12, aria_hidden="true"), text)
+
+
+def _card(case: Case) -> Markup:
+    """Small: the latest figure of a case, how it differs from the one before, and all of them over commits."""
+    points = case.ran[-LONGEST:]
+    last = points[-1]
+    before = next((r for r in reversed(points[:-1]) if r.valid and r.record["hash"] == last.record["hash"]), None)
+    change = ""
+    if before and last.valid:
+        percents = round(100 * (last.median / before.median - 1), 1)
+        change = f"{percents:+} %".replace("-", "−") if percents else "0 %"
+    head = tag("div", tag("h5", case.title), tag("b", last.said()), class_="ends")
+    about = tag("div", tag("span", case.group or ""), tag("span", change), class_="ends soft")
+    return tag("article", head, about, _why(last), _timeline(case, points), class_="card", data_case=case.words)
+
+
+def _timeline(case: Case, points: Sequence[Result]) -> Markup:
+    n = len(points)
+    values = [value for r in points if r.quartiles for value in (r.quartiles if r.valid else (r.median,))]
+    low, high = (min(values), max(values)) if values else (0, 1)
+    if high - low < 0.2 * high:  # noise is not to fill the chart
+        low, high = min(low, 0.45 * (low + high)), max(high, 0.55 * (low + high))
+    y = logarithmic(low, high, 6) if 0 < 10 * low < high else linear(low, high, 5)
+    plot = Plot(Scale((-0.5, n - 0.5)), y, 96)
+    changes = [at for at in range(1, n) if points[at].record["hash"] != points[at - 1].record["hash"]]
+    paths, marks = [], [plot.upright(at - 0.5, "changed") for at in changes]
+    for begin, end in zip([0, *changes], [*changes, n], strict=True):
+        valid = [(at, points[at]) for at in range(begin, end) if points[at].valid]
+        lower, middle, upper = ([(at, r.quartiles[q]) for at, r in valid] for q in range(3))
+        if len(valid) > 1:
+            paths += [plot.band(lower, upper, case.kind), plot.line(middle, case.kind)]
+        elif valid:
+            marks.append(plot.upright(valid[0][0], f"stroke {case.kind}", lower[0][1], upper[0][1]))
+    for at, result in enumerate(points):
+        height = result.median if result.quartiles else y.ticks[0]
+        marks.append(plot.mark(at, height, f"{case.kind} {result.kind}", result.about()))
+    units = next((r.units for r in points if r.quartiles), SECONDS)
+    return tag(
+        "div",
+        plot.svg(
+            paths,
+            marks,
+            label=f"{case.name}: {n} run{'s' * (n != 1)}, the latest {points[-1].said(4)} at {points[-1].commit}",
+            x_labels=[(at, points[at].commit) for at in range(n - 1, -1, -math.ceil(n / 4))],
+            y_labels=y.labels(units) if values else [""] * len(y.ticks),
+        ),
+        class_="box",
+    )
+
+
+# Shares of the ceilings
+
+
+def _shares(device: Device) -> list[Markup]:
+    shown = [case for case in device.cases if case.last.timed and case.last.record["shares"]]
+    if not shown:
+        return [tag("p", "No case tells what it moves or computes.", class_="soft")]
+    groups = []
+    for function, cases in by(attrgetter("function"), shown).items():
+        found = {unit: of["share"] for case in cases for unit, of in case.last.record["shares"].items()}
+        units, bodies = [unit for unit in ("GB/s", "TFLOP/s") if unit in found], []
+        limit = 1 / min(max(1, *(of["share"] for case in cases for of in case.last.record["shares"].values())), 1.5)
+        for group, members in by(attrgetter("group"), cases).items():
+            heading = tag("th", group, colspan=1 + len(units), scope="rowgroup", class_="soft")
+            rows = [_share(case, units, limit) for case in members]
+            bodies.append([tag("tr", heading), *rows] if group else rows)
+        groups.append(_folded(function, cases, _table(["case", *units], *bodies, kind="shares")))
+    text = "Of the rate of a copy, and of a matrix product in the same precision, measured in the same run."
+    return [tag("p", text, class_="soft"), tag("div", *groups, class_="card")]
+
+
+def _share(case: Case, units: Sequence[str], limit: float) -> Markup:
+    cells = []
+    for unit in units:
+        parts = []
+        if of := case.last.record["shares"].get(unit):
+            share, rate = percent(of["share"]), f"{figure(of['rate'])} {unit}"
+            label = f"{share} of the ceiling, {rate}"
+            parts.append(bar(of["share"] * limit, f"{case.kind} {case.last.kind}", label, limit=limit))
+            parts.append(tag("span", tag("b", share), f" {rate}"))
+        cells.append(tag("td", tag("div", *parts)))
+    return tag("tr", tag("th", case.title, scope="row"), *cells, data_case=case.words)
+
+
+# Roofline
+
+
+def _roofline(device: Device) -> list[Markup]:
+    """Log-log: the roofs are straight."""
+    ceilings = device.ceilings()
+    copy = ceilings.pop("copy", 0) / 1e3  # TFLOP/s at one FLOP per byte
+    points = [
+        (flops / moved, flops / case.last.median / 1e12, case)
+        for case in device.cases
+        for flops, moved in [(case.last.record["flops"], case.last.record["bytes"])]
+        if case.last.timed and case.last.valid and flops > 0 and moved > 0
+    ]
+    if not points or not copy or not ceilings:
+        return [tag("p", "No case tells both what it moves and what it computes.", class_="soft")]
+    across = [x for x, _, _ in points] + [rate / copy for rate in ceilings.values()]
+    up, peak = [y for _, y, _ in points] + list(ceilings.values()), max(ceilings.values())
+    plot = Plot(logarithmic(min(across) / 2, 3 * max(across)), logarithmic(min(up) / 1.5, 1.2 * max(up)), 400)
+    left, right, bottom = plot.x.ticks[0], plot.x.ticks[-1], plot.y.ticks[0]
+    begin = max(left, bottom / copy)
+    paths = [plot.line([(begin, begin * copy), (peak / copy, peak)], "roof")] if begin < peak / copy else []
+    at = begin * max(peak / copy / begin, 1) ** 0.1  # clear of the axes
+    marks = [plot.text(at, at * copy, f"copy {figure(1e3 * copy)} GB/s", "roof slope")]
+    near: list[list[tuple[float, str]]] = []  # roofs too close for a label each
+    for rate, name in sorted((rate, name) for name, rate in ceilings.items()):
+        paths.append(plot.line([(max(rate / copy, left), rate), (right, rate)], "roof"))
+        if near and plot.place(left, near[-1][-1][0])[1] - plot.place(left, rate)[1] < APART:
+            near[-1].append((rate, name))
+        else:
+            near.append([(rate, name)])
+    for roofs in near:
+        text = ", ".join(f"{name} {figure(rate)}" for rate, name in reversed(roofs))
+        marks.append(plot.text(right, roofs[-1][0], f"{text} TFLOP/s", "roof"))
+    for x, y, case in sorted(points, key=lambda point: point[2].ours):  # ours over others
+        title = f"{case.name}\n{figure(y)} TFLOP/s at {figure(x)} FLOP/byte\n{case.last.about()}"
+        marks.append(plot.mark(x, y, f"{case.kind} valid", title, case.words))
+    drawn = plot.svg(
+        paths,
+        marks,
+        label=f"Roofline of {device.name}: TFLOP/s over FLOP per byte, {len(points)} cases",
+        x_labels=zip(plot.x.ticks, plot.x.labels(), strict=True),
+        y_labels=plot.y.labels(),
+    )
+    key = Plot(linear(0, 1), linear(0, 1), 12)
+    legend = [
+        _legend("fastddpm", key.mark(0.5, 0.5, "ours valid", "one of ours")),
+        _legend("others", key.mark(0.5, 0.5, "other valid", "another")),
+        _legend("what a copy and a matrix product reached", key.line([(0, 0.5), (1, 0.5)], "roof")),
+    ]
+    axes = tag("p", "TFLOP/s", class_="axis"), tag("p", "FLOP per byte", class_="axis end")
+    chart = tag("div", axes[0], tag("div", drawn, class_="box"), axes[1], class_="card roofline")
+    return [tag("p", *legend, class_="legend"), chart]
+
+
+# Tables
+
+NUMBERS = (
+    "case", "contender", "median", "quartiles", "rounds × calls", "GB/s", "of copy", "TFLOP/s", "of matmul", "images/s",
+    "FLOP/byte", "timed", "gate", "machine meanwhile", "facts", "commit", "notes",
+)  # fmt: skip
+PAST = ("case", "commit", "run (UTC)", "source", "median", "quartiles", "rounds", "notes")
+RUNS = (
+    "run (UTC)", "commit", "cases", "failed", "invalid", "skipped", "PyTorch", "Triton", "driver",
+    "ceilings: GB/s, TFLOP/s",
+)  # fmt: skip
+MEANWHILE = (
+    ("clock_sm_mhz", "median", "MHz"), ("power_w", "median", "W"), ("temperature_c", "max", "°C"),
+    ("memory_used_gb", None, "GB"), ("energy_j", None, "J"), ("cpu_others", None, "cores of other work"),
+)  # fmt: skip
+FACTS = {"s": lambda v: quantity(v, SECONDS), "bytes": lambda v: quantity(v, BYTES), "j": lambda v: f"{figure(v)} J"}
+
+
+def _tables(device: Device) -> list[Markup]:
+    latest, runs = [], {}
+    for function, cases in device.functions.items():
+        title = tag("tr", tag("th", function, colspan=len(NUMBERS), scope="rowgroup"))
+        latest.append([title, *map(_numbers, cases)])
+        for result in (result for case in cases for result in case.results):
+            runs.setdefault(result.record["run"], []).append(result)
+    past = [_past(case, result) for case in device.cases for result in reversed(case.results[-LONGEST:])]
+    return [
+        _wide("The latest of each case", _table(NUMBERS, *latest, kind="numbers latest"), open_=""),
+        _wide("All runs", _table(RUNS, [_run(runs[run]) for run in sorted(runs, reverse=True)], kind="numbers runs")),
+        _wide("All medians", _table(PAST, past, kind="numbers past")),
+    ]
+
+
+def _wide(title: str, table: Markup, **state: str) -> Markup:
+    """A table that scrolls in its own box."""
+    box = {"class_": "card scroll", "tabindex": 0, "role": "region", "aria_label": title}
+    return tag("details", tag("summary", tag("h4", title)), tag("div", table, **box), class_="group", **state)
+
+
+def _row(case: Case | None, *cells: str) -> Markup:
+    first = [tag("th", case.name, scope="row")] if case else []
+    return tag("tr", *first, *(tag("td", cell) for cell in cells), data_case=case and case.words)
+
+
+def _numbers(case: Case) -> Markup:
+    result, record = case.last, case.last.record
+    of = [record["shares"].get(unit) for unit in ("GB/s", "TFLOP/s")]
+    return _row(
+        case,
+        case.contender or "",
+        result.said(4),
+        result.spread(),
+        f"{len(record['samples_s'])} × {record['calls']}" if result.timed else "",
+        *(text for one in of for text in ((figure(one["rate"]), percent(one["share"])) if one else ("", ""))),
+        figure(record["images"] / result.median) if result.timed and record["images"] else "",
+        figure(record["flops"] / record["bytes"]) if record["bytes"] > 0 and record["flops"] > 0 else "",
+        ", ".join(filter(None, [record["clock"], record["cache"], record["precision"]])),
+        _gate(record["errors"]),
+        _meanwhile(record["watch"]),
+        "; ".join(_facts(record["facts"])),
+        f"{result.commit}, {result.when}",
+        result.trouble or "",
+    )
+
+
+def _past(case: Case, result: Result) -> Markup:
+    rounds = f"{len(result.record['samples_s'])}" if result.timed else ""
+    about = result.commit, result.when, result.record["hash"], result.said(4), result.spread(), rounds
+    return _row(case, *about, result.trouble or "")
+
+
+def _run(results: Sequence[Result]) -> Markup:
+    first, states = results[0], Counter(result.state for result in results)
+    versions = [str(first.record["machine"].get(name) or "–") for name in ("torch", "triton", "driver")]
+    counts = [f"{states[state]}" for state in ("failed", "invalid", "skipped")]
+    ceilings = ", ".join(f"{name} {figure(rate)}" for name, rate in first.record["ceilings"].items())
+    return _row(None, first.when, first.commit, f"{len(results)}", *counts, *versions, ceilings)
+
+
+def _gate(errors: dict[str, Any] | None) -> str:
+    """The errors it found, and what they may be."""
+    found = []
+    for name, of in (errors or {}).items():
+        judged = isinstance(of, dict) and _number(of.get("error")) and _number(of.get("bound"))
+        found.append(f"{name} {figure(of['error'], 2)} of {figure(of['bound'], 2)}" if judged else f"{name} {of}")
+    return ", ".join(found)
+
+
+def _meanwhile(watch: dict[str, Any]) -> str:
+    """The main facts of what the machine did."""
+    found = []
+    for name, which, unit in MEANWHILE:
+        value = watch.get(name)
+        value = value.get(which) if isinstance(value, dict) else value
+        if _number(value):
+            found.append(f"{figure(value)} {unit}")
+    throttle = watch.get("throttle")
+    shares = throttle.items() if isinstance(throttle, dict) else ()
+    return ", ".join(found + [f"{reason} {percent(share)}" for reason, share in shares if _number(share)])
+
+
+def _facts(facts: dict[str, Any], kind: str = "") -> Iterator[str]:
+    """Numbers, texts and dicts of numbers, in the units that end their names."""
+    for key, value in facts.items():
+        name, _, suffix = key.rpartition("_")
+        name = (name if suffix in FACTS else key).replace("_", " ")
+        if _number(value):
+            yield f"{name} {FACTS.get(kind or suffix, lambda v: figure(v, 4))(value)}"
+        elif isinstance(value, str):
+            yield f"{name} {value}"
+        elif isinstance(value, dict) and value and all(map(_number, value.values())):
+            yield f"{name}: {', '.join(_facts(value, suffix))}"
+
+
+# The command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"bench.report: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    parser = _Parser(prog="python -m bench.report", description="Write all records as one HTML page.")
+    default = RESULTS / "report.html"
+    parser.add_argument("records", metavar="RECORDS", nargs="*", type=Path, help=f"files or folders ({RESULTS})")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=default, help="the page (%(default)s)")
+    args = parser.parse_args(argv)
+    places = args.records or [RESULTS]
+    try:
+        if args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a folder; want a file, such as {args.out / default.name}")
+        found = _read(places)
+        if not found:
+            raise ValueError(f"no records in {', '.join(map(str, places))}; make bench adds some to bench/results")
+        write(args.out, page(found))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    print(args.out)
+    return 0
+
+
+def _read(places: Iterable[Path]) -> list[Record]:
+    with warnings.catch_warnings(record=True) as skipped:
+        warnings.simplefilter("always")
+        found = records.read(places)
+    for warning in skipped:
+        print(f"bench.report: {warning.message}", file=sys.stderr)
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(text.encode("utf-8", "replace"))  # a reason may hold half a character
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,13 +20,14 @@ from bench.judge import THRESHOLD, VERDICTS, Case, Comparison, P, Record, compar
 EXAMPLES = """
 examples:
   python -m bench.compare main HEAD --select "step or noising"     two git revisions of this repository
-  python -m bench.compare ../fastddpm-before . --launches 3        another checkout and this one
+  python -m bench.compare ../fastddpm-before . --launches 5        another checkout and this one
   python -m bench.compare base/ head/ --markdown                   what `pip install --target base/ --no-deps .` made
   python -m bench.compare before.jsonl bench/results/nvidia-h200   stored records of the same device
   python -m bench.compare main HEAD -- -m "not compiled"           more options for pytest
 
 exit status: 1 if a case became slower or is broken, 2 after an error or if nothing could be compared, else 0
 """
+LAUNCHES = 3
 HEADER = ("case", "base", "head", "ratio", "p", "verdict")
 
 
@@ -154,7 +155,7 @@ def _compared(args: argparse.Namespace, options: Sequence[str]) -> Comparison:
         raise ValueError(f"base is {kinds[0]}, head is {kinds[1]}: give records twice, or twice a build to measure")
     limits = {"threshold": args.threshold, "p": args.p}
     if kinds[0] == "records":
-        if options or args.keep or args.launches > 1:
+        if options or args.keep or args.launches:
             raise ValueError(
                 "stored records are not measured: leave out --select, --launches, --keep and what follows --"
             )
@@ -163,7 +164,9 @@ def _compared(args: argparse.Namespace, options: Sequence[str]) -> Comparison:
         raise ValueError(f"{args.keep} exists; --keep takes a new folder")
     with nullcontext(args.keep) if args.keep else TemporaryDirectory() as folder:
         out, suite = Path(folder).resolve(), args.suite and args.suite.resolve()
-        problems = trees.measure(args.base, args.head, out, launches=args.launches, options=options, suite=suite)
+        problems = trees.measure(
+            args.base, args.head, out, launches=args.launches or LAUNCHES, options=options, suite=suite
+        )
         return compare(_read(out / "base"), _read(out / "head"), **limits, problems=problems)
 
 
@@ -196,7 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     how = f"how likely chance makes such a difference at most ({P:g})"
     parser.add_argument("--p", type=probability, default=P, metavar="P", help=how)
     parser.add_argument("--select", metavar="EXPR", help="measure only these cases, as pytest -k")
-    parser.add_argument("--launches", type=_count, default=1, metavar="N", help="pairs of processes that measure (1)")
+    parser.add_argument(
+        "--launches", type=_count, default=None, metavar="N", help=f"pairs of processes that measure ({LAUNCHES})"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what is measured in this new folder")
     parser.add_argument("--suite", type=Path, help=argparse.SUPPRESS)
     formats = parser.add_mutually_exclusive_group()

@@ -41,11 +41,12 @@ def pytest_collection_modifyitems(items):
         if not item.get_closest_marker("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=machine.clock))
     if turns.PROCESSES > 1:  # two builds are compared: others are the same in both
-        rivals = [item for item in ours if params(item).get("name", "").startswith(("reference", "diffusers"))]
+        rivals = [item for item in ours if str(params(item).get("name")).startswith(("reference", "diffusers"))]
         rivals and items[0].config.hook.pytest_deselected(items=rivals)
         ours = [item for item in ours if item not in rivals]
+    place = {name: number for number, name in enumerate(FILES)}
     # torch.compile takes minutes, so what is compiled comes last
-    ours.sort(key=lambda item: (item.get_closest_marker("compiled") is not None, FILES.index(item.path.name)))
+    ours.sort(key=lambda item: (bool(item.get_closest_marker("compiled")), place.get(item.path.name, len(FILES))))
     items[:] = [item for item in items if item.path.parent != HERE] + ours
 
 
@@ -80,7 +81,10 @@ def pytest_runtest_makereport(item, call):
     ):
         record = item.config.stash[RUN] | {"time": now()} | about(item) | {"outcome": report.outcome, "reason": None}
         record |= item.stash.get(MEASURED, {}) if report.passed else {"reason": reason(call.excinfo.value)}
-        records.append(item.config.stash[RECORDS], record)
+        try:
+            records.append(item.config.stash[RECORDS], record)
+        except OSError as error:  # the others may still be printed
+            report.outcome, report.longrepr = "failed", f"the record could not be written: {error}"
     return report
 
 
@@ -123,8 +127,8 @@ def run(pytestconfig) -> dict[str, Any]:
     commit, dirty = records.commit()
     device, began = records.device_name(facts), now()
     pytestconfig.stash[RUN] = common = {
-        "schema": records.SCHEMA, "run": began, "ceilings": ceilings, "device": device, "scale": machine.SCALE,
-        "machine": facts, "commit": commit, "dirty": dirty,
+        "schema": records.SCHEMA, "run": began, "ceilings": ceilings, "ceilings_invalid": watch.invalid,
+        "device": device, "scale": machine.SCALE, "machine": facts, "commit": commit, "dirty": dirty,
     }  # fmt: skip
     pytestconfig.stash[RECORDS] = path = records.new_file(pytestconfig.getoption("records"), device, began, commit)
     units = {name: f"{rate:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in ceilings.items()}
@@ -174,6 +178,7 @@ def measure(benchmark, run, record, request):
         most, least = float(option("benchmark_max_time")), option("benchmark_min_rounds")
 
         def before_each():
+            machine.wait()
             turns.over(request.node.nodeid)
             if before:
                 before()

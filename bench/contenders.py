@@ -6,7 +6,7 @@ A contender is named "who engine precision":
 - "reference eager fp32": fastddpm/reference, plain torch that can be read in one sitting;
 - "diffusers eager fp32": diffusers as it comes;
 - "diffusers eager bf16": what its documentation tells to do first, bf16 and channels-last;
-- "diffusers compiled bf16": all that it tells, torch.compile with max-autotune and fused projections besides.
+- "diffusers compiled bf16": all that it tells, torch.compile with max-autotune besides.
 """
 
 import time
@@ -39,7 +39,7 @@ class Contender(NamedTuple):
 
     @property
     def ceiling(self) -> str:
-        """The precision whose matrix products are its limit: diffusers leaves TF32 to cuDNN as torch does, on."""
+        """The precision of its matrix products: diffusers leaves TF32 to cuDNN, as torch does, on."""
         return "tf32" if self.who == "diffusers" and self.precision == "fp32" else self.precision
 
 
@@ -48,8 +48,8 @@ class Prepared(NamedTuple):
 
     Attributes:
         run: does the work.
-        seconds: from the network's making to the end of the first call: weights converted, code compiled, a graph
-            captured.
+        seconds: from a float32 network on the device to the end of the first call: weights converted, code compiled,
+            a graph captured.
         errors: what the gate found.
     """
 
@@ -73,30 +73,27 @@ def contender(name: str) -> Contender:
 @contextmanager
 def forward(model: str, batch: int, who: Contender) -> Iterator[Prepared]:
     """A pass of the network alone, over a batch at t = 500; what captures it is who times it."""
-    began = time.perf_counter()
+    net, began = _network_of(who, model), time.perf_counter()
     if who.who == "fastddpm":
         uncaptured = who.engine.replace("compiled+graph", "compiled").replace("graph", "eager")
         with slots_of(model, batch, who._replace(engine=uncaptured)) as slots:
             at_the_middle(slots, model)
-            yield _ready(slots.predict, began, model, who.precision)
+            yield _ready(slots.predict, began, model, who)
         return
-    x = inputs(model, batch).to(PRECISIONS[who.precision])
-    t = torch.full((batch,), MIDDLE, device=DEVICE)
+    x, t = inputs(model, batch).to(PRECISIONS[who.precision]), torch.full((batch,), MIDDLE, device=DEVICE)
     if who.who == "reference":
-        net = reference(model)
 
         def run() -> Tensor:
             with torch.no_grad(), arithmetic("fp32", DEVICE):
                 return net(x, t)
     else:
-        unet = _diffusers_unet(model, who)
-        x = x.to(memory_format=torch.channels_last if who.precision == "bf16" else torch.contiguous_format)
+        unet = _made_fast(net, who)
 
         def run() -> Tensor:
             with torch.no_grad():
                 return unet(x, t, return_dict=False)[0]
 
-    yield _ready(run, began, model, who.precision)
+    yield _ready(run, began, model, who)
 
 
 # All steps
@@ -105,24 +102,24 @@ def forward(model: str, batch: int, who: Contender) -> Iterator[Prepared]:
 @contextmanager
 def loop(model: str, batch: int, steps: int, who: Contender) -> Iterator[Prepared]:
     """So many of the T steps, from x_T to images on the host."""
-    began = time.perf_counter()
+    net, began = _network_of(who, model), time.perf_counter()
     if who.who == "fastddpm":
         with slots_of(model, batch, who) as slots:
-            yield _loop_of_slots(slots, model, batch, steps, who, began)
+            yield _loop_of_slots(slots, model, steps, who, began)
     elif who.who == "reference":
         with arithmetic("fp32", DEVICE):
-            yield _loop_of_the_reference(model, batch, steps, began)
+            yield _loop_of_the_reference(net, model, batch, steps, who, began)
     else:
-        yield _loop_of_diffusers(model, batch, steps, who, began)
+        yield _loop_of_diffusers(net, model, batch, steps, who, began)
 
 
-def _loop_of_slots(slots: Slots, model: str, batch: int, steps: int, who: Contender, began: float) -> Prepared:
-    slots.load(SCHEDULE.table(), noise.address(0, batch))
+def _loop_of_slots(slots: Slots, model: str, steps: int, who: Contender, began: float) -> Prepared:
+    table, address = SCHEDULE.table(steps), noise.address(0, len(slots.x))
+    slots.load(table, address)
     slots.advance()
     wait()
     seconds = time.perf_counter() - began
-    errors = judge_a_step(slots, model, who.precision)
-    table, address = SCHEDULE.table(steps), noise.address(0, batch)
+    errors = judge_a_step(slots, model, who)
 
     def run() -> Tensor:
         slots.load(table, address)
@@ -133,59 +130,61 @@ def _loop_of_slots(slots: Slots, model: str, batch: int, steps: int, who: Conten
     return Prepared(run, seconds, errors)
 
 
-def _loop_of_the_reference(model: str, batch: int, steps: int, began: float) -> Prepared:
+def _loop_of_the_reference(net: UNet, model: str, batch: int, steps: int, who: Contender, began: float) -> Prepared:
     """The last steps, with noise from torch's generator."""
-    net, diffusion = reference(model), Diffusion(linear_betas(T))
+    diffusion, shape = Diffusion(linear_betas(T)), sample_shape(network(model))
 
     @torch.no_grad()
     def run() -> Tensor:
-        x = torch.randn(batch, *sample_shape(network(model)), device=DEVICE)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = torch.randn(batch, *shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
         for t in reversed(range(steps)):
             z = torch.randn_like(x) if t else None
             x = diffusion.step(x, net(x, torch.full((batch,), t, device=DEVICE)), t, z, clip=1)
         return x.cpu()
 
     with torch.no_grad():
-        ready = _ready(
-            partial(net, inputs(model, batch), torch.full((batch,), MIDDLE, device=DEVICE)), began, model, "fp32"
-        )
-    return ready._replace(run=run)
+        first = partial(net, inputs(model, batch), torch.full((batch,), MIDDLE, device=DEVICE))
+        return _ready(first, began, model, who)._replace(run=run)
 
 
-def _loop_of_diffusers(model: str, batch: int, steps: int, who: Contender, began: float) -> Prepared:
+def _loop_of_diffusers(net: Any, model: str, batch: int, steps: int, who: Contender, began: float) -> Prepared:
     from diffusers import DDPMPipeline, DDPMScheduler
 
-    pipeline = DDPMPipeline(_diffusers_unet(model, who._replace(engine="eager")), DDPMScheduler())
-    pipeline.unet = unet = _diffusers_compiled(pipeline.unet) if who.engine == "compiled" else pipeline.unet
+    pipeline = DDPMPipeline(net, DDPMScheduler())
+    pipeline.unet = _made_fast(net, who)
     pipeline.set_progress_bar_config(disable=True)
 
     def run(steps: int = steps) -> Tensor:
         return pipeline(batch_size=batch, num_inference_steps=steps, output_type="pt").images.cpu()
 
-    run(3)  # compiles, and what a graph needs before its capture
+    run(3 if who.engine == "compiled" else 1)  # its graphs warm up, are captured, and replayed
     seconds = time.perf_counter() - began
-    x, t = inputs(model, batch).to(PRECISIONS[who.precision]), torch.full((batch,), MIDDLE, device=DEVICE)
-    with torch.no_grad():
-        errors = judge(unet(x, t, return_dict=False)[0], model, who.precision)
-    return Prepared(run, seconds, errors)
+    x = inputs(model, batch).to(PRECISIONS[who.precision])
+    with torch.no_grad():  # as in the pipeline, else it would be compiled again
+        result = pipeline.unet(x.contiguous(), torch.tensor(MIDDLE), return_dict=False)[0]
+    return Prepared(run, seconds, judge(result, model, who))
 
 
-def _diffusers_unet(model: str, who: Contender) -> Any:
+def _network_of(who: Contender, model: str) -> Any:
+    """In float32 and on the device, as it is before its first use."""
+    if who.who == "fastddpm":
+        return network(model)
+    if who.who == "reference":
+        return reference(model)
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(**network(model).config).eval()
     unet.load_state_dict(network(model).state_dict())
-    unet.to(DEVICE)
+    return unet.to(DEVICE)
+
+
+def _made_fast(unet: Any, who: Contender) -> Any:
     if who.precision == "bf16":
         unet.to(torch.bfloat16).to(memory_format=torch.channels_last)
-    return _diffusers_compiled(unet) if who.engine == "compiled" else unet
-
-
-def _diffusers_compiled(unet: Any) -> Any:
-    if hasattr(unet, "fuse_qkv_projections"):
-        unet.fuse_qkv_projections()
-    return torch.compile(unet, mode="max-autotune" if DEVICE.type == "cuda" else "default", fullgraph=True)
+    if who.engine == "compiled":
+        mode = "max-autotune" if DEVICE.type == "cuda" else "default"
+        return torch.compile(unet, mode=mode, fullgraph=True)
+    return unet
 
 
 # fastddpm's engine
@@ -205,43 +204,48 @@ def at_the_middle(slots: Slots, model: str) -> None:
     slots.low.copy_(slots.x)
 
 
-def judge_a_step(slots: Slots, model: str, precision: str) -> dict[str, Any]:
+def judge_a_step(slots: Slots, model: str, who: Contender) -> dict[str, Any]:
     """As `judge`, of the whole step."""
     at_the_middle(slots, model)
     slots.advance()
     row = Schedule(clip_sample=False).table(timesteps=[MIDDLE]).to(DEVICE).rows[0]
-    x, (plain, ref) = inputs(model, len(slots.x))[:1], expected(model, precision)
+    x, (plain, ref) = inputs(model, 1), expected(model, who.ceiling)
     theirs, want = update(x, plain, row, None, clip=False), update(x.double(), ref, row, None, clip=False)
-    return judged(slots.x[:1], theirs, want)
+    return _judged_at_the_ends(slots.x, theirs, want)
 
 
 # The gate
 
 
-def _ready(run: Callable[[], Tensor], began: float, model: str, precision: str) -> Prepared:
+def _ready(run: Callable[[], Tensor], began: float, model: str, who: Contender) -> Prepared:
     result = run()
     wait()
-    return Prepared(run, time.perf_counter() - began, judge(result, model, precision))
+    return Prepared(run, time.perf_counter() - began, judge(result, model, who))
 
 
-def judge(result: Tensor, model: str, precision: str) -> dict[str, Any]:
-    """No timing of a wrong network: of the first image it errs at most twice as much as plain torch in that precision.
+def judge(result: Tensor, model: str, who: Contender) -> dict[str, Any]:
+    """No timing of a wrong network: it errs at most twice as much as plain torch in that precision.
 
     Raises: AssertionError: it does.
     """
-    return judged(result[:1], *expected(model, precision))
+    return _judged_at_the_ends(result, *expected(model, who.ceiling))
+
+
+def _judged_at_the_ends(result: Tensor, plain: Tensor, ref: Tensor) -> dict[str, Any]:
+    return judged(result[[0, -1]], plain.expand(2, *plain.shape[1:]), ref.expand(2, *ref.shape[1:]))
 
 
 def inputs(model: str, batch: int) -> Tensor:
-    """[batch, C, H, W] float32 that every precision can represent; the first is the same in every batch."""
+    """[batch, C, H, W] float32 that every precision can represent; the first and the last are what is judged."""
     x = noise.normal(noise.address(0, batch), sample_shape(network(model)), stream=noise.STEP, t=MIDDLE)
+    x[-1] = x[0]
     return x.bfloat16().float().to(DEVICE)
 
 
 @cache
 @torch.no_grad()
 def expected(model: str, precision: str) -> tuple[Tensor, Tensor]:
-    """What plain torch makes of the first input in that precision, and in float64."""
+    """What plain torch makes of the input that is judged, in that precision, and in float64."""
     x, t = inputs(model, 1), torch.full((1,), MIDDLE, device=DEVICE)
     with arithmetic(precision, DEVICE):
         plain = reference(model).to(PRECISIONS[precision])(x.to(PRECISIONS[precision]), t)

@@ -1,6 +1,7 @@
-"""Print the seconds from the start of this process to its first image, in parts: what test_sampling.py runs.
+"""Draw one image in this new process and print the seconds since its start, in parts: what test_start.py runs.
 
-python first_image.py CHECKPOINT DEVICE ENGINE STEPS STARTED, the last in seconds since the epoch.
+python first_image.py WHO CHECKPOINT DEVICE ENGINE STEPS IMAGE STARTED, where WHO is fastddpm or diffusers, IMAGE the
+.npy file to write, STARTED in seconds since the epoch.
 """
 
 import json
@@ -8,7 +9,7 @@ import sys
 import time
 
 
-def main(checkpoint: str, device: str, engine: str, steps: str, started: str) -> None:
+def main(who: str, checkpoint: str, device: str, engine: str, steps: str, image: str, started: str) -> None:
     parts, last = {}, float(started)
 
     def done(part: str) -> None:
@@ -21,15 +22,33 @@ def main(checkpoint: str, device: str, engine: str, steps: str, started: str) ->
     done("import torch")
     torch.zeros(1, device=device)
     done("device")
+    sample = {"fastddpm": fastddpm, "diffusers": diffusers}[who](checkpoint, device, engine, int(steps))
+    done("load")
+    images = sample()
+    done("prepare and sample")
+    sample()
+    parts["prepare"] = round(parts["prepare and sample"] - (time.time() - last), 3)
+    parts["sample"] = round(parts.pop("prepare and sample") - parts["prepare"], 3)
+    import numpy
+
+    numpy.save(image, images)
+    print(json.dumps(parts))
+
+
+def fastddpm(checkpoint: str, device: str, engine: str, steps: int):
     from fastddpm import Sampler
 
     sampler = Sampler.from_pretrained(checkpoint, device=device, precision="bf16", engine=engine)
-    done("load")
-    for part in ("prepare", "sample"):
-        sampler.sample(1, steps=int(steps), output="uint8", progress=False)
-        done(part)
-    parts["prepare"] = round(parts["prepare"] - parts["sample"], 3)  # the first call was both
-    print(json.dumps(parts))
+    return lambda: sampler.sample(1, steps=steps, output="uint8", progress=False)
+
+
+def diffusers(checkpoint: str, device: str, engine: str, steps: int):
+    import torch
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(checkpoint).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(num_inference_steps=steps, output_type="np", generator=torch.manual_seed(0)).images
 
 
 if __name__ == "__main__":

@@ -1,18 +1,22 @@
 """Whether head is slower than base: the verdict on each case of two sets of records.
 
-A regression is a median that is larger by more than a threshold, of samples that differ more than chance lets them
-(Mann-Whitney's U test): what is certain but small does not matter, what is large but noise does not count.
+A regression is a median that is larger by more than a threshold, in every launch and in all, of samples that differ
+more than chance lets them (Mann-Whitney's U test): what is certain but small does not matter, what is large but noise
+does not count. Nor does what one process has and another of the same build has not: where its memory lies, or its core,
+may make all of its rounds slower.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any
 
 from scipy.stats import mannwhitneyu
 
 Record = dict[str, Any]
+Runs = Sequence[Sequence[float]]  # seconds per call, of each process
 VERDICTS = ("broken", "slower", "too few samples", "unchanged", "faster", "not compared")  # the worst first
 THRESHOLD, P = 0.05, 0.002
 EXACT = 2500  # pairs of samples up to which p is exact, in a few ms; asymptotically, 9 and 9 never reach 1e-4
@@ -76,22 +80,28 @@ def compare(
     return Comparison(_about(base, head), cases, threshold, p, list(problems))
 
 
-def judge(case: str, base: Sequence[float], head: Sequence[float], *, threshold: float, p: float) -> Case:
-    """The verdict on samples: of two equal builds, p is the probability to call them different, half of it slower."""
-    n, m = len(base), len(head)
-    verdict, reason, found = "unchanged", None, None
-    ratio = median(head) / median(base)
+def judge(case: str, base: Runs, head: Runs, *, threshold: float, p: float) -> Case:
+    """The verdict on the samples of one process or more on each side, which are pairs if there are as many on both.
+
+    Of two equal builds whose processes are equal, p is the probability to call them different, half of it slower.
+    """
+    pooled = [[seconds for run in side for seconds in run] for side in (base, head)]
+    medians = [median(samples) for samples in pooled]
+    n, m = map(len, pooled)
+    verdict, reason, found, ratio = "unchanged", None, None, medians[1] / medians[0]
     if smallest_p(n, m) < p:
         method = "exact" if n * m <= EXACT else "asymptotic"
-        found = float(mannwhitneyu(base, head, alternative="two-sided", method=method).pvalue)
-        if found < p and ratio > 1 + threshold:
+        found = float(mannwhitneyu(*pooled, alternative="two-sided", method=method).pvalue)
+        pairs = zip(base, head, strict=True) if len(base) == len(head) else product(base, head)
+        ratios = [ratio, *(median(after) / median(before) for before, after in pairs)]
+        if found < p and min(ratios) > 1 + threshold:
             verdict = "slower"
-        elif found < p and 1 / ratio > 1 + threshold:
+        elif found < p and max(ratios) < 1 / (1 + threshold):
             verdict = "faster"
     else:
         times = next(times for times in range(2, 1000) if smallest_p(times * n, times * m) < p)
         verdict, reason = "too few samples", f"{n} and {m} never give p < {p:g}: take {times} runs (--launches {times})"
-    return Case(case, verdict, reason, median(base), median(head), ratio, found, (n, m))
+    return Case(case, verdict, reason, *medians, ratio, found, (n, m))
 
 
 def smallest_p(n: int, m: int) -> float:
@@ -123,12 +133,14 @@ def _compared(case: str, base: list[Record], head: list[Record], threshold: floa
         if failed := next((run["reason"] for run in runs if run["outcome"] == "failed"), None):
             broken = side == "head" and any(run["outcome"] == "passed" for run in base)
             return Case(case, "broken" if broken else "not compared", f"failed in {side}: {failed}")
+    if any(run["samples_s"] for run in base) and (short := [run for run in head if _ran_out(run)]):
+        return Case(case, "broken", f"in head: {short[0]['reason']}")
     samples = []
     for side, runs in (("base", base), ("head", head)):
-        valid = [run for run in runs if run["samples_s"] and not run["invalid"]]
+        valid = [run["samples_s"] for run in runs if run["samples_s"] and not run["invalid"]]
         if not valid:
             return Case(case, "not compared", f"{_why_none(runs)} in {side}")
-        samples.append([seconds for run in valid for seconds in run["samples_s"]])
+        samples.append(valid)
     return judge(case, *samples, threshold=threshold, p=p)
 
 
@@ -136,6 +148,10 @@ def _alike(runs: list[Record]) -> list[Record]:
     """All of them if they measured the same, else the latest."""
     kinds = [[run[field] for field in ("hash", "scale", "params")] for run in runs]
     return runs if all(kind == kinds[0] for kind in kinds) else runs[-1:]
+
+
+def _ran_out(run: Record) -> bool:
+    return run["outcome"] == "skipped" and str(run["reason"]).startswith("out of memory")
 
 
 def _why_none(runs: list[Record]) -> str:

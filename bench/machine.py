@@ -22,7 +22,7 @@ Call = Callable[[], object]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCALE = "tiny" if os.environ.get("BENCH_TINY") else DEVICE.type  # of all sizes; tiny: to see that everything runs
-LAUNCHES = 20  # in one captured graph
+LAUNCHES = 20  # in one captured graph, at most
 
 
 @cache
@@ -110,9 +110,10 @@ def repeated(call: Call, seconds: float = 0.01, *, captured: bool = True) -> tup
 
     What a call reads and writes is as hot as its size allows, as it is in a network.
     """
-    run, calls = rotated([call] * (LAUNCHES if captured and DEVICE.type == "cuda" else 1), captured=captured)
-    timed(run)
-    times = max(1, math.ceil(seconds / timed(run)))
+    call()
+    fit = math.ceil(seconds / max(timed(call), 1e-9))  # a graph of many long ones would run for minutes
+    run, calls = rotated([call] * (min(fit, LAUNCHES) if captured and DEVICE.type == "cuda" else 1), captured=captured)
+    times = max(1, math.ceil(seconds / max(timed(run), 1e-9)))
     return partial(_each, [run] * times), times * calls
 
 
@@ -204,10 +205,10 @@ def _captured(calls: Sequence[Call]) -> Call:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:2]:
-            call()  # what a stream makes once
+            call()  # what libraries make once for a stream
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
 

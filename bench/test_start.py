@@ -1,73 +1,105 @@
-"""How long it takes until the first image: of a new process, and of each engine in one that runs."""
+"""How long it takes until the first image: of a new process, and of a network in one that runs."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._inductor import config as inductor
 
-from bench.contenders import SCHEDULE, Contender, T, judge_a_step, slots_of
+from bench import first_image
+from bench.contenders import SCHEDULE, T, contender, loop
 from bench.layouts import network
-from bench.machine import DEVICE, SCALE, say, wait
-from fastddpm import checkpoint, noise
+from bench.machine import DEVICE, SCALE, same_bits, say
+from fastddpm import Sampler, checkpoint
 
 BEST = "graph" if DEVICE.type == "cuda" else "eager"
 STEPS = {"cuda": T, "cpu": 5, "tiny": 2}[SCALE]  # of the first image
-ENGINES = ["eager", *(["graph"] if DEVICE.type == "cuda" else []), pytest.param("compiled", marks=pytest.mark.compiled)]
+ROUNDS = 1 if SCALE == "tiny" else 3
+PREPARED = [
+    "fastddpm eager bf16",
+    *["fastddpm graph bf16"] * (DEVICE.type == "cuda"),
+    *["diffusers eager fp32", "diffusers eager bf16"] * (SCALE != "tiny"),
+    pytest.param("fastddpm compiled bf16", marks=pytest.mark.compiled),
+    *[pytest.param("diffusers compiled bf16", marks=pytest.mark.compiled)] * (SCALE != "tiny"),
+]
 wall = pytest.mark.benchmark(timer=time.perf_counter)
 
 
 @wall
-@pytest.mark.parametrize("triton_cache", ["warm", "cold"])
-def test_first_image(benchmark, record, tmp_path, triton_cache):
-    """A new process, from its start to the first image of a checkpoint; warm: its kernels have been compiled before."""
-    net, found = network("cifar10-32"), []
-    checkpoint.save(tmp_path / "model", net.config, net.state_dict(), SCHEDULE)
-    script = Path(__file__).with_name("first_image.py")
+@pytest.mark.parametrize(
+    ("name", "triton_cache"),
+    [(f"fastddpm {BEST} bf16", "warm"), (f"fastddpm {BEST} bf16", "cold"), ("diffusers eager fp32", "warm")],
+)
+def test_first_image(benchmark, record, tmp_path, name, triton_cache):
+    """A new process, from its start to the first image of a checkpoint; warm: its kernels have been compiled before.
 
-    def first_image():
-        command = [sys.executable, script, tmp_path / "model", DEVICE.type, BEST, str(STEPS), str(time.time())]
+    Ours is judged: it is the image that this process draws.
+    """
+    who, net, found = contender(name), network("cifar10-32"), []
+    checkpoint.save(tmp_path / "model", net.config, net.state_dict(), SCHEDULE)
+    script, image = inspect.getsourcefile(first_image.main), tmp_path / "image.npy"
+
+    def draw():
+        model = [str(tmp_path / "model"), DEVICE.type, who.engine, str(STEPS)]
+        command = [sys.executable, script, who.who, *model, str(image), str(time.time())]
         cache = tmp_path / ("cache" if triton_cache == "warm" else f"cache{len(found)}")
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
         done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
         found.append(json.loads(done.stdout.splitlines()[-1]))
 
-    warm = triton_cache == "warm" and DEVICE.type == "cuda"
-    benchmark.pedantic(first_image, rounds=1 if SCALE == "tiny" else 3, warmup_rounds=warm)
+    warm = triton_cache == "warm" and who.who == "fastddpm" and DEVICE.type == "cuda"
+    rounds = ROUNDS if who.who == "fastddpm" else 1  # theirs takes half a minute on a GPU
+    benchmark.pedantic(draw, rounds=rounds, warmup_rounds=warm)
+    errors = None
+    if who.who == "fastddpm":
+        sampler = Sampler.from_pretrained(tmp_path / "model", device=DEVICE, precision="bf16", engine=BEST)
+        here = sampler.sample(1, steps=STEPS, output="uint8", progress=False)
+        errors = same_bits(torch.as_tensor(np.load(image)).int(), torch.as_tensor(here).cpu().int())
     timed = found[warm:]
     samples = [sum(parts.values()) for parts in timed]
-    facts = {"parts_s": timed, "steps": STEPS}
-    record(samples_s=samples, clock="wall", cache=triton_cache, precision="bf16", facts=facts)
+    facts = {"parts_s": timed, "steps": STEPS, "kernels": triton_cache}
+    group = f"first image of a new process, {triton_cache}"
+    record(
+        samples_s=samples,
+        clock="wall",
+        group=group,
+        contender=name,
+        images=1,
+        precision=who.ceiling,
+        errors=errors,
+        facts=facts,
+    )
     benchmark.extra_info.update(facts)
     for seconds, parts in zip(samples, timed, strict=True):
         say(f"{benchmark.name}: {seconds:.2f} s: {parts}")
 
 
 @wall
-@pytest.mark.parametrize("engine", ENGINES)
-def test_prepare(benchmark, record, engine):
-    """From the engine's making to the end of its first step: weights converted, code compiled, a graph captured."""
-    who = Contender("fastddpm", engine, "bf16")
+@pytest.mark.parametrize("name", PREPARED)
+def test_prepare(benchmark, record, name):
+    """From a float32 network to the end of a first step: weights converted, code compiled, a graph captured."""
+    who, seconds = contender(name), []
 
-    with ExitStack() as stack, inductor.patch(force_disable_caches=True):
+    def prepare():
+        torch.compiler.reset()
+        with loop("cifar10-32", 1, 1, who) as ready:
+            seconds.append(ready.seconds)
+            return ready.errors
 
-        def first_step():
-            torch.compiler.reset()
-            slots = stack.enter_context(slots_of("cifar10-32", 1, who))
-            slots.load(SCHEDULE.table(), noise.address(0, 1))
-            slots.advance()
-            wait()
-            return slots
-
-        slots = benchmark.pedantic(first_step, rounds=1 if engine == "compiled" else 3)
-        errors = judge_a_step(slots, "cifar10-32", who.precision)
-    if not benchmark.disabled:
-        samples = list(benchmark.stats.stats.data)
-        record(samples_s=samples, clock="wall", precision=who.precision, errors=errors)
-        say(f"{benchmark.name}: {', '.join(f'{seconds:.2f} s' for seconds in samples)}")
+    with inductor.patch(force_disable_caches=True):
+        errors = benchmark.pedantic(prepare, rounds=1 if who.engine == "compiled" else ROUNDS)
+    record(
+        samples_s=seconds,
+        clock="wall",
+        group="from a network to its first step",
+        contender=name,
+        precision=who.ceiling,
+        errors=errors,
+    )
+    say(f"{benchmark.name}: {', '.join(f'{each:.2f} s' for each in seconds)}")

@@ -7,7 +7,7 @@ import pytest
 
 from bench.contenders import contender, forward
 from bench.layouts import flops, traffic
-from bench.machine import SCALE, repeated
+from bench.machine import DEVICE, SCALE, repeated
 from fastddpm.engine import PRECISIONS
 
 BATCHES = {
@@ -25,7 +25,10 @@ CONTENDERS = {
         "fastddpm eager bf16", "fastddpm eager fp32", "diffusers eager fp32", "diffusers eager bf16",
         "reference eager fp32", "fastddpm compiled bf16", "fastddpm compiled fp32", "diffusers compiled bf16",
     ],
-    "tiny": ["fastddpm eager bf16", "fastddpm compiled fp32", "diffusers eager fp32", "reference eager fp32"],
+    "tiny": [
+        *["fastddpm graph bf16"] * (DEVICE.type == "cuda"), "fastddpm eager bf16", "fastddpm compiled fp32",
+        "diffusers eager fp32", "reference eager fp32",
+    ],
 }[SCALE]  # fmt: skip
 LARGE = 64  # images of 256 px: only ours and diffusers as it comes, in bf16
 COMPILED = {"cuda": 64, "cpu": 1, "tiny": 2}[SCALE]  # the batch for which minutes of compilation are spent

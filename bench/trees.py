@@ -78,7 +78,7 @@ def measure(
         here = work / "here"  # a copy, beside which there is no fastddpm
         shutil.copytree(HERE, here / "bench", ignore=LEFT_OUT)
         run = [sys.executable, "-c", PYTEST, str(suite or here / "bench"), "-p", "no:cacheprovider"]
-        run += ["--continue-on-collection-errors", "--benchmark-min-rounds=20", *options]
+        run += ["--continue-on-collection-errors", "--benchmark-min-rounds=10", *options]
         environments = {}
         for side, name in tqdm({"base": base, "head": head}.items(), desc="installing", leave=False):
             (out / side).mkdir(parents=True)

@@ -40,7 +40,7 @@ def clock(seconds, rounds, rng, drift=lambda t: 1.0, *, interleaved=True):
 
 def verdict(samples, slower=1.0, **limits):
     base, head = samples
-    return judge.judge("a case", base, [slower * seconds for seconds in head], **LIMITS | limits).verdict
+    return judge.judge("a case", [base], [[slower * seconds for seconds in head]], **LIMITS | limits).verdict
 
 
 @pytest.mark.parametrize(("rounds", "least"), [(10, 85), (20, 99), (50, 100)])
@@ -76,6 +76,36 @@ def test_equal_builds_differ_no_more_often_than_chance_makes_them(drift, rounds)
     assert sum(verdict(run) != "unchanged" for run in runs) <= 1
 
 
+def launches(number, effect, rng, drift=lambda t: 1.0):
+    """Of two equal builds whose processes differ in all of their rounds, on a machine that has become another since."""
+    runs = [clock(0.01 * drift(launch / number), 10, rng) for launch in range(number)]
+    return [[np.multiply(run[side], rng.lognormal(0, effect)) for run in runs] for side in (0, 1)]
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_a_process_that_is_slow_by_nature_is_no_regression(drift):
+    """Samples of one process are not independent of each other: p alone would be fooled, as it is by one launch."""
+    rng = np.random.default_rng(1)
+
+    def count(number, effect, slower=1.0):
+        runs = [launches(number, effect, rng, DRIFTS[drift]) for _ in range(1000)]
+        verdicts = [judge.judge("a case", base, [slower * run for run in head], **LIMITS) for base, head in runs]
+        return sum(found.verdict == "slower" for found in verdicts)
+
+    assert count(1, 0.03) > 50
+    assert count(3, 0.03) <= binom.ppf(0.999, 1000, 0.002)
+    if drift in ("none", "waves"):
+        assert count(3, 0.01, slower=1.1) > 950
+
+
+def test_runs_that_are_no_pairs_are_compared_each_with_each():
+    rng = np.random.default_rng(0)
+    base, slow, equal = (rng.lognormal(0, 0.01, (3, 20)) * factor for factor in (1, 1.1, 1))
+    assert judge.judge("a case", base, slow[:2], **LIMITS).verdict == "slower"
+    assert judge.judge("a case", base, [slow[0], equal[0]], **LIMITS).verdict == "unchanged"
+    assert judge.judge("a case", slow, base[:2], **LIMITS).verdict == "faster"
+
+
 def test_without_turns_drift_is_a_difference():
     rng = np.random.default_rng(0)
     runs = [clock(0.01, 20, rng, DRIFTS["warming up"], interleaved=False) for _ in range(20)]
@@ -97,16 +127,16 @@ def test_small_but_certain_and_large_but_noise_do_not_count():
 @pytest.mark.parametrize(("p", "n", "m"), [(0.002, 7, 7), (0.002, 5, 9), (0.05, 4, 4), (0.05, 3, 5), (1e-4, 9, 9)])
 def test_too_few_samples_are_those_that_never_suffice(p, n, m):
     base, head = list(range(1, n + 1)), list(range(100, 100 + m))
-    found = judge.judge("a case", base, head, threshold=0.05, p=p)
+    found = judge.judge("a case", [base], [head], threshold=0.05, p=p)
     assert found.verdict == "slower"
     assert found.p == pytest.approx(judge.smallest_p(n, m))
-    few = judge.judge("a case", base[1:], head[1:], threshold=0.05, p=p)
+    few = judge.judge("a case", [base[1:]], [head[1:]], threshold=0.05, p=p)
     assert (few.verdict, few.p, few.ratio > 1) == ("too few samples", None, True)
     assert "--launches 2" in few.reason
 
 
 def test_the_number_of_launches_suffices():
-    few = judge.judge("a case", [1.0, 2.0], [3.0, 4.0], **LIMITS)
+    few = judge.judge("a case", [[1.0, 2.0]], [[3.0, 4.0]], **LIMITS)
     assert re.search(r"2 and 2 .*--launches 4", few.reason)
     assert judge.smallest_p(8, 8) < 0.002 <= judge.smallest_p(6, 6)
 
@@ -187,6 +217,15 @@ def test_a_case_that_worked_and_fails_is_broken(samples):
     assert (found.cases[0].verdict, found.status) == ("broken", 1)
     assert "rms error is 1" in found.cases[0].reason
     assert only([record("a", TEN)], [record("a", TEN), failed]).verdict == "broken", "even if not in each run"
+
+
+def test_a_case_for_which_memory_no_longer_suffices_is_broken():
+    short = record("a", outcome="skipped", reason="out of memory: CUDA out of memory. Tried to allocate 2 GiB")
+    found = judge.compare([record("a", TEN)], [short])
+    assert (found.cases[0].verdict, found.status) == ("broken", 1)
+    assert "Tried to allocate 2 GiB" in found.cases[0].reason
+    assert only([short], [short]).verdict == "not compared"
+    assert only([short], [record("a", TEN)]).verdict == "not compared"
 
 
 def test_cases_of_two_modules_are_two():

@@ -105,8 +105,8 @@ def _exact(value: float) -> str:
 
 def linear(low: float, high: float, most: int = 5) -> Scale:
     """With at most so many ticks (3 or more), multiples of 1, 2 or 5, that enclose low and high."""
-    if not low < high:
-        low, high = (low - abs(low) / 10, low + abs(low) / 10) if low else (0.0, 1.0)
+    if high - low <= 1e-9 * abs(high):
+        low, high = (low - abs(low) / 10, high + abs(high) / 10) if high else (0.0, 1.0)
     exponent = math.floor(math.log10((high - low) / most))
     while True:
         for factor in (1, 2, 5):

@@ -19,38 +19,55 @@ function show(mark) {
   mark.classList.add("on");
   tip.textContent = mark.dataset.tip;
   tip.classList.add("on");
-  const at = mark.getBoundingClientRect(), box = tip.getBoundingClientRect();
+  place();
+}
+
+function place() {
+  if (!shown) return;
+  const at = shown.getBoundingClientRect(), box = tip.getBoundingClientRect();
   const left = Math.min(at.left + at.width / 2 - box.width / 2, document.documentElement.clientWidth - box.width - 8);
   tip.style.left = `${Math.max(8, left)}px`;
   tip.style.top = `${at.top > box.height + 16 ? at.top - box.height - 8 : at.bottom + 8}px`;
 }
 
-function distance(mark, event) {
-  const at = mark.getBoundingClientRect();
-  return Math.hypot(at.left + at.width / 2 - event.clientX, at.top + at.height / 2 - event.clientY);
+function visible(plot) {
+  return [...plot.querySelectorAll(".mark:not(.out)")];
 }
 
-for (const plot of document.querySelectorAll("svg.plot")) {
-  const marks = [...plot.querySelectorAll(".mark")];
-  for (const mark of marks) {
-    const title = mark.querySelector("title");
-    mark.dataset.tip = title.textContent;
-    title.remove(); // the browser's own would come on top
-  }
-  const visible = () => marks.filter((mark) => !mark.classList.contains("out"));
-  const point = (event) => {
-    const found = visible().map((mark) => [distance(mark, event), mark]).sort((one, other) => one[0] - other[0])[0];
-    if (found && found[0] < 40) show(found[1]);
-    else hide();
+function nearest(plot, x, y) {
+  const far = (mark) => {
+    const at = mark.getBoundingClientRect();
+    return Math.hypot(at.left + at.width / 2 - x, at.top + at.height / 2 - y);
   };
-  plot.addEventListener("pointermove", point);
-  plot.addEventListener("pointerdown", point);
-  plot.addEventListener("pointerleave", hide);
+  const found = visible(plot).map((mark) => [far(mark), mark]).sort((one, other) => one[0] - other[0])[0];
+  return found && found[0] < 40 ? found[1] : null;
+}
+
+let rest = "";
+function point(event) {
+  const now = `${event.type} ${event.clientX} ${event.clientY}`;
+  if (now === rest) return; // the page moved, by the keyboard, not the pointer
+  rest = now;
+  const plot = event.target.closest("svg.plot");
+  const mark = plot && nearest(plot, event.clientX, event.clientY);
+  if (mark) show(mark);
+  else if (!document.activeElement.closest("svg.plot")?.contains(shown)) hide();
+}
+
+addEventListener("pointermove", point);
+addEventListener("pointerdown", point);
+addEventListener("scroll", place, { passive: true });
+addEventListener("resize", place);
+for (const title of document.querySelectorAll(".plot .mark title")) {
+  title.parentElement.dataset.tip = title.textContent;
+  title.remove(); // the browser's own would come on top
+}
+for (const plot of document.querySelectorAll("svg.plot")) {
   plot.tabIndex = 0;
-  plot.addEventListener("focus", () => plot.matches(":focus-visible") && visible().length && show(visible().at(-1)));
+  plot.addEventListener("focus", () => plot.matches(":focus-visible") && visible(plot).length && show(visible(plot).at(-1)));
   plot.addEventListener("blur", hide);
   plot.addEventListener("keydown", (event) => {
-    const all = visible(), at = all.indexOf(shown);
+    const all = visible(plot), at = all.indexOf(shown);
     const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: all.length - 1 }[event.key];
     if (event.key === "Escape") hide();
     if (to === undefined || !all.length) return;
@@ -58,7 +75,6 @@ for (const plot of document.querySelectorAll("svg.plot")) {
     show(all[Math.max(0, Math.min(to, all.length - 1))]);
   });
 }
-addEventListener("scroll", hide, { passive: true });
 
 // The filter hides all that is about other cases.
 const label = document.getElementById("filter"), input = label.querySelector("input");

@@ -99,10 +99,6 @@ class Result:
         return f"invalid: {'; '.join(self.record['invalid'])}" if self.record["invalid"] else None
 
     @property
-    def kind(self) -> str:
-        return "failed" if not self.quartiles else "valid" if self.valid else "invalid"
-
-    @property
     def commit(self) -> str:
         """Short, with a star where the tree had changes."""
         return f"{(self.record['commit'] or 'unknown')[:7]}{'*' * bool(self.record['dirty'])}"
@@ -120,10 +116,11 @@ class Result:
     def about(self) -> str:
         """Some lines, for a tooltip."""
         lines = [f"{self.commit}, {self.when} UTC"]
-        if self.quartiles:
+        if self.timed:
             rounds = len(self.record["samples_s"])
-            spread = f" (quartiles {self.spread()}; {rounds} round{'s' * (rounds != 1)})" if rounds else ""
-            lines.insert(0, f"{self.said(4)}{spread}")
+            lines.insert(0, f"quartiles {self.spread()}, {rounds} round{'s' * (rounds != 1)}")
+        if self.quartiles:
+            lines.insert(0, self.said(4))
         lines += [
             f"{figure(of['rate'])} {unit}, {percent(of['share'])} of the ceiling"
             for unit, of in self.record["shares"].items()
@@ -139,11 +136,12 @@ class Case:
 
     @cached_property
     def ran(self) -> list[Result]:
-        return [result for result in self.results if result.record["outcome"] != "skipped"]
+        """Those that found something: a figure, or a failure."""
+        return [result for result in self.results if result.quartiles or result.state == "failed"]
 
     @property
     def last(self) -> Result:
-        """The last one that was not skipped, if there is any."""
+        """The last of them, if there is any."""
         return (self.ran or self.results)[-1]
 
     @property
@@ -415,7 +413,7 @@ def _contender(case: Case, result: Result, slowest: float, fastest: float | None
         ratio = f"{figure(result.median / fastest, 2)} × as fast" if fastest and result.valid and not case.ours else ""
     cells = [
         tag("th", case.title, scope="row"),
-        tag("td", bar(result.median / slowest, f"{case.kind} {result.kind}") if result.timed else None, _why(result)),
+        tag("td", bar(result.median / slowest, f"{case.kind} {result.state}") if result.timed else None, _why(result)),
         tag("td", result.said() if result.timed else "", class_="time"),
         tag("td", rate, data_unit="images/s") if images else None,
         tag("td", share, data_unit="of the ceiling"),
@@ -488,7 +486,7 @@ def _timeline(case: Case, points: Sequence[Result]) -> Markup:
             marks.append(plot.upright(valid[0][0], f"stroke {case.kind}", lower[0][1], upper[0][1]))
     for at, result in enumerate(points):
         height = result.median if result.quartiles else y.ticks[0]
-        marks.append(plot.mark(at, height, f"{case.kind} {result.kind}", result.about()))
+        marks.append(plot.mark(at, height, f"{case.kind} {result.state}", result.about()))
     units = next((r.units for r in points if r.quartiles), SECONDS)
     return tag(
         "div",
@@ -531,7 +529,7 @@ def _share(case: Case, units: Sequence[str], limit: float) -> Markup:
         if of := case.last.record["shares"].get(unit):
             share, rate = percent(of["share"]), f"{figure(of['rate'])} {unit}"
             label = f"{share} of the ceiling, {rate}"
-            parts.append(bar(of["share"] * limit, f"{case.kind} {case.last.kind}", label, limit=limit))
+            parts.append(bar(of["share"] * limit, f"{case.kind} {case.last.state}", label, limit=limit))
             parts.append(tag("span", tag("b", share), f" {rate}"))
         cells.append(tag("td", tag("div", *parts)))
     return tag("tr", tag("th", case.title, scope="row"), *cells, data_case=case.words)
@@ -572,7 +570,7 @@ def _roofline(device: Device) -> list[Markup]:
         marks.append(plot.text(right, roofs[-1][0], f"{text} TFLOP/s", "roof"))
     for x, y, case in sorted(points, key=lambda point: point[2].ours):  # ours over others
         title = f"{case.name}\n{figure(y)} TFLOP/s at {figure(x)} FLOP/byte\n{case.last.about()}"
-        marks.append(plot.mark(x, y, f"{case.kind} valid", title, case.words))
+        marks.append(plot.mark(x, y, f"{case.kind} passed", title, case.words))
     drawn = plot.svg(
         paths,
         marks,
@@ -582,8 +580,8 @@ def _roofline(device: Device) -> list[Markup]:
     )
     key = Plot(linear(0, 1), linear(0, 1), 12)
     legend = [
-        _legend("fastddpm", key.mark(0.5, 0.5, "ours valid", "one of ours")),
-        _legend("others", key.mark(0.5, 0.5, "other valid", "another")),
+        _legend("fastddpm", key.mark(0.5, 0.5, "ours passed", "one of ours")),
+        _legend("others", key.mark(0.5, 0.5, "other passed", "another")),
         _legend("what a copy and a matrix product reached", key.line([(0, 0.5), (1, 0.5)], "roof")),
     ]
     axes = tag("p", "TFLOP/s", class_="axis"), tag("p", "FLOP per byte", class_="axis end")

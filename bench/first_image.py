@@ -25,10 +25,7 @@ def main(who: str, checkpoint: str, device: str, engine: str, steps: str, image:
     sample = {"fastddpm": fastddpm, "diffusers": diffusers}[who](checkpoint, device, engine, int(steps))
     done("load")
     images = sample()
-    done("prepare and sample")
-    sample()
-    parts["prepare"] = round(parts["prepare and sample"] - (time.time() - last), 3)
-    parts["sample"] = round(parts.pop("prepare and sample") - parts["prepare"], 3)
+    done("sample")
     import numpy
 
     numpy.save(image, images)

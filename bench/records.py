@@ -156,7 +156,7 @@ def _is(*types: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types)
 
 
-def _number(value: Any) -> bool:
+def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -167,11 +167,11 @@ def _time(value: Any) -> bool:
 
 
 def _samples(value: Any) -> bool:
-    return isinstance(value, list) and all(_number(item) and item > 0 for item in value)
+    return isinstance(value, list) and all(number(item) and item > 0 for item in value)
 
 
 def _numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_number, value.values()))
+    return isinstance(value, dict) and all(map(number, value.values()))
 
 
 def _shares(value: Any) -> bool:
@@ -180,7 +180,7 @@ def _shares(value: Any) -> bool:
 
 NOTHING = type(None)
 TEXT, TEXT_OR_NULL, OBJECT = (_is(str), "text"), (_is(str, NOTHING), "text or null"), (_is(dict), "an object")
-TIME, NUMBER = (_time, "a time such as 2026-11-22T21:00:00Z"), (_number, "a number")
+TIME, NUMBER = (_time, "a time such as 2026-11-22T21:00:00Z"), (number, "a number")
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{"run": TIME, "time": TIME, "case": TEXT, "name": TEXT, "params": OBJECT, "hash": TEXT},
     **{"group": TEXT_OR_NULL, "contender": TEXT_OR_NULL, "reason": TEXT_OR_NULL},

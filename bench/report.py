@@ -10,13 +10,10 @@ import sys
 import warnings
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from operator import attrgetter
 from pathlib import Path
-from statistics import quantiles
 from typing import Any, NoReturn
 
 from bench import records
@@ -35,8 +32,8 @@ from bench.chart import (
     stretched,
     tag,
 )
+from bench.history import Case, Device, Record, Result, by, devices, when
 
-Record = dict[str, Any]
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 LONGEST = 40  # points of a history, the latest
@@ -46,203 +43,6 @@ MACHINE = {
     "threads": "threads", "python": "Python", "torch": "PyTorch", "triton": "Triton", "cuda": "CUDA", "cudnn": "cuDNN",
     "diffusers": "diffusers",
 }  # fmt: skip
-
-
-# What was found
-
-
-@dataclass(frozen=True)
-class Result:
-    """A record, and what it says: seconds per call, or, of a case of memory, the bytes of its peak."""
-
-    record: Record
-
-    @cached_property
-    def quartiles(self) -> tuple[float, float, float] | None:
-        """The lower one, the median, the upper one; None where nothing was measured."""
-        samples = self.record["samples_s"] or [self.peak] * (self.peak is not None)
-        if self.record["outcome"] != "passed" or not samples:
-            return None
-        return tuple(quantiles(samples, method="inclusive")) if len(samples) > 1 else (samples[0],) * 3
-
-    @property
-    def peak(self) -> float | None:
-        value = self.record["facts"].get("peak_bytes")
-        return value if _number(value) and value > 0 else None
-
-    @property
-    def units(self) -> Sequence[tuple[float, str]]:
-        return SECONDS if self.record["samples_s"] else BYTES
-
-    @property
-    def median(self) -> float:
-        return self.quartiles[1] if self.quartiles else math.nan
-
-    @property
-    def timed(self) -> bool:
-        return bool(self.quartiles and self.record["samples_s"])
-
-    @property
-    def valid(self) -> bool:
-        return bool(self.quartiles) and not self.record["invalid"]
-
-    @property
-    def state(self) -> str:
-        """passed, invalid, failed or skipped."""
-        return "invalid" if self.quartiles and self.record["invalid"] else self.record["outcome"]
-
-    @property
-    def trouble(self) -> str | None:
-        """Why there is no figure, or none to be trusted."""
-        if self.record["outcome"] != "passed":
-            return f"{self.record['outcome']}: {self.record['reason'] or 'no reason is told'}"
-        return f"invalid: {'; '.join(self.record['invalid'])}" if self.record["invalid"] else None
-
-    @property
-    def commit(self) -> str:
-        """Short, with a star where the tree had changes."""
-        return f"{(self.record['commit'] or 'unknown')[:7]}{'*' * bool(self.record['dirty'])}"
-
-    @property
-    def when(self) -> str:
-        return when(self.record["run"])
-
-    def said(self, digits: int = 3) -> str:
-        return quantity(self.median, self.units, digits) if self.quartiles else "–"
-
-    def spread(self) -> str:
-        return " – ".join(quantity(value, self.units, 4) for value in self.quartiles[::2]) if self.timed else "–"
-
-    def about(self) -> str:
-        """Some lines, for a tooltip."""
-        lines = [f"{self.commit}, {self.when} UTC"]
-        if self.timed:
-            rounds = len(self.record["samples_s"])
-            lines.insert(0, f"quartiles {self.spread()}, {rounds} round{'s' * (rounds != 1)}")
-        if self.quartiles:
-            lines.insert(0, self.said(4))
-        lines += [
-            f"{figure(of['rate'])} {unit}, {percent(of['share'])} of the ceiling"
-            for unit, of in self.record["shares"].items()
-        ]
-        return "\n".join([*lines, *filter(None, [self.trouble])])
-
-
-@dataclass(frozen=True)
-class Case:
-    """All results of one case on one device, in order."""
-
-    results: list[Result]
-
-    @cached_property
-    def ran(self) -> list[Result]:
-        """Those that found something: a figure, or a failure."""
-        return [result for result in self.results if result.quartiles or result.state == "failed"]
-
-    @property
-    def last(self) -> Result:
-        """The last of them, if there is any."""
-        return (self.ran or self.results)[-1]
-
-    @property
-    def function(self) -> str:
-        return self.last.record["case"]
-
-    @property
-    def name(self) -> str:
-        return self.last.record["name"]
-
-    @cached_property
-    def group(self) -> str | None:
-        return self._known("group")
-
-    @cached_property
-    def contender(self) -> str | None:
-        return self._known("contender")
-
-    def _known(self, field: str) -> str | None:
-        """A failed case does not tell it: then what it told before."""
-        return next((r.record[field] for r in reversed(self.results) if r.record[field]), None)
-
-    @property
-    def ours(self) -> bool:
-        """Also of what has no others beside it."""
-        return (self.contender or "fastddpm").startswith("fastddpm")
-
-    @property
-    def kind(self) -> str:
-        return "ours" if self.ours else "other"
-
-    @property
-    def title(self) -> str:
-        """What tells it from the others of its group, or else of its function."""
-        return self.contender or self.name.removeprefix("test_")
-
-    @property
-    def words(self) -> str:
-        """What the filter looks at."""
-        return " ".join(filter(None, [self.function, self.name, self.group, self.contender])).lower()
-
-
-@dataclass(frozen=True)
-class Device:
-    """What was measured on one device at one scale."""
-
-    cases: list[Case]  # of a function, and in it of a group, one after the other
-    latest: Record  # of the latest run
-
-    @property
-    def name(self) -> str:
-        machine = self.latest["machine"]
-        name, threads = machine.get("gpu") or machine.get("cpu") or self.latest["device"], machine.get("threads")
-        if threads and not machine.get("gpu"):
-            name = f"{name}, {threads} thread{'s' * (threads != 1)}"
-        return f"{name} (tiny sizes)" if self.latest["scale"] == "tiny" else name
-
-    @property
-    def functions(self) -> dict[str | None, list[Case]]:
-        return by(attrgetter("function"), self.cases)
-
-    def ceilings(self) -> dict[str, float]:
-        return {name: rate for name, rate in self.latest["ceilings"].items() if rate > 0}
-
-
-def devices(found: Iterable[Record]) -> list[Device]:
-    """Records in order of their runs, sorted into devices and cases; what has a GPU comes first."""
-    sorted_: dict[tuple[str, str], dict[tuple[str, str], list[Result]]] = {}
-    for record in found:
-        place = sorted_.setdefault((record["scale"], record["device"]), {})
-        place.setdefault((record["case"], record["name"]), []).append(Result(record))
-    scales = {"cuda": 0, "cpu": 1}
-    return [_device(sorted_[key].values()) for key in sorted(sorted_, key=lambda key: (scales.get(key[0], 2), key))]
-
-
-def _device(results: Iterable[list[Result]]) -> Device:
-    cases = [Case(found) for found in results]
-    places: dict[tuple[str, ...], int] = {}
-    for case in cases:
-        for key in ((case.function,), (case.function, case.group or case.name)):
-            places.setdefault(key, len(places))
-    cases.sort(key=lambda c: (places[(c.function,)], places[(c.function, c.group or c.name)]))
-    latest = max((result.record for case in cases for result in case.results), key=lambda r: (r["run"], r["time"]))
-    return Device(cases, latest)
-
-
-def by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[str | None, list[Case]]:
-    """Cases in groups, in the order of their first ones."""
-    found: dict[str | None, list[Case]] = {}
-    for case in cases:
-        found.setdefault(key(case), []).append(case)
-    return found
-
-
-def when(time: str) -> str:
-    """2026-11-22 21:00"""
-    return time[:16].replace("T", " ")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # The page
@@ -672,7 +472,7 @@ def _gate(errors: dict[str, Any] | None) -> str:
     """The errors it found, and what they may be."""
     found = []
     for name, of in (errors or {}).items():
-        judged = isinstance(of, dict) and _number(of.get("error")) and _number(of.get("bound"))
+        judged = isinstance(of, dict) and records.number(of.get("error")) and records.number(of.get("bound"))
         found.append(f"{name} {figure(of['error'], 2)} of {figure(of['bound'], 2)}" if judged else f"{name} {of}")
     return ", ".join(found)
 
@@ -683,11 +483,11 @@ def _meanwhile(watch: dict[str, Any]) -> str:
     for name, which, unit in MEANWHILE:
         value = watch.get(name)
         value = value.get(which) if isinstance(value, dict) else value
-        if _number(value):
+        if records.number(value):
             found.append(f"{figure(value)} {unit}")
     throttle = watch.get("throttle")
     shares = throttle.items() if isinstance(throttle, dict) else ()
-    return ", ".join(found + [f"{reason} {percent(share)}" for reason, share in shares if _number(share)])
+    return ", ".join(found + [f"{reason} {percent(share)}" for reason, share in shares if records.number(share)])
 
 
 def _facts(facts: dict[str, Any], kind: str = "") -> Iterator[str]:
@@ -695,11 +495,11 @@ def _facts(facts: dict[str, Any], kind: str = "") -> Iterator[str]:
     for key, value in facts.items():
         name, _, suffix = key.rpartition("_")
         name = (name if suffix in FACTS else key).replace("_", " ")
-        if _number(value):
+        if records.number(value):
             yield f"{name} {FACTS.get(kind or suffix, lambda v: figure(v, 4))(value)}"
         elif isinstance(value, str):
             yield f"{name} {value}"
-        elif isinstance(value, dict) and value and all(map(_number, value.values())):
+        elif isinstance(value, dict) and value and all(map(records.number, value.values())):
             yield f"{name}: {', '.join(_facts(value, suffix))}"
 
 

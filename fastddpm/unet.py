@@ -30,6 +30,7 @@ def silu(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {"silu": silu, "swish": silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 IDENTITY = nn.Identity()
+CACHED_ELEMENTS = 1 << 18  # float32, 1 MB: a core's second-level cache has room for it
 DOWN = {"DownBlock2D": False, "AttnDownBlock2D": True}
 UP = {"UpBlock2D": False, "AttnUpBlock2D": True}
 
@@ -535,19 +536,21 @@ def _two_pass_group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     """Group norm with the variance taken about the mean.
 
     torch's CPU kernel for channels-last takes E[x^2] - E[x]^2, whose error grows with (mean / std)^2. 16-bit inputs can
-    be left to it: their own rounding costs more.
+    be left to it: their own rounding costs more. Of the size of x there is one new tensor alone: the squares are summed
+    in parts that stay in the cache (27.7 -> 15 ms for 1 x 128 x 256 x 256, two cores of a Xeon, 2026-11-22).
     """
     n, c = x.shape[:2]
+    pixels = x.shape[2:].numel()
     mean = x.mean((2, 3), keepdim=True)
     centred = x - mean
+    parts = _pixels(centred).view(n, pixels, c).split(max(1, CACHED_ELEMENTS // (n * c)), 1)
+    variances = sum((part.square().sum(1) for part in parts), torch.zeros(n, c)) / pixels
     means = mean.view(n, norm.num_groups, -1).double()  # a group's mean, rounded, would cost half of the accuracy
     offset = (means - means.mean(2, keepdim=True)).float()  # of each channel from its group
-    variances = centred.square().mean((2, 3)).view_as(offset)
-    scale = ((variances + offset.square()).mean(2, keepdim=True) + norm.eps).rsqrt() * norm.weight.view(
-        offset.shape[1:]
-    )
+    variance = (variances.view_as(offset) + offset.square()).mean(2, keepdim=True)
+    scale = (variance + norm.eps).rsqrt() * norm.weight.view(offset.shape[1:])
     shift = norm.bias.view(offset.shape[1:]) + offset * scale
-    return torch.addcmul(shift.view(n, c, 1, 1), centred, scale.view(n, c, 1, 1))
+    return centred.mul_(scale.view(n, c, 1, 1)).add_(shift.view(n, c, 1, 1))
 
 
 def checked(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-import cpuinfo
+import cpuinfo  # which comes with pytest-benchmark
 import torch
 
 from fastddpm.engine import PRECISIONS, arithmetic

@@ -39,10 +39,14 @@ NOISING = [
 
 
 class Problem(NamedTuple):
-    """Inputs of a kernel and what to do with them, judged: `call` moves at least so many bytes."""
+    """Inputs of a kernel and what to do with them, judged: `call` moves at least so many bytes.
+
+    flops: of the formula as it is written; those of the noise depend on how it is made.
+    """
 
     call: Call
     bytes_moved: int
+    flops: int
     errors: dict[str, Any]
 
 
@@ -53,7 +57,7 @@ def step_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddp
     x, m = (layout.empty(shape[0], shape[1:], dtype=d, device=DEVICE).normal_() for d in (torch.float32, dtype))
     fewest = 2 * x.nbytes + m.nbytes + (0 if dtype == torch.float32 else m.nbytes)
     call, errors = {"fastddpm": _our_step, "reference": _reference_step, "diffusers": _diffusers_step}[who](x, m)
-    return Problem(call, fewest, errors)
+    return Problem(call, fewest, 12 * x.numel(), errors)
 
 
 def _our_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
@@ -117,7 +121,8 @@ def noising_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fast
         "fastddpm": _our_noising, "reference": _reference_noising, "diffusers": _diffusers_noising,
     }  # fmt: skip
     call, errors = noised[who](x_0, t)
-    return Problem(call, x_0.nbytes + 2 * x_0.numel(), errors)
+    flops = (5 if dtype == torch.uint8 else 3) * x_0.numel()
+    return Problem(call, x_0.nbytes + 2 * x_0.numel(), flops, errors)
 
 
 def _our_noising(x_0: Tensor, t: Tensor) -> tuple[Call, dict[str, Any]]:
@@ -185,7 +190,7 @@ def test_hot(measure, shape, name):
     """As in sampling, where the network has just written m."""
     problem = step_problem if "step" in name else noising_problem
     found = problem(shape, torch.bfloat16 if "step" in name else torch.uint8)
-    measure(*repeated(found.call), bytes_moved=found.bytes_moved, errors=found.errors)
+    measure(*repeated(found.call), bytes_moved=found.bytes_moved, flops=found.flops, errors=found.errors)
 
 
 def timed(
@@ -200,5 +205,14 @@ def timed(
     captured = who != "diffusers"  # whose scheduler is made to be called from Python
     run, n = rotated(calls, captured=captured)
     group = f"{kernel}, {' x '.join(map(str, shape))}, {dtype}"
-    how = {"bytes_moved": first.bytes_moved, "cold": True, "errors": first.errors, "facts": {"captured": captured}}
-    measure(run, n, group=group, contender=who, **how)
+    measure(
+        run,
+        n,
+        group=group,
+        contender=who,
+        bytes_moved=first.bytes_moved,
+        flops=first.flops,
+        cold=True,
+        errors=first.errors,
+        facts={"captured": captured and DEVICE.type == "cuda"},
+    )

@@ -73,7 +73,9 @@ def test_attention(measure, batch, tokens, heads, dim, dtype):
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     operations = 4 * batch * heads * tokens**2 * dim
     facts = {"backends_s": times, "not_timed": wrong}
-    measure(*repeated(attention), flops=operations, precision=precision, errors=errors, facts=facts)
+    moved = 4 * q.numel() * q.itemsize
+    how = {"bytes_moved": moved, "flops": operations, "precision": precision, "errors": errors, "facts": facts}
+    measure(*repeated(attention), **how)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def test_launches(measure, kernel):
         contenders[f"{block} by {warps} warps"] = launched(launched(problem)().call)
     times, own = race(contenders), problem()
     facts = {"launches_s": times}
-    measure(*repeated(own.call), bytes_moved=own.bytes_moved, errors=own.errors, facts=facts)
+    measure(*repeated(own.call), bytes_moved=own.bytes_moved, flops=own.flops, errors=own.errors, facts=facts)
     show(f"now {module.BLOCK} by {module.OPTIONS['num_warps']} warps", times, own.bytes_moved)
 
 
@@ -108,6 +110,7 @@ class NormProblem:
         channels = sum(shape[0] for shape in parts)
         self.weight, self.bias = torch.rand(channels, device=DEVICE) + 0.5, torch.randn(channels, device=DEVICE)
         self.add = torch.randn(batch, 2 * channels, device=DEVICE)[:, :channels] if norm.add else None
+        self.flops = 10 * batch * channels * self.x.shape[2:].numel()  # of a textbook's norm, with its SiLU
         self.bytes_moved = 2 * sum(part.nbytes for part in (self.x, self.skip) if part is not None)
 
     def ours(self) -> Tensor:
@@ -173,7 +176,8 @@ def test_norms(measure, name, batch, rival):
     moved = sum(norms(name)[norm] * problem.bytes_moved for norm, problem in problems.items())
     worst = max(errors, key=lambda found: max(one["error"] / one["bound"] for one in found.values()))
     facts = {"shapes": records, "totals_s": dict(totals)}
-    measure(*repeated(forward), bytes_moved=moved, precision="bf16", errors=worst, facts=facts)
+    work = sum(norms(name)[norm] * problem.flops for norm, problem in problems.items())
+    measure(*repeated(forward), bytes_moved=moved, flops=work, errors=worst, facts=facts)
     show("sums", totals, moved)
     for record in records:
         for who, why in record["wrong"].items():

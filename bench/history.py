@@ -70,6 +70,17 @@ class Result:
     def when(self) -> str:
         return when(self.record["run"])
 
+    @property
+    def images(self) -> float | None:
+        """Per second; None where it makes none, or where its time is that of a start."""
+        count = self.record["images"] if self.timed else 0
+        first = (self.record["group"] or "").startswith("first image") and self.record["clock"] == "wall"
+        return count / self.median if count > 0 and not first else None
+
+    def ceiling(self, unit: str) -> str:
+        """Whose ceiling counts for a rate in GB/s or TFLOP/s."""
+        return "copy" if unit == "GB/s" else self.record["precision"] or "matmul"
+
     def said(self, digits: int = 3) -> str:
         return quantity(self.median, self.units, digits) if self.quartiles else "–"
 
@@ -85,7 +96,7 @@ class Result:
         if self.quartiles:
             lines.insert(0, self.said(4))
         lines += [
-            f"{figure(of['rate'])} {unit}, {percent(of['share'])} of the ceiling"
+            f"{figure(of['rate'])} {unit}, {percent(of['share'])} of {self.ceiling(unit)}"
             for unit, of in self.record["shares"].items()
         ]
         return "\n".join([*lines, *filter(None, [self.trouble])])
@@ -106,6 +117,10 @@ class Case:
     def last(self) -> Result:
         """The last of them, if there is any."""
         return (self.ran or self.results)[-1]
+
+    def of(self, run: str) -> Result | None:
+        """The last result of that run."""
+        return next((result for result in reversed(self.results) if result.record["run"] == run), None)
 
     @property
     def function(self) -> str:
@@ -131,6 +146,11 @@ class Case:
     def ours(self) -> bool:
         """Also of what has no others beside it."""
         return (self.contender or "fastddpm").startswith("fastddpm")
+
+    @property
+    def variant(self) -> str:
+        """Its engine and precision."""
+        return " ".join((self.contender or "").split()[1:])
 
     @property
     def kind(self) -> str:
@@ -166,8 +186,21 @@ class Device:
     def functions(self) -> dict[str | None, list[Case]]:
         return by(attrgetter("function"), self.cases)
 
-    def ceilings(self) -> dict[str, float]:
-        return {name: rate for name, rate in self.latest["ceilings"].items() if rate > 0}
+    @property
+    def run(self) -> str:
+        """The latest one."""
+        return self.latest["run"]
+
+
+def ceilings(record: Record) -> dict[str, float]:
+    """GB/s of a copy, TFLOP/s of a matrix product in each precision."""
+    return {name: rate for name, rate in record["ceilings"].items() if rate > 0}
+
+
+def doubts(record: Record) -> list[str]:
+    """Why its ceilings are not to be trusted."""
+    found = record.get("ceilings_invalid")
+    return [str(reason) for reason in found] if isinstance(found, list) else []
 
 
 def devices(found: Iterable[Record]) -> list[Device]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from typing import Any, NoReturn
 
 from bench import records
@@ -32,11 +33,19 @@ from bench.chart import (
     stretched,
     tag,
 )
-from bench.history import Case, Device, Record, Result, by, devices, when
+from bench.history import Case, Device, Record, Result, by, ceilings, devices, doubts, when
+
+Entry = tuple[Case, Result]
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 LONGEST = 40  # points of a history, the latest
+WIDE = ("fp32", "tf32")  # hollow points of a roofline
+RACES = (
+    "The best comes first. The last column compares our contender of the same engine and precision, or else our best. "
+    "Sampling is timed by the step, and images/s are of 1,000 steps."
+)
+DASHED = "Dashed bars are invalid results."
 APART = 18  # pixels between the labels of two roofs
 MACHINE = {
     "gpu": "GPU", "gpu_memory_gb": "GPU memory, GB", "l2_mb": "L2 cache, MB", "driver": "driver", "cpu": "CPU",
@@ -126,8 +135,9 @@ def _table(head: Sequence[str], *bodies: Iterable[Markup], kind: str, caption: M
 
 
 def _machine(device: Device) -> list[Markup]:
-    latest, outcomes = device.latest, Counter(case.last.state for case in device.cases)
-    machine = {**dict.fromkeys(MACHINE), **latest["machine"]}
+    results = [(case, result) for case in device.cases if (result := case.of(device.run))]
+    states = Counter(result.state for _, result in results)
+    machine = {**dict.fromkeys(MACHINE), **device.latest["machine"]}
     facts = [
         tag(
             "tr",
@@ -138,21 +148,22 @@ def _machine(device: Device) -> list[Markup]:
         if value is not None
     ]
     counts = [
-        _tile("cases", f"{len(device.cases)}"),
-        *(_tile(state, f"{outcomes[state]}", state) for state in ("failed", "invalid", "skipped")),
+        _tile("cases", f"{len(results)}"),
+        *(_tile(state, f"{states[state]}", state) for state in ("failed", "invalid", "skipped")),
     ]
-    ceilings = [
+    reached = [
         _tile(f"{name} ceiling", figure(rate), unit="GB/s" if name == "copy" else "TFLOP/s")
-        for name, rate in device.ceilings().items()
+        for name, rate in ceilings(device.latest).items()
     ]
     trouble = [
         tag("li", tag("b", case.name), " ", result.trouble, class_=result.state, data_case=case.words)
-        for case in device.cases
-        if (result := case.last).state in ("failed", "invalid")
+        for case, result in results
+        if result.state in ("failed", "invalid")
     ]
     beside = [
         tag("div", *counts, class_="tiles"),
-        tag("div", *ceilings, class_="tiles") if ceilings else None,
+        tag("div", *reached, class_="tiles") if reached else None,
+        _doubts(device.latest),
         tag("ul", *trouble, class_="trouble") if trouble else None,
     ]
     about = tag("table", tag("caption", "Machine"), tag("tbody", *facts), class_="facts")
@@ -164,6 +175,13 @@ def _tile(label: str, value: str, state: str = "", unit: str = "") -> Markup:
     return tag("div", tag("span", label), number, class_=f"tile {state if value != '0' else ''}".rstrip())
 
 
+def _doubts(record: Record) -> Markup | None:
+    """A warning, where the ceilings of a run are not to be trusted."""
+    if found := doubts(record):
+        return tag("p", f"The ceilings of this run are not to be trusted: {'; '.join(found)}.", class_="why invalid")
+    return None
+
+
 def _float(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
@@ -173,51 +191,76 @@ def _float(value: Any) -> bool:
 
 def _races(device: Device) -> list[Markup]:
     groups = by(attrgetter("group"), (case for case in device.cases if case.group))
-    found = [race for group, cases in groups.items() if (race := _race(group, cases, device.latest["run"]))]
+    found = [race for group, cases in groups.items() if (race := _race(group, cases, device.run))]
     found.sort(key=lambda race: not race[0])
     if not found:
-        return [tag("p", "No run has measured two contenders at the same work.", class_="soft")]
-    text = "The time of a call; shorter is better. The last column is how many times as fast our fastest is."
-    return [tag("p", text, class_="soft"), *(card for _, card in found)]
+        return [tag("p", "No run has measured one of ours and another at the same work.", class_="soft")]
+    return [tag("p", f"{RACES} {DASHED}", class_="soft"), *(card for _, card in found)]
 
 
 def _race(group: str, cases: Sequence[Case], latest: str) -> tuple[bool, Markup] | None:
-    """(whether it makes images, its card): of the latest run that has measured some of the group."""
-    run = max((r.record["run"] for case in cases for r in case.results if r.timed), default=None)
-    of_run = {case.name: [r for r in case.ran if r.record["run"] == run] for case in cases}
-    entries = [(case, of_run[case.name][-1]) for case in cases if of_run[case.name]]
-    if len(entries) < 2:
+    """(whether it makes images, its card): of the latest run that has measured one of ours and another."""
+    runs = [{r.record["run"] for c in cases if c.ours == ours for r in c.ran if r.quartiles} for ours in (True, False)]
+    run = max(runs[0] & runs[1], default=None)
+    if run is None:
         return None
-    entries.sort(key=lambda entry: entry[1].median if entry[1].timed else math.inf)
+    entries = [(case, result) for case in cases if (result := case.of(run)) in case.ran]
+    entries.sort(key=lambda entry: entry[1].median if entry[1].quartiles else math.inf)
     best, rival = (next((e for e in entries if e[1].valid and e[0].ours == ours), None) for ours in (True, False))
-    slowest, fastest = max(r.median for _, r in entries if r.timed), best[1].median if best else None
+    memory, most = not entries[0][1].timed, max(result.median for _, result in entries if result.quartiles)
     caption = [tag("h4", group)]
     if best and rival:
-        ratio, kind = rival[1].median / fastest, "" if fastest < rival[1].median else " slower"
-        text = tag("b", f"{figure(ratio, 2)} ×"), f" as fast as {rival[0].title}, the fastest other"
-        caption.append(tag("p", *text, class_=f"claim{kind}"))
+        caption.append(_claim(best, rival, memory))
     if run != latest:
         caption.append(tag("p", f"{entries[0][1].commit}, {entries[0][1].when} UTC", class_="soft"))
-    images = any(result.record["images"] > 0 for _, result in entries)
-    head = ["contender", "", "time", *(["images/s"] if images else []), "of the ceiling", "ours is"]
-    rows = [_contender(case, result, slowest, fastest, images) for case, result in entries]
-    table = _table(head, rows, kind="race", caption=tag("caption", *caption))
+    images = any(result.images for _, result in entries)
+    what = ["peak memory"] if memory else ["time", *(["images/s"] if images else []), "of the ceiling"]
+    rows = []
+    for case, result in entries:
+        beside = _beside(case, result, entries, best) if best and result.valid and not case.ours else ""
+        rows.append(_contender(case, result, most, beside, images=images, memory=memory))
+    table = _table(["contender", "", *what, "ours beside it"], rows, kind="race", caption=tag("caption", *caption))
     return images, tag("article", table, class_="card", data_case=" ".join(case.words for case, _ in entries))
 
 
-def _contender(case: Case, result: Result, slowest: float, fastest: float | None, images: bool) -> Markup:
-    rate = share = ratio = ""
+def _claim(best: Entry, rival: Entry, memory: bool) -> Markup:
+    """How our best compares with the best of the others."""
+    (ours, mine), (other, theirs) = best, rival
+    if memory:
+        ratio = mine.median / theirs.median
+        difference = f"{percent(abs(ratio - 1))} {'less' if ratio < 1 else 'more'}"
+        text = f"{ours.title} takes ", f" the memory of {other.title}, the smallest other: {difference}"
+    else:
+        ratio = theirs.median / mine.median
+        text = f"{ours.title} is ", f" as fast as {other.title}, the fastest other"
+    better = mine.median < theirs.median
+    number = tag("b", f"{figure(ratio)} ×")
+    return tag("p", text[0], number, text[1], class_="claim" if better else "claim slower")
+
+
+def _beside(case: Case, result: Result, entries: Iterable[Entry], best: Entry) -> str:
+    """How one of ours compares with it: that of the same engine and precision, or else our best."""
+    mates = (entry for entry in entries if entry[0].ours and entry[1].valid and entry[0].variant == case.variant)
+    mate, own = next(mates, best)
+    who = f"our {mate.variant}" if mate.variant else "ours"
     if result.timed:
-        rate = figure(result.record["images"] / result.median) if result.record["images"] else ""
-        share = percent(max(s["share"] for s in result.record["shares"].values())) if result.record["shares"] else ""
-        ratio = f"{figure(result.median / fastest, 2)} × as fast" if fastest and result.valid and not case.ours else ""
+        return f"{who} is {figure(result.median / own.median)} × as fast"
+    return f"{who} takes {figure(own.median / result.median)} ×"
+
+
+def _contender(case: Case, result: Result, most: float, beside: str, *, images: bool, memory: bool) -> Markup:
+    share = ""
+    if result.timed and result.record["shares"]:
+        unit, of = max(result.record["shares"].items(), key=lambda item: item[1]["share"])
+        share = f"{percent(of['share'])} of {result.ceiling(unit)}"
+    kind = f"{case.kind} {result.state}"
     cells = [
         tag("th", case.title, scope="row"),
-        tag("td", bar(result.median / slowest, f"{case.kind} {result.state}") if result.timed else None, _why(result)),
-        tag("td", result.said() if result.timed else "", class_="time"),
-        tag("td", rate, data_unit="images/s") if images else None,
-        tag("td", share, data_unit="of the ceiling"),
-        tag("td", ratio),
+        tag("td", bar(result.median / most, kind) if result.quartiles else None, _why(result)),
+        tag("td", result.said() if result.quartiles else "", class_="time"),
+        tag("td", figure(result.images) if result.images else "", data_unit="images/s") if images else None,
+        None if memory else tag("td", share, data_unit="ceiling"),
+        tag("td", beside, class_="beside"),
     ]
     return tag("tr", *cells, class_=case.kind)
 
@@ -238,7 +281,10 @@ def _history(device: Device) -> list[Markup]:
         _legend("failed", key.mark(0.5, 0.5, "failed", "a failure")),
         _legend("the case changed: not comparable", key.upright(0.5, "changed")),
         tag("span", tag("b", "%"), "since the one before"),
+        tag("span", tag("b", "*"), "the commit had changes"),
     ]
+    if any(len(case.ran) > LONGEST for case in device.cases):
+        legend.append(tag("span", f"the latest {LONGEST} of each case"))
     groups = []
     for function, cases in device.functions.items():
         if ran := [case for case in cases if case.ran]:
@@ -319,7 +365,8 @@ def _shares(device: Device) -> list[Markup]:
             bodies.append([tag("tr", heading), *rows] if group else rows)
         groups.append(_folded(function, cases, _table(["case", *units], *bodies, kind="shares")))
     text = "Of the rate of a copy, and of a matrix product in the same precision, measured in the same run."
-    return [tag("p", text, class_="soft"), tag("div", *groups, class_="card")]
+    intro = tag("p", f"{text} {DASHED}", class_="soft")
+    return [part for part in (intro, _doubts(device.latest), tag("div", *groups, class_="card")) if part]
 
 
 def _share(case: Case, units: Sequence[str], limit: float) -> Markup:
@@ -328,7 +375,7 @@ def _share(case: Case, units: Sequence[str], limit: float) -> Markup:
         parts = []
         if of := case.last.record["shares"].get(unit):
             share, rate = percent(of["share"]), f"{figure(of['rate'])} {unit}"
-            label = f"{share} of the ceiling, {rate}"
+            label = f"{share} of {case.last.ceiling(unit)}, {rate}"
             parts.append(bar(of["share"] * limit, f"{case.kind} {case.last.state}", label, limit=limit))
             parts.append(tag("span", tag("b", share), f" {rate}"))
         cells.append(tag("td", tag("div", *parts)))
@@ -339,27 +386,33 @@ def _share(case: Case, units: Sequence[str], limit: float) -> Markup:
 
 
 def _roofline(device: Device) -> list[Markup]:
-    """Log-log: the roofs are straight."""
-    ceilings = device.ceilings()
-    copy = ceilings.pop("copy", 0) / 1e3  # TFLOP/s at one FLOP per byte
-    points = [
-        (flops / moved, flops / case.last.median / 1e12, case)
-        for case in device.cases
-        for flops, moved in [(case.last.record["flops"], case.last.record["bytes"])]
-        if case.last.timed and case.last.valid and flops > 0 and moved > 0
-    ]
-    if not points or not copy or not ceilings:
+    """Log-log: the roofs are straight. Of the latest run with something to draw."""
+    told = [(case, r) for case in device.cases for r in case.results if min(r.record["flops"], r.record["bytes"]) > 0]
+    if not told:
         return [tag("p", "No case tells both what it moves and what it computes.", class_="soft")]
-    across = [x for x, _, _ in points] + [rate / copy for rate in ceilings.values()]
-    up, peak = [y for _, y, _ in points] + list(ceilings.values()), max(ceilings.values())
+    run = max((result.record["run"] for _, result in told if result.timed and result.valid), default=None)
+    if run is None:
+        return [tag("p", "No case that tells what it moves and computes has a valid time.", class_="soft")]
+    points = [
+        (result.record["flops"] / result.record["bytes"], result.record["flops"] / result.median / 1e12, case, result)
+        for case, result in told
+        if result.record["run"] == run and result.timed and result.valid
+    ]
+    own = points[-1][-1]
+    ceilings_ = ceilings(own.record)
+    copy = ceilings_.pop("copy", 0) / 1e3  # TFLOP/s at one FLOP per byte
+    if not copy or not ceilings_:
+        return [tag("p", f"The run of {own.when} UTC tells no ceilings.", class_="soft")]
+    across = [x for x, *_ in points] + [rate / copy for rate in ceilings_.values()]
+    up, peak = [y for _, y, *_ in points] + list(ceilings_.values()), max(ceilings_.values())
     plot = Plot(logarithmic(min(across) / 2, 3 * max(across)), logarithmic(min(up) / 1.5, 1.2 * max(up)), 400)
     left, right, bottom = plot.x.ticks[0], plot.x.ticks[-1], plot.y.ticks[0]
     begin = max(left, bottom / copy)
     paths = [plot.line([(begin, begin * copy), (peak / copy, peak)], "roof")] if begin < peak / copy else []
     at = begin * max(peak / copy / begin, 1) ** 0.1  # clear of the axes
-    marks = [plot.text(at, at * copy, f"copy {figure(1e3 * copy)} GB/s", "roof slope")]
+    labels = [plot.text(at, at * copy, f"copy {figure(1e3 * copy)} GB/s", "roof slope")]
     near: list[list[tuple[float, str]]] = []  # roofs too close for a label each
-    for rate, name in sorted((rate, name) for name, rate in ceilings.items()):
+    for rate, name in sorted((rate, name) for name, rate in ceilings_.items()):
         paths.append(plot.line([(max(rate / copy, left), rate), (right, rate)], "roof"))
         if near and plot.place(left, near[-1][-1][0])[1] - plot.place(left, rate)[1] < APART:
             near[-1].append((rate, name))
@@ -367,13 +420,15 @@ def _roofline(device: Device) -> list[Markup]:
             near.append([(rate, name)])
     for roofs in near:
         text = ", ".join(f"{name} {figure(rate)}" for rate, name in reversed(roofs))
-        marks.append(plot.text(right, roofs[-1][0], f"{text} TFLOP/s", "roof"))
-    for x, y, case in sorted(points, key=lambda point: point[2].ours):  # ours over others
-        title = f"{case.name}\n{figure(y)} TFLOP/s at {figure(x)} FLOP/byte\n{case.last.about()}"
-        marks.append(plot.mark(x, y, f"{case.kind} passed", title, case.words))
+        labels.append(plot.text(right, roofs[-1][0], f"{text} TFLOP/s", "roof"))
+    marks = []
+    for x, y, case, result in sorted(points, key=lambda point: point[2].ours):  # ours over others
+        title = f"{case.name}\n{figure(y)} TFLOP/s at {figure(x)} FLOP/byte\n{result.about()}"
+        wide = " wide" * (result.record["precision"] in WIDE)
+        marks.append(plot.mark(x, y, f"{case.kind} passed{wide}", title, case.words))
     drawn = plot.svg(
         paths,
-        marks,
+        marks + labels,
         label=f"Roofline of {device.name}: TFLOP/s over FLOP per byte, {len(points)} cases",
         x_labels=zip(plot.x.ticks, plot.x.labels(), strict=True),
         y_labels=plot.y.labels(),
@@ -382,11 +437,13 @@ def _roofline(device: Device) -> list[Markup]:
     legend = [
         _legend("fastddpm", key.mark(0.5, 0.5, "ours passed", "one of ours")),
         _legend("others", key.mark(0.5, 0.5, "other passed", "another")),
+        _legend(" and ".join(WIDE), key.mark(0.5, 0.5, "ours passed wide", "one in 32 bits")),
         _legend("what a copy and a matrix product reached", key.line([(0, 0.5), (1, 0.5)], "roof")),
     ]
     axes = tag("p", "TFLOP/s", class_="axis"), tag("p", "FLOP per byte", class_="axis end")
     chart = tag("div", axes[0], tag("div", drawn, class_="box"), axes[1], class_="card roofline")
-    return [tag("p", *legend, class_="legend"), chart]
+    older = tag("p", f"{own.commit}, {own.when} UTC", class_="soft") if run != device.run else None
+    return [part for part in (older, _doubts(own.record), tag("p", *legend, class_="legend"), chart) if part]
 
 
 # Tables
@@ -411,14 +468,15 @@ def _tables(device: Device) -> list[Markup]:
     latest, runs = [], {}
     for function, cases in device.functions.items():
         title = tag("tr", tag("th", function, colspan=len(NUMBERS), scope="rowgroup"))
-        latest.append([title, *map(_numbers, cases)])
+        latest.append([title, *(_numbers(case, device.run) for case in cases)])
         for result in (result for case in cases for result in case.results):
             runs.setdefault(result.record["run"], []).append(result)
     past = [_past(case, result) for case in device.cases for result in reversed(case.results[-LONGEST:])]
+    cut = f", the latest {LONGEST} of each case" * any(len(case.results) > LONGEST for case in device.cases)
     return [
         _wide("The latest of each case", _table(NUMBERS, *latest, kind="numbers latest"), open_=""),
         _wide("All runs", _table(RUNS, [_run(runs[run]) for run in sorted(runs, reverse=True)], kind="numbers runs")),
-        _wide("All medians", _table(PAST, past, kind="numbers past")),
+        _wide(f"All medians{cut}", _table(PAST, past, kind="numbers past")),
     ]
 
 
@@ -433,24 +491,27 @@ def _row(case: Case | None, *cells: str) -> Markup:
     return tag("tr", *first, *(tag("td", cell) for cell in cells), data_case=case and case.words)
 
 
-def _numbers(case: Case) -> Markup:
-    result, record = case.last, case.last.record
+def _numbers(case: Case, run: str) -> Markup:
+    result, record, now = case.last, case.last.record, case.of(run)
+    notes = [result.trouble]
+    if now != result:
+        notes.insert(0, f"in the latest run {now.trouble or 'nothing measured'}" if now else "not in the latest run")
     of = [record["shares"].get(unit) for unit in ("GB/s", "TFLOP/s")]
     return _row(
         case,
         case.contender or "",
-        result.said(4),
+        f"{result.said(4)}{'' if result.state == 'passed' else f', {result.state}'}",
         result.spread(),
         f"{len(record['samples_s'])} × {record['calls']}" if result.timed else "",
         *(text for one in of for text in ((figure(one["rate"]), percent(one["share"])) if one else ("", ""))),
-        figure(record["images"] / result.median) if result.timed and record["images"] else "",
+        figure(result.images) if result.images else "",
         figure(record["flops"] / record["bytes"]) if record["bytes"] > 0 and record["flops"] > 0 else "",
         ", ".join(filter(None, [record["clock"], record["cache"], record["precision"]])),
         _gate(record["errors"]),
         _meanwhile(record["watch"]),
         "; ".join(_facts(record["facts"])),
         f"{result.commit}, {result.when}",
-        result.trouble or "",
+        "; ".join(filter(None, notes)),
     )
 
 
@@ -491,7 +552,7 @@ def _meanwhile(watch: dict[str, Any]) -> str:
 
 
 def _facts(facts: dict[str, Any], kind: str = "") -> Iterator[str]:
-    """Numbers, texts and dicts of numbers, in the units that end their names."""
+    """Numbers, texts, dicts of numbers and the medians of lists of them, in the units that end their names."""
     for key, value in facts.items():
         name, _, suffix = key.rpartition("_")
         name = (name if suffix in FACTS else key).replace("_", " ")
@@ -499,8 +560,15 @@ def _facts(facts: dict[str, Any], kind: str = "") -> Iterator[str]:
             yield f"{name} {FACTS.get(kind or suffix, lambda v: figure(v, 4))(value)}"
         elif isinstance(value, str):
             yield f"{name} {value}"
-        elif isinstance(value, dict) and value and all(map(records.number, value.values())):
+        elif _parts(value):
             yield f"{name}: {', '.join(_facts(value, suffix))}"
+        elif isinstance(value, list) and value and all(map(_parts, value)):
+            medians = {key: median(parts[key] for parts in value if key in parts) for key in value[-1]}
+            yield f"{name}, medians: {', '.join(_facts(medians, suffix))}"
+
+
+def _parts(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(map(records.number, value.values()))
 
 
 # The command

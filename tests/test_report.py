@@ -372,8 +372,8 @@ def contenders(run, **times):
 
 
 def rows_of_the_race(found):
-    text = "|".join(found.text)
-    return re.findall(r"((?:fastddpm|diffusers|reference)[a-z ]*)\|([\d.]+ ms)(?:\|([\d.]+ × as fast))?", text)
+    race = r"((?:fastddpm|diffusers|reference)[\w ]*)\|([\d.]+ [mM][sB])(?:\|(our[\w ]* [\d.]+ ×(?: as fast)?))?"
+    return re.findall(race, "|".join(found.text))
 
 
 def test_contenders_of_one_run_race():
@@ -383,10 +383,9 @@ def test_contenders_of_one_run_race():
     assert rows_of_the_race(found)[:3] == [
         ("fastddpm", "2.00 ms", ""),
         ("fastddpm eager", "3.00 ms", ""),
-        ("diffusers", "5.00 ms", "2.5 × as fast"),
+        ("diffusers", "5.00 ms", "ours is 2.50 × as fast"),
     ]
-    assert "2.5 ×" in found.text
-    assert " as fast as diffusers, the fastest other" in found.text
+    assert "fastddpm is 2.50 × as fast as diffusers, the fastest other" in "".join(found.text)
 
 
 def test_an_invalid_contender_wins_no_race():
@@ -394,9 +393,8 @@ def test_an_invalid_contender_wins_no_race():
     for one in (found[0], found[2]):
         one["invalid"] = ["throttled"]
     page = read(*found)
-    assert "2.0 ×" in page.text
-    assert " as fast as reference, the fastest other" in page.text
-    assert [text for text in page.text if text.endswith(" × as fast")] == ["2.0 × as fast"]
+    assert "fastddpm eager is 2.00 × as fast as reference, the fastest other" in "".join(page.text)
+    assert [text for text in page.text if text.endswith(" × as fast")] == ["our eager is 2.00 × as fast"]
 
 
 def test_a_roofline_has_what_is_valid_at_its_median():
@@ -410,6 +408,68 @@ def test_a_roofline_has_what_is_valid_at_its_median():
     points = [about["data-case"] for about in found.with_class("mark") if "data-case" in about]
     assert points == ["test_kernels.py::test_step test_step[a]"]
     assert any(text.startswith("test_step[a]\n3.00 TFLOP/s at 2,000 FLOP/byte\n") for text in found.text)
+
+
+def test_memory_races_too():
+    found = contenders("2026-01-01T00:00:00Z", fastddpm=1, diffusers=1)
+    for one, peak in zip(found, (2e8, 4e8), strict=True):
+        one.update(samples_s=[], facts={"peak_bytes": peak})
+    page = read(*found)
+    assert rows_of_the_race(page)[:2] == [("fastddpm", "200 MB", ""), ("diffusers", "400 MB", "ours takes 0.500 ×")]
+    assert "fastddpm takes 0.500 × the memory of diffusers, the smallest other: 50 % less" in "".join(page.text)
+    assert [about["width"] for about in page.with_class("fill")] == ["50.0%", "100.0%"]
+
+
+def test_a_race_is_of_the_latest_run_with_both_sides_and_says_who_is_slower():
+    both = contenders("2026-01-01T00:00:00Z", fastddpm_eager_fp32=0.005, diffusers_eager_fp32=0.004)
+    page = read(*both, *contenders("2026-02-01T00:00:00Z", fastddpm_eager_fp32=0.001))
+    assert rows_of_the_race(page)[0] == ("diffusers eager fp32", "4.00 ms", "our eager fp32 is 0.800 × as fast")
+    assert page.with_class("slower")
+    assert "fastddpm eager fp32 is 0.800 × as fast as diffusers eager fp32" in "".join(page.text)
+
+
+def test_each_is_compared_with_its_own_kind():
+    times = {"fastddpm_eager_bf16": 0.001, "fastddpm_eager_fp32": 0.002, "diffusers_eager_fp32": 0.003}
+    page = read(*contenders("2026-01-01T00:00:00Z", **times))
+    assert rows_of_the_race(page)[2] == ("diffusers eager fp32", "3.00 ms", "our eager fp32 is 1.50 × as fast")
+    assert "fastddpm eager bf16 is 3.00 × as fast as diffusers eager fp32" in "".join(page.text)
+
+
+def test_doubts_about_the_ceilings_are_told():
+    assert "not to be trusted: throttled" not in "".join(read(record()).text)
+    work = {"flops": 6e9, "bytes": 3e6, "shares": {"GB/s": {"rate": 1.5, "share": 0.07}}}
+    text = "".join(read(record(ceilings_invalid=["throttled"], **work)).text)
+    assert text.count("The ceilings of this run are not to be trusted: throttled.") == 3
+
+
+def test_tiles_count_the_latest_run():
+    old, new = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+    page = read(failed("wrong", run=old, name="old"), record(run=new), failed("bad", run=new, name="new"))
+    text = "|".join(page.text)
+    assert "cases|2|failed|1|invalid|0|skipped|0|" in text
+    assert "not in the latest run; failed: wrong" in page.text
+
+
+def test_a_first_image_has_no_rate():
+    kinds = {"sampling": ["2.00"], "first image of a process": []}
+    for group, want in kinds.items():
+        page = read(record(group=group, images=0.004))
+        row = page.text[page.text.index("test_step[a]", page.text.index("FLOP/byte")) :]
+        assert [text for text in row if text == "2.00"] == want
+
+
+def test_a_roofline_is_of_one_run():
+    work, old = {"flops": 6e9, "bytes": 3e6}, "2026-01-01T00:00:00Z"
+    page = read(record(run=old, name="b", **work), record(**work), record(run="2026-12-01T00:00:00Z", name="c"))
+    assert [about["data-case"].split()[-1] for about in page.with_class("mark") if "data-case" in about] == [
+        "test_step[a]"
+    ]
+    assert "has a valid time" in "".join(read(record(invalid=["hot"], **work)).text)
+
+
+def test_lists_of_parts_are_told_by_their_medians():
+    page = read(record(facts={"parts_s": [{"load": 1.0}, {"load": 2.0}, {"load": 4.0}]}))
+    assert "parts, medians: load 2.00 s" in page.text
 
 
 def test_a_single_contender_races_with_nobody():

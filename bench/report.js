@@ -79,13 +79,17 @@ for (const plot of document.querySelectorAll("svg.plot")) {
 // The filter hides all that is about other cases.
 const label = document.getElementById("filter"), input = label.querySelector("input");
 const count = document.getElementById("count"), about = [...document.querySelectorAll("[data-case]")];
+const boxes = [...document.querySelectorAll(":is(.group, tbody, .card, .trouble):not([data-case])")]
+  .map((box) => [box, [...box.querySelectorAll("[data-case]")]]).filter(([, inside]) => inside.length);
+const out = (element) => element.classList.contains("out");
 label.hidden = false;
 input.addEventListener("input", () => {
   const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
   for (const element of about) {
     element.classList.toggle("out", !words.every((word) => element.dataset.case.includes(word)));
   }
+  for (const [box, inside] of boxes) box.classList.toggle("out", inside.every(out));
   const cards = [...document.querySelectorAll(".cards [data-case]")];
-  const left = cards.filter((card) => !card.classList.contains("out")).length;
+  const left = cards.filter((card) => !out(card)).length;
   count.textContent = words.length ? `${left} of ${cards.length} cases` : "";
 });

@@ -79,7 +79,10 @@ class Result:
 
     def ceiling(self, unit: str) -> str:
         """Whose ceiling counts for a rate in GB/s or TFLOP/s."""
-        return "copy" if unit == "GB/s" else self.record["precision"] or "matmul"
+        if unit == "GB/s":
+            return "copy"
+        precision = self.record["precision"] or "matmul"
+        return "fp32" if precision == "tf32" and precision not in self.record["ceilings"] else precision  # of a CPU
 
     def said(self, digits: int = 3) -> str:
         return quantity(self.median, self.units, digits) if self.quartiles else "–"

@@ -26,3 +26,8 @@ def is_channels_last(x: Tensor) -> bool:
 def empty(n: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
     """Uninitialised [n, *shape] with channels-last memory; shape is that of one sample, channels first."""
     return torch.empty((n, *shape[1:], shape[0]), dtype=dtype, device=device).movedim(-1, 1)
+
+
+def is_strided(x: Tensor) -> bool:
+    """Whether three strides (entry, channel, pixel) address x: its spatial dimensions are dense among themselves."""
+    return all(x.shape[i] == 1 or x.stride(i) == x.stride(-1) * x.shape[i + 1 :].numel() for i in range(2, x.ndim - 1))

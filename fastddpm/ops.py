@@ -5,6 +5,7 @@ The operators are opaque to torch.compile, which traces through the entry points
 differentiable.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastddpm import layout, noise
 from fastddpm.reference.diffusion import add_noise, update
+from fastddpm.reference.diffusion import predict_step as predict
 
 if TYPE_CHECKING:
     from fastddpm.schedule import StepTable
@@ -101,6 +103,75 @@ def step(
         _check("step", "bad", bad, (n,), torch.int32, x.device, "torch.full((n,), -1, dtype=torch.int32) starts one")
     torch.ops.fastddpm.step(x, m, rows, timesteps, pos, address, table.clip, out, bad)
     return x if out is None else (x, out)
+
+
+def predict_step(
+    x: Tensor,
+    m: Tensor,
+    rows: Tensor,
+    at: int | Tensor,
+    *,
+    predicts: str = "epsilon",
+    sampler: str = "ddpm",
+    clip: float | Callable[[Tensor], Tensor] | None = None,
+    v: Tensor | None = None,
+    learned: str | None = None,
+    z: Tensor | None = None,
+    address: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predict x_0 and take one reverse step, x_t -> x_{t-1}, as diffusers' schedulers do, into new tensors.
+
+    `reference.diffusion.predict_step` in float32 (float64 where x or m is), 16-bit numbers widened before and results
+    rounded once after. On a GPU it is one kernel, with the same bits but for the roots and exponentials of a learned
+    variance; where `clip` is a function, or a gradient is asked for, it is torch's operations, which also carry one.
+    The host never waits for the device.
+
+    Args:
+        x: [N, C, *spatial] or [N, D], fp16/bf16/fp32/fp64, any strides.
+        m: like x, of any of these dtypes and of its own strides: what the network returned.
+        rows: [R, 8] fp32 or fp64 on x's device: row i, of timestep i - 1, as `reference.diffusion.predict_step` has it.
+        at: the row, an int or a 0-dim int64 tensor on x's device.
+        predicts, sampler, clip, learned: as there.
+        v: like m, for a learned variance.
+        z: like m, standard normal; or
+        address: [N, 2] int64 on x's device, (seed, sample index) of each entry: z is `noise.normal(address, ...,
+            stream=noise.STEP, t=at - 1)`. Without either nothing is added.
+    Returns: (x_prev in the dtype that x and m promote to, x_0 in the same; in m's dtype where predicts is "sample").
+    Raises: ValueError: both z and address are given, or shapes and devices differ.
+    """
+    given = [tensor for tensor in (x, m, v, z) if tensor is not None]
+    if any(tensor.shape != x.shape or tensor.device != x.device for tensor in given) or x.ndim < 2:
+        came = ", ".join(map(_describe, given))
+        raise ValueError(f"predict_step: x, m, v and z are {came}; want [N, C, *spatial] or [N, D], all alike")
+    if z is not None and address is not None:
+        raise ValueError("predict_step: z and address are both given; give one of the two")
+    dtype = torch.promote_types(x.dtype, m.dtype)
+    x_0_dtype = m.dtype if predicts == "sample" else dtype
+    plain = not callable(clip) and rows.dtype == torch.float32
+    if backend(x.device) == "triton" and plain and _fits_kernel(given):
+        from fastddpm.kernels.predict_step import launch_predict_step  # type: ignore[import-not-found]
+
+        x_prev, x_0 = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=x_0_dtype)
+        how = {"predicts": predicts, "sampler": sampler, "clip": clip, "learned": learned}
+        launch_predict_step(x_prev, x_0, x, m, v, z, rows, at, address, **how)
+        return x_prev, x_0
+    if address is not None:
+        t = at - 1 if isinstance(at, int) else (at - 1).clamp(min=0)
+        z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t) if not isinstance(t, int) or t >= 0 else None
+    # a row as numbers costs less on a CPU; on a GPU it must stay a tensor
+    row = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
+    x, m, v, z = (tensor.float() if tensor is not None and tensor.element_size() == 2 else tensor
+                  for tensor in (x, m, v, z))  # fmt: skip
+    x_prev, x_0 = predict(x, m, row, predicts=predicts, sampler=sampler, clip=clip, v=v, learned=learned, z=z)
+    return x_prev.to(dtype), x_0.to(x_0_dtype)
+
+
+def _fits_kernel(tensors: list[Tensor]) -> bool:
+    return (
+        all(tensor.dtype in FLOATS and layout.is_strided(tensor) for tensor in tensors)
+        and 0 < tensors[0].shape[1:].numel() <= MAX_PER_SAMPLE
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    )
 
 
 def noising(

@@ -6,8 +6,8 @@ float64 and rounded once, to the dtype of the state. States, eps and z are [N, .
 integers with the timestep of each entry.
 """
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,67 @@ def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -
     else:
         mean = B * x + C * m
     return mean if z is None else torch.where(S == 0, mean, mean + S * z)
+
+
+def predict_step(
+    x: Tensor,
+    m: Tensor,
+    row: Sequence[float] | Tensor,
+    *,
+    predicts: str = "epsilon",
+    sampler: str = "ddpm",
+    clip: float | Callable[[Tensor], Tensor] | None = None,
+    v: Tensor | None = None,
+    learned: str | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Predict x_0 and take one step, in the order of operations of diffusers' schedulers; `update` is the same, folded.
+
+    Each product, quotient and sum is rounded on its own, to the dtype that torch promotes its operands to.
+
+    Args:
+        x: [N, ...] state, floating point.
+        m: like x: what the network returned.
+        row: signal, noise (sqrt(abar_t), sqrt(1 - abar_t)), of_x_0, of_w (coefficients of the mean), sigma, log_min,
+            log_max (of the variance, for learned_range), noisy (whether this step adds noise): [8], or as many numbers.
+        predicts: whether m is "epsilon", "sample" (x_0) or "v_prediction".
+        sampler: "ddpm", whose mean is of x_0 and x (eq. 7), or "ddim", of x_0 and eps (arXiv:2010.02502, eq. 12), or
+            "ddim_clipped", with the eps that belongs to the clipped x_0.
+        clip: clamp x_0 to +-clip, or what else bounds it; None: nothing.
+        v: like x: what the network returned for the variance.
+        learned: None, "learned" (v is the variance) or "learned_range" (arXiv:2102.09672, eq. 15).
+        z: like x, standard normal; None adds nothing.
+    Returns: (next state, predicted x_0).
+    """
+    signal, noise, of_x_0, of_w, sigma, log_min, log_max, noisy = row
+    if predicts == "epsilon":
+        x_0 = (x - noise * m) / signal  # eq. 15
+    else:
+        x_0 = m if predicts == "sample" else signal * x - noise * m
+    predicted = x_0
+    if callable(clip):
+        x_0 = clip(x_0)
+    elif clip is not None:
+        x_0 = x_0.clamp(-clip, clip)
+    if sampler == "ddpm":
+        w = x
+    elif sampler == "ddim" and predicts != "sample":
+        w = m if predicts == "epsilon" else signal * m + noise * x
+    else:
+        w = (x - signal * (x_0 if sampler == "ddim_clipped" else predicted)) / noise
+    mean = of_x_0 * x_0 + of_w * w
+    if z is None:
+        return mean, x_0
+    scale: Any = sigma
+    if learned is not None:
+        assert v is not None
+        share = (v + 1) / 2
+        log_var = share * log_max + (1 - share) * log_min
+        scale = v**0.5 if learned == "learned" else torch.exp(0.5 * log_var)
+    noised = mean + scale * z
+    if isinstance(noisy, Tensor):
+        return torch.where(noisy != 0, noised, mean), x_0
+    return noised if noisy else mean, x_0
 
 
 def add_noise(x_0: Tensor, eps: Tensor, row: Tensor) -> Tensor:

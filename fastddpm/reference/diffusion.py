@@ -71,10 +71,12 @@ def predict_step(
     """
     signal, noise, of_x_0, of_w, sigma, log_min, log_max, noisy = row
     if predicts == "epsilon":
-        x_0 = (x - noise * m) / signal  # eq. 15
+        predicted = (x - noise * m) / signal  # eq. 15
+    elif predicts == "sample":
+        predicted = m
     else:
-        x_0 = m if predicts == "sample" else signal * x - noise * m
-    predicted = x_0
+        predicted = signal * x - noise * m  # arXiv:2202.00512, appendix D
+    x_0 = predicted
     if callable(clip):
         x_0 = clip(x_0)
     elif clip is not None:

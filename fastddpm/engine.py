@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -68,22 +68,30 @@ class Engine:
         self.net: UNet2D | None = None
         self.plain: Callable[..., Any] = model
         self.network: Callable[..., Any] | None = None  # the same, perhaps compiled
-        self._idle: dict[tuple[int, bool], Slots] = {}
+        self._idle: dict[tuple[type[Slots], int, bool], Any] = {}
         self._lock = threading.RLock()
 
-    @contextmanager
-    def slots(self, n: int, steps: int) -> Iterator["Slots"]:
+    def slots(self, n: int, steps: int) -> AbstractContextManager["Slots"]:
         """Slots for a batch of n, nobody else's until the context ends, to `advance` so many times.
 
         Those with a graph work on a stream of their own, in order with the one that is current. The network has the
         weights that the model has now. torch's modes of the caller, such as autocast, do not apply.
         """
-        key = n, bool(steps) and ("graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING))
+        return self._held(Slots, n, steps)
+
+    def forward(self, n: int, steps: int) -> AbstractContextManager["Forward"]:
+        """The same for the network alone, to be called so many times."""
+        return self._held(Forward, n, steps)
+
+    @contextmanager
+    def _held(self, kind: Any, n: int, steps: int) -> Iterator[Any]:
+        captures = bool(steps) and ("graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING))
+        key = kind, n, captures
         # in inference mode the buffers would be unfit for a run outside of it
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             with self._lock:
                 self._refresh()
-                slots = self._idle.pop(key, None) or Slots(self, *key)
+                slots = self._idle.pop(key, None) or kind(self, n, captures)
             with _on(slots.stream):
                 yield slots
         with self._lock:
@@ -193,7 +201,7 @@ class Slots:
     def advance(self) -> None:
         """Take one step."""
         if self._graph is None:
-            self.update(self.predict())
+            self._once()
         else:
             self._graph.replay()
             self.k -= 1
@@ -237,6 +245,10 @@ class Slots:
         self.pos -= 1
         self.k -= 1
 
+    def _once(self, network: Callable[..., Any] | None = None) -> None:
+        """What a graph holds."""
+        self.update(self.predict(network))
+
     def step(self, k: int) -> str:
         """What the step at row k is called in a message."""
         S = len(self._loaded)
@@ -274,10 +286,10 @@ class Slots:
         self._graph = None
         if self.captures:
             with NoWaiting(), ops.compiling(self.engine.device):
-                self.update(self.predict(self.engine.plain))
+                self._once(self.engine.plain)
             self._start()
         with _many_versions() if self.engine.compiles else nullcontext():
-            self.update(self.predict())
+            self._once()
         if self.captures:
             self._graph = self._captured()
 
@@ -286,13 +298,44 @@ class Slots:
         try:
             # other threads may go on, and allocate; but no two may capture
             with _capture, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.update(self.predict())
+                self._once()
         except Exception as error:
             causes = error, error.__context__  # the end of a failed capture is an error of its own
             if any(isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) for e in causes):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise cannot_capture(str(error).partition("\n")[0]) from error
         return graph
+
+
+class Forward(Slots):
+    """The network alone, for a loop with an update of its own."""
+
+    def prepare(self, timesteps: Tensor, labels: Tensor | None = None) -> None:
+        """Start a run that visits these timesteps, [S] integers, with labels as `load` takes them."""
+        S, T = len(timesteps), self.table.num_train_timesteps
+        table = StepTable(torch.zeros(S, 8), timesteps.int(), False, T)
+        self.load(table, torch.zeros(len(self.x), 2, dtype=torch.int64), labels)
+
+    def __call__(self, x: Tensor, i: int) -> Tensor:
+        """What the network makes of x, [n, *shape] floating point, at the i-th timestep: new, in its precision."""
+        self.low.copy_(x)
+        self.pos.fill_(i)
+        if self._graph is None:
+            self._once()
+            return self._m
+        self._graph.replay()
+        return self._m.clone()
+
+    def step(self, k: int) -> str:
+        return "sampling"
+
+    def _once(self, network: Callable[..., Any] | None = None) -> None:
+        self._m = self.predict(network)
+
+    def _start(self) -> None:
+        self.k = 0
+        self.low.zero_()
+        self.pos.zero_()
 
 
 class NoWaiting(TorchDispatchMode):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from math import inf
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -148,21 +148,20 @@ def predict_step(
     dtype = torch.promote_types(x.dtype, m.dtype)
     x_0_dtype = m.dtype if predicts == "sample" else dtype
     plain = not callable(clip) and rows.dtype == torch.float32
+    how: dict[str, Any] = {"predicts": predicts, "sampler": sampler, "clip": clip, "learned": learned}
     if backend(x.device) == "triton" and plain and _fits_kernel(given):
         from fastddpm.kernels.predict_step import launch_predict_step  # type: ignore[import-not-found]
 
         x_prev, x_0 = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=x_0_dtype)
-        how = {"predicts": predicts, "sampler": sampler, "clip": clip, "learned": learned}
         launch_predict_step(x_prev, x_0, x, m, v, z, rows, at, address, **how)
         return x_prev, x_0
     if address is not None:
         t = at - 1 if isinstance(at, int) else (at - 1).clamp(min=0)
         z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t) if not isinstance(t, int) or t >= 0 else None
-    # a row as numbers costs less on a CPU; on a GPU it must stay a tensor
-    row = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
-    x, m, v, z = (tensor.float() if tensor is not None and tensor.element_size() == 2 else tensor
-                  for tensor in (x, m, v, z))  # fmt: skip
-    x_prev, x_0 = predict(x, m, row, predicts=predicts, sampler=sampler, clip=clip, v=v, learned=learned, z=z)
+    # as numbers a row costs less on a CPU; on a GPU that would wait for it
+    row: Any = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
+    wide: list[Any] = [y.float() if y is not None and y.element_size() == 2 else y for y in (x, m, v, z)]
+    x_prev, x_0 = predict(*wide[:2], row, v=wide[2], z=wide[3], **how)
     return x_prev.to(dtype), x_0.to(x_0_dtype)
 
 

@@ -418,7 +418,7 @@ class DDIMParallelScheduler(DDIM, diffusers.DDIMParallelScheduler):
 
 def checked(noise: Any) -> Noise:
     """noise, as the attribute of `Scheduler` may have it."""
-    whole = isinstance(noise, numbers.Integral) and not isinstance(noise, bool) and 0 <= noise < 1 << 64
+    whole = isinstance(noise, numbers.Integral) and not isinstance(noise, bool) and 0 <= int(noise) < 1 << 64
     if noise is False or whole or (isinstance(noise, str) and noise in ("generator", "philox")):
         return noise
     raise ValueError(f"noise is {noise!r}; want 'generator', 'philox', a seed (0 <= seed < 2^64), or False for none")

@@ -92,16 +92,8 @@ CALLS = {
 }
 
 
-def bits(x: Tensor) -> Tensor:
-    """x as integers, every NaN alike."""
-    x = x.detach()
-    if not x.is_floating_point():
-        return x
-    return x.masked_fill(x.isnan(), math.nan).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
-
-
 def assert_same(got, want) -> None:
-    """The same types and the same bits, also within tuples and diffusers' outputs; NaN is NaN."""
+    """The same types and the same values, also within tuples and diffusers' outputs; NaN is NaN."""
     assert type(got) is type(want), f"{got!r} is not {want!r}"
     if isinstance(want, Tensor):
         for what in ("dtype", "device", "shape", "requires_grad"):
@@ -110,7 +102,7 @@ def assert_same(got, want) -> None:
         if want.numel():
             strides = [[step for step, size in zip(x.stride(), x.shape, strict=True) if size > 1] for x in (got, want)]
             assert strides[0] == strides[1], f"strides: {strides[0]} are not {strides[1]}"
-        wrong = bits(got) != bits(want)
+        wrong = (got != want) & ~(got.isnan() & want.isnan())
         assert not wrong.any(), f"{wrong.sum()} of {want.numel()} differ: {got[wrong][:3]} are not {want[wrong][:3]}"
     elif isinstance(want, list | tuple | dict):
         assert len(got) == len(want)
@@ -390,7 +382,7 @@ def test_a_damaged_result_is_seen():
         x[:3],
         x.half(),
         x[None],
-        x + 1e-7,
+        x * (1 + 2**-23),
         x.abs(),
         -x,
         x.nan_to_num(),

@@ -383,7 +383,6 @@ def test_a_damaged_result_is_seen():
         x.half(),
         x[None],
         x * (1 + 2**-23),
-        x.abs(),
         -x,
         x.nan_to_num(),
         x.clone().requires_grad_(),

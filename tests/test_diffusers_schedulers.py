@@ -1,0 +1,703 @@
+"""The schedulers against those of the installed diffusers: each behaviour beyond the options of a step."""
+
+import copy
+import inspect
+import json
+import math
+import pickle
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from fastddpm import noise as standard
+
+diffusers = pytest.importorskip("diffusers")
+
+from test_diffusers_grid import DDIM, DDPM, DOUBLE, SINGLE, VARIANCES, assert_same, named, outcome, pair, tensors  # noqa: E402
+
+from fastddpm import diffusers as fast  # noqa: E402
+
+NAMES = (*DDPM, *DDIM)
+X, M = tensors((2, 3, 4, 4), SINGLE, seed=1), tensors((2, 3, 4, 4), SINGLE, seed=2)
+BOTH = torch.cat([M, M.square()], 1)  # m, and a learned variance
+
+
+def assert_same_outcome(ours, theirs, method, *args, **kwargs):
+    """A method of both does the same: the same result or error, and the same draws from torch."""
+    assert_same(outcome(getattr(ours, method), *args, **kwargs), outcome(getattr(theirs, method), *args, **kwargs))
+
+
+def assert_same_steps(ours, theirs, timesteps=(999, 500, 1, 0), m=M, x=X):
+    """Both step alike, with the noise of torch's own generator; DDIM adds noise, too."""
+    eta = {} if hasattr(theirs, "variance_type") else {"eta": 1.0}
+    for t in timesteps:
+        with named(t):
+            assert_same_outcome(ours, theirs, "step", m, t, x, **eta)
+
+
+def both(scheduler_pair, function):
+    """Do the same with our scheduler and with diffusers'."""
+    for scheduler in scheduler_pair:
+        function(scheduler)
+    return scheduler_pair
+
+
+# The constructor and the attributes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"num_train_timesteps": 10, "beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": np.linspace(0.1, 0.2, 7)},  # T stays 1000
+        {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3, "rescale_betas_zero_snr": True},
+    ],
+    ids=str,
+)
+def test_the_attributes_are_those_of_diffusers(name, config):
+    ours, theirs = pair(name, **config)
+    configs = [dict(scheduler.config) for scheduler in (ours, theirs)]
+    for one in configs:
+        one["_use_default_values"] = sorted(one["_use_default_values"])
+        one.update({key: value.tolist() for key, value in one.items() if isinstance(value, np.ndarray)})
+    assert configs[0] == configs[1]
+    for attribute, want in vars(theirs).items():
+        if attribute != "_internal_dict":
+            with named(attribute):
+                assert_same(getattr(ours, attribute), want)
+    for attribute in ("order", "_compatibles", "config_name", "has_compatibles", "init_noise_sigma", "__module__"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute)
+    assert set(ours.compatibles) == set(theirs.compatibles)
+    assert len(ours) == len(theirs) == theirs.config.num_train_timesteps
+    assert repr(ours) == repr(theirs)
+    assert type(ours).__name__ == name
+    assert isinstance(ours, getattr(diffusers, name))
+    assert ours.scale_model_input(X, 3) is X
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["__init__", "step", "set_timesteps", "add_noise", "get_velocity", "_get_variance"])
+def test_the_parameters_are_those_of_diffusers(name, method):
+    """Pipelines ask by name whether a scheduler takes eta, or timesteps; a caller may count on the order."""
+    ours, theirs = (getattr(getattr(module, name), method, None) for module in (fast, diffusers))
+    if theirs is None:
+        pytest.skip("diffusers has none")
+    ours, theirs = (list(inspect.signature(function).parameters.values()) for function in (ours, theirs))
+    shape = lambda parameters: [(one.name, one.kind, one.default) for one in parameters]
+    assert shape(ours[: len(theirs)]) == shape(theirs)
+    assert {one.name for one in ours[len(theirs) :]} <= {"noise"}
+    assert all(one.kind is one.KEYWORD_ONLY for one in ours[len(theirs) :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_schedule": "cubic"},
+        {"beta_schedule": "laplace"},  # DDIM has none
+        {"unknown": 1},
+        {"num_train_timesteps": "many"},
+        {"num_train_timesteps": 0},
+        {"beta_schedule": "scaled_linear", "beta_start": None},
+        {"trained_betas": "none"},
+        {"_private": 1},
+    ],
+    ids=str,
+)
+def test_a_constructor_fails_as_that_of_diffusers(name, config):
+    """With the same text, but for the name of the class in it."""
+    results = [outcome(getattr(module, name), **config)[0] for module in (fast, diffusers)]
+    errors = [result if isinstance(result, str) else "none" for result in results]
+    assert errors[0].replace(repr(getattr(fast, name)), repr(getattr(diffusers, name))) == errors[1]
+
+
+# set_timesteps, previous_timestep
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "another"])
+def test_timesteps_are_those_of_diffusers(name, spacing):
+    """Zero, negative, too many, none, and for trailing one more than was asked for."""
+    for offset, T in product((0, 1), (1000, 50)):
+        ours, theirs = pair(name, num_train_timesteps=T, timestep_spacing=spacing, steps_offset=offset)
+        for steps in (1, 7, 10, 61, T - 1, T, T + 1, 0, -5, None, 2.5, "ten", np.int64(5)):
+            with named((offset, T, steps)), np.errstate(all="ignore"):
+                assert_same_outcome(ours, theirs, "set_timesteps", steps)
+                assert_same(ours.timesteps, theirs.timesteps)
+                assert_same(ours.num_inference_steps, theirs.num_inference_steps)
+    if spacing == "trailing":
+        assert len(theirs.timesteps) > 0
+
+
+@pytest.mark.parametrize("name", DDPM)
+def test_custom_timesteps_are_those_of_diffusers(name):
+    ours, theirs = pair(name)
+    for call in (
+        {"timesteps": [999, 500, 3, 0]},
+        {"timesteps": [999, 500, 3]},
+        {"timesteps": np.array([40, 2])},
+        {"timesteps": torch.tensor([41, 3])},
+        {"timesteps": [3, -1]},
+        {"timesteps": [5, 5]},  # not descending
+        {"timesteps": [5, 6]},
+        {"timesteps": [1000, 5]},  # not below T
+        {"timesteps": []},
+        {"timesteps": [7], "num_inference_steps": 3},  # both
+        {"num_inference_steps": 4},
+        {"timesteps": [9, 8], "device": "cpu"},
+    ):
+        with named(call):
+            assert_same_outcome(ours, theirs, "set_timesteps", **call)
+            for attribute in ("timesteps", "custom_timesteps", "num_inference_steps"):
+                assert_same(getattr(ours, attribute), getattr(theirs, attribute))
+            assert_same_steps(ours, theirs, [*theirs.timesteps.tolist(), 123])
+
+
+@pytest.mark.parametrize("name", DDPM)
+def test_the_previous_timestep_is_that_of_diffusers(name):
+    """A number less by one, or the next element of timesteps; -1 after the last."""
+    ours, theirs = pair(name)
+    for steps in ({}, {"num_inference_steps": 10}, {"timesteps": [30, 20, 3]}):
+        if steps:
+            both((ours, theirs), lambda scheduler, steps=steps: scheduler.set_timesteps(**steps))
+        for t in (0, 30, 3, 900, torch.tensor(20), np.int64(300), 17):
+            with named((steps, t)):
+                assert_same_outcome(ours, theirs, "previous_timestep", t)
+
+
+# Errors
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [None, 10])
+def test_a_bad_step_fails_as_that_of_diffusers(name, steps):
+    """By the same error, and with the generator left in the same state."""
+    for config in ({}, {"prediction_type": "another"}, {"thresholding": True}, {"clip_sample_range": None}):
+        ours, theirs = pair(name, **config)
+        if steps:
+            both((ours, theirs), lambda scheduler: scheduler.set_timesteps(steps))
+        failed = 0
+        for m, t, x in (
+            *((M, t, X) for t in (1000, -1001, 17, 5.0, "5", None, torch.tensor(5.0), torch.tensor([5, 6]), True)),
+            *((M, t, X) for t in (torch.tensor(True), np.float32(5), torch.tensor([5, 6, 7]), [5], 10**30)),
+            (BOTH, 900, X),
+            (M[:1], 900, X),  # broadcast
+            (M, 900, X[:1]),
+            (M[:, :2], 900, X),
+            (M[:, :1], 900, X),
+            (M[0], 900, X[0]),
+            (M.flatten(), 900, X.flatten()),
+            (M[0, 0, 0, 0], 900, X[0, 0, 0, 0]),
+            (None, 900, X),
+            (M, 900, None),
+            (M.tolist(), 900, X),
+            (M, 900, X.tolist()),
+            (M.numpy(), 900, X),
+            (M.long(), 900, X),
+            (M, 900, X.long()),
+            (M.to(torch.complex64), 900, X),
+            (M.to("meta"), 900, X),
+            (M.to("meta"), 900, X.to("meta")),
+            (M.to_sparse(), 900, X),
+        ):
+            with named((config, t, type(m), getattr(m, "shape", None), type(x), getattr(x, "shape", None))):
+                assert_same_outcome(ours, theirs, "step", m, t, x)
+            failed += isinstance(outcome(theirs.step, m, t, x)[0], str)
+        assert failed >= 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_arguments_fail_as_those_of_diffusers(name):
+    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
+    for kwargs in (
+        {"generator": 3},
+        {"generator": []},
+        {"generator": [torch.Generator(), 3]},
+        {"unknown": 1},
+        {"eta": None},
+        {"eta": "much"},
+        {"eta": 1.0, "generator": torch.Generator(), "variance_noise": X},
+        {"eta": 1.0, "variance_noise": X[:, :2]},
+        {"eta": 1.0, "variance_noise": X[:1]},
+        {"eta": 1.0, "variance_noise": 0.5},
+        {"eta": torch.tensor(0.5)},
+        {"eta": 2.0},
+        {"eta": -0.5},
+        {"variance_noise": X},  # of no use without eta
+        {"return_dict": None},
+    ):
+        with named(kwargs):
+            assert_same_outcome(ours, theirs, "step", M, 900, X, **kwargs)
+    one = [[torch.Generator().manual_seed(0)] * 2 for _ in range(2)]
+    assert_same_outcome(ours, theirs, "step", M[:1].expand(3, 3, 4, 4), 900, X[:1].expand(3, 3, 4, 4), generator=one[0])
+    assert_same(outcome(ours.step), outcome(theirs.step))
+
+
+@pytest.mark.parametrize("name", DDPM)
+@pytest.mark.parametrize("variance_type", VARIANCES)
+def test_a_variance_that_is_not_there_fails_as_in_diffusers(name, variance_type):
+    """A learned one of C channels (but not at t = 0), a fixed one of 2 C."""
+    ours, theirs = pair(name, variance_type=variance_type)
+    wrong = M if variance_type.startswith("learned") else BOTH
+    for t in (500, 0):
+        assert_same_outcome(ours, theirs, "step", wrong, t, X)
+    assert isinstance(outcome(theirs.step, wrong, 500, X)[0], str)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_noising_fails_as_that_of_diffusers(name, method):
+    ours, theirs = pair(name)
+    for x, eps, t in (
+        *((X, M, t) for t in (5, [5], None, torch.tensor([5.0]), torch.tensor([1000, 0]), torch.tensor([-1001]))),
+        *((X, M, torch.tensor(t)) for t in ([1, 2, 3], [[1, 2], [3, 4]], [True, False])),
+        (X, M[:1], torch.tensor([1, 2])),
+        (X[:1], M, torch.tensor([1, 2])),
+        (X[:, :2], M, torch.tensor([1, 2])),
+        (X, 1.0, torch.tensor([1, 2])),
+        (None, M, torch.tensor([1, 2])),
+        (X, None, torch.tensor([1, 2])),
+        (X.long(), M, torch.tensor([1, 2])),
+        (X, M.long(), torch.tensor([1, 2])),
+        (X.to("meta"), M.to("meta"), torch.tensor([1, 2])),
+    ):
+        with named((t, getattr(x, "shape", x), getattr(eps, "shape", eps))):
+            assert_same_outcome(ours, theirs, method, x, eps, t)
+            assert_same(ours.alphas_cumprod.device, theirs.alphas_cumprod.device)
+
+
+# What changes after the constructor counts from the next step on
+
+
+CONFIGS = {
+    "clip_sample": False,
+    "clip_sample_range": 0.25,
+    "thresholding": True,
+    "prediction_type": "v_prediction",
+    "beta_start": 0.01,  # comes too late
+    "num_train_timesteps": 500,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "variance_type": "fixed_large",
+    "rescale_betas_zero_snr": True,
+    "dynamic_thresholding_ratio": 0.5,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("key", CONFIGS)
+def test_a_changed_config_counts(name, key):
+    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
+    visited = theirs.timesteps.tolist()
+    assert_same_steps(ours, theirs, visited)
+    both((ours, theirs), lambda scheduler: setattr(scheduler.config, key, CONFIGS[key]))
+    assert_same_steps(ours, theirs, visited)
+    both((ours, theirs), lambda scheduler: scheduler.set_timesteps(5))
+    assert_same(ours.timesteps, theirs.timesteps)
+    assert_same_steps(ours, theirs, theirs.timesteps.tolist())
+    both((ours, theirs), lambda scheduler: scheduler.register_to_config(**{key: CONFIGS[key]}))
+    assert_same_steps(ours, theirs, theirs.timesteps.tolist())
+
+
+def test_a_changed_item_of_the_config_does_what_it_does_in_diffusers():
+    ours, theirs = pair("DDPMScheduler")
+    both((ours, theirs), lambda scheduler: scheduler.config.__setitem__("clip_sample", False))
+    assert_same_steps(ours, theirs)
+
+
+def data(tensor, function):
+    function(tensor.data)
+
+
+CHANGES = {
+    "assigned": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1000)),
+    "assigned in double": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1000, dtype=DOUBLE)),
+    "assigned in half": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1000).half()),
+    "assigned short": lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod[:900]),
+    "assigned long": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1500)),
+    "assigned twice": lambda s: [setattr(s, "alphas_cumprod", s.alphas_cumprod.clone() * 0.9) for _ in range(2)],
+    "element": lambda s: s.alphas_cumprod.__setitem__(500, 0.5),
+    "in place": lambda s: s.alphas_cumprod.mul_(0.9),
+    "by data": lambda s: s.alphas_cumprod.data.mul_(0.9),
+    "by numpy": lambda s: np.multiply(s.alphas_cumprod.numpy(), 0.9, out=s.alphas_cumprod.numpy()),
+    "in inference mode": lambda s: torch.inference_mode()(s.alphas_cumprod.mul_)(0.9),
+    "betas": lambda s: s.betas.zero_(),  # are used no more
+    "timesteps": lambda s: setattr(s, "timesteps", torch.tensor([900, 500, 499, 0])),
+    "timesteps in place": lambda s: s.timesteps.sub_(1),
+    "num_inference_steps": lambda s: setattr(s, "num_inference_steps", 20),
+    "custom_timesteps": lambda s: setattr(s, "custom_timesteps", True),
+    "no num_inference_steps": lambda s: setattr(s, "num_inference_steps", None),
+    "final_alpha_cumprod": lambda s: setattr(s, "final_alpha_cumprod", torch.tensor(0.7)),
+    "final_alpha_cumprod in place": lambda s: getattr(s, "final_alpha_cumprod", s.betas).mul_(0.7),
+    "one": lambda s: setattr(s, "one", torch.tensor(0.7)),
+    "one in place": lambda s: getattr(s, "one", s.betas).mul_(0.7),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_attribute_counts(name, change):
+    for steps in (None, 10):
+        ours, theirs = pair(name, set_alpha_to_one=False) if name in DDIM else pair(name)
+        if steps:
+            both((ours, theirs), lambda scheduler: scheduler.set_timesteps(10))
+        timesteps = [900, 899, 500, 499, 0, -1]
+        t, eps = torch.tensor([3, 800]), M
+        for _ in range(2):
+            assert_same_steps(ours, theirs, timesteps)
+            for method in ("add_noise", "get_velocity"):
+                assert_same_outcome(ours, theirs, method, X, eps, t)
+            both((ours, theirs), CHANGES[change])
+
+
+def test_the_type_of_the_variance_set_alone_has_half_its_effect():
+    """The attribute chooses the formula, the config what goes into it."""
+    for ours_type, attribute in product(VARIANCES, VARIANCES):
+        if "fixed_large_log" in (ours_type, attribute):
+            continue
+        ours, theirs = both(
+            pair("DDPMScheduler", variance_type=ours_type),
+            lambda scheduler, attribute=attribute: setattr(scheduler, "variance_type", attribute),
+        )
+        with named((ours_type, attribute)):
+            for m in (M, BOTH):
+                assert_same_steps(ours, theirs, m=m)
+
+
+@pytest.mark.parametrize("name", DDPM)
+def test_fixed_large_log_is_fixed_large(name):
+    """diffusers gives NaN (huggingface/diffusers#14569)."""
+    ours, large = (
+        fast.DDPMScheduler(variance_type="fixed_large_log"),
+        diffusers.DDPMScheduler(variance_type="fixed_large"),
+    )
+    assert (
+        outcome(diffusers.DDPMScheduler(variance_type="fixed_large_log").step, M, 500, X)[0].prev_sample.isnan().all()
+    )
+    for _ in range(2):
+        for t in (999, 500, 1, 0, torch.tensor([500])):
+            assert_same(outcome(ours.step, M, t, X), outcome(large.step, M, t, X))
+            assert_same(outcome(ours.step, M[:1], t, X), outcome(large.step, M[:1], t, X))
+        both((ours, large), lambda scheduler: scheduler.set_timesteps(timesteps=[999, 500, 1, 0]))
+    assert_same(ours._get_variance(500), diffusers.DDPMScheduler()._get_variance(500, variance_type="fixed_large_log"))
+
+
+def test_two_schedulers_do_not_mix():
+    pairs = [pair("DDPMScheduler"), pair("DDPMScheduler", beta_end=0.03), pair("DDIMScheduler")]
+    for scheduler_pair, steps in product(pairs, (10, 20, 10)):
+        both(scheduler_pair, lambda scheduler, steps=steps: scheduler.set_timesteps(steps))
+        for other in pairs[:2]:
+            assert_same_steps(*other, (900, 100, 0))
+
+
+# Shapes, gradients, modes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_samples_of_any_shape(name):
+    """No entry at all, vectors, sequences, videos; the arguments are left as they are."""
+    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 5), (2, 3, 7), (2, 3, 2, 4, 4), (1, 1, 1, 1)):
+        for dtype in (SINGLE, DOUBLE):
+            x, m = (tensors(shape, dtype, seed=seed).clone() for seed in (1, 2))
+            with named((shape, dtype)):
+                assert_same_steps(ours, theirs, m=m, x=x, timesteps=(900, 0))
+            assert torch.equal(x, tensors(shape, dtype, seed=1))
+            assert torch.equal(m, tensors(shape, dtype, seed=2))
+
+
+def leaves(*tensors):
+    return [tensor.clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_gradients_are_those_of_diffusers(name, prediction):
+    """To what the network said, to the sample, and to a learned variance."""
+    ddpm = name in DDPM
+    for variance in ("fixed_small", "learned", "learned_range") if ddpm else ("",):
+        config = {"variance_type": variance} if ddpm else {}
+        ours, theirs = both(
+            pair(name, prediction_type=prediction, **config), lambda scheduler: scheduler.set_timesteps(10)
+        )
+        for t, wanted in product((900, 0), ((True, True), (True, False), (False, True))):
+            grads = []
+            for scheduler in (ours, theirs):
+                m, x = leaves(BOTH if variance.startswith("learned") else M, X)
+                m.requires_grad_(wanted[0])
+                x.requires_grad_(wanted[1])
+                result, state = outcome(scheduler.step, m, t, x, **({} if ddpm else {"eta": 0.5}))
+                (result.prev_sample.square().sum() + result.pred_original_sample.sum()).backward()
+                grads.append((result, state, m.grad, x.grad))
+            with named((variance, t, wanted)):
+                assert_same(*grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+def test_gradients_of_noising_are_those_of_diffusers(name, method):
+    ours, theirs = pair(name)
+    for dtype in (SINGLE, DOUBLE):
+        grads = []
+        for scheduler in (ours, theirs):
+            x, eps = leaves(X.to(dtype), M)
+            result = getattr(scheduler, method)(x, eps, torch.tensor([3, 900]))
+            result.square().sum().backward()
+            grads.append((result, x.grad, eps.grad))
+        assert_same(*grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_of_another_mode_spoils_no_later_one(name, mode):
+    """What was tabulated in inference mode can be trained through."""
+    ours, theirs = pair(name)
+    with mode():
+        both((ours, theirs), lambda scheduler: scheduler.set_timesteps(10))
+        assert_same_steps(ours, theirs)
+        assert_same_outcome(ours, theirs, "add_noise", X, M, torch.tensor([3, 4]))
+    grads = []
+    for scheduler in (ours, theirs):
+        m, x = leaves(M, X)
+        scheduler.step(
+            m, 900, scheduler.add_noise(x, m, torch.tensor([3, 4])), generator=torch.Generator()
+        ).prev_sample.sum().backward()
+        grads.append((m.grad, x.grad))
+    assert_same(*grads)
+
+
+@pytest.mark.parametrize("name", ["DDPMParallelScheduler", "DDIMParallelScheduler"])
+def test_a_batch_of_timesteps_steps_without_noise_as_in_diffusers(name):
+    ours, theirs = pair(name)
+    t = torch.tensor([900, 0])
+    for _ in range(2):
+        for prediction in ("epsilon", "sample", "v_prediction", "another"):
+            both((ours, theirs), lambda scheduler, to=prediction: setattr(scheduler.config, "prediction_type", to))
+            assert_same_outcome(ours, theirs, "batch_step_no_noise", M, t, X)
+        both((ours, theirs), lambda scheduler: scheduler.set_timesteps(10))
+    assert ours._is_ode_scheduler == theirs._is_ode_scheduler == (name in DDIM)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_output_is_that_of_diffusers(name):
+    """An attribute, an item by name and by number, a tuple."""
+    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
+    got, want = ours.step(M, 900, X, generator=torch.Generator()), theirs.step(M, 900, X, generator=torch.Generator())
+    assert_same(got, want)
+    assert_same(dict(got), dict(want))
+    assert got[0] is got["prev_sample"] is got.prev_sample is got.to_tuple()[0]
+    assert got[1] is got.pred_original_sample
+    assert_same(ours.step(M, 0, X, return_dict=False), theirs.step(M, 0, X, return_dict=False))
+
+
+# Saving and loading
+
+
+CONFIG = {"num_train_timesteps": 20, "beta_end": 0.03, "prediction_type": "v_prediction", "trained_betas": [0.1] * 20}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("config", [{}, CONFIG], ids=["default", "other"])
+def test_saved_files_are_those_of_diffusers(name, config, tmp_path):
+    ours, theirs = pair(name, **config)
+    ours.noise = 3  # is not saved
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [{file.name: file.read_bytes() for file in (tmp_path / side).iterdir()} for side in ("ours", "theirs")]
+    assert files[0] == files[1]
+    assert json.loads(ours.to_json_string()) == json.loads(theirs.to_json_string())
+    for module, side in product((fast, diffusers), ("ours", "theirs")):
+        loaded = getattr(module, name).from_pretrained(tmp_path / side)
+        assert type(loaded) is getattr(module, name)
+        assert_same(loaded.alphas_cumprod, theirs.alphas_cumprod)
+        assert loaded.to_json_string() == theirs.to_json_string()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_makes_any_scheduler_of_either_package(name):
+    ours, theirs = pair(name, **CONFIG)
+    for other, source in product((*NAMES, "DPMSolverMultistepScheduler"), (ours, theirs)):
+        makers = (fast, diffusers) if hasattr(fast, other) else (diffusers,)
+        made = [getattr(module, other).from_config(source.config, beta_start=0.002) for module in makers]
+        for scheduler in made:
+            assert scheduler.to_json_string() == made[-1].to_json_string()
+            assert_same(scheduler.alphas_cumprod, made[-1].alphas_cumprod)
+            assert scheduler.config.beta_start == 0.002
+    foreign = diffusers.DPMSolverMultistepScheduler(num_train_timesteps=30)
+    made = [
+        getattr(module, name).from_config(foreign.config, return_unused_kwargs=True, other=1)
+        for module in (fast, diffusers)
+    ]
+    assert made[0][0].to_json_string() == made[1][0].to_json_string()
+    assert made[0][1] == made[1][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, copy.copy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "copy", "pickle"]
+)
+def test_a_copy_is_as_good(name, duplicate):
+    """Also one that was made after steps; what is then changed in it changes only it, where diffusers' is so."""
+    ours, theirs = both(pair(name, beta_end=0.03), lambda scheduler: scheduler.set_timesteps(10))
+    ours.noise = "philox"
+    assert_same_steps(*pair(name))
+    ours.step(M, 900, X)
+    twins = [duplicate(ours), duplicate(theirs)]
+    assert type(twins[0]) is type(ours)
+    assert twins[0].__module__ == theirs.__module__
+    assert twins[0].noise == "philox"
+    assert twins[0].to_json_string() == twins[1].to_json_string()
+    for scheduler in (twins[0], ours):
+        scheduler.noise = ours_default(name)
+    assert_same_steps(*twins, (900, 500, 0))
+    both(twins, lambda scheduler: scheduler.alphas_cumprod.mul_(0.9))
+    assert_same_steps(*twins, (900, 500, 0))
+    assert_same_steps(ours, theirs, (900, 500, 0))
+
+
+def ours_default(name):
+    return getattr(fast, name)().noise
+
+
+# Addressed noise, or none
+
+
+def given_noise(monkeypatch, theirs, z, *args, **kwargs):
+    """diffusers' step with this noise."""
+    module = inspect.getmodule(type(theirs))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "randn_tensor", lambda shape, dtype, **_: z.to(dtype))
+        return theirs.step(*args, **kwargs)
+
+
+def addressed(seed, n, t, shape=(3, 4, 4)):
+    return standard.normal(standard.address(seed, n), shape, stream=standard.STEP, t=t)
+
+
+def noisy_steps(name):
+    """Pairs of schedulers, what the network said, what else step is to get, and timesteps with noise."""
+    for dtype in (SINGLE, DOUBLE):
+        for variance in VARIANCES[:3] + VARIANCES[4:6] if name in DDPM else ("",):
+            config = {"variance_type": variance} if variance else {}
+            scheduler_pair = both(pair(name, **config), lambda scheduler: scheduler.set_timesteps(10))
+            m = (BOTH if variance.startswith("learned") else M).to(dtype)
+            yield scheduler_pair, m, X.to(dtype), {"eta": 0.7} if name in DDIM else {}, (900, 100)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
+def test_noise_of_a_seed_is_the_standard(name, seed, monkeypatch):
+    """Entry n of the batch is sample n; nothing is drawn from torch."""
+    for (ours, theirs), m, x, extra, timesteps in noisy_steps(name):
+        for t in timesteps:
+            want = given_noise(monkeypatch, theirs, addressed(seed, 2, t), m, t, x, **extra)
+            (got, state), untouched = outcome(ours.step, m, t, x, noise=seed, **extra), outcome(lambda: None)[1]
+            assert_same(got, want)
+            assert_same(state, untouched)
+            ours.noise = seed
+            assert_same(ours.step(m, t, x, **extra), want)
+            ours.noise = ours_default(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_noise_a_step_is_its_mean(name, monkeypatch):
+    for (ours, theirs), m, x, extra, timesteps in noisy_steps(name):
+        for t in (*timesteps, 0):
+            want = given_noise(monkeypatch, theirs, torch.zeros(2, 3, 4, 4), m, t, x, **extra)
+            generator = torch.Generator()
+            got, states = outcome(ours.step, m, t, x, generators=[generator], generator=generator, noise=False, **extra)
+            assert_same(got, want)
+            assert_same(states, outcome(lambda: None, generators=[generator])[1])
+            assert_same(getattr(fast, name).from_config(ours.config, noise=False).noise, False)
+
+
+def philox_run(ours, generator, n=4, timesteps=(900, 500), **extra):
+    """What is added at each step: that with the noise, less the mean."""
+    x, m = torch.zeros(2, n, 3, 4, 4)
+    return torch.stack([
+        ours.step(m, t, x, generator=generator, noise="philox", **extra).prev_sample for t in timesteps
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_philox_noise_is_of_a_run(name):
+    """One seed for each run, drawn from the generator; a sample is the same in a batch of any size."""
+    ours = getattr(fast, name)()
+    extra = {"eta": 0.7} if name in DDIM else {}
+
+    def run(generator, n=4):
+        ours.set_timesteps(10)
+        return philox_run(ours, generator, n, **extra)
+
+    first = run(torch.Generator().manual_seed(1))
+    assert torch.equal(run(torch.Generator().manual_seed(1)), first)
+    assert torch.equal(run(torch.Generator().manual_seed(1), n=2), first[:, :2])
+    assert torch.equal(run(torch.Generator().manual_seed(1), n=1), first[:, :1])
+    generator = torch.Generator().manual_seed(1)
+    runs = [first, run(torch.Generator().manual_seed(2)), *(run(generator) for _ in range(2))]
+    assert torch.equal(runs.pop(2), first)
+    values = torch.stack(runs).flatten(0, 2).flatten(1)  # of every run, step and sample
+    assert len(values.unique(dim=0)) == len(values)
+    torch.manual_seed(5)
+    own = run(None)
+    torch.manual_seed(5)
+    assert torch.equal(run(None), own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_philox_noise_is_drawn_once_and_normal(name):
+    ours = getattr(fast, name)(noise="philox")
+    ours.set_timesteps(10)
+    extra = {"eta": 1.0} if name in DDIM else {}
+    generator = torch.Generator()
+    states = [generator.get_state()]
+    for t in (900, 800, 0):
+        ours.step(M, t, X, generator=generator, **extra)
+        states.append(generator.get_state())
+    assert not torch.equal(states[0], states[1])
+    assert torch.equal(states[1], states[2])
+    assert torch.equal(states[1], states[3])
+    z = philox_run(ours, generator, 256, **extra).double()
+    z = z / z.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
+    assert abs(z.mean()) <= 5 / math.sqrt(z.numel())
+    assert abs(z.pow(4).mean() - 3) <= 5 * math.sqrt(96 / z.numel())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_source_of_the_noise_is_no_part_of_the_config(name, tmp_path):
+    plain = getattr(diffusers, name)()
+    for noise in ("philox", 7, False):
+        ours = getattr(fast, name)(noise=noise)
+        assert ours.noise == noise
+        assert "noise" not in ours.config
+        assert ours.to_json_string() == plain.to_json_string()
+        ours.save_pretrained(tmp_path)
+        assert "noise" not in (tmp_path / "scheduler_config.json").read_text()
+        assert getattr(fast, name).from_pretrained(tmp_path).noise == ours_default(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("noise", ["gaussian", -1, 2**64, 1.5, True], ids=str)
+def test_an_unknown_source_of_noise_is_refused(name, noise):
+    ours = getattr(fast, name)()
+    ours.set_timesteps(10)
+    for call in (lambda: getattr(fast, name)(noise=noise), lambda: ours.step(M, 900, X, noise=noise)):
+        with pytest.raises(ValueError, match="philox") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_whole_run_has_addressed_noise(name):
+    """Also where the last timestep is -1."""
+    ours = getattr(fast, name)(timestep_spacing="trailing")
+    ours.set_timesteps(61)
+    assert ours.timesteps[-1] == -1
+    x = X
+    for t in ours.timesteps:
+        x = ours.step(M, t, x, noise=7, **({"eta": 1.0} if name in DDIM else {})).prev_sample
+    assert x.isfinite().all()

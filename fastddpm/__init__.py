@@ -3,7 +3,11 @@
 from fastddpm import Sampler
 sampler = Sampler.from_pretrained("google/ddpm-cifar10-32")  # a folder, a hub id, or nothing: the model in the package
 images = sampler.sample(16, seed=0, output="uint8")  # [16, 32, 32, 3]
+
+With Hugging Face diffusers: `from fastddpm.diffusers import DDPMPipeline`, or `fastddpm.accelerate(pipe)`.
 """
+
+from typing import Any
 
 from fastddpm import noise, ops
 from fastddpm._version import __version__
@@ -11,4 +15,12 @@ from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule, StepTable
 from fastddpm.unet import UNet2D
 
-__all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]
+__all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "accelerate", "noise", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "accelerate":  # imports diffusers, which takes seconds
+        from fastddpm.diffusers import accelerate
+
+        return accelerate
+    raise AttributeError(f"module 'fastddpm' has no attribute {name!r}")

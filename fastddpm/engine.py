@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -71,29 +71,33 @@ class Engine:
         self._idle: dict[tuple[type[Slots], int, bool], Any] = {}
         self._lock = threading.RLock()
 
-    def slots(self, n: int, steps: int) -> AbstractContextManager["Slots"]:
+    @contextmanager
+    def slots(self, n: int, steps: int) -> Iterator["Slots"]:
         """Slots for a batch of n, nobody else's until the context ends, to `advance` so many times.
 
         Those with a graph work on a stream of their own, in order with the one that is current. The network has the
         weights that the model has now. torch's modes of the caller, such as autocast, do not apply.
         """
-        return self._held(Slots, n, steps)
+        with self._held(Slots, n, steps) as slots, slots.working():
+            yield slots
 
-    def forward(self, n: int, steps: int) -> AbstractContextManager["Forward"]:
-        """The same for the network alone, to be called so many times."""
-        return self._held(Forward, n, steps)
+    @contextmanager
+    def forward(self, n: int, steps: int) -> Iterator["Forward"]:
+        """The network alone, for a batch of n, nobody else's until the context ends, to be called so many times.
+
+        The calls are to be made where it is `working`.
+        """
+        with self._held(Forward, n, steps) as forward:
+            yield forward
 
     @contextmanager
     def _held(self, kind: Any, n: int, steps: int) -> Iterator[Any]:
         captures = bool(steps) and ("graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING))
         key = kind, n, captures
-        # in inference mode the buffers would be unfit for a run outside of it
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            with self._lock:
-                self._refresh()
-                slots = self._idle.pop(key, None) or kind(self, n, captures)
-            with _on(slots.stream):
-                yield slots
+        with self._lock, _plainly(self.device):
+            self._refresh()
+            slots = self._idle.pop(key, None) or kind(self, n, captures)
+        yield slots
         with self._lock:
             self._idle[key] = slots
             while len(self._idle) > CACHED:
@@ -168,6 +172,12 @@ class Slots:
             self._time_rows = torch.empty(T, columns, dtype=self._time_dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prepared_for: object = None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The modes and the stream in which all of these methods are to be called."""
+        with _plainly(self.engine.device), _on(self.stream):
+            yield
 
     def load(self, table: StepTable, address: Tensor, labels: Tensor | None = None) -> None:
         """Start a batch: x_T of each entry, at the first step of a table.
@@ -311,12 +321,13 @@ class Forward(Slots):
     """The network alone, for a loop with an update of its own."""
 
     def prepare(self, timesteps: Tensor, labels: Tensor | None = None) -> None:
-        """Start a run that visits these timesteps, [S] integers, with labels as `load` takes them."""
+        """Begin a run at some timesteps, [S] integers, with labels as `load` takes them."""
         S, T = len(timesteps), self.table.num_train_timesteps
-        table = StepTable(torch.zeros(S, 8), timesteps.int(), False, T)
-        self.load(table, torch.zeros(len(self.x), 2, dtype=torch.int64), labels)
+        with self.working():
+            table = StepTable(torch.zeros(S, 8), timesteps.int(), False, T)
+            self.load(table, torch.zeros(len(self.x), 2, dtype=torch.int64), labels)
 
-    def __call__(self, x: Tensor, i: int) -> Tensor:
+    def at(self, x: Tensor, i: int) -> Tensor:
         """What the network makes of x, [n, *shape] floating point, at the i-th timestep: new, in its precision."""
         self.low.copy_(x)
         self.pos.fill_(i)
@@ -394,6 +405,13 @@ def _float32_settings(tf32: bool) -> list[tuple[Callable[[], Any], Callable[[Any
         owners, value = (matmul, cudnn.conv, cudnn.rnn), "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
         name = "fp32_precision"
         return [(partial(getattr, owner, name), partial(setattr, owner, name), value) for owner in owners]
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    # in inference mode the buffers would be unfit for a run outside of it
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextmanager

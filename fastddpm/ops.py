@@ -160,9 +160,14 @@ def predict_step(
         z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t) if not isinstance(t, int) or t >= 0 else None
     # as numbers a row costs less on a CPU; on a GPU that would wait for it
     row: Any = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
-    wide: list[Any] = [y.float() if y is not None and y.element_size() == 2 else y for y in (x, m, v, z)]
-    x_prev, x_0 = predict(*wide[:2], row, v=wide[2], z=wide[3], **how)
+    x, m = _widened(x), _widened(m)
+    v, z = (None if y is None else _widened(y) for y in (v, z))
+    x_prev, x_0 = predict(x, m, row, v=v, z=z, **how)
     return x_prev.to(dtype), x_0.to(x_0_dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() == 2 else x
 
 
 def _fits_kernel(tensors: list[Tensor]) -> bool:

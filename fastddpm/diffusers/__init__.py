@@ -1,13 +1,28 @@
-"""Hugging Face diffusers' classes, faster: change one import.
+"""Hugging Face diffusers' DDPM and DDIM, faster: change one import.
 
 from fastddpm.diffusers import DDPMPipeline  # instead of: from diffusers import DDPMPipeline
+
+or leave the imports alone: fastddpm.accelerate(pipe).
 """
 
-from fastddpm.diffusers.schedulers import (
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    DDPMParallelScheduler,
-    DDPMScheduler,
-)
+try:
+    import diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError("fastddpm.diffusers needs diffusers 0.35 or newer: pip install 'fastddpm[diffusers]'") from error
 
-__all__ = ["DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler"]
+from fastddpm.diffusers.accelerating import Accelerated, accelerate
+from fastddpm.diffusers.pipelines import DDIMPipeline, DDPMPipeline
+from fastddpm.diffusers.schedulers import DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
+from fastddpm.diffusers.unet import UNet2DModel
+
+__all__ = [
+    "Accelerated",
+    "DDIMParallelScheduler",
+    "DDIMPipeline",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMPipeline",
+    "DDPMScheduler",
+    "UNet2DModel",
+    "accelerate",
+]

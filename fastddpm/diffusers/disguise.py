@@ -1,23 +1,39 @@
-"""How diffusers comes to save objects of this package as its own."""
+"""How objects of this package's classes pass for diffusers' own, where those are saved, loaded and compared."""
 
 from typing import Any
 
-PACKAGE, THEIRS = "fastddpm.", "diffusers."
+THEIRS = "diffusers."
+
+OURS: dict[type, type] = {}  # by diffusers' class of the same name
 
 
 class Disguised:
-    """An instance (not the class, which stays importable and can be pickled) names the module of diffusers' class.
+    """Base, before diffusers' class, of each class that stands for it.
 
-    That name is what diffusers writes into model_index.json, and with it plain diffusers loads what was saved.
+    An instance (not the class, which can be imported and pickled) names the module of diffusers' class: that is what
+    diffusers writes into model_index.json, and so plain diffusers loads what was saved.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in cls.__bases__:
+            if base.__module__.startswith(THEIRS):
+                OURS[base] = cls
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return disguise(super().__new__(cls))
+        return _disguise(super().__new__(cls))
 
 
-def disguise(instance: Any) -> Any:
-    """Do so for an instance of this package's classes; one of a user's own subclass keeps its name."""
-    if type(instance).__module__.startswith(PACKAGE):
-        theirs = (base.__module__ for base in type(instance).__mro__ if base.__module__.startswith(THEIRS))
-        instance.__dict__["__module__"] = next(theirs)
+def adopt(part: Any) -> Any:
+    """The same object, made one of our class if its class is diffusers' own: identity and state stay."""
+    if type(part) in OURS:
+        part.__class__ = OURS[type(part)]
+        _disguise(part)
+    return part
+
+
+def _disguise(instance: Any) -> Any:
+    theirs = {ours: theirs for theirs, ours in OURS.items()}.get(type(instance))  # none for a user's own subclass
+    if theirs is not None:
+        instance.__dict__["__module__"] = theirs.__module__
     return instance

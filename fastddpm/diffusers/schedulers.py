@@ -7,6 +7,7 @@ the inherited one, so that bad input raises diffusers' own errors. Equation numb
 
 import numbers
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -30,6 +31,8 @@ INTEGERS = (torch.int64, torch.int32)
 PREDICTS = ("epsilon", "sample", "v_prediction")
 LEARNED = ("learned", "learned_range")
 CPU = torch.device("cpu")
+
+_deferred: ContextVar[bool] = ContextVar("deferred", default=False)  # to diffusers' own step
 
 
 @dataclass(eq=False)
@@ -184,7 +187,7 @@ class Scheduler(Disguised):
             and isinstance(x, Tensor)
             and isinstance(m, Tensor)
             and x.shape == m.shape
-            and x.ndim > 1
+            and x.ndim > (2 if self.config.thresholding else 1)
             and x.dtype in FLOATS
             and m.dtype in FLOATS
             and x.device == m.device
@@ -271,8 +274,20 @@ class DDPM(Scheduler):
             )
         if done is None:
             not_served(noise, self.noise)
-            return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+            token = _deferred.set(True)
+            try:
+                return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+            finally:
+                _deferred.reset(token)
         return self.output(*done) if return_dict else done
+
+    def _get_variance(
+        self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor | None:
+        # diffusers' step takes the root of what this returns, of fixed_large_log a logarithm: NaN (#14569)
+        if _deferred.get() and self.config.variance_type == "fixed_large_log":
+            variance_type = "fixed_large"
+        return super()._get_variance(t, predicted_variance, variance_type)  # type: ignore[misc]
 
     def _columns(self, custom_timesteps: Any, num_inference_steps: Any, variance_type: Any) -> Any:
         abar = self.alphas_cumprod
@@ -289,7 +304,7 @@ class DDPM(Scheduler):
         var = (rest_prev / rest_t * beta).clamp(min=1e-20)  # eq. 7
         if variance_type == "fixed_small_log":
             sigma = (0.5 * var.log()).exp()
-        else:  # diffusers takes the root of a logarithm for fixed_large_log, which is NaN (#14569)
+        else:  # with fixed_large_log as with fixed_large (#14569)
             sigma = (beta if variance_type in ("fixed_large", "fixed_large_log") else var) ** 0.5
         of_x_0 = abar_prev**0.5 * beta / rest_t
         of_x = alpha**0.5 * rest_prev / rest_t
@@ -457,7 +472,7 @@ def _seed(generator: torch.Generator | None) -> Tensor:
 
 def _mixed(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """a x + b y, rounded once where x and y have 16 bits."""
-    return (a * x).add_(b * y).to(torch.promote_types(x.dtype, y.dtype))
+    return (a * x + b * y).to(torch.promote_types(x.dtype, y.dtype))
 
 
 def _version(x: Tensor) -> int:

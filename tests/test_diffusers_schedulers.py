@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-import math
 import pickle
 from itertools import product
 
@@ -11,38 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from fastddpm import noise as standard
-
 diffusers = pytest.importorskip("diffusers")
 
-from test_diffusers_grid import DDIM, DDPM, DOUBLE, SINGLE, VARIANCES, assert_same, named, outcome, pair, tensors  # noqa: E402
+from beside_diffusers import (  # noqa: E402
+    BOTH,
+    DDIM,
+    DDPM,
+    DOUBLE,
+    NAMES,
+    SINGLE,
+    VARIANCES,
+    M,
+    X,
+    assert_same,
+    assert_same_outcome,
+    assert_same_steps,
+    both,
+    named,
+    outcome,
+    pair,
+    tensors,
+)
 
 from fastddpm import diffusers as fast  # noqa: E402
-
-NAMES = (*DDPM, *DDIM)
-X, M = tensors((2, 3, 4, 4), SINGLE, seed=1), tensors((2, 3, 4, 4), SINGLE, seed=2)
-BOTH = torch.cat([M, M.square()], 1)  # m, and a learned variance
-
-
-def assert_same_outcome(ours, theirs, method, *args, **kwargs):
-    """A method of both does the same: the same result or error, and the same draws from torch."""
-    assert_same(outcome(getattr(ours, method), *args, **kwargs), outcome(getattr(theirs, method), *args, **kwargs))
-
-
-def assert_same_steps(ours, theirs, timesteps=(999, 500, 1, 0), m=M, x=X):
-    """Both step alike, with the noise of torch's own generator; DDIM adds noise, too."""
-    eta = {"eta": 1.0} if type(theirs).__name__ in DDIM else {}
-    for t in timesteps:
-        with named(t):
-            assert_same_outcome(ours, theirs, "step", m, t, x, **eta)
-
-
-def both(scheduler_pair, function):
-    """Do the same with our scheduler and with diffusers'."""
-    for scheduler in scheduler_pair:
-        function(scheduler)
-    return scheduler_pair
-
 
 # The constructor and the attributes
 
@@ -169,116 +159,6 @@ def test_the_previous_timestep_is_that_of_diffusers(name):
                 assert_same_outcome(ours, theirs, "previous_timestep", t)
 
 
-# Errors
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("steps", [None, 10])
-def test_a_bad_step_fails_as_that_of_diffusers(name, steps):
-    """By the same error, and with the generator left in the same state."""
-    for config in ({}, {"prediction_type": "another"}, {"thresholding": True}, {"clip_sample_range": None}):
-        ours, theirs = pair(name, **config)
-        if steps:
-            both((ours, theirs), lambda scheduler: scheduler.set_timesteps(steps))
-        failed = 0
-        for m, t, x in (
-            *((M, t, X) for t in (1000, -1001, 17, 5.0, "5", None, torch.tensor(5.0), torch.tensor([5, 6]), True)),
-            *((M, t, X) for t in (torch.tensor(True), np.float32(5), torch.tensor([5, 6, 7]), [5], 10**30)),
-            (BOTH, 900, X),
-            (M[:1], 900, X),  # broadcast
-            (M, 900, X[:1]),
-            (M[:, :2], 900, X),
-            (M[:, :1], 900, X),
-            (M[0], 900, X[0]),
-            (M.flatten(), 900, X.flatten()),
-            (M[0, 0, 0, 0], 900, X[0, 0, 0, 0]),
-            (None, 900, X),
-            (M, 900, None),
-            (M.tolist(), 900, X),
-            (M, 900, X.tolist()),
-            (M.numpy(), 900, X),
-            (M.long(), 900, X),
-            (M, 900, X.long()),
-            (M.to("meta"), 900, X),
-            (M.to("meta"), 900, X.to("meta")),
-            (M.to_sparse(), 900, X),
-        ):
-            with named((config, t, type(m), getattr(m, "shape", None), type(x), getattr(x, "shape", None))):
-                assert_same_outcome(ours, theirs, "step", m, t, x)
-            failed += isinstance(outcome(theirs.step, m, t, x)[0], str)
-        assert failed >= 10
-
-
-ODD_DDIM = (
-    {"eta": None},
-    {"eta": "much"},
-    {"eta": torch.tensor(0.5)},
-    {"eta": 2.0},
-    {"eta": -0.5},
-    {"eta": 1.0, "generator": torch.Generator(), "variance_noise": X},  # one too many
-    {"eta": 1.0, "variance_noise": X[:, :2]},
-    {"eta": 1.0, "variance_noise": X[:1]},
-    {"eta": 1.0, "variance_noise": 0.5},
-    {"variance_noise": X},  # of no use without eta
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_odd_arguments_do_what_they_do_in_diffusers(name):
-    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
-    for kwargs in (
-        {"generator": 3},
-        {"generator": []},
-        {"generator": [torch.Generator(), 3]},
-        {"return_dict": None},
-        *(ODD_DDIM if name in DDIM else ()),
-    ):
-        with named(kwargs):
-            assert_same_outcome(ours, theirs, "step", M, 900, X, **kwargs)
-    few = [[torch.Generator().manual_seed(0) for _ in range(2)] for _ in range(2)]
-    results = [
-        outcome(scheduler.step, torch.cat([M, M]), 900, torch.cat([X, X]), generator=generators)
-        for scheduler, generators in zip((ours, theirs), few, strict=True)
-    ]
-    assert_same(*results)
-    for scheduler, bad in product((ours, theirs), ({}, {"unknown": 1})):
-        with pytest.raises(TypeError, match="argument"):
-            scheduler.step(**bad)
-
-
-@pytest.mark.parametrize("name", DDPM)
-@pytest.mark.parametrize("variance_type", VARIANCES)
-def test_a_variance_that_is_not_there_fails_as_in_diffusers(name, variance_type):
-    """A learned one of C channels (but not at t = 0), a fixed one of 2 C."""
-    ours, theirs = pair(name, variance_type=variance_type)
-    wrong = M if variance_type.startswith("learned") else BOTH
-    for t in (500, 0):
-        assert_same_outcome(ours, theirs, "step", wrong, t, X)
-    assert isinstance(outcome(theirs.step, wrong, 500, X)[0], str)
-
-
-@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
-@pytest.mark.parametrize("name", NAMES)
-def test_bad_noising_fails_as_that_of_diffusers(name, method):
-    ours, theirs = pair(name)
-    for x, eps, t in (
-        *((X, M, t) for t in (5, [5], None, torch.tensor([5.0]), torch.tensor([1000, 0]), torch.tensor([-1001]))),
-        *((X, M, torch.tensor(t)) for t in ([1, 2, 3], [[1, 2], [3, 4]], [True, False])),
-        (X, M[:1], torch.tensor([1, 2])),
-        (X[:1], M, torch.tensor([1, 2])),
-        (X[:, :2], M, torch.tensor([1, 2])),
-        (X, 1.0, torch.tensor([1, 2])),
-        (None, M, torch.tensor([1, 2])),
-        (X, None, torch.tensor([1, 2])),
-        (X.long(), M, torch.tensor([1, 2])),
-        (X, M.long(), torch.tensor([1, 2])),
-        (X.to("meta"), M.to("meta"), torch.tensor([1, 2])),
-    ):
-        with named((t, getattr(x, "shape", x), getattr(eps, "shape", eps))):
-            assert_same_outcome(ours, theirs, method, x, eps, t)
-            assert_same(ours.alphas_cumprod.device, theirs.alphas_cumprod.device)
-
-
 # What changes after the constructor counts from the next step on
 
 
@@ -316,10 +196,6 @@ def test_a_changed_item_of_the_config_does_what_it_does_in_diffusers():
     ours, theirs = pair("DDPMScheduler")
     both((ours, theirs), lambda scheduler: scheduler.config.__setitem__("clip_sample", False))
     assert_same_steps(ours, theirs)
-
-
-def data(tensor, function):
-    function(tensor.data)
 
 
 CHANGES = {
@@ -560,164 +436,8 @@ def test_a_copy_is_as_good(name, duplicate):
     assert twins[0].noise == "philox"
     assert twins[0].to_json_string() == twins[1].to_json_string()
     for scheduler in (twins[0], ours):
-        scheduler.noise = ours_default(name)
+        scheduler.noise = "generator"
     assert_same_steps(*twins, (900, 500, 0))
     both(twins, lambda scheduler: scheduler.alphas_cumprod.mul_(0.9))
     assert_same_steps(*twins, (900, 500, 0))
     assert_same_steps(ours, theirs, (900, 500, 0))
-
-
-def ours_default(name):
-    return getattr(fast, name)().noise
-
-
-# Addressed noise, or none
-
-
-def given_noise(monkeypatch, theirs, z, *args, **kwargs):
-    """diffusers' step with this noise."""
-    module = inspect.getmodule(type(theirs))
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "randn_tensor", lambda shape, dtype, **_: z.to(dtype))
-        return theirs.step(*args, **kwargs)
-
-
-def addressed(seed, n, t, shape=(3, 4, 4)):
-    return standard.normal(standard.address(seed, n), shape, stream=standard.STEP, t=t)
-
-
-def noisy_steps(name):
-    """Pairs of schedulers, what the network said, what else step is to get, and timesteps with noise."""
-    for dtype in (SINGLE, DOUBLE):
-        for variance in VARIANCES[:3] + VARIANCES[4:6] if name in DDPM else ("",):
-            config = {"variance_type": variance} if variance else {}
-            scheduler_pair = both(pair(name, **config), lambda scheduler: scheduler.set_timesteps(10))
-            m = (BOTH if variance.startswith("learned") else M).to(dtype)
-            yield scheduler_pair, m, X.to(dtype), {"eta": 0.7} if name in DDIM else {}, (900, 100)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
-def test_noise_of_a_seed_is_the_standard(name, seed, monkeypatch):
-    """Entry n of the batch is sample n; nothing is drawn from torch."""
-    for (ours, theirs), m, x, extra, timesteps in noisy_steps(name):
-        for t in timesteps:
-            want = given_noise(monkeypatch, theirs, addressed(seed, 2, t), m, t, x, **extra)
-            (got, state), untouched = outcome(ours.step, m, t, x, noise=seed, **extra), outcome(lambda: None)[1]
-            assert_same(got, want)
-            assert_same(state, untouched)
-            ours.noise = seed
-            assert_same(ours.step(m, t, x, **extra), want)
-            ours.noise = ours_default(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_without_noise_a_step_is_its_mean(name, monkeypatch):
-    for (ours, theirs), m, x, extra, timesteps in noisy_steps(name):
-        for t in (*timesteps, 0):
-            want = given_noise(monkeypatch, theirs, torch.zeros(2, 3, 4, 4), m, t, x, **extra)
-            generator = torch.Generator()
-            got, states = outcome(ours.step, m, t, x, generators=[generator], generator=generator, noise=False, **extra)
-            assert_same(got, want)
-            assert_same(states, outcome(lambda: None, generators=[generator])[1])
-
-
-def philox_run(ours, generator, n=4, timesteps=(900, 500), **extra):
-    """What is added at each step: that with the noise, less the mean."""
-    x, m = torch.zeros(2, n, 3, 4, 4)
-    return torch.stack([
-        ours.step(m, t, x, generator=generator, noise="philox", **extra).prev_sample for t in timesteps
-    ])  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_philox_noise_is_of_a_run(name):
-    """One seed for each run, drawn from the generator; a sample is the same in a batch of any size."""
-    ours = getattr(fast, name)()
-    extra = {"eta": 0.7} if name in DDIM else {}
-
-    def run(generator, n=4):
-        ours.set_timesteps(10)
-        return philox_run(ours, generator, n, **extra)
-
-    first = run(torch.Generator().manual_seed(1))
-    assert torch.equal(run(torch.Generator().manual_seed(1)), first)
-    assert torch.equal(run(torch.Generator().manual_seed(1), n=2), first[:, :2])
-    assert torch.equal(run(torch.Generator().manual_seed(1), n=1), first[:, :1])
-    generator = torch.Generator().manual_seed(1)
-    runs = [first, run(torch.Generator().manual_seed(2)), *(run(generator) for _ in range(2))]
-    assert torch.equal(runs.pop(2), first)
-    values = torch.stack(runs).flatten(0, 2).flatten(1)  # of every run, step and sample
-    assert len(values.unique(dim=0)) == len(values)
-    torch.manual_seed(5)
-    own = run(None)
-    torch.manual_seed(5)
-    assert torch.equal(run(None), own)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_philox_noise_is_drawn_once_and_normal(name):
-    ours = getattr(fast, name)(noise="philox")
-    ours.set_timesteps(10)
-    extra = {"eta": 1.0} if name in DDIM else {}
-    generator = torch.Generator()
-    states = [generator.get_state()]
-    for t in (900, 800, 0):
-        ours.step(M, t, X, generator=generator, **extra)
-        states.append(generator.get_state())
-    assert not torch.equal(states[0], states[1])
-    assert torch.equal(states[1], states[2])
-    assert torch.equal(states[1], states[3])
-    z = philox_run(ours, generator, 256, **extra).double()
-    z = z / z.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
-    assert abs(z.mean()) <= 5 / math.sqrt(z.numel())
-    assert abs(z.pow(4).mean() - 3) <= 5 * math.sqrt(96 / z.numel())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_source_of_the_noise_is_no_part_of_the_config(name, tmp_path):
-    plain = getattr(diffusers, name)()
-    for noise in ("philox", 7, False):
-        ours = getattr(fast, name)(noise=noise)
-        assert ours.noise == noise
-        assert "noise" not in ours.config
-        assert ours.to_json_string() == plain.to_json_string()
-        ours.save_pretrained(tmp_path)
-        assert "noise" not in (tmp_path / "scheduler_config.json").read_text()
-        assert getattr(fast, name).from_pretrained(tmp_path).noise == ours_default(name)
-        assert getattr(fast, name).from_config(plain.config).noise == ours_default(name)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_scheduler_made_of_a_config_takes_noise_as_the_constructor_does(name, tmp_path):
-    plain = getattr(diffusers, name)(beta_end=0.03)
-    plain.save_pretrained(tmp_path)
-    for made in (
-        getattr(fast, name).from_config(plain.config, noise="philox"),
-        getattr(fast, name).from_pretrained(tmp_path, noise="philox"),
-    ):
-        assert made.noise == "philox"
-        assert made.to_json_string() == plain.to_json_string()
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("noise", ["gaussian", -1, 2**64, 1.5, True], ids=str)
-def test_an_unknown_source_of_noise_is_refused(name, noise):
-    ours = getattr(fast, name)()
-    ours.set_timesteps(10)
-    for call in (lambda: getattr(fast, name)(noise=noise), lambda: ours.step(M, 900, X, noise=noise)):
-        with pytest.raises(ValueError, match="philox") as caught:
-            call()
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_whole_run_has_addressed_noise(name):
-    """Also where the last timestep is -1."""
-    ours = getattr(fast, name)(timestep_spacing="trailing")
-    ours.set_timesteps(61)
-    assert ours.timesteps[-1] == -1
-    x = X
-    for t in ours.timesteps:
-        x = ours.step(M, t, x, noise=7, **({"eta": 1.0} if name in DDIM else {})).prev_sample
-    assert x.isfinite().all()

@@ -76,7 +76,6 @@ def predict_step_kernel(
         x_0 = m
     else:
         x_0 = signal * x - noise * m
-    predicted = x_0
     if clip is not None:
         x_0 = tl.maximum(x_0, -clip, propagate_nan=tl.PropagateNan.ALL)
         x_0 = tl.minimum(x_0, clip, propagate_nan=tl.PropagateNan.ALL)
@@ -90,7 +89,7 @@ def predict_step_kernel(
     elif PREDICTS == "epsilon":
         w = m
     elif PREDICTS == "sample":
-        w = tl.div_rn(x - signal * predicted, noise)
+        w = tl.div_rn(x - signal * m, noise)
     else:
         w = signal * m + noise * x
     x_prev = tl.load(row + 2) * x_0 + tl.load(row + 3) * w

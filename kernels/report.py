@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import group_norm, noising, residual, step
+from . import group_norm, noising, predict_step, residual, step
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -48,6 +48,42 @@ def step_variant(m: str, copy: str | None, *, clip: bool, bad: bool = True) -> V
     name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}{'' if bad else ', unwatched'}"
     written = 4 + (BYTES[copy] if copy else 0)
     return Variant(name, step.step_kernel, types, constants, step.OPTIONS, step.BLOCK, 4 + BYTES[m], written)
+
+
+def predict_step_variant(
+    x: str,
+    m: str,
+    z: str | None,
+    *,
+    predicts: str = "epsilon",
+    sampler: str = "ddpm",
+    clip: bool = True,
+    learned: str | None = None,
+    at: str = "i32",
+    ones: str | None = None,
+) -> Variant:
+    """z: its dtype, "registers" or None; ones: the strides that are 1, "inner" or "outer"; None: one dense order."""
+    given, tensors = z not in (None, "registers"), ("x_prev", "x", "m", "v", "z")
+    x_prev = x if x == m else "fp32"
+    x_0 = m if predicts == "sample" else x_prev
+    types = {"x_prev_ptr": f"*{x_prev}", "x_0_ptr": f"*{x_0}", "x_ptr": f"*{x}", "m_ptr": f"*{m}", "v_ptr": f"*{m}"}
+    types |= {"z_ptr": f"*{z}", "row_ptr": "*fp32", "at": at, "address_ptr": "*i64", "clip": "fp32"}
+    types |= dict.fromkeys(("per_sample", "inner"), "i32")
+    types |= {f"{name}_{along}": "i32" for name in tensors for along in ("entry", "outer", "inner")}
+    constants = {"PREDICTS": predicts, "SAMPLER": sampler, "LEARNED": learned, "BLOCK": predict_step.BLOCK}
+    constants |= {} if clip else {"clip": None}
+    absent = {"v_ptr": not learned, "z_ptr": not given, "address_ptr": z != "registers"}
+    constants |= {name: None for name, is_absent in absent.items() if is_absent}
+    if ones is None:
+        constants |= dict.fromkeys(("inner", *(f"{name}_{along}" for name in tensors for along in ("outer", "inner"))))
+    else:
+        constants |= {f"{name}_{ones}": 1 for name in tensors}
+    how = [predicts] * (predicts != "epsilon") + [sampler] * (sampler != "ddpm") + ["clip"] * clip
+    how += [f"{what}{word}" for what, word in (("", learned), ("z ", z), ("1 ", ones)) if word]
+    name = f"predict_step {x}{f' m {m}' * (m != x)}, {', '.join(how)}"
+    read = BYTES[x] + BYTES[m] * (2 if learned else 1) + BYTES.get(z or "", 0)
+    kernel, options, elements = predict_step.predict_step_kernel, predict_step.OPTIONS, predict_step.BLOCK
+    return Variant(name, kernel, types, constants, options, elements, read, BYTES[x_prev] + BYTES[x_0])
 
 
 def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
@@ -97,6 +133,11 @@ VARIANTS = (
     step_variant("bf16", "bf16", clip=True),
     step_variant("bf16", "bf16", clip=False),
     step_variant("fp16", "fp16", clip=True),
+    predict_step_variant("fp32", "fp32", "fp32"),
+    predict_step_variant("fp32", "fp32", "registers"),
+    predict_step_variant("fp32", "fp32", "fp32", learned="learned_range"),
+    predict_step_variant("bf16", "bf16", "bf16"),
+    predict_step_variant("fp16", "fp16", None, sampler="ddim", clip=False, at="*i64"),
     noising_variant("u8", "fp32"),
     noising_variant("u8", "bf16"),
     noising_variant("fp32", "fp32", with_t=True),
@@ -135,7 +176,9 @@ def compiled(
     constants = variant.constants | (constants or {})
     names = variant.kernel.arg_names
     signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
-    hinted = [(i,) for i, name in enumerate(names) if aligned and signature[name] not in ("constexpr", "fp32")]
+    plain = {param.name for param in variant.kernel.params if param.do_not_specialize}
+    plain |= {name for name in names if not aligned or signature[name] in ("constexpr", "fp32")}
+    hinted = [(i,) for i, name in enumerate(names) if name not in plain]
     source = ASTSource(variant.kernel, signature, constants, {key: [["tt.divisibility", 16]] for key in hinted})
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.options | options)
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-INSTRUCTIONS = {"step": 80, "noising": 80, "norm": 64, "residual": 20}  # per element
+INSTRUCTIONS = {"step": 80, "predict_step": 104, "noising": 80, "norm": 64, "residual": 20}  # per element
 FAST = {
     "fma.rn.f32",
     "div.full.f32",
@@ -88,9 +88,10 @@ def test_a_norm_that_is_not_lean_is_seen(damage):
         assert_lean(lean | damage)
 
 
-# By the sampler and the trainer.
+# By the sampler, the trainer and diffusers' schedulers.
 LAUNCHED = {"step m fp32, clip", "step m fp32", "step m bf16, clip, copy bf16", "step m bf16, copy bf16"}
 LAUNCHED |= {"noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias"}
+LAUNCHED |= {f"predict_step {how}" for how in ("fp32, clip, z fp32", "fp32, clip, z registers", "bf16, clip, z bf16")}
 LAUNCHED |= {f"norm held bf16 {shape}, silu" for shape in ("1x1024x256, skip", "64x1024x128, add")}
 LAUNCHED |= {f"norm {kernel} bf16 1x65536x128, add, silu" for kernel in ("statistics", "apply")}
 
@@ -157,6 +158,54 @@ def test_kernels_compiled_otherwise():
     assert set(clamps) == {"max.NaN.f32", "min.NaN.f32"}  # the interpreter's own keep NaN whatever the kernel says
 
 
+PREDICT_STEP = """
+import json
+from itertools import product
+from fastddpm.kernels import report
+
+step = report.predict_step_variant
+def record(variant, cc=90, **options):
+    return {"cc": cc} | report.measured(variant, report.compiled(variant, cc, **options))
+
+steps = product(("epsilon", "sample", "v_prediction"), ("ddpm", "ddim", "ddim_clipped"))
+dense = [step("fp32", "fp16", "bf16", predicts=predicts, sampler=sampler) for predicts, sampler in steps]
+dense += [step("bf16", "fp32", None), step("fp16", "fp16", "fp16", learned="learned", at="*i64")]
+dense += [step("bf16", "bf16", "registers"), step("fp32", "fp32", "registers", learned="learned_range")]
+how = {"sampler": "ddim_clipped", "learned": "learned_range"}
+halves = [step("fp32", "fp32", "fp32", ones="inner", **how), step("bf16", "bf16", "bf16", ones="inner", **how)]
+across = [step("fp32", "fp32", "registers", ones="outer"), step("bf16", "fp16", "registers", ones="outer", **how)]
+rounded = report.compiled(step("bf16", "bf16", "bf16"), 90).asm["ptx"]
+print(json.dumps({
+    "dense": [record(variant) for variant in dense],
+    "halves": [record(variant, cc) for variant in halves for cc in (80, 90, 100, 120)],
+    "across": [record(variant, cc) for variant in across for cc in (80, 90, 100, 120)],
+    "odd": [record(variant, aligned=False) for variant in (dense[0], *halves, *across)],
+    "one": [record(dense[0], aligned=False, constants={"per_sample": 1, "x_entry": 1, "m_entry": 1})],
+    "fused": record(dense[0], enable_fp_fusion=True),
+    "rounded": rounded,
+}))
+"""
+
+
+@pytest.mark.slow
+def test_predict_step_compiled_otherwise():
+    records = json.loads(python("-c", PREDICT_STEP))
+    groups = [records[name] for name in ("dense", "halves", "across", "odd", "one")]
+    assert [len(group) for group in groups] == [13, 8, 8, 5, 1]
+    for record in (record for group in groups for record in group):
+        assert record["spill_bytes"] == 0, record
+        assert record["inexact"] == [], record
+    for record in records["dense"] + records["halves"]:  # in either 16 channels lie side by side
+        assert record["load_bytes_128"] == record["load_bytes"], record
+        assert record["store_bytes_128"] == record["store_bytes"], record
+    for record in records["across"] + records["odd"] + records["one"]:
+        assert record["load_bytes_128"] == record["store_bytes_128"] == 0, record
+    assert records["fused"]["inexact"] == ["fma.rn.f32"]
+    assert "cvt.rn.bf16x2.f32" in records["rounded"]  # to nearest, which the interpreter does not do
+    assert set(re.findall(r"\b(?:max|min)\.[\w.]*f32", records["rounded"])) == {"max.NaN.f32", "min.NaN.f32"}
+    assert set(re.findall(r"\bdiv\.[\w.]*f32", records["rounded"])) == {"div.rn.f32"}
+
+
 AHEAD = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -190,6 +239,33 @@ except AttributeError:
 
 def test_kernels_are_compiled_ahead_of_their_launches():
     assert python("-c", AHEAD).split() == ["launched"]
+
+
+ROWS = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    get_current_device = get_current_stream = lambda *_: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+from fastddpm.kernels import launch
+from fastddpm.kernels.predict_step import launch_predict_step, predict_step_kernel
+
+x, rows = torch.zeros(2, 3, 8, 8), torch.zeros(1001, 8)
+with launch.compiling():
+    for clip in (1.0, 0.5, 2):
+        for at in (0, 1, 7, 16, 1000, torch.tensor(5)):
+            how = {"predicts": "epsilon", "sampler": "ddpm", "clip": clip, "learned": None}
+            launch_predict_step(x, x, x, x, None, x, rows, at, None, **how)
+print(len(predict_step_kernel.device_caches[0][0]))
+"""
+
+
+def test_the_row_and_the_clip_make_no_new_kernels():
+    assert python("-c", ROWS).split() == ["2"]  # one for a row known to the host, one for a row that lies on the device
 
 
 INEXACT = ["fma.rn.f32", "mad.f32", "mul.ftz.f32", "sqrt.approx.f32", "div.full.f32", "add.rz.f32", "cvt.rz.bf16x2.f32"]

@@ -57,14 +57,17 @@ def outcome(call, *args, generators=(), **kwargs):
 
     All are seeded first.
     """
-    torch.manual_seed(3)
+    generators = [
+        torch.default_generator,
+        *generators,
+    ]  # torch.manual_seed takes as long as a step: it is for every GPU
     for seed, generator in enumerate(generators):
         generator.manual_seed(seed)
     try:
         result = call(*args, **kwargs)
     except Exception as error:
         result = f"{type(error).__name__}: {error}"
-    return result, [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
+    return result, [generator.get_state() for generator in generators]
 
 
 def pair(name, **config):

@@ -3,6 +3,7 @@
 In half precision: the dtypes and the generator's state of diffusers, and results that are at least as near to float64.
 """
 
+import inspect
 import math
 import random
 from itertools import combinations, product
@@ -41,6 +42,7 @@ LIMITS = (
     {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5},
 )
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "trained")
+LAPLACE = ("laplace",) if "laplace" in inspect.getsource(diffusers.DDPMScheduler) else ()  # 0.35 has none
 STEPS = (
     {},
     {"n": 10},
@@ -61,7 +63,7 @@ OPTIONS = {
     "DDPM": {
         "name": DDPM,
         "T": (50, 1000),
-        "betas": (*BETAS, "laplace", "sigmoid"),
+        "betas": (*BETAS, "sigmoid", *LAPLACE),
         "rescale_betas_zero_snr": (False, True),
         "variance_type": VARIANCES,
         "prediction_type": PREDICTIONS,
@@ -223,7 +225,7 @@ def test_a_step_in_half_precision_is_no_less_accurate(name, dtypes, monkeypatch)
                     outcome(scheduler.step, output, t, x, generators=[generator], **call)
                     for scheduler in (ours, theirs)
                 )
-                z = torch.randn(m.shape, dtype=m_dtype, generator=generator.manual_seed(0))
+                z = torch.randn(m.shape, dtype=m_dtype, generator=generator.manual_seed(1))
                 exact = exact_step(theirs, output, t, x, z, monkeypatch, **call)
                 with named((prediction, limit, variance, call, t)):
                     assert_same(state, their_state)

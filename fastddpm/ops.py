@@ -157,7 +157,8 @@ def predict_step(
         return x_prev, x_0
     if address is not None:
         t = at - 1 if isinstance(at, int) else (at - 1).clamp(min=0)
-        z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t) if not isinstance(t, int) or t >= 0 else None
+        if not isinstance(t, int) or t >= 0:
+            z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t).to(torch.promote_types(dtype, torch.float32))
     # as numbers a row costs less on a CPU; on a GPU that would wait for it
     row: Any = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
     x, m = _widened(x), _widened(m)

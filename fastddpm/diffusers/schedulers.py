@@ -35,19 +35,36 @@ CPU = torch.device("cpu")
 _deferred: ContextVar[bool] = ContextVar("deferred", default=False)  # to diffusers' own step
 
 
+class Seen:
+    """A tensor as it was, to tell whether it is so still.
+
+    On a CPU its values are compared, so that no change goes unnoticed; on a GPU, where the host would have to wait for
+    them, torch's count of changes in place, which knows nothing of those through `.data`.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.version = tensor, _version(tensor)
+        self.values = tensor.clone() if tensor.device == CPU else None
+
+    def is_(self, tensor: Tensor) -> bool:
+        if tensor is not self.tensor or _version(tensor) != self.version:
+            return False
+        return self.values is None or torch.equal(tensor, self.values)
+
+
 @dataclass(eq=False)
 class Table:
     """The coefficients of every step.
 
     Attributes:
-        key: tells what they were computed of; made_of keeps the tensors of it, so that no others get their ids.
+        key, made_of: what they were computed of.
         rows: [1 + len(alphas_cumprod), 8], in its dtype and on its device: that of timestep t is row t + 1, as
             `reference.diffusion.predict_step` has it; NaN where t is not visited.
         visited: the timesteps that have a row.
     """
 
     key: tuple[Any, ...]
-    made_of: tuple[Tensor, ...]
+    made_of: list[Seen]
     rows: Tensor
     visited: frozenset[int]
     copies: dict[torch.device, Tensor] = field(default_factory=dict)
@@ -59,6 +76,9 @@ class Table:
         if device not in self.copies:
             self.copies[device] = send(self.rows.float(), device)
         return self.copies[device]
+
+    def is_of(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
+        return self.key == key and all(map(Seen.is_, self.made_of, tensors))
 
 
 class Scheduler(Disguised):
@@ -78,13 +98,18 @@ class Scheduler(Disguised):
 
     noise: Noise = "generator"
     _table: Table | None = None
-    _roots: tuple[Any, ...] | None = None  # of abar and 1 - abar
-    _values: tuple[Tensor, int, list[int]] | None = None  # timesteps, their version, the same on the host
+    _roots: tuple[Seen, torch.dtype, Tensor, Tensor] | None = None  # of abar and 1 - abar
+    _values: tuple[Seen, list[int]] | None = None  # of timesteps
     _run: tuple[Any, ...] | None = None  # the addresses of its noise, and whose they are
 
     def __getstate__(self) -> dict[str, Any]:
         made = ("_table", "_roots", "_values", "_run")  # of the identity of tensors, which a copy does not share
         return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        # what from_config and from_pretrained hand on to the constructor
+        return {*diffusers.ConfigMixin._get_init_keys(input_class), "noise"}
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (eq. 4).
@@ -109,10 +134,10 @@ class Scheduler(Disguised):
     def _levels(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t) of each entry, [N, 1, ...]."""
         self.alphas_cumprod = abar = send(self.alphas_cumprod, x.device)
-        key, roots = (id(abar), _version(abar), x.dtype), self._roots
-        if roots is None or roots[0] != key:
+        roots = self._roots
+        if roots is None or roots[1] != x.dtype or not roots[0].is_(abar):
             rounded = abar if x.dtype in LOW else abar.to(x.dtype)
-            self._roots = roots = key, abar, rounded**0.5, (1 - rounded) ** 0.5
+            self._roots = roots = Seen(abar), x.dtype, rounded**0.5, (1 - rounded) ** 0.5
         _, _, signal, spread = roots
         t = send(timesteps, x.device)
         shape = (-1, *[1] * (x.ndim - 1))
@@ -147,7 +172,7 @@ class Scheduler(Disguised):
         noise: Noise | None,
         *,
         key: tuple[Any, ...],
-        made_of: Tensor,
+        made_of: tuple[Tensor, ...],
         noisy: Callable[[int | None], bool],
         z: Tensor | None = None,
         **how: Any,
@@ -192,9 +217,12 @@ class Scheduler(Disguised):
             and m.dtype in FLOATS
             and x.device == m.device
             and x.device.type in ("cpu", "cuda")
-            and all(tensor.device in (CPU, x.device) for tensor in (self.alphas_cumprod, made_of))
+            and all(
+                isinstance(one, Tensor) and one.device in (CPU, x.device) for one in (self.alphas_cumprod, *made_of)
+            )
             and self.alphas_cumprod.dtype in FLOATS[:2]
             and self.config.prediction_type in PREDICTS
+            and (isinstance(self.config.clip_sample_range, numbers.Real) or not self.config.clip_sample)
             and not torch.compiler.is_compiling()
         )
 
@@ -202,27 +230,26 @@ class Scheduler(Disguised):
         """A timestep, if the host has it."""
         if not isinstance(timestep, Tensor) or CPU in (timestep.device, device):
             return int(timestep)
-        values, own = self._values, self.timesteps
-        if values is None or values[0] is not own or values[1] != _version(own) or timestep.dtype != own.dtype:
+        own, known = self.timesteps, self._values
+        if known is None or not known[0].is_(own) or timestep.dtype != own.dtype or not own.is_contiguous():
             return None
         place, rest = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
-        return values[2][place] if rest == 0 and 0 <= place < len(values[2]) and own.is_contiguous() else None
+        return known[1][place] if rest == 0 and 0 <= place < len(known[1]) else None
 
     def _visited(self) -> list[int]:
         """`timesteps` on the host, which waits for them where they are new."""
-        own, values = self.timesteps, self._values
-        if values is None or values[0] is not own or values[1] != _version(own):
-            self._values = values = own, _version(own), own.tolist()
-        return values[2]
+        if self._values is None or not self._values[0].is_(self.timesteps):
+            self._values = Seen(self.timesteps), self.timesteps.tolist()
+        return self._values[1]
 
-    def _tabulated(self, key: tuple[Any, ...], made_of: Tensor) -> Table:
+    def _tabulated(self, key: tuple[Any, ...], made_of: tuple[Tensor, ...]) -> Table:
         abar, table = self.alphas_cumprod, self._table
-        key = (id(abar), _version(abar), id(made_of), _version(made_of), *key)
-        if table is None or table.key != key:
-            t, columns = self._columns(*key[4:])
+        tensors = abar, *made_of
+        if table is None or not table.is_of(key, tensors):
+            t, columns = self._columns(*key)
             rows = abar.new_full((1 + len(abar), 8), torch.nan)
             rows[send(torch.tensor(t, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
-            self._table = table = Table(key, (abar, made_of), rows, frozenset(t))
+            self._table = table = Table(key, list(map(Seen, tensors)), rows, frozenset(t))
         return table
 
     def _columns(self, *key: Any) -> tuple[list[int], list[Tensor]]:
@@ -231,6 +258,7 @@ class Scheduler(Disguised):
 
 
 class DDPM(Scheduler):
+    one: Tensor  # abar before the first step
     variance_type: str
     custom_timesteps: bool
     num_inference_steps: int | None
@@ -265,12 +293,13 @@ class DDPM(Scheduler):
         if learned is not None and model_output.shape[1] == 2 * sample.shape[1]:
             m, v = model_output.split(sample.shape[1], 1)
         done = None
-        if type_ == self.config.variance_type and (learned is None) == (v is None):
+        listed = isinstance(self.timesteps, Tensor) and self.timesteps.ndim == 1 and self.timesteps.dtype in INTEGERS
+        if listed and type_ == self.config.variance_type and (learned is None) == (v is None):
             key = self.custom_timesteps, self.num_inference_steps, type_
             noisy = lambda t: t is None or t > 0
             how: dict[str, Any] = {"v": v, "learned": learned}
             done = self._fast(
-                sample, m, timestep, generator, noise, key=key, made_of=self.timesteps, noisy=noisy, **how
+                sample, m, timestep, generator, noise, key=key, made_of=(self.timesteps, self.one), noisy=noisy, **how
             )
         if done is None:
             not_served(noise, self.noise)
@@ -298,7 +327,7 @@ class DDPM(Scheduler):
         follows = {t: prev for t, prev in follows.items() if -1 <= t < len(abar) and prev < len(abar)}
         t, prev = (send(torch.tensor(list(side)).long(), abar.device) for side in (follows, follows.values()))
         abar_t = abar[t]
-        abar_prev = torch.where(prev < 0, 1.0, abar[prev.clamp(min=0)])
+        abar_prev = torch.where(prev < 0, send(self.one, abar.device), abar[prev.clamp(min=0)])
         rest_t, rest_prev, alpha = 1 - abar_t, 1 - abar_prev, abar_t / abar_prev
         beta = 1 - alpha
         var = (rest_prev / rest_t * beta).clamp(min=1e-20)  # eq. 7
@@ -343,13 +372,13 @@ class DDIM(Scheduler):
             noise: in place of the attribute `noise`, for this step.
         Raises: what diffusers' own step raises; ValueError: noise is not as `Scheduler` has it.
         """
-        T, steps, done, z = self.config.num_train_timesteps, self.num_inference_steps, None, None
-        adds_noise = isinstance(eta, numbers.Real) and eta > 0
-        if adds_noise and isinstance(variance_noise, Tensor):
-            z = variance_noise
+        T, steps, done = self.config.num_train_timesteps, self.num_inference_steps, None
         fine = isinstance(eta, numbers.Real) and isinstance(steps, numbers.Integral) and steps > 0
+        adds_noise = fine and eta > 0
+        z = variance_noise if adds_noise else None
         if z is not None:
-            fine &= generator is None and z.shape == sample.shape and z.device == sample.device and z.dtype in FLOATS
+            fine = generator is None and isinstance(z, Tensor) and z.dtype in FLOATS
+            fine = fine and z.shape == sample.shape and z.device == sample.device
         if fine:
             done = self._fast(
                 sample,
@@ -358,7 +387,7 @@ class DDIM(Scheduler):
                 generator,
                 noise,
                 key=(T, steps, eta),
-                made_of=self.final_alpha_cumprod,
+                made_of=(self.final_alpha_cumprod,),
                 noisy=lambda t: adds_noise,
                 z=z,
                 sampler="ddim_clipped" if use_clipped_model_output else "ddim",
@@ -459,7 +488,7 @@ def drawn(shape: Any, generator: Generators, device: torch.device, dtype: torch.
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """x on a device; the host does not wait for a GPU to take it."""
-    if x.device.type == "cpu" and device.type == "cuda":
+    if isinstance(x, Tensor) and x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
@@ -472,7 +501,8 @@ def _seed(generator: torch.Generator | None) -> Tensor:
 
 def _mixed(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """a x + b y, rounded once where x and y have 16 bits."""
-    return (a * x + b * y).to(torch.promote_types(x.dtype, y.dtype))
+    mixed, dtype = a * x + b * y, torch.result_type(x, y)
+    return mixed.to(dtype) if dtype in LOW else mixed
 
 
 def _version(x: Tensor) -> int:

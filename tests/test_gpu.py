@@ -1,15 +1,17 @@
-"""What only a GPU can show of the engine, the sampler and the U-Net; the kernels have their own tests."""
+"""What only a GPU shows of the engine, the sampler, the U-Net and the schedulers; the kernels have their own tests."""
 
 import math
 from functools import partial
 
 import check
 import pytest
+import test_predict_step as predict_step
 import torch
 from conftest import needs_gpu
 
-from fastddpm import Sampler, Schedule, UNet2D, noise
+from fastddpm import Sampler, Schedule, UNet2D, noise, ops
 from fastddpm.engine import PRECISIONS, Slots, arithmetic
+from fastddpm.reference import diffusion
 from fastddpm.reference.unet import UNet
 
 pytestmark = needs_gpu
@@ -281,3 +283,94 @@ def test_the_noise_is_the_same_bits():
     for shape in ((3, 5, 7), (4, 9), (5,)):
         cpu = noise.normal(address, shape, stream=noise.START, t=1000)
         assert torch.equal(cpu, noise.normal(address.cuda(), shape, stream=noise.START, t=1000).cpu())
+
+
+def without_waiting(function):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("sampler", predict_step.SAMPLERS)
+@pytest.mark.parametrize("predicts", predict_step.PREDICTS)
+def test_predict_step_of_many_blocks_is_the_specification(predicts, sampler, dtype):
+    x, m, _, z = predict_step.inputs((33, 3, 65, 63), (torch.float32, dtype, dtype, dtype))
+    how, address = {"predicts": predicts, "sampler": sampler, "clip": 1.0}, noise.address(7, 33)
+    for at in (2, 12, 20):
+        for source in ({"z": z}, {"address": address}, {}):
+            got = predict_step.run("cuda", x, m, predict_step.ROWS, at, **how, **source)
+            predict_step.assert_same_bits(got, predict_step.specified(x, m, predict_step.ROWS, at, **how, **source))
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize("at", [2, 12, 20])
+def test_predict_step_of_a_learned_range_is_as_accurate_as_plain_torch(at, dtype):
+    x, m, v, z = (a.cuda() for a in predict_step.inputs((8, 3, 64, 64), (dtype,) * 4))
+    rows = predict_step.ROWS.cuda()
+    how = {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0, "learned": "learned_range", "v": v - 1, "z": z}
+    ours = ops.predict_step(x, m, rows, at, **how)[0]
+    plain = diffusion.predict_step(x, m, rows[at].to(dtype), **how)[0]
+    check.assert_as_accurate(ours, plain, predict_step.as_float64(x, m, rows, at, **how))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("source", predict_step.NOISES)
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_predict_step_does_not_wait(place, source):
+    """Not even the first of a kind, which is compiled."""
+    x, m, v, z = (predict_step.channels_last(a) for a in predict_step.inputs((2, 3, 17, 16)))
+    how = {"predicts": "v_prediction", "sampler": "ddim", "learned": "learned"}
+    there, rows = [a.cuda() for a in (x, m, v)], predict_step.ROWS.cuda()
+    drawn = {name: a.cuda() for name, a in predict_step.noises(source, z).items()}
+    places = (1, 7, 16, 20)
+    ats = places if place == "host" else torch.tensor(places, device="cuda").unbind()
+    steps = lambda: [ops.predict_step(*there[:2], rows, at, v=there[2], **how, **drawn) for at in ats]
+    for at, got in zip(places, without_waiting(steps), strict=True):
+        want = predict_step.specified(x, m, predict_step.ROWS, at, v=v, **how, **predict_step.noises(source, z))
+        predict_step.assert_same_bits(got, want)
+
+
+def test_a_captured_predict_step_follows_what_lies_on_the_device():
+    x, m, _, _ = predict_step.inputs((2, 3, 16, 16))
+    address, how = noise.address(7, 2), {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0}
+    state, output, rows, where = (a.cuda() for a in (x, m, predict_step.ROWS, address))
+    at = torch.tensor(20, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        ops.predict_step(state, output, rows, at, address=where, **how)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x_prev, x_0 = ops.predict_step(state, output, rows, at, address=where, **how)
+    for row in (20, 12, 2, 1):
+        at.fill_(row)
+        graph.replay()
+        want = predict_step.specified(x, m, predict_step.ROWS, row, address=address, **how)
+        predict_step.assert_same_bits((x_prev, x_0), want)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize(("name", "how"), [("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 0.5})])
+def test_a_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, how, place):
+    """After its first step, which reads timesteps that are on the GPU."""
+    pytest.importorskip("diffusers")
+    from fastddpm import diffusers
+
+    def stepped(device, place):
+        scheduler = getattr(diffusers, name)(noise=5)
+        scheduler.set_timesteps(20, device=place)
+        first, *others = scheduler.timesteps
+        x = predict_step.inputs((2, 3, 8, 8))[0].to(device)
+        x = scheduler.step(x * 0.75, first, x, **how).prev_sample
+
+        def rest(x):
+            for t in others:
+                x = scheduler.step(x * 0.75, t, x, **how).prev_sample
+            return x
+
+        return without_waiting(lambda: rest(x)) if device == "cuda" else rest(x)
+
+    assert torch.equal(stepped("cuda", place).cpu(), stepped("cpu", "cpu"))

@@ -19,7 +19,6 @@ from beside_diffusers import (  # noqa: E402
     DOUBLE,
     NAMES,
     SINGLE,
-    VARIANCES,
     M,
     X,
     assert_same,
@@ -157,125 +156,6 @@ def test_the_previous_timestep_is_that_of_diffusers(name):
         for t in (0, 30, 3, 900, torch.tensor(20), np.int64(300), 17):
             with named((steps, t)):
                 assert_same_outcome(ours, theirs, "previous_timestep", t)
-
-
-# What changes after the constructor counts from the next step on
-
-
-CONFIGS = {
-    "clip_sample": False,
-    "clip_sample_range": 0.25,
-    "thresholding": True,
-    "prediction_type": "v_prediction",
-    "beta_start": 0.01,  # comes too late
-    "num_train_timesteps": 500,
-    "timestep_spacing": "trailing",
-    "steps_offset": 1,
-    "variance_type": "fixed_large",
-    "rescale_betas_zero_snr": True,
-    "dynamic_thresholding_ratio": 0.5,
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("key", CONFIGS)
-def test_a_changed_config_counts(name, key):
-    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
-    visited = theirs.timesteps.tolist()
-    assert_same_steps(ours, theirs, visited)
-    both((ours, theirs), lambda scheduler: setattr(scheduler.config, key, CONFIGS[key]))
-    assert_same_steps(ours, theirs, visited)
-    both((ours, theirs), lambda scheduler: scheduler.set_timesteps(5))
-    assert_same(ours.timesteps, theirs.timesteps)
-    assert_same_steps(ours, theirs, theirs.timesteps.tolist())
-    both((ours, theirs), lambda scheduler: scheduler.register_to_config(**{key: CONFIGS[key]}))
-    assert_same_steps(ours, theirs, theirs.timesteps.tolist())
-
-
-def test_a_changed_item_of_the_config_does_what_it_does_in_diffusers():
-    ours, theirs = pair("DDPMScheduler")
-    both((ours, theirs), lambda scheduler: scheduler.config.__setitem__("clip_sample", False))
-    assert_same_steps(ours, theirs)
-
-
-CHANGES = {
-    "assigned": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1000)),
-    "assigned in double": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1000, dtype=DOUBLE)),
-    "assigned in half": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1000).half()),
-    "assigned short": lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod[:900]),
-    "assigned long": lambda s: setattr(s, "alphas_cumprod", torch.linspace(0.99, 0.01, 1500)),
-    "assigned twice": lambda s: [setattr(s, "alphas_cumprod", s.alphas_cumprod.clone() * 0.9) for _ in range(2)],
-    "element": lambda s: s.alphas_cumprod.__setitem__(500, 0.5),
-    "in place": lambda s: s.alphas_cumprod.mul_(0.9),
-    "by data": lambda s: s.alphas_cumprod.data.mul_(0.9),
-    "by numpy": lambda s: np.multiply(s.alphas_cumprod.numpy(), 0.9, out=s.alphas_cumprod.numpy()),
-    "in inference mode": lambda s: torch.inference_mode()(s.alphas_cumprod.mul_)(0.9),
-    "betas": lambda s: s.betas.zero_(),  # are used no more
-    "timesteps": lambda s: setattr(s, "timesteps", torch.tensor([900, 500, 499, 0])),
-    "timesteps in place": lambda s: s.timesteps.sub_(1),
-    "num_inference_steps": lambda s: setattr(s, "num_inference_steps", 20),
-    "custom_timesteps": lambda s: setattr(s, "custom_timesteps", True),
-    "no num_inference_steps": lambda s: setattr(s, "num_inference_steps", None),
-    "final_alpha_cumprod": lambda s: setattr(s, "final_alpha_cumprod", torch.tensor(0.7)),
-    "final_alpha_cumprod in place": lambda s: getattr(s, "final_alpha_cumprod", s.betas).mul_(0.7),
-    "one": lambda s: setattr(s, "one", torch.tensor(0.7)),
-    "one in place": lambda s: getattr(s, "one", s.betas).mul_(0.7),
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_attribute_counts(name, change):
-    for steps in (None, 10):
-        ours, theirs = pair(name, set_alpha_to_one=False) if name in DDIM else pair(name)
-        if steps:
-            both((ours, theirs), lambda scheduler: scheduler.set_timesteps(10))
-        timesteps = [900, 899, 500, 499, 0, -1]
-        t, eps = torch.tensor([3, 800]), M
-        for _ in range(2):
-            assert_same_steps(ours, theirs, timesteps)
-            for method in ("add_noise", "get_velocity"):
-                assert_same_outcome(ours, theirs, method, X, eps, t)
-            both((ours, theirs), CHANGES[change])
-
-
-def test_the_type_of_the_variance_set_alone_has_half_its_effect():
-    """The attribute chooses the formula, the config what goes into it."""
-    for ours_type, attribute in product(VARIANCES, VARIANCES):
-        if "fixed_large_log" in (ours_type, attribute):
-            continue
-        ours, theirs = both(
-            pair("DDPMScheduler", variance_type=ours_type),
-            lambda scheduler, attribute=attribute: setattr(scheduler, "variance_type", attribute),
-        )
-        with named((ours_type, attribute)):
-            for m in (M, BOTH):
-                assert_same_steps(ours, theirs, m=m)
-
-
-@pytest.mark.parametrize("name", DDPM)
-def test_fixed_large_log_is_fixed_large(name):
-    """diffusers gives NaN (huggingface/diffusers#14569)."""
-    ours, large = (
-        fast.DDPMScheduler(variance_type="fixed_large_log"),
-        diffusers.DDPMScheduler(variance_type="fixed_large"),
-    )
-    assert (
-        outcome(diffusers.DDPMScheduler(variance_type="fixed_large_log").step, M, 500, X)[0].prev_sample.isnan().all()
-    )
-    for _ in range(2):
-        for t in (999, 500, 1, 0, torch.tensor([500])):
-            assert_same(outcome(ours.step, M, t, X), outcome(large.step, M, t, X))
-            assert_same(outcome(ours.step, M[:1], t, X), outcome(large.step, M[:1], t, X))
-        both((ours, large), lambda scheduler: scheduler.set_timesteps(timesteps=[999, 500, 1, 0]))
-
-
-def test_two_schedulers_do_not_mix():
-    pairs = [pair("DDPMScheduler"), pair("DDPMScheduler", beta_end=0.03), pair("DDIMScheduler")]
-    for scheduler_pair, steps in product(pairs, (10, 20, 10)):
-        both(scheduler_pair, lambda scheduler, steps=steps: scheduler.set_timesteps(steps))
-        for other in pairs[:2]:
-            assert_same_steps(*other, (900, 100, 0))
 
 
 # Shapes, gradients, modes

@@ -99,7 +99,7 @@ def assert_same_outcome(ours, theirs, method, *args, **kwargs):
 
 def assert_same_steps(ours, theirs, timesteps=(999, 500, 1, 0), m=M, x=X):
     """Both step alike, with the noise of torch's own generator; DDIM adds noise, too."""
-    eta = {"eta": 1.0} if hasattr(theirs, "final_alpha_cumprod") else {}
+    eta = {"eta": 1.0} if isinstance(theirs, tuple(getattr(diffusers, name) for name in DDIM)) else {}
     for t in timesteps:
         with named(t):
             assert_same_outcome(ours, theirs, "step", m, t, x, **eta)

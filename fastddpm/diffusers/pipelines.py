@@ -124,7 +124,7 @@ class Pipeline(Disguised):
 
     def _images(self, x: Tensor, output_type: str | None) -> Any:
         """[N, C, H, W] in [-1, 1] -> images in [0, 1]: "pt" such a tensor, "pil" a list, else [N, H, W, C] in numpy."""
-        images = (x / 2 + 0.5).clamp(0, 1)
+        images = (x / 2 + 0.5).clamp(0, 1).contiguous()
         if output_type == "pt":
             return images.to(self.unet.dtype)
         if output_type != "pil" and self.unet.dtype != torch.bfloat16:

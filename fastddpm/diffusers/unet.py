@@ -108,8 +108,9 @@ def obstacle(unet: Any) -> str | None:
     """Why `fastddpm.unet` cannot execute a network as it is now, so that diffusers' forward must; None: it can."""
     if type(unet) not in (diffusers.UNet2DModel, UNet2DModel):
         return f"it is a {type(unet).__name__}; only a plain UNet2DModel has another execution"
-    if unet.dtype not in ops.FLOATS or unet.device.type not in ("cpu", "cuda"):
-        return f"it is in {unet.dtype} on {unet.device}; want float32, bfloat16 or float16 on a CPU or a CUDA GPU"
+    dtype, device = unet.dtype, unet.device  # each walks through all modules
+    if dtype not in ops.FLOATS or device.type not in ("cpu", "cuda"):
+        return f"it is in {dtype} on {device}; want float32, bfloat16 or float16 on a CPU or a CUDA GPU"
     if unet._compiled_call_impl is not None:
         return "it is compiled"
     if unet.config.out_channels != unet.config.in_channels:
@@ -124,7 +125,7 @@ def obstacle(unet: Any) -> str | None:
     own = unet.state_dict()
     if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in expected.items()}:
         return "its parameters are not those of its configuration"
-    if any(value.dtype != unet.dtype or value.device != unet.device for value in own.values()):
+    if any(value.dtype != dtype or value.device != device for value in own.values()):
         return "its parameters are not all of one dtype on one device"
     for name, module in unet.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):

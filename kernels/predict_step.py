@@ -7,7 +7,9 @@ Spec: fastddpm/reference/diffusion.py::predict_step with fastddpm/noise.py, stre
 (bits; the exponential of learned_range against float64), tests/test_compiled.py (machine code), tests/test_gpu.py.
 """
 
+from functools import lru_cache
 from itertools import chain
+from math import prod
 
 import torch
 import triton
@@ -143,22 +145,29 @@ def _power_of_2(k):
     return ((k + 127) << 23).to(tl.float32, bitcast=True)
 
 
+@lru_cache(maxsize=256)
+def _counted(shape, channels_last, *strides):
+    """How the kernel counts the elements of an entry and finds them: per_sample, inner, then three strides per tensor.
+
+    Args: channels_last: whether elements are counted in this order, or in that of the first tensor's memory.
+    """
+    channels, pixels = shape[1], prod(shape[2:])
+    if channels_last or pixels == 1 or strides[0][1] < strides[0][-1]:
+        inner, size, outer, others = 1, channels, -1, pixels
+    else:
+        inner, size, outer, others = -1, pixels, 1, channels
+    # what a stride along a dimension of one element is does not matter
+    found = [(s[0], s[outer] if others > 1 else size, s[inner] if size > 1 else 1) for s in strides]
+    if all(rest == [size, 1] for _, *rest in found):
+        size, found = None, [(entry, None, None) for entry, _, _ in found]
+    return channels * pixels, size, *chain.from_iterable(found)
+
+
 def launch_predict_step(x_prev, x_0, x, m, v, z, rows, at, address, *, predicts, sampler, clip, learned):
     """Launch only; fastddpm.ops has checked every argument, and x_0 has the strides of x_prev."""
-    channels, pixels = x.shape[1], x.shape[2:].numel()
-    # the noise counts its elements channels first to change; all else follows the memory
-    if address is not None or pixels == 1 or x_prev.stride(1) < x_prev.stride(-1):
-        inner, size, outer, rest = 1, channels, -1, pixels
-    else:
-        inner, size, outer, rest = -1, pixels, 1, channels
-    strides = []
-    for tensor in (x_prev, x, m, x if v is None else v, x if z is None else z):
-        stride = tensor.stride()
-        strides.append((stride[0], stride[outer] if rest > 1 else size, stride[inner] if size > 1 else 1))
-    grid = (len(x), triton.cdiv(channels * pixels, BLOCK))
-    arguments = (x_prev, x_0, x, m, v, z, rows, at, address, None if clip is None else float(clip), channels * pixels)
-    if all(stride[1:] == (size, 1) for stride in strides):
-        size, strides = None, [(entry, None, None) for entry, _, _ in strides]
+    strides = [tensor.stride() for tensor in (x_prev, x, m, x if v is None else v, x if z is None else z)]
+    sizes = _counted(x.shape, address is not None, *strides)  # of noise, elements are counted channels-last
     how = {"PREDICTS": predicts, "SAMPLER": sampler, "LEARNED": learned, "BLOCK": BLOCK}
     with torch.cuda.device_of(x):
-        launch(predict_step_kernel, grid, *arguments, size, *chain.from_iterable(strides), **how, **OPTIONS)
+        grid, tensors = (len(x), triton.cdiv(sizes[0], BLOCK)), (x_prev, x_0, x, m, v, z, rows, at, address)
+        launch(predict_step_kernel, grid, *tensors, None if clip is None else float(clip), *sizes, **how, **OPTIONS)

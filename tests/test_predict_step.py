@@ -193,6 +193,35 @@ def test_both_halves_of_what_a_network_returned(layout, kernel_device):
     assert_same_bits(run(kernel_device, layout(x), m_there, ROWS, 20, v=v_there, **how), want)
 
 
+@pytest.mark.parametrize(
+    ("shape", "of_x", "of_m", "source", "dense"),
+    [
+        ((2, 3, 4, 5), contiguous, contiguous, "given", True),
+        ((2, 3, 4, 5), channels_last, channels_last, "given", True),
+        ((2, 3, 4, 5), channels_last, channels_last, "in registers", True),
+        ((2, 3, 4, 5), contiguous, half, "none", True),
+        ((2, 1, 4, 5), contiguous, channels_last, "in registers", True),  # one channel: the order is the same
+        ((2, 3, 1, 1), contiguous, channels_last, "in registers", True),
+        ((2, 6), contiguous, half, "in registers", True),
+        ((2, 3, 4, 5), contiguous, contiguous, "in registers", False),  # the noise is channels-last
+        ((2, 3, 4, 5), contiguous, channels_last, "none", False),
+        ((2, 3, 4, 5), channels_last, half_of_channels_last, "none", False),
+    ],
+)
+def test_what_is_dense_in_one_order_is_addressed_as_it_lies(shape, of_x, of_m, source, dense, interpreted, monkeypatch):
+    """Where the compiler then sees neighbours, and makes accesses of 16 bytes."""
+    from fastddpm.kernels import predict_step
+
+    seen = []
+    monkeypatch.setattr(predict_step, "launch", lambda kernel, grid, *arguments, **how: seen.append(arguments))
+    x, m, _, z = inputs(shape)
+    ops.predict_step(of_x(x), of_m(m), ROWS, 5, **noises(source, of_x(z)))
+    (arguments,) = seen
+    names = predict_step.predict_step_kernel.arg_names
+    assert (arguments[names.index("inner")] is None) == dense
+    assert arguments[names.index("m_entry")] == of_m(m).stride(0)
+
+
 def test_expanded_tensors_are_read(kernel_device):
     x, m, _, z = inputs((3, 2, 4, 5))
     x, m, z = x[:1].expand(3, 2, 4, 5), m[:, :1].expand(3, 2, 4, 5), z[:, :, :1, :1].expand(3, 2, 4, 5)

@@ -17,7 +17,7 @@ from bench.watch import Watch, gpu_uuid
 
 HERE = Path(__file__).resolve().parent
 # in the order of importance: time may not suffice
-FILES = ("test_kernels.py", "test_unet.py", "test_sampling.py", "test_start.py", "test_memory.py", "test_races.py")
+FILES = tuple(f"test_{what}.py" for what in ("kernels", "unet", "sampling", "diffusers", "start", "memory", "races"))
 COMPILING = 240  # seconds that torch.compile may take for a network
 MOST_ROUNDS = 200
 BEGAN, CEILINGS, DRIVER = pytest.StashKey[float](), pytest.StashKey[dict](), pytest.StashKey[Any]()
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
         if not item.get_closest_marker("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=machine.clock))
     if turns.PROCESSES > 1:  # two builds are compared: others are the same in both
-        rivals = [item for item in ours if str(params(item).get("name")).startswith(("reference", "diffusers"))]
+        rivals = [item for item in ours if rival(params(item))]
         rivals and items[0].config.hook.pytest_deselected(items=rivals)
         ours = [item for item in ours if item not in rivals]
     place = {name: number for number, name in enumerate(FILES)}
@@ -102,6 +102,10 @@ def about(item: pytest.Item) -> dict[str, Any]:
 
 def params(item: pytest.Item) -> dict[str, Any]:
     return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def rival(params: dict[str, Any]) -> bool:
+    return str(params.get("who", params.get("name"))).startswith(("reference", "diffusers"))
 
 
 def plain(value: Any) -> Any:
@@ -193,6 +197,8 @@ def measure(benchmark, run, record, request):
             benchmark.pedantic(work, setup=before_each, rounds=max(least, min(fit, MOST_ROUNDS)))
         if benchmark.disabled:
             return math.nan
+        marker = request.node.get_closest_marker("benchmark")
+        clock = "wall" if marker.kwargs["timer"] is time.perf_counter else machine.CLOCK
         samples = [seconds / n for seconds in benchmark.stats.stats.data]
         seconds = median(samples)
         shares = {
@@ -208,7 +214,7 @@ def measure(benchmark, run, record, request):
         if images and energy_j is not None and turns.PROCESSES == 1:  # else it is that of both
             facts["energy_per_image_j"] = energy_j / (images * n * len(samples))
         record(
-            samples_s=samples, calls=n, clock=machine.CLOCK, cache="cold" if cold else "hot", group=group,
+            samples_s=samples, calls=n, clock=clock, cache="cold" if cold else "hot", group=group,
             contender=contender, bytes=bytes_moved, flops=flops, images=images, precision=precision, shares=shares,
             errors=errors, facts=facts, watch=watch.facts, invalid=watch.invalid,
         )  # fmt: skip

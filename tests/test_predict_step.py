@@ -93,12 +93,18 @@ def specified(x, m, rows, at, *, predicts, sampler, clip=None, v=None, learned=N
     return tuple(a.to(kind) for a, kind in zip(diffusion.predict_step(x, m, row, **how), kinds, strict=True))
 
 
+def moved(x, device):
+    """On a device with all the memory around it: `to` would make the strides those of a dense tensor."""
+    if not isinstance(x, Tensor):
+        return x
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return memory.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 def run(device, x, m, rows, at, *, v=None, z=None, address=None, **how):
     """On a device, in the strides that the tensors have."""
-    there = lambda a: a.to(device) if isinstance(a, Tensor) else a
-    held = [there(a) for a in (v, z, address)]
-    more = dict(zip(("v", "z", "address"), held, strict=True))
-    return ops.predict_step(there(x), there(m), there(rows), there(at), **more, **how)
+    x, m, rows, at, v, z, address = (moved(a, device) for a in (x, m, rows, at, v, z, address))
+    return ops.predict_step(x, m, rows, at, v=v, z=z, address=address, **how)
 
 
 def assert_same_bits(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:

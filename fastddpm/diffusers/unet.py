@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -118,12 +119,12 @@ def obstacle(unet: Any) -> str | None:
     if unet.training and unet.config.dropout > 0:
         return "it is in training mode and has dropout; call unet.eval()"
     try:
-        with torch.device("meta"):
-            expected = UNet2D(**unet.config).state_dict()
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in unet.config.items()}
+        expected = _shapes(tuple((key, value) for key, value in options.items() if not key.startswith("_")))
     except ValueError as error:
         return str(error)
     own = unet.state_dict()
-    if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in expected.items()}:
+    if {name: value.shape for name, value in own.items()} != expected:
         return "its parameters are not those of its configuration"
     if any(value.dtype != dtype or value.device != device for value in own.values()):
         return "its parameters are not all of one dtype on one device"
@@ -135,6 +136,13 @@ def obstacle(unet: Any) -> str | None:
         if isinstance(module, Attention) and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
             return f"{name} has a {type(module.processor).__name__}"
     return None
+
+
+@lru_cache
+def _shapes(config: tuple[tuple[str, Any], ...]) -> dict[str, torch.Size]:
+    """Those of the parameters of a network; making one to see them takes longer than a step of it may."""
+    with torch.device("meta"):
+        return {name: value.shape for name, value in UNet2D(**dict(config)).state_dict().items()}
 
 
 def shared_engine(unet: Any, shape: tuple[int, ...], timesteps: int) -> Engine:

@@ -1,4 +1,4 @@
-"""The fused operations: checked entry points to one torch.library operator each.
+"""The fused operations: checked entry points to one torch.library operator each (but for `predict_step`).
 
 Triton on a GPU, torch elsewhere: the same bits on every device, but for `group_norm`, whose sums take another order.
 The operators are opaque to torch.compile, which traces through the entry points without a graph break. Nothing here is
@@ -124,7 +124,7 @@ def predict_step(
     `reference.diffusion.predict_step` in float32 (float64 where x or m is), 16-bit numbers widened before and results
     rounded once after. On a GPU it is one kernel, with the same bits but for the roots and exponentials of a learned
     variance; where `clip` is a function, or a gradient is asked for, it is torch's operations, which also carry one.
-    The host never waits for the device.
+    The host never waits for the device. It is no operator of its own, and not for torch.compile.
 
     Args:
         x: [N, C, *spatial] or [N, D], fp16/bf16/fp32/fp64, any strides.
@@ -137,14 +137,19 @@ def predict_step(
         address: [N, 2] int64 on x's device, (seed, sample index) of each entry: z is `noise.normal(address, ...,
             stream=noise.STEP, t=at - 1)`. Without either nothing is added.
     Returns: (x_prev in the dtype that x and m promote to, x_0 in the same; in m's dtype where predicts is "sample").
-    Raises: ValueError: both z and address are given, or shapes and devices differ.
+    Raises: ValueError: a shape or device is not as above, or z and address are both given.
     """
     given = [tensor for tensor in (x, m, v, z) if tensor is not None]
     if any(tensor.shape != x.shape or tensor.device != x.device for tensor in given) or x.ndim < 2:
         came = ", ".join(map(_describe, given))
         raise ValueError(f"predict_step: x, m, v and z are {came}; want [N, C, *spatial] or [N, D], all alike")
-    if z is not None and address is not None:
-        raise ValueError("predict_step: z and address are both given; give one of the two")
+    if rows.ndim != 2 or rows.shape[1] != 8 or rows.device != x.device or not rows.is_contiguous():
+        raise ValueError(f"predict_step: rows are {_describe(rows)}; want [R, 8] on {x.device}, contiguous")
+    if address is not None:
+        if z is not None:
+            raise ValueError("predict_step: z and address are both given; give one of the two")
+        hint = "noise.address(seed, samples, device) makes one"
+        _check("predict_step", "address", address, (len(x), 2), torch.int64, x.device, hint)
     dtype = torch.promote_types(x.dtype, m.dtype)
     x_0_dtype = m.dtype if predicts == "sample" else dtype
     plain = not callable(clip) and rows.dtype == torch.float32

@@ -156,10 +156,11 @@ class Scheduler(Disguised):
         if run is None or run[0] != key:
             if noise != "philox":
                 address = standard.address(int(noise), n)
-            elif len(several) == 1:
-                address = torch.stack([_seed(several[0]).expand(n), torch.arange(n)], 1)
             else:
-                address = torch.stack([torch.cat([_seed(several[i]) for i in range(n)]), torch.zeros(n).long()], 1)
+                one = len(several) == 1
+                seeds = _seed(several[0]).expand(n) if one else torch.cat([_seed(several[i]) for i in range(n)])
+                samples = torch.arange(n, device=seeds.device)
+                address = torch.stack([seeds, samples if one else 0 * samples], 1)
             self._run = run = key, send(address, device), self.timesteps, several
         return run[1]
 
@@ -496,7 +497,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 def _seed(generator: torch.Generator | None) -> Tensor:
     """[1] int64, drawn from a generator, or from torch's own on the CPU."""
     device = CPU if generator is None else generator.device
-    return torch.randint((1 << 63) - 1, (1,), generator=generator, device=device).cpu()
+    return torch.randint((1 << 63) - 1, (1,), generator=generator, device=device)
 
 
 def _mixed(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:

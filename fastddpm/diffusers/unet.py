@@ -121,7 +121,7 @@ def obstacle(unet: Any) -> str | None:
     try:
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in unet.config.items()}
         expected = _shapes(tuple((key, value) for key, value in options.items() if not key.startswith("_")))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: of what cannot be hashed
         return str(error)
     own = unet.state_dict()
     if {name: value.shape for name, value in own.items()} != expected:

@@ -374,3 +374,51 @@ def test_a_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, how, place):
         return without_waiting(lambda: rest(x)) if device == "cuda" else rest(x)
 
     assert torch.equal(stepped("cuda", place).cpu(), stepped("cpu", "cpu"))
+
+
+def pipeline():
+    pytest.importorskip("diffusers")
+    from fastddpm.diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    pipe = DDPMPipeline(UNet2DModel(**CONFIG).eval(), DDPMScheduler()).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pipeline_draws_the_same_images_from_a_graph(dtype, place, monkeypatch):
+    pipe = pipeline().to(dtype)
+    images = []
+    for worth in (1, 1000):
+        monkeypatch.setattr("fastddpm.engine.WORTH_CAPTURING", worth)
+        images.append(pipe(2, torch.Generator(place).manual_seed(3), 20, output_type="pt").images)
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("source", [{"noise": 7}, {"generator": "cpu"}, {"generator": "cuda"}], ids=str)
+def test_the_steps_of_a_pipeline_do_not_wait(source):
+    pipe, seen = pipeline(), []
+
+    def watch(pipe, i, t, tensors):
+        seen.append(i)
+        torch.cuda.set_sync_debug_mode("error" if i < 18 else "default")
+
+    if "generator" in source:
+        source = {"generator": torch.Generator(source["generator"]).manual_seed(3)}
+    try:
+        pipe(2, num_inference_steps=20, output_type="pt", callback_on_step_end=watch, **source)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert seen == list(range(20))
+
+
+def test_a_pipeline_has_the_weights_of_now():
+    pipe = pipeline()
+    draw = lambda: pipe(2, torch.Generator().manual_seed(3), 20, output_type="pt").images
+    before = draw()
+    assert torch.equal(draw(), before)
+    for parameter in pipe.unet.parameters():
+        parameter.data.mul_(1.1)
+    assert not torch.equal(draw(), before)

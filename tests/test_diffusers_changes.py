@@ -36,7 +36,7 @@ CONFIGS = {
     "thresholding": True,
     "prediction_type": "v_prediction",
     "beta_start": 0.01,  # comes too late
-    "num_train_timesteps": 500,
+    "num_train_timesteps": 5,
     "timestep_spacing": "trailing",
     "steps_offset": 1,
     "variance_type": "fixed_large",
@@ -123,14 +123,11 @@ def test_the_type_of_the_variance_set_alone_has_half_its_effect():
 
 @pytest.mark.parametrize("name", DDPM)
 def test_fixed_large_log_is_fixed_large(name):
-    """diffusers gives NaN (huggingface/diffusers#14569)."""
-    ours, large = (
-        fast.DDPMScheduler(variance_type="fixed_large_log"),
-        diffusers.DDPMScheduler(variance_type="fixed_large"),
-    )
-    assert (
-        outcome(diffusers.DDPMScheduler(variance_type="fixed_large_log").step, M, 500, X)[0].prev_sample.isnan().all()
-    )
+    """diffusers gives NaN (huggingface/diffusers#14569). What _get_variance returns is left as it is."""
+    ours, theirs = pair(name, variance_type="fixed_large_log")
+    large = getattr(diffusers, name)(variance_type="fixed_large")
+    assert outcome(theirs.step, M, 500, X)[0].prev_sample.isnan().all()
+    assert_same(ours._get_variance(500), theirs._get_variance(500))
     for _ in range(2):
         for t in (999, 500, 1, 0, torch.tensor([500])):
             assert_same(outcome(ours.step, M, t, X), outcome(large.step, M, t, X))

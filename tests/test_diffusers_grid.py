@@ -176,7 +176,7 @@ def test_the_grid_has_every_two_options_together(kind):
             assert together == {repr(both) for both in product(axes[one], axes[two])}, (one, two)
 
 
-# Half precision: the noise and the dtypes are diffusers', and no error is larger than its
+# Half precision: the noise and the dtypes are diffusers', no error is larger than its, and results are rounded once
 
 
 def assert_no_worse(got: Tensor, theirs: Tensor, exact: Tensor) -> None:
@@ -193,13 +193,13 @@ HALF = (torch.float16, torch.bfloat16)
 MIXED = [dtypes for dtypes in product((SINGLE, *HALF), repeat=2) if dtypes != (SINGLE, SINGLE)]
 
 
-def exact_step(scheduler, m, t, x, z, monkeypatch, **call):
-    """diffusers' step in float64, with this noise."""
+def wide_step(dtype, scheduler, m, t, x, z, monkeypatch, **call):
+    """diffusers' step of the same numbers and noise in a wider dtype."""
     for part in ("ddpm", "ddpm_parallel", "ddim", "ddim_parallel"):
         module = getattr(diffusers.schedulers, f"scheduling_{part}")
-        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: z.double())
+        monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: z.to(dtype))
     try:
-        return scheduler.step(m.double(), t, x.double(), **call)
+        return scheduler.step(m.to(dtype), t, x.to(dtype), **call)
     finally:
         monkeypatch.undo()
 
@@ -211,7 +211,7 @@ def test_a_step_in_half_precision_is_no_less_accurate(name, dtypes, monkeypatch)
     x, m = tensors((2, 3, 16, 16), x_dtype, seed=1), tensors((2, 3, 16, 16), m_dtype, seed=2)
     ddpm = name == "DDPMScheduler"
     for prediction, limit, variance in product(
-        PREDICTIONS, LIMITS[:3], VARIANCES[:3] + VARIANCES[4:6] if ddpm else ("",)
+        PREDICTIONS, LIMITS[:4], VARIANCES[:3] + VARIANCES[4:6] if ddpm else ("",)
     ):
         ours, theirs = pair(name, prediction_type=prediction, **limit, **({"variance_type": variance} if ddpm else {}))
         output = torch.cat([m, tensors(m.shape, m_dtype, seed=4).square()], 1) if variance.startswith("learned") else m
@@ -226,11 +226,15 @@ def test_a_step_in_half_precision_is_no_less_accurate(name, dtypes, monkeypatch)
                     for scheduler in (ours, theirs)
                 )
                 z = torch.randn(m.shape, dtype=m_dtype, generator=generator.manual_seed(1))
-                exact = exact_step(theirs, output, t, x, z, monkeypatch, **call)
+                single, exact = (
+                    wide_step(dtype, theirs, output, t, x, z, monkeypatch, **call) for dtype in (SINGLE, DOUBLE)
+                )
                 with named((prediction, limit, variance, call, t)):
                     assert_same(state, their_state)
                     for one in zip(got, plain, exact, strict=True):
                         assert_no_worse(*one)
+                    for result, wide in zip(got, single, strict=True):
+                        assert_same(result, wide.to(result.dtype))
 
 
 NOISED = [
@@ -264,7 +268,9 @@ def test_noise_added_in_half_precision_is_no_less_accurate(dtypes, method):
     x, eps = (tensors((16, 3, 16, 16), dtype, seed=seed) for seed, dtype in enumerate(dtypes))
     for t in (torch.linspace(0, 999, 16).long(), torch.tensor([999]), torch.tensor(0)):
         got, plain = (getattr(scheduler, method)(x, eps, t) for scheduler in (ours, theirs))
-        assert_no_worse(got, plain, getattr(theirs, method)(x.double(), eps.double(), t))
+        single, exact = (getattr(theirs, method)(x.to(dtype), eps.to(dtype), t) for dtype in (SINGLE, DOUBLE))
+        assert_no_worse(got, plain, exact)
+        assert_same(got, single.to(got.dtype))
 
 
 # Any shape, timestep and dtype

@@ -104,10 +104,53 @@ def test_philox_noise_is_of_a_run(name):
     assert torch.equal(runs.pop(2), first)
     values = torch.stack(runs).flatten(0, 2).flatten(1)  # of every run, step and sample
     assert len(values.unique(dim=0)) == len(values)
+    assert not torch.equal(philox_run(ours, torch.Generator().manual_seed(3), **extra), runs[-1])  # of the same run
     torch.manual_seed(5)
     own = run(None)
     torch.manual_seed(5)
     assert torch.equal(run(None), own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_philox_noise_of_a_list_of_generators_is_of_each(name):
+    """An entry has the noise of its generator, wherever it stands."""
+    ours = getattr(fast, name)()
+    extra = {"eta": 0.7} if name in DDIM else {}
+
+    def run(*seeds):
+        ours.set_timesteps(10)
+        return philox_run(ours, [torch.Generator().manual_seed(seed) for seed in seeds], len(seeds), **extra)
+
+    one = torch.cat([run(seed) for seed in (1, 2, 3)], 1)
+    assert torch.equal(run(1, 2, 3), one)
+    assert torch.equal(run(3, 1), one[:, [2, 0]])
+    assert not torch.equal(one[:, 0], one[:, 1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_seed_can_change_within_a_run(name):
+    ours = getattr(fast, name)()
+    ours.set_timesteps(10)
+    extra = {"eta": 0.7} if name in DDIM else {}
+    step = lambda noise: ours.step(M, 900, X, noise=noise, **extra).prev_sample
+    first = {noise: step(noise) for noise in (7, 8, "philox", False)}
+    assert len(torch.stack(list(first.values())).unique(dim=0)) == 4
+    for noise in (8, False, 7):
+        assert torch.equal(step(noise), first[noise])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("noise", ["philox", 7, False], ids=str)
+def test_other_noise_than_that_of_torch_is_not_replaced_by_it(name, noise):
+    """A step that only diffusers can take is refused then."""
+    ours = getattr(fast, name)()
+    ours.set_timesteps(10)
+    for m, t in ((M[:1], 900), (M, torch.tensor([900]))):
+        (result, states), untouched = outcome(ours.step, m, t, X, noise=noise), outcome(lambda: None)[1]
+        assert result.startswith("ValueError: noise is ")
+        assert "\n" not in result
+        assert_same(states, untouched)
+        ours.step(m, t, X)
 
 
 @pytest.mark.parametrize("name", NAMES)

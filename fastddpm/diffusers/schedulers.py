@@ -31,6 +31,7 @@ INTEGERS = (torch.int64, torch.int32)
 PREDICTS = ("epsilon", "sample", "v_prediction")
 LEARNED = ("learned", "learned_range")
 CPU = torch.device("cpu")
+ASKED = ("previous_timestep", "_get_variance")  # by diffusers' step; a table has their answers
 
 _deferred: ContextVar[bool] = ContextVar("deferred", default=False)  # to diffusers' own step
 
@@ -102,6 +103,13 @@ class Scheduler(Disguised):
     _values: tuple[Seen, list[int]] | None = None  # of timesteps
     _run: tuple[Any, ...] | None = None  # the addresses of its noise, and whose they are
 
+    _own: dict[str, Any] = {}  # noqa: RUF012 (of each class, and never changed)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ == __name__:
+            cls._own = {name: getattr(cls, name) for name in ASKED if hasattr(cls, name)}
+
     def __getstate__(self) -> dict[str, Any]:
         made = ("_table", "_roots", "_values", "_run")  # of the identity of tensors, which a copy does not share
         return {name: value for name, value in self.__dict__.items() if name not in made}
@@ -119,14 +127,14 @@ class Scheduler(Disguised):
 
         Args: original_samples: x_0, [N, ...]; noise: eps, like it; timesteps: [N] integers, on any device.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.alphas_cumprod.requires_grad:
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
         signal, spread = self._levels(original_samples, timesteps)
         return _mixed(signal, original_samples, spread, noise)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D), as `add_noise`."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.alphas_cumprod.requires_grad:
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc]
         signal, spread = self._levels(sample, timesteps)
         return _mixed(signal, noise, -spread, sample)
@@ -224,7 +232,9 @@ class Scheduler(Disguised):
             and self.alphas_cumprod.dtype in FLOATS[:2]
             and self.config.prediction_type in PREDICTS
             and (isinstance(self.config.clip_sample_range, numbers.Real) or not self.config.clip_sample)
+            and not any(one.requires_grad for one in (self.alphas_cumprod, *made_of))
             and not torch.compiler.is_compiling()
+            and all(name not in vars(self) and getattr(type(self), name) is own for name, own in self._own.items())
         )
 
     def _value(self, timestep: Any, device: torch.device) -> int | None:

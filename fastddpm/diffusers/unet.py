@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
@@ -63,8 +63,8 @@ class Run(ExitStack):
     def __init__(self, unet: Any):
         super().__init__()
         self.unet, self.T, self.thread = unet, unet.config.num_train_timesteps or T, threading.get_ident()
-        self.device, self.dtype, self.labels = unet.device, unet.dtype, None
-        self.shape: torch.Size | None = None
+        self.device, self.dtype = unet.device, unet.dtype
+        self.like: tuple[Any, ...] | None = None  # of the calls that `forward` is for
         self.forward: Forward | None = None
 
     def __call__(self, x: Tensor, timestep: Any, labels: Any) -> Tensor | None:
@@ -76,14 +76,15 @@ class Run(ExitStack):
         t = int(timestep)
         if not 0 <= t < self.T or x.device != self.device:
             return None
-        if self.forward is None or x.shape != self.shape or labels is not self.labels:
+        like = x.shape, current_precision(self.dtype, self.device), labels
+        if self.forward is None or self.like is None or self.like[:2] != like[:2] or self.like[2] is not labels:
             self.close()
             engine = shared_engine(self.unet, x.shape[1:], self.T)
-            self.forward = self.enter_context(engine.forward(len(x), self.T))
+            self.forward, self.like = self.enter_context(engine.forward(len(x), self.T)), like
             self.forward.prepare(torch.arange(self.T), labels)
-            self.shape, self.labels = x.shape, labels
         with self.forward.working():
-            return self.forward.at(x, t)
+            m = self.forward.at(x, t)
+        return m.contiguous() if x.is_contiguous() else m
 
 
 @contextmanager
@@ -109,40 +110,64 @@ def obstacle(unet: Any) -> str | None:
     """Why `fastddpm.unet` cannot execute a network as it is now, so that diffusers' forward must; None: it can."""
     if type(unet) not in (diffusers.UNet2DModel, UNet2DModel):
         return f"it is a {type(unet).__name__}; only a plain UNet2DModel has another execution"
-    dtype, device = unet.dtype, unet.device  # each walks through all modules
-    if dtype not in ops.FLOATS or device.type not in ("cpu", "cuda"):
-        return f"it is in {dtype} on {device}; want float32, bfloat16 or float16 on a CPU or a CUDA GPU"
     if unet._compiled_call_impl is not None:
         return "it is compiled"
     if unet.config.out_channels != unet.config.in_channels:
         return f"it returns {unet.config.out_channels} channels for {unet.config.in_channels}"
-    if unet.training and unet.config.dropout > 0:
-        return "it is in training mode and has dropout; call unet.eval()"
     try:
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in unet.config.items()}
-        expected = _shapes(tuple((key, value) for key, value in options.items() if not key.startswith("_")))
+        expected, shapes = _as_configured(tuple((k, v) for k, v in options.items() if not k.startswith("_")))
     except (ValueError, TypeError) as error:  # TypeError: of what cannot be hashed
         return str(error)
-    own = unet.state_dict()
-    if {name: value.shape for name, value in own.items()} != expected:
+    tensors = unet.state_dict()
+    if {name: value.shape for name, value in tensors.items()} != shapes:
         return "its parameters are not those of its configuration"
-    if any(value.dtype != dtype or value.device != device for value in own.values()):
+    dtypes, devices = {value.dtype for value in tensors.values()}, {value.device for value in tensors.values()}
+    if len(dtypes) > 1 or len(devices) > 1:
         return "its parameters are not all of one dtype on one device"
-    for name, module in unet.named_modules():
+    if not dtypes <= set(ops.FLOATS) or not {device.type for device in devices} <= {"cpu", "cuda"}:
+        return f"it is in {unet.dtype} on {unet.device}; want float32, bfloat16 or float16 on a CPU or a CUDA GPU"
+    modules = dict(unet.named_modules())
+    for name, module in modules.items():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'it'} has hooks or a forward of its own"
-        if not type(module).__module__.startswith(("diffusers.", "torch.nn.modules.", "fastddpm.")):
-            return f"{name} is a {type(module).__name__}"
-        if isinstance(module, Attention) and type(module.processor) not in (AttnProcessor, AttnProcessor2_0):
-            return f"{name} has a {type(module.processor).__name__}"
-    return None
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return f"{name} is in training mode; call unet.eval()"
+        told = vars(module) | {"": type(module)}
+        for key, value in expected.get(name, {}).items():
+            if (_told(told[key]) if key in told else None) != value:
+                return f"{name or 'it'} is not as configured: {key or 'its type'} is {_told(told.get(key))}"
+    return None if modules.keys() == expected.keys() else "its modules are not those of its configuration"
 
 
 @lru_cache
-def _shapes(config: tuple[tuple[str, Any], ...]) -> dict[str, torch.Size]:
-    """Those of the parameters of a network; making one to see them takes longer than a step of it may."""
+def _as_configured(config: tuple[tuple[str, Any], ...]) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Size]]:
+    """What the modules of a network of these options are told, and the shapes of its parameters.
+
+    Raises: ValueError: `fastddpm.unet` does not have an option.
+    """
     with torch.device("meta"):
-        return {name: value.shape for name, value in UNet2D(**dict(config)).state_dict().items()}
+        ours, theirs = UNet2D(**dict(config)), diffusers.UNet2DModel(**dict(config))
+    expected = {
+        name: {key: _told(value) for key, value in (vars(module) | {"": type(module)}).items() if _tells(key, value)}
+        for name, module in theirs.named_modules()  # type: ignore[attr-defined]
+    }
+    del expected[""][""]  # the whole may be of our class
+    return expected, {name: value.shape for name, value in ours.state_dict().items()}
+
+
+def _tells(key: str, value: Any) -> bool:
+    """Whether an attribute of a module decides what it computes."""
+    return (
+        not key.startswith("_") and key not in ("training", "gradient_checkpointing") and not isinstance(value, Tensor)
+    )
+
+
+def _told(value: Any) -> Any:
+    """An attribute, or its type where that tells it apart; two processors of attention do the same."""
+    if isinstance(value, type | int | float | str | tuple | None):
+        return value
+    return AttnProcessor2_0 if isinstance(value, AttnProcessor) else type(value)
 
 
 def shared_engine(unet: Any, shape: tuple[int, ...], timesteps: int) -> Engine:
@@ -152,22 +177,22 @@ def shared_engine(unet: Any, shape: tuple[int, ...], timesteps: int) -> Engine:
         shape: (C, H, W) of a sample.
         timesteps: how many a run visits at most.
     """
-    device, precision = unet.device, current_precision(unet)
+    device, precision = unet.device, current_precision(unet.dtype, unet.device)
     parameters = dict(unet.named_parameters())
     wanted = tuple(shape), timesteps, device, precision, [id(parameter) for parameter in parameters.values()]
     kept = _engines.get(unet)
     if kept is None or kept[0] != wanted:
         with torch.device("meta"):
             shared = UNet2D(**unet.config)
+        for name, parameter in shared.named_parameters():
+            parameter.requires_grad_(parameters[name].requires_grad)  # or the assignment would change theirs
         shared.load_state_dict(parameters, assign=True)
         kept = _engines[unet] = wanted, Engine(shared.eval(), tuple(shape), timesteps, device, precision)
     return kept[1]
 
 
-def current_precision(unet: Any) -> str:
-    """One of PRECISIONS: that in which diffusers' forward would compute now."""
-    device: torch.device = unet.device
-    dtype: torch.dtype = unet.dtype
+def current_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """One of PRECISIONS: that in which diffusers' forward of a network in dtype would compute now."""
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if dtype == torch.float32 and device.type == "cuda":

@@ -1,5 +1,6 @@
 """Making a pipeline fast that is there already."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -88,7 +89,8 @@ def _sampling(pipeline: type) -> type:
 
     @wraps(pipeline.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.unet.sampling():
+        unet = adopt(self.unet)  # which may be another one by now
+        with unet.sampling() if isinstance(unet, UNet2DModel) else nullcontext():
             return pipeline.__call__(self, *args, **kwargs)
 
     body = {"__call__": __call__, "__module__": pipeline.__module__, "__doc__": pipeline.__doc__, "_loop": pipeline}

@@ -20,13 +20,12 @@ from fastddpm.unet import UNet2D
 
 T = 1000  # timesteps that a network is tabulated for, where its configuration does not say
 
+_runs: "dict[tuple[int, int], Run]" = {}  # those under way, by thread and id of the network
 _engines: "WeakKeyDictionary[nn.Module, tuple[Any, Engine]]" = WeakKeyDictionary()
 
 
 class UNet2DModel(Disguised, diffusers.UNet2DModel):
     """diffusers' UNet2DModel, which `sampling` makes fast for a loop of one's own; in our pipelines it is by itself."""
-
-    _run: "Run | None" = None
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -38,20 +37,23 @@ class UNet2DModel(Disguised, diffusers.UNet2DModel):
                     x = scheduler.step(unet(x, t).sample, t, x).prev_sample
 
         The copy has the weights of the time the context is entered. Calls that want a gradient, other timesteps for
-        each entry, or what else the copy does not do (see `obstacle`) are diffusers' own.
+        each entry, or what else the copy does not do (see `obstacle`) are diffusers' own. A timestep on a GPU is waited
+        for in each call; one on the host is not.
         """
-        if self._run is not None or obstacle(self) is not None:
+        key = threading.get_ident(), id(self)
+        if key in _runs or obstacle(self) is not None:
             yield
             return
-        with Run(self) as self._run:
+        with Run(self) as _runs[key]:
             try:
                 yield
             finally:
-                self._run = None
+                del _runs[key]
 
     def forward(self, sample: Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
         """What diffusers' returns: for x_t, [N, C, H, W], and t, one or [N], a UNet2DOutput, or the tuple (tensor,)."""
-        m = None if self._run is None else self._run(sample, timestep, class_labels)
+        run = _runs.get((threading.get_ident(), id(self))) if _runs else None
+        m = None if run is None else run(sample, timestep, class_labels)
         if m is None:
             return super().forward(sample, timestep, class_labels, return_dict)  # type: ignore[misc]
         return UNet2DOutput(sample=m) if return_dict else (m,)
@@ -62,26 +64,28 @@ class Run(ExitStack):
 
     def __init__(self, unet: Any):
         super().__init__()
-        self.unet, self.T, self.thread = unet, unet.config.num_train_timesteps or T, threading.get_ident()
+        self.unet, self.T = unet, unet.config.num_train_timesteps or T
         self.device, self.dtype = unet.device, unet.dtype
         self.like: tuple[Any, ...] | None = None  # of the calls that `forward` is for
         self.forward: Forward | None = None
 
     def __call__(self, x: Tensor, timestep: Any, labels: Any) -> Tensor | None:
         """What the network makes of x, or None where that is left to diffusers."""
-        if torch.is_grad_enabled() or threading.get_ident() != self.thread or x.dtype != self.dtype:
+        if torch.is_grad_enabled() or x.dtype != self.dtype:
             return None
         if isinstance(timestep, Tensor) and (timestep.ndim or timestep.is_floating_point()):
             return None
         t = int(timestep)
         if not 0 <= t < self.T or x.device != self.device:
             return None
-        like = x.shape, current_precision(self.dtype, self.device), labels
-        if self.forward is None or self.like is None or self.like[:2] != like[:2] or self.like[2] is not labels:
+        like = x.shape, current_precision(self.dtype, self.device), None if labels is None else labels.shape
+        if self.forward is None or self.like != like:
             self.close()
             engine = shared_engine(self.unet, x.shape[1:], self.T)
             self.forward, self.like = self.enter_context(engine.forward(len(x), self.T)), like
             self.forward.prepare(torch.arange(self.T), labels)
+        elif labels is not None:
+            cast(Tensor, self.forward.labels).copy_(labels)
         with self.forward.working():
             m = self.forward.at(x, t)
         return m.contiguous() if x.is_contiguous() else m

@@ -24,6 +24,21 @@ def tiny_unet(package=fast, dtype=SINGLE, **options):
     return package.UNet2DModel(**{**OPTIONS, **options}).to(dtype).eval()
 
 
+def calls(unet, *args, **kwargs):
+    """What a network returns in `sampling`."""
+    with torch.no_grad(), unet.sampling():
+        return unet(*args, **kwargs).sample
+
+
+def plain_calls(unet, *args, **kwargs):
+    with torch.no_grad():
+        return unet(*args, **kwargs).sample
+
+
+def both_networks(dtype=SINGLE, **options):
+    return tiny_unet(fast, dtype, **options), tiny_unet(diffusers, dtype, **options)
+
+
 def pipeline(package=fast, kind="DDPM", dtype=SINGLE, scheduler=None, **options):
     """A silent pipeline around such a network; scheduler: the options of its scheduler."""
     part = getattr(package, f"{kind}Scheduler")(**(scheduler or {}))

@@ -12,6 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
 from fastddpm import ops
 from fastddpm.diffusers.disguise import Disguised
@@ -116,6 +117,8 @@ def obstacle(unet: Any) -> str | None:
         return f"it is a {type(unet).__name__}; only a plain UNet2DModel has another execution"
     if unet._compiled_call_impl is not None:
         return "it is compiled"
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return "there are global hooks of modules"
     if unet.config.out_channels != unet.config.in_channels:
         return f"it returns {unet.config.out_channels} channels for {unet.config.in_channels}"
     try:

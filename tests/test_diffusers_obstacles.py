@@ -47,7 +47,11 @@ def replaced(name, wrap):
 
 OBSTACLES = {
     "fourier": ({"time_embedding_type": "fourier"}, None, "time_embedding_type is 'fourier'"),
-    "other blocks": ({"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")}, None, "SkipDownBlock2D"),
+    "other blocks": (
+        {"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
+        None,
+        "ResnetDownsampleBlock2D",
+    ),
     "channels": ({"out_channels": 6}, None, "6 channels for 3"),
     "hook": ({}, lambda unet: unet.register_forward_hook(lambda *args: None), "it has hooks"),
     "hook before": (
@@ -59,12 +63,12 @@ OBSTACLES = {
     "processor": (
         {},
         lambda unet: unet.mid_block.attentions[0].set_processor(Processor()),
-        "mid_block.attentions.0 has a Processor",
+        "mid_block.attentions.0 is not as configured: processor is",
     ),
     "wrapped": ({}, replaced("mid_block.attentions.0.to_q", Scaled), "parameters are not those of its configuration"),
     "no parameters": ({}, replaced("conv_act", lambda act: nn.ReLU()), "conv_act"),
-    "foreign class": ({}, replaced("conv_act", lambda act: Scaled(act)), "conv_act is a Scaled"),
-    "dropout": ({"dropout": 0.5}, lambda unet: unet.train(), "training mode and has dropout; call unet.eval()"),
+    "foreign class": ({}, replaced("conv_act", lambda act: Scaled(act)), "conv_act is not as configured"),
+    "dropout": ({"dropout": 0.5}, lambda unet: unet.train(), "dropout is in training mode; call unet.eval()"),
     "dropout of a part": ({"dropout": 0.5}, lambda unet: unet.mid_block.train(), "dropout"),
     "float64": ({}, lambda unet: unet.double(), "float64"),
     "mixed": ({}, lambda unet: unet.conv_out.double(), "not all of one dtype"),

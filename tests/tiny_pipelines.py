@@ -78,10 +78,11 @@ def taken(draws):
 def sample(pipe, n=2, **call):
     """Images as a tensor, by default of the same generator in each call."""
     call = {"generator": seeded(), "num_inference_steps": STEPS, "output_type": "pt", **call}
-    if not TENSORS and pipe.unet.dtype == torch.bfloat16 and not isinstance(pipe, Pipeline):
+    served = TENSORS or isinstance(pipe, Pipeline) or call["output_type"] != "pt"
+    if not served and pipe.unet.dtype == torch.bfloat16:
         pytest.skip("this diffusers makes no images of bfloat16")
     images = pipe(n, **call).images
-    if call["output_type"] == "pt" and not isinstance(images, Tensor):
+    if not served and not isinstance(images, Tensor):
         return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return images
 

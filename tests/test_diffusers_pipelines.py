@@ -170,9 +170,9 @@ def test_a_scheduler_of_another_kind_works_as_in_diffusers(name, draws, monkeypa
 
     assert torch.equal(*(sample(pipe) for pipe in hooked(with_it(fast), with_it(diffusers))))
     draws.clear()
-    pipe = with_it(fast)
-    ours, found = sample(pipe), taken(draws)
-    plain, ref = (of_noise(monkeypatch, found, with_it(diffusers), dtype) for dtype in (SINGLE, DOUBLE))
+    n, pipe = 64, with_it(fast)
+    ours, found = sample(pipe, n), taken(draws)
+    plain, ref = (of_noise(monkeypatch, found, with_it(diffusers), dtype, n) for dtype in (SINGLE, DOUBLE))
     assert_as_accurate(ours, plain, ref)
     text = error_line(sample, pipe, noise=3)
     assert text.startswith(f"noise is 3, but the scheduler is a {name}, which draws its own; leave it out")

@@ -13,7 +13,6 @@ from fastddpm import layout
 from fastddpm import noise as standard
 from fastddpm.diffusers.disguise import Disguised, adopt
 from fastddpm.diffusers.schedulers import (
-    CPU,
     DDIMParallelScheduler,
     DDIMScheduler,
     Generators,
@@ -22,6 +21,7 @@ from fastddpm.diffusers.schedulers import (
     checked,
     drawn,
 )
+from fastddpm.diffusers.tables import CPU
 from fastddpm.diffusers.unet import fused
 
 StepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]

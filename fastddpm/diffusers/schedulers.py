@@ -8,7 +8,6 @@ the inherited one, so that bad input raises diffusers' own errors. Equation numb
 import numbers
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from fastddpm import noise as standard
 from fastddpm import ops
 from fastddpm.diffusers.disguise import Disguised
+from fastddpm.diffusers.tables import CPU, Seen, Table, send
 
 Noise = str | int  # "generator", "philox", a seed, or False
 Generators = torch.Generator | list[torch.Generator] | None
@@ -30,56 +30,9 @@ FLOATS = (torch.float32, torch.float64, *LOW)
 INTEGERS = (torch.int64, torch.int32)
 PREDICTS = ("epsilon", "sample", "v_prediction")
 LEARNED = ("learned", "learned_range")
-CPU = torch.device("cpu")
 ASKED = ("previous_timestep", "_get_variance")  # by diffusers' step; a table has their answers
 
 _deferred: ContextVar[bool] = ContextVar("deferred", default=False)  # to diffusers' own step
-
-
-class Seen:
-    """A tensor as it was, to tell whether it is so still.
-
-    On a CPU its values are compared, so that no change goes unnoticed; on a GPU, where the host would have to wait for
-    them, torch's count of changes in place, which knows nothing of those through `.data`.
-    """
-
-    def __init__(self, tensor: Tensor):
-        self.tensor, self.version = tensor, _version(tensor)
-        self.values = tensor.clone() if tensor.device == CPU else None
-
-    def is_(self, tensor: Tensor) -> bool:
-        if tensor is not self.tensor or _version(tensor) != self.version:
-            return False
-        return self.values is None or torch.equal(tensor, self.values)
-
-
-@dataclass(eq=False)
-class Table:
-    """The coefficients of every step.
-
-    Attributes:
-        key, made_of: what they were computed of.
-        rows: [1 + len(alphas_cumprod), 8], in its dtype and on its device: that of timestep t is row t + 1, as
-            `reference.diffusion.predict_step` has it; NaN where t is not visited.
-        visited: the timesteps that have a row.
-    """
-
-    key: tuple[Any, ...]
-    made_of: list[Seen]
-    rows: Tensor
-    visited: frozenset[int]
-    copies: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> Tensor:
-        """The rows on a device; on a GPU in float32, which the kernel takes."""
-        if device.type == "cpu":
-            return self.rows
-        if device not in self.copies:
-            self.copies[device] = send(self.rows.float(), device)
-        return self.copies[device]
-
-    def is_of(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
-        return self.key == key and all(map(Seen.is_, self.made_of, tensors))
 
 
 class Scheduler(Disguised):
@@ -497,13 +450,6 @@ def drawn(shape: Any, generator: Generators, device: torch.device, dtype: torch.
     return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device; the host does not wait for a GPU to take it."""
-    if isinstance(x, Tensor) and x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 def _seed(generator: torch.Generator | None) -> Tensor:
     """[1] int64, drawn from a generator, or from torch's own on the CPU."""
     device = CPU if generator is None else generator.device
@@ -514,8 +460,3 @@ def _mixed(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """a x + b y, rounded once where x and y have 16 bits."""
     mixed, dtype = a * x + b * y, torch.result_type(x, y)
     return mixed.to(dtype) if dtype in LOW else mixed
-
-
-def _version(x: Tensor) -> int:
-    """Tells changes in place; -1 for a tensor of inference mode, where torch does not count them."""
-    return -1 if x.is_inference() else x._version

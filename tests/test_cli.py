@@ -1,6 +1,7 @@
 """The command line: what it writes, what it says, and one line for each thing that can be wrong."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -444,12 +445,15 @@ def readme_blocks():
 
 def test_readme_runs(tiny, monkeypatch):
     monkeypatch.setattr("fastddpm.sampler.shipped_model", lambda: tiny)
-    package, hub, own, gpu = readme_blocks()
+    package, hub, dropin, own, gpu = readme_blocks()
     names: dict = {}
     exec(package, names)
     assert names["images"].shape == (16, 4, 4, 1)
     exec(hub.replace("google/ddpm-cifar10-32", tiny).replace("250", "5"), names)
     assert names["x"].shape == (64, 1, 4, 4)
+    if importlib.util.find_spec("diffusers"):
+        exec(dropin.replace("google/ddpm-cifar10-32", tiny).replace("250", "5"), names)
+        assert [image.size for image in names["images"]] == [(4, 4)] * 4
     exec(own, names)
     assert names["points"].shape == (1000, 2)
     for there, here in (("google/ddpm-cifar10-32", tiny), ('"cuda"', '"cpu"'), ('"graph"', '"eager"')):

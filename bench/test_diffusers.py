@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.contenders import T, contender
+from bench.contenders import T
 from bench.layouts import flops, network
 from bench.machine import DEVICE, SCALE, judged, say, wait
 from fastddpm.engine import PRECISIONS
@@ -157,7 +157,6 @@ def pipeline_of(who: str, model: str, precision: str) -> Any:
 
 def made(who: str, name: str, *args: Any, **kwargs: Any) -> Any:
     """An object of diffusers' class of that name, or of ours."""
-    contender(f"diffusers eager {who}")  # both need diffusers
-    importlib.import_module("diffusers").logging.set_verbosity_error()  # of casting a network
+    pytest.importorskip("diffusers").logging.set_verbosity_error()  # of casting a network
     module = importlib.import_module("diffusers" if who == "diffusers" else "fastddpm.diffusers")
     return getattr(module, name)(*args, **kwargs)

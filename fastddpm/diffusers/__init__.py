@@ -6,9 +6,13 @@ or leave the imports alone: fastddpm.accelerate(pipe).
 """
 
 try:
-    import diffusers  # noqa: F401
+    import diffusers
+
+    if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 35):
+        raise ImportError(f"diffusers is {diffusers.__version__}")
 except ImportError as error:
-    raise ImportError("fastddpm.diffusers needs diffusers 0.35 or newer: pip install 'fastddpm[diffusers]'") from error
+    wanted = "fastddpm.diffusers needs diffusers 0.35 or newer: pip install 'fastddpm[diffusers]'"
+    raise ImportError(f"{wanted} ({error})") from error
 
 from fastddpm.diffusers.accelerating import Accelerated, accelerate
 from fastddpm.diffusers.pipelines import DDIMPipeline, DDPMPipeline

@@ -168,8 +168,44 @@ def predict_step(
     row: Any = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
     x, m = _widened(x), _widened(m)
     v, z = (None if y is None else _widened(y) for y in (v, z))
-    x_prev, x_0 = predict(x, m, row, v=v, z=z, **how)
+    if (
+        predicts == "epsilon"
+        and sampler != "ddim_clipped"
+        and learned is None
+        and not callable(clip)
+        and _alike(x, m, z)
+    ):
+        x_prev, x_0 = _predict_step_of_eps(x, m, row, z, x if sampler == "ddpm" else m, clip)
+    else:
+        x_prev, x_0 = predict(x, m, row, v=v, z=z, **how)
     return x_prev.to(dtype), x_0.to(x_0_dtype)
+
+
+def _predict_step_of_eps(
+    x: Tensor, m: Tensor, row: list[float], z: Tensor | None, w: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """`reference.diffusion.predict_step` of what is most usual, without the memory of its intermediate results.
+
+    A step of 64 x 3 x 32 x 32: DDPM 1224 -> 1099 us, of which the noise takes 508, DDIM 491 -> 424 us (a core of a Xeon,
+    2026-11-23).
+    """
+    signal, noise, of_x_0, of_w, sigma, _, _, noisy = row
+    x_0 = noise * m
+    torch.sub(x, x_0, out=x_0).div_(signal)
+    if clip is not None:
+        x_0.clamp_(-clip, clip)
+    x_prev, part = of_x_0 * x_0, of_w * w
+    x_prev += part
+    if z is not None and noisy:
+        x_prev += torch.mul(z, sigma, out=part)
+    return x_prev, x_0
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all are on the CPU in one dtype and one order, and want no gradient."""
+    return x.device.type == "cpu" and all(
+        y is None or (y.dtype == x.dtype and y.stride() == x.stride() and not y.requires_grad) for y in (x, *others)
+    )
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -71,22 +71,23 @@ def predict_step(
     """
     signal, noise, of_x_0, of_w, sigma, log_min, log_max, noisy = row
     if predicts == "epsilon":
-        predicted = (x - noise * m) / signal  # eq. 15
+        x_0 = (x - noise * m) / signal  # eq. 15
     elif predicts == "sample":
-        predicted = m
+        x_0 = m
     else:
-        predicted = signal * x - noise * m  # arXiv:2202.00512, appendix D
-    x_0 = predicted
+        x_0 = signal * x - noise * m  # arXiv:2202.00512, appendix D
     if callable(clip):
         x_0 = clip(x_0)
     elif clip is not None:
         x_0 = x_0.clamp(-clip, clip)
     if sampler == "ddpm":
         w = x
-    elif sampler == "ddim" and predicts != "sample":
-        w = m if predicts == "epsilon" else signal * m + noise * x
+    elif sampler == "ddim_clipped":
+        w = (x - signal * x_0) / noise
+    elif predicts == "sample":
+        w = (x - signal * m) / noise
     else:
-        w = (x - signal * (x_0 if sampler == "ddim_clipped" else predicted)) / noise
+        w = m if predicts == "epsilon" else signal * m + noise * x
     mean = of_x_0 * x_0 + of_w * w
     if z is None:
         return mean, x_0

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from check import assert_as_accurate
+from check import TINY, assert_as_accurate
 from safetensors.torch import load_file, save_file
 
 from fastddpm import Sampler, noise
@@ -239,3 +239,13 @@ def test_the_shipped_model_draws_what_diffusers_draws():
     ours, theirs = (quiet(package.DDPMPipeline.from_pretrained(shipped_model())) for package in PACKAGES.values())
     assert sample(ours, 3, generator=seeded()).shape == (3, 1, 28, 28)
     assert torch.equal(bits(ours), bits(theirs))
+
+
+@pytest.mark.parametrize("unet", [diffusers.UNet2DModel, fast.UNet2DModel], ids=["theirs", "ours"])
+@pytest.mark.parametrize("name", ["DDPMPipeline", "DDIMPipeline"])
+def test_a_pipeline_can_be_made_of_the_parts_of_another(name, unet):
+    """`from_pipe` compares the types of networks with those of the constructor's arguments."""
+    pipe = diffusers.DDPMPipeline(unet(**TINY), fast.DDPMScheduler())
+    made = getattr(fast, name).from_pipe(pipe)
+    assert type(made) is getattr(fast, name)
+    assert made.unet is pipe.unet

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Union
 
 import diffusers
 import torch
@@ -22,9 +22,11 @@ from fastddpm.diffusers.schedulers import (
     drawn,
 )
 from fastddpm.diffusers.tables import CPU
-from fastddpm.diffusers.unet import fused
+from fastddpm.diffusers.unet import UNet2DModel, fused
 
 StepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+
+UNet = Union[diffusers.UNet2DModel, UNet2DModel]  # noqa: UP007 (as `from_pipe`, which compares types, can read it)
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,7 @@ class Pipeline(Disguised):
 class DDPMPipeline(Pipeline, diffusers.DDPMPipeline):
     """diffusers' DDPMPipeline; a scheduler of diffusers' own class becomes one of ours."""
 
-    def __init__(self, unet: Any, scheduler: Any):
+    def __init__(self, unet: UNet, scheduler: diffusers.DDPMScheduler):
         super().__init__(unet=unet, scheduler=adopt(scheduler))
 
     @torch.no_grad()
@@ -184,7 +186,7 @@ class DDPMPipeline(Pipeline, diffusers.DDPMPipeline):
 class DDIMPipeline(Pipeline, diffusers.DDIMPipeline):
     """diffusers' DDIMPipeline; it keeps a DDIM scheduler of ours, and makes one of the config of any other."""
 
-    def __init__(self, unet: Any, scheduler: Any):
+    def __init__(self, unet: UNet, scheduler: diffusers.DDIMScheduler):
         super().__init__(unet=unet, scheduler=scheduler)
         own = isinstance(scheduler, DDIMScheduler | DDIMParallelScheduler)
         self.register_modules(scheduler=scheduler if own else adopt(self.scheduler))  # type: ignore[attr-defined]

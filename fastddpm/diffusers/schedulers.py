@@ -80,17 +80,23 @@ class Scheduler(Disguised):
 
         Args: original_samples: x_0, [N, ...]; noise: eps, like it; timesteps: [N] integers, on any device.
         """
-        if torch.compiler.is_compiling() or self.alphas_cumprod.requires_grad:
+        if not self._noises(original_samples):
             return super().add_noise(original_samples, noise, timesteps)  # type: ignore[misc]
         signal, spread = self._levels(original_samples, timesteps)
         return _mixed(signal, original_samples, spread, noise)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (arXiv:2202.00512, appendix D), as `add_noise`."""
-        if torch.compiler.is_compiling() or self.alphas_cumprod.requires_grad:
+        if not self._noises(sample):
             return super().get_velocity(sample, noise, timesteps)  # type: ignore[misc]
         signal, spread = self._levels(sample, timesteps)
         return _mixed(signal, noise, -spread, sample)
+
+    def _noises(self, x: Tensor) -> bool:
+        """Whether the tables serve these samples, or diffusers has to."""
+        abar = self.alphas_cumprod
+        ordinary = isinstance(x, Tensor) and x.dtype in FLOATS and abar.ndim == 1 and not abar.requires_grad
+        return ordinary and not torch.compiler.is_compiling()
 
     def _levels(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t) of each entry, [N, 1, ...]."""
@@ -182,6 +188,7 @@ class Scheduler(Disguised):
             and all(
                 isinstance(one, Tensor) and one.device in (CPU, x.device) for one in (self.alphas_cumprod, *made_of)
             )
+            and self.alphas_cumprod.ndim == 1
             and self.alphas_cumprod.dtype in FLOATS[:2]
             and self.config.prediction_type in PREDICTS
             and (isinstance(self.config.clip_sample_range, numbers.Real) or not self.config.clip_sample)

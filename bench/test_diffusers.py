@@ -28,7 +28,7 @@ BATCHES = {"cuda": (1, 64), "cpu": (1, 64), "tiny": (2,)}[SCALE]
 VISITED = 100  # steps of a round
 RUNS = {  # model, batch: steps of a run
     "cuda": {("cifar10-32", 1): 100, ("cifar10-32", 64): 50, ("shipped", 1): 100, ("shipped", 64): 50},
-    "cpu": {("shipped", 1): 50, ("shipped", 64): 4, ("cifar10-32", 1): 10},
+    "cpu": {("shipped", 1): 100, ("shipped", 64): 20, ("cifar10-32", 1): 40},
     "tiny": {("cifar10-32", 2): 3},
 }[SCALE]
 

@@ -15,7 +15,7 @@ from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule, StepTable
 from fastddpm.unet import UNet2D
 
-__all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "accelerate", "noise", "ops"]
+__all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]  # and accelerate
 
 
 def __getattr__(name: str) -> Any:

@@ -202,9 +202,14 @@ def _predict_step_of_eps(
 
 
 def _alike(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all are on the CPU in one dtype and one order, and want no gradient."""
-    return x.device.type == "cpu" and all(
-        y is None or (y.dtype == x.dtype and y.stride() == x.stride() and not y.requires_grad) for y in (x, *others)
+    """Whether all are on the CPU in one dtype and one order, and nothing is derived or mapped over them."""
+    return (
+        x.device.type == "cpu"
+        and all(
+            y is None or (y.dtype == x.dtype and y.stride() == x.stride() and not y.requires_grad) for y in (x, *others)
+        )
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 

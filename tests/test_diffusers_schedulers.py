@@ -321,3 +321,41 @@ def test_a_copy_is_as_good(name, duplicate):
     both(twins, lambda scheduler: scheduler.alphas_cumprod.mul_(0.9))
     assert_same_steps(*twins, (900, 500, 0))
     assert_same_steps(ours, theirs, (900, 500, 0))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize("mapped", ["vmap", "jvp"])
+def test_a_step_can_be_mapped_and_derived_forward(name, mapped):
+    x, m, dx, dm = torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for package in (diffusers, fast):
+        scheduler = getattr(package, name)()
+        scheduler.set_timesteps(10)
+        step = lambda x, m: scheduler.step(m, 0, x, return_dict=False)[0]  # noqa: B023 (called at once)
+        if mapped == "vmap":
+            found.append(torch.func.vmap(step)(x[:, None], m[:, None]))
+        else:
+            found.append(torch.stack(torch.func.jvp(step, (x, m), (dx, dm))))
+    assert torch.equal(*found)
+
+
+def test_a_whole_step_can_be_compiled():
+    x, m = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for package in (diffusers, fast):
+        torch.manual_seed(1)
+        step = torch.compile(package.DDPMScheduler().step, backend="eager", fullgraph=True)
+        found.append(step(m, 500, x, return_dict=False)[0])
+    assert torch.equal(*found)
+
+
+def test_what_was_tabulated_in_inference_mode_serves_outside():
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scheduler, t = fast.DDPMScheduler(), torch.tensor(5)
+    with torch.inference_mode():
+        scheduler.add_noise(x, x, t)
+        scheduler.step(x, 5, x)
+    leaf = x.clone().requires_grad_()
+    (scheduler.add_noise(leaf, x, t) + scheduler.step(leaf, 0, leaf).prev_sample).sum().backward()
+    assert leaf.grad.isfinite().all()

@@ -5,12 +5,13 @@ import gc
 import io
 import pickle
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from check import assert_as_accurate, at_once
+from check import TINY, assert_as_accurate, at_once
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -283,3 +284,45 @@ def test_a_copy_is_as_good(duplicate):
         twin.conv_in.weight.zero_()
     assert not torch.equal(calls(twin, X, T), want)
     assert torch.equal(calls(unet, X, T), want)
+
+
+@torch.no_grad()
+def test_a_network_made_in_inference_mode_samples_outside():
+    with torch.inference_mode():
+        unet = fast.UNet2DModel(**TINY).eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    usual = fast.UNet2DModel(**TINY).eval()
+    usual.load_state_dict(unet.state_dict())
+    with unet.sampling(), usual.sampling():
+        assert torch.equal(unet(x, 5).sample, usual(x, 5).sample)
+
+
+@torch.no_grad()
+def test_other_parameters_for_one_call_are_those_of_that_call():
+    unet = fast.UNet2DModel(**TINY).eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    others = {name: 1.5 * parameter for name, parameter in unet.named_parameters()}
+    call = lambda: torch.func.functional_call(unet, others, (x, 5)).sample
+    want = call()
+    with unet.sampling():
+        plain = unet(x, 5).sample
+        assert torch.equal(call(), want)
+        assert torch.equal(unet(x, 5).sample, plain)
+    assert not torch.allclose(plain, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(0, 3, 16, 16), (1, 4, 16, 16), (1, 3, 15, 16), (3, 16, 16)])
+def test_samples_that_do_not_fit_are_left_to_diffusers(shape):
+    torch.manual_seed(0)
+    ours = fast.UNet2DModel(**TINY).eval()
+    theirs = diffusers.UNet2DModel(**TINY).eval()
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for unet in (theirs, ours):
+        with unet.sampling() if unet is ours else nullcontext():
+            try:
+                found.append(("fine", unet(torch.ones(shape), 5).sample.shape))
+            except (RuntimeError, ValueError, IndexError) as error:
+                found.append((type(error), str(error)))
+    assert found[0] == found[1]

@@ -103,8 +103,9 @@ class Scheduler(Disguised):
         self.alphas_cumprod = abar = send(self.alphas_cumprod, x.device)
         roots = self._roots
         if roots is None or roots[1] != x.dtype or not roots[0].is_(abar):
-            rounded = abar if x.dtype in LOW else abar.to(x.dtype)
-            self._roots = roots = Seen(abar), x.dtype, rounded**0.5, (1 - rounded) ** 0.5
+            with torch.inference_mode(False):  # else they would be of no use outside of it
+                rounded = abar if x.dtype in LOW else abar.to(x.dtype)
+                self._roots = roots = Seen(abar), x.dtype, rounded**0.5, (1 - rounded) ** 0.5
         _, _, signal, spread = roots
         t = send(timesteps, x.device)
         shape = (-1, *[1] * (x.ndim - 1))
@@ -217,9 +218,10 @@ class Scheduler(Disguised):
         abar, table = self.alphas_cumprod, self._table
         tensors = abar, *made_of
         if table is None or not table.is_of(key, tensors):
-            t, columns = self._columns(*key)
-            rows = abar.new_full((1 + len(abar), 8), torch.nan)
-            rows[send(torch.tensor(t, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
+            with torch.inference_mode(False), torch.no_grad():
+                t, columns = self._columns(*key)
+                rows = torch.full((1 + len(abar), 8), torch.nan, dtype=abar.dtype, device=abar.device)
+                rows[send(torch.tensor(t, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
             self._table = table = Table(key, list(map(Seen, tensors)), rows, frozenset(t))
         return table
 
@@ -274,9 +276,12 @@ class DDPM(Scheduler):
             )
         if done is None:
             not_served(noise, self.noise)
+            step = super().step  # type: ignore[misc]
+            if type_ != "fixed_large_log":
+                return step(model_output, timestep, sample, generator, return_dict)
             token = _deferred.set(True)
             try:
-                return super().step(model_output, timestep, sample, generator, return_dict)  # type: ignore[misc]
+                return step(model_output, timestep, sample, generator, return_dict)
             finally:
                 _deferred.reset(token)
         return self.output(*done) if return_dict else done
@@ -285,7 +290,7 @@ class DDPM(Scheduler):
         self, t: Any, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor | None:
         # diffusers' step takes the root of what this returns, of fixed_large_log a logarithm: NaN (#14569)
-        if _deferred.get() and self.config.variance_type == "fixed_large_log":
+        if self.config.variance_type == "fixed_large_log" and _deferred.get():
             variance_type = "fixed_large"
         return super()._get_variance(t, predicted_variance, variance_type)  # type: ignore[misc]
 

@@ -37,7 +37,7 @@ class UNet2DModel(Disguised, diffusers.UNet2DModel):
                 for t in scheduler.timesteps:
                     x = scheduler.step(unet(x, t).sample, t, x).prev_sample
 
-        The copy has the weights of the time the context is entered. Calls that want a gradient, other timesteps for
+        The copy has the weights of the first of these calls. Calls that want a gradient, other timesteps for
         each entry, or what else the copy does not do (see `obstacle`) are diffusers' own. A timestep on a GPU is waited
         for in each call; one on the host is not.
         """
@@ -67,12 +67,17 @@ class Run(ExitStack):
         super().__init__()
         self.unet, self.T = unet, unet.config.num_train_timesteps or T
         self.device, self.dtype = unet.device, unet.dtype
+        self.parameters = [
+            (part._parameters, name, part._parameters[name]) for part in unet.modules() for name in part._parameters
+        ]
         self.like: tuple[Any, ...] | None = None  # of the calls that `forward` is for
         self.forward: Forward | None = None
 
     def __call__(self, x: Tensor, timestep: Any, labels: Any) -> Tensor | None:
         """What the network makes of x, or None where that is left to diffusers."""
-        if torch.is_grad_enabled() or x.dtype != self.dtype:
+        if torch.is_grad_enabled() or x.dtype != self.dtype or not fits(self.unet, x.shape, labels):
+            return None
+        if any(parts[name] is not parameter for parts, name, parameter in self.parameters):  # as by functional_call
             return None
         if isinstance(timestep, Tensor) and (timestep.ndim or timestep.is_floating_point()):
             return None
@@ -101,7 +106,7 @@ def fused(unet: Any, timesteps: Tensor, shape: tuple[int, ...], labels: Any = No
         shape: [N, C, H, W] of the calls.
         labels: [N], for a class-conditional network.
     """
-    if obstacle(unet) is not None or timesteps.is_floating_point():
+    if obstacle(unet) is not None or timesteps.is_floating_point() or not fits(unet, shape, labels):
         yield None
         return
     engine = shared_engine(unet, shape[1:], max(T, len(timesteps)))
@@ -145,6 +150,13 @@ def obstacle(unet: Any) -> str | None:
             if (_told(told[key]) if key in told else None) != value:
                 return f"{name or 'it'} is not as configured: {key or 'its type'} is {_told(told.get(key))}"
     return None if modules.keys() == expected.keys() else "its modules are not those of its configuration"
+
+
+def fits(unet: Any, shape: tuple[int, ...], labels: Any) -> bool:
+    """Whether samples, [N, C, H, W], and labels are what a network wants; where not, diffusers says so."""
+    factor = 1 << (len(unet.config.block_out_channels) - 1)
+    sizes = len(shape) == 4 and shape[1] == unet.config.in_channels and all(side % factor == 0 for side in shape[2:])
+    return sizes and 0 not in shape and (labels is None) == (unet.class_embedding is None)
 
 
 @lru_cache
@@ -191,9 +203,9 @@ def shared_engine(unet: Any, shape: tuple[int, ...], timesteps: int) -> Engine:
     if kept is None or kept[0] != wanted:
         with torch.device("meta"):
             shared = UNet2D(**unet.config)
-        for name, parameter in shared.named_parameters():
-            parameter.requires_grad_(parameters[name].requires_grad)  # or the assignment would change theirs
-        shared.load_state_dict(parameters, assign=True)
+        for name, parameter in parameters.items():
+            module, _, leaf = name.rpartition(".")
+            shared.get_submodule(module)._parameters[leaf] = parameter  # load_state_dict would set its requires_grad
         kept = _engines[unet] = wanted, Engine(shared.eval(), tuple(shape), timesteps, device, precision)
     return kept[1]
 

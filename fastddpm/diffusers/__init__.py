@@ -5,10 +5,12 @@ from fastddpm.diffusers import DDPMPipeline  # instead of: from diffusers import
 or leave the imports alone: fastddpm.accelerate(pipe).
 """
 
+import re
+
 try:
     import diffusers
 
-    if tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 35):
+    if tuple(map(int, re.findall(r"\d+", diffusers.__version__)[:2])) < (0, 35):
         raise ImportError(f"diffusers is {diffusers.__version__}")
 except ImportError as error:
     wanted = "fastddpm.diffusers needs diffusers 0.35 or newer: pip install 'fastddpm[diffusers]'"

@@ -164,8 +164,9 @@ def predict_step(
         t = at - 1 if isinstance(at, int) else (at - 1).clamp(min=0)
         if not isinstance(t, int) or t >= 0:
             z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t).to(torch.promote_types(dtype, torch.float32))
-    # as numbers a row costs less on a CPU; on a GPU that would wait for it
-    row: Any = rows[at].tolist() if x.device.type == "cpu" else rows[at].unbind()
+    row: Any = rows[at] if isinstance(at, int) else rows.index_select(0, at.reshape(1))[0]
+    # as numbers it costs less on a CPU; on a GPU that would wait for it
+    row = row.tolist() if x.device.type == "cpu" else row.unbind()
     x, m = _widened(x), _widened(m)
     v, z = (None if y is None else _widened(y) for y in (v, z))
     if (

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_twice_is_harmless(make):
     assert type(pipe) is kind
     assert report.replaced == {}
     assert report.left == dict.fromkeys(("unet", "scheduler", "pipeline"), "it is ours already")
-    assert str(report).splitlines()[0].endswith(": left alone, for it is ours already")
+    assert str(report).splitlines()[0].endswith(": left alone (it is ours already)")
     assert torch.equal(sample(pipe), images)
 
 
@@ -130,7 +131,7 @@ def test_a_scheduler_of_another_kind_is_left_alone():
     assert report.left == {"scheduler": ONLY.format("DPMSolverMultistepScheduler")}
     assert list(report.replaced) == ["unet", "pipeline"]
     assert type(scheduler) is diffusers.DPMSolverMultistepScheduler
-    assert str(report).splitlines()[-1] == f"scheduler: left alone, for {report.left['scheduler']}"
+    assert str(report).splitlines()[-1] == f"scheduler: left alone ({report.left['scheduler']})"
 
 
 def test_a_scheduler_of_a_users_own_class_is_left_alone():
@@ -294,6 +295,10 @@ def test_noise(noise):
     assert torch.equal(sample(pipe), sample(pipeline()))
 
 
+class Another(diffusers.DDPMPipeline):
+    pass
+
+
 @pytest.mark.parametrize("pipe", [None, nn.Identity(), "google/ddpm-cifar10-32"], ids=["None", "module", "name"])
 def test_what_is_no_pipeline_is_refused(pipe):
     text = error_line(accelerate, pipe)
@@ -310,3 +315,13 @@ def test_what_is_refused_changes_nothing():
     text = error_line(accelerate, pipe, noise=3)
     assert text == "noise is 3, but the scheduler is a MyScheduler, which draws its own; leave it out"
     assert type(pipe.unet) is diffusers.UNet2DModel
+
+
+def test_an_accelerated_pipeline_of_another_kind_can_be_pickled_and_copied():
+    pipe = pipeline(diffusers)
+    pipe.__class__ = Another
+    accelerate(pipe)
+    for made in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert isinstance(made, Another)
+        assert type(made) is not Another
+        assert torch.equal(sample(made), sample(pipe))

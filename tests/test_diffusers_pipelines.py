@@ -339,3 +339,22 @@ def test_a_callback_sees_each_step_and_may_change_it(kind):
     assert text == (
         "callback_on_step_end_tensor_inputs has z; want some of latents, model_output, pred_original_sample"
     )
+
+
+def test_latents_of_another_shape_from_a_callback_are_refused():
+    pipe = pipeline()
+    text = error_line(pipe, 2, num_inference_steps=2, callback_on_step_end=lambda *a: {"latents": torch.zeros(1)})
+    assert text.startswith("callback_on_step_end returned latents of (1,); want (2, ")
+
+
+def test_a_callback_can_change_and_flatten_the_state():
+    def halve(pipe, i, t, tensors):
+        for tensor in tensors.values():
+            tensor.view(-1)
+        tensors["latents"].mul_(0.5)
+
+    pipe = pipeline()
+    how = {"callback_on_step_end_tensor_inputs": ("latents", "model_output", "pred_original_sample")}
+    changed = sample(pipe, callback_on_step_end=halve, **how)
+    assert torch.equal(changed, sample(pipe, callback_on_step_end=lambda *a: {"latents": a[3]["latents"] * 0.5}))
+    assert not torch.equal(changed, sample(pipe))

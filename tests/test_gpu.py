@@ -397,6 +397,7 @@ def test_a_pipeline_draws_the_same_images_from_a_graph(dtype, place, monkeypatch
     assert torch.equal(*images)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("source", [{"noise": 7}, {"generator": "cpu"}, {"generator": "cuda"}], ids=str)
 def test_the_steps_of_a_pipeline_do_not_wait(source):
     pipe, seen = pipeline(), []

@@ -21,7 +21,7 @@ class Accelerated:
 
     def __str__(self) -> str:
         lines = [f"{name}: {what}" for name, what in self.replaced.items()]
-        return "\n".join(lines + [f"{name}: left alone, for {why}" for name, why in self.left.items()])
+        return "\n".join(lines + [f"{name}: left alone ({why})" for name, why in self.left.items()])
 
 
 def accelerate(pipe: Any, *, noise: Noise | None = None) -> Accelerated:
@@ -93,5 +93,16 @@ def _sampling(pipeline: type) -> type:
         with unet.sampling() if isinstance(unet, UNet2DModel) else nullcontext():
             return pipeline.__call__(self, *args, **kwargs)
 
-    body = {"__call__": __call__, "__module__": pipeline.__module__, "__doc__": pipeline.__doc__, "_loop": pipeline}
-    return type(pipeline.__name__, (pipeline,), body)
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _sampling_again, (pipeline,), vars(self)  # a class without a place of its own cannot be pickled
+
+    body = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_loop": pipeline}
+    return type(
+        pipeline.__name__, (pipeline,), {**body, "__module__": pipeline.__module__, "__doc__": pipeline.__doc__}
+    )
+
+
+def _sampling_again(pipeline: type) -> Any:
+    made: Any = object.__new__(pipeline)
+    made.__class__ = _sampling(pipeline)
+    return made

@@ -90,13 +90,16 @@ class Pipeline(Disguised):
                 done = self.scheduler.step(m, t, x, generator=generator, **how)
                 x = done.prev_sample
                 if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": x,
-                        "model_output": m,
-                        "pred_original_sample": done.get("pred_original_sample"),
-                    }
+                    x = x.contiguous()
+                    tensors = {"latents": x, "model_output": m.contiguous()}
+                    if "pred_original_sample" in done:
+                        tensors["pred_original_sample"] = done.pred_original_sample.contiguous()
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     x = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x)
+                    if x.shape != shape:
+                        raise ValueError(f"callback_on_step_end returned latents of {tuple(x.shape)}; want {shape}")
+        if x.is_cuda:  # its memory is of the stream of the steps
+            x.record_stream(torch.cuda.current_stream(x.device))
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return ImagePipelineOutput(images=images) if return_dict else (images,)

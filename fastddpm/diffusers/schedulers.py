@@ -6,6 +6,7 @@ the inherited one, so that bad input raises diffusers' own errors. Equation numb
 """
 
 import numbers
+from collections import deque
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -31,7 +32,9 @@ INTEGERS = (torch.int64, torch.int32)
 PREDICTS = ("epsilon", "sample", "v_prediction")
 LEARNED = ("learned", "learned_range")
 ASKED = ("previous_timestep", "_get_variance")  # by diffusers' step; a table has their answers
+AHEAD = 8  # draws of noise on the host that may wait for a GPU to take them: each holds page-locked memory
 
+_under_way: "deque[torch.cuda.Event]" = deque()  # such draws
 _deferred: ContextVar[bool] = ContextVar("deferred", default=False)  # to diffusers' own step
 
 
@@ -107,7 +110,7 @@ class Scheduler(Disguised):
                 rounded = abar if x.dtype in LOW else abar.to(x.dtype)
                 self._roots = roots = Seen(abar), x.dtype, rounded**0.5, (1 - rounded) ** 0.5
         _, _, signal, spread = roots
-        t = send(timesteps, x.device)
+        t = send(timesteps, x.device).reshape(-1)  # an index of no dimension is waited for
         shape = (-1, *[1] * (x.ndim - 1))
         return signal[t].view(shape), spread[t].view(shape)
 
@@ -168,7 +171,8 @@ class Scheduler(Disguised):
         clip: Any = config.clip_sample_range if config.clip_sample else None
         if config.thresholding:
             clip = self._threshold_sample  # type: ignore[attr-defined]
-        rows, at = table.on(x.device), timestep.long() + 1 if t is None else t + 1
+        rows = table.on(x.device)
+        at = (timestep.long() + 1).clamp(0, len(rows) - 1) if t is None else t + 1
         return ops.predict_step(x, m, rows, at, predicts=config.prediction_type, clip=clip, z=z, **how)
 
     def _ordinary(self, x: Any, m: Any, timestep: Any, made_of: Any) -> bool:
@@ -220,7 +224,7 @@ class Scheduler(Disguised):
         if table is None or not table.is_of(key, tensors):
             with torch.inference_mode(False), torch.no_grad():
                 t, columns = self._columns(*key)
-                rows = torch.full((1 + len(abar), 8), torch.nan, dtype=abar.dtype, device=abar.device)
+                rows = torch.full((2 + len(abar), 8), torch.nan, dtype=abar.dtype, device=abar.device)
                 rows[send(torch.tensor(t, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
             self._table = table = Table(key, list(map(Seen, tensors)), rows, frozenset(t))
         return table
@@ -450,7 +454,8 @@ def not_served(noise: Any, attribute: Any) -> None:
     if noise != "generator":
         raise ValueError(
             f"noise is {noise!r}, but this step is not an ordinary one, and so is left to diffusers, which draws from "
-            "torch; want a listed timestep, floating-point tensors of one shape on one CPU or GPU, no torch.compile"
+            "torch; want a listed timestep, floating-point tensors of one shape on one CPU or GPU, no torch.compile, "
+            f"and {' and '.join(ASKED)} as they are"
         )
 
 
@@ -458,7 +463,11 @@ def drawn(shape: Any, generator: Generators, device: torch.device, dtype: torch.
     """Standard normals as diffusers draws them; from a generator on the CPU to a GPU without waiting for it."""
     first = generator[0] if isinstance(generator, list) else generator
     if device.type == "cuda" and first is not None and first.device.type == "cpu":
-        return send(randn_tensor(shape, generator=generator, device=CPU, dtype=dtype), device)
+        z = send(randn_tensor(shape, generator=generator, device=CPU, dtype=dtype), device)
+        _under_way.append(torch.cuda.current_stream(device).record_event())
+        if len(_under_way) > AHEAD:
+            _under_way.popleft().synchronize()
+        return z
     return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
 

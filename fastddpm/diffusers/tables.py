@@ -32,8 +32,8 @@ class Table:
 
     Attributes:
         key, made_of: what they were computed of.
-        rows: [1 + len(alphas_cumprod), 8], in its dtype and on its device: that of timestep t is row t + 1, as
-            `reference.diffusion.predict_step` has it; NaN where t is not visited.
+        rows: [2 + len(alphas_cumprod), 8], in its dtype and on its device: that of timestep t is row t + 1, as
+            `reference.diffusion.predict_step` has it; NaN where t is not visited, and in the last.
         visited: the timesteps that have a row.
     """
 
@@ -48,7 +48,8 @@ class Table:
         if device.type == "cpu":
             return self.rows
         if device not in self.copies:
-            self.copies[device] = send(self.rows.float(), device)
+            with torch.inference_mode(False), torch.no_grad():  # else it would be of no use outside of it
+                self.copies[device] = send(self.rows.float(), device)
         return self.copies[device]
 
     def is_of(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:

@@ -37,9 +37,10 @@ class UNet2DModel(Disguised, diffusers.UNet2DModel):
                 for t in scheduler.timesteps:
                     x = scheduler.step(unet(x, t).sample, t, x).prev_sample
 
-        The copy has the weights of the first of these calls. Calls that want a gradient, other timesteps for
-        each entry, or what else the copy does not do (see `obstacle`) are diffusers' own. A timestep on a GPU is waited
-        for in each call; one on the host is not.
+        The copy has the weights of the first of these calls. Calls that want a gradient, at timesteps in a tensor of
+        one dimension or beyond those the network was trained for (1000, if it does not say), or what else the copy does
+        not do (see `obstacle`) are diffusers' own. A timestep on a GPU is waited for in each call; one on the host is
+        not.
         """
         key = threading.get_ident(), id(self)
         if key in _runs or obstacle(self) is not None:
@@ -156,7 +157,8 @@ def fits(unet: Any, shape: tuple[int, ...], labels: Any) -> bool:
     """Whether samples, [N, C, H, W], and labels are what a network wants; where not, diffusers says so."""
     factor = 1 << (len(unet.config.block_out_channels) - 1)
     sizes = len(shape) == 4 and shape[1] == unet.config.in_channels and all(side % factor == 0 for side in shape[2:])
-    return sizes and 0 not in shape and (labels is None) == (unet.class_embedding is None)
+    labelled = labels is None or (isinstance(labels, Tensor) and labels.shape[:1] == shape[:1])
+    return sizes and labelled and 0 not in shape and (labels is None) == (unet.class_embedding is None)
 
 
 @lru_cache

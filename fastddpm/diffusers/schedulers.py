@@ -52,6 +52,8 @@ class Scheduler(Disguised):
     alphas_cumprod: Tensor
     timesteps: Tensor
     output: type  # of step
+    # (*key) -> the timesteps that have a row, and the columns: by the operations of diffusers, in its order
+    _columns: Callable[..., tuple[list[int], list[Tensor]]]
 
     noise: Noise = "generator"
     _table: Table | None = None
@@ -228,10 +230,6 @@ class Scheduler(Disguised):
                 rows[send(torch.tensor(t, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
             self._table = table = Table(key, list(map(Seen, tensors)), rows, frozenset(t))
         return table
-
-    def _columns(self, *key: Any) -> tuple[list[int], list[Tensor]]:
-        """The timesteps that have a row, and the columns: by the operations of diffusers, in its order."""
-        raise NotImplementedError
 
 
 class DDPM(Scheduler):

@@ -174,7 +174,7 @@ class Sampler:
         timesteps: Iterable[int] | None = None,
         sampler: str = "ddpm",
         eta: float = 0.0,
-        noise: bool = True,
+        noise: float = True,
         batch_size: int | None = None,
         class_labels: Iterable[int] | Tensor | None = None,
         progress: bool = True,
@@ -188,7 +188,7 @@ class Sampler:
             steps: how many of the T timesteps to visit; None: all, the exact ancestral sampler.
             timesteps: visit exactly these instead, strictly descending.
             sampler: "ddpm" or "ddim"; eta: DDIM's, 0 is deterministic.
-            noise: False switches sigma_t z off, and each step returns its mean.
+            noise: what sigma_t z is multiplied by; False switches it off, and each step returns its mean.
             batch_size: samples computed together; None chooses by the device and the size of a sample. Without enough
                 memory it is halved, with a warning. It does not apply with batch_invariant.
             class_labels: of a class-conditional `UNet2D`: one label per sample.

@@ -233,7 +233,7 @@ class Schedule:
         sampler: str = "ddpm",
         eta: float = 0.0,
         timesteps: Iterable[int] | None = None,
-        noise: bool = True,
+        noise: float = True,
     ) -> StepTable:
         """The rows of one sampler, on the CPU.
 
@@ -242,7 +242,7 @@ class Schedule:
             sampler: "ddpm" (Algorithm 2; over fewer steps alpha_t is abar_t/abar_prev) or "ddim" (arXiv:2010.02502).
             eta: of DDIM: 0 is deterministic, 1 has DDPM's noise. More than 1 works while sigma_t^2 <= 1 - abar_prev.
             timesteps: visit exactly these, strictly descending, instead of `steps`.
-            noise: False switches sigma_t z off: every step returns its mean.
+            noise: what sigma_t z is multiplied by; False switches it off: every step returns its mean.
         Raises: ValueError: an argument is not as above, or the network predicts epsilon where abar_t = 0.
         """
         if timesteps is None:
@@ -265,7 +265,7 @@ class Schedule:
 
 
 def step_rows(
-    schedule: Schedule, timesteps: Tensor, *, sampler: str = "ddpm", eta: float = 0.0, noise: bool = True
+    schedule: Schedule, timesteps: Tensor, *, sampler: str = "ddpm", eta: float = 0.0, noise: float = True
 ) -> Tensor:
     """The rows of `Schedule.table` before they are rounded: [S, 8] float64.
 
@@ -274,6 +274,8 @@ def step_rows(
     _known("sampler", sampler, SAMPLERS)
     if not _real(eta) or eta < 0:
         raise ValueError(f"eta is {eta!r}; want a number, 0 <= eta (1 gives DDPM's noise)")
+    if not isinstance(noise, bool) and (not _real(noise) or noise < 0):
+        raise ValueError(f"noise is {noise!r}; want True, False or a number >= 0, the share of sigma_t z that is added")
     if sampler == "ddpm" and eta != 0:
         raise ValueError(
             f"eta is {eta} with sampler 'ddpm'; eta is for sampler='ddim', variance_type sets DDPM's noise"
@@ -310,8 +312,7 @@ def step_rows(
     if not schedule.clip_sample:
         A, B, C = torch.zeros_like(A), B + A * cx, C + A * cm
     S[0] = 0
-    if not noise:
-        S = torch.zeros_like(S)
+    S = float(noise) * S
     bound = torch.full_like(A, schedule.clip_sample_range if schedule.clip_sample else math.inf)
     return torch.stack([cx, cm, -bound, bound, A, B, C, S], 1)
 

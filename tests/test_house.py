@@ -23,7 +23,9 @@ LAYERS = (
     "cli",
     "verify",
     "rungs",
+    "likelihood",
     "train",
+    "runs",
     "diffusers",
     "sampler",
     "engine",
@@ -34,11 +36,13 @@ LAYERS = (
     "noise",
     "schedule",
     "images",
+    "plots",
     "data",
+    "distributed",
 )
 LAYERS += ("files", "layout", "reference", "kernels", "_version")
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
-KNOWN = {"torch", "numpy", "PIL", "tqdm", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
+KNOWN = {"torch", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
 LIGHT = {"torch", *sys.stdlib_module_names}
 
 
@@ -192,7 +196,10 @@ assert not torch.cuda.is_initialized()
 """
     loaded = set(python(code, tmp_path).split())
     assert "fastddpm" in loaded
-    assert loaded & {"triton", "diffusers", "PIL", "huggingface_hub", "safetensors", "tqdm", "kernels"} == set()
+    assert (
+        loaded & {"triton", "diffusers", "PIL", "matplotlib", "huggingface_hub", "safetensors", "tqdm", "kernels"}
+        == set()
+    )
 
 
 def test_samples_without_triton(tmp_path):

@@ -198,6 +198,18 @@ def test_rows_take_the_steps_of_the_specification(variance_type, clip):
     assert_close(got, paper.step(x, m, torch.arange(50), z, variance_type=variance_type, clip=clip))
 
 
+@pytest.mark.parametrize("share", [0.5, 1, 0, 2.0])
+def test_noise_is_the_share_of_sigma_that_is_added(share):
+    some, whole = (Schedule().table(20, noise=noise).rows for noise in (share, True))
+    assert torch.equal(some[:, :-1], whole[:, :-1])
+    assert torch.equal(some[:, -1], share * whole[:, -1])
+
+
+@pytest.mark.parametrize("noise", [-0.5, float("nan"), float("inf"), "half", None])
+def test_a_share_of_sigma_that_makes_no_sense(noise):
+    assert f"noise is {noise!r}; want True, False or a number >= 0" in error_line(Schedule().table, 20, noise=noise)
+
+
 def test_noise_off_returns_the_mean():
     for options in ({"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.7}):
         on, off = (Schedule().table(20, **options, noise=noise) for noise in (True, False))

@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from check import error_line
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -1,0 +1,210 @@
+"""Several processes at one job: who takes what, sums with the same bits everywhere, errors that all ranks share."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+from check import error_line
+
+from fastddpm.distributed import AgreedError, Ranks, ranks
+
+PROGRAM = """
+import json, os, sys, torch
+from fastddpm.distributed import ranks
+from fastddpm import distributed
+
+def tell(**said):
+    os.write(1, (json.dumps(said) + "\\n").encode())  # in one piece: the ranks share the stream
+
+"""
+
+
+def start(program, size):
+    """Run a program under torchrun: (status, what each rank told in order of their ranks, stderr)."""
+    elastic = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    done = subprocess.run(
+        [*elastic, "--no-python", sys.executable, "-c", PROGRAM + textwrap.dedent(program)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.returncode, sorted(told, key=lambda said: said["rank"]), done.stderr
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("count", [64, 65, 127, 1000])
+def test_shares_follow_each_other_and_are_even(size, count):
+    shares = [Ranks(rank, size).share(count) for rank in range(size)]
+    assert [i for share in shares for i in range(count)[share]] == list(range(count))
+    lengths = {share.stop - share.start for share in shares}
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_a_batch_that_does_not_go_round():
+    assert "a batch of 2 does not go round 3 processes; enlarge it" in error_line(Ranks(1, 3).share, 2)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "not looked at"])
+def test_without_torchrun_there_is_one(device, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # as some clusters set it for all that they start
+    with ranks(device) as alone:
+        assert alone == Ranks(0, 1, device)
+        assert not dist.is_initialized()
+        x = torch.tensor([3.0])
+        alone.sum_([x])
+        assert x.tolist() == [3.0]
+        with pytest.raises(KeyError, match="as it is"), alone.agree():
+            raise KeyError("as it is")
+
+
+def test_a_group_that_is_there_is_used_and_left(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        with ranks("cpu") as joined:
+            assert joined == Ranks(0, 1, "cpu")
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """As torchrun would start it on a machine of two GPUs; joining is recorded, not done."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    called = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("set_device", device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: called.append(("init", args, kwargs)))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("destroy"))
+    return called
+
+
+@pytest.mark.parametrize("device", [None, "cuda", torch.device("cuda")], ids=str)
+def test_each_process_takes_its_gpu(second_of_two, device):
+    own = torch.device("cuda", 1)
+    with ranks(device) as joined:
+        assert joined == Ranks(1, 2, own)
+        assert second_of_two == [("set_device", own), ("init", ("cpu:gloo,cuda:nccl",), {"device_id": own})]
+    assert second_of_two[2:] == ["destroy"]
+
+
+def test_a_cpu_is_asked_for_beside_gpus(second_of_two):
+    with ranks("cpu") as joined:
+        assert joined == Ranks(1, 2, "cpu")
+    assert second_of_two == [("init", ("gloo",), {"device_id": None}), "destroy"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("error", [AgreedError, RuntimeError])
+def test_the_group_is_closed_after_an_error_of_all(second_of_two, device, error):
+    """But not after one of this rank alone: nccl would wait for the others, and they would end before it is told."""
+    with pytest.raises(error, match="told"), ranks(device):
+        raise error("told")
+    assert ("destroy" in second_of_two) == (error is AgreedError)
+
+
+def enter(device):
+    with ranks(device):
+        pass
+
+
+def test_gpus_that_are_not_to_be_had(second_of_two, monkeypatch):
+    assert "device is 'cuda:0'; of several processes each takes a GPU of its own" in error_line(enter, "cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    want = "process 1 finds no GPU: this machine has 1; give --nproc-per-node 1"
+    assert error_line(enter, "cuda") == want
+    assert second_of_two == []
+
+
+def test_others_that_cannot_be_reached(second_of_two, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise dist.DistNetworkError("refused\n")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    want = "cannot join the 2 processes of torchrun: DistNetworkError: refused; start them all"
+    assert error_line(enter, "cpu") == want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_have_the_same_bits_on_every_rank(size):
+    """And those of whole numbers are exact; a channels-last tensor, a number and an empty one among them."""
+    status, told, stderr = start(
+        """
+        with ranks("cpu") as r:
+            values = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(r.rank))
+            sums = [values.to(memory_format=torch.channels_last), torch.tensor(float(r.rank + 1)), torch.zeros(0)]
+            same = [x.data_ptr() for x in sums]
+            r.sum_(sums)
+            assert same == [x.data_ptr() for x in sums]
+            tell(rank=r.rank, size=r.size, sums=[x.tolist() for x in sums], device=r.device)
+        assert not torch.distributed.is_initialized()
+        """,
+        size,
+    )
+    assert status == 0, stderr
+    assert [(said["rank"], said["size"], said["device"]) for said in told] == [(r, size, "cpu") for r in range(size)]
+    assert all(said["sums"] == told[0]["sums"] for said in told)
+    values, whole, nothing = told[0]["sums"]
+    assert (whole, nothing) == (size * (size + 1) / 2, [])
+    parts = [torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(r)) for r in range(size)]
+    orders = [sum(parts[i:] + parts[:i]) for i in range(size)]  # whichever rank began
+    assert all(any(order[at] == value for order in orders) for at, value in _entries(values))
+
+
+def _entries(nested):
+    values = torch.tensor(nested)
+    return [(tuple(at), values[tuple(at)]) for at in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist()]
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_is_everybodys_and_nobody_waits():
+    """Of several that fail, the first one's; then the ranks go on together, in step."""
+    status, told, stderr = start(
+        """
+        with ranks("cpu") as r:
+            said = []
+            for failing in ([], [1], [1, 2], [0, 1, 2]):
+                try:
+                    with r.agree():
+                        if r.rank in failing:
+                            raise RuntimeError("two\\n lines") if failing == [1] else ValueError(r.rank)
+                except distributed.AgreedError as error:
+                    said.append([str(error), error.__cause__ is not None])
+            tell(rank=r.rank, said=said)
+        """,
+        3,
+    )
+    assert status == 0, stderr
+    for rank, said in enumerate(told):
+        assert said["said"] == [["RuntimeError: two lines", rank == 1], ["1", rank in (1, 2)], ["0", True]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["with r.agree():", "if True:"], ids=["agreed", "alone"])
+def test_a_rank_that_fails_ends_the_job(where):
+    """Also when the others wait for it in a sum."""
+    status, _, stderr = start(
+        f"""
+        with ranks("cpu") as r:
+            {where}
+                if r.rank == 1:
+                    raise ValueError("of rank one alone")
+            r.sum_([torch.zeros(3)])
+            tell(rank=r.rank)
+        """,
+        2,
+    )
+    assert status == 1
+    assert "ValueError: of rank one alone" in stderr

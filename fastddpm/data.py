@@ -1,8 +1,9 @@
-"""Images to learn from or to compare with: uint8 [N, H, W, C] from an .npz, an MNIST-format file or a folder."""
+"""Images to learn from or to compare with, and their classes: from an .npz, an MNIST-format file or a folder."""
 
 import gzip
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-_ARRAYS = ("x_train", "x", "arr_0", "images")
+_ARRAYS = {"x_train": "y_train", "x": "y", "arr_0": "arr_1", "images": "labels"}  # of images, and of their labels
+_MAGIC = {b"PK": "npz", b"\x1f\x8b": "idx", b"\0\0": "idx"}  # how a file begins
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 _GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 _WANTED = "want an .npz, an MNIST-format file (idx, plain or .gz) or a folder of images"
@@ -29,62 +31,142 @@ def load_images(path: str | os.PathLike[str], *, progress: bool = True) -> np.nd
     Returns: uint8 [N, H, W, C], C = 1, 3 or 4.
     Raises: ValueError: it does not exist, is of another kind, is damaged, is empty, or its images differ in size.
     """
+    path, kind = _opened(path)
+    if kind == "folder":
+        return _load_folder(path, progress)
+    if kind == "npz":
+        return _checked(*_load_npz(path))
+    return _checked(_load_idx(path, (3, 4), "images"), path)
+
+
+def load_labels(path: str | os.PathLike[str], *, count: int) -> np.ndarray:
+    """The classes of the images that `load_images(path)` gives, in the same order.
+
+    Args:
+        path: one of
+            an .npz with integers [N] or [N, 1]: array y_train beside the images x_train, y beside x, arr_1 beside
+            arr_0, labels beside images;
+            an MNIST-format file of images, named so: the file of labels beside it is read, such as
+            train-labels-idx1-ubyte for train-images-idx3-ubyte.gz, either of them gzipped or not;
+            a folder of one folder for each class: their names, sorted, are the classes 0, 1, ...
+        count: how many images there are, N.
+    Returns: int64 [N], 0 <= label < K, each of the K > 1 classes there at least once.
+    Raises: ValueError: there are no labels, they are damaged, not one per image, or not as above.
+    """
+    path, kind = _opened(path)
+    if kind == "folder":
+        labels, name = _folder_labels(path), str(path)
+    elif kind == "npz":
+        labels, name = _load_npz(path, labels=True)
+    else:
+        name = str(_labels_beside(path))
+        labels = _load_idx(Path(name), (1,), "labels")
+    return _checked_labels(labels, name, count)
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The path, and what lies there: folder, npz or idx."""
     if not os.fspath(path):
         raise ValueError(f"path is ''; {_WANTED}")
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, progress)
+        return path, "folder"
     try:
         with open(path, "rb") as file:
-            magic = file.read(4)
+            magic = file.read(2)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}; {_WANTED}") from error
-    if magic[:2] == b"PK":
-        return _checked(*_load_npz(path))
-    if magic[:2] == b"\x1f\x8b" or magic[:2] == b"\0\0":
-        return _checked(_load_idx(path, gzipped=magic[:1] == b"\x1f"), path)
-    raise ValueError(f"{path} is of unknown type; {_WANTED}")
+    if magic not in _MAGIC:
+        raise ValueError(f"{path} is of unknown type; {_WANTED}")
+    return path, _MAGIC[magic]
 
 
 def _checked(array: np.ndarray, name: object) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
         wanted = "uint8 (0..255) [N, H, W] or [N, H, W, C] with C = 1, 3 or 4"
-        raise ValueError(f"{name} is {list(array.shape)} {array.dtype}; want {wanted}")
+        raise ValueError(f"{name} is {list(array.shape)} {array.dtype}; want {wanted}{_conversion(array)}")
     if array.size == 0:
         raise ValueError(f"{name} is {list(array.shape)}: it holds no images")
+    if array.max() == 1:
+        raise ValueError(f"{name} is 0 and 1 only, all but black in 0..255; multiply it by 255")
     return array if array.ndim == 4 else array[..., None]
 
 
-def _load_npz(path: Path) -> tuple[np.ndarray, str]:
+def _conversion(x: np.ndarray) -> str:
+    """How to make images of numbers that look like some."""
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4) and x.shape[3] not in (1, 3, 4):
+        return "; move its channels: x.transpose(0, 2, 3, 1)"
+    if x.dtype.kind not in "fiu" or x.dtype == np.uint8 or x.size == 0 or x.ndim not in (3, 4):
+        return ""
+    low, high = x.min(), x.max()
+    if x.dtype.kind == "f" and low >= -1 and high <= 1:
+        return f"; convert it: ({'x * 255' if low >= 0 else '(x + 1) * 127.5'}).round().astype('uint8')"
+    return "; convert it: x.round().astype('uint8')" if low >= 0 and high <= 255 else ""
+
+
+def _checked_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
+    if labels.dtype.kind not in "iu" or labels.ndim == 0 or labels.shape[1:] not in ((), (1,)):
+        wanted = "integers [N]; number classes with np.unique(y, return_inverse=True)[1], one-hot ones with y.argmax(1)"
+        raise ValueError(f"{name} is {list(labels.shape)} {labels.dtype}; want {wanted}")
+    if len(labels) != count:
+        raise ValueError(f"{name} holds {len(labels)} labels, but there are {count} images; want one for each")
+    classes, labels = np.unique(labels, return_inverse=True)
+    if classes[0] != 0 or classes[-1] != len(classes) - 1:
+        missing = np.setdiff1d(np.arange(len(classes)), classes)[0]
+        way_out = "number the classes 0, 1, ... with np.unique(y, return_inverse=True)[1]"
+        raise ValueError(f"{name} has labels from {classes[0]} to {classes[-1]}, but none is {missing}; {way_out}")
+    if len(classes) == 1:
+        raise ValueError(f"{name} has one class alone; train without labels, or give the folder above the classes")
+    return labels.reshape(-1)
+
+
+def _load_npz(path: Path, *, labels: bool = False) -> tuple[np.ndarray, str]:
+    """The array of the images, or of their labels, and its name."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             name = next((name for name in _ARRAYS if name in arrays.files), arrays.files[0] if arrays.files else "")
+            found = ", ".join(arrays.files[:8]) or "nothing"
             if name not in _ARRAYS and len(arrays.files) != 1:
-                found = ", ".join(arrays.files[:8]) or "nothing"
                 raise ValueError(f"it holds {found}; want an array named {', '.join(_ARRAYS)}, or one array alone")
+            if labels:
+                images, name = name, _ARRAYS.get(name, "labels")
+                if name not in arrays.files:
+                    raise ValueError(f"it holds {found}; want labels of {images} in an array named {name}")
             return np.asarray(arrays[name]), f"{path}: {name}"
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot load {path} as .npz: {error}") from error
 
 
-def _load_idx(path: Path, *, gzipped: bool) -> np.ndarray:
+def _labels_beside(path: Path) -> Path:
+    name = re.sub("idx[34]", "idx1", path.name.removesuffix(".gz").replace("images", "labels"))
+    found = [file for file in (path.with_name(name), path.with_name(f"{name}.gz")) if file.is_file()]
+    if "images" not in path.name:
+        raise ValueError(f"{path} does not tell where its labels are; name it train-images-idx3-ubyte or alike")
+    if not found:
+        raise ValueError(f"{path} has no labels beside it; want {path.with_name(name)}, or that .gz")
+    return found[0]
+
+
+def _load_idx(path: Path, ranks: tuple[int, ...], what: str) -> np.ndarray:
     """The format of the MNIST files: 0, 0, type, rank, big-endian uint32 sizes, values; type 8 is the unsigned byte."""
     try:
-        data = gzip.decompress(path.read_bytes()) if gzipped else path.read_bytes()
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot unpack {path}: {error}; the file is truncated or damaged") from error
     if len(data) < 4 or data[:2] != b"\0\0":
         raise ValueError(f"{path} is of unknown type; {_WANTED}")
     kind, rank = data[2:4]
     start = 4 + 4 * rank
-    if kind != 8 or rank not in (3, 4):
-        raise ValueError(f"{path} has {rank} dimensions of type {kind:#04x}; want images: 3 or 4 of type 0x08 (uint8)")
+    if kind != 8 or rank not in ranks:
+        wanted = f"{what}: {' or '.join(map(str, ranks))} of type 0x08 (uint8)"
+        raise ValueError(f"{path} has {rank} dimensions of type {kind:#04x}; want {wanted}")
     if len(data) < start:
         raise ValueError(f"{path} is truncated: its header ends after {len(data)} bytes, not {start}")
     shape = struct.unpack(f">{rank}I", data[4:start])
     if len(data) - start != math.prod(shape):
         raise ValueError(
-            f"{path} holds {len(data) - start} bytes of images, its header promises {math.prod(shape)} {shape}"
+            f"{path} holds {len(data) - start} bytes of {what}, its header promises {math.prod(shape)} {shape}"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()  # bytes are read-only, torch warns
 
@@ -92,10 +174,7 @@ def _load_idx(path: Path, *, gzipped: bool) -> np.ndarray:
 def _load_folder(folder: Path, progress: bool) -> np.ndarray:
     from tqdm import tqdm
 
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and not _hidden(file, folder))
-    files = sorted(filter(Path.is_file, found))
-    if not files:
-        raise ValueError(f"{folder} holds no images (none of *{' *'.join(sorted(_SUFFIXES))})")
+    files = _files(folder)
     first = _decode(files[0])
     images = np.empty((len(files), *first.shape), np.uint8)
     quiet = not progress or len(files) <= 1000
@@ -111,8 +190,28 @@ def _load_folder(folder: Path, progress: bool) -> np.ndarray:
     return images
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _folder_labels(folder: Path) -> np.ndarray:
+    files = [file.relative_to(folder) for file in _files(folder)]
+    if loose := [file for file in files if len(file.parts) == 1]:
+        raise ValueError(f"{folder / loose[0]} is in no class; want each image in a folder below {folder}, its class")
+    return np.unique([file.parts[0] for file in files], return_inverse=True)[1]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The pictures in a folder and in those below it, linked ones too, sorted; nothing hidden."""
+
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    files: list[Path] = []
+    for root, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        here = Path(root)
+        above = here.resolve()  # a link that leads back up would be followed for ever
+        below[:] = [name for name in below if name[0] != "." and not above.is_relative_to((here / name).resolve())]
+        files += [here / name for name in names if name[0] != "." and Path(name).suffix.lower() in _SUFFIXES]
+    if not (files := sorted(filter(Path.is_file, files))):
+        raise ValueError(f"{folder} holds no images (none of *{' *'.join(sorted(_SUFFIXES))})")
+    return files
 
 
 def _decode(file: Path) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Images in: each kind of source gives the same array; each kind of damage its one-line error."""
+"""Images and their classes in: each kind of source gives the same array; each kind of damage its one-line error."""
 
 import gzip
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.data import load_images
+from fastddpm.data import load_images, load_labels
 
 
 def pictures(n=5, h=4, w=6, c=3):
@@ -28,10 +28,10 @@ def save_folder(folder, batch, names):
     return folder
 
 
-def error(path):
+def error(path, load=load_images, **options):
     """The error that loading path gives: one line that names the path."""
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
-        load_images(path)
+        load(path, **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -135,6 +135,28 @@ def test_what_is_no_file_is_no_image(tmp_path):
     assert np.array_equal(load_images(tmp_path), pictures(1).repeat(2, axis=0))
 
 
+def test_linked_folders_are_read_and_circles_are_not(tmp_path):
+    save_folder(tmp_path / "elsewhere", pictures(2), ["0.png", "deeper/1.png"])
+    (tmp_path / "data" / "b").mkdir(parents=True)
+    (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "deeper" / "self").symlink_to(".")
+    assert np.array_equal(load_images(tmp_path / "data"), pictures(2))
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    save_folder(tmp_path, pictures(2), ["a/0.png", "b/1.png"])
+    scandir = os.scandir
+
+    def denied(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert error(tmp_path) == f"cannot read {tmp_path / 'b'}: Permission denied"
+
+
 def test_many_files_show_progress(tmp_path, capfd):
     save_folder(tmp_path, np.zeros((1001, 1, 1, 1), np.uint8), [f"{i}.png" for i in range(1001)])
     assert len(load_images(tmp_path)) == 1001
@@ -206,6 +228,56 @@ def test_npz_of_wrong_shape_or_dtype(tmp_path, array):
     assert f"x is {list(array.shape)} {array.dtype}; want uint8" in message
 
 
+NUMBERS = np.float32([0.0, 0.5, 0.25, 1.0]).reshape(1, 2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("array", "way_out"),
+    [
+        (NUMBERS, "convert it: (x * 255).round().astype('uint8')"),
+        (NUMBERS * 2 - 1, "convert it: ((x + 1) * 127.5).round().astype('uint8')"),
+        (NUMBERS * 255, "convert it: x.round().astype('uint8')"),
+        ((NUMBERS * 255).round().astype(int), "convert it: x.round().astype('uint8')"),
+        (pictures().transpose(0, 3, 1, 2), "move its channels: x.transpose(0, 2, 3, 1)"),
+    ],
+    ids=["0..1", "-1..1", "0..255", "integers", "channels first"],
+)
+def test_npz_of_other_numbers_tells_how_to_convert_them(tmp_path, array, way_out):
+    np.savez(tmp_path / "x.npz", x=array)
+    message = error(tmp_path / "x.npz")
+    assert message.endswith(f"; {way_out}")
+    converted = eval(way_out.partition(": ")[2], {"x": array})
+    np.savez(tmp_path / "x.npz", x=converted)
+    got = load_images(tmp_path / "x.npz")
+    assert np.array_equal(got, pictures() if got.shape[3] == 3 else [[[[0], [128]], [[64], [255]]]])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [NUMBERS * np.nan, NUMBERS * 1000, NUMBERS > 0.5, NUMBERS[0, ..., 0], NUMBERS[:0]],
+    ids=["nan", "beyond 255", "bool", "one image", "empty"],
+)
+def test_what_is_no_picture_gets_no_recipe(tmp_path, array):
+    np.savez(tmp_path / "x.npz", x=array)
+    assert error(tmp_path / "x.npz").endswith("with C = 1, 3 or 4")
+
+
+def test_images_of_zeros_and_ones_are_not_taken_for_black(tmp_path):
+    np.savez(tmp_path / "x.npz", x=pictures() // 128)
+    assert error(tmp_path / "x.npz").endswith("x is 0 and 1 only, all but black in 0..255; multiply it by 255")
+    np.savez(tmp_path / "x.npz", x=np.zeros_like(pictures()))
+    assert not load_images(tmp_path / "x.npz").any()
+
+
+def test_encrypted_npz(tmp_path):
+    np.savez(tmp_path / "x.npz", x=pictures())
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[6] |= 1  # the flag in both headers of the zip's only member
+    whole[whole.rindex(b"PK\1\2") + 8] |= 1
+    (tmp_path / "x.npz").write_bytes(whole)
+    assert "encrypted" in error(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 4, 3), (3, 0, 4, 1), (0, 4, 4)])
 def test_empty_npz(tmp_path, shape):
     np.savez(tmp_path / "x.npz", x=np.zeros(shape, np.uint8))
@@ -252,3 +324,129 @@ def test_idx_that_is_not_images(tmp_path):
     assert "unknown type" in error(tmp_path / "idx")
     (tmp_path / "idx").write_bytes(idx(np.zeros((0, 3, 4), np.uint8)))
     assert "holds no images" in error(tmp_path / "idx")
+
+
+LABELS = np.array([2, 0, 1, 1, 0])
+
+
+def labels_error(path, count=5):
+    return error(path, load_labels, count=count)
+
+
+def assert_labels(got, want=LABELS):
+    assert got.dtype == np.int64
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("names", ["x_train y_train", "x y", "arr_0 arr_1", "images labels"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, np.uint64, ">i2"], ids=str)
+def test_npz_labels(tmp_path, names, dtype):
+    images, labels = names.split()
+    np.savez(tmp_path / "x.npz", **{images: pictures(), labels: LABELS.astype(dtype), "y_test": [7]})
+    assert_labels(load_labels(tmp_path / "x.npz", count=5))
+    np.savez(tmp_path / "x.npz", **{images: pictures(), labels: LABELS.astype(dtype)[:, None]})
+    assert_labels(load_labels(tmp_path / "x.npz", count=5))
+
+
+def test_npz_labels_are_those_of_the_images(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=pictures(), y_train=LABELS, x=pictures(), y=LABELS[::-1], labels=LABELS + 1)
+    assert_labels(load_labels(tmp_path / "x.npz", count=5))
+    np.savez(tmp_path / "x.npz", x_train=pictures(), y=LABELS)
+    assert "it holds x_train, y; want labels of x_train in an array named y_train" in labels_error(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", pictures=pictures())
+    assert "want labels of pictures in an array named labels" in labels_error(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("pack_images", [gzip.compress, bytes])
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+        ("t10k-images.idx3-ubyte", "t10k-labels.idx1-ubyte"),
+        ("my-images-idx4", "my-labels-idx1"),
+    ],
+)
+def test_idx_labels(tmp_path, images, labels, pack, pack_images):
+    folder = tmp_path / "images"  # is not what is renamed
+    folder.mkdir()
+    suffix = {gzip.compress: ".gz", bytes: ""}
+    path = folder / f"{images}{suffix[pack_images]}"
+    path.write_bytes(pack_images(idx(pictures())))
+    assert labels_error(path) == f"{path} has no labels beside it; want {folder / labels}, or that .gz"
+    (folder / f"{labels}{suffix[pack]}").write_bytes(pack(idx(LABELS.astype(np.uint8))))
+    assert_labels(load_labels(path, count=len(load_images(path))))
+
+
+def test_idx_labels_that_cannot_be_read(tmp_path):
+    images, labels = tmp_path / "a-images", tmp_path / "a-labels"
+    images.write_bytes(idx(pictures()))
+    labels.write_bytes(idx(pictures()))
+    assert "a-labels has 4 dimensions of type 0x08; want labels: 1 of type 0x08" in error_of_labels(images)
+    labels.write_bytes(idx(LABELS.astype(np.uint8))[:-1])
+    assert "a-labels holds 4 bytes of labels, its header promises 5" in error_of_labels(images)
+    labels.write_bytes(gzip.compress(idx(LABELS.astype(np.uint8)))[:-9])
+    assert "truncated or damaged" in error_of_labels(images)
+    (tmp_path / "pictures").write_bytes(idx(pictures()))
+    assert "does not tell where its labels are; name it train-images-idx3-ubyte" in labels_error(tmp_path / "pictures")
+
+
+def error_of_labels(images):
+    with pytest.raises(ValueError, match="a-labels") as caught:
+        load_labels(images, count=5)
+    return str(caught.value)
+
+
+def test_folder_labels_are_the_first_folders(tmp_path):
+    """Numbered as their names are sorted; empty and hidden ones and those of no images are no classes."""
+    names = ["B/1.png", "a/2.png", "a/9/0.png", "ab/1.png", "c/0.png"]
+    save_folder(tmp_path, pictures(), names)
+    for other in (".hidden/x.png", "a/.x/x.png"):
+        save_folder(tmp_path, pictures(1), [other])
+    (tmp_path / "aa" / "b").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").touch()
+    assert np.array_equal(load_images(tmp_path), pictures())
+    assert_labels(load_labels(tmp_path, count=5), [0, 1, 1, 2, 3])
+
+
+def test_folder_labels_that_are_not_there(tmp_path):
+    save_folder(tmp_path, pictures(2), ["a/0.png", "1.png"])
+    assert f"{tmp_path / '1.png'} is in no class; want each image in a folder" in labels_error(tmp_path)
+    (tmp_path / "1.png").unlink()
+    assert "has one class alone; train without labels, or give the folder above" in labels_error(tmp_path, 1)
+    (tmp_path / "a" / "0.png").unlink()
+    assert "holds no images" in labels_error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS[:4], "holds 4 labels, but there are 5 images; want one for each"),
+        (LABELS[:0], "holds 0 labels, but there are 5 images"),
+        (LABELS.astype(np.float32), "is [5] float32; want integers [N]"),
+        (LABELS > 0, "is [5] bool; want integers [N]"),
+        (np.array(["shoe", "shirt", "hat", "hat", "shoe"]), "is [5] <U5; want integers [N]"),
+        (np.eye(3, dtype=int)[LABELS], "is [5, 3] int64; want integers [N]; number classes with np.unique"),
+        (np.int64(3), "is [] int64; want"),
+        (LABELS + 1, "has labels from 1 to 3, but none is 0; number the classes 0, 1, ..."),
+        (LABELS - 1, "has labels from -1 to 1, but none is 2"),
+        (LABELS * 3, "has labels from 0 to 6, but none is 1"),
+        (LABELS.astype(np.uint64) << 62, f"has labels from 0 to {2 << 62}, but none is 1"),
+        (LABELS * 0, "has one class alone; train without labels"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path, labels, message):
+    np.savez(tmp_path / "x.npz", x=pictures(), y=labels)
+    assert f"x.npz: y {message}" in labels_error(tmp_path / "x.npz")
+
+
+def test_labels_are_never_unpickled(tmp_path):
+    np.savez(tmp_path / "x.npz", x=pictures(), y=np.array([1, 2, 3, 4, "5"], object))
+    assert "allow_pickle=False" in labels_error(tmp_path / "x.npz")
+
+
+def test_labels_of_nothing(tmp_path):
+    assert "No such file" in labels_error(tmp_path / "absent")
+    (tmp_path / "text").write_text("no images")
+    assert "unknown type" in labels_error(tmp_path / "text")

@@ -1,8 +1,8 @@
 """The fused operations: checked entry points to one torch.library operator each (but for `predict_step`).
 
 Triton on a GPU, torch elsewhere: the same bits on every device, but for `group_norm`, whose sums take another order.
-The operators are opaque to torch.compile, which traces through the entry points without a graph break. Nothing here is
-differentiable.
+The operators are opaque to torch.compile, which traces through the entry points without a graph break. `eps_loss` is
+differentiable, nothing else.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm import layout, noise
-from fastddpm.reference.diffusion import add_noise, update
+from fastddpm.reference.diffusion import add_noise, squared_error, target, update
 from fastddpm.reference.diffusion import predict_step as predict
 
 if TYPE_CHECKING:
     from fastddpm.schedule import StepTable
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 MAX_PER_SAMPLE = 65_535 * 1024  # elements: the kernels' grid has one axis of blocks of one sample
 MAX_ACTIVATION = 1 << 29  # elements per sample: the kernels count them in 32 bits, with room to round up
 MAX_GROUP = 8192  # channels of a group: the kernel holds all those of a pixel
@@ -251,18 +252,46 @@ def noising(
     Returns: x_t like x_0, in dtype.
     Raises: ValueError: a shape, dtype, layout, device or stream is not as above, or a gradient is asked for.
     """
-    _check_state("noising", "x_0", x_0, (*FLOATS, torch.uint8))
-    n, device = len(x_0), x_0.device
-    _check("noising", "t", t, (n,), torch.int64, device, "the timestep of each entry of x_0")
-    _check("noising", "address", address, (n, 2), torch.int64, device, "noise.address(seed, samples, device) makes one")
-    _check(
-        "noising", "table", table, (*table.shape[:1], 2), torch.float32, device, "Schedule.noising_table().to(device)"
-    )
-    if not isinstance(stream, int) or stream not in (noise.TRAIN, noise.LIKELIHOOD):
-        raise ValueError(f"noising: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
+    _check_noised("noising", x_0, t, address, table, stream)
     if dtype not in FLOATS:
         raise ValueError(f"noising: dtype is {dtype}; want one of {_names(FLOATS)}")
     return torch.ops.fastddpm.noising(x_0, t, address, table, stream, dtype)
+
+
+def eps_loss(
+    m: Tensor,
+    x_0: Tensor,
+    t: Tensor,
+    address: Tensor,
+    table: Tensor,
+    *,
+    predicts: str = "epsilon",
+    stream: int = noise.TRAIN,
+) -> Tensor:
+    """Squared error of what the network returned, of each sample: |m - eps|^2 (Ho et al. 2020, eq. 14).
+
+    eps is made anew from its address and never stored, nor are the images as floats. Bit for bit
+    `reference.diffusion.squared_error` of `target` in fp32, a sum over the sample's elements. Differentiable in m: the
+    gradient is ((2 g) (m - target)) in fp32, rounded once to m's dtype.
+
+    Args:
+        m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: what the network returned.
+        x_0: of m's shape, as `noising` takes it. Not read for eps prediction.
+        t, address, table, stream: those that x_t was made of, by `noising`.
+        predicts: what m is to be: "epsilon", "sample" (x_0), or "v_prediction", sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+            (arXiv:2202.00512).
+    Returns: [N] fp32; divided by N and the elements of a sample, its sum is L_simple.
+    Raises: ValueError: a shape, dtype, layout, device or option is not as above, or x_0 requires a gradient.
+    """
+    _check_noised("eps_loss", x_0, t, address, table, stream)
+    if not isinstance(m, Tensor) or m.shape != x_0.shape or m.device != x_0.device or m.dtype not in FLOATS:
+        raise ValueError(
+            f"eps_loss: m is {_describe(m)}, but x_0 is {tuple(x_0.shape)} on {x_0.device}; "
+            f"the network must return one value of {_names(FLOATS)} per element of x_0, where x_0 is"
+        )
+    if predicts not in PREDICTIONS:
+        raise ValueError(f"eps_loss: predicts is {predicts!r}; want one of {', '.join(PREDICTIONS)}")
+    return torch.ops.fastddpm.eps_loss(layout.channels_last(m), x_0, t, address, table, predicts, stream)
 
 
 def group_norm(
@@ -366,6 +395,17 @@ def _check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...],
         raise ValueError(f"{op}: {name} is {_describe(x)}; a sample may have at most {most} elements")
 
 
+def _check_noised(op: str, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int) -> None:
+    _check_state(op, "x_0", x_0, (*FLOATS, torch.uint8))
+    n, device = len(x_0), x_0.device
+    _check(op, "t", t, (n,), torch.int64, device, "the timestep of each entry of x_0")
+    _check(op, "address", address, (n, 2), torch.int64, device, "noise.address(seed, samples, device) makes one")
+    hint = "Schedule.noising_table().to(device)"
+    _check(op, "table", table, (*table.shape[:1], 2), torch.float32, device, hint)
+    if not isinstance(stream, int) or stream not in (noise.TRAIN, noise.LIKELIHOOD):
+        raise ValueError(f"{op}: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
+
+
 def _check_gradients(op: str, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
@@ -425,9 +465,49 @@ def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int
 
         launch_noising(x_t, x_0, t, address, table, stream=stream, with_t=stream == noise.LIKELIHOOD)
         return x_t
-    x = (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
-    eps = noise.normal(address, x.shape[1:], stream=stream, t=t if stream == noise.LIKELIHOOD else 0)
-    return x_t.copy_(add_noise(x, eps, table[t]))
+    return x_t.copy_(add_noise(_data_units(x_0), _eps(x_0, t, address, stream), table[t]))
+
+
+def _data_units(x_0: Tensor) -> Tensor:
+    return (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
+
+
+def _eps(x_0: Tensor, t: Tensor, address: Tensor, stream: int) -> Tensor:
+    return noise.normal(address, x_0.shape[1:], stream=stream, t=t if stream == noise.LIKELIHOOD else 0)
+
+
+def _eps_loss(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, predicts: str, stream: int) -> Tensor:
+    if not m.numel():
+        return m.new_zeros(len(m), dtype=torch.float32)
+    if backend(m.device) == "triton":
+        from fastddpm.kernels.eps_loss import launch_eps_loss  # type: ignore[import-not-found]
+
+        with_t = stream == noise.LIKELIHOOD
+        return launch_eps_loss(m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=with_t)
+    return squared_error(m, _target(x_0, t, address, table, predicts, stream))
+
+
+def _eps_loss_backward(
+    grad: Tensor, m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, predicts: str, stream: int
+) -> Tensor:
+    out = layout.empty(len(m), m.shape[1:], dtype=m.dtype, device=m.device)
+    grad = grad.contiguous()  # that of a sum is one number, expanded
+    if not m.numel():
+        return out
+    if backend(m.device) == "triton":
+        from fastddpm.kernels.eps_loss import launch_eps_loss_backward  # type: ignore[import-not-found]
+
+        how = {"predicts": predicts, "stream": stream, "with_t": stream == noise.LIKELIHOOD}
+        launch_eps_loss_backward(out, grad, m, x_0, t, address, table, **how)
+        return out
+    d = m.float() - _target(x_0, t, address, table, predicts, stream)
+    return out.copy_((2 * grad).view(-1, *[1] * (m.ndim - 1)) * d)
+
+
+def _target(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, predicts: str, stream: int) -> Tensor:
+    x = x_0 if predicts == "epsilon" else _data_units(x_0)
+    eps = x if predicts == "sample" else _eps(x_0, t, address, stream)
+    return target(x, eps, table[t], predicts)
 
 
 def _group_norm(
@@ -478,9 +558,14 @@ _LIBRARY.define(
     "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? add, bool silu)"
     " -> Tensor"
 )
+_NOISED = "Tensor x_0, Tensor t, Tensor address, Tensor table, str predicts, int stream"
+_LIBRARY.define(f"eps_loss(Tensor m, {_NOISED}) -> Tensor")
+_LIBRARY.define(f"eps_loss_backward(Tensor grad, Tensor m, {_NOISED}) -> Tensor")
 _LIBRARY.define("residual(Tensor(a!) h, Tensor residual, Tensor? bias) -> ()")
 _LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
 _LIBRARY.impl("noising", _noising, "CompositeExplicitAutograd")
+_LIBRARY.impl("eps_loss", _eps_loss, "CompositeExplicitAutograd")
+_LIBRARY.impl("eps_loss_backward", _eps_loss_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("group_norm", _group_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("residual", _residual, "CompositeExplicitAutograd")
 torch.library.register_fake("fastddpm::step", lambda *args: None, lib=_LIBRARY)
@@ -495,3 +580,26 @@ def _noising_like(x_0, t, address, table, stream, dtype):
 @torch.library.register_fake("fastddpm::group_norm", lib=_LIBRARY)
 def _group_norm_like(x, weight, bias, groups, eps, skip, add, silu):
     return layout.empty(len(x), (len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("fastddpm::eps_loss", lib=_LIBRARY)
+def _eps_loss_like(m, *args):
+    return m.new_empty(len(m), dtype=torch.float32)
+
+
+@torch.library.register_fake("fastddpm::eps_loss_backward", lib=_LIBRARY)
+def _eps_loss_backward_like(grad, m, *args):
+    return layout.empty(len(m), m.shape[1:], dtype=m.dtype, device=m.device)
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.predicts, ctx.stream = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, grad):
+    m = torch.ops.fastddpm.eps_loss_backward(grad, *ctx.saved_tensors, ctx.predicts, ctx.stream)
+    return m, *[None] * 6
+
+
+torch.library.register_autograd("fastddpm::eps_loss", _gradients, setup_context=_keep, lib=_LIBRARY)

@@ -18,6 +18,20 @@ OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # 16 elements per thread:
 
 
 @triton.jit
+def data_units(x):
+    """fp32: bytes as [-1, 1], all else as it is."""
+    value = x.to(tl.float32)
+    return (value - 127.5) * (2 / 255) if x.dtype == tl.uint8 else value
+
+
+@triton.jit
+def eps_of(n, t, block, address_ptr, STREAM: tl.constexpr, WITH_T: tl.constexpr, BLOCK: tl.constexpr):
+    """The noise of a block of entry n at t: [BLOCK] fp32. WITH_T: whether t is part of its address."""
+    seed, sample = tl.load(address_ptr + 2 * n), tl.load(address_ptr + 2 * n + 1)
+    return normals(seed, STREAM, sample, t if WITH_T else t * 0, block, BLOCK)
+
+
+@triton.jit
 def noising_kernel(
     x_t_ptr,  # [N, per_sample] fp32, bf16 or fp16, channels-last
     x_0_ptr,  # like x_t: uint8, fp32, bf16 or fp16
@@ -26,7 +40,7 @@ def noising_kernel(
     table_ptr,  # [T, 2] fp32: sqrt(abar_t), sqrt(1 - abar_t)
     per_sample,
     STREAM: tl.constexpr,
-    WITH_T: tl.constexpr,  # whether t is part of the noise's address
+    WITH_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
@@ -35,12 +49,9 @@ def noising_kernel(
     mask = offs < per_sample - block * BLOCK
     at = n * per_sample + block * BLOCK + offs
 
-    x_0 = tl.load(x_0_ptr + at, mask=mask).to(tl.float32)
-    if x_0_ptr.dtype.element_ty == tl.uint8:
-        x_0 = (x_0 - 127.5) * (2 / 255)
+    x_0 = data_units(tl.load(x_0_ptr + at, mask=mask))
     t = tl.load(t_ptr + n)
-    seed, sample = tl.load(address_ptr + 2 * n), tl.load(address_ptr + 2 * n + 1)
-    eps = normals(seed, STREAM, sample, t if WITH_T else t * 0, block, BLOCK)
+    eps = eps_of(n, t, block, address_ptr, STREAM, WITH_T, BLOCK)
     x_t = tl.load(table_ptr + 2 * t) * x_0 + tl.load(table_ptr + 2 * t + 1) * eps
     tl.store(x_t_ptr + at, x_t.to(x_t_ptr.dtype.element_ty), mask=mask)
 

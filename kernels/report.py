@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import group_norm, noising, predict_step, residual, step
+from . import eps_loss, group_norm, noising, predict_step, residual, step, tree
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -95,6 +95,23 @@ def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
     return Variant(name, kernel, types, constants, noising.OPTIONS, noising.BLOCK, read, BYTES[x_t])
 
 
+def eps_loss_variant(m: str, x_0: str, predicts: str = "epsilon", *, backward: bool = False) -> Variant:
+    """The sum of a block that the forward kernel stores counts as nothing."""
+    types = {"out_ptr": f"*{m}" if backward else "*fp32", "grad_ptr": "*fp32", "m_ptr": f"*{m}", "x_0_ptr": f"*{x_0}"}
+    types |= {"t_ptr": "*i64", "address_ptr": "*i64", "table_ptr": "*fp32", "per_sample": "i32"}
+    constants = {"PREDICTS": predicts, "STREAM": 2, "WITH_T": False, "BLOCK": eps_loss.BLOCK}
+    kernel = eps_loss.eps_loss_backward_kernel if backward else eps_loss.eps_loss_kernel
+    typed = {name: type_ for name, type_ in types.items() if name in kernel.arg_names}
+    name = f"eps_loss {m}{f', {predicts} {x_0}' * (predicts != 'epsilon')}{', backward' * backward}"
+    read, written = BYTES[m] + BYTES[x_0] * (predicts != "epsilon"), BYTES[m] * backward
+    return Variant(name, kernel, typed, constants, eps_loss.OPTIONS, eps_loss.BLOCK, read, written)
+
+
+def tree_sum_variant() -> Variant:
+    types, constants = {"out_ptr": "*fp32", "x_ptr": "*fp32", "count": "i32"}, {"BLOCK": tree.BLOCK}
+    return Variant("tree_sum", tree.tree_sum_kernel, types, constants, tree.OPTIONS, tree.BLOCK, 4, 0)
+
+
 def group_norm_variants(
     dtype: str, n: int, pixels: int, channels: int, *, skip: bool = False, add: bool = False, silu: bool = True
 ) -> Iterator[Variant]:
@@ -141,6 +158,12 @@ VARIANTS = (
     noising_variant("u8", "fp32"),
     noising_variant("u8", "bf16"),
     noising_variant("fp32", "fp32", with_t=True),
+    eps_loss_variant("bf16", "u8"),
+    eps_loss_variant("bf16", "u8", backward=True),
+    eps_loss_variant("fp32", "u8", "sample"),
+    eps_loss_variant("bf16", "u8", "v_prediction"),
+    eps_loss_variant("bf16", "u8", "v_prediction", backward=True),
+    tree_sum_variant(),
     *group_norm_variants("bf16", 1, 1024, 256, skip=True),
     *group_norm_variants("bf16", 64, 1024, 128, add=True),
     *group_norm_variants("fp32", 64, 1024, 256, add=True),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t, t [N] int64) -> eps like x_t
@@ -112,6 +113,38 @@ def add_noise(x_0: Tensor, eps: Tensor, row: Tensor) -> Tensor:
     """
     signal, noise = _columns(row, x_0)
     return signal * x_0 + noise * eps
+
+
+def target(x_0: Tensor, eps: Tensor, row: Tensor, predicts: str) -> Tensor:
+    """What the network is to return, in the written order.
+
+    Args:
+        x_0, eps: [N, ...] of one dtype.
+        row: [2], or [N, 2] with one row for each entry: sqrt(abar_t), sqrt(1 - abar_t).
+        predicts: "epsilon", "sample" (x_0) or "v_prediction" (arXiv:2202.00512, section 4).
+    """
+    if predicts != "v_prediction":
+        return eps if predicts == "epsilon" else x_0
+    signal, noise = _columns(row, x_0)
+    return signal * eps - noise * x_0
+
+
+def squared_error(m: Tensor, target: Tensor) -> Tensor:
+    """|m - target|^2 of each entry, in the written order: [N]; m is widened, or rounded, to target's dtype first."""
+    return tree_sum((m.to(target.dtype) - target).square())
+
+
+def tree_sum(x: Tensor) -> Tensor:
+    """The sum of each entry's elements, as a binary tree: neighbours first, zeros beyond the end.
+
+    Args: x: [N, C, *spatial] or [N, D]; the order of the elements is channels-last.
+    Returns: [N].
+    """
+    x = x.movedim(1, -1).flatten(1)
+    while x.shape[1] != 1:
+        x = F.pad(x, (0, x.shape[1] % 2 or 2 * (x.shape[1] == 0)))
+        x = x[:, ::2] + x[:, 1::2]
+    return x[:, 0]
 
 
 def linear_betas(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastddpm import layout, noise, ops
 from fastddpm.engine import PRECISIONS, Engine, arithmetic
 from fastddpm.frechet import frechet_distance, random_features
-from fastddpm.reference.diffusion import Diffusion, add_noise, update
+from fastddpm.reference.diffusion import Diffusion, add_noise, squared_error, target, update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule, StepTable, step_rows
@@ -42,6 +42,7 @@ SHAPE = (3, 20, 20)  # of the kernels' samples: one of their blocks, and a part 
 SLIGHTLY = 1 + 1e-4  # how wrong damaged coefficients are
 LONG = 50  # steps, from which on one of them can be judged by itself
 FEW = 20  # steps, where all of them are not the point
+SURE = 5  # standard errors: chance is off by more once in two million times
 SAMPLES = 64  # in each of the sets whose distributions are compared
 INTERPRETED = "the interpreted kernel"
 
@@ -190,6 +191,13 @@ def _accurate(rung: str, compared: str, ours: Tensor, plain: Tensor, ref: Tensor
         yield Record(rung, f"{compared}, {measure}", error, bound)
 
 
+def _standard(rung: str, compared: str, z: Tensor) -> Iterator[Record]:
+    """Mean and variance of what shall be standard normal, as near as chance allows."""
+    n = z.numel()
+    yield Record(rung, f"{compared}, its mean with 0", abs(float(z.mean())), SURE / math.sqrt(n))
+    yield Record(rung, f"{compared}, its variance with 1", abs(float(z.square().mean()) - 1), SURE * math.sqrt(2 / n))
+
+
 # The rungs
 
 
@@ -254,6 +262,72 @@ def noising(case: Case, damage: bool) -> Iterator[Record]:
                 inputs: Any = (tensor.to(case.device) for tensor in (x_0, t, address, wrong))
                 differing += unequal(ops.noising(*inputs, stream=stream, dtype=dtype), want.to(dtype))
     yield Record("noising", f"x_t by {case.kernels} with the float32 reference", differing, 0)
+
+
+def forward(case: Case, damage: bool) -> Iterator[Record]:
+    """q(x_T | x_0): as the chain of all q(x_t | x_{t-1}) makes it (eq. 2), and in one shot (eq. 4)."""
+    schedule, wrong = case.schedule, SLIGHTLY if damage else 1
+    T, betas, log_abar = schedule.num_train_timesteps, schedule.betas, schedule.log_alphas_cumprod
+    signal, var = schedule.alphas_cumprod.sqrt() * wrong, -log_abar.expm1() * wrong
+    table, chain = schedule.noising_table() * wrong, _moments(betas)
+
+    # In units of 2^-52, T steps put the chain's moments off by at most 5/4 T and 3/2 T, relative to them; and log(abar)
+    # by T/2, relative to its size: an error of abar, half one of its root, and more than one of 1 - abar.
+    unit, size = (T + 2) * torch.finfo(torch.float64).eps, float(-log_abar.nan_to_num(neginf=0).min())
+    of_signal, of_var, of_table = (5 / 4 + size / 4) * unit, 2 * unit, torch.finfo(torch.float32).eps / 2
+    for name, found, want, bound in (
+        ("sqrt(abar_t)", signal, chain[:, 0], of_signal),
+        ("1 - abar_t", var, chain[:, 1].square(), of_var),
+        ("the float32 table", table.double(), chain, of_table + max(of_signal, of_var)),
+    ):
+        off = (found - want) / want.clamp(min=torch.finfo(torch.float32).tiny)  # below, float32 loses digits
+        yield Record("forward", f"{name} with the moments of the chain at every t", largest(off), bound)
+
+    x_0, steps = (_drawn(1, SHAPE, 1) / 2).clamp(-1, 1), Diffusion(betas[betas < 1])
+    x, z = x_0.double(), noise.normal(noise.address(0, 1).expand(T, 2), SHAPE, stream=FREE, t=torch.arange(T)).double()
+    for t in range(T):
+        x = steps.diffuse(x, t, z[t : t + 1]) if betas[t] < 1 else z[t : t + 1]  # the last may forget all
+    weights = betas.sqrt() * torch.cat([schedule.alphas.sqrt()[1:], torch.ones(1)]).flip(0).cumprod(0).flip(0)
+    eps = torch.tensordot(weights / weights.norm(), z, 1)[None]
+    shot = add_noise(x_0.double(), eps, torch.stack([signal[-1], var[-1].sqrt()]))
+    terms = largest(signal[-1] * x_0.abs() + torch.tensordot(weights, z.abs(), 1))
+    bound = (of_signal + of_var + 4 * unit) * terms  # each term passes T steps there, and two sums of T here
+    note = f"{T} z's make one eps, with weights whose squares sum to 1"
+    yield Record("forward", "x_T by all steps with that by one shot in float64", largest(x - shot), bound, note)
+    yield from _standard("forward", "eps of all steps", eps)
+
+    n = 256
+    inputs: Any = (layout.channels_last(x_0.repeat(n, 1, 1, 1)), torch.full((n,), T - 1), noise.address(0, n), table)
+    x = ops.noising(*(tensor.to(case.device) for tensor in inputs), stream=noise.LIKELIHOOD).double().cpu()
+    yield from _standard("forward", f"eps of x_T by {case.kernels}", (x - chain[-1, 0] * x_0) / chain[-1, 1])
+    energy = float(x_0.double().square().sum())
+    off, error = (x * x_0).sum() / (n * energy) - chain[-1, 0], chain[-1, 1] / math.sqrt(n * energy)
+    note = f"L_T is at most {0 - math.log2(-float(log_abar[-1].expm1())) / 2:.2g} bits/dim"
+    yield Record("forward", f"what x_T by {case.kernels} holds of x_0", float(off.abs()), SURE * float(error), note)
+
+
+def loss(case: Case, damage: bool) -> Iterator[Record]:
+    table, address, t = case.schedule.noising_table(), _addresses(), _timesteps(case)
+    x, g = _drawn(4, SHAPE), _drawn(4, (1,), 5)[:, 0]
+    pixels = (x * 40 + 128).clamp(0, 255).to(torch.uint8)
+    wrong = torch.stack([address[:, 0] ^ damage, address[:, 1]], 1)
+    inputs: Any = ((x, x, noise.TRAIN, 0), (pixels, (pixels.float() - 127.5) * (2 / 255), noise.LIKELIHOOD, t))
+    for i, predicts in enumerate(ops.PREDICTIONS):
+        differing = [0.0, 0.0]
+        for j, dtype in enumerate(ops.FLOATS):
+            x_0, value, stream, at = inputs[(i + j) % 2]  # each dtype meets both kinds of images
+            m = _drawn(4, SHAPE, 4).to(dtype)
+            want = target(value, noise.normal(address, SHAPE, stream=stream, t=at), table[t], predicts)
+            given: Any = (tensor.to(case.device) for tensor in (x_0, t, wrong, table))
+            with torch.enable_grad():
+                ours = m.to(case.device).requires_grad_()
+                error = ops.eps_loss(ours, *given, predicts=predicts, stream=stream)
+                (gradient,) = torch.autograd.grad(error, ours, g.to(case.device))
+            differing[0] += unequal(error.detach(), squared_error(m, want))
+            if dtype in case.dtypes:
+                differing[1] += unequal(gradient, ((2 * g).view(4, 1, 1, 1) * (m.float() - want)).to(dtype))
+        for what, count in zip(("loss", "its gradient"), differing, strict=True):
+            yield Record("loss", f"{predicts}: {what} by {case.kernels} with the float32 reference", count, 0)
 
 
 def step64(case: Case, damage: bool) -> Iterator[Record]:
@@ -423,6 +497,8 @@ RUNGS: dict[str, Callable[[Any, bool], Iterator[Record]]] = {
     "noise": normals,
     "step": step,
     "noising": noising,
+    "forward": forward,
+    "loss": loss,
     "step64": step64,
     "norm": norm,
     "residual": residual,
@@ -432,7 +508,7 @@ RUNGS: dict[str, Callable[[Any, bool], Iterator[Record]]] = {
     "batch": batch,
     "distribution": distribution,
 }
-OF_KERNELS = ("noise", "step", "noising", "step64", "norm", "residual")
+OF_KERNELS = ("noise", "step", "noising", "loss", "step64", "norm", "residual")
 
 
 # Their inputs
@@ -447,6 +523,15 @@ def _addresses() -> Tensor:
 def _drawn(n: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     """[n, *shape] standard normals, channels-last, the same on every machine."""
     return noise.normal(noise.address(seed, n), shape, stream=FREE, t=0)
+
+
+def _moments(betas: Tensor) -> Tensor:
+    """[T, 2] float64, walked step by step: what x_t holds of x_0, and the standard deviation of the rest."""
+    signal, var, moments = 1.0, 0.0, []
+    for beta in betas.tolist():
+        signal, var = math.sqrt(1 - beta) * signal, (1 - beta) * var + beta
+        moments.append((signal, math.sqrt(var)))
+    return torch.tensor(moments, dtype=torch.float64)
 
 
 def _timesteps(case: Case) -> Tensor:

@@ -108,6 +108,7 @@ def test_a_damaged_rung_fails_and_no_other(rung, tiny, capsys, in_this_process):
         assert both[len(both) // 2 :].count("FAIL") >= 1  # in the interpreter
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU")
 def test_damage_reaches_the_interpreter():
     pytest.importorskip("triton")
@@ -117,7 +118,7 @@ def test_damage_reaches_the_interpreter():
     assert all(isinstance(record, Record) for record in records)
 
 
-@pytest.mark.parametrize("name", OF_KERNELS)
+@pytest.mark.parametrize("name", [*OF_KERNELS, "forward"])
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -129,7 +130,7 @@ def test_damage_reaches_the_interpreter():
     ],
     ids=["default", "one step", "unclipped", "v", "x_0"],
 )
-def test_rungs_of_the_kernels_hold_for_other_schedules(schedule, name):
+def test_rungs_without_a_network_hold_for_other_schedules(schedule, name):
     records = verify._climb(name, Case(schedule, CPU, "torch"), False)
     assert [record for record in records if record.verdict != "pass"] == []
     damaged = verify._climb(name, Case(schedule, CPU, "torch"), True)
@@ -189,6 +190,63 @@ def test_a_wrong_seed_is_seen(tiny, monkeypatch):
     address = sampler._address
     monkeypatch.setattr(sampler, "_address", lambda seed, samples: address(seed + 1, samples))
     assert [record.verdict for record in verify.verify(tiny, progress=False)] == ["FAIL", "pass"]
+
+
+CHAIN = "the moments of the chain at every t"
+ONE_SHOT = "x_T by all steps with that by one shot in float64"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "wrong", "seen"),
+    [
+        (rungs, "_moments", lambda moments: moments + 1e-9, f"sqrt(abar_t) with {CHAIN}"),
+        (rungs, "_moments", lambda moments: moments + 1e-9, f"1 - abar_t with {CHAIN}"),
+        (Schedule, "noising_table", lambda table: table.nextafter(table + 1), f"the float32 table with {CHAIN}"),
+        (rungs.Diffusion, "diffuse", lambda x: x * (1 + 1e-9), ONE_SHOT),
+        (rungs.noise, "normal", lambda z: z + 0.3, "eps of all steps, its mean with 0"),
+        (rungs.noise, "normal", lambda z: z * 1.2, "eps of all steps, its variance with 1"),
+        (rungs.ops, "noising", lambda x: x + 0.02, "eps of x_T by torch, its mean with 0"),
+        (rungs.ops, "noising", lambda x: x * 1.01, "eps of x_T by torch, its variance with 1"),
+        (rungs.ops, "noising", lambda x: -x, "what x_T by torch holds of x_0"),
+    ],
+)
+def test_the_forward_process_is_judged_in_every_way(owner, name, wrong, seen, monkeypatch):
+    case, right = Case(SCHEDULE, CPU, "torch"), getattr(owner, name)
+    assert {record.verdict for record in verify._climb("forward", case, False)} == {"pass"}
+    monkeypatch.setattr(owner, name, lambda *args, **how: wrong(right(*args, **how)))
+    assert seen in {record.compared for record in verify._climb("forward", case, False) if record.verdict == "FAIL"}
+
+
+@pytest.mark.parametrize("name", ["squaredcos_cap_v2", "laplace", "sigmoid", "scaled_linear"])
+def test_the_forward_process_holds_for_every_schedule(name):
+    records = verify._climb("forward", Case(Schedule(beta_schedule=name), CPU, "torch"), False)
+    assert [record.verdict for record in records] == ["pass"] * 9
+
+
+def test_a_last_beta_of_1_forgets_all():
+    for schedule in (
+        Schedule(8, rescale_betas_zero_snr=True, prediction_type="sample"),
+        Schedule(1, trained_betas=[1.0], prediction_type="sample"),
+    ):
+        records = verify._climb("forward", Case(schedule, CPU, "torch"), False)
+        assert {record.verdict for record in records} == {"pass"}
+        assert records[-1].note == "L_T is at most 0 bits/dim"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seen"),
+    [
+        (lambda error: error + error.detach() / 1e6, "loss by torch"),
+        (lambda error: error + (error / 1e3 - (error / 1e3).detach()), "its gradient by torch"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_wrong_loss_and_a_wrong_gradient_are_told_apart(wrong, seen, monkeypatch):
+    eps_loss = rungs.ops.eps_loss
+    monkeypatch.setattr(rungs.ops, "eps_loss", lambda *args, **how: wrong(eps_loss(*args, **how)))
+    records = verify._climb("loss", Case(SCHEDULE, CPU, "torch"), False)
+    assert len(records) == 6
+    assert all((record.verdict == "FAIL") == (seen in record.compared) for record in records)
 
 
 # What a verdict means
@@ -386,7 +444,7 @@ def test_damage_is_a_secret(capsys):
 # On a GPU
 
 
-@pytest.mark.parametrize("damage", [None, "engines", "step", "norm", "trajectory"])
+@pytest.mark.parametrize("damage", [None, "engines", "step", "forward", "loss", "norm", "trajectory"])
 @pytest.mark.parametrize("mark", [pytest.param("cuda", marks=needs_gpu)])
 def test_the_ladder_of_a_gpu(mark, damage, tiny, capsys):
     status, records = climbed(capsys, tiny, "--device", mark, *(["--damage", damage] if damage else []))

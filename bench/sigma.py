@@ -1,0 +1,272 @@
+"""Why does each reverse step add sigma_t z? What becomes of samples with it, with half of it, and without.
+
+    python -m bench.sigma DATA.npz --num-samples 5000 --samples FOLDER --classifier classifier.pt
+
+The samples of all settings start from the same x_T, and where z is added it is the same z. Each set is measured by its
+Fréchet distance to real images (see `bench.frechet`), by its diversity, the mean distance between two of its images,
+and by the classes that the classifier takes the images for.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench.frechet import CLASSES, SIDE, Classifier, compare, features, load_data, load_or_train, load_samples
+from fastddpm import images
+from fastddpm.files import atomic, check_writable
+from fastddpm.plots import STYLE
+from fastddpm.sampler import Sampler
+
+BATCH = 64  # samples in one file; they are drawn together, too
+SHOWN = 64  # samples in a picture
+# how each set is drawn, and what it is called
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "full": ({"noise": 1.0}, "with σ_t z"),
+    "half": ({"noise": 0.5}, "with half of σ_t z"),
+    "none": ({"noise": 0.0}, "without σ_t z"),
+    "ddim": ({"sampler": "ddim", "eta": 0.0}, "DDIM, η = 0"),
+}
+PICTURED = ("full", "half", "none")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One set of images: (value, standard error or deviation) of each measure."""
+
+    name: str
+    distance: tuple[float, float]  # Fréchet, with the standard deviation over choices of real images
+    in_features: tuple[float, float]  # mean distance of two images, with its standard error
+    in_pixels: tuple[float, float]  # the same; pixels are 0 to 1
+    classes: list[int]  # how many images the classifier takes for each class
+
+    @property
+    def entropy(self) -> float:
+        """Of the classes, in bits: log2(10) = 3.32 where all are equally frequent."""
+        share = np.array([count for count in self.classes if count]) / sum(self.classes)
+        return max(0.0, -float((share * np.log2(share)).sum()))
+
+
+def draw(
+    sampler: Sampler,
+    folder: str | os.PathLike[str],
+    num_samples: int,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    part: tuple[int, int] = (1, 1),
+) -> None:
+    """Draw what a folder lacks of the samples 0, ..., num_samples - 1 of each setting.
+
+    Args:
+        folder: its files are full/00000-00063.npz and so on.
+        sampler: of grey images of 28 x 28.
+        seed, steps: as `Sampler.batches` takes them.
+        part: (k, n): do the k-th of n equal shares. Several processes may share one folder.
+    Raises: ValueError: the sampler's images have another shape, or the folder holds samples that were drawn otherwise.
+    """
+    if sampler.shape != (1, SIDE, SIDE):
+        raise ValueError(f"the model makes samples {sampler.shape}; want (1, {SIDE}, {SIDE}), as the classifier reads")
+    how = {"model": _fingerprint(sampler), "precision": sampler.precision, "seed": seed, "steps": steps}
+    _agree(Path(folder), how | {"schedule": sampler.schedule.to_config()})
+    files = [file for name in SETTINGS for file in _files(folder, name, num_samples)]
+    todo = [(path, samples) for path, samples in files[part[0] - 1 :: part[1]] if not path.exists()]
+    for path, samples in tqdm(todo, desc="samples", unit="batch"):
+        check_writable(path)
+        options, _ = SETTINGS[path.parent.name]
+        x = sampler.sample(samples, seed=seed, steps=steps, output="uint8", progress=False, **options)
+        images.save_npz(x, path)
+
+
+def load(folder: str | os.PathLike[str], setting: str, num_samples: int) -> np.ndarray:
+    """uint8 [N, 28, 28]: the samples that `draw` left there."""
+    return np.concatenate([load_samples(path) for path, _ in _files(folder, setting, num_samples)])
+
+
+def pairwise(x: Tensor) -> tuple[float, float]:
+    """The mean Euclidean distance of two different rows of [N, D], N >= 2, and its standard error.
+
+    The mean is over all pairs, a U-statistic: its variance is 4/N that of a row's mean distance from all others.
+    """
+    x, n = x.double(), len(x)
+    rows = torch.cat([torch.cdist(block, x).sum(1) / (n - 1) for block in x.split(500)])
+    return float(rows.mean()), 2 * float(rows.std()) / n**0.5
+
+
+def measure(name: str, pictures: np.ndarray, found: Tensor, model: Classifier, distances: Sequence[float]) -> Measured:
+    """All about uint8 images [N, 28, 28], whose features [N, D] and Fréchet distances are known."""
+    with torch.inference_mode():
+        classes = model.head(found).argmax(1)
+    return Measured(
+        name,
+        (mean(distances), stdev(distances) if len(distances) > 1 else 0.0),
+        pairwise(found),
+        pairwise(torch.from_numpy(pictures).flatten(1) / 255),
+        torch.bincount(classes, minlength=CLASSES).tolist(),
+    )
+
+
+def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *, splits: int = 5) -> list[Measured]:
+    """Every set of equally many images, and at the end as many real ones.
+
+    Args:
+        sets: uint8 [N, 28, 28] of settings.
+        real: uint8 [M, 28, 28], M >= 2N.
+        splits: random choices of N real images, to which the distance is measured.
+    Raises: ValueError: there are too few real images, or splits < 1.
+    """
+    of_real, found = features(model, real), []
+    for name, pictures in sets.items():
+        of_these = features(model, pictures)
+        distances = compare(of_these, of_real, splits=splits)
+        found.append(measure(SETTINGS[name][1], pictures, of_these, model, distances.samples))
+    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(pictures)]
+    return [*found, measure("real images", real[chosen.numpy()], of_real[chosen], model, distances.real)]
+
+
+def markdown(found: Sequence[Measured]) -> str:
+    """The measures as a table."""
+    lines = ["| images | Fréchet distance | distance of two: features | pixels | classes |", "|---|--:|--:|--:|--:|"]
+    for one in found:
+        cells = [_spread(*pair) for pair in (one.distance, one.in_features, one.in_pixels)]
+        lines.append(f"| {' | '.join([one.name, *cells, f'{one.entropy:.2f} bits'])} |")
+    return "\n".join(lines)
+
+
+def _spread(value: float, error: float) -> str:
+    """With as many decimals as the error has to two digits: 12.3 ± 1.4."""
+    decimals = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+
+
+def picture(grids: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str], *, dpi: int = 100) -> None:
+    """A PNG of some captions, and below each the first 64 of its uint8 images [N, 28, 28], pixel by pixel."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    tiled = [images.grid(pictures[:SHOWN, ..., None], width=448)[..., 0] for _, pictures in grids]
+    height, width = (max(grid.shape[axis] for grid in tiled) for axis in (0, 1))
+    margin, above = 12, 52
+    whole = len(tiled) * (width + margin) + margin, height + above + margin
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
+        for i, ((caption, _), grid) in enumerate(zip(grids, tiled, strict=True)):
+            left = margin + i * (width + margin)
+            figure.figimage(grid, left, margin, cmap="gray", vmin=0, vmax=255)
+            place = ((left + width / 2) / whole[0], 1 - above / 2 / whole[1])
+            figure.text(*place, caption, ha="center", va="center", fontsize=11)
+        with atomic(path) as file:
+            figure.savefig(file, format="png")
+
+
+def _caption(one: Measured) -> str:
+    name = one.name.replace("σ_t z", r"$σ_t\,z$")
+    return f"{name}\nFréchet distance {_spread(*one.distance)}"
+
+
+def _files(folder: str | os.PathLike[str], setting: str, num_samples: int) -> list[tuple[Path, range]]:
+    """Every file of a setting, and which samples it holds."""
+    parts = [range(start, min(start + BATCH, num_samples)) for start in range(0, num_samples, BATCH)]
+    return [(Path(folder) / setting / f"{part[0]:05d}-{part[-1]:05d}.npz", part) for part in parts]
+
+
+def _agree(folder: Path, how: dict[str, Any]) -> None:
+    """Make sure that all the samples in a folder are drawn in one way, which it remembers."""
+    path = check_writable(folder, folder=True) / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        other = [name for name, value in how.items() if before.get(name) != value]
+        if other:
+            raise ValueError(f"{folder} holds samples of another {', '.join(other)}; name another folder for --samples")
+    with atomic(path) as file:
+        file.write(json.dumps(how, indent=1).encode())
+
+
+def _fingerprint(sampler: Sampler) -> str:
+    """A hash of the weights."""
+    digest = hashlib.sha256()
+    for name, value in sampler.model.state_dict().items():  # type: ignore[union-attr]
+        digest.update(name.encode())
+        digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 1/4, of 1/4, 2/4, 3/4 and 4/4")
+    return int(found[1]), int(found[2])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.sigma",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "What the noise of the reverse step is for: samples with sigma_t z, with half of it, and without (and of\n"
+            "DDIM), of one seed, are compared with real images. Prints a table for docs/sigma.md.\n\n"
+            "Samples that are in FOLDER already are not drawn again: a run that was ended goes on, and several\n"
+            "processes can share the work, each with its --part."
+        ),
+        epilog=(
+            "example:\n"
+            "  python -m bench.sigma fashion.npz --num-samples 5000 --samples drawn --part 1/2 &\n"
+            "  python -m bench.sigma fashion.npz --num-samples 5000 --samples drawn --part 2/2; wait\n"
+            "  python -m bench.sigma fashion.npz --num-samples 5000 --samples drawn --classifier classifier.pt"
+        ),
+    )
+    parser.add_argument("data", metavar="DATA.npz", help="uint8 x_train, x_test [N, 28, 28]; labels y_train, y_test")
+    parser.add_argument(
+        "--num-samples", type=int, required=True, help="of each setting; at most half as many as x_train"
+    )
+    parser.add_argument("--samples", metavar="FOLDER", required=True, help="where samples are, and are put")
+    parser.add_argument("--part", type=_part, metavar="K/N", help="only draw samples, the K-th of N equal shares")
+    parser.add_argument(
+        "--checkpoint", metavar="FOLDER", help="diffusers checkpoint (default: the model in the package)"
+    )
+    parser.add_argument("--steps", type=int, help="of the sampler (default: all T)")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--classifier", metavar="FILE", help="a file that does not exist is trained first")
+    parser.add_argument("--splits", type=int, default=5, help="random choices of real images to average (default 5)")
+    parser.add_argument("--out", metavar="PNG", default="docs/sigma.png", help="the picture (default docs/sigma.png)")
+    parser.add_argument("--json", metavar="FILE", help="the measures (default: beside the picture)")
+    args = parser.parse_args(argv)
+    try:
+        if args.num_samples < 2:
+            raise ValueError(f"--num-samples is {args.num_samples}; want at least 2")
+        data = load_data(args.data)
+        sampler = Sampler.from_pretrained(args.checkpoint, device=args.device)
+        how: dict[str, Any] = {"seed": args.seed, "steps": args.steps}
+        draw(sampler, args.samples, args.num_samples, part=args.part or (1, 1), **how)
+        if args.part:
+            return
+        out = check_writable(args.out)
+        numbers = check_writable(args.json or out.with_suffix(".json"))
+        model = load_or_train(args.classifier, data["x_train"], data["y_train"])
+        sets = {name: load(args.samples, name, args.num_samples) for name in SETTINGS}
+        found = compared(sets, data["x_train"], model, splits=args.splits)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    picture([(_caption(one), sets[name]) for name, one in zip(SETTINGS, found, strict=False) if name in PICTURED], out)
+    with atomic(numbers) as file:
+        listed = [asdict(one) | {"entropy": one.entropy} for one in found]
+        file.write(json.dumps({"num_samples": args.num_samples, **how, "images": listed}, indent=1).encode())
+    print(markdown(found))
+    print(f"\n{args.num_samples} images each; wrote {out} and {numbers}")
+
+
+if __name__ == "__main__":
+    main()

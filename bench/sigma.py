@@ -222,9 +222,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         epilog=(
             "example:\n"
-            "  python -m bench.sigma fashion.npz --num-samples 5000 --samples drawn --part 1/2 &\n"
-            "  python -m bench.sigma fashion.npz --num-samples 5000 --samples drawn --part 2/2; wait\n"
-            "  python -m bench.sigma fashion.npz --num-samples 5000 --samples drawn --classifier classifier.pt"
+            "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn --part 1/2 &\n"
+            "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn --part 2/2; wait\n"
+            "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn --classifier classifier.pt"
         ),
     )
     parser.add_argument("data", metavar="DATA.npz", help="uint8 x_train, x_test [N, 28, 28]; labels y_train, y_test")

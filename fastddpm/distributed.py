@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,11 +63,26 @@ class Ranks:
             if self.size == 1:
                 raise
             failed = error
+        told = self._gathered(None if failed is None else _line(failed))
+        if any(told):
+            raise AgreedError(next(filter(None, told))) from failed
+
+    def agree_on(self, value: Any) -> None:
+        """Go on when all ranks have come to the same value, of a type that pickle knows.
+
+        Raises: AgreedError: on every rank, if one has another.
+        """
+        for rank, other in enumerate(values := self._gathered(value)):
+            if other != values[0]:
+                way_out = "give all of them the same data, options and folder"
+                raise AgreedError(f"process 0 comes to {values[0]}, process {rank} to {other}; {way_out}")
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        values = [value] * self.size
         if self.size > 1:
-            told: list[str | None] = [None] * self.size
-            dist.all_gather_object(told, None if failed is None else _line(failed))
-            if any(told):
-                raise AgreedError(next(filter(None, told))) from failed
+            dist.all_gather_object(values, value)
+        return values
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def test_without_torchrun_there_is_one(device, monkeypatch):
         x = torch.tensor([3.0])
         alone.sum_([x])
         assert x.tolist() == [3.0]
+        alone.agree_on(object())
         with pytest.raises(KeyError, match="as it is"), alone.agree():
             raise KeyError("as it is")
 
@@ -182,13 +183,23 @@ def test_an_error_on_one_rank_is_everybodys_and_nobody_waits():
                             raise RuntimeError("two\\n lines") if failing == [1] else ValueError(r.rank)
                 except distributed.AgreedError as error:
                     said.append([str(error), error.__cause__ is not None])
+            r.agree_on({"step": 4})
+            try:
+                r.agree_on(r.rank // 2)
+            except distributed.AgreedError as error:
+                said.append(str(error))
             tell(rank=r.rank, said=said)
         """,
         3,
     )
     assert status == 0, stderr
     for rank, said in enumerate(told):
-        assert said["said"] == [["RuntimeError: two lines", rank == 1], ["1", rank in (1, 2)], ["0", True]]
+        assert said["said"] == [
+            ["RuntimeError: two lines", rank == 1],
+            ["1", rank in (1, 2)],
+            ["0", True],
+            "process 0 comes to 0, process 2 to 1; give all of them the same data, options and folder",
+        ]
 
 
 @pytest.mark.slow

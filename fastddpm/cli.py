@@ -22,11 +22,12 @@ import torch
 
 from fastddpm import data, images, ops
 from fastddpm._version import __version__
+from fastddpm.distributed import ranks
 from fastddpm.engine import ENGINES, PRECISIONS
 from fastddpm.files import check_writable
 from fastddpm.sampler import SHIPPED, Sampler, device_and_precision
-from fastddpm.schedule import BETA_SCHEDULES, SAMPLERS, Schedule
-from fastddpm.train import TRAINED, TrainOptions, train
+from fastddpm.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS, Schedule
+from fastddpm.train import TRAINED, TRAINERS, TrainOptions, train
 from fastddpm.verify import table, verify
 
 _SUFFIXES = {".png": "grid", ".npz": "npz", "": "png"}
@@ -48,6 +49,7 @@ _TRAINING = {
     "dropout": "in the residual blocks",
     "seed": "of the initial weights and all that is random",
     "save_every": "steps between checkpoints",
+    "log_every": "steps between lines of the log",
     "sample_every": "steps between grids of samples",
 }
 
@@ -66,9 +68,12 @@ _TRAIN = """
 examples:
   fastddpm train fashion-mnist.npz --out runs/garments
   fastddpm train photographs/ --out runs/photographs --channels 64,128,256 --attention 1,2 --layers 2 --flip
+  fastddpm train animals/ --out runs/animals --class-conditional    a folder of one folder for each class
+  torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
 DATA is an .npz with uint8 [N, H, W] or [N, H, W, C], an MNIST-format file (idx, .gz or not), or a folder of images of
-one size. The folder --out becomes a diffusers checkpoint; the same command again resumes a run.
+one size. The folder --out becomes a diffusers checkpoint, with a log, a loss curve and samples beside it; the same
+command again resumes a run. Under torchrun the processes share each batch, with the images and the noise of one.
 """
 _VERIFY = """
 examples:
@@ -168,14 +173,20 @@ def _destination(out: str | None, kind: str | None) -> tuple[Path, str]:
 
 def _train(args: argparse.Namespace) -> None:
     options = TrainOptions(
-        **{name: getattr(args, name) for name in (*_TRAINING, "precision")},
-        schedule=Schedule(beta_schedule=args.beta_schedule, num_train_timesteps=args.timesteps),
+        **{name: getattr(args, name) for name in (*_TRAINING, "precision", "engine", "init")},
+        schedule=Schedule(
+            beta_schedule=args.beta_schedule,
+            num_train_timesteps=args.timesteps,
+            prediction_type=args.prediction,
+        ),
     )
-    progress = not args.quiet
-    out = train(
-        data.load_images(args.data, progress=progress), args.out, options, device=args.device, progress=progress
-    )
-    if not args.quiet:
+    with ranks(args.device) as group:
+        speaks = not args.quiet and group.rank == 0
+        with group.agree():
+            pictures = data.load_images(args.data, progress=speaks)
+            labels = data.load_labels(args.data, count=len(pictures)) if args.class_conditional else None
+        out = train(pictures, args.out, options, labels=labels, device=group.device, progress=speaks)
+    if speaks:
         print(f"{out}: trained for {options.steps} steps; now `fastddpm sample {out}`")
 
 
@@ -360,6 +371,19 @@ def _add_train(add: argparse.ArgumentParser) -> None:
         "--beta-schedule", choices=BETA_SCHEDULES, default=kind, help="the noise schedule (default: %(default)s)"
     )
     add.add_argument("--timesteps", type=int, default=T, metavar="T", help="of the schedule (default: %(default)s)")
+    add.add_argument(
+        "--prediction",
+        choices=PREDICTION_TYPES,
+        default=schedule.prediction_type,
+        help="what the network learns to predict (default: %(default)s)",
+    )
+    add.add_argument("--class-conditional", action="store_true", help="learn the classes, too, that come with DATA")
+    add.add_argument(
+        "--init", metavar="CHECKPOINT", help="start from its weights; layout and schedule are its own, too"
+    )
+    add.add_argument(
+        "--engine", choices=TRAINERS, default="auto", help="how the network is run (default: auto, by the device)"
+    )
     _add_machine(add, TRAINED)
 
 

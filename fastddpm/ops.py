@@ -495,7 +495,7 @@ def _eps_loss_backward(
     if not m.numel():
         return out
     if backend(m.device) == "triton":
-        from fastddpm.kernels.eps_loss import launch_eps_loss_backward  # type: ignore[import-not-found]
+        from fastddpm.kernels.eps_loss import launch_eps_loss_backward
 
         how = {"predicts": predicts, "stream": stream, "with_t": stream == noise.LIKELIHOOD}
         launch_eps_loss_backward(out, grad, m, x_0, t, address, table, **how)

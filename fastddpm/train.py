@@ -11,28 +11,28 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastddpm import checkpoint, images, noise, ops
-from fastddpm.engine import PRECISIONS
-from fastddpm.files import atomic, check_writable
+from fastddpm import checkpoint, images, noise, ops, runs
+from fastddpm.distributed import Ranks, ranks
+from fastddpm.engine import PRECISIONS, arithmetic
+from fastddpm.files import check_writable
 from fastddpm.layout import channels_last
 from fastddpm.sampler import Sampler, device_and_precision
 from fastddpm.schedule import Schedule
 from fastddpm.unet import UNet2D
 
-STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
-LOG = "log.jsonl"
-LOG_EVERY = 50  # steps; reading the loss makes a GPU wait
-TRAINED = ("auto", "fp32", "bf16")  # gradients in fp16 would need their loss scaled
-GRID_STEPS = 100  # of the sample grids
+TRAINED = ("auto", "fp32", "tf32", "bf16")  # gradients in fp16 would need their loss scaled
+TRAINERS = ("auto", "eager", "compiled", "compiled+graph")
+GRID = 64  # samples to look at
+GRID_STEPS = 100  # each
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainOptions:
 
     Attributes:
         steps: optimiser steps in all.
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
         learning_rate: peak of AdamW's rate: linear warm-up over `warmup` steps, then cosine decay to zero.
         ema: decay of the exponential moving average of the weights, which is what is saved and sampled; early in a run
             (1 + k) / (10 + k) where that is smaller.
@@ -53,9 +53,13 @@ class TrainOptions:
         groups: of the group norms.
         dropout: in the residual blocks.
         seed: of initial weights and everything random; 0 <= seed < 2^64.
-        precision: "auto" (bf16 where the device computes it natively), "fp32" or "bf16"; weights are always float32.
-        save_every, sample_every: steps between checkpoints and sample grids.
-        schedule: the noise schedule, eps prediction.
+        precision: "auto" (bf16 where the device computes it natively, else fp32), "fp32", "tf32" (on a GPU), or "bf16",
+            by autocast; the weights, their average and the optimiser's state are always float32.
+        engine: "eager"; "compiled", by torch.compile, which takes a minute or more at first; "compiled+graph", which
+            also replays CUDA graphs; or "auto": "compiled" on a GPU, else "eager".
+        log_every, save_every, sample_every: steps between lines of the log, checkpoints, and sample grids.
+        init: a checkpoint to start from: its weights, with its layout and schedule in place of those here.
+        schedule: the noise schedule, and what the network is to predict: epsilon, x_0 or v.
     """
 
     steps: int = 20_000
@@ -72,12 +76,15 @@ class TrainOptions:
     dropout: float = 0.0
     seed: int = 0
     precision: str = "auto"
+    engine: str = "auto"
+    log_every: int = 50
     save_every: int = 1000
     sample_every: int = 2000
+    init: str | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
-    def unet_config(self, height: int, width: int, channels: int) -> dict[str, Any]:
-        """The U-Net's configuration (diffusers' names) for images of this size."""
+    def unet_config(self, height: int, width: int, channels: int, classes: int | None = None) -> dict[str, Any]:
+        """The U-Net's configuration (diffusers' names) for images of this size, and of so many classes."""
         levels = range(len(self.channels))
         down = ["AttnDownBlock2D" if i in self.attention else "DownBlock2D" for i in levels]
         return {
@@ -91,7 +98,7 @@ class TrainOptions:
             "attention_head_dim": None,
             "norm_num_groups": self.groups,
             "dropout": self.dropout,
-        }
+        } | ({} if classes is None else {"num_class_embeds": classes})
 
 
 def train(
@@ -99,102 +106,242 @@ def train(
     out: str | os.PathLike[str],
     options: TrainOptions,
     *,
+    labels: np.ndarray | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Path:
     """Train on images and leave a diffusers checkpoint of the averaged weights in the folder `out`.
 
     A folder that holds an unfinished run of the same images and options is resumed. Beside the checkpoint:
-    `training.pt` (to resume), `log.jsonl` (step, loss, seconds) and `samples/` (grids as the run goes). torch's random
-    state, on the CPU and on `device`, is afterwards what it was before.
+    `training.pt` (to resume), `log.jsonl` (loss and so on), `loss.png` and `samples/` (grids as the run goes). Started
+    by torchrun, the processes share each batch: images and noise are those of one process, whatever their number, and
+    the first alone writes. torch's random state, on the CPU and on `device`, is afterwards what it was before.
 
     Args:
         data: [N, H, W, C] uint8; H and W multiples of 2^(levels - 1); C = 1, 3 or 4.
         out: folder to write.
+        labels: [N] integers >= 0: train a class-conditional network.
+        device: "cuda" where there is one, else "cpu".
     Returns: out, as a path.
-    Raises: ValueError: data or an option is not as above, `out` cannot be written or holds another run or a checkpoint
-        that no run can go on from, or the run diverged.
+    Raises: ValueError: data, labels or an option is not as above, `out` cannot be written or holds another run or a
+        checkpoint that no run can go on from, or the run diverged.
     """
-    from tqdm import tqdm
+    with ranks(device) as group:
+        with group.agree():
+            trainer = Trainer(data, labels, Path(out), options, group)
+        trainer.run(progress)
+    return Path(out)
 
-    height, width, channels = _checked(data, options)
-    data = np.require(data, requirements=["C", "W"])  # torch takes neither negative strides nor read-only memory
-    if options.precision not in TRAINED:
-        raise ValueError(f"precision is {options.precision!r}; want one of {', '.join(TRAINED)}")
-    device, precision = device_and_precision(device, options.precision)
-    dtype = PRECISIONS[precision]
-    out, run = Path(out), _described(data, options)
-    forked = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(forked):
-        torch.manual_seed(options.seed)
-        net = UNet2D(**options.unet_config(height, width, channels)).to(device)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=options.learning_rate, fused=True)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer}
-    start, seconds = _resume(out, run, parts)
-    check_writable(out / "samples", folder=True)
-    if start:  # a kill may have come between the state and the checkpoint
-        checkpoint.save(out, ema.config, ema.state_dict(), options.schedule)
 
-    pixels = channels_last(torch.from_numpy(data).movedim(-1, 1)).to(device)
-    table = options.schedule.noising_table().to(device)
-    began = time.monotonic() - seconds
-    bar = tqdm(total=options.steps, initial=start, desc="train", unit="step", disable=not progress)
-    net.train()
-    with bar, torch.random.fork_rng(forked):
-        for k in range(start, options.steps):
-            torch.manual_seed(int(np.random.SeedSequence((options.seed, 2, k)).generate_state(1, np.uint64)[0]))
-            x_0, t, address = _batch(pixels, k, options)
-            x_t = ops.noising(x_0, t, address, table)
-            eps = noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = F.mse_loss(net(x_t, t).float(), eps)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), options.grad_clip)
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * _rate(k, options)
-            optimizer.step()
-            _average(ema, net, min(options.ema, (1 + k) / (10 + k)))
+class Trainer:
+    """A run, ready to go on."""
 
-            bar.update()
-            done = k + 1
-            log, save, draw = (
-                done % every == 0 or done == options.steps
-                for every in (LOG_EVERY, options.save_every, options.sample_every)
+    def __init__(
+        self, data: np.ndarray, labels: np.ndarray | None, out: Path, options: TrainOptions, group: Ranks
+    ) -> None:
+        started = None if options.init is None else checkpoint.load(options.init)
+        if started is not None:
+            options = replace(options, schedule=started[2])
+        _check_options(options)
+        shape, classes = _checked_images(data), _checked_classes(labels, data)
+        config = options.unet_config(*shape, classes)
+        if started is not None:
+            config = _fitting(started[0], config, str(options.init))
+        _check_sides(*shape[:2], levels=len(config["block_out_channels"]))
+        group.share(options.batch_size)
+        self.device, self.precision = device_and_precision(group.device, options.precision)
+        self.options, self.out, self.group, self.classes = options, out, group, classes
+        with _forked(self.device):
+            torch.manual_seed(options.seed)
+            self.net = UNet2D(**config).to(self.device)
+        if started is not None:
+            checkpoint.load_into(self.net, started[1])
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=options.learning_rate, fused=True)
+        self.parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
+        data = np.require(data, requirements=["C", "W"])  # torch takes neither negative strides nor read-only memory
+        self.described = _described(data, labels, options)
+        self.done = runs.resume(out, self.described, self.parts)
+        check_writable(out / "samples", folder=True)
+        self.pixels = _placed(channels_last(torch.from_numpy(data).movedim(-1, 1)), self.device)
+        self.labels = None if labels is None else torch.from_numpy(np.asarray(labels, np.int64))
+        self.table = options.schedule.noising_table().to(self.device)
+
+    def run(self, progress: bool) -> None:
+        """Take the steps that are left."""
+        from tqdm import tqdm
+
+        options, done, writes = self.options, self.done, self.group.rank == 0
+        began = time.monotonic() - done.seconds
+        steps = torch.tensor(float(done.step))
+        self.group.sum_([steps])
+        if steps != done.step * self.group.size:
+            raise ValueError(f"the processes see different runs in {self.out}; give a folder that they share")
+        if writes:
+            runs.tidy(self.out, done.step)
+            if done.step:  # a kill may have come between the state and the checkpoint
+                self._save_checkpoint()
+        network, losses = self._network(), []
+        bar = tqdm(total=options.steps, initial=done.step, desc="train", unit="step", disable=not (progress and writes))
+        self.net.train()
+        with bar, _forked(self.device):
+            while done.step < options.steps:
+                loss, norm = self._step(network, done.step)
+                losses.append(loss)
+                bar.update()
+                done.step += 1
+                log, save, draw = (
+                    done.step % every == 0 or done.step == options.steps
+                    for every in (options.log_every, options.save_every, options.sample_every)
+                )
+                if not (log or save or draw):
+                    continue
+                done.losses += self._finite(losses)
+                losses, done.seconds = [], time.monotonic() - began
+                if log:
+                    record = self._record(norm)
+                    bar.set_postfix(loss=f"{record['loss']:.4f}")
+                    done.losses = []
+                if not writes:
+                    continue
+                if log:
+                    runs.log(self.out, record)
+                if save:
+                    runs.save(self.out, self.described, self.parts, done)
+                    self._save_checkpoint()
+                if draw:
+                    self._draw()
+
+    def _network(self) -> Callable[..., Tensor]:
+        """The network as it is trained: perhaps compiled, its gradients those of all ranks."""
+        network: Any = self.net
+        if self.group.size > 1:
+            at = [self.device] if self.device.type == "cuda" else None
+            network = nn.parallel.DistributedDataParallel(network, device_ids=at, gradient_as_bucket_view=True)
+        engine = self.options.engine
+        if engine == "auto":
+            engine = "compiled" if ops.backend(self.device) == "triton" else "eager"
+        if engine == "eager":
+            return network
+        return torch.compile(network, dynamic=False, mode="reduce-overhead" if "graph" in engine else "default")
+
+    def _step(self, network: Callable[..., Tensor], k: int) -> tuple[Tensor, Tensor]:
+        """Step k, nothing of which waits for a GPU: this rank's part of the loss, and the norm of the gradient."""
+        options, dtype = self.options, PRECISIONS[self.precision]
+        if self.net.config["dropout"]:
+            state = np.random.SeedSequence((options.seed, 2, k, self.group.rank)).generate_state(1, np.uint64)
+            torch.manual_seed(int(state[0]))
+        x_0, t, address, labels = self._batch(k)
+        x_t = ops.noising(x_0, t, address, self.table, dtype=dtype)
+        with arithmetic(self.precision, self.device):
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                m = network(x_t, t, labels)
+            errors = ops.eps_loss(m, x_0, t, address, self.table, predicts=options.schedule.prediction_type)
+            loss = errors.sum() / (options.batch_size * x_0.shape[1:].numel())
+            self.optimizer.zero_grad()
+            (loss * self.group.size).backward()  # of which the mean over the ranks is taken
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * _rate(k, options)
+        self.optimizer.step()
+        _average(self.ema, self.net, min(options.ema, (1 + k) / (10 + k)))
+        return loss.detach(), norm
+
+    def _batch(self, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """This rank's share of step k, on the device: images, timesteps, noise addresses and labels."""
+        share = self.group.share(self.options.batch_size)
+        index, t, mirrored, address = (drawn[share] for drawn in draws(k, len(self.pixels), self.options))
+        labels = [] if self.labels is None else [self.labels[index]]
+        x_0 = self.pixels[index if self.pixels.device.type == "cpu" else self._sent(index)]
+        x_0, numbers = self._sent(x_0), self._sent(torch.stack([t, mirrored, *address.T, *labels]))
+        t, mirrored, seed, sample, *labels = numbers.unbind()
+        if self.options.flip:
+            x_0 = torch.where(mirrored.bool()[:, None, None, None], x_0.flip(-1), x_0)
+        return channels_last(x_0), t, torch.stack([seed, sample], 1), labels[0] if labels else None
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """x on the device; from pageable memory that would wait for all that a GPU has still to do."""
+        if x.device.type == self.device.type:
+            return x
+        return x.pin_memory().to(self.device, non_blocking=True)
+
+    def _finite(self, losses: list[Tensor]) -> list[float]:
+        """The losses of these steps, of all ranks, once they and the weights are known to be worth keeping."""
+        values = torch.stack(losses)
+        self.group.sum_([values])
+        found = values.tolist()
+        bad = [i for i, loss in enumerate(found) if not math.isfinite(loss)]
+        if bad or not all(bool(weights.isfinite().all()) for weights in self.ema.parameters()):
+            what = f"the loss is {found[bad[0]]}" if bad else "the weights are not finite"
+            step = self.done.step - (len(found) - 1 - bad[0] if bad else 0)
+            raise ValueError(
+                f"{what} at step {step}; lower learning_rate ({self.options.learning_rate}), or use precision fp32; "
+                f"what {self.out} held is kept"
             )
-            if log or save or draw:
-                value = _finite(loss, ema, done, out, options)
-            if log:
-                bar.set_postfix(loss=f"{value:.4f}")
-                _log(out, {"step": done, "loss": value, "seconds": time.monotonic() - began})
-            if save:
-                _save_state(out, run, parts, done, time.monotonic() - began)
-                checkpoint.save(out, ema.config, ema.state_dict(), options.schedule)
-            if draw:
-                sampler = Sampler(ema, options.schedule, device=device, precision=precision)
-                steps = _grid_steps(options)
-                grid = sampler.sample(64, seed=options.seed, steps=steps, output="uint8", progress=False)
-                images.save_grid(grid, out / "samples" / f"step-{done:07d}.png")
-    return out
+        return found
+
+    def _record(self, norm: Tensor) -> dict[str, float]:
+        """A line of the log: the mean loss since the last."""
+        done, options = self.done, self.options
+        return {
+            "step": done.step,
+            "loss": sum(done.losses) / len(done.losses),
+            "grad_norm": float(norm),
+            "learning_rate": options.learning_rate * _rate(done.step - 1, options),
+            "images_per_second": done.step * options.batch_size / done.seconds,
+            "seconds": done.seconds,
+        }
+
+    def _save_checkpoint(self) -> None:
+        checkpoint.save(self.out, self.ema.config, self.ema.state_dict(), self.options.schedule)
+
+    def _draw(self) -> None:
+        """Samples of the averaged weights, and the loss so far, as pictures."""
+        options = self.options
+        sampler = Sampler(
+            self.ema, options.schedule, shape=self.pixels.shape[1:], device=self.device, precision=self.precision
+        )
+        labels = None if self.classes is None else torch.arange(GRID) % self.classes
+        steps = _grid_steps(options)
+        grid = sampler.sample(GRID, seed=options.seed, steps=steps, output="uint8", class_labels=labels, progress=False)
+        images.save_grid(grid, self.out / "samples" / f"step-{self.done.step:07d}.png")
+        runs.draw_curve(self.out)
 
 
-def _batch(pixels: Tensor, k: int, options: TrainOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, timesteps and noise addresses of step k; the images come in a new order in every epoch."""
-    size, total = options.batch_size, len(pixels)
-    seen = np.arange(k * size, (k + 1) * size)  # running numbers of the examples, the noise standard's sample index
+def draws(k: int, total: int, options: TrainOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What step k draws for its batch of N of `total` images: a function of the seed and k.
+
+    Returns: [N] int64 each: which images, in a new order in every epoch; t; whether they are mirrored. And [N, 2], the
+        addresses of their noise, whose sample index is the running number of the example.
+    """
+    size, seed = options.batch_size, options.seed
+    seen = np.arange(k * size, (k + 1) * size)
     epoch, place = np.divmod(seen, total)
     index = np.empty(size, np.int64)
-    for e in np.unique(epoch):
-        order = np.random.default_rng((options.seed, 0, e)).permutation(total)
-        index[epoch == e] = order[place[epoch == e]]
-    draw = np.random.default_rng((options.seed, 1, k))
-    t = torch.from_numpy(draw.integers(options.schedule.num_train_timesteps, size=size)).to(pixels.device)
-    x_0 = pixels[torch.from_numpy(index).to(pixels.device)]
-    if options.flip:
-        mirrored = torch.from_numpy(draw.random(size) < 0.5).to(pixels.device)
-        x_0 = torch.where(mirrored[:, None, None, None], x_0.flip(-1), x_0)
-    return channels_last(x_0), t, noise.address(options.seed, torch.from_numpy(seen), pixels.device)
+    for e in np.unique(epoch).tolist():
+        index[epoch == e] = _order(seed, e, total)[place[epoch == e]]
+    draw = np.random.default_rng((seed, 1, k))
+    t = draw.integers(options.schedule.num_train_timesteps, size=size)
+    mirrored = (draw.random(size) < 0.5).astype(np.int64)
+    drawn = (torch.from_numpy(numbers) for numbers in (index, t, mirrored))
+    return *drawn, noise.address(seed, torch.from_numpy(seen))  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, total: int) -> np.ndarray:
+    return np.random.default_rng((seed, 0, epoch)).permutation(total)
+
+
+def _placed(pixels: Tensor, device: torch.device) -> Tensor:
+    """The images on the device, or on the host where they would take more than half of what a GPU has free."""
+    if device.type == "cuda" and pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return pixels
+    return pixels.to(device)
+
+
+def _forked(device: torch.device) -> Any:
+    """A context after which torch's random state is what it was."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _rate(k: int, options: TrainOptions) -> float:
@@ -212,29 +359,52 @@ def _grid_steps(options: TrainOptions) -> int:
     return min(GRID_STEPS, options.schedule.num_train_timesteps)
 
 
-def _finite(loss: Tensor, ema: nn.Module, step: int, out: Path, options: TrainOptions) -> float:
-    """The loss, once it and the weights are known to be worth keeping."""
-    value = loss.item()
-    if not math.isfinite(value) or not all(bool(weights.isfinite().all()) for weights in ema.parameters()):
-        what = "the weights are not finite" if math.isfinite(value) else f"the loss is {value}"
-        raise ValueError(
-            f"{what} at step {step}; lower learning_rate ({options.learning_rate}), or use precision fp32; "
-            f"what {out} held is kept"
-        )
-    return value
-
-
-def _checked(data: np.ndarray, options: TrainOptions) -> tuple[int, int, int]:
+def _checked_images(data: np.ndarray) -> tuple[int, int, int]:
+    """Height, width and channels."""
     if data.dtype != np.uint8 or data.ndim != 4 or not len(data) or data.shape[3] not in images.CHANNELS:
         wanted = "uint8 [N, H, W, C] with at least one image and C = 1, 3 or 4"
         raise ValueError(f"data is {data.dtype} {data.shape}; want {wanted}")
+    return data.shape[1:]
 
+
+def _checked_classes(labels: np.ndarray | None, data: np.ndarray) -> int | None:
+    """How many classes there are."""
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != data.shape[:1] or labels.min() < 0:
+        what = f"labels are {labels.dtype} {labels.shape}"
+        raise ValueError(f"{what}; want one whole number >= 0 for each of the {len(data)} images")
+    return int(labels.max()) + 1
+
+
+def _check_sides(height: int, width: int, levels: int) -> None:
+    factor = 1 << (levels - 1)
+    if not height or not width or height % factor or width % factor:
+        raise ValueError(
+            f"images are {height} x {width}; with {levels} levels both sides must be multiples of "
+            f"{factor}: crop or resize them, or give fewer channels"
+        )
+
+
+def _fitting(config: dict[str, Any], wanted: dict[str, Any], source: str) -> dict[str, Any]:
+    """The configuration of a checkpoint to start from, for images of another size."""
+    for name in ("in_channels", "out_channels", "num_class_embeds"):
+        if config.get(name) != wanted.get(name):
+            raise ValueError(
+                f"init is {source}, whose {name} is {config.get(name)}; these images need {wanted.get(name)}: "
+                "start from another checkpoint, or from none"
+            )
+    return config | {"sample_size": wanted["sample_size"]}
+
+
+def _check_options(options: TrainOptions) -> None:
     def want(name: str, good: Callable[[Any], Any], wanted: str) -> None:
         value = getattr(options, name)
         if not good(value):
             raise ValueError(f"{name} is {value!r}; want {wanted}")
 
-    for name in ("steps", "batch_size", "save_every", "sample_every", "layers", "groups"):
+    for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "layers", "groups"):
         want(name, lambda value: _whole(value, 1), "a whole number, at least 1")
     want("warmup", lambda warmup: _whole(warmup, 0), "a whole number, at least 0")
     want("seed", lambda seed: _whole(seed, 0, 1 << 64), "a whole number, 0 <= seed < 2^64")
@@ -248,19 +418,10 @@ def _checked(data: np.ndarray, options: TrainOptions) -> tuple[int, int, int]:
     want("attention", lambda at: _wholes(at, 0, levels), f"levels, each from 0 to {levels - 1}")
     divisor = f"a divisor of each of channels, {', '.join(map(str, options.channels))}"
     want("groups", lambda groups: not any(width % groups for width in options.channels), divisor)
-    if options.schedule.prediction_type != "epsilon":
-        raise ValueError(f"prediction_type is {options.schedule.prediction_type!r}; the trainer predicts epsilon")
+    for name, known in (("precision", TRAINED), ("engine", TRAINERS)):
+        want(name, known.__contains__, f"one of {', '.join(known)}")
     for steps in (None, _grid_steps(options)):
         options.schedule.table(steps)  # what cannot be sampled is not worth training
-
-    height, width, channels = data.shape[1:]
-    factor = 1 << (levels - 1)
-    if not height or not width or height % factor or width % factor:
-        raise ValueError(
-            f"images are {height} x {width}; with {levels} levels both sides must be multiples of "
-            f"{factor}: crop or resize them, or give fewer channels"
-        )
-    return height, width, channels
 
 
 def _whole(value: Any, low: int, end: float = math.inf) -> bool:
@@ -275,54 +436,12 @@ def _real(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _described(data: np.ndarray, options: TrainOptions) -> dict[str, Any]:
+def _described(data: np.ndarray, labels: np.ndarray | None, options: TrainOptions) -> dict[str, Any]:
     """What must not change when a run is resumed, as JSON would hold it."""
     described = asdict(options) | {"schedule": options.schedule.to_config()}
-    for free in ("save_every", "sample_every", "precision"):
+    for free in ("log_every", "save_every", "sample_every", "precision", "engine"):
         del described[free]
     described["data"] = {"shape": data.shape, "crc32": zlib.crc32(data.data)}
+    if labels is not None:
+        described["labels"] = {"crc32": zlib.crc32(np.ascontiguousarray(labels, np.int64).data)}
     return json.loads(json.dumps(described))
-
-
-def _resume(out: Path, run: dict[str, Any], parts: dict[str, Any]) -> tuple[int, float]:
-    """Steps done and seconds spent, after loading the state in `out`; (0, 0) where there is none."""
-    path, step, seconds = out / STATE, 0, 0.0
-    if path.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            step, seconds, other = int(state["step"]), float(state["seconds"]), state["run"]
-            changed = {name: other.get(name) for name in run if other.get(name) != run[name]}
-            if not changed:
-                for name, part in parts.items():
-                    part.load_state_dict(state[name])
-        except Exception as error:  # whatever a damaged or hostile pickle comes to
-            kind = type(error).__name__
-            raise ValueError(f"{path} is damaged, or not of a run ({kind}); train into another folder") from error
-        if changed:
-            raise ValueError(f"{out} holds a run with other {json.dumps(changed)[1:-1]}; give those, or another folder")
-    elif held := [name for name in ("unet", "model_index.json", "config.json") if (out / name).exists()]:
-        raise ValueError(f"{out} holds a checkpoint ({held[0]}) and no {STATE} to resume; train into another folder")
-    if (out / LOG).exists():
-        lines = (out / LOG).read_text(errors="replace").splitlines()
-        with atomic(out / LOG) as file:
-            file.write("".join(line + "\n" for line in lines if _logged(line) <= step).encode())
-    return step, seconds
-
-
-def _save_state(out: Path, run: dict[str, Any], parts: dict[str, Any], step: int, seconds: float) -> None:
-    state = {"step": step, "seconds": seconds, "run": run, **{name: part.state_dict() for name, part in parts.items()}}
-    with atomic(out / STATE) as file:
-        torch.save(state, file)
-
-
-def _log(out: Path, record: dict[str, Any]) -> None:
-    with (out / LOG).open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def _logged(line: str) -> float:
-    """The step of a line of the log; infinity for what a kill left of one."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf

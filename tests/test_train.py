@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from check import assert_as_accurate, error_line
 from diffusers import DDPMPipeline
 from PIL import Image
@@ -15,9 +15,10 @@ from torch import nn
 
 from fastddpm import Sampler, Schedule, UNet2D, checkpoint, images, noise
 from fastddpm import train as trainer
+from fastddpm.distributed import Ranks
 from fastddpm.layout import channels_last
-from fastddpm.reference.diffusion import Diffusion, add_noise
-from fastddpm.train import TrainOptions, train
+from fastddpm.reference.diffusion import Diffusion, add_noise, squared_error, target
+from fastddpm.train import Trainer, TrainOptions, draws, train
 
 SMALL = TrainOptions(
     steps=4,
@@ -42,8 +43,14 @@ def pictures(n=7, channels=1):
     return data
 
 
-def run(out, options=SMALL, data=None):
-    return train(pictures() if data is None else data, out, options, progress=False)
+def run(out, options=SMALL, data=None, **how):
+    return train(pictures() if data is None else data, out, options, progress=False, **how)
+
+
+def batch(data, k, options=SMALL, labels=None, ranks=None):
+    """Images, timesteps, addresses and labels of step k."""
+    with TemporaryDirectory() as out:
+        return Trainer(data, labels, Path(out), options, ranks or Ranks())._batch(k)
 
 
 def parameters(folder):
@@ -63,8 +70,9 @@ def assert_same(a, b):
 def test_what_a_run_leaves(tmp_path):
     out = run(tmp_path / "run")
     assert [step for step, _ in losses(out)] == [4]
-    with Image.open(out / "samples" / "step-0000004.png") as grid:
-        assert grid.size[0] > 64
+    for picture in ("samples/step-0000004.png", "loss.png"):
+        with Image.open(out / picture) as grid:
+            assert grid.size[0] > 64
     net = DDPMPipeline.from_pretrained(out).unet
     assert_same(dict(net.state_dict()), parameters(out))
     drawn = Sampler.from_pretrained(out).sample(2, steps=2, progress=False, output="uint8")
@@ -78,8 +86,7 @@ def test_one_step_is_algorithm_1(tmp_path):
     run(tmp_path, options)
     torch.manual_seed(options.seed)
     net = UNet2D(**options.unet_config(8, 8, 1))
-    pixels = torch.from_numpy(pictures()).movedim(-1, 1)
-    x_0, t, address = trainer._batch(pixels, 0, options)
+    x_0, t, address, _ = batch(pictures(), 0, options)
     assert torch.equal(address, noise.address(options.seed, 3))
     eps = noise.normal(address, (1, 8, 8), stream=noise.TRAIN, t=0)
     process = Diffusion(options.schedule.betas)
@@ -90,36 +97,49 @@ def test_one_step_is_algorithm_1(tmp_path):
     assert_as_accurate(torch.tensor(logged), plain, loss)
 
 
-def test_a_run_is_the_plain_loop_written_by_hand(tmp_path):
+@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_run_is_the_plain_loop_written_by_hand(tmp_path, predicts, classes):
     """To the bit: AdamW, clipping, warm-up and cosine, the average and its warm-up, a t for each image, dropout."""
     seed, size, rate, data = (1 << 63) + 5, 3, 5e-3, pictures()
     options = dataclasses.replace(SMALL, seed=seed, learning_rate=rate, grad_clip=0.1, ema=0.15, dropout=0.3)
-    out = run(tmp_path, options, data)
+    options = dataclasses.replace(options, log_every=2)
+    options = dataclasses.replace(options, schedule=Schedule(num_train_timesteps=20, prediction_type=predicts))
+    labels = None if classes is None else np.array([0, 2, 1, 1, 0, 2, 2], np.uint8)
+    out = run(tmp_path, options, data, labels=labels)
 
     torch.manual_seed(seed)
-    net = UNet2D(**options.unet_config(8, 8, 1))
+    net = UNet2D(**options.unet_config(8, 8, 1, classes))
     ema = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, fused=True)
     pixels = torch.from_numpy(data).movedim(-1, 1)
-    table, norms = options.schedule.noising_table(), []
+    table, norms, values = options.schedule.noising_table(), [], []
     for k, (share, decay) in enumerate([(1 / 2, 1 / 10), (1, 0.15), (1, 0.15), (1 / 2, 0.15)]):
         seen = range(k * size, (k + 1) * size)
         orders = [np.random.default_rng((seed, 0, epoch)).permutation(7) for epoch in range(2)]
-        x_0 = (pixels[[orders[i // 7][i % 7] for i in seen]].float() - 127.5) * (2 / 255)
+        index = [orders[i // 7][i % 7] for i in seen]
+        x_0 = (pixels[index].float() - 127.5) * (2 / 255)
         t = torch.from_numpy(np.random.default_rng((seed, 1, k)).integers(20, size=size))
         eps = noise.normal(noise.address(seed, seen), (1, 8, 8), stream=noise.TRAIN, t=0)
-        torch.manual_seed(int(np.random.SeedSequence((seed, 2, k)).generate_state(1, np.uint64)[0]))
-        loss = F.mse_loss(net(channels_last(add_noise(x_0, eps, table[t])), t), eps)
+        torch.manual_seed(int(np.random.SeedSequence((seed, 2, k, 0)).generate_state(1, np.uint64)[0]))
+        given = None if classes is None else torch.from_numpy(labels[index]).long()
+        m = net(channels_last(add_noise(x_0, eps, table[t])), t, given)
+        loss = squared_error(m, target(x_0, eps, table[t], predicts)).sum() / (size * 64)
         optimizer.zero_grad()
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(net.parameters(), 0.1))
+        values.append(loss.item())
         optimizer.param_groups[0]["lr"] = share * rate
         optimizer.step()
         for name, value in net.state_dict().items():
             ema[name].lerp_(value, 1 - decay)
     assert min(norms) > 0.1
     assert_same(parameters(out), ema)
-    assert losses(out) == [(4, loss.item())]
+    first, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert (first["loss"], last["loss"]) == (sum(values[:2]) / 2, sum(values[2:]) / 2)
+    assert (first["grad_norm"], last["grad_norm"]) == (norms[1].item(), norms[3].item())
+    assert (first["learning_rate"], last["learning_rate"]) == (rate, rate / 2)
+    assert (last["step"], last["images_per_second"] > 0, first["seconds"] < last["seconds"]) == (4, True, True)
 
 
 def test_the_network_is_the_one_asked_for():
@@ -180,8 +200,7 @@ def killed_run(monkeypatch, owner, name, call, out, options=SMALL):
     ("owner", "name", "call"), [(trainer, "_average", 2), (trainer, "_average", 4), (checkpoint, "save", 1)]
 )
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, owner, name, call, dropout):
-    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
-    options = dataclasses.replace(SMALL, dropout=dropout)
+    options = dataclasses.replace(SMALL, dropout=dropout, log_every=1)
     whole = run(tmp_path / "whole", options)
     killed_run(monkeypatch, owner, name, call, tmp_path / "killed", options)
     again = run(tmp_path / "killed", options)
@@ -199,8 +218,10 @@ def test_a_kill_between_the_last_state_and_its_checkpoint_is_made_good(tmp_path,
 def test_resuming_mends_the_log_and_counts_the_seconds_on(tmp_path, monkeypatch):
     killed_run(monkeypatch, trainer, "_average", 3, tmp_path)
     state = torch.load(tmp_path / "training.pt", weights_only=True)
-    assert (state["step"], state["seconds"] < 1000) == (2, True)
-    torch.save({**state, "seconds": 1000.0}, tmp_path / "training.pt")
+    done = state["progress"]
+    assert (done["step"], done["seconds"] < 1000, len(done["losses"])) == (2, True, 2)
+    torch.save({**state, "progress": done | {"seconds": 1000.0}}, tmp_path / "training.pt")
+    (tmp_path / ".training.pt.1.tmp").touch()
     kept = '{"step": 2, "loss": 0.5, "seconds": 1.0}'
     (tmp_path / "log.jsonl").write_bytes(
         f'{kept}\n7\n{{"step": 3, "loss": 0.5}}\n{{"step": 4, "lo'.encode() + b"\0\xff"
@@ -210,6 +231,7 @@ def test_resuming_mends_the_log_and_counts_the_seconds_on(tmp_path, monkeypatch)
     assert first == kept
     assert json.loads(last)["step"] == 4
     assert 1000 < json.loads(last)["seconds"] < 2000
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 def truncated(path):
@@ -311,18 +333,99 @@ def test_two_runs_are_the_same_and_another_seed_is_not(tmp_path):
 
 
 def test_every_epoch_sees_every_image_once_in_a_new_order():
-    pixels = torch.arange(7, dtype=torch.uint8).reshape(7, 1, 1, 1)
-    seen = torch.cat([trainer._batch(pixels, k, SMALL)[0].flatten() for k in range(14)]).tolist()
+    seen = torch.cat([draws(k, 7, SMALL)[0] for k in range(14)]).tolist()
     epochs = [seen[i : i + 7] for i in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
 def test_flips_mirror_half_of_the_images():
-    pixels = torch.tensor([[0, 1]], dtype=torch.uint8).expand(100, 1, 1, 2)
-    options = dataclasses.replace(SMALL, batch_size=100, flip=True)
-    flipped = sum(int(trainer._batch(pixels, k, options)[0][:, 0, 0, 0].sum()) for k in range(10))
-    assert abs(flipped - 500) <= 5 * 1000**0.5 / 2  # five standard deviations
+    data = pictures()
+    for flip in (False, True):
+        options = dataclasses.replace(SMALL, batch_size=100, flip=flip)
+        x_0, *_ = batch(data, 3, options)
+        index, _, mirrored, _ = draws(3, len(data), options)
+        plain = torch.from_numpy(data[index.numpy()]).movedim(-1, 1)
+        assert torch.equal(x_0, torch.where((mirrored * flip).bool()[:, None, None, None], plain.flip(-1), plain))
+    mirrored = sum(int(draws(k, len(data), options)[2].sum()) for k in range(10))
+    assert abs(mirrored - 500) <= 5 * 1000**0.5 / 2  # five standard deviations
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_ranks_share_the_batch_of_one_process(size):
+    options, labels = dataclasses.replace(SMALL, batch_size=5, flip=True), np.arange(7) % 3
+    whole = batch(pictures(), 1, options, labels)
+    parts = [batch(pictures(), 1, options, labels, Ranks(rank, size)) for rank in range(size)]
+    assert all(map(torch.equal, map(torch.cat, zip(*parts, strict=True)), whole))
+
+
+def test_images_that_do_not_fit_a_gpu_stay_on_the_host(monkeypatch):
+    pixels, gpu = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (959, 80 << 30))
+    assert trainer._placed(pixels, gpu) is pixels
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (960, 80 << 30))
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(device))
+    trainer._placed(pixels, gpu)
+    assert moved == [gpu]
+
+
+@pytest.mark.slow
+def test_compiled_training_is_as_near_to_float64(tmp_path):
+    """The first loss, of the same draws; and a second step, for its gradients."""
+    options = dataclasses.replace(SMALL, steps=2, log_every=1, grad_clip=float("inf"))
+    eager, compiled = (
+        run(tmp_path / engine, dataclasses.replace(options, engine=engine)) for engine in ("eager", "compiled")
+    )
+    for a, b in zip(losses(eager), losses(compiled), strict=True):
+        assert a[0] == b[0]
+        assert abs(a[1] - b[1]) <= 1e-5 * a[1]
+
+
+def test_a_class_conditional_run(tmp_path):
+    labels = np.arange(7) % 3
+    out = run(tmp_path, labels=labels)
+    assert checkpoint.load(out)[0]["num_class_embeds"] == 3
+    a, b = (Sampler.from_pretrained(out).sample(1, steps=2, class_labels=[label], progress=False) for label in (0, 2))
+    assert not torch.equal(a, b)
+    assert '"labels"' in error_line(run, tmp_path, labels=labels[::-1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "what"),
+    [
+        (np.arange(6), "labels are int64 (6,); want one whole number >= 0 for each of the 7 images"),
+        (np.arange(7.0), "labels are float64 (7,)"),
+        (np.arange(7) - 1, "labels are int64 (7,)"),
+        (np.zeros((7, 1), int), "labels are int64 (7, 1)"),
+    ],
+)
+def test_bad_labels(tmp_path, labels, what):
+    assert what in error_line(run, tmp_path / "run", labels=labels)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_a_checkpoint(tmp_path):
+    """With its weights, layout and schedule; a rate of almost nothing leaves the weights as they are."""
+    first = run(tmp_path / "first")
+    options = dataclasses.replace(
+        SMALL, init=str(first), steps=1, learning_rate=1e-30, channels=(4,), attention=(), schedule=Schedule()
+    )
+    second = run(tmp_path / "second", options)
+    assert_same(parameters(first), parameters(second))
+    (config, _, schedule), (before, _, of_first) = checkpoint.load(second), checkpoint.load(first)
+    assert (config, schedule) == (before, of_first)
+    assert schedule.num_train_timesteps == 20
+
+
+def test_a_checkpoint_for_other_images_is_no_start(tmp_path):
+    first = run(tmp_path / "first")
+    options = dataclasses.replace(SMALL, init=str(first))
+    line = error_line(run, tmp_path / "second", options, pictures(channels=3))
+    assert f"init is {first}, whose in_channels is 1; these images need 3" in line
+    line = error_line(run, tmp_path / "second", options, labels=np.arange(7))
+    assert "whose num_class_embeds is None; these images need 7" in line
+    assert "images are 9 x 8" in error_line(run, tmp_path / "second", options, np.zeros((2, 9, 8, 1), np.uint8))
 
 
 def test_colour_bf16_and_clipping(tmp_path):
@@ -359,7 +462,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, monkeypatc
     monkeypatch.setattr(trainer, "_average", poisoned)
     assert what in error_line(run, tmp_path, dataclasses.replace(SMALL, steps=6))
     assert all(value.isfinite().all() for value in parameters(tmp_path).values())
-    assert torch.load(tmp_path / "training.pt", weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "training.pt", weights_only=True)["progress"]["step"] == 2
 
 
 @pytest.mark.parametrize(

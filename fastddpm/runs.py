@@ -1,0 +1,95 @@
+"""The folder of a training run: the state that it is resumed from, its log, its loss curve."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastddpm import plots
+from fastddpm.files import atomic
+
+STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
+LOG = "log.jsonl"
+CURVE = "loss.png"
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: optimiser steps done.
+        seconds: spent on them, in all processes that were at it.
+        losses: of the steps since the last line of the log.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progress:
+    """Load the state in `out` into the parts of a run; the log loses what was not saved, a kill's rests are removed.
+
+    Args:
+        run: what must be as it was, as JSON would hold it.
+        parts: by name, what has state_dict() and load_state_dict().
+    Returns: how far it is; a new Progress where there is none.
+    Raises: ValueError: the folder holds another run, a state that is damaged, or a checkpoint of another origin.
+    """
+    path, done = out / STATE, Progress()
+    if path.exists():
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            done, other = Progress(**state["progress"]), state["run"]
+            changed = {name: other.get(name) for name in run if other.get(name) != run[name]}
+            if not changed:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+        except Exception as error:  # whatever a damaged or hostile pickle comes to
+            kind = type(error).__name__
+            raise ValueError(f"{path} is damaged, or not of a run ({kind}); train into another folder") from error
+        if changed:
+            raise ValueError(f"{out} holds a run with other {json.dumps(changed)[1:-1]}; give those, or another folder")
+    elif held := [name for name in ("unet", "model_index.json", "config.json") if (out / name).exists()]:
+        raise ValueError(f"{out} holds a checkpoint ({held[0]}) and no {STATE} to resume; train into another folder")
+    return done
+
+
+def tidy(out: Path, step: int) -> None:
+    """Forget what a kill left: lines of the log after `step`, temporary files."""
+    for rest in out.rglob(".*.tmp"):
+        rest.unlink(missing_ok=True)
+    if (out / LOG).exists():
+        lines = (out / LOG).read_text(errors="replace").splitlines()
+        with atomic(out / LOG) as file:
+            file.write("".join(line + "\n" for line in lines if _logged(line) <= step).encode())
+
+
+def save(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any], progress: Progress) -> None:
+    """Write the state, to be resumed."""
+    state = {"progress": vars(progress), "run": run, **{name: part.state_dict() for name, part in parts.items()}}
+    with atomic(out / STATE) as file:
+        torch.save(state, file)
+
+
+def log(out: Path, record: Mapping[str, float]) -> None:
+    with (out / LOG).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def draw_curve(out: Path) -> None:
+    """The loss over the steps, as a picture."""
+    plots.loss_curve(map(json.loads, (out / LOG).read_text().splitlines()), out / CURVE)
+
+
+def _logged(line: str) -> float:
+    """The step of a line of the log; infinity for what a kill left of one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

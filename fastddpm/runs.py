@@ -83,8 +83,9 @@ def log(out: Path, record: Mapping[str, float]) -> None:
 
 
 def draw_curve(out: Path) -> None:
-    """The loss over the steps, as a picture."""
-    plots.loss_curve(map(json.loads, (out / LOG).read_text().splitlines()), out / CURVE)
+    """The loss over the steps, as a picture, once there is a line in the log."""
+    if (out / LOG).exists():
+        plots.loss_curve(map(json.loads, (out / LOG).read_text().splitlines()), out / CURVE)
 
 
 def _logged(line: str) -> float:

@@ -129,6 +129,7 @@ def train(
     with ranks(device) as group:
         with group.agree():
             trainer = Trainer(data, labels, Path(out), options, group)
+        group.agree_on((trainer.done.step, trainer.described))
         trainer.run(progress)
     return Path(out)
 
@@ -150,6 +151,9 @@ class Trainer:
         _check_sides(*shape[:2], levels=len(config["block_out_channels"]))
         group.share(options.batch_size)
         self.device, self.precision = device_and_precision(group.device, options.precision)
+        if "graph" in options.engine and self.device.type != "cuda":
+            what = f"engine is {options.engine!r}, and '{self.device}' has no CUDA graphs"
+            raise ValueError(f"{what}; use 'eager' or 'compiled'")
         self.options, self.out, self.group, self.classes = options, out, group, classes
         with _forked(self.device):
             torch.manual_seed(options.seed)
@@ -173,10 +177,6 @@ class Trainer:
 
         options, done, writes = self.options, self.done, self.group.rank == 0
         began = time.monotonic() - done.seconds
-        steps = torch.tensor(float(done.step))
-        self.group.sum_([steps])
-        if steps != done.step * self.group.size:
-            raise ValueError(f"the processes see different runs in {self.out}; give a folder that they share")
         if writes:
             runs.tidy(self.out, done.step)
             if done.step:  # a kill may have come between the state and the checkpoint
@@ -206,11 +206,11 @@ class Trainer:
                     continue
                 if log:
                     runs.log(self.out, record)
-                if save:
-                    runs.save(self.out, self.described, self.parts, done)
-                    self._save_checkpoint()
                 if draw:
                     self._draw()
+                if save:  # last: what comes after it would be lost by a kill
+                    runs.save(self.out, self.described, self.parts, done)
+                    self._save_checkpoint()
 
     def _network(self) -> Callable[..., Tensor]:
         """The network as it is trained: perhaps compiled, its gradients those of all ranks."""

@@ -1,41 +1,15 @@
 """Several processes at one job: who takes what, sums with the same bits everywhere, errors that all ranks share."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 from check import error_line
+from processes import run_ranks
 
 from fastddpm.distributed import AgreedError, Ranks, ranks
-
-PROGRAM = """
-import json, os, sys, torch
-from fastddpm.distributed import ranks
-from fastddpm import distributed
-
-def tell(**said):
-    os.write(1, (json.dumps(said) + "\\n").encode())  # in one piece: the ranks share the stream
-
-"""
-
-
-def start(program, size):
-    """Run a program under torchrun: (status, what each rank told in order of their ranks, stderr)."""
-    elastic = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    done = subprocess.run(
-        [*elastic, "--no-python", sys.executable, "-c", PROGRAM + textwrap.dedent(program)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return done.returncode, sorted(told, key=lambda said: said["rank"]), done.stderr
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
@@ -137,64 +111,66 @@ def test_others_that_cannot_be_reached(second_of_two, monkeypatch):
     assert error_line(enter, "cpu") == want
 
 
+def say(**said):
+    print(json.dumps(said), flush=True)
+
+
+def values(rank):
+    return torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(rank))
+
+
+def sums():
+    with ranks("cpu") as r:
+        summed = [values(r.rank).to(memory_format=torch.channels_last), torch.tensor(float(r.rank + 1)), torch.zeros(0)]
+        before = [x.data_ptr() for x in summed]
+        r.sum_(summed)
+        same = before == [x.data_ptr() for x in summed]
+        say(rank=r.rank, size=r.size, device=r.device, same=same, sums=[x.tolist() for x in summed])
+    say(left=not dist.is_initialized())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_sums_have_the_same_bits_on_every_rank(size):
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_sums_have_the_same_bits_on_every_rank(size, tmp_path):
     """And those of whole numbers are exact; a channels-last tensor, a number and an empty one among them."""
-    status, told, stderr = start(
-        """
-        with ranks("cpu") as r:
-            values = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(r.rank))
-            sums = [values.to(memory_format=torch.channels_last), torch.tensor(float(r.rank + 1)), torch.zeros(0)]
-            same = [x.data_ptr() for x in sums]
-            r.sum_(sums)
-            assert same == [x.data_ptr() for x in sums]
-            tell(rank=r.rank, size=r.size, sums=[x.tolist() for x in sums], device=r.device)
-        assert not torch.distributed.is_initialized()
-        """,
-        size,
-    )
-    assert status == 0, stderr
-    assert [(said["rank"], said["size"], said["device"]) for said in told] == [(r, size, "cpu") for r in range(size)]
-    assert all(said["sums"] == told[0]["sums"] for said in told)
-    values, whole, nothing = told[0]["sums"]
+    ends, told = run_ranks(tmp_path, size, sums)
+    assert ends == [0] * size, told
+    said, left = zip(*([json.loads(line) for line in text.splitlines()] for text in told), strict=True)
+    first = {"size": size, "device": "cpu", "same": True, "sums": said[0]["sums"]}
+    assert list(said) == [{"rank": rank, **first} for rank in range(size)]
+    assert list(left) == [{"left": True}] * size
+    total, whole, nothing = said[0]["sums"]
     assert (whole, nothing) == (size * (size + 1) / 2, [])
-    parts = [torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(r)) for r in range(size)]
-    orders = [sum(parts[i:] + parts[:i]) for i in range(size)]  # whichever rank began
-    assert all(any(order[at] == value for order in orders) for at, value in _entries(values))
+    parts = [values(rank) for rank in range(size)]
+    orders = torch.stack([sum(parts[i:] + parts[:i]) for i in range(size)])  # whichever rank began
+    assert (orders == torch.tensor(total)).any(0).all()
 
 
-def _entries(nested):
-    values = torch.tensor(nested)
-    return [(tuple(at), values[tuple(at)]) for at in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist()]
+def agreements():
+    with ranks("cpu") as r:
+        said = []
+        for failing in ([], [1], [1, 2], [0, 1, 2]):
+            try:
+                with r.agree():
+                    if r.rank in failing:
+                        raise RuntimeError("two\n lines") if failing == [1] else ValueError(r.rank)
+            except AgreedError as error:
+                said.append([str(error), error.__cause__ is not None])
+        r.agree_on({"step": 4})
+        try:
+            r.agree_on(r.rank // 2)
+        except AgreedError as error:
+            said.append(str(error))
+        say(said=said)
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_is_everybodys_and_nobody_waits():
+def test_an_error_on_one_rank_is_everybodys_and_nobody_waits(tmp_path):
     """Of several that fail, the first one's; then the ranks go on together, in step."""
-    status, told, stderr = start(
-        """
-        with ranks("cpu") as r:
-            said = []
-            for failing in ([], [1], [1, 2], [0, 1, 2]):
-                try:
-                    with r.agree():
-                        if r.rank in failing:
-                            raise RuntimeError("two\\n lines") if failing == [1] else ValueError(r.rank)
-                except distributed.AgreedError as error:
-                    said.append([str(error), error.__cause__ is not None])
-            r.agree_on({"step": 4})
-            try:
-                r.agree_on(r.rank // 2)
-            except distributed.AgreedError as error:
-                said.append(str(error))
-            tell(rank=r.rank, said=said)
-        """,
-        3,
-    )
-    assert status == 0, stderr
-    for rank, said in enumerate(told):
-        assert said["said"] == [
+    ends, told = run_ranks(tmp_path, 3, agreements)
+    assert ends == [0] * 3, told
+    for rank, text in enumerate(told):
+        assert json.loads(text)["said"] == [
             ["RuntimeError: two lines", rank == 1],
             ["1", rank in (1, 2)],
             ["0", True],
@@ -202,20 +178,18 @@ def test_an_error_on_one_rank_is_everybodys_and_nobody_waits():
         ]
 
 
+def failure(agreed):
+    with ranks("cpu") as r:
+        with r.agree() if agreed else nullcontext():
+            if r.rank == 1:
+                raise ValueError("of rank one alone")
+        r.sum_([torch.zeros(3)])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["with r.agree():", "if True:"], ids=["agreed", "alone"])
-def test_a_rank_that_fails_ends_the_job(where):
-    """Also when the others wait for it in a sum."""
-    status, _, stderr = start(
-        f"""
-        with ranks("cpu") as r:
-            {where}
-                if r.rank == 1:
-                    raise ValueError("of rank one alone")
-            r.sum_([torch.zeros(3)])
-            tell(rank=r.rank)
-        """,
-        2,
-    )
-    assert status == 1
-    assert "ValueError: of rank one alone" in stderr
+@pytest.mark.parametrize("agreed", [True, False])
+def test_a_rank_that_fails_ends_the_others(agreed, tmp_path):
+    """Also where they wait for it in a sum."""
+    ends, told = run_ranks(tmp_path, 3, failure, agreed)
+    assert ends == [1] * 3
+    assert [text.splitlines()[-1].endswith("Error: of rank one alone") for text in told] == [agreed, True, agreed]

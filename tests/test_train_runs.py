@@ -52,9 +52,21 @@ def command(arguments: list[str], hook: Callable[[], None] | None = None) -> int
     return cli.main(arguments)
 
 
+def refuse_writing(event, args):
+    """But for the nameless file that shows whether the folder can be written."""
+    opened = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if (opened or event == "os.rename") and f"{os.sep}run{os.sep}" in str(args[0]) and Path(args[0]).suffix:
+        raise PermissionError(f"rank {os.environ['RANK']} writes {args[0]}")
+
+
 def record_steps(folder: Path, killed: tuple[int, int] | None = None) -> None:
-    """Keep what each step of this rank takes, and what it leaves: steps-RANK.pt; a (rank, step) may be killed in it."""
+    """Keep what each step of this rank takes, and what it leaves: steps-RANK.pt; a (rank, step) may be killed in it.
+
+    A rank that is not the first may not write into the folder of the run.
+    """
     rank, steps, now = int(os.environ["RANK"]), [], {}
+    if rank:
+        sys.addaudithook(refuse_writing)
     noising, forward = ops.noising, UNet2D.forward
 
     def noised(x_0, t, address, *args, **kwargs):
@@ -88,12 +100,12 @@ def _parameters(optimizer):
     return [value for group in optimizer.param_groups for value in group["params"]]
 
 
-def die_before(folder: Path, operation: int) -> None:
-    """SIGKILL before the process opens, renames or removes a file in the folder for so many times."""
+def die_before(place: str, operation: int) -> None:
+    """SIGKILL before the process opens, renames or removes a file whose path begins so for so many times."""
     left = [operation]
 
     def watch(event, args):
-        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(str(folder)):
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(place):
             left[0] -= 1
             if not left[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -137,16 +149,15 @@ def undisturbed(images, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_killed_time_and_again_is_the_undisturbed_one(images, undisturbed, tmp_path):
-    """Before any operation on a file, in the middle of a write, at any time: its log, weights and pictures."""
+    """Before operations on its files, of which some and any, in the middle of a write, at any time."""
     rng = np.random.default_rng(0)
     out, told, ends = tmp_path / "run", tmp_path / "told", []
-    for _ in range(4):
+    for place, most in (("", 40), ("samples/.step", 2), (".loss", 2), (".training", 2), ("unet/.", 4)):
         size = int(np.exp(rng.uniform(np.log(50), np.log(150_000))))
-        operation = int(rng.integers(1, 40))
-        hooks = [functools.partial(die_before, out, operation), functools.partial(die_writing, size), None]
-        for hook in hooks:
+        before = functools.partial(die_before, f"{out}/{place}", int(rng.integers(1, most, endpoint=True)))
+        for hook in (before, functools.partial(die_writing, size), None):
             process = start(told, command, arguments(images, out), hook)
-            process.join(None if hook else rng.uniform(0.3, 1.5))
+            process.join(None if hook else rng.uniform(0.2, 1.0))
             process.kill()
             process.join()
             ends.append(process.exitcode)

@@ -147,6 +147,8 @@ class Slots:
         table: [T] rows, of which the first S are those that were loaded.
     """
 
+    returns: tuple[int, ...] = (1,)  # how many numbers a network may return for each element of x
+
     def __init__(self, engine: Engine, n: int, captures: bool):
         self.engine: Engine = weakref.proxy(engine)  # which holds these: graphs shall go when it does
         self.captures, self.stream = captures, None
@@ -164,10 +166,9 @@ class Slots:
         if engine.net is not None:
             if engine.dtype != torch.float32:
                 self.low = layout.empty(n, engine.shape, dtype=engine.dtype, device=device)
-            # Without kernels a row that serves the whole batch is a bias of convolutions, in their precision.
-            kernels = ops.backend(device) == "triton"
-            self._at = self.pos if kernels else self.pos[:1]
-            self._time_dtype = torch.float32 if kernels else engine.dtype
+            self._kernels = ops.backend(device) == "triton"
+            self._stand(apart=False)
+            self._time_dtype = torch.float32 if self._kernels else engine.dtype
             columns = engine.net.projection.out_features  # type: ignore[union-attr]
             self._time_rows = torch.empty(T, columns, dtype=self._time_dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -235,9 +236,10 @@ class Slots:
                     engine.device.type, engine.dtype, enabled=engine.dtype != torch.float32, cache_enabled=False
                 ):
                     m = network(self.x.clone(), t)  # a model may write to its input
+        n, c, *spatial = self.x.shape
         if (
             not isinstance(m, Tensor)
-            or m.shape != self.x.shape
+            or m.shape not in [(n, c * times, *spatial) for times in self.returns]
             or not m.is_floating_point()
             or m.device != self.x.device
         ):
@@ -264,6 +266,13 @@ class Slots:
         S = len(self._loaded)
         return f"step {S - k} of {S} (t = {int(self._loaded.timesteps[k])})"
 
+    def _stand(self, *, apart: bool) -> None:
+        """Say whether the entries of a batch may be at different rows.
+
+        Without kernels a row that serves the whole batch is a bias of convolutions, in their precision.
+        """
+        self._at = self.pos if self._kernels or apart else self.pos[:1]
+
     def _columns(self) -> Tensor:
         """[1 or n, columns]: all of the network that depends on t (and the class) alone."""
         if self.labels is None:
@@ -284,6 +293,7 @@ class Slots:
         weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
         return (
             self.table.clip,
+            None if self.engine.net is None else len(self._at),
             None if labels is None else labels.data_ptr(),
             () if self.engine.net is not None else tuple(weight.data_ptr() for weight in weights),
             (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
@@ -320,17 +330,30 @@ class Slots:
 class Forward(Slots):
     """The network alone, for a loop with an update of its own."""
 
-    def prepare(self, timesteps: Tensor, labels: Tensor | None = None) -> None:
-        """Begin a run at some timesteps, [S] integers, with labels as `load` takes them."""
+    returns = (1, 2)  # a learned variance, too
+
+    def prepare(self, timesteps: Tensor, labels: Tensor | None = None, *, apart: bool = False) -> None:
+        """Begin a run at some timesteps, [S] integers, with labels as `load` takes them.
+
+        Args: apart: whether the entries of a batch will be at different ones.
+        """
         S, T = len(timesteps), self.table.num_train_timesteps
+        if self.engine.net is not None:
+            self._stand(apart=apart)
         with self.working():
             table = StepTable(torch.zeros(S, 8), timesteps.int(), False, T)
             self.load(table, torch.zeros(len(self.x), 2, dtype=torch.int64), labels)
 
-    def at(self, x: Tensor, i: int) -> Tensor:
-        """What the network makes of x, [n, *shape] floating point, at the i-th timestep: new, in its precision."""
+    def at(self, x: Tensor, i: int | Tensor) -> Tensor:
+        """What the network makes of x, [n, *shape] floating point, at the i-th timestep: new, in its precision.
+
+        Args: i: of all entries, or [n] integers on x's device with that of each, where `prepare` was told.
+        """
         self.low.copy_(x)
-        self.pos.fill_(i)
+        if isinstance(i, Tensor):
+            self.pos.copy_(i)
+        else:
+            self.pos.fill_(i)
         if self._graph is None:
             self._once()
             return self._m

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm import layout, noise
-from fastddpm.reference.diffusion import add_noise, squared_error, target, update
+from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error, target, update
 from fastddpm.reference.diffusion import predict_step as predict
 
 if TYPE_CHECKING:
@@ -284,14 +284,35 @@ def eps_loss(
     Raises: ValueError: a shape, dtype, layout, device or option is not as above, or x_0 requires a gradient.
     """
     _check_noised("eps_loss", x_0, t, address, table, stream)
-    if not isinstance(m, Tensor) or m.shape != x_0.shape or m.device != x_0.device or m.dtype not in FLOATS:
-        raise ValueError(
-            f"eps_loss: m is {_describe(m)}, but x_0 is {tuple(x_0.shape)} on {x_0.device}; "
-            f"the network must return one value of {_names(FLOATS)} per element of x_0, where x_0 is"
-        )
+    _check_returned("eps_loss", m, x_0)
     if predicts not in PREDICTIONS:
         raise ValueError(f"eps_loss: predicts is {predicts!r}; want one of {', '.join(PREDICTIONS)}")
     return torch.ops.fastddpm.eps_loss(layout.channels_last(m), x_0, t, address, table, predicts, stream)
+
+
+def x_0_error(
+    m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, *, stream: int = noise.LIKELIHOOD
+) -> Tensor:
+    """Squared error of the predicted x_0, of each sample: all that a term of the variational bound asks of a network.
+
+    |clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t made of x_0 and of the noise at
+    its address anew. Bit for bit `reference.diffusion.squared_error` of `predicted_x_0` in fp32, a sum over the
+    sample's elements.
+
+    Args:
+        m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: what the network returned for x_t.
+        x_0: of m's shape, as `noising` takes it.
+        t, address, stream: those that x_t was made of, by `noising`.
+        table: [T, 6] fp32 on x_0's device: sqrt(abar_t), sqrt(1 - abar_t), cx, cm, lo, hi; infinite lo and hi clip
+            nothing.
+    Returns: [N] fp32.
+    Raises: ValueError: a shape, dtype, layout, device or stream is not as above, or a gradient is asked for.
+    """
+    hint = "Schedule.noising_table() beside the first four columns of its rows"
+    _check_noised("x_0_error", x_0, t, address, table, stream, columns=6, hint=hint)
+    _check_returned("x_0_error", m, x_0)
+    _check_gradients("x_0_error", m=m)
+    return torch.ops.fastddpm.x_0_error(layout.channels_last(m), x_0, t, address, table, stream)
 
 
 def group_norm(
@@ -395,15 +416,32 @@ def _check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...],
         raise ValueError(f"{op}: {name} is {_describe(x)}; a sample may have at most {most} elements")
 
 
-def _check_noised(op: str, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int) -> None:
+def _check_noised(
+    op: str,
+    x_0: Tensor,
+    t: Tensor,
+    address: Tensor,
+    table: Tensor,
+    stream: int,
+    *,
+    columns: int = 2,
+    hint: str = "Schedule.noising_table().to(device)",
+) -> None:
     _check_state(op, "x_0", x_0, (*FLOATS, torch.uint8))
     n, device = len(x_0), x_0.device
     _check(op, "t", t, (n,), torch.int64, device, "the timestep of each entry of x_0")
     _check(op, "address", address, (n, 2), torch.int64, device, "noise.address(seed, samples, device) makes one")
-    hint = "Schedule.noising_table().to(device)"
-    _check(op, "table", table, (*table.shape[:1], 2), torch.float32, device, hint)
+    _check(op, "table", table, (*table.shape[:1], columns), torch.float32, device, hint)
     if not isinstance(stream, int) or stream not in (noise.TRAIN, noise.LIKELIHOOD):
         raise ValueError(f"{op}: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
+
+
+def _check_returned(op: str, m: Tensor, x_0: Tensor) -> None:
+    if not isinstance(m, Tensor) or m.shape != x_0.shape or m.device != x_0.device or m.dtype not in FLOATS:
+        raise ValueError(
+            f"{op}: m is {_describe(m)}, but x_0 is {tuple(x_0.shape)} on {x_0.device}; "
+            f"the network must return one value of {_names(FLOATS)} per element of x_0, where x_0 is"
+        )
 
 
 def _check_gradients(op: str, **tensors: Tensor | None) -> None:
@@ -510,6 +548,18 @@ def _target(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, predicts: st
     return target(x, eps, table[t], predicts)
 
 
+def _x_0_error(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int) -> Tensor:
+    if not m.numel():
+        return m.new_zeros(len(m), dtype=torch.float32)
+    if backend(m.device) == "triton":
+        from fastddpm.kernels.x_0_error import launch_x_0_error  # type: ignore[import-not-found]
+
+        return launch_x_0_error(m, x_0, t, address, table, stream=stream, with_t=stream == noise.LIKELIHOOD)
+    x, rows = _data_units(x_0), table[t]
+    x_t = add_noise(x, _eps(x_0, t, address, stream), rows[:, :2])
+    return squared_error(predicted_x_0(x_t, m, rows[:, 2:]), x)
+
+
 def _group_norm(
     x: Tensor,
     weight: Tensor,
@@ -561,11 +611,13 @@ _LIBRARY.define(
 _NOISED = "Tensor x_0, Tensor t, Tensor address, Tensor table, str predicts, int stream"
 _LIBRARY.define(f"eps_loss(Tensor m, {_NOISED}) -> Tensor")
 _LIBRARY.define(f"eps_loss_backward(Tensor grad, Tensor m, {_NOISED}) -> Tensor")
+_LIBRARY.define("x_0_error(Tensor m, Tensor x_0, Tensor t, Tensor address, Tensor table, int stream) -> Tensor")
 _LIBRARY.define("residual(Tensor(a!) h, Tensor residual, Tensor? bias) -> ()")
 _LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
 _LIBRARY.impl("noising", _noising, "CompositeExplicitAutograd")
 _LIBRARY.impl("eps_loss", _eps_loss, "CompositeExplicitAutograd")
 _LIBRARY.impl("eps_loss_backward", _eps_loss_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("x_0_error", _x_0_error, "CompositeExplicitAutograd")
 _LIBRARY.impl("group_norm", _group_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("residual", _residual, "CompositeExplicitAutograd")
 torch.library.register_fake("fastddpm::step", lambda *args: None, lib=_LIBRARY)
@@ -583,7 +635,8 @@ def _group_norm_like(x, weight, bias, groups, eps, skip, add, silu):
 
 
 @torch.library.register_fake("fastddpm::eps_loss", lib=_LIBRARY)
-def _eps_loss_like(m, *args):
+@torch.library.register_fake("fastddpm::x_0_error", lib=_LIBRARY)
+def _one_per_sample(m, *args):
     return m.new_empty(len(m), dtype=torch.float32)
 
 

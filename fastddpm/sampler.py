@@ -201,10 +201,10 @@ class Sampler:
         """
         table = self.schedule.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise)
         addresses = _address(seed, samples)
-        size = self._batch_size() if batch_size is None else batch_size
+        size = self.default_batch_size() if batch_size is None else batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"batch_size is {size!r}; want a whole number, at least 1")
-        labels = self._labels(class_labels, len(addresses))
+        labels = self.checked_labels(class_labels, len(addresses))
         return self._batches(table, addresses, labels, size, progress, callback)
 
     def _batches(
@@ -220,7 +220,7 @@ class Sampler:
 
         parts, in_order = deque(self._parts(addresses[:, 1], size)), _InOrder(addresses[:, 1])
         bar = tqdm(total=len(parts) * len(table), desc="sample", unit="step", disable=not progress)
-        with bar, _evaluating(self.model):
+        with bar, evaluating(self.model):
             while parts:
                 part, done = parts.popleft(), bar.n
                 try:
@@ -292,8 +292,11 @@ class Sampler:
             x = slots.x.to("cpu", copy=True)
         return x if taken.all() else layout.channels_last(x[taken])
 
-    def _labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
-        """One class label per sample: [N] int64, or [N, ...] as an embedding of type "identity" takes them."""
+    def checked_labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
+        """One class label per sample: [N] int64, or [N, ...] as an embedding of type "identity" takes them.
+
+        Raises: ValueError: the labels are not so, are missing, or not for this model.
+        """
         conditional = isinstance(self.model, UNet2D) and self.model.class_embedding is not None
         if given is None and not conditional:
             return None
@@ -312,7 +315,8 @@ class Sampler:
             raise ValueError(f"class_labels are {labels.tolist()[:8]}; want whole numbers, 0 <= label < {classes}")
         return labels.long()
 
-    def _batch_size(self) -> int:
+    def default_batch_size(self) -> int:
+        """Samples computed together where nobody says how many."""
         return max(1, PIXELS_PER_BATCH[self.device.type] // max(math.prod(self.shape[1:]), 1 << 8))
 
     def _micro_batch(self, batch_invariant: bool | int) -> int:
@@ -326,7 +330,7 @@ class Sampler:
 
 
 @contextmanager
-def _evaluating(model: Model | nn.Module) -> Iterator[None]:
+def evaluating(model: Model | nn.Module) -> Iterator[None]:
     """No dropout and no batch statistics in a run; after the last of several, every part is in the mode it was in."""
     if not isinstance(model, nn.Module):
         yield

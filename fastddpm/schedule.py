@@ -33,6 +33,7 @@ COLUMNS = ("cx", "cm", "lo", "hi", "A", "B", "C", "S")
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 SAMPLERS = ("ddpm", "ddim")
@@ -75,6 +76,8 @@ class Schedule:
         beta_schedule: one of BETA_SCHEDULES.
         trained_betas: the T betas themselves instead of a named schedule: a sequence, an array or a tensor.
         variance_type: of the DDPM sampler: fixed_small is the posterior's (eq. 7), fixed_large beta_t; `_log` the same.
+            For `likelihood` alone, learned, the variance itself, and learned_range (arXiv:2102.09672, eq. 15), which a
+            network with twice the channels returns as its second half; `table` refuses them.
         clip_sample, clip_sample_range: clip the predicted x_0 to +-range.
         prediction_type: what the network returns: epsilon, sample (x_0) or v_prediction (arXiv:2202.00512).
         timestep_spacing, steps_offset: which timesteps fewer than T steps visit; the offset is for leading alone.
@@ -113,13 +116,8 @@ class Schedule:
         for name in ("clip_sample", "rescale_betas_zero_snr", "thresholding", "set_alpha_to_one"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; want True or False")
-        if self.variance_type in ("learned", "learned_range"):
-            raise ValueError(
-                f"variance_type is {self.variance_type!r}; learned variances are not supported, "
-                f"use one of {', '.join(VARIANCE_TYPES)} with a network that returns the mean's channels alone"
-            )
         _known("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
-        _known("variance_type", self.variance_type, VARIANCE_TYPES)
+        _known("variance_type", self.variance_type, (*VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES))
         _known("prediction_type", self.prediction_type, PREDICTION_TYPES)
         _known("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if self.thresholding:
@@ -243,7 +241,8 @@ class Schedule:
             eta: of DDIM: 0 is deterministic, 1 has DDPM's noise. More than 1 works while sigma_t^2 <= 1 - abar_prev.
             timesteps: visit exactly these, strictly descending, instead of `steps`.
             noise: what sigma_t z is multiplied by; False switches it off: every step returns its mean.
-        Raises: ValueError: an argument is not as above, or the network predicts epsilon where abar_t = 0.
+        Raises: ValueError: an argument is not as above, the network predicts epsilon where abar_t = 0, or variances are
+            learned.
         """
         if timesteps is None:
             visited = self.timesteps(steps)
@@ -272,6 +271,11 @@ def step_rows(
     Args: timesteps: [S] int64, ascending; the others as `Schedule.table` takes them.
     """
     _known("sampler", sampler, SAMPLERS)
+    if schedule.variance_type in LEARNED_VARIANCE_TYPES:
+        raise ValueError(
+            f"variance_type is {schedule.variance_type!r}; sampling with learned variances is not supported, "
+            f"use one of {', '.join(VARIANCE_TYPES)} with a network that returns the mean's channels alone"
+        )
     if not _real(eta) or eta < 0:
         raise ValueError(f"eta is {eta!r}; want a number, 0 <= eta (1 gives DDPM's noise)")
     if not isinstance(noise, bool) and (not _real(noise) or noise < 0):

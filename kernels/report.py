@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eps_loss, group_norm, noising, predict_step, residual, step, tree
+from . import eps_loss, group_norm, noising, predict_step, residual, step, tree, x_0_error
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -107,6 +107,15 @@ def eps_loss_variant(m: str, x_0: str, predicts: str = "epsilon", *, backward: b
     return Variant(name, kernel, typed, constants, eps_loss.OPTIONS, eps_loss.BLOCK, read, written)
 
 
+def x_0_error_variant(m: str, x_0: str) -> Variant:
+    """The sum of a block that the kernel stores counts as nothing."""
+    types = {"out_ptr": "*fp32", "m_ptr": f"*{m}", "x_0_ptr": f"*{x_0}", "t_ptr": "*i64", "address_ptr": "*i64"}
+    types |= {"table_ptr": "*fp32", "per_sample": "i32"}
+    constants = {"STREAM": 3, "WITH_T": True, "BLOCK": x_0_error.BLOCK}
+    name, kernel, read = f"x_0_error {m}, {x_0}", x_0_error.x_0_error_kernel, BYTES[m] + BYTES[x_0]
+    return Variant(name, kernel, types, constants, x_0_error.OPTIONS, x_0_error.BLOCK, read, 0)
+
+
 def tree_sum_variant() -> Variant:
     types, constants = {"out_ptr": "*fp32", "x_ptr": "*fp32", "count": "i32"}, {"BLOCK": tree.BLOCK}
     return Variant("tree_sum", tree.tree_sum_kernel, types, constants, tree.OPTIONS, tree.BLOCK, 4, 0)
@@ -163,6 +172,8 @@ VARIANTS = (
     eps_loss_variant("fp32", "u8", "sample"),
     eps_loss_variant("bf16", "u8", "v_prediction"),
     eps_loss_variant("bf16", "u8", "v_prediction", backward=True),
+    x_0_error_variant("bf16", "u8"),
+    x_0_error_variant("fp32", "fp32"),
     tree_sum_variant(),
     *group_norm_variants("bf16", 1, 1024, 256, skip=True),
     *group_norm_variants("bf16", 64, 1024, 128, add=True),

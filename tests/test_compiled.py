@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-INSTRUCTIONS = {"step": 80, "predict_step": 104, "noising": 80, "eps_loss": 80}  # per element
+INSTRUCTIONS = {"step": 80, "predict_step": 104, "noising": 80, "eps_loss": 80, "x_0_error": 80}  # per element
 INSTRUCTIONS |= {"tree_sum": 20, "norm": 64, "residual": 20}
 FAST = {
     "fma.rn.f32",
@@ -92,6 +92,7 @@ def test_a_norm_that_is_not_lean_is_seen(damage):
 # By the sampler, the trainer and diffusers' schedulers.
 LAUNCHED = {"step m fp32, clip", "step m fp32", "step m bf16, clip, copy bf16", "step m bf16, copy bf16"}
 LAUNCHED |= {"noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias"}
+LAUNCHED |= {"x_0_error bf16, u8"}
 LAUNCHED |= {"eps_loss bf16", "eps_loss bf16, backward", "eps_loss bf16, v_prediction u8", "tree_sum"}
 LAUNCHED |= {f"predict_step {how}" for how in ("fp32, clip, z fp32", "fp32, clip, z registers", "bf16, clip, z bf16")}
 LAUNCHED |= {f"norm held bf16 {shape}, silu" for shape in ("1x1024x256, skip", "64x1024x128, add")}

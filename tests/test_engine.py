@@ -55,7 +55,7 @@ def graphs(monkeypatch):
         slots._start()  # recording runs what a capture would not
         graph = Recording()
         with graph:
-            slots.update(slots.predict())
+            slots._once()
         captured.append(graph)
         return graph
 
@@ -464,6 +464,51 @@ def test_slots_may_be_at_different_rows():
         assert torch.equal(slots.x, want)
         assert slots.pos.tolist() == [18, 3, -1]
         assert layout.is_channels_last(slots.x)
+
+
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+@pytest.mark.parametrize("channels", [1, 2], ids=["fixed variance", "learned variance"])
+@pytest.mark.parametrize("own", [False, True], ids=["unet", "own"])
+def test_a_network_alone_may_be_at_different_timesteps(own, channels, kind, graphs):
+    """Each entry as in a batch that is at its own timestep, and as near to float64 as plain torch comes."""
+    net = tiny_unet()
+    if channels == 2:
+        torch.manual_seed(0)
+        net = UNet2D(**{**SMALL, "out_channels": 2}).eval()
+    model = (lambda x, t: torch.cat([elementwise(x, t)] * channels, 1)) if own else net
+    made = Engine(model, SHAPE, 100, torch.device("cpu"), "fp32")
+    made.kind = kind
+    x, t = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([99, 0, 40])
+    with made.forward(3, 9) as forward:
+        forward.prepare(torch.arange(100), apart=True)
+        with forward.working():
+            each = [forward.at(x, i)[n] for n, i in enumerate(t.tolist())]
+            got = forward.at(x, t)
+    assert torch.equal(got, torch.stack(each))
+    if own:
+        assert torch.equal(got, model(x, t))
+    else:
+        reference = UNet(**net.config)
+        reference.load_state_dict(net.state_dict())
+        reference.eval()
+        with torch.no_grad():
+            plain = reference(x, t)
+            assert_as_accurate(got, plain, reference.double()(x.double(), t))
+    assert len(graphs) == (kind == "graph")
+
+
+def test_a_run_at_one_timestep_follows_one_at_several(graphs):
+    made = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
+    made.kind = "graph"
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    results = []
+    for apart in (False, True, False):
+        with made.forward(3, 9) as forward:
+            forward.prepare(torch.arange(100), apart=apart)
+            with forward.working():
+                results.append(forward.at(x, 7))
+    assert torch.equal(results[0], results[2])
+    assert len(graphs) == 3
 
 
 @pytest.mark.slow

@@ -298,7 +298,7 @@ def test_precision_follows_the_device(unet, monkeypatch):
 
 def test_the_batch_follows_the_size_of_a_sample():
     sizes = {(3, 32, 32): 64, (3, 256, 256): 1, (3, 1024, 1024): 1, (5,): 256, (1, 4, 4): 256}
-    assert {shape: Sampler(elementwise, shape=shape, device="cpu")._batch_size() for shape in sizes} == sizes
+    assert {shape: Sampler(elementwise, shape=shape, device="cpu").default_batch_size() for shape in sizes} == sizes
     fixed = {(3, 32, 32): 4, (3, 256, 256): 1, (5,): 16}
     for shape, size in fixed.items():
         sampler = Sampler(elementwise, shape=shape, device="cpu", batch_invariant=True)

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastddpm.reference.diffusion import Diffusion, update
-from fastddpm.schedule import BETA_SCHEDULES, COLUMNS, PREDICTION_TYPES, VARIANCE_TYPES, Schedule, step_rows
+from fastddpm.schedule import (
+    BETA_SCHEDULES,
+    COLUMNS,
+    LEARNED_VARIANCE_TYPES,
+    PREDICTION_TYPES,
+    VARIANCE_TYPES,
+    Schedule,
+    step_rows,
+)
 
 PROBES = torch.tensor([[1, 0], [0, 1], [0.3, -1.2], [-2.5, 0.7], [0.01, 0.02]], dtype=torch.float64)  # (x, m)
 
@@ -588,8 +596,6 @@ def test_configs_make_the_round_trip_through_json_and_diffusers(s):
         ({"clip_sample": 1}, "clip_sample is 1; want True or False"),
         ({"beta_schedule": "cosine"}, "beta_schedule is 'cosine'; known: linear, scaled_linear, squaredcos_cap_v2"),
         ({"variance_type": "small"}, "variance_type is 'small'; known: fixed_small, fixed_small_log, fixed_large"),
-        ({"variance_type": "learned"}, "variance_type is 'learned'; learned variances are not supported, use one of"),
-        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'; learned variances are not supported"),
         ({"prediction_type": "eps"}, "prediction_type is 'eps'; known: epsilon, sample, v_prediction"),
         ({"timestep_spacing": "even"}, "timestep_spacing is 'even'; known: leading, trailing, linspace"),
         (
@@ -628,11 +634,20 @@ def test_bad_options(options, message):
         ([], "config is a list; want the dict of a scheduler_config.json"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "scheduler config: _class_name is 'ScoreSdeVeScheduler'; known: DDPM"),
         ({"use_karras_sigmas": True}, "scheduler config: option is 'use_karras_sigmas'; known: num_train_timesteps"),
-        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'; learned variances are not supported"),
     ],
 )
 def test_bad_configs(config, message):
     assert_one_line(message, lambda: Schedule.from_config(config))
+
+
+@pytest.mark.parametrize("kind", LEARNED_VARIANCE_TYPES)
+def test_a_learned_variance_is_kept_and_not_sampled_with(kind):
+    schedule = Schedule.from_config({"variance_type": kind})
+    assert schedule.to_config()["variance_type"] == kind
+    assert torch.equal(schedule.noising_table(), Schedule().noising_table())
+    for sampler in ("ddpm", "ddim"):
+        message = f"variance_type is '{kind}'; sampling with learned variances is not supported, use one of fixed_small"
+        assert_one_line(message, lambda sampler=sampler: schedule.table(5, sampler=sampler))
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True}

@@ -30,10 +30,10 @@ def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -
         clip: whether the row is for clamp(cx x + cm m, lo, hi), or has it folded into B and C.
     Returns: the next state, like x.
     """
-    cx, cm, lo, hi, A, B, C, S = _columns(row, x)
+    *_, A, B, C, S = _columns(row, x)
     m = m.to(x.dtype)
     if clip:
-        x_0 = torch.minimum(torch.maximum(cx * x + cm * m, lo), hi)
+        x_0 = predicted_x_0(x, m, row[..., :4])
         mean = (A * x_0 + B * x) + C * m
     else:
         mean = B * x + C * m
@@ -113,6 +113,18 @@ def add_noise(x_0: Tensor, eps: Tensor, row: Tensor) -> Tensor:
     """
     signal, noise = _columns(row, x_0)
     return signal * x_0 + noise * eps
+
+
+def predicted_x_0(x_t: Tensor, m: Tensor, row: Tensor) -> Tensor:
+    """The x_0 that the network's output gives, in the written order: clamp(cx x_t + cm m, lo, hi).
+
+    Args:
+        x_t: [N, ...].
+        m: like x_t, of any float dtype (widened, or rounded, to that of x_t first): what the network returned.
+        row: [4], or [N, 4] with one row for each entry: cx, cm, lo, hi.
+    """
+    cx, cm, lo, hi = _columns(row, x_t)
+    return torch.minimum(torch.maximum(cx * x_t + cm * m.to(x_t.dtype), lo), hi)
 
 
 def target(x_0: Tensor, eps: Tensor, row: Tensor, predicts: str) -> Tensor:

@@ -1,0 +1,146 @@
+"""The specification of the bound on -log p(x_0), eq. 5 of "Denoising diffusion probabilistic models" (arXiv:2006.11239).
+
+    -log p(x_0) <= KL(q(x_T | x_0) || p(x_T)) + sum of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) - log p(x_0 | x_1)
+
+All in nats, in the dtype of x_0; timesteps count from 0, as in `fastddpm.reference.diffusion`. States are [N, ...] of
+any rank; `bound` draws nothing: it is told the noise.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastddpm.reference.diffusion import Diffusion, Model
+
+VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+def normal_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
+    """KL(N(mean_q, var_q) || N(mean_p, var_p)) of each element, in nats; the arguments are broadcast."""
+    ratio = log_var_q - log_var_p
+    return (ratio.expm1() - ratio + (mean_q - mean_p).square() * torch.exp(-log_var_p)) / 2
+
+
+def normal_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """-log of the density of N(mean, var) at x, of each element, in nats."""
+    return (math.log(2 * math.pi) + log_var + (x - mean).square() * torch.exp(-log_var)) / 2
+
+
+def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """-log of the probability that N(mean, var) gives to the bin of x, of each element, in nats: eq. 13.
+
+    The 256 bins are 2/255 wide, centred at -1, -1 + 2/255, ..., 1; the first and the last go on for ever. Finite
+    wherever the mean is: the logarithm of the difference of two tails is taken of their logarithms.
+
+    Args: x: bytes as (u - 127.5) / 127.5, floating point; mean, log_var: broadcast to it.
+    """
+    scale = torch.exp(-log_var / 2)
+    low = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) * scale)
+    high = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) * scale)
+    right = low + high > 0  # there the lower tails are close to 1: the mirrored bin has the same probability
+    low, high = torch.where(right, -high, low), torch.where(right, -low, high)
+    log_high = torch.special.log_ndtr(high)
+    drop = torch.special.log_ndtr(low) - log_high
+    small = drop > -math.log(2)
+    log_rest = torch.where(small, torch.log(-torch.expm1(drop)), torch.log1p(-torch.exp(drop)))
+    return -(log_high + log_rest)
+
+
+def prior_kl(process: Diffusion, x_0: Tensor) -> Tensor:
+    """L_T = KL(q(x_T | x_0) || N(0, I)) of each entry: [N]."""
+    abar = process.alphas_cumprod[-1].to(x_0)
+    zero = torch.zeros_like(abar)
+    return normal_kl(abar.sqrt() * x_0, torch.log1p(-abar), zero, zero).flatten(1).sum(1)
+
+
+def log_variance(process: Diffusion, t: Tensor, variance_type: str, v: Tensor | None, like: Tensor) -> Tensor:
+    """log of the variance of p(x_{t-1} | x_t), to be broadcast over like.
+
+    At t = 0, where the posterior's variance is 0, the fixed ones are the posterior's at t = 1, as in the authors' code
+    (with T = 1, beta_0).
+
+    Args:
+        t: [N].
+        variance_type: fixed_small, the posterior's (eq. 7); fixed_large, beta_t; learned, which v is; learned_range,
+            between both, geometrically, as v goes from -1 to 1 (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+        v: like `like`, what the network returned for the variance.
+    """
+    first = process.posterior_var[1:2] if process.T > 1 else process.betas
+    small = torch.cat([first, process.posterior_var[1:]]).log().to(like)
+    large = process.betas.log().to(like)
+    small, beta = (values[t].view(-1, *[1] * (like.ndim - 1)) for values in (small, large))
+    if v is None:
+        return torch.where(t.view(beta.shape) == 0, small, beta) if variance_type == "fixed_large" else small
+    if variance_type == "learned":
+        return v.log()
+    share = (v + 1) / 2
+    return share * beta + (1 - share) * small
+
+
+def predicted_x_0(
+    process: Diffusion, x_t: Tensor, t: Tensor, m: Tensor, predicts: str = "epsilon", clip: float | None = None
+) -> Tensor:
+    """x_0 of the network's output m, which is "epsilon", "sample" (x_0) or "v_prediction"; clamped to +-clip."""
+    if predicts == "epsilon":
+        x_0 = process.predicted_x_0(x_t, t, m)
+    elif predicts == "sample":
+        x_0 = m.to(x_t.dtype)
+    else:
+        x_0 = process.noised(x_t, t, -m.to(x_t.dtype))  # arXiv:2202.00512, appendix D: signal x_t - noise v
+    return x_0 if clip is None else x_0.clamp(-clip, clip)
+
+
+def term(
+    process: Diffusion,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    predicts: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip: float | None = None,
+    discrete: bool = True,
+) -> Tensor:
+    """One term of the bound for each entry: [N], in nats.
+
+    Where t > 0, L_{t-1} in the paper's count plus one: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), with p's mean the
+    posterior's at the predicted x_0. Where t = 0, L_0 = -log p(x_0 | x_1), which has the predicted x_0 as its mean.
+
+    Args:
+        model: (x_t, t [N]) -> what it predicts, like x_t; for a learned variance with twice the channels.
+        x_0: [N, C, ...] clean samples in data units.
+        t: [N] int64.
+        eps: like x_0, standard normal: x_t's noise.
+        predicts, clip: see `predicted_x_0`.
+        variance_type: see `log_variance`.
+        discrete: x_0 are bytes, (u - 127.5) / 127.5, of which L_0 has the probability; else it has the density of x_0.
+    Raises: ValueError: variance_type is unknown.
+    """
+    if variance_type not in VARIANCE_TYPES:
+        raise ValueError(f"variance_type is {variance_type!r}; want one of {', '.join(VARIANCE_TYPES)}")
+    x_t = process.noised(x_0, t, eps)
+    m, v = model(x_t, t).to(x_0.dtype), None
+    if variance_type.startswith("learned"):
+        m, v = m.chunk(2, 1)
+    mean_x_0 = predicted_x_0(process, x_t, t, m, predicts, clip)
+    log_var = log_variance(process, t, variance_type, v, x_0)
+    q, p = process.posterior(x_0, x_t, t), process.posterior(mean_x_0, x_t, t)
+    kl = normal_kl(q.mean, torch.where(q.var > 0, q.var, 1).log(), p.mean, log_var)
+    nll = (decoder_nll if discrete else normal_nll)(x_0, mean_x_0, log_var)
+    return torch.where(t > 0, kl.flatten(1).sum(1), nll.flatten(1).sum(1))
+
+
+def bound(process: Diffusion, model: Model, x_0: Tensor, noise: Callable[[int], Tensor], **how) -> Tensor:
+    """The bound on -log p(x_0) of each entry, in nats: [N]; divided by the elements of an entry and log 2, bits/dim.
+
+    Args:
+        noise: eps of x_t, like x_0, asked for at 0..T-1.
+        model, x_0, **how: as of `term`.
+    """
+    total = prior_kl(process, x_0)
+    for t in range(process.T):
+        total = total + term(process, model, x_0, torch.full((len(x_0),), t, device=x_0.device), noise(t), **how)
+    return total

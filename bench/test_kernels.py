@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.contenders import MIDDLE, SCHEDULE, T, contender
-from bench.machine import DEVICE, SCALE, Call, judged, repeated, rotated, same_bits
+from bench.machine import DEVICE, SCALE, Call, judged, repeated, rotated, same_bits, say
+from bench.traffic import Bytes
 from fastddpm import layout, noise, ops
-from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, update
+from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, squared_error, update
 
 SHAPES = {
     "cuda": [(21_846, 3, 32, 32), (342, 3, 256, 256), (64, 3, 32, 32), (1, 3, 32, 32)],
@@ -36,18 +38,24 @@ NOISING = [
     *(("reference noising", dtype) for dtype in ("uint8", "fp32")),
     ("diffusers noising", "fp32"),
 ]
+LOSS = [(f"{who} eps_loss", dtype) for who in ("fastddpm", "reference") for dtype in ("bf16", "fp32")]
+TRAINING = [(f"{who} noising+eps_loss", dtype) for who in ("fastddpm", "reference") for dtype in ("bf16", "fp32")]
 
 
 class Problem(NamedTuple):
     """Inputs of a kernel and what to do with them, judged: `call` moves at least so many bytes.
 
-    flops: of the formula as it is written; those of the noise depend on how it is made.
+    Attributes:
+        flops: of the formula as it is written; those of the noise depend on how it is made.
+        per_element: bytes that it does move, for each element: the kernels' as their docstrings say, eager torch's
+            counted; None where that is not asked.
     """
 
     call: Call
     bytes_moved: int
     flops: int
     errors: dict[str, Any]
+    per_element: float | None = None
 
 
 # A step of the middle of the schedule, in float32; dtype: the network's
@@ -164,6 +172,72 @@ def _judged_noising(noised: Callable[[Tensor, Tensor, Tensor], Tensor], x_0: Ten
     return judged(noised(value, eps, t).bfloat16(), add_noise(value, eps, table[t]).bfloat16(), ref)
 
 
+# The loss, |m - eps|^2, and its gradient; dtype: the network's, data in uint8
+
+
+def loss_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
+    """eps is there already for the reference; ours makes it anew."""
+    return _loss_problem(shape, dtype, who, noised=False)
+
+
+def training_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
+    """The noising besides: all of a training step but the network and its optimiser."""
+    return _loss_problem(shape, dtype, who, noised=True)
+
+
+def _loss_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str, *, noised: bool) -> Problem:
+    x_0 = layout.empty(shape[0], shape[1:], dtype=torch.uint8, device=DEVICE).random_(256)
+    m = layout.empty(shape[0], shape[1:], dtype=dtype, device=DEVICE).normal_().requires_grad_()
+    t = torch.randint(T, shape[:1], device=DEVICE)
+    fewest = 3 * m.nbytes + noised * (x_0.nbytes + m.nbytes)  # forward, backward; x_0 and x_t
+    call, errors = {"fastddpm": _our_loss, "reference": _reference_loss}[who](m, x_0, t, noised)
+    if who == "fastddpm":
+        moved = fewest
+    else:
+        with Bytes() as count:
+            call()
+        moved = count.moved
+    return Problem(call, fewest, (5 + 5 * noised) * m.numel(), errors, moved / m.numel())
+
+
+def _our_loss(m: Tensor, x_0: Tensor, t: Tensor, noised: bool) -> tuple[Call, dict[str, Any]]:
+    table, address = SCHEDULE.noising_table().to(DEVICE), noise.address(0, len(x_0), DEVICE)
+    mean = torch.full(t.shape, 1 / m.numel(), device=DEVICE)  # the gradient of the mean over all elements
+
+    def call() -> tuple[Tensor, Tensor, Tensor | None]:
+        x_t = ops.noising(x_0, t, address, table, dtype=m.dtype) if noised else None
+        loss = ops.eps_loss(m, x_0, t, address, table)
+        return loss.detach(), torch.autograd.grad(loss, m, mean)[0], x_t
+
+    eps = noise.normal(address[:JUDGED], m.shape[1:], stream=noise.TRAIN, t=0)
+    few = m.detach()[:JUDGED]
+    wanted = [squared_error(few, eps), (2 * mean[0] * (few.float() - eps)).to(m.dtype)]
+    if noised:
+        wanted.append(add_noise(_data(x_0[:JUDGED]), eps, table[t[:JUDGED]]).to(m.dtype))
+    for ours, want in zip(call(), wanted, strict=False):
+        errors = same_bits(ours[:JUDGED], want)
+    return call, errors
+
+
+def _reference_loss(m: Tensor, x_0: Tensor, t: Tensor, noised: bool) -> tuple[Call, dict[str, Any]]:
+    """As it is written in eager torch, with noise from its generator."""
+    table, stored = SCHEDULE.noising_table().to(DEVICE), torch.randn_like(m, dtype=torch.float32)
+
+    def call() -> tuple[Tensor, Tensor, Tensor | None]:
+        eps, x_t = stored, None
+        if noised:
+            value = _data(x_0)
+            eps = torch.randn_like(value)
+            x_t = add_noise(value, eps, table[t]).to(m.dtype)
+        loss = F.mse_loss(m.float(), eps)
+        return loss.detach(), torch.autograd.grad(loss, m)[0], x_t
+
+    few, eps = m.detach()[:JUDGED], stored[:JUDGED]
+    plain, exact = ((2 / m.numel() * (few.to(d) - eps.to(d))) for d in (torch.float32, torch.float64))
+    loss = F.mse_loss(m.float(), stored)
+    return call, judged(torch.autograd.grad(loss, m)[0][:JUDGED], plain.to(m.dtype), exact)
+
+
 def _data(x_0: Tensor) -> Tensor:
     """[-1, 1] of uint8 images."""
     return (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
@@ -182,6 +256,19 @@ def test_step(measure, shape, name, dtype):
 @pytest.mark.parametrize(("name", "dtype"), NOISING)
 def test_noising(measure, shape, name, dtype):
     timed(measure, noising_problem, shape, name, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), LOSS)
+def test_eps_loss(measure, shape, name, dtype):
+    timed(measure, loss_problem, shape, name, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), TRAINING)
+def test_noising_and_loss(measure, shape, name, dtype):
+    """Of a training step: its aim is a third of the bytes that eager torch moves."""
+    timed(measure, training_problem, shape, name, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES[-2:], ids=str)
@@ -205,6 +292,9 @@ def timed(
     captured = who != "diffusers"  # whose scheduler is made to be called from Python
     run, n = rotated(calls, captured=captured)
     group = f"{kernel}, {' x '.join(map(str, shape))}, {dtype}"
+    facts: dict[str, Any] = {"captured": captured and DEVICE.type == "cuda"}
+    if first.per_element is not None:
+        facts["bytes_per_element"] = first.per_element
     measure(
         run,
         n,
@@ -214,5 +304,7 @@ def timed(
         flops=first.flops,
         cold=True,
         errors=first.errors,
-        facts={"captured": captured and DEVICE.type == "cuda"},
+        facts=facts,
     )
+    if first.per_element is not None:
+        say(f"{'':<72} {first.per_element:>10.1f} bytes moved per element")

@@ -37,6 +37,7 @@ from bench import (
     test_start,
     test_unet,
 )  # fmt: skip
+from bench.traffic import Bytes
 
 CASES = (test_kernels, test_memory, test_races, test_sampling, test_start, test_unet)
 ROOT = Path(__file__).parents[1]
@@ -330,6 +331,51 @@ def test_a_wrong_bit_is_not_timed(problem, monkeypatch):
     monkeypatch.setattr(ops, op, wrong)
     with pytest.raises(AssertionError, match="1 of 210 elements differ"):
         problem((2, 3, 5, 7), dtype)
+
+
+@pytest.mark.parametrize("damage", ["noising", "eps_loss"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_wrong_bit_of_training_is_not_timed(dtype, damage, monkeypatch):
+    torch.manual_seed(0)
+    shape, right = (2, 3, 5, 7), getattr(ops, damage)
+    assert test_kernels.training_problem(shape, dtype).errors == {"bits": "equal"}
+
+    def wrong(x, *args, **how):
+        y = right(x, *args, **how)
+        bits = y.data.view({2: torch.int16, 4: torch.int32}[y.itemsize])
+        bits[(0,) * y.ndim] ^= 1
+        return y
+
+    monkeypatch.setattr(ops, damage, wrong)
+    with pytest.raises(AssertionError, match=r"1 of (210|2) elements differ"):
+        test_kernels.training_problem(shape, dtype)
+
+
+@pytest.mark.parametrize("problem", [test_kernels.loss_problem, test_kernels.training_problem])
+def test_a_wrong_gradient_is_not_timed(problem, monkeypatch):
+    torch.manual_seed(0)
+    right = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: [1.01 * right(*args)[0]])
+    for who, message in (("fastddpm", "elements differ"), ("reference", "error is")):
+        with pytest.raises(AssertionError, match=message):
+            problem((2, 3, 5, 7), torch.float32, who)
+
+
+def test_bytes_are_counted():
+    x = torch.ones(1000)
+    with Bytes() as count:
+        (x.view(10, 100) * 2).sum()
+    assert count.moved == 4000 + 4000 + 4000 + 4
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 9), (torch.float32, 17)])
+def test_training_moves_a_third_of_what_eager_torch_does(dtype, least):
+    """Per element; what the kernels' docstrings say beside what is counted of eager torch."""
+    ours, theirs = (test_kernels.training_problem((8, 3, 64, 64), dtype, who) for who in ("fastddpm", "reference"))
+    assert ours.per_element == least
+    assert ours.bytes_moved == theirs.bytes_moved == least * 8 * 3 * 64 * 64
+    assert 60 < theirs.per_element < 120
+    assert ours.per_element <= theirs.per_element / 3
 
 
 @pytest.mark.parametrize("who", ["reference", "diffusers"])

@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from check import assert_as_accurate, error_line
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastddpm import layout, noise, ops
 from fastddpm.reference.diffusion import Diffusion, squared_error, target, tree_sum
@@ -209,46 +207,3 @@ def test_torch_compile_traces_it_and_its_gradient(device, dynamic):
 def test_it_is_registered_as_torch_expects(device, predicts):
     m, *others = (a.to(device) for a in inputs((2, 3, 8, 8)))
     torch.library.opcheck(torch.ops.fastddpm.eps_loss.default, (m.requires_grad_(), *others, predicts, noise.TRAIN))
-
-
-class Bytes(TorchDispatchMode):
-    """Counts what torch's operations read and write: their inputs and outputs, but for views."""
-
-    moved = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        read, written = (
-            {(x.data_ptr(), x.nbytes) for x in tree_leaves(tensors) if isinstance(x, Tensor)}
-            for tensors in ((args, kwargs), result)
-        )
-        if not func.is_view:
-            self.moved += sum(nbytes for _, nbytes in (*read, *written))
-        return result
-
-
-def test_bytes_are_counted():
-    x = torch.ones(1000)
-    with Bytes() as count:
-        (x.view(10, 100) * 2).sum()
-    assert count.moved == 4000 + 4000 + 4000 + 4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_third_of_the_traffic_of_eager_torch(dtype):
-    """The kernels' own as their docstrings say; torch's counted. Per element, uint8 data, eps prediction."""
-    shape = (8, 3, 64, 64)
-    m, x_0, t, _, table = inputs((1, *shape[1:]), dtype)
-    m, x_0, t = m.expand(shape).contiguous().requires_grad_(), x_0.expand(shape).contiguous(), t.expand(8)
-    rows = table[t][:, :, None, None, None].unbind(1)
-    generator = torch.Generator().manual_seed(0)
-    with Bytes() as count:
-        value = (x_0.float() - 127.5) * (2 / 255)
-        eps = torch.randn(shape, generator=generator)
-        (rows[0] * value + rows[1] * eps).to(dtype)
-        F.mse_loss(m.float(), eps).backward()
-    theirs = count.moved / m.numel()
-    size = dtype.itemsize
-    ours = (1 + size) + size + 2 * size  # noising, forward, backward
-    assert 60 < theirs < 120
-    assert ours <= theirs / 3

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastddpm import layout, noise, ops
 from fastddpm.engine import PRECISIONS, Engine, arithmetic
 from fastddpm.frechet import frechet_distance, random_features
-from fastddpm.reference.diffusion import Diffusion, add_noise, squared_error, target, update
+from fastddpm.reference.diffusion import Diffusion, add_noise, predicted_x_0, squared_error, target, update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule, StepTable, step_rows
@@ -328,6 +328,15 @@ def loss(case: Case, damage: bool) -> Iterator[Record]:
                 differing[1] += unequal(gradient, ((2 * g).view(4, 1, 1, 1) * (m.float() - want)).to(dtype))
         for what, count in zip(("loss", "its gradient"), differing, strict=True):
             yield Record("loss", f"{predicts}: {what} by {case.kernels} with the float32 reference", count, 0)
+
+    rows, count = torch.cat([table, case.schedule.table().rows[:, :4]], 1), 0.0
+    for j, dtype in enumerate(ops.FLOATS):
+        (x_0, value, stream, at), m = inputs[j % 2], _drawn(4, SHAPE, 4).to(dtype)
+        x_t = add_noise(value, noise.normal(address, SHAPE, stream=stream, t=at), table[t])
+        given = (tensor.to(case.device) for tensor in (m, x_0, t, wrong, rows))
+        found = ops.x_0_error(*given, stream=stream)
+        count += unequal(found, squared_error(predicted_x_0(x_t, m, rows[t, 2:]), value))
+    yield Record("loss", f"the error of x_0 by {case.kernels} with the float32 reference", count, 0)
 
 
 def step64(case: Case, damage: bool) -> Iterator[Record]:

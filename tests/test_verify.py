@@ -234,18 +234,19 @@ def test_a_last_beta_of_1_forgets_all():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "seen"),
+    ("name", "wrong", "seen"),
     [
-        (lambda error: error + error.detach() / 1e6, "loss by torch"),
-        (lambda error: error + (error / 1e3 - (error / 1e3).detach()), "its gradient by torch"),
+        ("eps_loss", lambda error: error + error.detach() / 1e6, "loss by torch"),
+        ("eps_loss", lambda error: error + (error / 1e3 - (error / 1e3).detach()), "its gradient by torch"),
+        ("x_0_error", lambda error: error.nextafter(error + 1), "the error of x_0 by torch"),
     ],
-    ids=["loss", "gradient"],
+    ids=["loss", "gradient", "x_0"],
 )
-def test_a_wrong_loss_and_a_wrong_gradient_are_told_apart(wrong, seen, monkeypatch):
-    eps_loss = rungs.ops.eps_loss
-    monkeypatch.setattr(rungs.ops, "eps_loss", lambda *args, **how: wrong(eps_loss(*args, **how)))
+def test_a_wrong_loss_and_a_wrong_gradient_are_told_apart(name, wrong, seen, monkeypatch):
+    right = getattr(rungs.ops, name)
+    monkeypatch.setattr(rungs.ops, name, lambda *args, **how: wrong(right(*args, **how)))
     records = verify._climb("loss", Case(SCHEDULE, CPU, "torch"), False)
-    assert len(records) == 6
+    assert len(records) == 7
     assert all((record.verdict == "FAIL") == (seen in record.compared) for record in records)
 
 

@@ -17,7 +17,9 @@ from bench.watch import Watch, gpu_uuid
 
 HERE = Path(__file__).resolve().parent
 # in the order of importance: time may not suffice
-FILES = tuple(f"test_{what}.py" for what in ("kernels", "unet", "sampling", "diffusers", "start", "memory", "races"))
+FILES = tuple(
+    f"test_{what}.py" for what in ("kernels", "unet", "sampling", "training", "diffusers", "start", "memory", "races")
+)
 COMPILING = 240  # seconds that torch.compile may take for a network
 MOST_ROUNDS = 200
 BEGAN, CEILINGS, DRIVER = pytest.StashKey[float](), pytest.StashKey[dict](), pytest.StashKey[Any]()

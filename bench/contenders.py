@@ -171,6 +171,11 @@ def _network_of(who: Contender, model: str) -> Any:
         return network(model)
     if who.who == "reference":
         return reference(model)
+    return theirs(model)
+
+
+def theirs(model: str) -> Any:
+    """diffusers' network, in float32 and on the device."""
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(**network(model).config).eval()

@@ -35,11 +35,12 @@ from bench import (
     test_races,
     test_sampling,
     test_start,
+    test_training,
     test_unet,
 )  # fmt: skip
 from bench.traffic import Bytes
 
-CASES = (test_kernels, test_memory, test_races, test_sampling, test_start, test_unet)
+CASES = (test_kernels, test_memory, test_races, test_sampling, test_start, test_training, test_unet)
 ROOT = Path(__file__).parents[1]
 NORM = layouts.Norm((8, 5, 7), (4, 5, 7), groups=2, eps=1e-5, add=True, silu=True)
 LARGE = layouts.Norm((8, 48, 48), None, groups=2, eps=1e-5, add=False, silu=False)
@@ -98,7 +99,15 @@ def on_the_cpu(monkeypatch):
     for module in (machine, contenders, layouts, kinds, *CASES):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"), raising=False)  # not all ask for it
     monkeypatch.setattr(layouts, "LAYOUTS", {"tiny": TINY})
-    for cached in (layouts.network, layouts.traffic, layouts.flops, contenders.expected, contenders._exact):
+    caches = (
+        layouts.network,
+        layouts.traffic,
+        layouts.flops,
+        contenders.expected,
+        contenders._exact,
+        test_training.expected,
+    )
+    for cached in caches:
         cached.cache_clear()
 
 
@@ -404,6 +413,29 @@ def test_a_wrong_network_is_not_timed(name, work):
         layouts.network("tiny").conv_norm_out.weight.mul_(1.05)
     with pytest.raises(AssertionError, match="error is"), prepared(who):
         pytest.fail("it was handed out")
+
+
+@pytest.mark.parametrize("name", ["fastddpm eager fp32", "fastddpm eager bf16", "diffusers eager fp32"])
+def test_wrong_training_is_not_timed(name):
+    pytest.importorskip("diffusers")
+    ready = test_training.training("tiny", 4, contenders.contender(name))
+    assert ready.errors["max"]["error"] <= ready.errors["max"]["bound"]
+    assert ready.facts.keys() == {"prepare_s"}
+    ready.step()
+    with torch.no_grad():  # from now on; what is expected has been computed
+        layouts.network("tiny").conv_norm_out.weight.mul_(1.05)
+    with pytest.raises(AssertionError, match="error is"):
+        test_training.training("tiny", 4, contenders.contender(name))
+
+
+def test_training_on_other_noise_is_not_timed(monkeypatch):
+    def noising(x_0, t, address, *others, **how):
+        return right(x_0, t, address + 1, *others, **how)
+
+    right = ops.noising
+    monkeypatch.setattr(ops, "noising", noising)
+    with pytest.raises(AssertionError, match="error is"):
+        test_training.training("tiny", 4, contenders.contender("fastddpm eager bf16"))
 
 
 def test_a_network_is_judged_by_a_sample_that_every_batch_has():

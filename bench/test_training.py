@@ -1,0 +1,209 @@
+"""Training beside the matmul ceiling and the way of diffusers' example: pytest bench/test_training.py
+
+A step is all of it: a batch, noise, forward, loss, backward, clipping, AdamW and the moving average of the weights. One
+follows another, as in a run. Images are random, and on the device; nothing is dropped out.
+
+"diffusers" is what its unconditional example does, in bf16 by autocast, but for what that waits for: its images are
+floats already, and the loss is not printed.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.contenders import SCHEDULE, Contender, T, contender, reference, theirs
+from bench.layouts import flops, network
+from bench.machine import DEVICE, SCALE, Call, judged, repeated, say, wait
+from fastddpm import checkpoint, noise, ops
+from fastddpm.distributed import Ranks
+from fastddpm.engine import PRECISIONS, arithmetic
+from fastddpm.reference.diffusion import Diffusion
+from fastddpm.sampler import sample_shape
+from fastddpm.train import Trainer, TrainOptions, draws
+
+BATCHES = {
+    "cuda": {"cifar10-32": (128, 512), "shipped": (128,)},
+    "cpu": {"cifar10-32": (8,), "shipped": (128,)},
+    "tiny": {"cifar10-32": (32,)},
+}[SCALE]
+CONTENDERS = {
+    "cuda": [
+        "fastddpm eager bf16", "diffusers eager bf16", "diffusers eager fp32", "fastddpm eager tf32",
+        "fastddpm eager fp32", "fastddpm compiled bf16", "fastddpm compiled+graph bf16", "diffusers compiled bf16",
+        "fastddpm compiled fp32", "fastddpm compiled+graph fp32",
+    ],
+    "cpu": [
+        "fastddpm eager bf16", "fastddpm eager fp32", "diffusers eager fp32", "diffusers eager bf16",
+        "fastddpm compiled bf16", "fastddpm compiled fp32", "diffusers compiled bf16",
+    ],
+    "tiny": [
+        "fastddpm eager bf16", "fastddpm eager fp32", "diffusers eager fp32", "diffusers eager bf16",
+        *["fastddpm compiled+graph bf16"] * (DEVICE.type == "cuda"),
+    ],
+}[SCALE]  # fmt: skip
+COMPILED = 128  # the largest batch for which all that can be compiled is; beyond, ours without graphs
+CASES = [
+    pytest.param(model, batch, name, marks=[pytest.mark.compiled] * ("compiled" in name))
+    for name in CONTENDERS
+    for model, batches in BATCHES.items()
+    for batch in batches
+    if "compiled" not in name or batch <= COMPILED or name == "fastddpm compiled bf16"
+]
+PROCESS = Diffusion(SCHEDULE.betas)
+IMAGES = 1024
+WARM_UP = 3  # steps until graphs are replayed
+SECONDS = 0.01 if SCALE == "tiny" else 0.5  # of steps in a row: a GPU is waited for at the end alone
+
+
+@pytest.mark.parametrize(("model", "batch", "name"), CASES)
+def test_training(measure, model, batch, name):
+    who = contender(name)
+    ready = training(model, batch, who)
+    run, n = repeated(ready.step, SECONDS, captured=False)
+    seconds = measure(
+        run,
+        n,
+        group=f"training, {model}, batch {batch}",
+        contender=name,
+        flops=3 * batch * flops(model),  # backward is two products for each of forward's
+        images=batch,
+        precision=who.ceiling,
+        errors=ready.errors,
+        facts=ready.facts,
+    )
+    peak = ready.facts.get("peak_bytes")
+    say(f"{'':<72} {batch / seconds:>10.1f} images/s" + (f", at most {peak / 1e9:.3g} GB" if peak else ""))
+
+
+class Ready(NamedTuple):
+    """A contender that has taken some steps: `step` takes another; `errors`: what the gate found; `facts` of those."""
+
+    step: Call
+    errors: dict[str, Any]
+    facts: dict[str, float]
+
+
+def training(model: str, batch: int, who: Contender) -> Ready:
+    """Judged by the gradient of the first batch's loss in what the network returned; in the loss, a sum, errors would
+    cancel by chance.
+
+    Raises: AssertionError: it errs more than twice as much as plain torch's.
+    """
+    plain, exact = expected(model, batch, who.ceiling)
+    wait()
+    held = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+    began = time.perf_counter()
+    gradient, step = (_ours if who.who == "fastddpm" else _theirs)(model, batch, who)
+    errors = judged(gradient(), plain, exact)
+    for _ in range(WARM_UP):
+        step()
+    wait()
+    facts = {"prepare_s": time.perf_counter() - began}
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        wait()
+        facts["peak_bytes"] = torch.cuda.max_memory_allocated() - held
+    return Ready(step, errors, facts)
+
+
+Made = tuple[Callable[[], Tensor], Call]  # what returns the gradient, and what takes a step
+
+
+def _ours(model: str, batch: int, who: Contender) -> Made:
+    """The gradient is that of its first step."""
+    net, right, seen = network(model), ops.eps_loss, []
+    with TemporaryDirectory() as folder:
+        init = Path(folder) / "init"
+        checkpoint.save(init, net.config, net.state_dict(), SCHEDULE)
+        options = TrainOptions(batch_size=batch, precision=who.precision, engine=who.engine, init=str(init))
+        trainer = Trainer(pictures(model), None, Path(folder) / "run", options, Ranks(device=DEVICE))
+    trainer.net.train()
+    trained, numbers = trainer._network(), count()
+
+    def step() -> object:
+        return trainer._step(trained, next(numbers))
+
+    def eps_loss(m: Tensor, *others: Any, **how: Any) -> Tensor:
+        m.register_hook(seen.append)
+        return right(m, *others, **how)
+
+    def gradient() -> Tensor:
+        with patch.object(ops, "eps_loss", eps_loss):
+            step()
+        return seen.pop()
+
+    return gradient, step
+
+
+def _theirs(model: str, batch: int, who: Contender) -> Made:
+    """Options are those of the example."""
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    unet, scheduler, dtype = theirs(model).train(), DDPMScheduler(), PRECISIONS[who.precision]
+    weights = list(unet.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=20_000)
+    average = EMAModel(weights, decay=0.9999, use_ema_warmup=True, inv_gamma=1, power=3 / 4)
+    trained = torch.compile(unet) if who.engine == "compiled" else unet
+    data = torch.from_numpy(pictures(model)).movedim(-1, 1).contiguous().to(DEVICE) / 127.5 - 1
+
+    def predicted(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            return trained(x_t, t, return_dict=False)[0].float()
+
+    def gradient() -> Tensor:
+        x_0, t, eps = first_batch(model, batch)
+        m = predicted(PROCESS.noised(x_0.float(), t, eps), t)  # the scheduler's own coefficients are less exact
+        return torch.autograd.grad(F.mse_loss(m, eps), m)[0]
+
+    def step() -> None:
+        x_0 = data[torch.randint(IMAGES, (batch,), device=DEVICE)]
+        t, eps = torch.randint(T, (batch,), device=DEVICE), torch.randn(x_0.shape, device=DEVICE)
+        F.mse_loss(predicted(scheduler.add_noise(x_0, eps, t), t), eps).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        average.step(weights)
+
+    return gradient, step
+
+
+@cache
+def expected(model: str, batch: int, precision: str) -> tuple[Tensor, Tensor]:
+    """The gradient that is judged: plain torch's in that precision, and that in float64."""
+    (x_0, t, eps), dtype = first_batch(model, batch), PRECISIONS[precision]
+    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
+    with torch.no_grad():
+        with arithmetic(precision, DEVICE), autocast:
+            m = reference(model)(PROCESS.noised(x_0.float(), t, eps), t)
+        exact = reference(model).double()(PROCESS.noised(x_0, t, eps.double()), t)
+    m.requires_grad_()
+    return torch.autograd.grad(F.mse_loss(m.float(), eps), m)[0], 2 / m.numel() * (exact - eps)
+
+
+def first_batch(model: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x_0 in float64, t and eps of our first step."""
+    index, t, _, address = (drawn.to(DEVICE) for drawn in draws(0, IMAGES, TrainOptions(batch_size=batch)))
+    x_0 = torch.from_numpy(pictures(model)).to(DEVICE).movedim(-1, 1)[index]
+    return (x_0.double() - 127.5) / 127.5, t, noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
+
+
+def pictures(model: str) -> np.ndarray:
+    """Random: [N, H, W, C] uint8."""
+    channels, *sides = sample_shape(network(model))
+    return np.random.default_rng(0).integers(256, size=(IMAGES, *sides, channels), dtype=np.uint8)

@@ -1,12 +1,15 @@
 """Files that appear whole or not at all, and paths that are known to be writable before the work begins."""
 
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -57,6 +60,23 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Pat
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; name another place") from error
     return path
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep a folder to this process until the block ends, or the process does.
+
+    Raises: ValueError: it is another's.
+    """
+    with open(Path(folder) / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            way_out = "wait until it has ended, or name another folder"
+            raise ValueError(f"{folder} is being written by another process; {way_out}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def _special(path: str | os.PathLike[str]) -> bool:

@@ -11,6 +11,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from fastddpm import checkpoint, images, noise, ops, runs
 from fastddpm.distributed import Ranks, ranks
 from fastddpm.engine import PRECISIONS, arithmetic
-from fastddpm.files import check_writable
+from fastddpm.files import check_writable, locked
 from fastddpm.layout import channels_last
 from fastddpm.sampler import Sampler, device_and_precision
 from fastddpm.schedule import Schedule
@@ -123,12 +124,14 @@ def train(
         labels: [N] integers >= 0: train a class-conditional network.
         device: "cuda" where there is one, else "cpu".
     Returns: out, as a path.
-    Raises: ValueError: data, labels or an option is not as above, `out` cannot be written or holds another run or a
-        checkpoint that no run can go on from, or the run diverged.
+    Raises: ValueError: data, labels or an option is not as above, `out` cannot be written, is being written by another
+        process, or holds another run or a checkpoint that no run can go on from, or the run diverged.
     """
-    with ranks(device) as group:
+    with ranks(device) as group, ExitStack() as held:
         with group.agree():
             trainer = Trainer(data, labels, Path(out), options, group)
+            if group.rank == 0:
+                held.enter_context(locked(out))
         group.agree_on((trainer.done.step, trainer.described))
         trainer.run(progress)
     return Path(out)

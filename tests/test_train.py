@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from subprocess import PIPE, Popen
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -457,6 +459,18 @@ def test_graphs_need_a_gpu(tmp_path):
 def test_samples_before_the_first_line_of_the_log(tmp_path):
     out = run(tmp_path, dataclasses.replace(SMALL, sample_every=1, log_every=3))
     assert len(list((out / "samples").iterdir())) == 4
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    whole = run(tmp_path / "whole")
+    (tmp_path / "held").mkdir()
+    code = "import sys; from fastddpm.files import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
+    with Popen([sys.executable, "-c", code, tmp_path / "held"], stdin=PIPE, stdout=PIPE) as other:
+        other.stdout.readline()
+        line = error_line(run, tmp_path / "held")
+        other.kill()
+    assert f"{tmp_path / 'held'} is being written by another process; wait until it has ended, or name" in line
+    assert_same(parameters(whole), parameters(run(tmp_path / "held")))
 
 
 def test_another_run_is_not_overwritten(tmp_path):

@@ -162,6 +162,12 @@ def test_a_run_killed_time_and_again_is_the_undisturbed_one(images, undisturbed,
             process.join()
             ends.append(process.exitcode)
     assert {-signal.SIGKILL, -signal.SIGXFSZ} <= set(ends) <= {0, -signal.SIGKILL, -signal.SIGXFSZ}
+    # at last between the state of the last step and the weights; those of the step before were written as it began
+    once = OPTIONS.replace("--save-every 4", f"--save-every {STEPS}")
+    process = start(told, command, arguments(images, out, once), functools.partial(die_before, f"{out}/unet/.", 5))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.load(out / "training.pt")["progress"]["step"] == STEPS
     process = start(told, command, arguments(images, out))
     process.join()
     assert (process.exitcode, told.read_text()) == (0, "")

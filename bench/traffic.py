@@ -6,7 +6,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Bytes(TorchDispatchMode):
-    """Counts, in `moved`, the inputs and the outputs of each of torch's operations, but for views."""
+    """Counts, in `moved`, the inputs and the outputs of each of torch's operations, but for views.
+
+    What is made like another tensor does not read that one.
+    """
 
     moved = 0
 
@@ -14,7 +17,7 @@ class Bytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         read, written = (
             {(x.data_ptr(), x.nbytes) for x in tree_leaves(tensors) if isinstance(x, Tensor)}
-            for tensors in ((args, kwargs), result)
+            for tensors in (() if str(func.overloadpacket).endswith("_like") else (args, kwargs), result)
         )
         if not func.is_view:
             self.moved += sum(nbytes for _, nbytes in (*read, *written))

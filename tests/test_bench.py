@@ -374,7 +374,8 @@ def test_bytes_are_counted():
     x = torch.ones(1000)
     with Bytes() as count:
         (x.view(10, 100) * 2).sum()
-    assert count.moved == 4000 + 4000 + 4000 + 4
+        torch.randn_like(x)
+    assert count.moved == 4000 + 4000 + 4000 + 4 + 4000
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 9), (torch.float32, 17)])

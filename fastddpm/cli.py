@@ -1,4 +1,4 @@
-"""The command line, `fastddpm sample | train | verify | info`: parses, calls, prints."""
+"""The command line, `fastddpm sample | train | likelihood | verify | info`: parses, calls, prints."""
 
 import argparse
 import importlib.metadata
@@ -13,21 +13,31 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
 
-from fastddpm import data, images, ops
+from fastddpm import data, images, likelihood, ops
 from fastddpm._version import __version__
 from fastddpm.distributed import ranks
 from fastddpm.engine import ENGINES, PRECISIONS
-from fastddpm.files import check_writable
+from fastddpm.files import atomic, check_writable
+from fastddpm.plots import bound_terms
 from fastddpm.sampler import SHIPPED, Sampler, device_and_precision
-from fastddpm.schedule import BETA_SCHEDULES, PREDICTION_TYPES, SAMPLERS, Schedule
+from fastddpm.schedule import (
+    BETA_SCHEDULES,
+    LEARNED_VARIANCE_TYPES,
+    PREDICTION_TYPES,
+    SAMPLERS,
+    VARIANCE_TYPES,
+    Schedule,
+)
 from fastddpm.train import TRAINED, TRAINERS, TrainOptions, train
+from fastddpm.unet import UNet2D
 from fastddpm.verify import table, verify
 
 _SUFFIXES = {".png": "grid", ".npz": "npz", "": "png"}
@@ -74,6 +84,15 @@ examples:
 DATA is an .npz with uint8 [N, H, W] or [N, H, W, C], an MNIST-format file (idx, .gz or not), or a folder of images of
 one size. The folder --out becomes a diffusers checkpoint, with a log, a loss curve and samples beside it; the same
 command again resumes a run. Under torchrun the processes share each batch, with the images and the noise of one.
+"""
+_LIKELIHOOD = """
+examples:
+  fastddpm likelihood runs/mine test.npz                         all terms of all images
+  fastddpm likelihood fashion-mnist test.npz --num-images 1000 --terms 20 --plot bound.png
+
+Reports a bound on -log2 p(image) in bits per dimension, as the DDPM paper's table does: the rate L_1 + ... + L_T and
+the distortion L_0, each with its standard error over the images. DATA is what `fastddpm train` takes, in the same
+preparation; with --terms K only K timesteps of each image are evaluated, and the bound is unbiased still.
 """
 _VERIFY = """
 examples:
@@ -190,6 +209,67 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{out}: trained for {options.steps} steps; now `fastddpm sample {out}`")
 
 
+def _likelihood(args: argparse.Namespace) -> None:
+    for out in filter(None, (args.out, args.plot)):
+        check_writable(out)
+    if args.num_images is not None and args.num_images < 1:
+        raise ValueError(f"--num-images is {args.num_images}; want a whole number, at least 1")
+    shipped = args.checkpoint == SHIPPED and not Path(SHIPPED).exists()
+    sampler = Sampler.from_pretrained(
+        None if shipped else args.checkpoint,
+        variant=args.variant,
+        device=args.device,
+        precision=args.precision,
+        engine=args.engine,
+    )
+    schedule, config = sampler.schedule, cast(UNet2D, sampler.model).config
+    if args.variance_type is not None:
+        schedule = sampler.schedule = replace(schedule, variance_type=args.variance_type)
+    if args.plot is not None and schedule.num_train_timesteps == 1:
+        raise ValueError("--plot does not apply to a model of T = 1, whose bound has no terms over t; leave it out")
+    pictures = data.load_images(args.data, progress=not args.quiet)
+    labels = args.class_labels
+    if labels is None and (config["num_class_embeds"] or config["class_embed_type"]):
+        labels = data.load_labels(args.data, count=len(pictures))[: args.num_images]
+    pictures = pictures[: args.num_images]
+    began = time.monotonic()
+    found = likelihood.bound(
+        sampler,
+        pictures,
+        terms=args.terms,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        class_labels=labels,
+        progress=not args.quiet,
+    )
+    seconds, summary, (t, mean, error) = time.monotonic() - began, found.summary(), found.per_timestep()
+    count, terms, T = *found.terms.shape, schedule.num_train_timesteps
+    if args.out is not None:
+        arrays = {name: found.bits(getattr(found, name)) for name in ("prior", "decoder", "terms")}
+        arrays |= {"bits_per_dim": found.per_image, "timesteps": found.timesteps, "t": t, "mean": mean, "error": error}
+        with atomic(args.out) as file:
+            np.savez(file, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
+    if args.plot is not None:
+        prior, decoder, total = (summary[name][0] for name in ("prior", "distortion", "total"))
+        bound_terms(t, mean, error.nan_to_num(0), prior=prior, decoder=decoder, total=total, path=args.plot)
+    if args.json:
+        about = {"images": count, "terms": terms, "timesteps": T, "seed": args.seed, "seconds": seconds}
+        about |= {"variance_type": schedule.variance_type, "unit": "bits/dim"}
+        told = {name: {"mean": mean, "error": error} for name, (mean, error) in summary.items()}
+        print(json.dumps(_finite(about | told)))
+        return
+    names = {
+        "rate": "rate L_1 + ... + L_T",
+        "prior": "  of which L_T",
+        "distortion": "distortion L_0",
+        "total": "bound",
+    }
+    print(f"{count} images, {terms} of {T - 1} terms each, {schedule.variance_type}, {seconds:.1f} s")
+    print(f"{'':<22} bits/dim   standard error")
+    for name, title in names.items():
+        print(f"{title:<22} {summary[name][0]:8.5f}   {summary[name][1]:.2g}")
+
+
 def _verify(args: argparse.Namespace) -> int:
     records = verify(
         args.checkpoint,
@@ -290,7 +370,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastddpm", description="Exact DDPM sampling, fast. Start with: fastddpm sample")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="sample | train | verify | info", title="commands")
+    commands = parser.add_subparsers(
+        required=True, metavar="sample | train | likelihood | verify | info", title="commands"
+    )
 
     def command(name: str, run: Any, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -306,6 +388,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_sample(command("sample", _sample, "draw images from a trained model", _SAMPLE))
     _add_train(command("train", _train, "train a model on images (Algorithm 1 of the DDPM paper)", _TRAIN))
+    _add_likelihood(command("likelihood", _likelihood, "the variational bound of images, in bits/dim", _LIKELIHOOD))
     _add_verify(command("verify", _verify, "prove that this machine computes what the reference does", _VERIFY))
     info = command("info", _info, "versions, devices, and what each kernel compiles to")
     info.add_argument(
@@ -385,6 +468,32 @@ def _add_train(add: argparse.ArgumentParser) -> None:
         "--engine", choices=TRAINERS, default="auto", help="how the network is run (default: auto, by the device)"
     )
     _add_machine(add, TRAINED)
+
+
+def _add_likelihood(add: argparse.ArgumentParser) -> None:
+    text = f"folder or hub id of a diffusers checkpoint; {SHIPPED} is the model in the package"
+    add.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    add.add_argument("data", metavar="DATA", help="an .npz, an MNIST-format file or a folder of images")
+    add.add_argument("--variant", metavar="NAME", help="of the weights, such as fp16")
+    add.add_argument("--num-images", type=int, metavar="N", help="the first N of DATA (default: all)")
+    add.add_argument("--terms", type=int, metavar="K", help="timesteps evaluated of each image (default: all T - 1)")
+    add.add_argument("--seed", type=int, default=0, help="0 <= seed < 2^64 (default: %(default)s)")
+    add.add_argument("--batch-size", type=int, metavar="B", help="terms computed together (default: by the device)")
+    kinds = (*VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES)
+    add.add_argument("--variance-type", choices=kinds, help="of the reverse process (default: the checkpoint's)")
+    add.add_argument(
+        "--class-labels",
+        type=_numbers,
+        metavar="L,M",
+        help="one per image, for a class-conditional model (default: those that come with DATA)",
+    )
+    add.add_argument("--out", metavar="X.npz", help="write all terms, by image and by timestep, in bits/dim")
+    add.add_argument("--plot", metavar="X.png", help="draw the terms over t")
+    add.add_argument("--json", action="store_true", help="the bound and its parts as one JSON object")
+    add.add_argument(
+        "--engine", choices=("auto", *ENGINES), default="auto", help="how the network is run (default: auto)"
+    )
+    _add_machine(add, ("auto", *PRECISIONS))
 
 
 def _add_verify(add: argparse.ArgumentParser) -> None:

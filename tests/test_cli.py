@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastddpm import __version__, checkpoint, cli, images
+from fastddpm.likelihood import bound
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule
 from fastddpm.train import TrainOptions
@@ -494,3 +495,84 @@ def test_installed_command(start, tiny):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("fastddpm: error: steps is 0")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def pictures():
+    """A file of three 4 x 4 pictures of two classes."""
+    x = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    np.savez("pictures.npz", x=x, y=np.array([1, 0, 1]))
+    return x[..., None]
+
+
+def test_likelihood_reports_the_bound(tiny, pictures, capsys):
+    assert cli.main(["likelihood", tiny, "pictures.npz", "--device", "cpu", "--precision", "fp32"]) == 0
+    out, err = capsys.readouterr()
+    found = bound(Sampler.from_pretrained(tiny, device="cpu", precision="fp32"), pictures, progress=False).summary()
+    lines = out.splitlines()
+    assert re.fullmatch(r"3 images, 5 of 5 terms each, fixed_small, [\d.]+ s", lines[0])
+    assert [float(line.split()[-2]) for line in lines[2:]] == pytest.approx(
+        [found[name][0] for name in ("rate", "prior", "distortion", "total")], abs=5.1e-6
+    )
+    assert "18/18" in err
+
+
+def test_likelihood_passes_every_option_on(tiny, pictures, capsys):
+    flags = "--num-images 2 --terms 3 --seed 9 --batch-size 2 --precision fp32 --device cpu --engine eager --quiet"
+    more = "--variance-type fixed_large --out x.npz --plot x.png --json"
+    assert cli.main(["likelihood", tiny, "pictures.npz", *flags.split(), *more.split()]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    told, sampler = json.loads(out), Sampler.from_pretrained(tiny, precision="fp32", device="cpu")
+    sampler.schedule = dataclasses.replace(sampler.schedule, variance_type="fixed_large")
+    found = bound(sampler, pictures[:2], terms=3, seed=9, batch_size=2, progress=False)
+    for name, (mean, standard_error) in found.summary().items():
+        assert told[name] == {"mean": mean, "error": standard_error}
+    assert {told[name] for name in ("images", "terms")} == {2, 3}
+    with np.load("x.npz") as arrays:
+        assert np.array_equal(arrays["bits_per_dim"], found.per_image)
+        assert np.array_equal(arrays["timesteps"], found.timesteps)
+        assert np.array_equal(arrays["mean"], found.per_timestep()[1])
+    with Image.open("x.png") as image:
+        assert image.format == "PNG"
+
+
+def test_likelihood_names_the_model_in_the_package(tiny, pictures, monkeypatch, capsys):
+    monkeypatch.setattr("fastddpm.sampler.shipped_model", lambda: tiny)
+    assert cli.main(["likelihood", "fashion-mnist", "pictures.npz", "--num-images", "1", "--quiet", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["total"]["error"] == "nan"
+
+
+def test_likelihood_takes_the_classes_of_the_data(tmp_path, pictures, capsys):
+    torch.manual_seed(0)
+    net = UNet2D(**TINY, in_channels=1, out_channels=1, num_class_embeds=2)
+    checkpoint.save(tmp_path / "classes", net.config, net.state_dict(), Schedule(num_train_timesteps=6))
+    run = ["likelihood", str(tmp_path / "classes"), "pictures.npz", "--quiet", "--json"]
+    totals = []
+    for flags in ([], ["--class-labels", "1,0,1"], ["--class-labels", "0,0,0"]):
+        assert cli.main([*run, *flags]) == 0
+        totals.append(json.loads(capsys.readouterr().out)["total"])
+    assert totals[0] == totals[1] != totals[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--terms 6", "terms is 6; want a whole number from 1 to T - 1 = 5"),
+        ("--num-images 0", "--num-images is 0; want a whole number, at least 1"),
+        ("--variance-type learned", "variance_type is 'learned', for which the network must return 2 channels"),
+        ("--class-labels 1,0,1", "class_labels were given, but the model is not"),
+        ("--out .", "cannot write .: it is a folder"),
+        ("--variance-type big", "argument --variance-type: invalid choice: 'big'"),
+    ],
+)
+def test_likelihood_errors(tiny, pictures, capsys, flags, message):
+    assert message in error(["likelihood", tiny, "pictures.npz", "--quiet", *flags.split()], capsys)
+
+
+def test_likelihood_of_other_pictures(tiny, capsys):
+    np.savez("wide.npz", x=np.full((2, 4, 8), 9, dtype=np.uint8))
+    line = error(["likelihood", tiny, "wide.npz", "--quiet"], capsys)
+    assert "data is (2, 4, 8, 1) torch.uint8; want [N, 4, 4, 1]" in line
+    assert "required: DATA" in error(["likelihood", tiny], capsys)

@@ -1,4 +1,4 @@
-"""The specification of the bound on -log p(x_0), eq. 5 of "Denoising diffusion probabilistic models" (arXiv:2006.11239).
+"""The specification of the bound on -log p(x_0): Ho et al. 2020 (arXiv:2006.11239), eq. 5.
 
     -log p(x_0) <= KL(q(x_T | x_0) || p(x_T)) + sum of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) - log p(x_0 | x_1)
 

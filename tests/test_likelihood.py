@@ -1,0 +1,266 @@
+"""The bound by the fast path: the reference's terms, closed forms, unbiased subsets, errors of one line."""
+
+import math
+
+import pytest
+import torch
+from check import TINY, assert_as_accurate, error_line
+from test_reference_likelihood import MU, VAR, expected_term
+
+from fastddpm import Sampler, Schedule, UNet2D, noise
+from fastddpm.likelihood import bound, systematic
+from fastddpm.reference.diffusion import Diffusion, linear_betas
+from fastddpm.reference.likelihood import prior_kl, term
+from fastddpm.reference.unet import UNet
+
+T = 12
+OPTIONS = {"num_train_timesteps": T, "beta_start": 0.01, "beta_end": 0.3}
+SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
+
+
+def own(x, t):
+    return (x * 0.8 + 0.01 * t.view(-1, *[1] * (x.ndim - 1))).sin()
+
+
+def own_learned(x, t):
+    m = own(x, t)
+    return torch.cat([m, m * 0.2 + 0.5], 1)
+
+
+def images(n=16, size=8, channels=1):
+    return torch.randint(
+        0, 256, (n, size, size, channels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def vectors(n=16):
+    return torch.randn(n, 5, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+def evaluated(model, schedule, data, shape=None, **how):
+    sampler = Sampler(model, schedule, shape=shape, device="cpu", precision="fp32", engine="eager")
+    return bound(sampler, data, progress=False, **how)
+
+
+def by_reference(model, schedule, data, dtype):
+    """(prior [N], terms [N, T]) of the specification with the same noise, computed in dtype of float32 draws."""
+    process, n = Diffusion(schedule.betas), len(data)
+    discrete = data.dtype == torch.uint8
+    x_0 = ((data.to(dtype) - 127.5) / 127.5).movedim(-1, 1) if discrete else data.to(dtype)
+    how = {"predicts": schedule.prediction_type, "discrete": discrete}
+    how |= {"clip": schedule.clip_sample_range if schedule.clip_sample else None}
+    how |= {"variance_type": schedule.variance_type.removesuffix("_log")}
+    found = []
+    for t in range(schedule.num_train_timesteps):
+        at = torch.full((n,), t)
+        eps = noise.normal(noise.address(3, n), x_0.shape[1:], stream=noise.LIKELIHOOD, t=t).to(dtype)
+        with torch.no_grad():
+            found.append(term(process, model, x_0, at, eps, **how))
+    return prior_kl(process, x_0), torch.stack(found, 1)
+
+
+def assert_is_the_reference(model, schedule, data, plain, exact, shape=None):
+    found = evaluated(model, schedule, data, shape, seed=3)
+    assert found.timesteps.tolist() == [list(range(1, T))] * len(data)
+    ours = torch.cat([found.decoder[:, None], found.terms], 1)
+    (prior32, terms32), (prior64, terms64) = (
+        by_reference(net, schedule, data, dtype) for net, dtype in ((plain, torch.float32), (exact, torch.float64))
+    )
+    assert_as_accurate(found.prior, prior32, prior64)
+    assert_as_accurate(ours[:, 0], terms32[:, 0], terms64[:, 0])
+    # relative to each term, as they are of all sizes
+    ours, plain = ours[:, 1:] / terms64[:, 1:], (terms32[:, 1:] / terms64[:, 1:]).float()
+    assert_as_accurate(ours, plain, torch.ones_like(ours))
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "fixed_large_log"])
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
+def test_an_own_model_has_the_terms_of_the_reference(predicts, clip, variance):
+    schedule = Schedule(**OPTIONS, prediction_type=predicts, clip_sample=clip, variance_type=variance)
+    assert_is_the_reference(own, schedule, vectors(), own, own, (5,))
+    assert_is_the_reference(own, schedule, images(channels=2), own, own, (2, 8, 8))
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+def test_a_learned_variance_has_the_terms_of_the_reference(variance):
+    schedule = Schedule(**OPTIONS, variance_type=variance)
+    assert_is_the_reference(own_learned, schedule, images(channels=2), own_learned, own_learned, (2, 8, 8))
+    assert_is_the_reference(own_learned, schedule, vectors(), own_learned, own_learned, (5,))
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_a_unet_has_the_terms_of_the_reference(variance):
+    config = {**SMALL, "out_channels": 2 if variance == "learned_range" else 1}
+    torch.manual_seed(0)
+    net = UNet2D(**config).eval()
+    plain, exact = UNet(**config), UNet(**config)
+    for reference in (plain, exact):
+        reference.load_state_dict(net.state_dict())
+        reference.eval()
+    assert_is_the_reference(net, Schedule(**OPTIONS, variance_type=variance), images(), plain, exact.double())
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_gaussian_data_has_its_closed_form_within_the_error_bars(variance):
+    betas = linear_betas(T, 0.01, 0.3)
+    process, n = Diffusion(betas), 4000
+    generator = torch.Generator().manual_seed(1)
+    data = (MU + VAR.sqrt() * torch.randn(n, 3, dtype=torch.float64, generator=generator)).float()
+
+    def optimal(x, t):
+        abar = process.alphas_cumprod[t][:, None]
+        return ((1 - abar).sqrt() * (x - abar.sqrt() * MU) / (abar * VAR + 1 - abar)).float()
+
+    schedule = Schedule(**OPTIONS, clip_sample=False, variance_type=variance)
+    found = evaluated(optimal, schedule, data, (3,), batch_size=4096)
+    want = torch.stack([expected_term(process, t, variance) for t in range(T)])
+    t, mean, error = found.per_timestep()
+    assert t.tolist() == list(range(1, T))
+    assert ((mean - found.bits(want[1:])).abs() <= 5 * error).all()
+    assert (error > 0).all()
+    abar = process.alphas_cumprod[-1]
+    total = want.sum() + (abar * (VAR + MU**2) - abar - (1 - abar).log()).sum() / 2
+    for K in (None, 3):
+        subset = evaluated(optimal, schedule, data, (3,), batch_size=4096, terms=K)
+        mean, error = subset.summary()["total"]
+        assert abs(mean - float(found.bits(total))) <= 5 * error
+
+
+@pytest.mark.parametrize(("population", "count"), [(11, 1), (11, 4), (11, 10), (7, 7), (999, 20)])
+def test_a_subset_holds_each_timestep_as_often_as_another(population, count, monkeypatch):
+    """Over all starts, exactly."""
+
+    class Every:
+        def __init__(self, seeds):
+            self.index = seeds[1]
+
+        def integers(self, high):
+            assert high == population
+            return self.index
+
+    monkeypatch.setattr("numpy.random.default_rng", Every)
+    found = systematic(population, count, 0, population)
+    assert found.shape == (population, count)
+    assert torch.equal(
+        found.reshape(-1).bincount()[1:], torch.full((population,), count if count < population else population)
+    )
+    assert (found.diff(dim=1) > 0).all()
+
+
+def test_a_subset_has_the_terms_of_the_whole():
+    schedule = Schedule(**OPTIONS)
+    whole = evaluated(own, schedule, vectors(), (5,))
+    part = evaluated(own, schedule, vectors(), (5,), terms=4)
+    assert torch.equal(part.terms, whole.terms.gather(1, part.timesteps - 1))
+    assert torch.equal(part.decoder, whole.decoder)
+    assert torch.equal(part.rate, part.prior + part.terms.sum(1) * (11 / 4))
+    assert torch.equal(evaluated(own, schedule, vectors(), (5,), terms=T - 1).terms, whole.terms)
+    t, mean, _ = part.per_timestep()
+    for at, value in zip(t.tolist(), mean, strict=True):
+        torch.testing.assert_close(value, part.bits(part.terms[part.timesteps == at]).mean(), rtol=1e-14, atol=0)
+
+
+def test_batches_change_nothing_and_seeds_do():
+    schedule = Schedule(**OPTIONS)
+    want = evaluated(own, schedule, images(), (1, 8, 8), terms=5)
+    for size in (1, 3, 7, 1000):
+        got = evaluated(own, schedule, images(), (1, 8, 8), terms=5, batch_size=size)
+        assert torch.equal(got.per_image, want.per_image)
+    fewer = evaluated(own, schedule, images()[:2], (1, 8, 8), terms=5)
+    assert torch.equal(fewer.per_image, want.per_image[:2])
+    other = evaluated(own, schedule, images(), (1, 8, 8), terms=5, seed=1)
+    assert (other.decoder != want.decoder).all()
+    assert not torch.equal(other.timesteps, want.timesteps)
+
+
+def test_what_is_reported_is_the_sum_in_bits():
+    found = evaluated(own, Schedule(**OPTIONS), images(), (1, 8, 8))
+    summary = found.summary()
+    want = (found.prior + found.terms.sum(1) + found.decoder) / (64 * math.log(2))
+    assert torch.equal(found.per_image, want)
+    assert summary["total"] == (float(want.mean()), float(want.std() / 4))
+    assert summary["total"][0] == pytest.approx(summary["rate"][0] + summary["distortion"][0], rel=1e-14)
+    assert math.isnan(evaluated(own, Schedule(**OPTIONS), images(1), (1, 8, 8)).summary()["total"][1])
+
+
+def test_one_step_and_no_signal_at_the_end():
+    one = evaluated(own, Schedule(num_train_timesteps=1), images(), (1, 8, 8))
+    assert one.terms.shape == (16, 0)
+    assert one.per_image.isfinite().all()
+    assert one.per_timestep()[0].shape == (0,)
+    schedule = Schedule(**OPTIONS, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    ends = evaluated(own, schedule, images(), (1, 8, 8))
+    assert ends.prior.tolist() == [0] * 16
+    assert ends.per_image.isfinite().all()
+    epsilon = Schedule(**OPTIONS, rescale_betas_zero_snr=True)
+    line = error_line(evaluated, own, epsilon, images(), (1, 8, 8))
+    assert line.startswith("prediction_type is 'epsilon', but abar is 0 at t=11")
+
+
+def test_classes_are_those_of_the_images():
+    torch.manual_seed(0)
+    net = UNet2D(**SMALL, num_class_embeds=3).eval()
+    data, labels, schedule = images(4), [0, 2, 1, 1], Schedule(**OPTIONS)
+    together = evaluated(net, schedule, data, class_labels=labels, terms=3, batch_size=5)
+    turned = evaluated(net, schedule, data, class_labels=[0, 2, 1, 0], terms=3, batch_size=5)
+    assert torch.equal(together.terms[:3], turned.terms[:3])
+    assert (together.terms[3] != turned.terms[3]).all()
+    assert error_line(evaluated, net, schedule, data).startswith("the model is class-conditional; pass class_labels")
+
+
+def spoilt(x, t):
+    m = own(x, t)
+    return torch.where(t.view(-1, 1, 1, 1) == 5, math.nan, m)
+
+
+@pytest.mark.parametrize(
+    ("model", "variance", "how", "message"),
+    [
+        (own, "fixed_small", {"data": images().int()}, "data is (16, 8, 8, 1) torch.int32; want uint8 [N, H, W, C] or"),
+        (
+            own,
+            "fixed_small",
+            {"data": images(size=6)},
+            "data is (16, 6, 6, 1) torch.uint8; want [N, 8, 8, 1] with N >=",
+        ),
+        (own, "fixed_small", {"data": images(0)}, "data is (0, 8, 8, 1) torch.uint8; want [N, 8, 8, 1] with N >= 1"),
+        (own, "fixed_small", {"data": torch.full((2, 1, 8, 8), math.inf)}, "data of sample 0 is not finite"),
+        (own, "fixed_small", {"terms": 0}, "terms is 0; want a whole number from 1 to T - 1 = 11, or None: all"),
+        (own, "fixed_small", {"terms": T}, "terms is 12; want a whole number from 1 to T - 1 = 11"),
+        (own, "fixed_small", {"batch_size": 0}, "batch_size is 0; want a whole number, at least 1"),
+        (own, "fixed_small", {"seed": -1}, "seed is -1; it must be a whole number"),
+        (own, "fixed_small", {"class_labels": [0] * 16}, "class_labels were given, but the model is not a class-cond"),
+        (
+            own,
+            "learned",
+            {},
+            "variance_type is 'learned', for which the network must return 2 channels, but it returned 1",
+        ),
+        (
+            own_learned,
+            "fixed_small",
+            {},
+            "variance_type is 'fixed_small', for which the network must return 1 channels",
+        ),
+        (spoilt, "fixed_small", {}, "the term of image 0 at t = 5 is nan, for which the network returned NaN"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(model, variance, how, message):
+    schedule = Schedule(**OPTIONS, variance_type=variance)
+    line = error_line(
+        evaluated,
+        model,
+        schedule,
+        how.get("data", images()),
+        (1, 8, 8),
+        **{k: v for k, v in how.items() if k != "data"},
+    )
+    assert line.startswith(message)
+
+
+def test_learned_variances_are_not_sampled_with():
+    sampler = Sampler(own_learned, Schedule(**OPTIONS, variance_type="learned"), shape=(1, 8, 8), device="cpu")
+    assert error_line(sampler.sample, 1).startswith(
+        "variance_type is 'learned'; sampling with learned variances is not"
+    )

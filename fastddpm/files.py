@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LOCK = ".lock"
+TEMPORARY = ".*.[0-9]*.tmp"  # what a kill may leave of `atomic`
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastddpm import plots
-from fastddpm.files import atomic
+from fastddpm.files import TEMPORARY, atomic
 
 STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
 LOG = "log.jsonl"
@@ -62,8 +62,9 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
 
 def tidy(out: Path, step: int) -> None:
     """Forget what a kill left: lines of the log after `step`, temporary files."""
-    for rest in out.rglob(".*.tmp"):
-        rest.unlink(missing_ok=True)
+    for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
+        for rest in folder.glob(TEMPORARY):
+            rest.unlink(missing_ok=True)
     if (out / LOG).exists():
         lines = (out / LOG).read_text(errors="replace").splitlines()
         with atomic(out / LOG) as file:

@@ -143,8 +143,10 @@ class Trainer:
     def __init__(
         self, data: np.ndarray, labels: np.ndarray | None, out: Path, options: TrainOptions, group: Ranks
     ) -> None:
-        started = None if options.init is None else checkpoint.load(options.init)
-        if started is not None:
+        started = None
+        if options.init is not None:
+            _check_unset(options)
+            started = checkpoint.load(options.init)
             options = replace(options, schedule=started[2])
         _check_options(options)
         shape, classes = _checked_images(data), _checked_classes(labels, data)
@@ -234,6 +236,7 @@ class Trainer:
         if self.net.config["dropout"]:
             state = np.random.SeedSequence((options.seed, 2, k, self.group.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(state[0]))
+        self.optimizer.zero_grad()
         x_0, t, address, labels = self._batch(k)
         x_t = ops.noising(x_0, t, address, self.table, dtype=dtype)
         with arithmetic(self.precision, self.device):
@@ -241,7 +244,6 @@ class Trainer:
                 m = network(x_t, t, labels)
             errors = ops.eps_loss(m, x_0, t, address, self.table, predicts=options.schedule.prediction_type)
             loss = errors.sum() / (options.batch_size * x_0.shape[1:].numel())
-            self.optimizer.zero_grad()
             (loss * self.group.size).backward()  # of which the mean over the ranks is taken
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
         for group in self.optimizer.param_groups:
@@ -399,6 +401,15 @@ def _fitting(config: dict[str, Any], wanted: dict[str, Any], source: str) -> dic
                 "start from another checkpoint, or from none"
             )
     return config | {"sample_size": wanted["sample_size"]}
+
+
+def _check_unset(options: TrainOptions) -> None:
+    """That nothing is asked for which a checkpoint to start from brings with it."""
+    plain = TrainOptions()
+    for name in ("channels", "layers", "attention", "groups", "dropout", "schedule"):
+        if getattr(options, name) != getattr(plain, name):
+            what = f"{name} is {getattr(options, name)!r}"
+            raise ValueError(f"{what}, but init brings its own layout and schedule; leave {name} out, or init")
 
 
 def _check_options(options: TrainOptions) -> None:

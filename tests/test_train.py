@@ -223,7 +223,8 @@ def test_resuming_mends_the_log_and_counts_the_seconds_on(tmp_path, monkeypatch)
     done = state["progress"]
     assert (done["step"], done["seconds"] < 1000, len(done["losses"])) == (2, True, 2)
     torch.save({**state, "progress": done | {"seconds": 1000.0}}, tmp_path / "training.pt")
-    (tmp_path / ".training.pt.1.tmp").touch()
+    for name in (".training.pt.1.tmp", "unet/.config.json.23.tmp", ".mine.tmp"):
+        (tmp_path / name).touch()
     kept = '{"step": 2, "loss": 0.5, "seconds": 1.0}'
     (tmp_path / "log.jsonl").write_bytes(
         f'{kept}\n7\n{{"step": 3, "loss": 0.5}}\n{{"step": 4, "lo'.encode() + b"\0\xff"
@@ -233,7 +234,7 @@ def test_resuming_mends_the_log_and_counts_the_seconds_on(tmp_path, monkeypatch)
     assert first == kept
     assert json.loads(last)["step"] == 4
     assert 1000 < json.loads(last)["seconds"] < 2000
-    assert not list(tmp_path.rglob(".*.tmp"))
+    assert [path.name for path in tmp_path.rglob(".*.tmp")] == [".mine.tmp"]
 
 
 def truncated(path):
@@ -419,12 +420,22 @@ def test_bad_labels(tmp_path, labels, what):
     assert not (tmp_path / "run").exists()
 
 
+FROM = TrainOptions(steps=4, batch_size=3, warmup=2, save_every=2, sample_every=4, precision="fp32")
+
+
+@pytest.mark.parametrize("options", [{"channels": (8, 16)}, {"dropout": 0.1}, {"schedule": SMALL.schedule}], ids=str)
+def test_what_a_checkpoint_brings_is_not_asked_for_besides(tmp_path, options):
+    first, name = run(tmp_path / "first"), *options
+    line = error_line(run, tmp_path / "second", dataclasses.replace(FROM, init=str(first), **options))
+    assert line.startswith(
+        f"{name} is {options[name]!r}, but init brings its own layout and schedule; leave {name} out"
+    )
+
+
 def test_a_run_starts_from_a_checkpoint(tmp_path):
     """With its weights, layout and schedule; a rate of almost nothing leaves the weights as they are."""
     first = run(tmp_path / "first")
-    options = dataclasses.replace(
-        SMALL, init=str(first), steps=1, learning_rate=1e-30, channels=(4,), attention=(), schedule=Schedule()
-    )
+    options = dataclasses.replace(FROM, init=str(first), steps=1, learning_rate=1e-30)
     second = run(tmp_path / "second", options)
     assert_same(parameters(first), parameters(second))
     (config, _, schedule), (before, _, of_first) = checkpoint.load(second), checkpoint.load(first)
@@ -434,11 +445,13 @@ def test_a_run_starts_from_a_checkpoint(tmp_path):
 
 def test_a_checkpoint_for_other_images_is_no_start(tmp_path):
     first = run(tmp_path / "first")
-    options = dataclasses.replace(SMALL, init=str(first))
+    options = dataclasses.replace(FROM, init=str(first))
     line = error_line(run, tmp_path / "second", options, pictures(channels=3))
     assert f"init is {first}, whose in_channels is 1; these images need 3" in line
     line = error_line(run, tmp_path / "second", options, labels=np.arange(7))
     assert "whose num_class_embeds is None; these images need 7" in line
+    assert "nowhere" in error_line(run, tmp_path / "second", dataclasses.replace(FROM, init="nowhere"))
+    assert not (tmp_path / "second").exists()
     assert "images are 9 x 8" in error_line(run, tmp_path / "second", options, np.zeros((2, 9, 8, 1), np.uint8))
 
 
@@ -531,7 +544,6 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, monkeypatc
         (None, {"ema": 1.0}, "ema is 1.0"),
         (None, {"log_every": 0}, "log_every is 0"),
         (None, {"engine": "fast"}, "engine is 'fast'; want one of auto, eager, compiled, compiled+graph"),
-        (None, {"init": "nowhere"}, "nowhere"),
         (None, {"ema": -0.1}, "ema is -0.1"),
         (None, {"dropout": 1.0}, "dropout is 1.0"),
         (None, {"dropout": -0.1}, "dropout is -0.1"),

@@ -35,6 +35,7 @@ class Bound:
         decoder: [N] float64: L_0.
         timesteps: [N, K] int64, ascending: which of 1..T-1 were evaluated of each image.
         terms: [N, K] float64: L_{t-1} at each of them, as they are: not weighted.
+        weights: [N, K] float64: how many terms each of them stands for; 1 where all were evaluated.
         num_train_timesteps: T.
         dimensions: elements of an image.
 
@@ -46,14 +47,14 @@ class Bound:
     decoder: Tensor
     timesteps: Tensor
     terms: Tensor
+    weights: Tensor
     num_train_timesteps: int
     dimensions: int
 
     @property
     def rate(self) -> Tensor:
         """[N] nats: L_1 + ... + L_T; without bias where K < T - 1, as each term of a subset stands for several."""
-        K = self.terms.shape[1]
-        return self.prior + self.terms.sum(1) * ((self.num_train_timesteps - 1) / max(K, 1))
+        return self.prior + (self.terms * self.weights).sum(1)
 
     @property
     def per_image(self) -> Tensor:
@@ -105,8 +106,8 @@ def bound(
         sampler: of any model; its schedule says what p is: the variance_type, too, which may be learned.
         data: images uint8 [N, H, W, C], as `data.load_images` gives them, whose L_0 is the probability of their bytes;
             or floating point [N, *sampler.shape] in data units, computed in float32, whose L_0 is a density.
-        terms: of the T - 1 terms L_{t-1}, how many to evaluate of each image: K timesteps at equal distances from a
-            random start, each as likely as another, which makes the bound unbiased. None: all.
+        terms: of the T - 1 terms L_{t-1}, how many to evaluate of each image: K random timesteps, the more likely the
+            earlier, as the early terms are the large ones; weighted so that the bound is unbiased. None: all.
         seed: 0 <= seed < 2^64.
         batch_size: pairs of an image and a timestep computed together; None chooses by the device and their size.
         class_labels: of a class-conditional `UNet2D`: one label per image.
@@ -124,7 +125,7 @@ def bound(
         raise ValueError(f"terms is {terms!r}; want a whole number from {least} to T - 1 = {T - 1}, or None: all")
     labels, addresses = sampler.checked_labels(class_labels, N), noise.address(seed, N)
     process = _Process(sampler, discrete=x_0.dtype == torch.uint8)
-    timesteps = systematic(T - 1, T - 1 if terms is None else terms, seed, N)
+    timesteps, weights = systematic(T - 1, T - 1 if terms is None else terms, seed, N)
     size = min(size, N * max(1, timesteps.shape[1]))
 
     from tqdm import tqdm
@@ -149,20 +150,37 @@ def bound(
                 "infinity or no variance; try precision fp32, or another checkpoint"
             )
     prior = prior_kl(sampler.schedule, x_0)
-    return Bound(prior, decoder, timesteps, rates, T, math.prod(sampler.shape))
+    return Bound(prior, decoder, timesteps, rates, weights, T, math.prod(sampler.shape))
 
 
-def systematic(population: int, count: int, seed: int, images: int) -> Tensor:
-    """Which timesteps of 1..population are evaluated of each image: [images, count] int64, ascending.
+def systematic(population: int, count: int, seed: int, images: int) -> tuple[Tensor, Tensor]:
+    """Which timesteps of 1..population are evaluated of each image, and how many each stands for.
 
-    Systematic sampling: every (population / count)-th from a random start, which is a function of (seed, image); in
-    whole numbers, so that each is there with probability count / population exactly.
+    Systematic sampling with unequal probabilities: laid end to end, each timestep as long as it is likely, they are
+    `count` long, and those are taken that lie at u, u + 1, ... of a u that is a function of (seed, image). The terms
+    fall about as 1/t (Nichol & Dhariwal 2021, arXiv:2102.09672, figure 2), and so do the probabilities, up to 1.
+
+    Returns: [images, count] int64, ascending; [images, count] float64: 1 / probability.
     """
-    steps = torch.arange(count) * population
+    likely = _inclusion(population, count)
     if count in (0, population):
-        return (1 + steps // max(count, 1)).expand(images, -1)
-    starts = [int(np.random.default_rng((seed, i)).integers(population)) for i in range(images)]
-    return 1 + (torch.tensor(starts)[:, None] + steps) // count
+        chosen = torch.arange(1, count + 1).expand(images, -1)
+    else:
+        starts = [np.random.default_rng((seed, i)).random() for i in range(images)]
+        places = torch.tensor(starts, dtype=torch.float64)[:, None] + torch.arange(count)
+        chosen = 1 + torch.searchsorted(likely.cumsum(0)[:-1], places, right=True)
+    return chosen, 1 / likely[chosen - 1]
+
+
+def _inclusion(population: int, count: int) -> Tensor:
+    """min(1, c / t) for t = 1..population with the c that makes its sum `count`: [population] float64."""
+    likely = 1 / torch.arange(1, population + 1, dtype=torch.float64)
+    certain = 0
+    while certain < count and (count - certain) * likely[certain] >= likely[certain:].sum():
+        certain += 1
+    likely[certain:] *= (count - certain) / likely[certain:].sum()
+    likely[:certain] = 1
+    return likely
 
 
 def prior_kl(schedule: Schedule, x_0: Tensor) -> Tensor:

@@ -129,7 +129,6 @@ def _ours(model: str, batch: int, who: Contender) -> Made:
         checkpoint.save(init, net.config, net.state_dict(), SCHEDULE)
         options = TrainOptions(batch_size=batch, precision=who.precision, engine=who.engine, init=str(init))
         trainer = Trainer(pictures(model), None, Path(folder) / "run", options, Ranks(device=DEVICE))
-    trainer.net.train()
     trained, numbers = trainer._network(), count()
 
     def step() -> object:

@@ -50,6 +50,7 @@ _TRAINING = {
     "learning_rate": "peak of the learning rate",
     "warmup": "steps until the peak",
     "ema": "decay of the averaged weights, which are what is saved",
+    "weight_decay": "of AdamW",
     "grad_clip": "largest norm of the gradient",
     "flip": "mirror half of the images",
     "channels": "of each level of the U-Net; every level but the first halves the image",

@@ -1,7 +1,7 @@
 """Several processes at one job, as torchrun starts them; without it, this one alone."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,15 +67,17 @@ class Ranks:
         if any(told):
             raise AgreedError(next(filter(None, told))) from failed
 
-    def agree_on(self, value: Any) -> None:
-        """Go on when all ranks have come to the same value, of a type that pickle knows.
+    def agree_on(self, facts: Mapping[str, Any]) -> None:
+        """Go on when all ranks know the same facts, of types that pickle knows.
 
-        Raises: AgreedError: on every rank, if one has another.
+        Raises: AgreedError: on every rank, if one knows another; it names the first that differs.
         """
-        for rank, other in enumerate(values := self._gathered(value)):
-            if other != values[0]:
-                way_out = "give all of them the same data, options and folder"
-                raise AgreedError(f"process 0 comes to {values[0]}, process {rank} to {other}; {way_out}")
+        everybodys = self._gathered(dict(facts))
+        for rank, other in enumerate(everybodys):
+            for name, value in everybodys[0].items():
+                if other.get(name) != value:
+                    what = f"{name} is {value} in process 0, {other.get(name)} in process {rank}"
+                    raise AgreedError(f"{what}; give all of them the same data, options and folder")
 
     def _gathered(self, value: Any) -> list[Any]:
         """The values of all ranks."""

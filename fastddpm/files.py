@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, and paths that are known to be writable before the work begins."""
 
 import errno
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-LOCK = ".lock"
 TEMPORARY = ".*.[0-9]*.tmp"  # what a kill may leave of `atomic`
 
 
@@ -65,19 +63,28 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Pat
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep a folder to this process until the block ends, or the process does.
+    """Keep a folder to this process until the block ends, or the process does, where the system has locks.
 
     Raises: ValueError: it is another's.
     """
-    with open(Path(folder) / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            way_out = "wait until it has ended, or name another folder"
-            raise ValueError(f"{folder} is being written by another process; {way_out}") from None
-        except OSError:  # a file system without locks
-            pass
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
         yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        way_out = "wait until it has ended, or name another folder"
+        raise ValueError(f"{folder} is being written by another process; {way_out}") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _special(path: str | os.PathLike[str]) -> bool:

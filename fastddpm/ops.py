@@ -271,8 +271,8 @@ def eps_loss(
     """Squared error of what the network returned, of each sample: |m - eps|^2 (Ho et al. 2020, eq. 14).
 
     eps is made anew from its address and never stored, nor are the images as floats. Bit for bit
-    `reference.diffusion.squared_error` of `target` in fp32, a sum over the sample's elements. Differentiable in m: the
-    gradient is ((2 g) (m - target)) in fp32, rounded once to m's dtype.
+    `reference.diffusion.squared_error` of `target` in fp32, a sum over the sample's elements. Differentiable in m,
+    once: the gradient is ((2 g) (m - target)) in fp32, rounded once to m's dtype.
 
     Args:
         m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: what the network returned.
@@ -651,6 +651,8 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, grad):
+    if torch.is_grad_enabled():
+        raise ValueError("eps_loss: it is differentiable once; call backward() or grad() without create_graph")
     m = torch.ops.fastddpm.eps_loss_backward(grad, *ctx.saved_tensors, ctx.predicts, ctx.stream)
     return m, *[None] * 6
 

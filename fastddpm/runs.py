@@ -1,5 +1,6 @@
 """The folder of a training run: the state that it is resumed from, its log, its loss curve."""
 
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -57,25 +58,29 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
             raise ValueError(f"{out} holds a run with other {json.dumps(changed)[1:-1]}; give those, or another folder")
     elif held := [name for name in ("unet", "model_index.json", "config.json") if (out / name).exists()]:
         raise ValueError(f"{out} holds a checkpoint ({held[0]}) and no {STATE} to resume; train into another folder")
+    elif any(_logged(line) == math.inf for line in _lines(out)[:-1]):
+        raise ValueError(f"{out} holds a {LOG} that is not of a run; train into another folder")
     return done
 
 
 def tidy(out: Path, step: int) -> None:
     """Forget what a kill left: lines of the log after `step`, temporary files."""
-    for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
-        for rest in folder.glob(TEMPORARY):
+    for folder in ("", "samples", "unet", "scheduler"):
+        for rest in (out / folder).glob(TEMPORARY):
             rest.unlink(missing_ok=True)
     if (out / LOG).exists():
-        lines = (out / LOG).read_text(errors="replace").splitlines()
+        lines = [line for line in _lines(out) if _logged(line) <= step]
         with atomic(out / LOG) as file:
-            file.write("".join(line + "\n" for line in lines if _logged(line) <= step).encode())
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def save(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any], progress: Progress) -> None:
     """Write the state, to be resumed."""
     state = {"progress": vars(progress), "run": run, **{name: part.state_dict() for name, part in parts.items()}}
+    buffer = io.BytesIO()  # torch has other words for a full disk
+    torch.save(state, buffer)
     with atomic(out / STATE) as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
 
 
 def log(out: Path, record: Mapping[str, float]) -> None:
@@ -85,13 +90,17 @@ def log(out: Path, record: Mapping[str, float]) -> None:
 
 def draw_curve(out: Path) -> None:
     """The loss over the steps, as a picture, once there is a line in the log."""
-    if (out / LOG).exists():
-        plots.loss_curve(map(json.loads, (out / LOG).read_text().splitlines()), out / CURVE)
+    if lines := _lines(out):
+        plots.loss_curve(map(json.loads, lines), out / CURVE)
+
+
+def _lines(out: Path) -> list[str]:
+    return (out / LOG).read_text(errors="replace").splitlines() if (out / LOG).exists() else []
 
 
 def _logged(line: str) -> float:
-    """The step of a line of the log; infinity for what a kill left of one."""
+    """The step of a line of the log; infinity for what a kill left of one, or what is none."""
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

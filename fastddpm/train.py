@@ -1,7 +1,8 @@
 """Algorithm 1 (Ho et al. 2020, arXiv:2006.11239): train eps_theta on images noised in one shot.
 
-Everything random in step k (which images, flips, t, eps, dropout) is a function of (seed, k) alone, so a run that was
-killed and resumed takes the same steps as one that was not.
+Everything random in step k (which images, flips, t, eps) is a function of (seed, k) alone, so a run that was killed and
+resumed takes the same steps as one that was not, and several processes take the steps of one; but for dropout, which is
+a function of the process's rank, too.
 """
 
 import copy
@@ -46,6 +47,7 @@ class TrainOptions:
         learning_rate: peak of AdamW's rate: linear warm-up over `warmup` steps, then cosine decay to zero.
         ema: decay of the exponential moving average of the weights, which is what is saved and sampled; early in a run
             (1 + k) / (10 + k) where that is smaller.
+        weight_decay: AdamW's.
         grad_clip: largest norm of the gradient; inf: do not clip.
         flip: mirror half of the images left to right.
         channels: of the U-Net's levels; every level after the first halves the image's sides.
@@ -59,7 +61,8 @@ class TrainOptions:
         engine: "eager"; "compiled", by torch.compile, which takes a minute or more at first; "compiled+graph", which
             also replays CUDA graphs; or "auto": "compiled" on a GPU, else "eager".
         log_every, save_every, sample_every: steps between lines of the log, checkpoints, and sample grids.
-        init: a checkpoint to start from: its weights, with its layout and schedule in place of those here.
+        init: a checkpoint to start from: its weights, with its layout and schedule in place of those here. It is read
+            again when the run is resumed.
         schedule: the noise schedule, and what the network is to predict: epsilon, x_0 or v.
     """
 
@@ -68,6 +71,7 @@ class TrainOptions:
     learning_rate: float = 5e-4
     warmup: int = 500
     ema: float = 0.999
+    weight_decay: float = 0.01
     grad_clip: float = 1.0
     flip: bool = False
     channels: tuple[int, ...] = (32, 64, 128)
@@ -127,25 +131,30 @@ def train(
     Raises: ValueError: data, labels or an option is not as above, `out` cannot be written, is being written by another
         process, or holds another run or a checkpoint that no run can go on from, or the run diverged.
     """
+    modes = torch.inference_mode(False), torch.enable_grad()  # of the caller, perhaps otherwise
     with ranks(device) as group, ExitStack() as held:
+        for mode in modes:
+            held.enter_context(mode)
         with group.agree():
             trainer = Trainer(data, labels, Path(out), options, group)
             if group.rank == 0:
-                held.enter_context(locked(out))
-        group.agree_on((trainer.done.step, trainer.described))
+                held.enter_context(locked(check_writable(out, folder=True)))
+        with group.agree():
+            trainer.resume()
+        group.agree_on({"the step": trainer.done.step, **trainer.described})
         trainer.run(progress)
     return Path(out)
 
 
 class Trainer:
-    """A run, ready to go on."""
+    """A run: what it needs besides its folder, which it leaves alone until it is to be resumed."""
 
     def __init__(
         self, data: np.ndarray, labels: np.ndarray | None, out: Path, options: TrainOptions, group: Ranks
     ) -> None:
         started = None
         if options.init is not None:
-            _check_unset(options)
+            _check_init(options)
             started = checkpoint.load(options.init)
             options = replace(options, schedule=started[2])
         _check_options(options)
@@ -166,56 +175,66 @@ class Trainer:
         if started is not None:
             checkpoint.load_into(self.net, started[1])
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=options.learning_rate, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
+        )
         self.parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
         data = np.require(data, requirements=["C", "W"])  # torch takes neither negative strides nor read-only memory
         self.described = _described(data, labels, options)
-        self.done = runs.resume(out, self.described, self.parts)
-        check_writable(out / "samples", folder=True)
+        self.done = runs.Progress()
         self.pixels = _placed(channels_last(torch.from_numpy(data).movedim(-1, 1)), self.device)
-        self.labels = None if labels is None else torch.from_numpy(np.asarray(labels, np.int64))
+        self.labels = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels, np.int64))
         self.table = options.schedule.noising_table().to(self.device)
+
+    def resume(self) -> None:
+        """Take over what the folder holds of this run."""
+        self.done = runs.resume(self.out, self.described, self.parts)
+        check_writable(self.out / "samples", folder=True)
+        if self.group.rank == 0:
+            runs.tidy(self.out, self.done.step)
+            if self.done.step:  # a kill may have come between the state and the checkpoint
+                self._save_checkpoint()
 
     def run(self, progress: bool) -> None:
         """Take the steps that are left."""
         from tqdm import tqdm
 
-        options, done, writes = self.options, self.done, self.group.rank == 0
-        began = time.monotonic() - done.seconds
-        if writes:
-            runs.tidy(self.out, done.step)
-            if done.step:  # a kill may have come between the state and the checkpoint
-                self._save_checkpoint()
-        network, losses = self._network(), []
-        bar = tqdm(total=options.steps, initial=done.step, desc="train", unit="step", disable=not (progress and writes))
-        self.net.train()
+        options, done, losses = self.options, self.done, []
+        self.began = time.monotonic() - done.seconds
+        self.mark = done.step, time.monotonic()
+        network = self._network()
+        silent = not progress or self.group.rank > 0
+        bar = tqdm(total=options.steps, initial=done.step, desc="train", unit="step", disable=silent)
         with bar, _forked(self.device):
             while done.step < options.steps:
                 loss, norm = self._step(network, done.step)
                 losses.append(loss)
-                bar.update()
                 done.step += 1
-                log, save, draw = (
-                    done.step % every == 0 or done.step == options.steps
-                    for every in (options.log_every, options.save_every, options.sample_every)
-                )
-                if not (log or save or draw):
-                    continue
-                done.losses += self._finite(losses)
-                losses, done.seconds = [], time.monotonic() - began
-                if log:
-                    record = self._record(norm)
-                    bar.set_postfix(loss=f"{record['loss']:.4f}")
-                    done.losses = []
-                if not writes:
-                    continue
-                if log:
-                    runs.log(self.out, record)
-                if draw:
-                    self._draw()
-                if save:  # last: what comes after it would be lost by a kill
-                    runs.save(self.out, self.described, self.parts, done)
-                    self._save_checkpoint()
+                bar.update()
+                if any(map(self._due, (options.log_every, options.sample_every, options.save_every))):
+                    done.losses += self._finite(losses)
+                    losses = []
+                    self._keep(norm, bar)
+
+    def _due(self, every: int) -> bool:
+        return self.done.step % every == 0 or self.done.step == self.options.steps
+
+    def _keep(self, norm: Tensor, bar: Any) -> None:
+        """Log, draw and save what is due."""
+        options, done, writes = self.options, self.done, self.group.rank == 0
+        done.seconds = time.monotonic() - self.began
+        if self._due(options.log_every):
+            record = self._record(norm)
+            bar.set_postfix(loss=f"{record['loss']:.4f}")
+            done.losses = []
+            if writes:
+                runs.log(self.out, record)
+        if writes and self._due(options.sample_every):
+            self._draw()
+        if writes and self._due(options.save_every):  # last: what comes after it would be lost by a kill
+            runs.save(self.out, self.described, self.parts, done)
+            self._save_checkpoint()
+        self.mark = done.step, time.monotonic()
 
     def _network(self) -> Callable[..., Tensor]:
         """The network as it is trained: perhaps compiled, its gradients those of all ranks."""
@@ -232,15 +251,15 @@ class Trainer:
 
     def _step(self, network: Callable[..., Tensor], k: int) -> tuple[Tensor, Tensor]:
         """Step k, nothing of which waits for a GPU: this rank's part of the loss, and the norm of the gradient."""
-        options, dtype = self.options, PRECISIONS[self.precision]
+        options, dtype, device = self.options, PRECISIONS[self.precision], self.device
         if self.net.config["dropout"]:
             state = np.random.SeedSequence((options.seed, 2, k, self.group.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(state[0]))
         self.optimizer.zero_grad()
         x_0, t, address, labels = self._batch(k)
         x_t = ops.noising(x_0, t, address, self.table, dtype=dtype)
-        with arithmetic(self.precision, self.device):
-            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, enabled=False), arithmetic(self.precision, device):  # the caller's is not ours
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 m = network(x_t, t, labels)
             errors = ops.eps_loss(m, x_0, t, address, self.table, predicts=options.schedule.prediction_type)
             loss = errors.sum() / (options.batch_size * x_0.shape[1:].numel())
@@ -286,14 +305,14 @@ class Trainer:
         return found
 
     def _record(self, norm: Tensor) -> dict[str, float]:
-        """A line of the log: the mean loss since the last."""
-        done, options = self.done, self.options
+        """A line of the log: the mean loss since the last; the rate without pictures and files."""
+        done, options, (step, since) = self.done, self.options, self.mark
         return {
             "step": done.step,
             "loss": sum(done.losses) / len(done.losses),
             "grad_norm": float(norm),
             "learning_rate": options.learning_rate * _rate(done.step - 1, options),
-            "images_per_second": done.step * options.batch_size / done.seconds,
+            "images_per_second": (done.step - step) * options.batch_size / (time.monotonic() - since),
             "seconds": done.seconds,
         }
 
@@ -377,10 +396,15 @@ def _checked_classes(labels: np.ndarray | None, data: np.ndarray) -> int | None:
     if labels is None:
         return None
     labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.shape != data.shape[:1] or labels.min() < 0:
+    if labels.dtype.kind not in "iu" or labels.shape != data.shape[:1]:
         what = f"labels are {labels.dtype} {labels.shape}"
-        raise ValueError(f"{what}; want one whole number >= 0 for each of the {len(data)} images")
-    return int(labels.max()) + 1
+        raise ValueError(f"{what}; want one whole number for each of the {len(data)} images")
+    found = np.unique(labels)
+    if found[0] != 0 or found[-1] != len(found) - 1:
+        what = f"labels are {len(found)} numbers from {found[0]} to {found[-1]}"
+        way_out = "np.unique(labels, return_inverse=True)[1] numbers them anew"
+        raise ValueError(f"{what}; want classes 0, 1, ... without gaps: {way_out}")
+    return len(found)
 
 
 def _check_sides(height: int, width: int, levels: int) -> None:
@@ -394,7 +418,7 @@ def _check_sides(height: int, width: int, levels: int) -> None:
 
 def _fitting(config: dict[str, Any], wanted: dict[str, Any], source: str) -> dict[str, Any]:
     """The configuration of a checkpoint to start from, for images of another size."""
-    for name in ("in_channels", "out_channels", "num_class_embeds"):
+    for name in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
         if config.get(name) != wanted.get(name):
             raise ValueError(
                 f"init is {source}, whose {name} is {config.get(name)}; these images need {wanted.get(name)}: "
@@ -403,8 +427,10 @@ def _fitting(config: dict[str, Any], wanted: dict[str, Any], source: str) -> dic
     return config | {"sample_size": wanted["sample_size"]}
 
 
-def _check_unset(options: TrainOptions) -> None:
+def _check_init(options: TrainOptions) -> None:
     """That nothing is asked for which a checkpoint to start from brings with it."""
+    if not isinstance(options.init, str):
+        raise ValueError(f"init is {options.init!r}; want the name of a folder, or a hub id")
     plain = TrainOptions()
     for name in ("channels", "layers", "attention", "groups", "dropout", "schedule"):
         if getattr(options, name) != getattr(plain, name):
@@ -423,6 +449,7 @@ def _check_options(options: TrainOptions) -> None:
     want("warmup", lambda warmup: _whole(warmup, 0), "a whole number, at least 0")
     want("seed", lambda seed: _whole(seed, 0, 1 << 64), "a whole number, 0 <= seed < 2^64")
     want("learning_rate", lambda rate: _real(rate) and 0 < rate < math.inf, "a finite number > 0")
+    want("weight_decay", lambda decay: _real(decay) and 0 <= decay < math.inf, "a finite number >= 0")
     want("grad_clip", lambda norm: _real(norm) and norm > 0, "a number > 0; inf: do not clip")
     for name in ("ema", "dropout"):
         want(name, lambda share: _real(share) and 0 <= share < 1, f"a number, 0 <= {name} < 1")
@@ -434,6 +461,7 @@ def _check_options(options: TrainOptions) -> None:
     want("groups", lambda groups: not any(width % groups for width in options.channels), divisor)
     for name, known in (("precision", TRAINED), ("engine", TRAINERS)):
         want(name, known.__contains__, f"one of {', '.join(known)}")
+    want("schedule", lambda schedule: isinstance(schedule, Schedule), "a Schedule")
     for steps in (None, _grid_steps(options)):
         options.schedule.table(steps)  # what cannot be sampled is not worth training
 
@@ -455,6 +483,8 @@ def _described(data: np.ndarray, labels: np.ndarray | None, options: TrainOption
     described = asdict(options) | {"schedule": options.schedule.to_config()}
     for free in ("log_every", "save_every", "sample_every", "precision", "engine"):
         del described[free]
+    if options.init is not None and os.path.isdir(options.init):
+        described["init"] = os.path.abspath(options.init)
     described["data"] = {"shape": data.shape, "crc32": zlib.crc32(data.data)}
     if labels is not None:
         described["labels"] = {"crc32": zlib.crc32(np.ascontiguousarray(labels, np.int64).data)}

@@ -34,7 +34,7 @@ def test_without_torchrun_there_is_one(device, monkeypatch):
         x = torch.tensor([3.0])
         alone.sum_([x])
         assert x.tolist() == [3.0]
-        alone.agree_on(object())
+        alone.agree_on({"what": object()})
         with pytest.raises(KeyError, match="as it is"), alone.agree():
             raise KeyError("as it is")
 
@@ -51,8 +51,8 @@ def test_a_group_that_is_there_is_used_and_left(tmp_path):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """As torchrun would start it on a machine of two GPUs; joining is recorded, not done."""
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+    """As torchrun would start it on one of eight machines of two GPUs; joining is recorded, not done."""
+    for name, value in {"RANK": 9, "WORLD_SIZE": 16, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -60,7 +60,7 @@ def second_of_two(monkeypatch):
     called = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(("set_device", device)))
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: called.append(("init", args, kwargs)))
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_rank", lambda: 9)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: called.append("destroy"))
     return called
 
@@ -69,14 +69,14 @@ def second_of_two(monkeypatch):
 def test_each_process_takes_its_gpu(second_of_two, device):
     own = torch.device("cuda", 1)
     with ranks(device) as joined:
-        assert joined == Ranks(1, 2, own)
+        assert joined == Ranks(9, 16, own)
         assert second_of_two == [("set_device", own), ("init", ("cpu:gloo,cuda:nccl",), {"device_id": own})]
     assert second_of_two[2:] == ["destroy"]
 
 
 def test_a_cpu_is_asked_for_beside_gpus(second_of_two):
     with ranks("cpu") as joined:
-        assert joined == Ranks(1, 2, "cpu")
+        assert joined == Ranks(9, 16, "cpu")
     assert second_of_two == [("init", ("gloo",), {"device_id": None}), "destroy"]
 
 
@@ -107,7 +107,7 @@ def test_others_that_cannot_be_reached(second_of_two, monkeypatch):
         raise dist.DistNetworkError("refused\n")
 
     monkeypatch.setattr(dist, "init_process_group", refuse)
-    want = "cannot join the 2 processes of torchrun: DistNetworkError: refused; start them all"
+    want = "cannot join the 16 processes of torchrun: DistNetworkError: refused; start them all"
     assert error_line(enter, "cpu") == want
 
 
@@ -158,7 +158,7 @@ def agreements():
                 said.append([str(error), error.__cause__ is not None])
         r.agree_on({"step": 4})
         try:
-            r.agree_on(r.rank // 2)
+            r.agree_on({"step": 4, "data": r.rank // 2})
         except AgreedError as error:
             said.append(str(error))
         say(said=said)
@@ -174,7 +174,7 @@ def test_an_error_on_one_rank_is_everybodys_and_nobody_waits(tmp_path):
             ["RuntimeError: two lines", rank == 1],
             ["1", rank in (1, 2)],
             ["0", True],
-            "process 0 comes to 0, process 2 to 1; give all of them the same data, options and folder",
+            "data is 0 in process 0, 1 in process 2; give all of them the same data, options and folder",
         ]
 
 

@@ -178,6 +178,12 @@ def test_it_refuses(name, spoil, message):
     assert line.startswith(f"eps_loss: {message}")
 
 
+def test_no_gradient_of_the_gradient():
+    m, loss = run("cpu", *inputs((2, 3, 8, 8)))
+    line = error_line(torch.autograd.grad, loss.sum(), m, create_graph=True)
+    assert line == "eps_loss: it is differentiable once; call backward() or grad() without create_graph"
+
+
 def test_no_gradient_for_x_0():
     m, x_0, *others = inputs((2, 3, 8, 8), x_dtype=torch.float32)
     assert "x_0 requires a gradient, and eps_loss has none" in error_line(

@@ -1,15 +1,19 @@
 """What only a GPU shows of the trainer: it does not wait, and its gradients are as near to float64 as plain torch's."""
 
 import dataclasses
+import json
+import math
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from check import assert_as_accurate
 from conftest import needs_gpu
 
 from fastddpm import Schedule, UNet2D, checkpoint, noise
+from fastddpm import train as training
 from fastddpm.distributed import Ranks
 from fastddpm.engine import PRECISIONS, arithmetic
 from fastddpm.reference.diffusion import Diffusion, add_noise
@@ -19,6 +23,7 @@ from fastddpm.train import Trainer, TrainOptions, train
 pytestmark = [
     *needs_gpu,
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # of torch, in torch
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # it is a prototype
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # fp32 is not to use them
 ]
 OPTIONS = TrainOptions(
@@ -41,7 +46,6 @@ def pictures(n=40):
 
 def trainer(folder, **options):
     made = Trainer(pictures(), None, folder, dataclasses.replace(OPTIONS, **options), Ranks(device="cuda"))
-    made.net.train()
     return made
 
 
@@ -104,21 +108,53 @@ def test_batches_are_those_of_a_cpu(tmp_path):
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
-def test_a_run_learns_and_goes_on(tmp_path, engine):
+def test_a_killed_run_goes_on_and_learns(tmp_path, monkeypatch, engine):
     options = dataclasses.replace(
         OPTIONS, steps=60, learning_rate=2e-3, engine=engine, log_every=20, save_every=30, sample_every=60
     )
-    first = train(pictures(), tmp_path, options, device="cuda", progress=False)
-    lines = (first / "log.jsonl").read_text().splitlines()
-    assert len(lines) == 3
-    before = checkpoint.load(first)[1]
-    net = UNet2D(**checkpoint.load(first)[0])
-    checkpoint.load_into(net, before)
+    average, calls = training._average, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 45:
+            raise KeyboardInterrupt
+        average(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_average", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(pictures(), tmp_path, options, device="cuda", progress=False)
+    train(pictures(), tmp_path, options, device="cuda", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40, 60]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    net = UNet2D(**checkpoint.load(tmp_path)[0])
+    checkpoint.load_into(net, checkpoint.load(tmp_path)[1])
     eps = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     value = torch.from_numpy(pictures(16)).movedim(-1, 1).float() / 127.5 - 1
     with torch.no_grad():
         loss = Diffusion(options.schedule.betas).loss(net, value, torch.arange(16) * 6, eps)
     assert loss < eps.square().mean()  # that of predicting eps = 0
-    train(pictures(), tmp_path, options, device="cuda", progress=False)
-    assert (first / "log.jsonl").read_text().splitlines() == lines
-    assert all(torch.equal(before[name], value) for name, value in checkpoint.load(first)[1].items())
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+def test_gradients_come_through_nccl(tmp_path, monkeypatch, engine):
+    """A group of one stands for two ranks: their mean is then its own gradient, of its half of the batch."""
+    options = dataclasses.replace(OPTIONS, precision="fp32", engine=engine)
+    device = torch.device("cuda", torch.cuda.current_device())
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=0, world_size=1, device_id=device)
+    try:
+        joined = Trainer(pictures(), None, tmp_path, options, Ranks(0, 2, device))
+        joined._step(joined._network(), 0)
+    finally:
+        dist.destroy_process_group()
+    x_0, t, address, _ = joined._batch(0)
+    eps = noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
+    exact = UNet2D(**joined.net.config).cuda().double()
+    exact.load_state_dict(joined.net.state_dict())  # a step of 1e-30 has left the weights
+    Diffusion(OPTIONS.schedule.betas).loss(exact, (x_0.double() - 127.5) / 127.5, t, eps.double()).backward()
+    single = trainer(tmp_path, precision="fp32", engine="eager", batch_size=8)
+    monkeypatch.setattr(single, "_batch", lambda k: (x_0, t, address, None))
+    single._step(single._network(), 0)
+    assert_as_accurate(gradient(joined.net), gradient(single.net), gradient(exact))

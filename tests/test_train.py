@@ -1,8 +1,11 @@
 """The trainer: Algorithm 1 on small pictures, resumable to the bit, its checkpoint readable by diffusers."""
 
 import dataclasses
+import errno
 import json
+import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
 from tempfile import TemporaryDirectory
@@ -15,7 +18,7 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from torch import nn
 
-from fastddpm import Sampler, Schedule, UNet2D, checkpoint, images, noise
+from fastddpm import Sampler, Schedule, UNet2D, checkpoint, images, noise, runs
 from fastddpm import train as trainer
 from fastddpm.distributed import Ranks
 from fastddpm.layout import channels_last
@@ -282,6 +285,83 @@ def test_a_checkpoint_of_another_origin_is_not_overwritten(tmp_path, held):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / held]
 
 
+OTHERWISE = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "warmup": 1, "ema": 0.5, "weight_decay": 0.0}
+OTHERWISE |= {"grad_clip": 2.0, "flip": True, "channels": (8, 8), "layers": 2, "attention": (), "groups": 2}
+OTHERWISE |= {"dropout": 0.1, "seed": 1, "schedule": Schedule(num_train_timesteps=21)}
+FREE = {"log_every": 3, "save_every": 3, "sample_every": 3, "precision": "bf16", "engine": "auto"}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_other_options_are_another_run(tmp_path, name):
+    run(tmp_path, dataclasses.replace(SMALL, steps=1))
+    options = dataclasses.replace(SMALL, steps=1) if name != "steps" else SMALL
+    line = error_line(run, tmp_path, dataclasses.replace(options, **{name: OTHERWISE[name]}))
+    assert f'holds a run with other "{name}"' in line
+
+
+def test_what_may_change_between_two_starts(tmp_path):
+    before = parameters(run(tmp_path))
+    assert_same(parameters(run(tmp_path, dataclasses.replace(SMALL, **FREE))), before)
+    fields = {field.name for field in dataclasses.fields(TrainOptions)}
+    assert fields == OTHERWISE.keys() | FREE.keys() | {"init"}
+
+
+@pytest.mark.parametrize("text", ['{"iteration": 1}\n', "epoch,loss\n1,0.5\n", '{"step": "a"}\n'])
+def test_a_log_of_another_origin_is_not_overwritten(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text + "torn")
+    line = error_line(run, tmp_path)
+    assert line == f"{tmp_path} holds a log.jsonl that is not of a run; train into another folder"
+    assert (tmp_path / "log.jsonl").read_text() == text + "torn"
+
+
+def test_temporary_files_of_other_runs_stay(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".training.pt.7.tmp").touch()
+    run(tmp_path)
+    assert (tmp_path / "other" / ".training.pt.7.tmp").exists()
+
+
+def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
+    def full(file, buffer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def atomic(path):
+        yield type("File", (), {"write": full})()
+
+    monkeypatch.setattr(runs, "atomic", atomic)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path)
+
+
+def test_whatever_modes_the_caller_is_in(tmp_path):
+    before = parameters(run(tmp_path / "plain"))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        after = parameters(run(tmp_path / "within"))
+    assert_same(before, after)
+
+
+def test_ranks_have_other_dropout(tmp_path):
+    options = dataclasses.replace(SMALL, dropout=0.5)
+    a, b = (Trainer(pictures(), None, tmp_path, options, Ranks(rank, 2)) for rank in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = []
+        patch.setattr(torch, "manual_seed", lambda seed: drawn.append(seed))
+        for trainer in (a, b, a):
+            trainer._step(trainer.net, 3)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_the_grid_shows_every_class(tmp_path, monkeypatch):
+    seen = []
+    sample = Sampler.sample
+    monkeypatch.setattr(
+        Sampler, "sample", lambda *args, **how: seen.append(how["class_labels"]) or sample(*args, **how)
+    )
+    run(tmp_path, labels=np.arange(7) % 3)
+    assert [labels.bincount().tolist() for labels in seen] == [[22, 21, 21]]
+
+
 def test_other_images_are_another_run(tmp_path):
     run(tmp_path)
     other = pictures()
@@ -299,6 +379,7 @@ def test_images_in_any_memory(tmp_path):
 
 
 def test_the_callers_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(12345)
     before = torch.get_rng_state()
     run(tmp_path, dataclasses.replace(SMALL, dropout=0.3))
     assert torch.equal(torch.get_rng_state(), before)
@@ -377,7 +458,7 @@ def gradients(options, dtype=torch.float32):
     """Of the first step, all in one vector; in float64 by the reference's loss of the same draws."""
     with TemporaryDirectory() as out:
         trainer = Trainer(pictures(), None, Path(out), options, Ranks())
-    net, (x_0, t, address, _) = trainer.net.train(), trainer._batch(0)
+    net, (x_0, t, address, _) = trainer.net, trainer._batch(0)
     if dtype == torch.float64:
         eps = noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
         value = (x_0.double() - 127.5) / 127.5
@@ -409,9 +490,11 @@ def test_a_class_conditional_run(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
-        (np.arange(6), "labels are int64 (6,); want one whole number >= 0 for each of the 7 images"),
+        (np.arange(6), "labels are int64 (6,); want one whole number for each of the 7 images"),
         (np.arange(7.0), "labels are float64 (7,)"),
-        (np.arange(7) - 1, "labels are int64 (7,)"),
+        (np.arange(7) - 1, "labels are 7 numbers from -1 to 5; want classes 0, 1, ... without gaps: np.unique"),
+        (np.arange(7) * 10**12, "labels are 7 numbers from 0 to 6000000000000; want"),
+        (np.full(7, 2023), "labels are 1 numbers from 2023 to 2023; want"),
         (np.zeros((7, 1), int), "labels are int64 (7, 1)"),
     ],
 )
@@ -455,7 +538,7 @@ def test_a_checkpoint_for_other_images_is_no_start(tmp_path):
     assert "images are 9 x 8" in error_line(run, tmp_path / "second", options, np.zeros((2, 9, 8, 1), np.uint8))
 
 
-def test_colour_bf16_and_clipping(tmp_path):
+def test_colour_flips_and_dropout_in_bf16(tmp_path):
     options = dataclasses.replace(SMALL, precision="bf16", flip=True, dropout=0.1)
     out = run(tmp_path, options, pictures(channels=3))
     assert parameters(out)["conv_in.weight"].dtype == torch.float32

@@ -283,24 +283,27 @@ def test_debug_shows_the_traceback(tiny, capsys):
 
 def test_train_takes_every_option_of_the_trainer(monkeypatch):
     given = {}
-    monkeypatch.setattr(cli, "train", lambda data, out, options, **how: given.update(options=options, how=how, out=out))
-    np.savez("data.npz", np.zeros((3, 4, 4), np.uint8))
-    assert cli.main(["train", "data.npz", "--out", "run", "--quiet"]) == 0
-    assert given["options"] == TrainOptions()
-    assert given["how"] == {"device": None, "progress": False}
 
-    other = {int: 7, float: 0.25, str: "fp32", bool: True, tuple: (4, 8)}
-    want = {
-        field.name: other[type(field.default)] for field in dataclasses.fields(TrainOptions) if field.name != "schedule"
-    }
-    flags = ["--beta-schedule", "sigmoid", "--timesteps", "50", "--device", "cpu"]
+    def trained(data, out, options, **how):
+        given.update(options=options, out=out, **how)
+
+    monkeypatch.setattr(cli, "train", trained)
+    np.savez("data.npz", x_train=np.zeros((3, 4, 4), np.uint8), y_train=np.array([0, 1, 1]))
+    assert cli.main(["train", "data.npz", "--out", "run", "--quiet"]) == 0
+    assert given == {"options": TrainOptions(), "out": "run", "labels": None, "device": None, "progress": False}
+
+    other = {int: 7, float: 0.25, bool: True, tuple: (4, 8)}
+    want = {field.name: other.get(type(field.default)) for field in dataclasses.fields(TrainOptions)}
+    want |= {"precision": "fp32", "engine": "compiled", "init": "somewhere"}
+    del want["schedule"]
+    flags = ["--beta-schedule", "sigmoid", "--timesteps", "50", "--prediction", "v_prediction", "--device", "cpu"]
     for name, value in want.items():
         text = [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
         flags += ["--" + name.replace("_", "-"), *text]
-    assert cli.main(["train", "data.npz", "--out", "run", *flags, "--quiet"]) == 0
-    schedule = Schedule(beta_schedule="sigmoid", num_train_timesteps=50)
+    assert cli.main(["train", "data.npz", "--out", "run", "--class-conditional", *flags, "--quiet"]) == 0
+    schedule = Schedule(beta_schedule="sigmoid", num_train_timesteps=50, prediction_type="v_prediction")
     assert given["options"] == TrainOptions(**want, schedule=schedule)
-    assert given["how"] == {"device": "cpu", "progress": False}
+    assert (given["device"], given["labels"].tolist()) == ("cpu", [0, 1, 1])
 
 
 def test_train_then_sample(capsys):

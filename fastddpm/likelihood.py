@@ -294,7 +294,7 @@ class _Loop:
 
 def _checked(data: Any, shape: tuple[int, ...]) -> Tensor:
     """Data with its channels last, [N, *spatial, C], uint8 or float32; a view of it where possible."""
-    x = torch.as_tensor(data)
+    x = torch.as_tensor(data).cpu()  # from where batches are sent to any device
     if x.dtype == torch.uint8:
         want: tuple[int, ...] = (*shape[1:], shape[0])
     elif x.is_floating_point():

@@ -106,12 +106,12 @@ def pairwise(x: Tensor) -> tuple[float, float]:
 
 
 def measure(name: str, pictures: np.ndarray, found: Tensor, model: Classifier, distances: Sequence[float]) -> Measured:
-    """All about uint8 images [N, 28, 28], whose features [N, D] and Fréchet distances are known."""
+    """All about uint8 images [N, 28, 28], whose features [N, D] and two or more Fréchet distances are known."""
     with torch.inference_mode():
         classes = model.head(found).argmax(1)
     return Measured(
         name,
-        (mean(distances), stdev(distances) if len(distances) > 1 else 0.0),
+        (mean(distances), stdev(distances)),
         pairwise(found),
         pairwise(torch.from_numpy(pictures).flatten(1) / 255),
         torch.bincount(classes, minlength=CLASSES).tolist(),
@@ -124,15 +124,18 @@ def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *
     Args:
         sets: uint8 [N, 28, 28] of settings.
         real: uint8 [M, 28, 28], M >= 2N.
-        splits: random choices of N real images, to which the distance is measured.
-    Raises: ValueError: there are too few real images, or splits < 1.
+        splits: random choices of N real images, to which the distance is measured; at least 2, for its deviation.
+    Raises: ValueError: there are too few real images, or splits < 2.
     """
+    if splits < 2:
+        raise ValueError(f"splits is {splits}; want at least 2, as one distance has no deviation")
     of_real, found = features(model, real), []
+    n = len(next(iter(sets.values())))
     for name, pictures in sets.items():
         of_these = features(model, pictures)
         distances = compare(of_these, of_real, splits=splits)
         found.append(measure(SETTINGS[name][1], pictures, of_these, model, distances.samples))
-    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(pictures)]
+    chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:n]
     return [*found, measure("real images", real[chosen.numpy()], of_real[chosen], model, distances.real)]
 
 
@@ -255,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         out = check_writable(args.out)
         numbers = check_writable(args.json or out.with_suffix(".json"))
+        if numbers.resolve() == out.resolve():
+            raise ValueError(f"the picture and the measures would both be {out}; name another file for --out or --json")
         model = load_or_train(args.classifier, data["x_train"], data["y_train"])
         sets = {name: load(args.samples, name, args.num_samples) for name in SETTINGS}
         found = compared(sets, data["x_train"], model, splits=args.splits)

@@ -105,7 +105,8 @@ def bound(
     Args:
         sampler: of any model; its schedule says what p is: the variance_type, too, which may be learned.
         data: images uint8 [N, H, W, C], as `data.load_images` gives them, whose L_0 is the probability of their bytes;
-            or floating point [N, *sampler.shape] in data units, computed in float32, whose L_0 is a density.
+            or floating point [N, *sampler.shape] in data units, computed in float32, whose L_0 is a density, not to be
+            compared with the other; within the range to which the schedule clips, if it does.
         terms: of the T - 1 terms L_{t-1}, how many to evaluate of each image: K random timesteps, the more likely the
             earlier, as the early terms are the large ones; weighted so that the bound is unbiased. None: all.
         seed: 0 <= seed < 2^64.
@@ -116,7 +117,7 @@ def bound(
         names image and timestep.
     """
     T, N = sampler.schedule.num_train_timesteps, len(data)
-    x_0 = _checked(data, sampler.shape)
+    x_0 = _checked(data, sampler.shape, sampler.schedule)
     size = sampler.default_batch_size() if batch_size is None else batch_size
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"batch_size is {size!r}; want a whole number, at least 1")
@@ -292,7 +293,7 @@ class _Loop:
         return (x_0.pin_memory() if self.device.type == "cuda" else x_0).to(self.device, non_blocking=True)
 
 
-def _checked(data: Any, shape: tuple[int, ...]) -> Tensor:
+def _checked(data: Any, shape: tuple[int, ...], schedule: Schedule) -> Tensor:
     """Data with its channels last, [N, *spatial, C], uint8 or float32; a view of it where possible."""
     x = torch.as_tensor(data).cpu()  # from where batches are sent to any device
     if x.dtype == torch.uint8:
@@ -308,6 +309,13 @@ def _checked(data: Any, shape: tuple[int, ...]) -> Tensor:
         return x
     if not x.isfinite().all():
         raise ValueError(f"data of sample {int((~x.isfinite()).flatten(1).any(1).nonzero()[0])} is not finite")
+    furthest = x.flatten()[x.abs().argmax()]
+    if schedule.clip_sample and furthest.abs() > schedule.clip_sample_range:
+        most = f"{schedule.clip_sample_range:g}"
+        raise ValueError(
+            f"data reaches {furthest:g}, but the schedule clips the predicted x_0 to [-{most}, {most}]; scale the data, "
+            "or set clip_sample to False"
+        )
     return x.movedim(1, -1)
 
 

@@ -44,7 +44,8 @@ def evaluated(model, schedule, data, shape=None, **how):
 
 def by_reference(model, schedule, data, dtype):
     """(prior [N], terms [N, T]) of the specification with the same noise, computed in dtype of float32 draws."""
-    process, n = Diffusion(schedule.betas), len(data)
+    last = 1 - 2**-53  # in place of 1, where no signal is left: as good as it in either dtype
+    process, n = Diffusion(schedule.betas.clamp(max=last)), len(data)
     discrete = data.dtype == torch.uint8
     x_0 = ((data.to(dtype) - 127.5) / 127.5).movedim(-1, 1) if discrete else data.to(dtype)
     how = {"predicts": schedule.prediction_type, "discrete": discrete}
@@ -61,13 +62,18 @@ def by_reference(model, schedule, data, dtype):
 
 def assert_is_the_reference(model, schedule, data, plain, exact, shape=None):
     found = evaluated(model, schedule, data, shape, seed=3)
-    assert found.timesteps.tolist() == [list(range(1, T))] * len(data)
+    assert found.timesteps.tolist() == [list(range(1, schedule.num_train_timesteps))] * len(data)
     ours = torch.cat([found.decoder[:, None], found.terms], 1)
     (prior32, terms32), (prior64, terms64) = (
         by_reference(net, schedule, data, dtype) for net, dtype in ((plain, torch.float32), (exact, torch.float64))
     )
-    assert_as_accurate(found.prior, prior32, prior64)
+    if schedule.rescale_betas_zero_snr:
+        assert found.prior.tolist() == [0] * len(data)
+    else:
+        assert_as_accurate(found.prior, prior32, prior64)
     assert_as_accurate(ours[:, 0], terms32[:, 0], terms64[:, 0])
+    if schedule.num_train_timesteps == 1:
+        return
     # relative to each term, as they are of all sizes
     ours, plain = ours[:, 1:] / terms64[:, 1:], (terms32[:, 1:] / terms64[:, 1:]).float()
     assert_as_accurate(ours, plain, torch.ones_like(ours))
@@ -83,8 +89,10 @@ def test_an_own_model_has_the_terms_of_the_reference(predicts, clip, variance):
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
-def test_a_learned_variance_has_the_terms_of_the_reference(variance):
-    schedule = Schedule(**OPTIONS, variance_type=variance)
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
+def test_a_learned_variance_has_the_terms_of_the_reference(predicts, clip, variance):
+    schedule = Schedule(**OPTIONS, prediction_type=predicts, clip_sample=clip, variance_type=variance)
     assert_is_the_reference(own_learned, schedule, images(channels=2), own_learned, own_learned, (2, 8, 8))
     assert_is_the_reference(own_learned, schedule, vectors(), own_learned, own_learned, (5,))
 
@@ -163,9 +171,23 @@ def test_a_subset_has_the_terms_of_the_whole():
     assert torch.equal(part.rate, part.prior + (part.terms * part.weights).sum(1))
     assert torch.equal(whole.weights, torch.ones_like(whole.terms))
     assert torch.equal(evaluated(own, schedule, vectors(), (5,), terms=T - 1).terms, whole.terms)
-    t, mean, _ = part.per_timestep()
-    for at, value in zip(t.tolist(), mean, strict=True):
-        torch.testing.assert_close(value, part.bits(part.terms[part.timesteps == at]).mean(), rtol=1e-14, atol=0)
+    t, mean, error = part.per_timestep()
+    for at, value, spread in zip(t.tolist(), mean, error, strict=True):
+        terms = part.bits(part.terms[part.timesteps == at])
+        torch.testing.assert_close(value, terms.mean(), rtol=1e-14, atol=0)
+        if len(terms) == 1:
+            assert spread.isnan()
+        else:
+            torch.testing.assert_close(spread, terms.std() / len(terms) ** 0.5, rtol=1e-12, atol=0)
+
+
+def test_the_error_of_a_subset_is_the_spread_of_its_draws():
+    """Over 200 seeds, whose standard deviation is known to 1/20; the images are alike, so that timesteps differ."""
+    data = images(1).expand(16, -1, -1, -1)
+    found = [evaluated(own, Schedule(**OPTIONS), data, (1, 8, 8), terms=3, seed=seed).summary() for seed in range(200)]
+    for name in ("total", "rate"):
+        value, error = torch.tensor([each[name] for each in found], dtype=torch.float64).unbind(1)
+        assert abs(float(error.square().mean().sqrt() / value.std()) - 1) <= 5 / math.sqrt(2 * 199)
 
 
 def test_batches_change_nothing_and_seeds_do():
@@ -191,17 +213,22 @@ def test_what_is_reported_is_the_sum_in_bits():
     assert math.isnan(evaluated(own, Schedule(**OPTIONS), images(1), (1, 8, 8)).summary()["total"][1])
 
 
-def test_one_step_and_no_signal_at_the_end():
-    one = evaluated(own, Schedule(num_train_timesteps=1), images(), (1, 8, 8))
-    assert one.terms.shape == (16, 0)
-    assert one.per_image.isfinite().all()
-    assert one.per_timestep()[0].shape == (0,)
-    schedule = Schedule(**OPTIONS, rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    ends = evaluated(own, schedule, images(), (1, 8, 8))
-    assert ends.prior.tolist() == [0] * 16
-    assert ends.per_image.isfinite().all()
-    epsilon = Schedule(**OPTIONS, rescale_betas_zero_snr=True)
-    line = error_line(evaluated, own, epsilon, images(), (1, 8, 8))
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_one_step_has_the_terms_of_the_reference(variance):
+    model = own_learned if variance == "learned_range" else own
+    schedule = Schedule(num_train_timesteps=1, beta_start=0.3, variance_type=variance)
+    assert_is_the_reference(model, schedule, images(), model, model, (1, 8, 8))
+    found = evaluated(model, schedule, images(), (1, 8, 8))
+    assert found.terms.shape == (16, 0)
+    assert found.per_timestep()[0].shape == (0,)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_no_signal_at_the_end_has_the_terms_of_the_reference(variance):
+    model = own_learned if variance == "learned_range" else own
+    how = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "variance_type": variance}
+    assert_is_the_reference(model, Schedule(**OPTIONS, **how), images(), model, model, (1, 8, 8))
+    line = error_line(evaluated, own, Schedule(**OPTIONS, rescale_betas_zero_snr=True), images(), (1, 8, 8))
     assert line.startswith("prediction_type is 'epsilon', but abar is 0 at t=11")
 
 
@@ -233,6 +260,12 @@ def spoilt(x, t):
         ),
         (own, "fixed_small", {"data": images(0)}, "data is (0, 8, 8, 1) torch.uint8; want [N, 8, 8, 1] with N >= 1"),
         (own, "fixed_small", {"data": torch.full((2, 1, 8, 8), math.inf)}, "data of sample 0 is not finite"),
+        (
+            own,
+            "fixed_small",
+            {"data": torch.full((2, 1, 8, 8), -255.0)},
+            "data reaches -255, but the schedule clips the predicted x_0 to [-1, 1]; scale the data, or set clip_sample",
+        ),
         (own, "fixed_small", {"terms": 0}, "terms is 0; want a whole number from 1 to T - 1 = 11, or None: all"),
         (own, "fixed_small", {"terms": T}, "terms is 12; want a whole number from 1 to T - 1 = 11"),
         (own, "fixed_small", {"batch_size": 0}, "batch_size is 0; want a whole number, at least 1"),

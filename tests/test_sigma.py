@@ -163,11 +163,6 @@ def test_every_set_is_measured_as_the_real_images_are(classifier):
     assert none.entropy == 0
 
 
-def test_one_choice_of_real_images_has_no_spread(classifier):
-    first, last = sigma.compared({"half": pictures(5, 1)}, pictures(20), classifier, splits=1)
-    assert first.distance[1] == last.distance[1] == 0
-
-
 # Showing
 
 
@@ -246,6 +241,8 @@ def test_the_command_draws_measures_and_shows(tiny, files, capsys):
         (["data.npz", "--num-samples", "1"], "--num-samples is 1; want at least 2"),
         (["data.npz", "--num-samples", "11"], "there are 11 samples; want 2 to 10, half of the 20 real images"),
         (["data.npz", "--steps", "5"], "steps is 5; want a whole number from 1 to 4"),
+        (["data.npz", "--splits", "1"], "splits is 1; want at least 2, as one distance has no deviation"),
+        (["data.npz", "--out", "a.json"], "the picture and the measures would both be a.json; name another file for"),
         (["data.npz", "--part", "3/2"], "'3/2' is not a share such as 1/4, of 1/4, 2/4, 3/4 and 4/4"),
         (["data.npz", "--part", "half"], "'half' is not a share such as 1/4, of 1/4, 2/4, 3/4 and 4/4"),
         (["data.npz", "--checkpoint", "nowhere/at/all"], "nowhere/at/all"),

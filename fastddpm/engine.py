@@ -161,7 +161,7 @@ class Slots:
         self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
         self.pos, self.bad = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
         rows = torch.empty(T, 8, dtype=torch.float32, device=device)
-        self.table = StepTable(rows, torch.empty(T, dtype=torch.int32, device=device), False, T)
+        self.table = StepTable(rows, rows.new_ones(T), torch.empty(T, dtype=torch.int32, device=device), False, T)
         self.labels: Tensor | None = None
         if engine.net is not None:
             if engine.dtype != torch.float32:
@@ -193,6 +193,7 @@ class Slots:
         self._loaded = table
         self.table = replace(self.table, clip=table.clip)
         self.table.rows[:S].copy_(table.rows)
+        self.table.scale[:S].copy_(table.scale)
         self.table.timesteps[:S].copy_(table.timesteps)
         self.address.copy_(address)
         if labels is None or self.labels is None or labels.shape != self.labels.shape:
@@ -341,7 +342,7 @@ class Forward(Slots):
         if self.engine.net is not None:
             self._stand(apart=apart)
         with self.working():
-            table = StepTable(torch.zeros(S, 8), timesteps.int(), False, T)
+            table = StepTable(torch.zeros(S, 8), torch.ones(S), timesteps.int(), False, T)
             self.load(table, torch.zeros(len(self.x), 2, dtype=torch.int64), labels)
 
     def at(self, x: Tensor, i: int | Tensor) -> Tensor:

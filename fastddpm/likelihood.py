@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastddpm import noise, ops
 from fastddpm.engine import Forward
+from fastddpm.reference.diffusion import predicted_x_0
 from fastddpm.reference.likelihood import decoder_nll, normal_kl, normal_nll
 from fastddpm.sampler import Sampler, evaluating
 from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule, step_rows
@@ -198,7 +199,8 @@ class _Process:
         schedule, device, T = sampler.schedule, sampler.device, sampler.schedule.num_train_timesteps
         self.schedule, self.discrete, self.channels = schedule, discrete, sampler.shape[0]
         self.learned = schedule.variance_type if schedule.variance_type in LEARNED_VARIANCE_TYPES else None
-        rows = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T))[:, :4]
+        rows, scale = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T))
+        rows = torch.cat([rows[:, :4], scale[:, None]], 1)
         noising = schedule.noising_table()
         log_abar = schedule.log_alphas_cumprod
         abar_prev, noise_var = schedule.alphas_cumprod_prev, -log_abar.expm1()
@@ -235,8 +237,7 @@ class _Process:
         """The predicted x_0, and log of p's variance, to be broadcast over it: float64."""
         m, v = self._returned(m)
         x_t = ops.noising(x_0, t, address, self.noising, stream=noise.LIKELIHOOD).double()
-        cx, cm, lo, hi = (_each(column, x_t) for column in self.rows[t].unbind(1))
-        mean = torch.minimum(torch.maximum(cx * x_t + cm * m.double(), lo), hi)
+        mean = predicted_x_0(x_t, m, self.rows[t])
         if v is None:
             return mean, _each(self.log_var[t], mean)
         if self.learned == "learned":
@@ -313,7 +314,7 @@ def _checked(data: Any, shape: tuple[int, ...], schedule: Schedule) -> Tensor:
     if schedule.clip_sample and furthest.abs() > schedule.clip_sample_range:
         most = f"{schedule.clip_sample_range:g}"
         raise ValueError(
-            f"data reaches {furthest:g}, but the schedule clips the predicted x_0 to [-{most}, {most}]; scale the data, "
+            f"data reaches {furthest:g}, but the schedule clips x_0 to [-{most}, {most}]; scale the data, "
             "or set clip_sample to False"
         )
     return x.movedim(1, -1)

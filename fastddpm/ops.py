@@ -295,21 +295,21 @@ def x_0_error(
 ) -> Tensor:
     """Squared error of the predicted x_0, of each sample: all that a term of the variational bound asks of a network.
 
-    |clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t made of x_0 and of the noise at
-    its address anew. Bit for bit `reference.diffusion.squared_error` of `predicted_x_0` in fp32, a sum over the
+    |scale clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t made of x_0 and of the noise
+    at its address anew. Bit for bit `reference.diffusion.squared_error` of `predicted_x_0` in fp32, a sum over the
     sample's elements.
 
     Args:
         m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: what the network returned for x_t.
         x_0: of m's shape, as `noising` takes it.
         t, address, stream: those that x_t was made of, by `noising`.
-        table: [T, 6] fp32 on x_0's device: sqrt(abar_t), sqrt(1 - abar_t), cx, cm, lo, hi; infinite lo and hi clip
-            nothing.
+        table: [T, 7] fp32 on x_0's device: sqrt(abar_t), sqrt(1 - abar_t), cx, cm, lo, hi, scale; infinite lo and
+            hi clip nothing.
     Returns: [N] fp32.
     Raises: ValueError: a shape, dtype, layout, device or stream is not as above, or a gradient is asked for.
     """
-    hint = "Schedule.noising_table() beside the first four columns of its rows"
-    _check_noised("x_0_error", x_0, t, address, table, stream, columns=6, hint=hint)
+    hint = "Schedule.noising_table() beside the first four columns of Schedule.table().rows and its scale"
+    _check_noised("x_0_error", x_0, t, address, table, stream, columns=7, hint=hint)
     _check_returned("x_0_error", m, x_0)
     _check_gradients("x_0_error", m=m)
     return torch.ops.fastddpm.x_0_error(layout.channels_last(m), x_0, t, address, table, stream)

@@ -220,7 +220,7 @@ def normals(case: Case, damage: bool) -> Iterator[Record]:
     wrong = torch.stack([address[:, 0] ^ damage, address[:, 1]], 1).to(case.device)
     z, zero = (torch.zeros_like(_drawn(4, SHAPE)).to(case.device) for _ in range(2))
     rows = torch.tensor([[0.0, 0, -math.inf, math.inf, 0, 0, 0, 1]]).repeat(4, 1)  # x_{t-1} = z
-    table = StepTable(rows, t.int(), False, 1000).to(case.device)
+    table = StepTable(rows, torch.ones(len(rows)), t.int(), False, 1000).to(case.device)
     ops.step(z, zero, table, torch.arange(4, dtype=torch.int32, device=case.device), wrong)
     differing = unequal(z, noise.normal(address, SHAPE, stream=noise.STEP, t=t))
     alone = torch.tensor([[0.0, 1]]).repeat(1000, 1).to(case.device)  # x_t = eps
@@ -329,7 +329,8 @@ def loss(case: Case, damage: bool) -> Iterator[Record]:
         for what, count in zip(("loss", "its gradient"), differing, strict=True):
             yield Record("loss", f"{predicts}: {what} by {case.kernels} with the float32 reference", count, 0)
 
-    rows, count = torch.cat([table, case.schedule.table().rows[:, :4]], 1), 0.0
+    steps = case.schedule.table()
+    rows, count = torch.cat([table, steps.rows[:, :4], steps.scale[:, None]], 1), 0.0
     for j, dtype in enumerate(ops.FLOATS):
         (x_0, value, stream, at), m = inputs[j % 2], _drawn(4, SHAPE, 4).to(dtype)
         x_t = add_noise(value, noise.normal(address, SHAPE, stream=stream, t=at), table[t])
@@ -343,10 +344,11 @@ def step64(case: Case, damage: bool) -> Iterator[Record]:
     schedule, n = case.schedule, 16
     table, T, address = schedule.table(), schedule.num_train_timesteps, noise.address(0, n)
     t = torch.linspace(0, T - 1, n).round().long()
-    rows, z = step_rows(schedule, torch.arange(T))[t], noise.normal(address, SHAPE, stream=noise.STEP, t=t)
+    (rows, scale), z = step_rows(schedule, torch.arange(T)), noise.normal(address, SHAPE, stream=noise.STEP, t=t)
+    rows, scale = rows[t], scale[t].view(-1, 1, 1, 1)
     x, x_0 = _drawn(n, SHAPE, 1), 0.3 * _drawn(n, SHAPE, 2)  # seldom clipped
     cx, cm = (rows[:, i].view(-1, 1, 1, 1) for i in range(2))
-    m = ((x_0 - cx * x) / cm).float()
+    m = ((x_0 / scale - cx * x) / cm).float()
 
     def plain(dtype: torch.dtype) -> Tensor:
         """By the formulas of the paper where they are for this schedule, else by rows made in float64."""
@@ -433,7 +435,7 @@ def engines(case: Checkpoint, damage: bool) -> Iterator[Record]:
 def trajectory(case: Checkpoint, damage: bool) -> Iterator[Record]:
     schedule, kinds = case.schedule, ("fp32", "bf16")
     table = schedule.table(case.steps)
-    rows = step_rows(schedule, table.timesteps.long())
+    rows, _ = step_rows(schedule, table.timesteps.long())
     errors: dict[str, list[tuple[int, float, float]]] = {kind: [] for kind in kinds}
     with ExitStack() as stack:
         fast = []

@@ -284,7 +284,7 @@ class Sampler:
                     slots.advance()
                 else:
                     m = slots.predict()
-                    x_0 = _predicted(slots.x, m, slots.table.rows[k])
+                    x_0 = _predicted(slots.x, m, slots.table.rows[k], slots.table.scale[k])
                     x_0 = x_0 if taken.all() else x_0[taken.to(x_0.device)]
                     callback(len(table) - 1 - k, int(table.timesteps[k]), x_0, samples.clone())
                     slots.update(m)
@@ -419,10 +419,10 @@ class _Watch:
         self.bar.update(steps)
 
 
-def _predicted(x: Tensor, m: Tensor, row: Tensor) -> Tensor:
+def _predicted(x: Tensor, m: Tensor, row: Tensor, scale: Tensor) -> Tensor:
     """x_0 as the step sees it (eq. 15), clipped where the schedule clips."""
     cx, cm, lo, hi = row[:4]
-    return (cx * x + cm * m.float()).clamp(lo, hi)
+    return scale * (cx * x + cm * m.float()).clamp(lo, hi)
 
 
 def sample_shape(net: UNet2D) -> tuple[int, ...]:

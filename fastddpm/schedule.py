@@ -3,9 +3,12 @@
 Every supported sampler is an affine update of the state, so samplers differ in their rows and in nothing else. With x
 the state, m the network's output and z standard normal (specification: `fastddpm.reference.diffusion.update`):
 
-    x_0    = clamp(cx*x + cm*m, lo, hi)
-    x_prev = ((A*x_0 + B*x) + C*m) + S*z     clipping x_0
-    x_prev =  (B*x + C*m) + S*z              not clipping: A*x_0 is folded into B and C, in float64
+    w      = clamp(cx*x + cm*m, lo, hi)      x_0 = scale*w
+    x_prev = ((A*w + B*x) + C*m) + S*z       clipping x_0
+    x_prev =  (B*x + C*m) + S*z              not clipping: A*w is folded into B and C, in float64
+
+The scale stands apart because late steps predict x_0 as a small difference times a large number (eq. 15): made of two
+large numbers it would lack the digits in which they agree.
 
 Equation numbers are those of Ho et al. 2020 (arXiv:2006.11239) unless another paper is named. Option names, defaults
 and meanings are those of diffusers' DDPMScheduler and DDIMScheduler, with these deliberate differences:
@@ -48,13 +51,15 @@ class StepTable:
     """The visited timesteps in ascending order, one row of coefficients each; row S-1 is the first step taken.
 
     Attributes:
-        rows: [S, 8] float32, COLUMNS. cx and cm give x_0 in both modes; lo and hi are infinite without clipping.
+        rows: [S, 8] float32, COLUMNS. cx and cm give w in both modes; lo and hi are infinite without clipping.
+        scale: [S] float32.
         timesteps: [S] int32, ascending, each 0 <= t < num_train_timesteps.
         clip: whether x_0 is clipped, which is to say: which of the two forms of the update the rows are for.
         num_train_timesteps: T.
     """
 
     rows: Tensor
+    scale: Tensor
     timesteps: Tensor
     clip: bool
     num_train_timesteps: int
@@ -63,7 +68,9 @@ class StepTable:
         return len(self.rows)
 
     def to(self, device: torch.device | str) -> "StepTable":
-        return replace(self, rows=self.rows.to(device), timesteps=self.timesteps.to(device))
+        return replace(
+            self, rows=self.rows.to(device), scale=self.scale.to(device), timesteps=self.timesteps.to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -250,8 +257,10 @@ class Schedule:
             visited = _descending(timesteps, self.num_train_timesteps).flip(0)
         else:
             raise ValueError(f"steps is {steps} and timesteps is given too; pass one of them")
+        rows, scale = step_rows(self, visited, sampler=sampler, eta=eta, noise=noise)
         return StepTable(
-            rows=step_rows(self, visited, sampler=sampler, eta=eta, noise=noise).float(),
+            rows=rows.float(),
+            scale=scale.float(),
             timesteps=visited.int(),
             clip=self.clip_sample,
             num_train_timesteps=self.num_train_timesteps,
@@ -265,8 +274,8 @@ class Schedule:
 
 def step_rows(
     schedule: Schedule, timesteps: Tensor, *, sampler: str = "ddpm", eta: float = 0.0, noise: float = True
-) -> Tensor:
-    """The rows of `Schedule.table` before they are rounded: [S, 8] float64.
+) -> tuple[Tensor, Tensor]:
+    """The rows and scales of `Schedule.table` before they are rounded: [S, 8] and [S] float64.
 
     Args: timesteps: [S] int64, ascending; the others as `Schedule.table` takes them.
     """
@@ -297,7 +306,7 @@ def step_rows(
     alpha, beta = log_alpha.exp(), 0 - log_alpha.expm1()
     posterior_var = noise_var_prev / noise_var * beta  # eq. 7
 
-    (cx, cm), (ex, em) = _predictions(schedule.prediction_type, abar, noise_var, timesteps)
+    (scale, cx, cm), (ex, em) = _predictions(schedule.prediction_type, abar, noise_var, timesteps)
     if sampler == "ddpm":
         A = abar_prev.sqrt() * beta / noise_var  # eq. 7
         B = alpha.sqrt() * noise_var_prev / noise_var
@@ -313,29 +322,30 @@ def step_rows(
         B = direction_var.sqrt() * ex
         C = direction_var.sqrt() * em
         S = eta * posterior_var.sqrt()  # eq. 16
+    A = A * scale
     if not schedule.clip_sample:
         A, B, C = torch.zeros_like(A), B + A * cx, C + A * cm
     S[0] = 0
     S = float(noise) * S
-    bound = torch.full_like(A, schedule.clip_sample_range if schedule.clip_sample else math.inf)
-    return torch.stack([cx, cm, -bound, bound, A, B, C, S], 1)
+    hi = (schedule.clip_sample_range if schedule.clip_sample else math.inf) / scale
+    return torch.stack([cx, cm, -hi, hi, A, B, C, S], 1), scale
 
 
 def _predictions(
     prediction_type: str, abar: Tensor, noise_var: Tensor, timesteps: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """((cx, cm), (ex, em)): x_0 = cx*x + cm*m and eps = ex*x + em*m, which eq. 4 ties together."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """((scale, cx, cm), (ex, em)): x_0 = scale*(cx*x + cm*m), eps = ex*x + em*m, which eq. 4 ties together."""
     signal, noise, zero, one = abar.sqrt(), noise_var.sqrt(), torch.zeros_like(abar), torch.ones_like(abar)
     if prediction_type == "sample":
-        return (zero, one), (1 / noise, -signal / noise)
+        return (one, zero, one), (1 / noise, -signal / noise)
     if prediction_type == "v_prediction":
-        return (signal, -noise), (noise, signal)
+        return (one, signal, -noise), (noise, signal)
     if not signal[-1] > 1 / torch.finfo(torch.float32).max:
         raise ValueError(
             f"prediction_type is 'epsilon', but abar is {abar[-1]:g} at t={timesteps[-1]}: x_t holds no trace of x_0 "
             "there, so eps cannot give it; use a network with prediction_type 'v_prediction' or 'sample'"
         )
-    return (1 / signal, -noise / signal), (zero, one)
+    return (1 / signal, one, -noise), (zero, one)
 
 
 def _named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:

@@ -25,7 +25,7 @@ def x_0_error_kernel(
     x_0_ptr,  # like m: uint8, fp32, bf16 or fp16
     t_ptr,  # [N] int64: timestep of each entry
     address_ptr,  # [N, 2] int64: (seed, sample index) of each entry
-    table_ptr,  # [T, 6] fp32: sqrt(abar_t), sqrt(1 - abar_t), cx, cm, lo, hi
+    table_ptr,  # [T, 7] fp32: sqrt(abar_t), sqrt(1 - abar_t), cx, cm, lo, hi, scale
     per_sample,
     STREAM: tl.constexpr,
     WITH_T: tl.constexpr,
@@ -40,13 +40,13 @@ def x_0_error_kernel(
     m = tl.load(m_ptr + at, mask=mask).to(tl.float32)
     x_0 = data_units(tl.load(x_0_ptr + at, mask=mask))
     t = tl.load(t_ptr + n)
-    row = table_ptr + t * 6
+    row = table_ptr + t * 7
     eps = eps_of(n, t, block, address_ptr, STREAM, WITH_T, BLOCK)
     x_t = tl.load(row) * x_0 + tl.load(row + 1) * eps
-    predicted = tl.load(row + 2) * x_t + tl.load(row + 3) * m
-    predicted = tl.maximum(predicted, tl.load(row + 4), propagate_nan=tl.PropagateNan.ALL)
-    predicted = tl.minimum(predicted, tl.load(row + 5), propagate_nan=tl.PropagateNan.ALL)
-    d = predicted - x_0
+    w = tl.load(row + 2) * x_t + tl.load(row + 3) * m
+    w = tl.maximum(w, tl.load(row + 4), propagate_nan=tl.PropagateNan.ALL)
+    w = tl.minimum(w, tl.load(row + 5), propagate_nan=tl.PropagateNan.ALL)
+    d = tl.load(row + 6) * w - x_0
     tl.store(out_ptr + n * tl.num_programs(1) + block, tree_sum(tl.where(mask, d * d, 0.0), BLOCK))
 
 

@@ -264,7 +264,7 @@ def spoilt(x, t):
             own,
             "fixed_small",
             {"data": torch.full((2, 1, 8, 8), -255.0)},
-            "data reaches -255, but the schedule clips the predicted x_0 to [-1, 1]; scale the data, or set clip_sample",
+            "data reaches -255, but the schedule clips x_0 to [-1, 1]; scale the data, or set clip_sample",
         ),
         (own, "fixed_small", {"terms": 0}, "terms is 0; want a whole number from 1 to T - 1 = 11, or None: all"),
         (own, "fixed_small", {"terms": T}, "terms is 12; want a whole number from 1 to T - 1 = 11"),

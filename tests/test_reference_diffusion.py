@@ -476,10 +476,10 @@ def rows(diffusion: Diffusion, variance_type: str, clip: float | None) -> Tensor
     """[T, 8] float64: the textbook's coefficients as cx cm lo hi A B C S."""
     beta, alpha, abar, prev = diffusion.betas, diffusion.alphas, diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     nothing = torch.zeros_like(beta)
-    limit = nothing + (clip or 0)
-    predicted = [1 / abar.sqrt(), -(1 - abar).sqrt() / abar.sqrt(), -limit, limit]
+    limit = (clip or 0) * abar.sqrt()
+    predicted = [torch.ones_like(beta), -(1 - abar).sqrt(), -limit, limit]
     if clip:
-        mean = [prev.sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - prev) / (1 - abar), nothing]
+        mean = [(prev / abar).sqrt() * beta / (1 - abar), alpha.sqrt() * (1 - prev) / (1 - abar), nothing]
     else:
         mean = [nothing, 1 / alpha.sqrt(), -beta / ((1 - abar) * alpha).sqrt()]
     return torch.stack([*predicted, *mean, diffusion.sigmas(variance_type)], 1)
@@ -500,8 +500,8 @@ def by_hand(x, m, row, z, clip):
     """In numpy, whose every operation rounds once; row [8] of numpy floats."""
     cx, cm, lo, hi, A, B, C, S = row
     if clip:
-        x_0 = np.minimum(np.maximum(cx * x + cm * m, lo), hi)
-        return ((A * x_0 + B * x) + C * m) + S * z
+        w = np.minimum(np.maximum(cx * x + cm * m, lo), hi)
+        return ((A * w + B * x) + C * m) + S * z
     return (B * x + C * m) + S * z
 
 
@@ -522,8 +522,8 @@ def test_update_rounds_in_the_written_order(shape, clip):
     assert of_last.stride() == last[0].stride()
 
     cx, cm, lo, hi, A, B, C, S = table.reshape(6, 8, *[1] * (len(shape) - 1)).unbind(1)
-    x_0 = (cx * x + cm * m).clamp(lo, hi) if clip else torch.zeros_like(x)
-    assert not torch.equal(A * clip * x_0 + (B * x + (C * m + S * z)), got)  # another order shows
+    w = (cx * x + cm * m).clamp(lo, hi) if clip else torch.zeros_like(x)
+    assert not torch.equal(A * clip * w + (B * x + (C * m + S * z)), got)  # another order shows
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -83,20 +83,22 @@ def textbook_step(s: Schedule, x: Decimal, m: Decimal, abar: Decimal, abar_prev:
     return x_0, abar_prev.sqrt() * x_0 + direction * eps, sigma
 
 
-def assert_textbook(rows: Tensor, s: Schedule, visited: list[int], *, sampler="ddpm", eta=0.0, at=slice(None)) -> None:
+def assert_textbook(
+    rows: Tensor, scale: Tensor, s: Schedule, visited: list[int], *, sampler="ddpm", eta=0.0, at=slice(None)
+) -> None:
     """The predicted x_0, mean and sigma_t of each row are the papers'."""
     abar = exact_abar(s.betas)
     last = Decimal(1) if sampler == "ddpm" or s.set_alpha_to_one else abar[0]
-    steps = list(zip(rows, [abar[t] for t in visited], [last, *(abar[t] for t in visited)], strict=False))
+    steps = list(zip(rows, scale, [abar[t] for t in visited], [last, *(abar[t] for t in visited)], strict=False))
     x, m = PROBES.unbind(1)
-    for row, abar_t, abar_prev in steps[at]:
+    for row, factor, abar_t, abar_prev in steps[at]:
         with decimals():
             want = [
                 textbook_step(s, Decimal(a), Decimal(b), abar_t, abar_prev, sampler, eta) for a, b in PROBES.tolist()
             ]
         x_0, mean, sigma = tensor(want).unbind(1)
         cx, cm, lo, hi, *_, S = row
-        assert_close((cx * x + cm * m).clamp(lo, hi), x_0)
+        assert_close(factor * (cx * x + cm * m).clamp(lo, hi), x_0)
         assert_close(update(x, m, row, None, clip=s.clip_sample), mean)
         assert_close(S.expand_as(sigma), torch.zeros_like(sigma) if row is steps[0][0] else sigma)
 
@@ -104,21 +106,23 @@ def assert_textbook(rows: Tensor, s: Schedule, visited: list[int], *, sampler="d
 def check_rows(s: Schedule, visited: list[int], **chosen) -> None:
     """The float64 rows are the papers', and the float32 table is these rounded once."""
     at = chosen.pop("at", slice(None))
-    rows = step_rows(s, torch.tensor(visited), **chosen)
-    assert_textbook(rows, s, visited, **chosen, at=at)
+    rows, scale = step_rows(s, torch.tensor(visited), **chosen)
+    assert_textbook(rows, scale, s, visited, **chosen, at=at)
     table = s.table(timesteps=visited[::-1], **chosen)
     assert torch.equal(table.rows, rows.float())
+    assert torch.equal(table.scale, scale.float())
     assert table.timesteps.tolist() == visited
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", [*COLUMNS, "scale"])
 def test_a_damaged_row_is_not_textbook(column):
     s, visited = Schedule(num_train_timesteps=10), list(range(10))
-    rows = step_rows(s, torch.tensor(visited), sampler="ddim", eta=0.5)
-    assert_textbook(rows, s, visited, sampler="ddim", eta=0.5)
-    rows[5, COLUMNS.index(column)] += 1e-9
+    rows, scale = step_rows(s, torch.tensor(visited), sampler="ddim", eta=0.5)
+    assert_textbook(rows, scale, s, visited, sampler="ddim", eta=0.5)
+    damaged = scale if column == "scale" else rows[:, COLUMNS.index(column)]
+    damaged[5] += 1e-9
     with pytest.raises(AssertionError):
-        assert_textbook(rows, s, visited, sampler="ddim", eta=0.5)
+        assert_textbook(rows, scale, s, visited, sampler="ddim", eta=0.5)
 
 
 SAMPLERS = [
@@ -181,7 +185,7 @@ def test_rows_of_a_thousand_timesteps_are_textbook(beta_schedule, zero_snr, samp
 def test_unclipped_rows_are_algorithm_2(variance_type, trained_betas):
     """Line 4: (x_t - beta_t / sqrt(1 - abar_t) eps) / sqrt(alpha_t) + sigma_t z, each coefficient to 1e-12."""
     s = Schedule(variance_type=variance_type, clip_sample=False, trained_betas=trained_betas)
-    rows = step_rows(s, torch.arange(1000))
+    rows, _ = step_rows(s, torch.arange(1000))
     abar = [Decimal(1), *exact_abar(s.betas)]
     with decimals():
         betas = [Decimal(beta) for beta in s.betas.tolist()]
@@ -201,7 +205,7 @@ def test_unclipped_rows_are_algorithm_2(variance_type, trained_betas):
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_rows_take_the_steps_of_the_specification(variance_type, clip):
     s = Schedule(num_train_timesteps=50, variance_type=variance_type, clip_sample=clip is not None)
-    paper, rows = Diffusion(s.betas), step_rows(s, torch.arange(50))
+    paper, (rows, _) = Diffusion(s.betas), step_rows(s, torch.arange(50))
     x, m, z = torch.randn(3, 50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     got = update(x, m, rows, z, clip=s.clip_sample)
     assert_close(got, paper.step(x, m, torch.arange(50), z, variance_type=variance_type, clip=clip))
@@ -401,7 +405,7 @@ def their_states(scheduler, x: Tensor, **options) -> list[Tensor]:
 def our_states(s: Schedule, visited: Tensor, x: Tensor, **options) -> list[Tensor]:
     """With the noise diffusers draws from the same generator: DDPM at every t > 0, DDIM at every step if eta > 0."""
     generator, states = torch.Generator().manual_seed(1), []
-    rows = step_rows(s, visited, **options)
+    rows, _ = step_rows(s, visited, **options)
     for row, t in zip(reversed(rows), reversed(visited.tolist()), strict=True):
         drawn = options["eta"] > 0 if options["sampler"] == "ddim" else t > 0
         z = torch.randn(x.shape, generator=generator, dtype=x.dtype) if drawn else None
@@ -493,7 +497,7 @@ def test_ddim_goes_to_the_timestep_visited_next_where_diffusers_does_not():
     assert visited[-2:] == [888, 999]
     check_rows(s, visited, sampler="ddim")
     m = network(START, 999)
-    to_899 = update(START, m, step_rows(s, torch.tensor([0, 899, 999]), sampler="ddim")[-1], None, clip=True)
+    to_899 = update(START, m, step_rows(s, torch.tensor([0, 899, 999]), sampler="ddim")[0][-1], None, clip=True)
     assert_close(scheduler.step(m, 999, START).prev_sample, to_899)
 
 

@@ -11,13 +11,13 @@ from test_eps_loss import inputs as noised
 
 from fastddpm import noise, ops
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error
-from fastddpm.schedule import Schedule, step_rows
+from fastddpm.schedule import Schedule
 
 
 def table_of(**options):
     schedule = Schedule(**options)
-    rows = step_rows(schedule, torch.arange(1000))[:, :4]
-    return torch.cat([schedule.noising_table(), rows.float()], 1)
+    table = schedule.table()
+    return torch.cat([schedule.noising_table(), table.rows[:, :4], table.scale[:, None]], 1)
 
 
 TABLES = {
@@ -93,7 +93,7 @@ def test_nothing(device):
         ("x_0", lambda x: x.int(), "x_0 is (2, 3, 8, 8) torch.int32 on cpu; want [N, C, *spatial] or [N, D] of"),
         ("t", lambda t: t.int(), "t is (2,) torch.int32 on cpu; want (2,) torch.int64 on cpu"),
         ("address", lambda a: a[:1], "address is (1, 2) torch.int64 on cpu; want (2, 2)"),
-        ("table", lambda a: a[:, :2], "table is (1000, 2) torch.float32 on cpu; want (1000, 6) torch.float32"),
+        ("table", lambda a: a[:, :2], "table is (1000, 2) torch.float32 on cpu; want (1000, 7) torch.float32"),
         ("stream", lambda _: 0, "stream is 0; want noise.TRAIN (2) or noise.LIKELIHOOD (3)"),
     ],
 )

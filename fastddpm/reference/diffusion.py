@@ -27,16 +27,13 @@ def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -
         m: like x, of any float dtype (widened, or rounded, to that of x first): what the network returned.
         row: [8], or [N, 8] with one row for each entry: cx cm lo hi A B C S.
         z: like x, standard normal; None adds nothing, as S = 0 does.
-        clip: whether the row is for clamp(cx x + cm m, lo, hi), or has it folded into B and C.
+        clip: whether the row is for a clamped x_0, or has it folded into B and C.
     Returns: the next state, like x.
     """
     *_, A, B, C, S = _columns(row, x)
     m = m.to(x.dtype)
-    if clip:
-        x_0 = predicted_x_0(x, m, row[..., :4])
-        mean = (A * x_0 + B * x) + C * m
-    else:
-        mean = B * x + C * m
+    of_x = A * _clamped(x, m, row[..., :4]) + B * x if clip else B * x
+    mean = of_x + C * m
     return mean if z is None else torch.where(S == 0, mean, mean + S * z)
 
 
@@ -116,15 +113,21 @@ def add_noise(x_0: Tensor, eps: Tensor, row: Tensor) -> Tensor:
 
 
 def predicted_x_0(x_t: Tensor, m: Tensor, row: Tensor) -> Tensor:
-    """The x_0 that the network's output gives, in the written order: clamp(cx x_t + cm m, lo, hi).
+    """The x_0 that the network's output gives, in the written order: scale clamp(cx x_t + cm m, lo, hi).
 
     Args:
         x_t: [N, ...].
         m: like x_t, of any float dtype (widened, or rounded, to that of x_t first): what the network returned.
-        row: [4], or [N, 4] with one row for each entry: cx, cm, lo, hi.
+        row: [5], or [N, 5] with one row for each entry: cx, cm, lo, hi, scale.
     """
-    cx, cm, lo, hi = _columns(row, x_t)
-    return torch.minimum(torch.maximum(cx * x_t + cm * m.to(x_t.dtype), lo), hi)
+    *_, scale = _columns(row, x_t)
+    return scale * _clamped(x_t, m.to(x_t.dtype), row[..., :4])
+
+
+def _clamped(x: Tensor, m: Tensor, row: Tensor) -> Tensor:
+    """x_0 / scale, of which the step has the scale in A."""
+    cx, cm, lo, hi = _columns(row, x)
+    return torch.minimum(torch.maximum(cx * x + cm * m, lo), hi)
 
 
 def target(x_0: Tensor, eps: Tensor, row: Tensor, predicts: str) -> Tensor:

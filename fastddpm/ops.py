@@ -295,9 +295,9 @@ def x_0_error(
 ) -> Tensor:
     """Squared error of the predicted x_0, of each sample: all that a term of the variational bound asks of a network.
 
-    |scale clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t made of x_0 and of the noise
-    at its address anew. Bit for bit `reference.diffusion.squared_error` of `predicted_x_0` in fp32, a sum over the
-    sample's elements.
+    |scale clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t made of x_0 and of
+    the noise at its address anew. Bit for bit `reference.diffusion.squared_error` of `predicted_x_0` in fp32, a sum
+    over the sample's elements.
 
     Args:
         m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: what the network returned for x_t.

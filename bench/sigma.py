@@ -14,7 +14,8 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -32,12 +33,13 @@ from fastddpm.sampler import Sampler
 
 BATCH = 64  # samples in one file; they are drawn together, too
 SHOWN = 64  # samples in a picture
-# how each set is drawn, and what it is called
-SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "full": ({"noise": 1.0}, "with σ_t z"),
-    "half": ({"noise": 0.5}, "with half of σ_t z"),
-    "none": ({"noise": 0.0}, "without σ_t z"),
-    "ddim": ({"sampler": "ddim", "eta": 0.0}, "DDIM, η = 0"),
+# how each set is drawn, by which schedule instead of the model's, and what it is called
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "full": ({"noise": 1.0}, {}, "with σ_t z"),
+    "half": ({"noise": 0.5}, {}, "with half of σ_t z"),
+    "none": ({"noise": 0.0}, {}, "without σ_t z"),
+    "ddim": ({"sampler": "ddim", "eta": 0.0}, {}, "DDIM, η = 0"),
+    "unclipped": ({"sampler": "ddim", "eta": 0.0}, {"clip_sample": False}, "DDIM, η = 0, x_0 not clipped"),
 }
 PICTURED = ("full", "half", "none")
 
@@ -85,8 +87,10 @@ def draw(
     todo = [(path, samples) for path, samples in files[part[0] - 1 :: part[1]] if not path.exists()]
     for path, samples in tqdm(todo, desc="samples", unit="batch"):
         check_writable(path)
-        options, _ = SETTINGS[path.parent.name]
-        x = sampler.sample(samples, seed=seed, steps=steps, output="uint8", progress=False, **options)
+        options, changes, _ = SETTINGS[path.parent.name]
+        drawer = copy(sampler)
+        drawer.schedule = replace(sampler.schedule, **changes)
+        x = drawer.sample(samples, seed=seed, steps=steps, output="uint8", progress=False, **options)
         images.save_npz(x, path)
 
 
@@ -134,7 +138,7 @@ def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *
     for name, pictures in sets.items():
         of_these = features(model, pictures)
         distances = compare(of_these, of_real, splits=splits)
-        found.append(measure(SETTINGS[name][1], pictures, of_these, model, distances.samples))
+        found.append(measure(SETTINGS[name][-1], pictures, of_these, model, distances.samples))
     chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:n]
     return [*found, measure("real images", real[chosen.numpy()], of_real[chosen], model, distances.real)]
 
@@ -219,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "What the noise of the reverse step is for: samples with sigma_t z, with half of it, and without (and of\n"
-            "DDIM), of one seed, are compared with real images. Prints a table for docs/sigma.md.\n\n"
+            "DDIM, x_0 clipped and not), of one seed, are compared with real images. Prints a table for docs/sigma.md.\n\n"
             "Samples that are in FOLDER already are not drawn again: a run that was ended goes on, and several\n"
             "processes can share the work, each with its --part."
         ),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import check
 import numpy as np
@@ -68,10 +69,11 @@ def test_the_samples_of_every_setting_are_drawn_once(tiny, folder):
         ("half", {"noise": 0.5}),
         ("none", {"noise": False}),
         ("ddim", {"sampler": "ddim"}),
+        ("unclipped", {"sampler": "ddim"}),
     ):
-        parts = [
-            drawer.sample(part, seed=3, steps=3, output="uint8", progress=False, **how) for part in (range(4), (4, 5))
-        ]
+        by = sampler(tiny)
+        by.schedule = replace(by.schedule, clip_sample=name != "unclipped")
+        parts = [by.sample(part, seed=3, steps=3, output="uint8", progress=False, **how) for part in (range(4), (4, 5))]
         assert np.array_equal(sigma.load(folder, name, N), torch.cat(parts)[..., 0].numpy())
     drawn = [sigma.load(folder, name, N) for name in SETTINGS]
     assert all((one != other).any() for i, one in enumerate(drawn) for other in drawn[:i])
@@ -89,7 +91,7 @@ def test_parts_make_a_whole(tiny, folder):
     for k in (1, 2, 3):
         sigma.draw(sampler(tiny), folder, N, part=(k, 3))
         made.append(set(folder.rglob("*.npz")) - set().union(*made))
-    assert [len(part) for part in made] == [3, 3, 2]
+    assert [len(part) for part in made] == [4, 3, 3]
     sigma.draw(sampler(tiny), folder.with_name("alone"), N)
     for name in SETTINGS:
         assert np.array_equal(sigma.load(folder, name, N), sigma.load(folder.with_name("alone"), name, N))
@@ -213,14 +215,14 @@ def test_the_command_draws_measures_and_shows(tiny, files, capsys):
     evaluate = ["--classifier", "classifier.pt", "--out", "docs/sigma.png", "--splits", "2", "--device", "cpu"]
     sigma.main([*run, *evaluate, "--part", "1/2"])
     assert capsys.readouterr().out == ""
-    assert len(list((files / "drawn").rglob("*.npz"))) == 4
+    assert len(list((files / "drawn").rglob("*.npz"))) == 5
     assert not (files / "docs").exists()
 
     sigma.main([*run, *evaluate])
     out = capsys.readouterr().out
     found = json.loads((files / "docs/sigma.json").read_text())
     assert {name: found[name] for name in ("num_samples", "seed", "steps")} == {"num_samples": N, "seed": 0, "steps": 2}
-    assert [one["name"] for one in found["images"]] == [title for _, title in SETTINGS.values()] + ["real images"]
+    assert [one["name"] for one in found["images"]] == [title for *_, title in SETTINGS.values()] + ["real images"]
     table = sigma.markdown(
         [Measured(**{key: value for key, value in one.items() if key != "entropy"}) for one in found["images"]]
     )

@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "What the noise of the reverse step is for: samples with sigma_t z, with half of it, and without (and of\n"
-            "DDIM, x_0 clipped and not), of one seed, are compared with real images. Prints a table for docs/sigma.md.\n\n"
+            "DDIM), of one seed, are compared with real images. Prints a table for docs/sigma.md.\n\n"
             "Samples that are in FOLDER already are not drawn again: a run that was ended goes on, and several\n"
             "processes can share the work, each with its --part."
         ),

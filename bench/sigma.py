@@ -10,7 +10,6 @@ and by the classes that the classifier takes the images for.
 import argparse
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from bench.frechet import CLASSES, SIDE, Classifier, compare, features, load_data, load_or_train, load_samples
 from fastddpm import images
 from fastddpm.files import atomic, check_writable
-from fastddpm.plots import STYLE
+from fastddpm.plots import STYLE, measured
 from fastddpm.sampler import Sampler
 
 BATCH = 64  # samples in one file; they are drawn together, too
@@ -147,15 +146,9 @@ def markdown(found: Sequence[Measured]) -> str:
     """The measures as a table."""
     lines = ["| images | Fréchet distance | distance of two: features | pixels | classes |", "|---|--:|--:|--:|--:|"]
     for one in found:
-        cells = [_spread(*pair) for pair in (one.distance, one.in_features, one.in_pixels)]
+        cells = [measured(*pair) for pair in (one.distance, one.in_features, one.in_pixels)]
         lines.append(f"| {' | '.join([one.name, *cells, f'{one.entropy:.2f} bits'])} |")
     return "\n".join(lines)
-
-
-def _spread(value: float, error: float) -> str:
-    """With as many decimals as the error has to two digits: 12.3 ± 1.4."""
-    decimals = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def picture(grids: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str], *, dpi: int = 100) -> None:
@@ -180,7 +173,7 @@ def picture(grids: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str
 
 def _caption(one: Measured) -> str:
     name = one.name.replace("σ_t z", r"$σ_t\,z$")
-    return f"{name}\nFréchet distance {_spread(*one.distance)}"
+    return f"{name}\nFréchet distance {measured(*one.distance)}"
 
 
 def _files(folder: str | os.PathLike[str], setting: str, num_samples: int) -> list[tuple[Path, range]]:

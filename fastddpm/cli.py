@@ -93,7 +93,8 @@ examples:
 
 Reports a bound on -log2 p(image) in bits per dimension, as the DDPM paper's table does: the rate L_1 + ... + L_T and
 the distortion L_0, each with its standard error over the images. DATA is what `fastddpm train` takes, in the same
-preparation; with --terms K only K timesteps of each image are evaluated, and the bound is unbiased still.
+preparation; of an .npz with x_train and x_test it is x_test. With --terms K only K timesteps of each image are
+evaluated, and the bound is unbiased still.
 """
 _VERIFY = """
 examples:
@@ -211,8 +212,11 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _likelihood(args: argparse.Namespace) -> None:
-    for out in filter(None, (args.out, args.plot)):
-        check_writable(out)
+    for out, suffix in ((args.out, ".npz"), (args.plot, ".png")):
+        if out is not None and Path(out).suffix.lower() != suffix:
+            raise ValueError(f"{'--out' if suffix == '.npz' else '--plot'} is {out}; name a {suffix}")
+        if out is not None:
+            check_writable(out)
     if args.num_images is not None and args.num_images < 1:
         raise ValueError(f"--num-images is {args.num_images}; want a whole number, at least 1")
     shipped = args.checkpoint == SHIPPED and not Path(SHIPPED).exists()
@@ -228,10 +232,12 @@ def _likelihood(args: argparse.Namespace) -> None:
         schedule = sampler.schedule = replace(schedule, variance_type=args.variance_type)
     if args.plot is not None and schedule.num_train_timesteps == 1:
         raise ValueError("--plot does not apply to a model of T = 1, whose bound has no terms over t; leave it out")
-    pictures = data.load_images(args.data, progress=not args.quiet)
+    pictures = data.load_images(args.data, held_out=True, progress=not args.quiet)
+    array = data.array_name(args.data, held_out=True)
     labels = args.class_labels
     if labels is None and (config["num_class_embeds"] or config["class_embed_type"]):
-        labels = data.load_labels(args.data, count=len(pictures))[: args.num_images]
+        how: dict[str, Any] = {"count": len(pictures), "held_out": True, "classes": config["num_class_embeds"]}
+        labels = data.load_labels(args.data, **how)[: args.num_images]
     pictures = pictures[: args.num_images]
     began = time.monotonic()
     found = likelihood.bound(
@@ -247,15 +253,16 @@ def _likelihood(args: argparse.Namespace) -> None:
     count, terms, T = *found.terms.shape, schedule.num_train_timesteps
     if args.out is not None:
         arrays = {name: found.bits(getattr(found, name)) for name in ("prior", "decoder", "terms")}
-        arrays |= {"bits_per_dim": found.per_image, "timesteps": found.timesteps, "t": t, "mean": mean, "error": error}
+        arrays |= {"bits_per_dim": found.per_image, "timesteps": found.timesteps, "weights": found.weights}
+        arrays |= {"t": t, "mean": mean, "error": error, "count": found.timesteps.flatten().bincount()[t]}
         with atomic(args.out) as file:
             np.savez(file, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
     if args.plot is not None:
-        prior, decoder, total = (summary[name][0] for name in ("prior", "distortion", "total"))
-        bound_terms(t, mean, error.nan_to_num(0), prior=prior, decoder=decoder, total=total, path=args.plot)
+        ends = {"prior": summary["prior"], "decoder": summary["distortion"], "total": summary["total"]}
+        bound_terms(t, mean, error, **ends, num_train_timesteps=T, path=args.plot)
     if args.json:
-        about = {"images": count, "terms": terms, "timesteps": T, "seed": args.seed, "seconds": seconds}
-        about |= {"variance_type": schedule.variance_type, "unit": "bits/dim"}
+        about = {"data": args.data, "array": array, "images": count, "terms": terms, "timesteps": T}
+        about |= {"seed": args.seed, "seconds": seconds, "variance_type": schedule.variance_type, "unit": "bits/dim"}
         told = {name: {"mean": mean, "error": error} for name, (mean, error) in summary.items()}
         print(json.dumps(_finite(about | told)))
         return
@@ -265,7 +272,8 @@ def _likelihood(args: argparse.Namespace) -> None:
         "distortion": "distortion L_0",
         "total": "bound",
     }
-    print(f"{count} images, {terms} of {T - 1} terms each, {schedule.variance_type}, {seconds:.1f} s")
+    of = f" of {array}" if array else ""
+    print(f"{count} images{of}, {terms} of {T - 1} terms each, {schedule.variance_type}, {seconds:.1f} s")
     print(f"{'':<22} bits/dim   standard error")
     for name, title in names.items():
         print(f"{title:<22} {summary[name][0]:8.5f}   {summary[name][1]:.2g}")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+_HELD_OUT = {"x_test": "y_test"}
 _ARRAYS = {"x_train": "y_train", "x": "y", "arr_0": "arr_1", "images": "labels"}  # of images, and of their labels
 _MAGIC = {b"PK": "npz", b"\x1f\x8b": "idx", b"\0\0": "idx"}  # how a file begins
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
@@ -18,7 +19,7 @@ _GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "C
 _WANTED = "want an .npz, an MNIST-format file (idx, plain or .gz) or a folder of images"
 
 
-def load_images(path: str | os.PathLike[str], *, progress: bool = True) -> np.ndarray:
+def load_images(path: str | os.PathLike[str], *, held_out: bool = False, progress: bool = True) -> np.ndarray:
     """All images of one size, in memory.
 
     Args:
@@ -27,6 +28,7 @@ def load_images(path: str | os.PathLike[str], *, progress: bool = True) -> np.nd
             an MNIST-format file (idx of unsigned bytes, [N, H, W] or [N, H, W, C]), gzipped or not;
             a folder, searched with its subfolders in sorted order: all grey gives C = 1, any colour makes all RGB (a
             palette counts as colour); alpha is dropped; a photograph is turned as its EXIF orientation says.
+        held_out: prefer an .npz's x_test, which no model was trained on.
         progress: show a bar while a large folder is read.
     Returns: uint8 [N, H, W, C], C = 1, 3 or 4.
     Raises: ValueError: it does not exist, is of another kind, is damaged, is empty, or its images differ in size.
@@ -35,33 +37,44 @@ def load_images(path: str | os.PathLike[str], *, progress: bool = True) -> np.nd
     if kind == "folder":
         return _load_folder(path, progress)
     if kind == "npz":
-        return _checked(*_load_npz(path))
+        return _checked(*_load_npz(path, held_out))
     return _checked(_load_idx(path, (3, 4), "images"), path)
 
 
-def load_labels(path: str | os.PathLike[str], *, count: int) -> np.ndarray:
+def load_labels(
+    path: str | os.PathLike[str], *, count: int, held_out: bool = False, classes: int | None = None
+) -> np.ndarray:
     """The classes of the images that `load_images(path)` gives, in the same order.
 
     Args:
         path: one of
-            an .npz with integers [N] or [N, 1]: array y_train beside the images x_train, y beside x, arr_1 beside
-            arr_0, labels beside images;
+            an .npz with integers [N] or [N, 1]: array y_train beside the images x_train, y_test beside x_test, y beside
+            x, arr_1 beside arr_0, labels beside images;
             an MNIST-format file of images, named so: the file of labels beside it is read, such as
             train-labels-idx1-ubyte for train-images-idx3-ubyte.gz, either of them gzipped or not;
             a folder of one folder for each class: their names, sorted, are the classes 0, 1, ...
         count: how many images there are, N.
-    Returns: int64 [N], 0 <= label < K, each of the K > 1 classes there at least once.
-    Raises: ValueError: there are no labels, they are damaged, not one per image, or not as above.
+        held_out: as of `load_images`.
+        classes: K of a model that knows them; None: as many as there are.
+    Returns: int64 [N], 0 <= label < K; without `classes`, K > 1 and each of them is there at least once.
+    Raises: ValueError: there are no labels, they are damaged, not one per image, or not as above; or a folder has not
+        `classes` folders, whose numbers would then be others than those of training.
     """
     path, kind = _opened(path)
     if kind == "folder":
-        labels, name = _folder_labels(path), str(path)
+        labels, name = _folder_labels(path, classes), str(path)
     elif kind == "npz":
-        labels, name = _load_npz(path, labels=True)
+        labels, name = _load_npz(path, held_out, labels=True)
     else:
         name = str(_labels_beside(path))
         labels = _load_idx(Path(name), (1,), "labels")
-    return _checked_labels(labels, name, count)
+    return _checked_labels(labels, name, count, classes)
+
+
+def array_name(path: str | os.PathLike[str], *, held_out: bool = False) -> str | None:
+    """Which array of an .npz `load_images` reads; None of what is no .npz."""
+    path, kind = _opened(path)
+    return _load_npz(path, held_out)[1].removeprefix(f"{path}: ") if kind == "npz" else None
 
 
 def _opened(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -104,13 +117,21 @@ def _conversion(x: np.ndarray) -> str:
     return "; convert it: x.round().astype('uint8')" if low >= 0 and high <= 255 else ""
 
 
-def _checked_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
+def _checked_labels(labels: np.ndarray, name: str, count: int, known: int | None) -> np.ndarray:
     if labels.dtype.kind not in "iu" or labels.ndim == 0 or labels.shape[1:] not in ((), (1,)):
         wanted = "integers [N]; number classes with np.unique(y, return_inverse=True)[1], one-hot ones with y.argmax(1)"
         raise ValueError(f"{name} is {list(labels.shape)} {labels.dtype}; want {wanted}")
     if len(labels) != count:
         raise ValueError(f"{name} holds {len(labels)} labels, but there are {count} images; want one for each")
+    if known is not None:
+        if labels.min() < 0 or labels.max() >= known:
+            raise ValueError(
+                f"{name} has labels from {labels.min()} to {labels.max()}; want 0 to {known - 1}, the model's"
+            )
+        return labels.reshape(-1).astype(np.int64)
     classes, labels = np.unique(labels, return_inverse=True)
+    if classes[0] < 0:
+        raise ValueError(f"{name} has the label {classes[0]}; want 0, 1, ..., each of them at least once")
     if classes[0] != 0 or classes[-1] != len(classes) - 1:
         missing = np.setdiff1d(np.arange(len(classes)), classes)[0]
         way_out = "number the classes 0, 1, ... with np.unique(y, return_inverse=True)[1]"
@@ -120,16 +141,17 @@ def _checked_labels(labels: np.ndarray, name: str, count: int) -> np.ndarray:
     return labels.reshape(-1)
 
 
-def _load_npz(path: Path, *, labels: bool = False) -> tuple[np.ndarray, str]:
+def _load_npz(path: Path, held_out: bool, *, labels: bool = False) -> tuple[np.ndarray, str]:
     """The array of the images, or of their labels, and its name."""
+    known = _HELD_OUT | _ARRAYS if held_out else _ARRAYS
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            name = next((name for name in _ARRAYS if name in arrays.files), arrays.files[0] if arrays.files else "")
+            name = next((name for name in known if name in arrays.files), arrays.files[0] if arrays.files else "")
             found = ", ".join(arrays.files[:8]) or "nothing"
-            if name not in _ARRAYS and len(arrays.files) != 1:
-                raise ValueError(f"it holds {found}; want an array named {', '.join(_ARRAYS)}, or one array alone")
+            if name not in known and len(arrays.files) != 1:
+                raise ValueError(f"it holds {found}; want an array named {', '.join(known)}, or one array alone")
             if labels:
-                images, name = name, _ARRAYS.get(name, "labels")
+                images, name = name, known.get(name, "labels")
                 if name not in arrays.files:
                     raise ValueError(f"it holds {found}; want labels of {images} in an array named {name}")
             return np.asarray(arrays[name]), f"{path}: {name}"
@@ -190,11 +212,17 @@ def _load_folder(folder: Path, progress: bool) -> np.ndarray:
     return images
 
 
-def _folder_labels(folder: Path) -> np.ndarray:
+def _folder_labels(folder: Path, known: int | None) -> np.ndarray:
     files = [file.relative_to(folder) for file in _files(folder)]
     if loose := [file for file in files if len(file.parts) == 1]:
         raise ValueError(f"{folder / loose[0]} is in no class; want each image in a folder below {folder}, its class")
-    return np.unique([file.parts[0] for file in files], return_inverse=True)[1]
+    classes, labels = np.unique([file.parts[0] for file in files], return_inverse=True)
+    if known not in (None, len(classes)):
+        raise ValueError(
+            f"{folder} has {len(classes)} folders with images, but the model has {known} classes, numbered as the "
+            "folders of its training, sorted; name the same folders, or pass the labels"
+        )
+    return labels
 
 
 def _files(folder: Path) -> list[Path]:

@@ -60,51 +60,66 @@ def bound_terms(
     mean: Numbers,
     error: Numbers,
     *,
-    prior: float,
-    decoder: float,
+    prior: tuple[float, float],
+    decoder: tuple[float, float],
+    total: tuple[float, float],
+    num_train_timesteps: int,
     path: str | os.PathLike[str],
-    total: float | None = None,
 ) -> None:
     """Draw the terms of the variational bound over t, as Nichol & Dhariwal 2021 (arXiv:2102.09672) do in figure 2.
 
-    t counts as in the papers: L_{t-1} stands at t = 2..T, the decoder's L_0 at 1 and the prior's L_T at T + 1.
+    t counts as in the papers: L_{t-1} stands at t = 2..T, the decoder's L_0 at 1 and the prior's L_T at T + 1. Of the
+    L_{t-1} those that are 0 have no place on the logarithmic axis; L_0 or L_T of 0 stand at its lower end.
 
     Args:
         timesteps: [K] of the terms, counted from 0 (one less than the paper's t), in any order; some may be missing.
-        mean, error: [K] each term in bits/dim, and its standard error. What is 0 has no place on the logarithmic axis.
-        prior, decoder: L_T and L_0 in bits/dim.
+        mean, error: [K] each term in bits/dim, and its standard error; NaN where it is not known.
+        prior, decoder, total: L_T, L_0 and the bound in bits/dim, each with its standard error or NaN.
+        num_train_timesteps: T.
         path: of the PNG, which appears whole or not at all.
-        total: the bound in bits/dim; None: the sum of all that is given, for where no timestep is missing.
     Raises: ValueError: there are no terms, their numbers differ, or a value is negative or not finite.
     """
     t, term, spread = (np.asarray(values, dtype=np.float64) for values in (timesteps, mean, error))
     if t.ndim != 1 or not len(t) or not t.shape == term.shape == spread.shape:
         shapes = f"{t.shape}, {term.shape}, {spread.shape}"
         raise ValueError(f"timesteps, mean, error are {shapes}; want [K] of each, K >= 1")
-    values: dict[str, Any] = {"timesteps": t, "mean": term, "error": spread, "prior": prior, "decoder": decoder}
-    for name, value in values.items():
+    values: dict[str, Any] = {"timesteps": t, "mean": term, "prior": prior[0], "decoder": decoder[0]}
+    for name, value in (values | {"error": np.nan_to_num(spread)}).items():
         if not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
             raise ValueError(f"{name} is negative or not finite somewhere; want numbers >= 0, bits/dim of a bound")
-    total = prior + decoder + float(term.sum()) if total is None else total
-    ends = [(1.0, decoder, "$L_0$ (decoder)", ORANGE), (t.max() + 2, prior, "$L_T$ (prior)", GREEN)]
+    ends = [
+        (1, *decoder, "$L_0$ (decoder)", ORANGE),
+        (num_train_timesteps + 1, *prior, "$L_T$ (prior)", GREEN),
+    ]
     order = np.argsort(t)
     t, term, spread = (values[order][term[order] > 0] for values in (t + 1, term, spread))
     positive = [*term, *(value for _, value, *_ in ends if value > 0)]
+    known, name = np.isfinite(spread).any(), "$L_{t-1}$"
     with _axes(path) as axes:
-        floor = _logarithmic(axes, min(positive), max([*positive, *(term + spread)])) if positive else 0.0
+        floor = _logarithmic(axes, min(positive), np.nanmax([*positive, *(term + spread)])) if positive else 0.0
         low = np.maximum(term - spread, floor)
         if len(t) <= FEW:
             bars = {"fmt": "o", "color": BLUE, "markersize": 4, "linewidth": 1, "capsize": 2}
-            legend = [axes.errorbar(t, term, (term - low, spread), label="$L_{t-1}$ ± standard error", **bars)]
+            label = f"{name} ± standard error" if known else name
+            legend = [axes.errorbar(t, term, (term - low, spread), label=label, **bars)]
         else:
-            legend = axes.plot(t, term, color=BLUE, linewidth=1.5, label="$L_{t-1}$")
-            legend += [axes.fill_between(t, low, term + spread, color=PALE, linewidth=0, label="± standard error")]
-        for place, value, name, color in ends:
+            legend = axes.plot(t, term, color=BLUE, linewidth=1.5, label=name)
+            band = {"color": PALE, "linewidth": 0, "label": "± standard error"}
+            legend += [axes.fill_between(t, low, term + spread, **band)] if known else []
+        for place, value, off, name, color in ends:
             spot = {"color": color, "marker": "D", "linestyle": "none", "zorder": 3, "clip_on": False}
-            legend += axes.plot([place], [max(value, floor)], label=f"{name}: {value:.3g}", **spot)
-        _whole(axes, log=ends[1][0] > FEW)
-        axes.set(xlabel="timestep t", ylabel="bits/dim", title=f"Variational bound: {total:.4g} bits/dim")
+            legend += axes.plot([place], [max(value, floor)], label=f"{name}: {measured(value, off)}", **spot)
+        _whole(axes, log=num_train_timesteps > FEW)
+        axes.set(xlabel="timestep t", ylabel="bits/dim", title=f"Variational bound: {measured(*total)} bits/dim")
         axes.legend(handles=legend)
+
+
+def measured(value: float, error: float) -> str:
+    """With two digits of the error, where it is known: 3.459 ± 0.028."""
+    if not error > 0:
+        return f"{value:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}" if decimals <= 5 else f"{value:.3g} ± {error:.2g}"
 
 
 @contextmanager

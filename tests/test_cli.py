@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastddpm import __version__, checkpoint, cli, images
+from fastddpm import __version__, checkpoint, cli, images, likelihood
 from fastddpm.likelihood import bound
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule
@@ -513,31 +513,70 @@ def test_likelihood_reports_the_bound(tiny, pictures, capsys):
     out, err = capsys.readouterr()
     found = bound(Sampler.from_pretrained(tiny, device="cpu", precision="fp32"), pictures, progress=False).summary()
     lines = out.splitlines()
-    assert re.fullmatch(r"3 images, 5 of 5 terms each, fixed_small, [\d.]+ s", lines[0])
-    assert [float(line.split()[-2]) for line in lines[2:]] == pytest.approx(
-        [found[name][0] for name in ("rate", "prior", "distortion", "total")], abs=5.1e-6
-    )
+    assert re.fullmatch(r"3 images of x, 5 of 5 terms each, fixed_small, [\d.]+ s", lines[0])
+    for line, name in zip(lines[2:], ("rate", "prior", "distortion", "total"), strict=True):
+        mean, error = map(float, line.split()[-2:])
+        assert mean == pytest.approx(found[name][0], abs=5.1e-6)
+        assert error == pytest.approx(found[name][1], rel=0.051)
     assert "18/18" in err
 
 
-def test_likelihood_passes_every_option_on(tiny, pictures, capsys):
+def recording(monkeypatch, module, name):
+    """What a function is called with, from now on."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **how: (calls.append((args, how)), function(*args, **how))[1])
+    return calls
+
+
+def test_likelihood_passes_every_option_on(tiny, pictures, capsys, monkeypatch):
+    loaded = recording(monkeypatch, Sampler, "from_pretrained")
+    asked, drawn = recording(monkeypatch, likelihood, "bound"), recording(monkeypatch, cli, "bound_terms")
     flags = "--num-images 2 --terms 3 --seed 9 --batch-size 2 --precision fp32 --device cpu --engine eager --quiet"
     more = "--variance-type fixed_large --out x.npz --plot x.png --json"
     assert cli.main(["likelihood", tiny, "pictures.npz", *flags.split(), *more.split()]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    told, sampler = json.loads(out), Sampler.from_pretrained(tiny, precision="fp32", device="cpu")
-    sampler.schedule = dataclasses.replace(sampler.schedule, variance_type="fixed_large")
-    found = bound(sampler, pictures[:2], terms=3, seed=9, batch_size=2, progress=False)
+    assert loaded == [((tiny,), {"variant": None, "device": "cpu", "precision": "fp32", "engine": "eager"})]
+    [((used, x), how)] = asked
+    assert np.array_equal(x, pictures[:2])
+    assert how == {"terms": 3, "seed": 9, "batch_size": 2, "class_labels": None, "progress": False}
+    assert used.schedule.variance_type == "fixed_large"
+
+    told, found = json.loads(out), bound(used, pictures[:2], terms=3, seed=9, batch_size=2, progress=False)
     for name, (mean, standard_error) in found.summary().items():
         assert told[name] == {"mean": mean, "error": standard_error}
-    assert {told[name] for name in ("images", "terms")} == {2, 3}
+    want = {"data": "pictures.npz", "array": "x", "images": 2, "terms": 3, "timesteps": 6, "seed": 9}
+    want |= {"variance_type": "fixed_large", "unit": "bits/dim"}
+    assert {name: told[name] for name in want} == want
+
+    t, mean, error = found.per_timestep()
+    want = {name: found.bits(getattr(found, name)) for name in ("prior", "decoder", "terms")}
+    want |= {"bits_per_dim": found.per_image, "timesteps": found.timesteps, "weights": found.weights, "t": t}
+    want |= {"mean": mean, "error": error, "count": [(found.timesteps == at).sum() for at in t]}
     with np.load("x.npz") as arrays:
-        assert np.array_equal(arrays["bits_per_dim"], found.per_image)
-        assert np.array_equal(arrays["timesteps"], found.timesteps)
-        assert np.array_equal(arrays["mean"], found.per_timestep()[1])
+        assert {*arrays.files} == {*want}
+        for name, array in want.items():
+            assert np.array_equal(arrays[name], array, equal_nan=True)
+    [(given, how)] = drawn
+    for one, other in zip(given, (t, mean, error), strict=True):
+        assert np.array_equal(one, other, equal_nan=True)
+    summary = found.summary()
+    ends = {"prior": summary["prior"], "decoder": summary["distortion"], "total": summary["total"]}
+    assert how == {**ends, "num_train_timesteps": 6, "path": "x.png"}
     with Image.open("x.png") as image:
         assert image.format == "PNG"
+
+
+def test_likelihood_is_of_images_that_were_held_out(tiny, pictures, capsys):
+    np.savez("both.npz", x_train=pictures[:1], x_test=pictures[1:])
+    np.savez("test.npz", x=pictures[1:])
+    totals = []
+    for name, of in (("both.npz", "x_test"), ("test.npz", "x")):
+        assert cli.main(["likelihood", tiny, name, "--quiet", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["array"] == of
+        totals.append(told["total"])
+    assert totals[0] == totals[1]
 
 
 def test_likelihood_names_the_model_in_the_package(tiny, pictures, monkeypatch, capsys):
@@ -557,6 +596,22 @@ def test_likelihood_takes_the_classes_of_the_data(tmp_path, pictures, capsys):
         assert cli.main([*run, *flags]) == 0
         totals.append(json.loads(capsys.readouterr().out)["total"])
     assert totals[0] == totals[1] != totals[2]
+    np.savez(
+        "pictures.npz", x=pictures, y=np.ones(3, np.int64)
+    )  # where a class is missing the others keep their numbers
+    for flags in ([], ["--class-labels", "1,1,1"]):
+        assert cli.main([*run, *flags, "--num-images", "3"]) == 0
+        totals.append(json.loads(capsys.readouterr().out)["total"])
+    assert totals[3] == totals[4]
+    np.savez("pictures.npz", x=pictures, y=np.array([0, 1, 1]))
+    for flags in ([], ["--class-labels", "0,1"]):
+        assert cli.main([*run, *flags, "--num-images", "2"]) == 0
+        totals.append(json.loads(capsys.readouterr().out)["total"])
+    assert totals[5] == totals[6]
+    Path("folder", "b").mkdir(parents=True)
+    Image.fromarray(pictures[0, ..., 0]).save("folder/b/0.png")
+    line = error(["likelihood", str(tmp_path / "classes"), "folder", "--quiet"], capsys)
+    assert "folder has 1 folders with images, but the model has 2 classes" in line
 
 
 @pytest.mark.parametrize(
@@ -566,7 +621,10 @@ def test_likelihood_takes_the_classes_of_the_data(tmp_path, pictures, capsys):
         ("--num-images 0", "--num-images is 0; want a whole number, at least 1"),
         ("--variance-type learned", "variance_type is 'learned', for which the network must return 2 channels"),
         ("--class-labels 1,0,1", "class_labels were given, but the model is not"),
-        ("--out .", "cannot write .: it is a folder"),
+        ("--out .", "--out is .; name a .npz"),
+        ("--out x.png --plot x.png", "--out is x.png; name a .npz"),
+        ("--plot x.jpg", "--plot is x.jpg; name a .png"),
+        ("--plot pictures.npz/x.png", "cannot write pictures.npz/x.png"),
         ("--variance-type big", "argument --variance-type: invalid choice: 'big'"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.data import load_images, load_labels
+from fastddpm.data import array_name, load_images, load_labels
 
 
 def pictures(n=5, h=4, w=6, c=3):
@@ -357,6 +357,38 @@ def test_npz_labels_are_those_of_the_images(tmp_path):
     assert "want labels of pictures in an array named labels" in labels_error(tmp_path / "x.npz")
 
 
+def test_held_out_images_are_those_of_x_test(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x_train=pictures(), y_train=LABELS, x_test=pictures(3)[::-1], y_test=LABELS[:3])
+    assert np.array_equal(load_images(path), pictures())
+    assert np.array_equal(load_images(path, held_out=True), pictures(3)[::-1])
+    assert_labels(load_labels(path, count=3, held_out=True), LABELS[:3])
+    assert [array_name(path, held_out=held_out) for held_out in (False, True)] == ["x_train", "x_test"]
+    np.savez(path, x=pictures(), y=LABELS)
+    assert np.array_equal(load_images(path, held_out=True), pictures())
+    assert_labels(load_labels(path, count=5, held_out=True))
+    assert array_name(path, held_out=True) == "x"
+    assert array_name(tmp_path) is None
+
+
+def test_the_classes_of_a_model_need_not_all_be_there(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=pictures(), y=LABELS + 1)
+    assert "has labels from 1 to 3, but none is 0" in labels_error(path)
+    assert_labels(load_labels(path, count=5, classes=4), LABELS + 1)
+    for wrong in (LABELS - 1, LABELS + 2):
+        np.savez(path, x=pictures(), y=wrong)
+        line = error(path, load_labels, count=5, classes=4)
+        assert line.endswith(f"y has labels from {wrong.min()} to {wrong.max()}; want 0 to 3, the model's")
+    np.savez(path, x=pictures(), y=LABELS - 1)
+    assert labels_error(path).endswith("y has the label -1; want 0, 1, ..., each of them at least once")
+    folder = tmp_path / "folder"
+    save_folder(folder, pictures(), ["b/0.png", "b/1.png", "b/2.png", "c/0.png", "c/1.png"])
+    assert_labels(load_labels(folder, count=5, classes=2), [0, 0, 0, 1, 1])
+    line = error(folder, load_labels, count=5, classes=3)
+    assert "has 2 folders with images, but the model has 3 classes, numbered as the folders of its training" in line
+
+
 @pytest.mark.parametrize("pack_images", [gzip.compress, bytes])
 @pytest.mark.parametrize("pack", [gzip.compress, bytes])
 @pytest.mark.parametrize(
@@ -430,7 +462,7 @@ def test_folder_labels_that_are_not_there(tmp_path):
         (np.eye(3, dtype=int)[LABELS], "is [5, 3] int64; want integers [N]; number classes with np.unique"),
         (np.int64(3), "is [] int64; want"),
         (LABELS + 1, "has labels from 1 to 3, but none is 0; number the classes 0, 1, ..."),
-        (LABELS - 1, "has labels from -1 to 1, but none is 2"),
+        (LABELS - 1, "has the label -1; want 0, 1, ..."),
         (LABELS * 3, "has labels from 0 to 6, but none is 1"),
         (LABELS.astype(np.uint64) << 62, f"has labels from 0 to {2 << 62}, but none is 1"),
         (LABELS * 0, "has one class alone; train without labels"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.plots import bound_terms, loss_curve
+from fastddpm.plots import bound_terms, loss_curve, measured
 
 T = 1000
 TERMS = np.arange(1, T), 1.2 / np.arange(2, T + 1) ** 1.5 + 2e-5, np.full(T - 1, 1e-5)
@@ -93,39 +93,96 @@ def test_no_loss_is_an_error(records, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def terms(path, timesteps, mean, error, **given):
+    parts = {"prior": (0.5, 0.01), "decoder": (1.75, 0.02), "total": (3.459, 0.028), "num_train_timesteps": T}
+    bound_terms(timesteps, mean, error, **parts | given, path=path)
+
+
 @pytest.mark.parametrize("count", [1, 3, 40, T - 1])
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, np.ndarray.tolist], ids=["numpy", "torch", "list"])
 def test_all_terms_of_the_bound_are_drawn(kind, count, tmp_path, drawn):
     rows = np.random.default_rng(0).permutation(T - 1)[:count]
     timesteps, mean, error = (values[rows] for values in TERMS)
-    bound_terms(*map(kind, (timesteps, mean, error)), prior=6e-6, decoder=1.75, path=tmp_path / "terms.png")
+    terms(tmp_path / "terms.png", *map(kind, (timesteps, mean, error)))
     assert inked(tmp_path / "terms.png")
     assert [path.name for path in tmp_path.iterdir()] == ["terms.png"]
     [axes] = drawn
-    assert axes.get_yscale() == "log"
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("timestep t", "bits/dim")
     order = np.argsort(timesteps)
     lines = [line.get_xydata().T for line in axes.lines]
     assert any(np.array_equal(line, [timesteps[order] + 1, mean[order]]) for line in lines)
     ends = {label: place for label, place in marks(axes).items() if "_T" in label or "_0" in label}
-    assert ends == {"$L_0$ (decoder): 1.75": [[1], [1.75]], "$L_T$ (prior): 6e-06": [[max(timesteps) + 2], [6e-6]]}
-    assert axes.get_title() == f"Variational bound: {6e-6 + 1.75 + mean.sum():.4g} bits/dim"
+    assert ends == {
+        "$L_0$ (decoder): 1.750 ± 0.020": [[1], [1.75]],
+        "$L_T$ (prior): 0.500 ± 0.010": [[T + 1], [0.5]],
+    }
+    assert axes.get_title() == "Variational bound: 3.459 ± 0.028 bits/dim"
 
 
-def test_the_total_of_some_terms_is_told(tmp_path, drawn):
-    bound_terms([1, 500], [0.5, 0.001], [0.1, 0.0], prior=0.0, decoder=1.0, total=3.21, path=tmp_path / "terms.png")
-    assert drawn[-1].get_title() == "Variational bound: 3.21 bits/dim"
+@pytest.mark.parametrize("count", [3, 41])
+def test_errors_are_drawn_about_their_terms(count, tmp_path, drawn):
+    """Down to the lower end of the axis; where one is not known, none is."""
+    timesteps, mean = np.arange(count, 0, -1), np.linspace(0.1, 0.5, count)
+    error = 0.1 * mean
+    error[1] = math.nan
+    terms(tmp_path / "terms.png", timesteps, mean, error)
+    [axes] = drawn
+    t, mean, error = timesteps[::-1] + 1, mean[::-1], error[::-1]
+    seen = np.isfinite(error)
+    ends = np.array([[*t[seen], *t[seen]], [*(mean - error)[seen], *(mean + error)[seen]]])
+    if count == 3:
+        [bars] = axes.containers
+        drawn_ends = np.concatenate([segment for segment in bars[2][0].get_segments() if len(segment)])
+        assert bars.get_label() == "$L_{t-1}$ ± standard error"
+    else:
+        band = next(one for one in axes.collections if one.get_label() == "± standard error")
+        drawn_ends = np.concatenate([path.vertices for path in band.get_paths()])
+    drawn_ends = drawn_ends[np.isfinite(drawn_ends).all(1)]
+    assert {tuple(end) for end in drawn_ends.round(12)} == {tuple(end) for end in ends.T.round(12)}
+
+
+@pytest.mark.parametrize("count", [3, 41])
+def test_no_error_is_told_where_none_is_known(count, tmp_path, drawn):
+    none = np.full(count, math.nan)
+    given = dict.fromkeys(("prior", "decoder", "total"), (1.0, math.nan))
+    terms(tmp_path / "terms.png", np.arange(1, count + 1), np.ones(count), none, **given)
+    assert drawn[-1].get_title() == "Variational bound: 1 bits/dim"
+    labels = [text.get_text() for text in drawn[-1].get_legend().get_texts()]
+    assert labels == ["$L_{t-1}$", "$L_0$ (decoder): 1", "$L_T$ (prior): 1"]
 
 
 @pytest.mark.parametrize("count", [3, 100])
 def test_zeros_and_errors_larger_than_their_terms_have_a_place(count, tmp_path, drawn):
     mean = np.linspace(0, 0.5, count)
-    bound_terms(np.arange(1, count + 1), mean, 2 * mean, prior=0.0, decoder=0.7, path=tmp_path / "terms.png")
+    terms(tmp_path / "terms.png", np.arange(1, count + 1), mean, 2 * mean, prior=(0.0, 0.0), decoder=(0.7, 0.1))
     assert inked(tmp_path / "terms.png")
     low, high = drawn[-1].get_ylim()
     assert 0 < low < mean[1]
     assert high > 3 * mean[-1]
-    bound_terms([1], [0.0], [0.0], prior=0.0, decoder=0.0, path=tmp_path / "nothing.png")
+    terms(tmp_path / "nothing.png", [1], [0.0], [0.0], prior=(0.0, 0.0), decoder=(0.0, 0.0))
     assert drawn[-1].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize(("T", "scale"), [(40, "linear"), (41, "log")])
+def test_few_timesteps_are_counted_on_a_plain_axis(T, scale, tmp_path, drawn):
+    terms(tmp_path / "terms.png", [1, 2], [0.5, 0.4], [0.1, 0.1], num_train_timesteps=T)
+    assert drawn[-1].get_xscale() == scale
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (3.4589, 0.0284, "3.459 ± 0.028"),
+        (416.2, 10.9, "416 ± 11"),
+        (1084.4, 123.0, "1084 ± 123"),
+        (2.0, 0.0, "2"),
+        (6.02e-6, 1.1e-8, "6.02e-06 ± 1.1e-08"),
+        (3.45678, math.nan, "3.457"),
+    ],
+)
+def test_a_number_has_the_digits_of_its_error(value, error, text):
+    assert measured(value, error) == text
 
 
 @pytest.mark.parametrize(
@@ -143,8 +200,8 @@ def test_zeros_and_errors_larger_than_their_terms_have_a_place(count, tmp_path, 
     ],
 )
 def test_no_terms_are_an_error(given, message, tmp_path):
-    terms, prior = given[:3], [*given[3:], 0.0][0]
-    assert check.error_line(bound_terms, *terms, prior=prior, decoder=1.0, path=tmp_path / "terms.png") == message
+    prior = ([*given[3:], 0.0][0], 0.0)
+    assert check.error_line(terms, tmp_path / "terms.png", *given[:3], prior=prior) == message
     assert list(tmp_path.iterdir()) == []
 
 

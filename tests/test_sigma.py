@@ -174,7 +174,7 @@ def test_the_table_is_markdown():
     assert sigma.markdown([one, other]).splitlines() == [
         "| images | Fréchet distance | distance of two: features | pixels | classes |",
         "|---|--:|--:|--:|--:|",
-        "| with σ_t z | 12.35 ± 0.67 | 8.000 ± 0.012 | 0.500 ± 0.000 | 1.00 bits |",
+        "| with σ_t z | 12.35 ± 0.67 | 8.000 ± 0.012 | 0.5 | 1.00 bits |",
         "| real images | 1234 ± 68 | 8.0 ± 9.9 | 0.50 ± 0.10 | 0.00 bits |",
     ]
 

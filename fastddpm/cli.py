@@ -201,6 +201,8 @@ def _train(args: argparse.Namespace) -> None:
             prediction_type=args.prediction,
         ),
     )
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise ValueError(f"--out {args.out} is in DATA, {args.data}, whose pictures would grow; name another folder")
     with ranks(args.device) as group:
         speaks = not args.quiet and group.rank == 0
         with group.agree():

@@ -3,7 +3,10 @@
 import io
 import json
 import math
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             done, other = Progress(**state["progress"]), state["run"]
-            changed = {name: other.get(name) for name in run if other.get(name) != run[name]}
+            changed = _differing(other, run)
             if not changed:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
@@ -61,6 +64,42 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
     elif any(_logged(line) == math.inf for line in _lines(out)[:-1]):
         raise ValueError(f"{out} holds a {LOG} that is not of a run; train into another folder")
     return done
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given before where it is not what is given now, of nested mappings as well; null: nothing."""
+    changed = {name: before.get(name) for name in {**before, **now} if before.get(name) != now.get(name)}
+    for name, value in changed.items():
+        if isinstance(value, dict) and isinstance(now.get(name), dict):
+            changed[name] = _differing(value, now[name])
+    return changed
+
+
+@contextmanager
+def put_off() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM in this block take effect at its end, so that what runs in it can finish and be saved.
+
+    Yields: the signals that have arrived. One that arrives again takes effect at once, as does each where the program
+        has a handler of its own, or in a thread that is not the main one.
+    """
+    caught: list[int] = []
+    handlers: dict[int, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(number)
+        signal.signal(number, handlers[number])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                handlers[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for known, handler in handlers.items():
+            signal.signal(known, handler)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def tidy(out: Path, step: int) -> None:

@@ -9,6 +9,8 @@ import copy
 import json
 import math
 import os
+import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -117,7 +119,8 @@ def train(
 ) -> Path:
     """Train on images and leave a diffusers checkpoint of the averaged weights in the folder `out`.
 
-    A folder that holds an unfinished run of the same images and options is resumed. Beside the checkpoint:
+    A folder that holds an unfinished run of the same images and options is resumed; Ctrl-C and SIGTERM end one when its
+    step (under torchrun: its stretch of `log_every` steps) is finished and saved. Beside the checkpoint:
     `training.pt` (to resume), `log.jsonl` (loss and so on), `loss.png` and `samples/` (grids as the run goes). Started
     by torchrun, the processes share each batch: images and noise are those of one process, whatever their number, and
     the first alone writes. torch's random state, on the CPU and on `device`, is afterwards what it was before.
@@ -205,22 +208,41 @@ class Trainer:
         network = self._network()
         silent = not progress or self.group.rank > 0
         bar = tqdm(total=options.steps, initial=done.step, desc="train", unit="step", disable=silent)
-        with bar, _forked(self.device):
-            while done.step < options.steps:
+        stop = False
+        with runs.put_off() as caught, bar, _forked(self.device):
+            while done.step < options.steps and not stop:
                 loss, norm = self._step(network, done.step)
                 losses.append(loss)
                 done.step += 1
                 bar.update()
-                if any(map(self._due, (options.log_every, options.sample_every, options.save_every))):
+                due = any(map(self._due, (options.log_every, options.sample_every, options.save_every)))
+                stop = self._stops(bool(caught), due)
+                if due or stop:
                     done.losses += self._finite(losses)
                     losses = []
-                    self._keep(norm, bar)
+                    self._keep(norm, bar, stop)
+            if stop:
+                caught[:] = caught or [signal.SIGTERM]  # another rank's, which ends them all
+                if not silent:
+                    bar.write(
+                        f"{self.out}: stopped after step {done.step}; the same command goes on from there", sys.stderr
+                    )
+
+    def _stops(self, asked: bool, due: bool) -> bool:
+        """Whether to stop after this step; several ranks agree on it where they wait for each other anyway."""
+        if self.group.size == 1:
+            return asked
+        if not due:
+            return False
+        votes = torch.tensor(float(asked), device=self.device)
+        self.group.sum_([votes])
+        return bool(votes)
 
     def _due(self, every: int) -> bool:
         return self.done.step % every == 0 or self.done.step == self.options.steps
 
-    def _keep(self, norm: Tensor, bar: Any) -> None:
-        """Log, draw and save what is due."""
+    def _keep(self, norm: Tensor, bar: Any, last: bool) -> None:
+        """Log, draw and save what is due; save what is the last for now."""
         options, done, writes = self.options, self.done, self.group.rank == 0
         done.seconds = time.monotonic() - self.began
         if self._due(options.log_every):
@@ -231,7 +253,7 @@ class Trainer:
                 runs.log(self.out, record)
         if writes and self._due(options.sample_every):
             self._draw()
-        if writes and self._due(options.save_every):  # last: what comes after it would be lost by a kill
+        if writes and (last or self._due(options.save_every)):  # what came after it would be lost by a kill
             runs.save(self.out, self.described, self.parts, done)
             self._save_checkpoint()
         self.mark = done.step, time.monotonic()

@@ -366,8 +366,26 @@ def test_other_images_are_another_run(tmp_path):
     run(tmp_path)
     other = pictures()
     other[3, 2, 1] ^= 1
-    assert f'{tmp_path} holds a run with other "data": {{"shape": [7, 8, 8, 1]' in error_line(run, tmp_path, data=other)
-    assert '"data"' in error_line(run, tmp_path, data=pictures().reshape(7, 4, 16, 1))
+    assert f'{tmp_path} holds a run with other "data": {{"crc32": ' in error_line(run, tmp_path, data=other)
+    assert '"data": {"shape": [7, 8, 8, 1]}' in error_line(run, tmp_path, data=pictures().reshape(7, 4, 16, 1))
+
+
+def test_labels_make_another_run(tmp_path):
+    labels = np.arange(7) % 3
+    run(tmp_path / "with", labels=labels)
+    run(tmp_path / "without")
+    assert 'holds a run with other "labels": {"crc32": ' in error_line(run, tmp_path / "with")
+    assert 'holds a run with other "labels": null; give those' in error_line(run, tmp_path / "without", labels=labels)
+    assert '"labels": {"crc32": ' in error_line(run, tmp_path / "with", labels=(labels + 1) % 3)
+
+
+def test_of_the_schedule_what_differs_is_told(tmp_path):
+    run(tmp_path)
+    options = dataclasses.replace(SMALL, schedule=dataclasses.replace(SMALL.schedule, beta_end=0.03))
+    told = f'"schedule": {{"beta_end": {SMALL.schedule.beta_end}}}'
+    assert (
+        error_line(run, tmp_path, options) == f"{tmp_path} holds a run with other {told}; give those, or another folder"
+    )
 
 
 def test_images_in_any_memory(tmp_path):

@@ -174,6 +174,35 @@ def test_a_run_killed_time_and_again_is_the_undisturbed_one(images, undisturbed,
     assert_same_run(out, undisturbed)
 
 
+def signal_after(step: int, number: int, rank: str | None = None) -> None:
+    """Send this process, or this rank alone, a signal when so many steps are done, before anything is kept of them."""
+    left = [step]
+
+    def after(optimizer, args, kwargs):
+        left[0] -= 1
+        if not left[0] and rank in (None, os.environ.get("RANK")):
+            os.kill(os.getpid(), number)
+
+    register_optimizer_step_post_hook(after)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_its_last_step(images, undisturbed, tmp_path):
+    out, told = tmp_path / "run", tmp_path / "told"
+    ends = ((signal.SIGTERM, 5, 5, -signal.SIGTERM), (signal.SIGINT, 2, 7, 130), (signal.SIGINT, 5, 12, 130))
+    for number, steps, reached, status in ends:  # in the middle of a stretch of the log, and where all is saved anyway
+        hook = functools.partial(signal_after, steps, number)
+        process = start(told, command, arguments(images, out, OPTIONS.replace("--quiet", "")), hook)
+        process.join()
+        assert process.exitcode == status
+        assert torch.load(out / "training.pt")["progress"]["step"] == reached
+        assert f"{out}: stopped after step {reached}; the same command goes on from there" in told.read_text()
+    process = start(told, command, arguments(images, out))
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(out, undisturbed)
+
+
 SHARED = (
     OPTIONS.replace(f"--steps {STEPS}", "--steps 6")
     .replace("--dropout 0.1", "--grad-clip inf")
@@ -272,6 +301,17 @@ def test_killed_ranks_go_on_in_another_number(images, shared, tmp_path):
     assert_steps_of_one_process(ranks, alone[4:])
     assert_same_weights(ranks)
     assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_to_end_ends_all(images, tmp_path):
+    """At the next line of the log, with all that was done till then."""
+    out, options = tmp_path / "run", SHARED.replace("--log-every 1 --save-every 2", "--log-every 3 --save-every 6")
+    hook = functools.partial(signal_after, 2, signal.SIGTERM, rank="1")
+    ends, _ = run_ranks(tmp_path, 2, command, arguments(images, out, options), hook)
+    assert ends == [-signal.SIGTERM] * 2
+    assert torch.load(out / "training.pt")["progress"]["step"] == 3
+    assert [line["step"] for line in records(out)] == [3]
 
 
 @pytest.mark.slow

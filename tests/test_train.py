@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -108,7 +109,7 @@ def test_a_run_is_the_plain_loop_written_by_hand(tmp_path, predicts, classes):
     """To the bit: AdamW, clipping, warm-up and cosine, the average and its warm-up, a t for each image, dropout."""
     seed, size, rate, data = (1 << 63) + 5, 3, 5e-3, pictures()
     options = dataclasses.replace(SMALL, seed=seed, learning_rate=rate, grad_clip=0.1, ema=0.15, dropout=0.3)
-    options = dataclasses.replace(options, log_every=2)
+    options = dataclasses.replace(options, steps=6, log_every=3, weight_decay=0.3)
     options = dataclasses.replace(options, schedule=Schedule(num_train_timesteps=20, prediction_type=predicts))
     labels = None if classes is None else np.array([0, 2, 1, 1, 0, 2, 2], np.uint8)
     out = run(tmp_path, options, data, labels=labels)
@@ -116,12 +117,13 @@ def test_a_run_is_the_plain_loop_written_by_hand(tmp_path, predicts, classes):
     torch.manual_seed(seed)
     net = UNet2D(**options.unet_config(8, 8, 1, classes))
     ema = {name: value.clone() for name, value in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, fused=True)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.3, fused=True)
     pixels = torch.from_numpy(data).movedim(-1, 1)
     table, norms, values = options.schedule.noising_table(), [], []
-    for k, (share, decay) in enumerate([(1 / 2, 1 / 10), (1, 0.15), (1, 0.15), (1 / 2, 0.15)]):
+    falling = [0.5 + 0.5 * math.cos(math.pi * left) for left in (0, 1 / 4, 1 / 2, 3 / 4)]
+    for k, (share, decay) in enumerate(zip([1 / 2, 1, *falling], [1 / 10] + 5 * [0.15], strict=True)):
         seen = range(k * size, (k + 1) * size)
-        orders = [np.random.default_rng((seed, 0, epoch)).permutation(7) for epoch in range(2)]
+        orders = [np.random.default_rng((seed, 0, epoch)).permutation(7) for epoch in range(3)]
         index = [orders[i // 7][i % 7] for i in seen]
         x_0 = (pixels[index].float() - 127.5) * (2 / 255)
         t = torch.from_numpy(np.random.default_rng((seed, 1, k)).integers(20, size=size))
@@ -141,10 +143,10 @@ def test_a_run_is_the_plain_loop_written_by_hand(tmp_path, predicts, classes):
     assert min(norms) > 0.1
     assert_same(parameters(out), ema)
     first, last = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    assert (first["loss"], last["loss"]) == (sum(values[:2]) / 2, sum(values[2:]) / 2)
-    assert (first["grad_norm"], last["grad_norm"]) == (norms[1].item(), norms[3].item())
-    assert (first["learning_rate"], last["learning_rate"]) == (rate, rate / 2)
-    assert (last["step"], last["images_per_second"] > 0, first["seconds"] < last["seconds"]) == (4, True, True)
+    assert (first["loss"], last["loss"]) == (sum(values[:3]) / 3, sum(values[3:]) / 3)
+    assert (first["grad_norm"], last["grad_norm"]) == (norms[2].item(), norms[5].item())
+    assert (first["learning_rate"], last["learning_rate"]) == (rate, rate * falling[-1])
+    assert (last["step"], last["images_per_second"] > 0, first["seconds"] < last["seconds"]) == (6, True, True)
 
 
 def test_the_network_is_the_one_asked_for():

@@ -429,6 +429,20 @@ def test_wrong_training_is_not_timed(name):
         test_training.training("tiny", 4, contenders.contender(name))
 
 
+def test_the_work_of_training_is_that_of_both_passes(monkeypatch):
+    """Of every image; a thousandth of it is the first layer's gradient, which nobody asks for, and t's layers."""
+    monkeypatch.setattr(layouts, "LAYOUTS", {"cifar10-32": layouts.CIFAR10})
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        UNet(**layouts.CIFAR10)(torch.empty(1, 3, 32, 32), torch.zeros(1)).sum().backward()
+    ready = test_training.Ready(lambda: None, {"max": 0}, {"prepare_s": 1.0})
+    monkeypatch.setattr(test_training, "training", lambda *asked: ready)
+    told = []
+    test_training.test_training(lambda run, n, **how: told.append(how) or 0.5, "cifar10-32", 7, "fastddpm eager bf16")
+    [how] = told
+    assert abs(how["flops"] / (7 * counter.get_total_flops()) - 1) <= 1e-3
+    assert (how["images"], how["precision"], how["errors"], how["facts"]) == (7, "bf16", ready.errors, ready.facts)
+
+
 def test_training_on_other_noise_is_not_timed(monkeypatch):
     def noising(x_0, t, address, *others, **how):
         return right(x_0, t, address + 1, *others, **how)

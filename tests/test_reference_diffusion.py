@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastddpm import reference
-from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, update
+from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, predicted_x_0, target, update
+from fastddpm.schedule import Schedule, step_rows
 
 DEVIATIONS = 5  # a normal deviate leaves this range once in 1.7 million draws
 PAPER = Diffusion(linear_betas())
@@ -467,6 +468,26 @@ def test_loop_is_the_steps_one_after_another():
         x = SHORT.step(x, model(x, torch.full((4,), t)), t, randn(4, 3, seed=t), variance_type="fixed_large", clip=1.0)
     noise = lambda t: randn(4, 3, seed=t)
     assert torch.equal(SHORT.sample(model, x_T, noise, variance_type="fixed_large", clip=1.0), x)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
+def test_what_the_network_is_to_return_gives_x_0_back(predicts):
+    """As the rows of the sampler see it, the same in DDPM and DDIM, whose tests know the papers' formulas."""
+    schedule, t = Schedule(prediction_type=predicts, clip_sample=False), torch.tensor([0, 1, 500, 998, 999])
+    x_0, eps = randn(5, 3, 4), randn(5, 3, 4, seed=1)
+    noising = torch.stack([PAPER.alphas_cumprod, 1 - PAPER.alphas_cumprod], 1).sqrt()[t]
+    (rows, scale), x_t = step_rows(schedule, t), add_noise(x_0, eps, noising)
+    given = predicted_x_0(x_t, target(x_0, eps, noising, predicts), torch.cat([rows[:, :4], scale[:, None]], 1))
+    assert error(given, x_0) <= 1e-11
+
+
+def test_the_velocity_is_that_of_diffusers():
+    """In float32: the same two products and their difference."""
+    scheduler, t = diffusers.DDPMScheduler(), torch.tensor([0, 1, 500, 998, 999])
+    x_0, eps = (randn(5, 3, 4, 4, seed=seed, dtype=torch.float32) for seed in range(2))
+    signal = scheduler.alphas_cumprod[t].sqrt()
+    noising = torch.stack([signal, (1 - scheduler.alphas_cumprod[t]).sqrt()], 1)
+    assert torch.equal(target(x_0, eps, noising, "v_prediction"), scheduler.get_velocity(x_0, eps, t))
 
 
 # The affine update

@@ -332,8 +332,8 @@ def test_step_keeps_a_nan_that_only_the_clamp_sees(device):
 FAR = """
 import sys, torch
 from fastddpm import noise, ops
-from fastddpm.kernels import noising, step
-from fastddpm.reference.diffusion import add_noise, update
+from fastddpm.kernels import eps_loss, noising, step, x_0_error
+from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error, target, update
 from fastddpm.schedule import Schedule
 
 device, n, per_sample, block = sys.argv[1], 34, ops.MAX_PER_SAMPLE, 1024
@@ -361,11 +361,25 @@ assert bad.tolist() == [-1] * (n - 1) + [n - 1]
 
 del x, x_blocks
 x_t, x_t_blocks = far(torch.float16)
-arguments = (a.to(device) for a in (pos.long(), address, noising_table))
-noising.noising_kernel[n, 1](
-    x_t, m, *arguments, per_sample, STREAM=noise.TRAIN, WITH_T=False, BLOCK=block, **noising.OPTIONS)
+arguments = [a.to(device) for a in (pos.long(), address, noising_table)]
+how = {"STREAM": noise.TRAIN, "WITH_T": False, "BLOCK": block}
+noising.noising_kernel[n, 1](x_t, m, *arguments, per_sample, **how, **noising.OPTIONS)
 eps = noise.normal(address, (block,), stream=noise.TRAIN, t=0)
-assert torch.equal(x_t_blocks.cpu(), add_noise(drawn[1].float(), eps, noising_table[pos]).half())
+noised = add_noise(drawn[1].float(), eps, noising_table[pos])
+assert torch.equal(x_t_blocks.cpu(), noised.half())
+
+x_0, m, out = m, x_t, torch.empty(n, device=device)
+given, want = noised.half().float(), target(drawn[1].float(), eps, noising_table[pos], "v_prediction")
+v = {"PREDICTS": "v_prediction", **how, **eps_loss.OPTIONS}
+eps_loss.eps_loss_kernel[n, 1](out, m, x_0, *arguments, per_sample, **v)
+assert torch.equal(out.cpu(), squared_error(given, want))
+gradient, gradient_blocks = far(torch.float16)
+eps_loss.eps_loss_backward_kernel[n, 1](gradient, torch.ones_like(out), m, x_0, *arguments, per_sample, **v)
+assert torch.equal(gradient_blocks.cpu(), (2 * (given - want)).half())
+rows = torch.cat([noising_table, table.rows[:, :4], table.scale[:, None]], 1)
+arguments[-1] = rows.to(device)
+x_0_error.x_0_error_kernel[n, 1](out, m, x_0, *arguments, per_sample, **how, **x_0_error.OPTIONS)
+assert torch.equal(out.cpu(), squared_error(predicted_x_0(noised, given, rows[pos, 2:]), drawn[1].float()))
 """
 
 
@@ -377,17 +391,23 @@ def test_offsets_beyond_32_bits(kernel_device):
     subprocess.run([sys.executable, "-c", FAR, kernel_device], check=True)
 
 
-@pytest.mark.parametrize("operation", ["step", "noising"])
+@pytest.mark.parametrize("operation", ["step", "noising", "eps_loss", "x_0_error"])
 def test_kernels_are_launched_on_the_device_of_their_data(operation, interpreted, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or nullcontext())
-    x, _ = step_inputs((2, 3, 4, 4))
+    (x, m), t, table = step_inputs((2, 3, 4, 4)), torch.tensor([5, 5]), TABLES[True]
     if operation == "step":
-        ops.step(x, x.clone(), TABLES[True], positions(5, 5), addresses(2))
+        ops.step(x, m, table, positions(5, 5), addresses(2))
+    elif operation == "noising":
+        ops.noising(x, t, addresses(2), NOISING_TABLE)
+    elif operation == "eps_loss":
+        m = m.requires_grad_()
+        torch.autograd.grad(ops.eps_loss(m, x, t, addresses(2), NOISING_TABLE).sum(), m)
     else:
-        ops.noising(x, torch.tensor([5, 5]), addresses(2), NOISING_TABLE)
-    assert len(seen) == 1
-    assert seen[0] is x
+        rows = torch.cat([NOISING_TABLE, table.rows[:, :4], table.scale[:, None]], 1)
+        ops.x_0_error(m, x, t, addresses(2), rows)
+    first = x if operation in ("step", "noising") else m
+    assert [one.data_ptr() for one in seen] == [first.data_ptr()] * (2 if operation == "eps_loss" else 1)
 
 
 def test_step_of_nothing(device):

@@ -127,8 +127,9 @@ def test_damage_reaches_the_interpreter():
         Schedule(clip_sample=False, variance_type="fixed_large"),
         Schedule(prediction_type="v_prediction", rescale_betas_zero_snr=True),
         Schedule(50, prediction_type="sample", beta_schedule="squaredcos_cap_v2", clip_sample_range=2.0),
+        Schedule(beta_schedule="squaredcos_cap_v2"),  # whose first step predicts x_0 by a division by 5e-5
     ],
-    ids=["default", "one step", "unclipped", "v", "x_0"],
+    ids=["default", "one step", "unclipped", "v", "x_0", "cosine"],
 )
 def test_rungs_without_a_network_hold_for_other_schedules(schedule, name):
     records = verify._climb(name, Case(schedule, CPU, "torch"), False)
@@ -167,6 +168,21 @@ def test_steps_are_those_of_the_trajectory(tiny, monkeypatch):
             assert record.bound == 2 * median_low(plain)
             decibel = [20 * math.log10(2 / values[-1]) for values in (errors, plain)]  # of [-1, 1]
             assert record.note == "PSNR of x_0 {:.1f} dB, plain torch's {:.1f}".format(*decibel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_trajectory_that_begins_without_an_error(seed, tmp_path, monkeypatch):
+    """All of x_0 is clipped at first: the network's rounding shows in ours and in plain torch's at other steps."""
+    only(monkeypatch, "trajectory")
+    torch.manual_seed(seed)
+    net = UNet2D(**NETWORK)
+    schedule = Schedule(num_train_timesteps=200, beta_schedule="squaredcos_cap_v2")
+    checkpoint.save(tmp_path, net.config, net.state_dict(), schedule)
+    records = verify.verify(tmp_path, progress=False)
+    assert [record.verdict for record in records] == ["pass"] * 4
+    ours, plain = torch.tensor(records[2].steps)[:, 1:].unbind(1)
+    assert (ours[1:] / torch.maximum(plain[1:], ours[:-1])).max() > 100
 
 
 @pytest.mark.parametrize("row", [0, 5, 11])

@@ -307,4 +307,5 @@ def timed(
         facts=facts,
     )
     if first.per_element is not None:
-        say(f"{'':<72} {first.per_element:>10.1f} bytes moved per element")
+        by = " by the kernels of a GPU" if who == "fastddpm" else ""
+        say(f"{'':<72} {first.per_element:>10.1f} bytes moved per element{by}")

@@ -46,7 +46,7 @@ _PACKAGES = ("triton", "numpy", "safetensors", "huggingface_hub", "diffusers")
 
 _TRAINING = {
     "steps": "optimiser steps in all",
-    "batch_size": "images per step",
+    "batch_size": "images per step, of all processes together",
     "learning_rate": "peak of the learning rate",
     "warmup": "steps until the peak",
     "ema": "decay of the averaged weights, which are what is saved",
@@ -528,7 +528,7 @@ def _add_machine(add: argparse.ArgumentParser, precisions: Sequence[str] = ()) -
             "--precision", choices=precisions, default="auto", help="of the network (default: %(default)s)"
         )
     add.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    add.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
+    add.add_argument("--quiet", action="store_true", help="no progress bar, nothing but results")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -270,7 +270,7 @@ def eps_loss(
 ) -> Tensor:
     """Squared error of what the network returned, of each sample: |m - eps|^2 (Ho et al. 2020, eq. 14).
 
-    eps is made anew from its address and never stored, nor are the images as floats. Bit for bit
+    eps is made anew from its address; the kernels store neither it nor the images as floats. Bit for bit
     `reference.diffusion.squared_error` of `target` in fp32, a sum over the sample's elements. Differentiable in m,
     once: the gradient is ((2 g) (m - target)) in fp32, rounded once to m's dtype.
 

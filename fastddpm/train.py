@@ -1,8 +1,8 @@
 """Algorithm 1 (Ho et al. 2020, arXiv:2006.11239): train eps_theta on images noised in one shot.
 
-Everything random in step k (which images, flips, t, eps) is a function of (seed, k) alone, so a run that was killed and
-resumed takes the same steps as one that was not, and several processes take the steps of one; but for dropout, which is
-a function of the process's rank, too.
+Everything random in step k (which images, flips, t, eps) is a function of the seed, k, the batch size and the number of
+images alone, so a run that was killed and resumed takes the same steps as one that was not, and several processes take
+the steps of one; but for dropout, which is a function of the process's rank, too.
 """
 
 import copy
@@ -317,7 +317,7 @@ class Trainer:
         self.group.sum_([values])
         found = values.tolist()
         bad = [i for i, loss in enumerate(found) if not math.isfinite(loss)]
-        if bad or not all(bool(weights.isfinite().all()) for weights in self.ema.parameters()):
+        if bad or not torch.stack([weights.isfinite().all() for weights in self.ema.parameters()]).all():
             what = f"the loss is {found[bad[0]]}" if bad else "the weights are not finite"
             step = self.done.step - (len(found) - 1 - bad[0] if bad else 0)
             raise ValueError(

@@ -1,6 +1,7 @@
 """`ops.eps_loss` in torch, in the Triton interpreter and on a GPU: the bits of the reference, and its gradient's."""
 
 import math
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from check import assert_as_accurate, error_line
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import layout, noise, ops
 from fastddpm.reference.diffusion import Diffusion, squared_error, target, tree_sum
@@ -210,6 +212,18 @@ def test_torch_compile_traces_it_and_its_gradient(device, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
-def test_it_is_registered_as_torch_expects(device, predicts):
-    m, *others = (a.to(device) for a in inputs((2, 3, 8, 8)))
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+def test_it_is_registered_as_torch_expects(device, predicts, dtype):
+    m, *others = (a.to(device) for a in inputs((2, 3, 8, 8), dtype))
     torch.library.opcheck(torch.ops.fastddpm.eps_loss.default, (m.requires_grad_(), *others, predicts, noise.TRAIN))
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+def test_traces_see_the_dtype_and_the_layout(dtype):
+    seen = []
+    for mode in (None, FakeTensorMode()):
+        m, *others = (one if mode is None else mode.from_tensor(one) for one in inputs((2, 3, 8, 8), dtype))
+        with mode or nullcontext():
+            error = ops.eps_loss(m.requires_grad_(), *others)
+            seen.append([(one.dtype, one.shape, one.stride()) for one in (error, *torch.autograd.grad(error.sum(), m))])
+    assert seen[0] == seen[1]

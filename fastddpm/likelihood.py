@@ -101,7 +101,7 @@ def bound(
     """The variational bound of some data under a sampler's model and schedule.
 
     The noise and the timesteps of image i are functions of (seed, i) alone: the batch changes nothing but the network's
-    own rounding. On a GPU the loop does not wait: what it finds stays there until the end.
+    own rounding. On a GPU the loop does not wait for what it finds.
 
     Args:
         sampler: of any model; its schedule says what p is: the variance_type, too, which may be learned.
@@ -143,14 +143,6 @@ def bound(
             decoder = loop.over(torch.zeros(N, 1, dtype=torch.int64), process.distortion)[:, 0]
             rates = loop.over(timesteps, process.kl)
             decoder, rates = decoder.cpu(), rates.cpu()
-    for found, at in ((decoder[:, None], torch.zeros(N, 1, dtype=torch.int64)), (rates, timesteps)):
-        bad = (~found.isfinite()).nonzero()
-        if len(bad):
-            i, k = bad[0].tolist()
-            raise ValueError(
-                f"the term of image {i} at t = {int(at[i, k])} is {found[i, k]:g}, for which the network returned NaN, "
-                "infinity or no variance; try precision fp32, or another checkpoint"
-            )
     prior = prior_kl(sampler.schedule, x_0)
     return Bound(prior, decoder, timesteps, rates, weights, T, math.prod(sampler.shape))
 
@@ -257,15 +249,21 @@ class _Process:
 
 
 class _Loop:
-    """Evaluates (image, timestep) pairs in batches of one size, so that one graph serves all; waits for nothing."""
+    """Evaluates (image, timestep) pairs in batches of one size, so that one graph serves all.
+
+    On a GPU the host is two batches ahead, so that the GPU never waits and the bar counts what is done.
+    """
 
     def __init__(
         self, forward: Forward, x_0: Tensor, addresses: Tensor, labels: Tensor | None, process: _Process, bar: Any
     ):
         self.forward, self.x_0, self.noising, self.bar = forward, x_0, process.noising, bar
-        self.device = forward.x.device
+        self.device, self.causes = forward.x.device, "NaN or infinity; try precision fp32"
+        if process.learned == "learned":
+            self.causes = "NaN, infinity or a variance that is not positive; try precision fp32, another variance_type"
         self.addresses = addresses.to(self.device)
         self.labels = None if labels is None else labels.to(self.device)
+        self.pending: list[tuple[Tensor, Tensor, int, torch.cuda.Event | None]] = []
 
     def over(self, timesteps: Tensor, term: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """term of each pair: [N, K] float64 on the device. timesteps: [N, K] int64."""
@@ -283,8 +281,35 @@ class _Loop:
             address = self.addresses[n]
             x_t = ops.noising(x_0, t, address, self.noising, stream=noise.LIKELIHOOD, dtype=forward.low.dtype)
             out[start : start + size] = term(forward.at(x_t, t), x_0, t, address)
-            self.bar.update(end - start)
+            self._watch(out[start:end], start)
+            if len(self.pending) > 2:
+                self._judge(timesteps)
+        while self.pending:
+            self._judge(timesteps)
         return out[:total].view(N, K)
+
+    def _watch(self, terms: Tensor, start: int) -> None:
+        """Ask whether the terms from pair `start` on are finite, without waiting for the answer."""
+        finite, event = terms.isfinite().all(), None
+        if self.device.type == "cuda":
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+        self.pending.append((terms, finite, start, event))
+
+    def _judge(self, timesteps: Tensor) -> None:
+        """The oldest answer: move the bar, or raise."""
+        terms, finite, start, event = self.pending.pop(0)
+        if event is not None:
+            event.synchronize()
+        if not finite:
+            bad = int((~terms.isfinite()).nonzero()[0])
+            i, k = divmod(start + bad, timesteps.shape[1])
+            where = f"the term of image {i} at t = {int(timesteps[i, k])}"
+            raise ValueError(
+                f"{where} is {terms[bad]:g}, for which the network returned {self.causes}, or another checkpoint"
+            )
+        self.bar.update(len(terms))
 
     def _there(self, x_0: Tensor) -> Tensor:
         """Images on the device; copied from pinned memory, which does not wait."""

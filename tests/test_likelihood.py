@@ -1,7 +1,9 @@
 """The bound by the fast path: the reference's terms, closed forms, unbiased subsets, errors of one line."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from check import TINY, assert_as_accurate, error_line
@@ -79,13 +81,15 @@ def assert_is_the_reference(model, schedule, data, plain, exact, shape=None):
     assert_as_accurate(ours, plain, torch.ones_like(ours))
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "fixed_large_log"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
 def test_an_own_model_has_the_terms_of_the_reference(predicts, clip, variance):
     schedule = Schedule(**OPTIONS, prediction_type=predicts, clip_sample=clip, variance_type=variance)
     assert_is_the_reference(own, schedule, vectors(), own, own, (5,))
     assert_is_the_reference(own, schedule, images(channels=2), own, own, (2, 8, 8))
+    floats = torch.randn(16, 2, 4, 3, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    assert_is_the_reference(own, schedule, floats, own, own, (2, 4, 3))
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
@@ -159,6 +163,38 @@ def test_a_timestep_stands_for_as_many_as_it_is_rare(population, count, monkeypa
     rare = stands_for > 1
     assert not rare.any() or falling[rare].max() <= falling[rare].min() * (1 + 1e-12)
     assert (stands_for >= 1).all()
+
+
+@pytest.mark.parametrize("count", [1, 4, 10])
+def test_timesteps_differ_wherever_they_begin(count, monkeypatch):
+    for u in (0.0, np.nextafter(1, 0)):
+        monkeypatch.setattr("numpy.random.default_rng", lambda seeds, u=u: SimpleNamespace(random=lambda: u))
+        found, _ = systematic(11, count, 0, 1)
+        assert (found.diff() > 0).all()
+        assert 1 <= found.min() <= found.max() <= 11
+        assert found[0, 0] == 1 or u > 0
+
+
+def test_float64_is_computed_in_float32():
+    schedule = Schedule(**OPTIONS)
+    one, other = (evaluated(own, schedule, data, (5,)) for data in (vectors().double(), vectors()))
+    assert torch.equal(one.per_image, other.per_image)
+
+
+def test_data_may_be_as_large_as_the_clip_and_no_larger():
+    schedule = Schedule(**OPTIONS, clip_sample_range=2.0)
+    assert evaluated(own, schedule, 2 * vectors(), (5,)).per_image.isfinite().all()
+    assert error_line(evaluated, own, schedule, -2.5 * vectors().abs().clamp(min=0.9), (5,)).startswith(
+        "data reaches -2.5"
+    )
+
+
+def test_dropout_is_off():
+    torch.manual_seed(0)
+    net = UNet2D(**SMALL, dropout=0.5).train()
+    one, other = (evaluated(net, Schedule(**OPTIONS), images(2), terms=2) for _ in range(2))
+    assert torch.equal(one.per_image, other.per_image)
+    assert net.training
 
 
 def test_a_subset_has_the_terms_of_the_whole():
@@ -283,7 +319,18 @@ def spoilt(x, t):
             {},
             "variance_type is 'fixed_small', for which the network must return 1 channels",
         ),
-        (spoilt, "fixed_small", {}, "the term of image 0 at t = 5 is nan, for which the network returned NaN"),
+        (
+            spoilt,
+            "fixed_small",
+            {},
+            "the term of image 0 at t = 5 is nan, for which the network returned NaN or",
+        ),
+        (
+            lambda x, t: -own_learned(x, t),
+            "learned",
+            {},
+            "the term of image 0 at t = 0 is nan, for which the network returned NaN, infinity or a variance",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(model, variance, how, message):
@@ -297,6 +344,19 @@ def test_what_is_wrong_is_said_in_one_line(model, variance, how, message):
         **{k: v for k, v in how.items() if k != "data"},
     )
     assert line.startswith(message)
+
+
+@pytest.mark.parametrize(("t", "most"), [(0, 1), (1, 5)])
+def test_a_term_that_is_not_finite_ends_it_at_once(t, most):
+    calls = []
+
+    def model(x, at):
+        calls.append(at)
+        return torch.where(at.view(-1, 1, 1, 1) == t, math.inf, own(x, at))
+
+    line = error_line(evaluated, model, Schedule(**OPTIONS, clip_sample=False), images(), (1, 8, 8), batch_size=4)
+    assert line.startswith(f"the term of image 0 at t = {t} is ")
+    assert len(calls) <= most + 3  # of 48
 
 
 def test_learned_variances_are_not_sampled_with():

@@ -310,7 +310,7 @@ def loss(case: Case, damage: bool) -> Iterator[Record]:
     table, address, t = case.schedule.noising_table(), _addresses(), _timesteps(case)
     x, g = _drawn(4, SHAPE), _drawn(4, (1,), 5)[:, 0]
     pixels = (x * 40 + 128).clamp(0, 255).to(torch.uint8)
-    wrong = torch.stack([address[:, 0] ^ damage, address[:, 1]], 1)
+    sign = -1 if damage else 1
     inputs: Any = ((x, x, noise.TRAIN, 0), (pixels, (pixels.float() - 127.5) * (2 / 255), noise.LIKELIHOOD, t))
     for i, predicts in enumerate(ops.PREDICTIONS):
         differing = [0.0, 0.0]
@@ -318,9 +318,9 @@ def loss(case: Case, damage: bool) -> Iterator[Record]:
             x_0, value, stream, at = inputs[(i + j) % 2]  # each dtype meets both kinds of images
             m = _drawn(4, SHAPE, 4).to(dtype)
             want = target(value, noise.normal(address, SHAPE, stream=stream, t=at), table[t], predicts)
-            given: Any = (tensor.to(case.device) for tensor in (x_0, t, wrong, table))
+            given: Any = (tensor.to(case.device) for tensor in (x_0, t, address, table))
             with torch.enable_grad():
-                ours = m.to(case.device).requires_grad_()
+                ours = (sign * m).to(case.device).requires_grad_()
                 error = ops.eps_loss(ours, *given, predicts=predicts, stream=stream)
                 (gradient,) = torch.autograd.grad(error, ours, g.to(case.device))
             differing[0] += unequal(error.detach(), squared_error(m, want))
@@ -334,7 +334,7 @@ def loss(case: Case, damage: bool) -> Iterator[Record]:
     for j, dtype in enumerate(ops.FLOATS):
         (x_0, value, stream, at), m = inputs[j % 2], _drawn(4, SHAPE, 4).to(dtype)
         x_t = add_noise(value, noise.normal(address, SHAPE, stream=stream, t=at), table[t])
-        given = (tensor.to(case.device) for tensor in (m, x_0, t, wrong, rows))
+        given = (tensor.to(case.device) for tensor in (sign * m, x_0, t, address, rows))
         found = ops.x_0_error(*given, stream=stream)
         count += unequal(found, squared_error(predicted_x_0(x_t, m, rows[t, 2:]), value))
     yield Record("loss", f"the error of x_0 by {case.kernels} with the float32 reference", count, 0)

@@ -135,7 +135,8 @@ def test_rungs_without_a_network_hold_for_other_schedules(schedule, name):
     records = verify._climb(name, Case(schedule, CPU, "torch"), False)
     assert [record for record in records if record.verdict != "pass"] == []
     damaged = verify._climb(name, Case(schedule, CPU, "torch"), True)
-    assert "FAIL" in {record.verdict for record in damaged}
+    verdicts = {record.verdict for record in damaged}
+    assert verdicts == {"FAIL"} if name == "loss" else "FAIL" in verdicts
 
 
 @pytest.mark.slow

@@ -442,9 +442,11 @@ def _fitting(config: dict[str, Any], wanted: dict[str, Any], source: str) -> dic
     """The configuration of a checkpoint to start from, for images of another size."""
     for name in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
         if config.get(name) != wanted.get(name):
+            labels = "leave labels out, or " if wanted.get(name) else "give labels (--class-conditional), or "
+            hint = labels if name == "num_class_embeds" else ""
             raise ValueError(
                 f"init is {source}, whose {name} is {config.get(name)}; these images need {wanted.get(name)}: "
-                "start from another checkpoint, or from none"
+                f"{hint}start from another checkpoint, or from none"
             )
     return config | {"sample_size": wanted["sample_size"]}
 
@@ -453,10 +455,14 @@ def _check_init(options: TrainOptions) -> None:
     """That nothing is asked for which a checkpoint to start from brings with it."""
     if not isinstance(options.init, str):
         raise ValueError(f"init is {options.init!r}; want the name of a folder, or a hub id")
-    plain = TrainOptions()
-    for name in ("channels", "layers", "attention", "groups", "dropout", "schedule"):
-        if getattr(options, name) != getattr(plain, name):
-            what = f"{name} is {getattr(options, name)!r}"
+    given, plain = (
+        {name: getattr(these, name) for name in ("channels", "layers", "attention", "groups", "dropout")}
+        | these.schedule.to_config()
+        for these in (options, TrainOptions())
+    )
+    for name, value in given.items():
+        if value != plain.get(name):
+            what = f"{name} is {value!r}"
             raise ValueError(f"{what}, but init brings its own layout and schedule; leave {name} out, or init")
 
 

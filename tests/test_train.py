@@ -526,13 +526,13 @@ def test_bad_labels(tmp_path, labels, what):
 FROM = TrainOptions(steps=4, batch_size=3, warmup=2, save_every=2, sample_every=4, precision="fp32")
 
 
-@pytest.mark.parametrize("options", [{"channels": (8, 16)}, {"dropout": 0.1}, {"schedule": SMALL.schedule}], ids=str)
+@pytest.mark.parametrize("options", [{"channels": (8, 16)}, {"dropout": 0.1}, {"num_train_timesteps": 20}], ids=str)
 def test_what_a_checkpoint_brings_is_not_asked_for_besides(tmp_path, options):
     first, name = run(tmp_path / "first"), *options
-    line = error_line(run, tmp_path / "second", dataclasses.replace(FROM, init=str(first), **options))
-    assert line.startswith(
-        f"{name} is {options[name]!r}, but init brings its own layout and schedule; leave {name} out"
-    )
+    asked = {"schedule": Schedule(**options)} if name == "num_train_timesteps" else options
+    line = error_line(run, tmp_path / "second", dataclasses.replace(FROM, init=str(first), **asked))
+    given = f"{name} is {options[name]!r}"
+    assert line == f"{given}, but init brings its own layout and schedule; leave {name} out, or init"
 
 
 def test_a_run_starts_from_a_checkpoint(tmp_path):
@@ -552,7 +552,10 @@ def test_a_checkpoint_for_other_images_is_no_start(tmp_path):
     line = error_line(run, tmp_path / "second", options, pictures(channels=3))
     assert f"init is {first}, whose in_channels is 1; these images need 3" in line
     line = error_line(run, tmp_path / "second", options, labels=np.arange(7))
-    assert "whose num_class_embeds is None; these images need 7" in line
+    assert "whose num_class_embeds is None; these images need 7: leave labels out, or start from another" in line
+    classes = dataclasses.replace(FROM, init=str(run(tmp_path / "classes", labels=np.arange(7))))
+    line = error_line(run, tmp_path / "second", classes)
+    assert "whose num_class_embeds is 7; these images need None: give labels (--class-conditional), or start" in line
     assert "nowhere" in error_line(run, tmp_path / "second", dataclasses.replace(FROM, init="nowhere"))
     assert not (tmp_path / "second").exists()
     assert "images are 9 x 8" in error_line(run, tmp_path / "second", options, np.zeros((2, 9, 8, 1), np.uint8))

@@ -187,7 +187,8 @@ class Sampler:
             seed: 0 <= seed < 2^64.
             steps: how many of the T timesteps to visit; None: all, the exact ancestral sampler.
             timesteps: visit exactly these instead, strictly descending.
-            sampler: "ddpm" or "ddim"; eta: DDIM's, 0 is deterministic.
+            sampler: "ddpm" or "ddim"; eta: DDIM's, 0 is deterministic. Many steps of DDIM want a schedule with
+                clip_sample=False (docs/sigma.md).
             noise: what sigma_t z is multiplied by; False switches it off, and each step returns its mean.
             batch_size: samples computed together; None chooses by the device and the size of a sample. Without enough
                 memory it is halved, with a warning. It does not apply with batch_invariant.

@@ -662,6 +662,7 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def visit(chromium, site):
     """visit(width, scheme, script=True): the browser, which shows the page that way."""
+    from selenium.webdriver.support.wait import WebDriverWait
 
     def visited(width=1280, scheme="light", *, script=True):
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -671,6 +672,8 @@ def visit(chromium, site):
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": not script})
         chromium.get_log("browser")  # what was logged before
         chromium.get(site.address)
+        complete = "return document.readyState === 'complete'"  # on a busy machine get() may return before
+        WebDriverWait(chromium, 60, 0.05).until(lambda browser: browser.execute_script(complete))
         return chromium
 
     return visited

@@ -20,12 +20,12 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     pipe or a device is written to as it is.
     """
     if _special(path):
-        with open(path, "wb") as file:
+        with naming(path), open(path, "wb") as file:
             yield file
         return
     path, temporary = _resolved(path)
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -35,16 +35,30 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
-def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Path:
-    """Make sure that a file (or, with folder=True, files inside path) can be written, making missing folders.
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system in this block that name no file, as that of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
+
+def check_writable(path: str | os.PathLike[str], *, folder: bool = False, make: bool = True) -> Path:
+    """Make sure that a file (or, with folder=True, files inside path) can be written.
+
+    Args:
+        make: make missing folders; False: leave those of `path`, a folder, to be made, where that can be done.
     Raises: ValueError: it cannot; says why.
     """
     path = Path(path)
     try:
         if folder:
-            path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
+            if make:
+                path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
                 pass
         elif path.is_dir():
             raise IsADirectoryError(None, "it is a folder")

@@ -33,11 +33,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1).contiguous()
 
 
-def grid(images: Tensor | np.ndarray, *, margin: int = 2, width: int = 640) -> np.ndarray:
-    """Tile images into one picture, row by row, as near to a square as whole rows allow.
+def grid(images: Tensor | np.ndarray, *, columns: int | None = None, margin: int = 2, width: int = 640) -> np.ndarray:
+    """Tile images into one picture, row by row.
 
     Args:
         images: uint8 [N, H, W, C], N >= 1.
+        columns: images in a row; None: as near to a square as whole rows allow.
         margin: white pixels around each image.
         width: small images are enlarged by the largest whole factor that keeps a row within this many pixels, margins
             apart.
@@ -48,7 +49,7 @@ def grid(images: Tensor | np.ndarray, *, margin: int = 2, width: int = 640) -> n
     n, h, w, c = array.shape
     if n == 0:
         raise ValueError("no images to tile; want at least one")
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, width // (columns * max(h, w)))
     array = array.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -60,9 +61,9 @@ def grid(images: Tensor | np.ndarray, *, margin: int = 2, width: int = 640) -> n
     return np.pad(tiled, ((margin, 0), (margin, 0), (0, 0)), constant_values=255)
 
 
-def save_grid(images: Tensor | np.ndarray, path: str | os.PathLike[str]) -> None:
+def save_grid(images: Tensor | np.ndarray, path: str | os.PathLike[str], *, columns: int | None = None) -> None:
     """Write one PNG with all images: `grid`. images: uint8 [N, H, W, C] with C = 1, 3 or 4."""
-    picture = grid(images)
+    picture = grid(images, columns=columns)
     with atomic(path) as file:
         _write_png(picture, file)
 

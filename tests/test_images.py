@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import resource
 import threading
 
 import numpy as np
@@ -76,6 +77,11 @@ def test_grid_shows_every_image_enlarged_on_white(n, rows, columns, c):
         top, left = 2 + i // columns * 12, 2 + i % columns * 10
         want[top : top + 10, left : left + 8] = np.kron(image, np.ones((scale, scale, 1), np.uint8))
     assert np.array_equal(picture, want)
+
+
+def test_grid_of_so_many_columns():
+    assert images.grid(pictures(7, h=5, w=4), columns=3, margin=1, width=12).shape == (3 * 6 + 1, 3 * 5 + 1, 3)
+    assert images.grid(pictures(1, h=5, w=4), columns=3, margin=1, width=12).shape == (1 * 6 + 1, 3 * 5 + 1, 3)
 
 
 def test_grid_never_shrinks_large_images():
@@ -196,6 +202,28 @@ def test_check_writable_makes_folders_and_leaves_no_file(tmp_path):
     assert os.listdir(tmp_path / "a" / "b") == []
     check_writable(tmp_path / "c", folder=True)
     assert os.listdir(tmp_path / "c") == []
+
+
+def test_check_writable_can_leave_folders_to_be_made(tmp_path):
+    assert check_writable(tmp_path / "a" / "b", folder=True, make=False) == tmp_path / "a" / "b"
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write .*/file/b: Not a directory; name another place"):
+        check_writable(tmp_path / "file" / "b", folder=True, make=False)
+
+
+@pytest.mark.parametrize("device", [True, False])
+def test_what_could_not_be_written_is_named(tmp_path, device):
+    path = "/dev/full" if device else str(tmp_path / "file")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"No space left|File too large") as failed, atomic(path) as file:
+            file.write(bytes(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failed.value.filename == path
+    assert os.listdir(tmp_path) == []
 
 
 def test_check_writable_says_why_not(tmp_path):

@@ -36,7 +36,7 @@ from fastddpm.schedule import (
     VARIANCE_TYPES,
     Schedule,
 )
-from fastddpm.train import TRAINED, TRAINERS, TrainOptions, train
+from fastddpm.train import TRAINED, TRAINERS, TrainOptions, check_options, train
 from fastddpm.unet import UNet2D
 from fastddpm.verify import table, verify
 
@@ -48,7 +48,7 @@ _TRAINING = {
     "steps": "optimiser steps in all",
     "batch_size": "images per step, of all processes together",
     "learning_rate": "peak of the learning rate",
-    "warmup": "steps until the peak",
+    "warmup": "steps until the peak (default: 500, but at most a tenth of --steps)",
     "ema": "decay of the averaged weights, which are what is saved",
     "weight_decay": "of AdamW",
     "grad_clip": "largest norm of the gradient",
@@ -203,6 +203,8 @@ def _train(args: argparse.Namespace) -> None:
     )
     if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out {args.out} is in DATA, {args.data}, whose pictures would grow; name another folder")
+    check_options(options)
+    check_writable(args.out, folder=True, make=False)
     with ranks(args.device) as group:
         speaks = not args.quiet and group.rank == 0
         with group.agree():
@@ -455,6 +457,8 @@ def _add_train(add: argparse.ArgumentParser) -> None:
         elif isinstance(default, tuple):
             shown = ",".join(map(str, default))
             add.add_argument(flag, type=_numbers, default=default, metavar="I,J", help=f"{text} (default: {shown})")
+        elif default is None:
+            add.add_argument(flag, type=int, metavar="X", help=text)
         else:
             add.add_argument(
                 flag, type=type(default), default=default, metavar="X", help=f"{text} (default: {default})"

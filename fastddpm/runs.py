@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from fastddpm import plots
-from fastddpm.files import TEMPORARY, atomic
+from fastddpm.files import TEMPORARY, atomic, naming
 
 STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
 LOG = "log.jsonl"
 CURVE = "loss.png"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+_BEGUN = '{"step": '  # a line of the log that a kill left in its middle begins so, or as this does
 
 
 @dataclass
@@ -29,11 +31,13 @@ class Progress:
         step: optimiser steps done.
         seconds: spent on them, in all processes that were at it.
         losses: of the steps since the last line of the log.
+        how: what the steps were last computed on, and how; the precision stays.
     """
 
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    how: dict[str, Any] = field(default_factory=dict)
 
 
 def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progress:
@@ -61,9 +65,14 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
             raise ValueError(f"{out} holds a run with other {json.dumps(changed)[1:-1]}; give those, or another folder")
     elif held := [name for name in ("unet", "model_index.json", "config.json") if (out / name).exists()]:
         raise ValueError(f"{out} holds a checkpoint ({held[0]}) and no {STATE} to resume; train into another folder")
-    elif any(_logged(line) == math.inf for line in _lines(out)[:-1]):
+    elif any(_logged(line) == math.inf and not _BEGUN.startswith(line[: len(_BEGUN)]) for line in _lines(out)):
         raise ValueError(f"{out} holds a {LOG} that is not of a run; train into another folder")
     return done
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether the folder holds a run that has come to a checkpoint, whose layout is that of the run."""
+    return all((out / name).exists() for name in (STATE, WEIGHTS))
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,7 +132,7 @@ def save(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any], progress: 
 
 
 def log(out: Path, record: Mapping[str, float]) -> None:
-    with (out / LOG).open("a") as file:
+    with naming(out / LOG), (out / LOG).open("a") as file:
         file.write(json.dumps(record) + "\n")
 
 

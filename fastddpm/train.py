@@ -35,7 +35,7 @@ from fastddpm.unet import UNet2D
 
 TRAINED = ("auto", "fp32", "tf32", "bf16")  # gradients in fp16 would need their loss scaled
 TRAINERS = ("auto", "eager", "compiled", "compiled+graph")
-GRID = 64  # samples to look at
+GRID = 64  # samples to look at, or as many as make whole rows of classes
 GRID_STEPS = 100  # each
 
 
@@ -47,6 +47,7 @@ class TrainOptions:
         steps: optimiser steps in all.
         batch_size: images per step, of all processes together.
         learning_rate: peak of AdamW's rate: linear warm-up over `warmup` steps, then cosine decay to zero.
+        warmup: None: 500, but at most a tenth of `steps`.
         ema: decay of the exponential moving average of the weights, which is what is saved and sampled; early in a run
             (1 + k) / (10 + k) where that is smaller.
         weight_decay: AdamW's.
@@ -58,20 +59,20 @@ class TrainOptions:
         groups: of the group norms.
         dropout: in the residual blocks.
         seed: of initial weights and everything random; 0 <= seed < 2^64.
-        precision: "auto" (bf16 where the device computes it natively, else fp32), "fp32", "tf32" (on a GPU), or "bf16",
-            by autocast; the weights, their average and the optimiser's state are always float32.
+        precision: "auto" (that of the run that is resumed; else bf16 where the device computes it natively, or fp32),
+            "fp32", "tf32" (on a GPU), or "bf16", by autocast; the weights, their average and the optimiser's state are
+            always float32.
         engine: "eager"; "compiled", by torch.compile, which takes a minute or more at first; "compiled+graph", which
             also replays CUDA graphs; or "auto": "compiled" on a GPU, else "eager".
         log_every, save_every, sample_every: steps between lines of the log, checkpoints, and sample grids.
-        init: a checkpoint to start from: its weights, with its layout and schedule in place of those here. It is read
-            again when the run is resumed.
+        init: a checkpoint to start from: its weights, with its layout and schedule in place of those here.
         schedule: the noise schedule, and what the network is to predict: epsilon, x_0 or v.
     """
 
     steps: int = 20_000
     batch_size: int = 128
     learning_rate: float = 5e-4
-    warmup: int = 500
+    warmup: int | None = None
     ema: float = 0.999
     weight_decay: float = 0.01
     grad_clip: float = 1.0
@@ -131,8 +132,11 @@ def train(
         labels: [N] integers >= 0: train a class-conditional network.
         device: "cuda" where there is one, else "cpu".
     Returns: out, as a path.
-    Raises: ValueError: data, labels or an option is not as above, `out` cannot be written, is being written by another
-        process, or holds another run or a checkpoint that no run can go on from, or the run diverged.
+    Raises:
+        ValueError: data, labels or an option is not as above, `out` cannot be written, is being written by another
+            process, or holds another run or a checkpoint that no run can go on from, or the run diverged.
+        OSError: a file could not be written, as on a full disk.
+        RuntimeError: another process of several was lost.
     """
     modes = torch.inference_mode(False), torch.enable_grad()  # of the caller, perhaps otherwise
     with ranks(device) as group, ExitStack() as held:
@@ -144,7 +148,7 @@ def train(
                 held.enter_context(locked(check_writable(out, folder=True)))
         with group.agree():
             trainer.resume()
-        group.agree_on({"the step": trainer.done.step, **trainer.described})
+        group.agree_on({"the step": trainer.done.step, "precision": trainer.precision, **trainer.described})
         trainer.run(progress)
     return Path(out)
 
@@ -155,20 +159,24 @@ class Trainer:
     def __init__(
         self, data: np.ndarray, labels: np.ndarray | None, out: Path, options: TrainOptions, group: Ranks
     ) -> None:
+        check_options(options)
         started = None
         if options.init is not None:
-            _check_init(options)
-            started = checkpoint.load(options.init)
+            source = str(out) if runs.has_checkpoint(out) else options.init  # the folder of a run needs no other
+            started = checkpoint.load(source)
             options = replace(options, schedule=started[2])
-        _check_options(options)
+            _check_schedule(options)
         shape, classes = _checked_images(data), _checked_classes(labels, data)
         config = options.unet_config(*shape, classes)
         if started is not None:
-            config = _fitting(started[0], config, str(options.init))
+            config = _fitting(started[0], config, source)
         _check_sides(*shape[:2], levels=len(config["block_out_channels"]))
         group.share(options.batch_size)
         self.device, self.precision = device_and_precision(group.device, options.precision)
-        if "graph" in options.engine and self.device.type != "cuda":
+        self.engine = options.engine
+        if self.engine == "auto":
+            self.engine = "compiled" if ops.backend(self.device) == "triton" else "eager"
+        if "graph" in self.engine and self.device.type != "cuda":
             what = f"engine is {options.engine!r}, and '{self.device}' has no CUDA graphs"
             raise ValueError(f"{what}; use 'eager' or 'compiled'")
         self.options, self.out, self.group, self.classes = options, out, group, classes
@@ -191,11 +199,14 @@ class Trainer:
 
     def resume(self) -> None:
         """Take over what the folder holds of this run."""
-        self.done = runs.resume(self.out, self.described, self.parts)
+        done = self.done = runs.resume(self.out, self.described, self.parts)
+        if self.options.precision == "auto":  # which elsewhere may be another
+            before = done.how.get("precision", self.precision)
+            self.precision = device_and_precision(self.device, before)[1]
         check_writable(self.out / "samples", folder=True)
         if self.group.rank == 0:
-            runs.tidy(self.out, self.done.step)
-            if self.done.step:  # a kill may have come between the state and the checkpoint
+            runs.tidy(self.out, done.step)
+            if done.step:  # a kill may have come between the state and the checkpoint
                 self._save_checkpoint()
 
     def run(self, progress: bool) -> None:
@@ -207,6 +218,9 @@ class Trainer:
         self.mark = done.step, time.monotonic()
         network = self._network()
         silent = not progress or self.group.rank > 0
+        done.how = self._how()
+        if not silent:
+            print(f"{self.out}:", ", ".join(f"{name} {value}" for name, value in done.how.items()), file=sys.stderr)
         bar = tqdm(total=options.steps, initial=done.step, desc="train", unit="step", disable=silent)
         stop = False
         with runs.put_off() as caught, bar, _forked(self.device):
@@ -227,6 +241,18 @@ class Trainer:
                     bar.write(
                         f"{self.out}: stopped after step {done.step}; the same command goes on from there", sys.stderr
                     )
+
+    def _how(self) -> dict[str, Any]:
+        """What is trained on what, as the state and the first line say it."""
+        return {
+            "device": str(self.device),
+            "precision": self.precision,
+            "engine": self.engine,
+            "processes": self.group.size,
+            "parameters": sum(weights.numel() for weights in self.net.parameters()),
+            "images": len(self.pixels),
+            "batch": self.options.batch_size,
+        }
 
     def _stops(self, asked: bool, due: bool) -> bool:
         """Whether to stop after this step; several ranks agree on it where they wait for each other anyway."""
@@ -264,12 +290,9 @@ class Trainer:
         if self.group.size > 1:
             at = [self.device] if self.device.type == "cuda" else None
             network = nn.parallel.DistributedDataParallel(network, device_ids=at, gradient_as_bucket_view=True)
-        engine = self.options.engine
-        if engine == "auto":
-            engine = "compiled" if ops.backend(self.device) == "triton" else "eager"
-        if engine == "eager":
+        if self.engine == "eager":
             return network
-        return torch.compile(network, dynamic=False, mode="reduce-overhead" if "graph" in engine else "default")
+        return torch.compile(network, dynamic=False, mode="reduce-overhead" if "graph" in self.engine else "default")
 
     def _step(self, network: Callable[..., Tensor], k: int) -> tuple[Tensor, Tensor]:
         """Step k, nothing of which waits for a GPU: this rank's part of the loss, and the norm of the gradient."""
@@ -347,10 +370,14 @@ class Trainer:
         sampler = Sampler(
             self.ema, options.schedule, shape=self.pixels.shape[1:], device=self.device, precision=self.precision
         )
-        labels = None if self.classes is None else torch.arange(GRID) % self.classes
-        steps = _grid_steps(options)
-        grid = sampler.sample(GRID, seed=options.seed, steps=steps, output="uint8", class_labels=labels, progress=False)
-        images.save_grid(grid, self.out / "samples" / f"step-{self.done.step:07d}.png")
+        columns, labels = 8, None
+        if self.classes is not None:
+            columns = self.classes * max(1, round(8 / self.classes)) if self.classes <= 16 else 8
+            labels = torch.arange(GRID - GRID % columns) % self.classes  # a column shows one class
+        count = GRID if labels is None else len(labels)
+        how: dict[str, Any] = {"steps": _grid_steps(options), "output": "uint8", "progress": False}
+        grid = sampler.sample(count, seed=options.seed, class_labels=labels, **how)
+        images.save_grid(grid, self.out / "samples" / f"step-{self.done.step:07d}.png", columns=columns)
         runs.draw_curve(self.out)
 
 
@@ -392,8 +419,13 @@ def _forked(device: torch.device) -> Any:
 
 def _rate(k: int, options: TrainOptions) -> float:
     """Share of the peak learning rate in step k."""
-    left = (k - options.warmup) / max(options.steps - options.warmup, 1)
-    return (k + 1) / options.warmup if k < options.warmup else 0.5 + 0.5 * math.cos(math.pi * left)
+    warmup = _warmup(options)
+    left = (k - warmup) / max(options.steps - warmup, 1)
+    return (k + 1) / warmup if k < warmup else 0.5 + 0.5 * math.cos(math.pi * left)
+
+
+def _warmup(options: TrainOptions) -> int:
+    return min(500, options.steps // 10) if options.warmup is None else options.warmup
 
 
 @torch.no_grad()
@@ -407,6 +439,9 @@ def _grid_steps(options: TrainOptions) -> int:
 
 def _checked_images(data: np.ndarray) -> tuple[int, int, int]:
     """Height, width and channels."""
+    if not isinstance(data, np.ndarray):
+        kind = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+        raise ValueError(f"data is a {kind}; want a numpy array, uint8 [N, H, W, C]")
     if data.dtype != np.uint8 or data.ndim != 4 or not len(data) or data.shape[3] not in images.CHANNELS:
         wanted = "uint8 [N, H, W, C] with at least one image and C = 1, 3 or 4"
         raise ValueError(f"data is {data.dtype} {data.shape}; want {wanted}")
@@ -466,7 +501,14 @@ def _check_init(options: TrainOptions) -> None:
             raise ValueError(f"{what}, but init brings its own layout and schedule; leave {name} out, or init")
 
 
-def _check_options(options: TrainOptions) -> None:
+def check_options(options: TrainOptions) -> None:
+    """What of an option can be told before the images are there.
+
+    Raises: ValueError: an option is not as `TrainOptions` says, or given beside `init`, which brings it.
+    """
+    if options.init is not None:
+        _check_init(options)
+
     def want(name: str, good: Callable[[Any], Any], wanted: str) -> None:
         value = getattr(options, name)
         if not good(value):
@@ -474,7 +516,7 @@ def _check_options(options: TrainOptions) -> None:
 
     for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "layers", "groups"):
         want(name, lambda value: _whole(value, 1), "a whole number, at least 1")
-    want("warmup", lambda warmup: _whole(warmup, 0), "a whole number, at least 0")
+    want("warmup", lambda warmup: warmup is None or _whole(warmup, 0), "a whole number, at least 0, or None")
     want("seed", lambda seed: _whole(seed, 0, 1 << 64), "a whole number, 0 <= seed < 2^64")
     want("learning_rate", lambda rate: _real(rate) and 0 < rate < math.inf, "a finite number > 0")
     want("weight_decay", lambda decay: _real(decay) and 0 <= decay < math.inf, "a finite number >= 0")
@@ -490,6 +532,10 @@ def _check_options(options: TrainOptions) -> None:
     for name, known in (("precision", TRAINED), ("engine", TRAINERS)):
         want(name, known.__contains__, f"one of {', '.join(known)}")
     want("schedule", lambda schedule: isinstance(schedule, Schedule), "a Schedule")
+    _check_schedule(options)
+
+
+def _check_schedule(options: TrainOptions) -> None:
     for steps in (None, _grid_steps(options)):
         options.schedule.table(steps)  # what cannot be sampled is not worth training
 
@@ -508,7 +554,7 @@ def _real(value: Any) -> bool:
 
 def _described(data: np.ndarray, labels: np.ndarray | None, options: TrainOptions) -> dict[str, Any]:
     """What must not change when a run is resumed, as JSON would hold it."""
-    described = asdict(options) | {"schedule": options.schedule.to_config()}
+    described = asdict(options) | {"schedule": options.schedule.to_config(), "warmup": _warmup(options)}
     for free in ("log_every", "save_every", "sample_every", "precision", "engine"):
         del described[free]
     if options.init is not None and os.path.isdir(options.init):

@@ -294,8 +294,8 @@ def test_train_takes_every_option_of_the_trainer(monkeypatch):
 
     other = {int: 7, float: 0.25, bool: True, tuple: (4, 8)}
     want = {field.name: other.get(type(field.default)) for field in dataclasses.fields(TrainOptions)}
-    want |= {"precision": "fp32", "engine": "compiled", "init": "somewhere"}
-    del want["schedule"]
+    want |= {"warmup": 7, "attention": (0, 1), "groups": 4, "precision": "fp32", "engine": "compiled"}
+    del want["schedule"], want["init"]
     flags = ["--beta-schedule", "sigmoid", "--timesteps", "50", "--prediction", "v_prediction", "--device", "cpu"]
     for name, value in want.items():
         text = [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
@@ -304,6 +304,15 @@ def test_train_takes_every_option_of_the_trainer(monkeypatch):
     schedule = Schedule(beta_schedule="sigmoid", num_train_timesteps=50, prediction_type="v_prediction")
     assert given["options"] == TrainOptions(**want, schedule=schedule)
     assert (given["device"], given["labels"].tolist()) == ("cpu", [0, 1, 1])
+    assert cli.main(["train", "data.npz", "--out", "run", "--init", "somewhere", "--quiet"]) == 0
+    assert given["options"] == TrainOptions(init="somewhere")
+
+
+def test_train_looks_at_options_before_images(capsys):
+    for flags, told in ((["--steps", "0"], "steps is 0"), (["--out", "/proc/run"], "cannot write /proc/run")):
+        assert cli.main(["train", "nowhere", "--out", "run", *flags]) == 2
+        assert f"fastddpm: error: {told}" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_train_then_sample(capsys):

@@ -308,12 +308,18 @@ def test_what_may_change_between_two_starts(tmp_path):
     assert fields == OTHERWISE.keys() | FREE.keys() | {"init"}
 
 
-@pytest.mark.parametrize("text", ['{"iteration": 1}\n', "epoch,loss\n1,0.5\n", '{"step": "a"}\n'])
+@pytest.mark.parametrize("text", ['{"iteration": 1}\n', "epoch,loss\n1,0.5\n", "epoch,loss", "[1, 2"])
 def test_a_log_of_another_origin_is_not_overwritten(tmp_path, text):
-    (tmp_path / "log.jsonl").write_text(text + "torn")
+    (tmp_path / "log.jsonl").write_text(text)
     line = error_line(run, tmp_path)
     assert line == f"{tmp_path} holds a log.jsonl that is not of a run; train into another folder"
-    assert (tmp_path / "log.jsonl").read_text() == text + "torn"
+    assert (tmp_path / "log.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("rest", ["", "{", '{"step": 4, "lo'])
+def test_a_line_that_a_kill_left_is_dropped(tmp_path, rest):
+    (tmp_path / "log.jsonl").write_text(rest)
+    assert [step for step, _ in losses(run(tmp_path))] == [4]
 
 
 def test_temporary_files_of_other_runs_stay(tmp_path):
@@ -354,14 +360,41 @@ def test_ranks_have_other_dropout(tmp_path):
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-def test_the_grid_shows_every_class(tmp_path, monkeypatch):
-    seen = []
-    sample = Sampler.sample
-    monkeypatch.setattr(
-        Sampler, "sample", lambda *args, **how: seen.append(how["class_labels"]) or sample(*args, **how)
-    )
-    run(tmp_path, labels=np.arange(7) % 3)
-    assert [labels.bincount().tolist() for labels in seen] == [[22, 21, 21]]
+@pytest.mark.parametrize(("classes", "columns", "rows"), [(1, 8, 8), (3, 9, 7), (7, 7, 9), (10, 10, 6), (17, 8, 8)])
+def test_a_column_of_the_grid_shows_one_class(tmp_path, monkeypatch, classes, columns, rows):
+    seen, shown = [], []
+    monkeypatch.setattr(Sampler, "sample", lambda *args, class_labels, **how: seen.append(class_labels))
+    monkeypatch.setattr(images, "save_grid", lambda *args, columns: shown.append(columns))
+    run(tmp_path, data=pictures(20), labels=np.arange(20) % classes)
+    assert shown == [columns]
+    assert torch.equal(seen[0], torch.arange(rows * columns) % classes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "peak"), [(1, None, 0), (100, None, 9), (20_000, None, 499), (100, 7, 6), (100, 0, 0)]
+)
+def test_the_rate_reaches_its_peak(steps, warmup, peak):
+    rates = [trainer._rate(k, TrainOptions(steps=steps, warmup=warmup)) for k in range(steps)]
+    assert rates[peak] == max(rates) == 1
+    assert rates[:peak] == sorted(set(rates[:peak]))
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+@pytest.mark.parametrize("before", ["fp32", "bf16"])
+def test_a_run_stays_in_its_precision(tmp_path, before):
+    run(tmp_path, dataclasses.replace(SMALL, precision=before))
+    for asked, found in (("auto", before), ("fp32", "fp32"), ("bf16", "bf16")):
+        resumed = Trainer(pictures(), None, tmp_path, dataclasses.replace(SMALL, precision=asked), Ranks())
+        resumed.resume()
+        assert resumed.precision == found
+
+
+def test_a_run_says_what_it_runs_on(tmp_path, capsys):
+    train(pictures(), tmp_path, SMALL, device="cpu")
+    what = "device cpu, precision fp32, engine eager, processes 1"
+    weights = sum(value.numel() for value in parameters(tmp_path).values())
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line == f"{tmp_path}: {what}, parameters {weights}, images 7, batch 3"
 
 
 def test_other_images_are_another_run(tmp_path):
@@ -546,6 +579,15 @@ def test_a_run_starts_from_a_checkpoint(tmp_path):
     assert schedule.num_train_timesteps == 20
 
 
+def test_a_run_goes_on_without_what_it_started_from(tmp_path):
+    first = run(tmp_path / "first")
+    options = dataclasses.replace(FROM, init=str(first))
+    before = parameters(run(tmp_path / "second", options))
+    first.rename(tmp_path / "elsewhere")
+    assert_same(parameters(run(tmp_path / "second", options)), before)
+    assert "first" in error_line(run, tmp_path / "third", options)
+
+
 def test_a_checkpoint_for_other_images_is_no_start(tmp_path):
     first = run(tmp_path / "first")
     options = dataclasses.replace(FROM, init=str(first))
@@ -627,6 +669,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, monkeypatc
     [
         (np.zeros((2, 8, 8), np.uint8), {}, "data is uint8 (2, 8, 8)"),
         (np.zeros((2, 8, 8, 1), np.float32), {}, "data is float32"),
+        (torch.zeros(2, 8, 8, 1, dtype=torch.uint8), {}, "data is a torch.Tensor; want a numpy array, uint8"),
         (np.zeros((0, 8, 8, 1), np.uint8), {}, "at least one image"),
         (np.zeros((2, 7, 8, 1), np.uint8), {}, "images are 7 x 8; with 2 levels both sides must be multiples of 2"),
         (None, {"steps": 0}, "steps is 0"),

@@ -11,7 +11,8 @@ functions, element by element. Specification: `fastddpm.reference.likelihood`.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 
 from fastddpm import noise, ops
-from fastddpm.engine import Forward
+from fastddpm.engine import Engine, Forward
 from fastddpm.reference.diffusion import predicted_x_0
 from fastddpm.reference.likelihood import decoder_nll, normal_kl, normal_nll
-from fastddpm.sampler import Sampler, evaluating
+from fastddpm.sampler import Sampler, evaluating, smaller
 from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule, step_rows
+
+Term = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (m, x_0, t, address) of a batch -> its terms [n] float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,7 @@ def bound(
             earlier, as the early terms are the large ones; weighted so that the bound is unbiased. None: all.
         seed: 0 <= seed < 2^64.
         batch_size: pairs of an image and a timestep computed together; None chooses by the device and their size.
+            Without enough memory it is halved, with a warning.
         class_labels: of a class-conditional `UNet2D`: one label per image.
         progress: show a bar.
     Raises: ValueError: an argument is not as above or does not fit the model, or a term is not finite; the message
@@ -134,15 +138,10 @@ def bound(
 
     pairs = N * (1 + timesteps.shape[1])
     bar = tqdm(total=pairs, desc="likelihood", unit="term", disable=not progress)
-    with bar, evaluating(sampler.model), sampler.engine.forward(size, -(-pairs // size)) as forward:
-        forward.prepare(
-            torch.arange(T), None if labels is None else labels[torch.zeros(size, dtype=torch.int64)], apart=True
-        )
-        loop = _Loop(forward, x_0, addresses, labels, process, bar)
-        with forward.working():
-            decoder = loop.over(torch.zeros(N, 1, dtype=torch.int64), process.distortion)[:, 0]
-            rates = loop.over(timesteps, process.kl)
-            decoder, rates = decoder.cpu(), rates.cpu()
+    with bar, evaluating(sampler.model):
+        loop = _Loop(sampler.engine, x_0, addresses, labels, process, size, bar)
+        decoder = loop.over(torch.zeros(N, 1, dtype=torch.int64), process.distortion)[:, 0]
+        rates = loop.over(timesteps, process.kl)
     prior = prior_kl(sampler.schedule, x_0)
     return Bound(prior, decoder, timesteps, rates, weights, T, math.prod(sampler.shape))
 
@@ -255,38 +254,67 @@ class _Loop:
     """
 
     def __init__(
-        self, forward: Forward, x_0: Tensor, addresses: Tensor, labels: Tensor | None, process: _Process, bar: Any
+        self,
+        engine: Engine,
+        x_0: Tensor,
+        addresses: Tensor,
+        labels: Tensor | None,
+        process: _Process,
+        size: int,
+        bar: Any,
     ):
-        self.forward, self.x_0, self.noising, self.bar = forward, x_0, process.noising, bar
-        self.device, self.causes = forward.x.device, "NaN or infinity; try precision fp32"
+        self.engine, self.device, self.x_0, self.process = engine, engine.device, x_0, process
+        self.size, self.bar, self.causes = size, bar, "NaN or infinity; try precision fp32"
         if process.learned == "learned":
             self.causes = "NaN, infinity or a variance that is not positive; try precision fp32, another variance_type"
         self.addresses = addresses.to(self.device)
         self.labels = None if labels is None else labels.to(self.device)
         self.pending: list[tuple[Tensor, Tensor, int, torch.cuda.Event | None]] = []
 
-    def over(self, timesteps: Tensor, term: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """term of each pair: [N, K] float64 on the device. timesteps: [N, K] int64."""
-        forward, (N, K), size = self.forward, timesteps.shape, len(self.forward.x)
-        t_of, total = timesteps.reshape(-1).to(self.device), N * K
-        out = torch.empty(-(-total // size) * size, dtype=torch.float64, device=self.device)
-        for start in range(0, total, size):
-            end = min(start + size, total)
-            pair = torch.arange(start, start + size, device=self.device).clamp(max=total - 1)
-            first, n, t = start // K, pair // K, t_of[pair]
-            # the images of a batch are neighbours
-            x_0 = self._there(self.x_0[first : (end - 1) // K + 1])[n - first].movedim(-1, 1)
-            if self.labels is not None and forward.labels is not None:
-                forward.labels.copy_(self.labels[n])
-            address = self.addresses[n]
-            x_t = ops.noising(x_0, t, address, self.noising, stream=noise.LIKELIHOOD, dtype=forward.low.dtype)
-            out[start : start + size] = term(forward.at(x_t, t), x_0, t, address)
-            self._watch(out[start:end], start)
-            if len(self.pending) > 2:
-                self._judge(timesteps)
+    def over(self, timesteps: Tensor, term: Term) -> Tensor:
+        """term of each pair: [N, K] float64, on the CPU. timesteps: [N, K] int64."""
+        t = timesteps.reshape(-1).to(self.device)
+        out, done = torch.empty(timesteps.shape, dtype=torch.float64, device=self.device), 0
+        while done < out.numel():
+            failure = ""
+            try:
+                with self._forward() as forward:
+                    while done < out.numel():
+                        self._batch(forward, t, term, out, done)
+                        done += self.size
+                        if len(self.pending) > 2:
+                            self._judge(timesteps)
+            except torch.OutOfMemoryError as error:
+                failure = str(error).splitlines()[0]  # the error itself would keep the memory
+            if failure:
+                self.size = smaller(self.engine, self.size, failure)
         while self.pending:
             self._judge(timesteps)
-        return out[:total].view(N, K)
+        return out.cpu()
+
+    @contextmanager
+    def _forward(self) -> Iterator[Forward]:
+        """The network, ready for batches of the size."""
+        T, batches = self.process.schedule.num_train_timesteps, -(-self.bar.total // self.size)
+        labels = None if self.labels is None else self.labels[:1].expand(self.size, *self.labels.shape[1:])
+        with self.engine.forward(self.size, batches) as forward:
+            forward.prepare(torch.arange(T), labels, apart=True)
+            with forward.working():
+                yield forward
+
+    def _batch(self, forward: Forward, timesteps: Tensor, term: Term, out: Tensor, start: int) -> None:
+        """term of the pairs from `start` on into out, [N, K]. timesteps: [N * K]."""
+        K, end = out.shape[1], min(start + self.size, out.numel())
+        pair = torch.arange(start, start + self.size, device=self.device).clamp(max=out.numel() - 1)
+        first, n, t = start // K, pair // K, timesteps[pair]
+        # the images of a batch are neighbours
+        x_0 = self._there(self.x_0[first : (end - 1) // K + 1])[n - first].movedim(-1, 1)
+        if self.labels is not None and forward.labels is not None:
+            forward.labels.copy_(self.labels[n])
+        address = self.addresses[n]
+        x_t = ops.noising(x_0, t, address, self.process.noising, stream=noise.LIKELIHOOD, dtype=forward.low.dtype)
+        terms = out.view(-1)[start:end].copy_(term(forward.at(x_t, t), x_0, t, address)[: end - start])
+        self._watch(terms, start)
 
     def _watch(self, terms: Tensor, start: int) -> None:
         """Ask whether the terms from pair `start` on are finite, without waiting for the answer."""

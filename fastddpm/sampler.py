@@ -229,7 +229,8 @@ class Sampler:
                 except torch.OutOfMemoryError as error:
                     failure, x = str(error).splitlines()[0], None  # the error itself would keep the memory
                 if x is None:
-                    parts = self._smaller([part, *parts], failure)
+                    size = smaller(self.engine, len(part), failure, self.micro_batch)
+                    parts = deque(torch.cat([part, *parts]).split(size))
                     bar.n, bar.total = done, done + len(parts) * len(table)
                 else:
                     yield from in_order.put(part, x)
@@ -246,20 +247,6 @@ class Sampler:
             parts[seen[entry]][entry] = place
             seen[entry] += 1
         return parts
-
-    def _smaller(self, parts: list[Tensor], failure: str) -> deque[Tensor]:
-        """What to compute together instead when the first of the parts was too much for the memory."""
-        if self.engine.clear():
-            return deque(parts)
-        size = len(parts[0])
-        if self.micro_batch or size == 1:
-            way_out = f"batch_invariant={size // 2} (with other bits), " if size > 1 else ""
-            raise torch.OutOfMemoryError(
-                f"{failure} This was for {size} samples; use {way_out}fp16 or bf16, or the CPU"
-            )
-        size = (size + 1) // 2
-        warnings.warn(f"out of memory; going on with batches of {size} samples. {failure}", stacklevel=4)
-        return deque(torch.cat(parts).split(size))
 
     def _run(
         self,
@@ -328,6 +315,21 @@ class Sampler:
         if not isinstance(batch_invariant, Integral) or batch_invariant < 1:
             raise ValueError(f"batch_invariant is {batch_invariant!r}; want True, False or a whole number, at least 1")
         return int(batch_invariant)
+
+
+def smaller(engine: Engine, size: int, failure: str, micro_batch: int = 0) -> int:
+    """The batch to try again with where one of `size` failed for want of memory: the same, if some could be freed.
+
+    Raises: torch.OutOfMemoryError: there is no smaller one; the message begins with `failure`.
+    """
+    if engine.clear():
+        return size
+    if micro_batch or size == 1:
+        way_out = f"batch_invariant={size // 2} (with other bits), " if size > 1 else ""
+        raise torch.OutOfMemoryError(f"{failure} This was for a batch of {size}; use {way_out}fp16 or bf16, or the CPU")
+    size = (size + 1) // 2
+    warnings.warn(f"out of memory; going on with batches of {size}. {failure}", stacklevel=4)
+    return size
 
 
 @contextmanager

@@ -239,6 +239,52 @@ def test_batches_change_nothing_and_seeds_do():
     assert not torch.equal(other.timesteps, want.timesteps)
 
 
+def failing(fails):
+    """`own`, without memory where fails(batch size, number of the call)."""
+    calls = []
+
+    def model(x, t):
+        calls.append(len(x))
+        if fails(len(x), len(calls)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
+        return own(x, t)
+
+    return model, calls
+
+
+def test_without_memory_the_batch_is_halved(capsys):
+    """L_0 has 16 pairs; memory falls short twice in the 80 of the other terms, and what was done is not done again."""
+    schedule = Schedule(**OPTIONS)
+    want = evaluated(own, schedule, images(), (1, 8, 8), terms=5)
+    model, calls = failing(lambda size, call: (size > 8 and call > 3) or (size > 4 and call > 5))
+    sampler = Sampler(model, schedule, shape=(1, 8, 8), device="cpu", precision="fp32")
+    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+        found = bound(sampler, images(), terms=5, batch_size=16)
+    assert torch.equal(found.decoder, want.decoder)
+    assert torch.equal(found.terms, want.terms)
+    assert calls == [16, 16, 16, 16, 8, 8] + [4] * 10
+    assert [str(w.message).partition(".")[0][-2:] for w in warned] == [" 8", " 4"]
+    assert {w.filename for w in warned} == {__file__}
+    assert "96/96" in capsys.readouterr().err
+
+
+def test_kept_buffers_are_given_up_before_the_batch_is_halved():
+    """The first bound leaves buffers; the second fails once, and goes on with the size it had, and no warning."""
+    model, calls = failing(lambda size, call: call == 2)
+    sampler = Sampler(model, Schedule(**OPTIONS), shape=(1, 8, 8), device="cpu", precision="fp32")
+    sampler.sample(4, steps=1, progress=False)
+    bound(sampler, images(), terms=1, progress=False, batch_size=16)
+    assert calls == [4, 16, 16, 16]
+
+
+def test_without_memory_for_one():
+    model, calls = failing(lambda size, call: True)
+    with pytest.warns(UserWarning, match="batches of 1"), pytest.raises(torch.OutOfMemoryError) as caught:
+        evaluated(model, Schedule(**OPTIONS), images(), (1, 8, 8), batch_size=2)
+    assert str(caught.value).endswith("20 GiB. This was for a batch of 1; use fp16 or bf16, or the CPU")
+    assert calls == [2, 1]
+
+
 def test_what_is_reported_is_the_sum_in_bits():
     found = evaluated(own, Schedule(**OPTIONS), images(), (1, 8, 8))
     summary = found.summary()

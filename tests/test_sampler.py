@@ -248,7 +248,7 @@ def test_without_memory_the_batch_is_halved(capsys):
     with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
         sizes = [len(x) for _, x in sampler.batches(11, steps=3, batch_size=8)]
     assert [str(w.message).partition(".")[0] for w in warned] == [
-        f"out of memory; going on with batches of {size} samples" for size in (4, 2)
+        f"out of memory; going on with batches of {size}" for size in (4, 2)
     ]
     assert sizes == [2, 2, 2, 2, 2, 1]
     assert "18/18" in capsys.readouterr().err

@@ -281,8 +281,9 @@ class UNet2D(nn.Module):
         """Sinusoidal embedding of t [N] -> [N, block_out_channels[0]] in the time MLP's dtype."""
         width = self.config["block_out_channels"][0]
         half = width // 2
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = t.float().unsqueeze(1) * torch.exp(exponent / (half - self.config["freq_shift"]))
+        # an angle of 4000 would be off by 1e-4 in float32
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float64, device=t.device)
+        angle = t.unsqueeze(1) * torch.exp(exponent / (half - self.config["freq_shift"]))
         pair = [angle.cos(), angle.sin()] if self.config["flip_sin_to_cos"] else [angle.sin(), angle.cos()]
         return F.pad(torch.cat(pair, 1), (0, width % 2)).to(self.time_embedding.linear_1.weight.dtype)
 

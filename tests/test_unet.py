@@ -8,10 +8,12 @@ import pytest
 import torch
 from check import TINY
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from test_reference_unet import TrueTime
 from torch import Tensor
 
 from bench.layouts import CIFAR10
 from fastddpm import checkpoint, layout, ops
+from fastddpm.reference.unet import timestep_embedding
 from fastddpm.schedule import Schedule
 from fastddpm.unet import GroupNorm, UNet2D
 
@@ -111,6 +113,8 @@ class Case:
         """
         net = UNet2DModel(**self.config).eval().requires_grad_(False)
         net.load_state_dict(self.theirs.state_dict())
+        if dtype == torch.float64:
+            net.time_proj = TrueTime(net.config)
         # without this a class embedding as of t works in float32 alone
         net.time_proj.register_forward_hook(lambda module, args, waves: waves.to(dtype))
         for parameter in net.parameters():
@@ -217,9 +221,19 @@ def test_the_configuration_is_complete_and_that_of_diffusers():
     assert {key: value for key, value in UNet2DModel(**TINY).config.items() if key[0] != "_"} == UNet2D(**TINY).config
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"flip_sin_to_cos": False, "freq_shift": 1}], ids=str)
+def test_waves_are_exact_but_for_one_rounding(options, dtype):
+    """Of angles up to 4000, where float32 has a step of 2.4e-4."""
+    net, t = UNet2D(**{**TINY, **options}), torch.arange(0, 4000, 7).to(dtype)
+    how = {key: net.config[key] for key in ("flip_sin_to_cos", "freq_shift")}
+    assert torch.equal(net._sinusoid(t), timestep_embedding(t, 8, **how).float())
+
+
 def test_gradients_are_those_of_diffusers():
     case = Case({**TINY, "freq_shift": 0})
     theirs, ours = case.theirs.double().requires_grad_(), case.ours.double().train()
+    theirs.time_proj = TrueTime(theirs.config)
     for y in (theirs(case.x.double(), case.t).sample, ours(case.x.double(), case.t)):
         y.square().sum().backward()
     got, want = ({k: v.grad for k, v in net.named_parameters()} for net in (ours, theirs))

@@ -93,6 +93,13 @@ def test_the_ladder_holds(tiny, capsys):
         assert f"{precision} trajectory of 12 steps with float64, median rms" in compared
 
 
+def test_four_thousand_steps_need_exact_waves(tmp_path, monkeypatch):
+    only(monkeypatch, "unet")
+    schedule = Schedule(num_train_timesteps=4000, beta_start=2.5e-5, beta_end=0.005)
+    records = verify.verify(saved(tmp_path, schedule), device="cpu", progress=False)
+    assert [record.verdict for record in records] == ["pass"] * 6
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
 @pytest.mark.parametrize("rung", [*RUNGS])

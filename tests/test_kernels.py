@@ -332,8 +332,8 @@ def test_step_keeps_a_nan_that_only_the_clamp_sees(device):
 FAR = """
 import sys, torch
 from fastddpm import noise, ops
-from fastddpm.kernels import eps_loss, noising, step, x_0_error
-from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error, target, update
+from fastddpm.kernels import eps_loss, noising, step, tree, x_0_error
+from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error, target, tree_sum, update
 from fastddpm.schedule import Schedule
 
 device, n, per_sample, block = sys.argv[1], 34, ops.MAX_PER_SAMPLE, 1024
@@ -358,6 +358,9 @@ assert x_blocks[-1, -1].isnan()
 x_blocks[-1, -1] = want[-1, -1]
 assert torch.equal(x_blocks.cpu(), want)
 assert bad.tolist() == [-1] * (n - 1) + [n - 1]
+out = torch.empty(n, device=device)
+tree.tree_sum_kernel[n, 1](out, x, per_sample, BLOCK=block, **tree.OPTIONS)
+assert torch.equal(out.cpu(), tree_sum(want))
 
 del x, x_blocks
 x_t, x_t_blocks = far(torch.float16)
@@ -368,7 +371,7 @@ eps = noise.normal(address, (block,), stream=noise.TRAIN, t=0)
 noised = add_noise(drawn[1].float(), eps, noising_table[pos])
 assert torch.equal(x_t_blocks.cpu(), noised.half())
 
-x_0, m, out = m, x_t, torch.empty(n, device=device)
+x_0, m = m, x_t
 given, want = noised.half().float(), target(drawn[1].float(), eps, noising_table[pos], "v_prediction")
 v = {"PREDICTS": "v_prediction", **how, **eps_loss.OPTIONS}
 eps_loss.eps_loss_kernel[n, 1](out, m, x_0, *arguments, per_sample, **v)

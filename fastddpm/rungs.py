@@ -402,18 +402,18 @@ def residual(case: Case, damage: bool) -> Iterator[Record]:
 
 
 def unet(case: Checkpoint, damage: bool) -> Iterator[Record]:
-    table, n = case.schedule.table(), 2
-    labels = case.labels(range(n))
+    T, n = case.schedule.num_train_timesteps, 2
+    x, labels = noise.normal(noise.address(0, n), case.shape, stream=noise.START, t=T), case.labels(range(n))
     for precision in case.bar(case.precisions, "U-Net"):
-        engine = Engine(case.network(damage), case.shape, len(table), case.device, precision, "eager")
+        engine = Engine(case.network(damage), case.shape, T, case.device, precision, "eager")
         ours, theirs, ref = [], [], []
-        with engine.slots(n, steps=1) as slots:
-            slots.load(table, noise.address(0, n), labels)
-            for k in (len(table) - 1, len(table) // 2, 0):
-                slots.pos.fill_(k)
-                ours.append(slots.predict())
-                theirs.append(case.plain(precision, slots.low, int(table.timesteps[k]), labels))
-                ref.append(case.plain("fp64", slots.low, int(table.timesteps[k]), labels))
+        with engine.forward(n, steps=1) as forward:
+            forward.prepare(torch.arange(T), labels)
+            with forward.working():
+                for t in (T - 1, T // 2, 0):
+                    ours.append(forward.at(x, t))
+                    theirs.append(case.plain(precision, forward.low, t, labels))
+                    ref.append(case.plain("fp64", forward.low, t, labels))
         compared = f"{precision} U-Net with the float64 reference"
         if torch.cat(theirs).isfinite().all():
             yield from _accurate("unet", compared, *map(torch.cat, (ours, theirs, ref)))
@@ -524,6 +524,7 @@ RUNGS: dict[str, Callable[[Any, bool], Iterator[Record]]] = {
     "distribution": distribution,
 }
 OF_KERNELS = ("noise", "step", "noising", "loss", "step64", "norm", "residual")
+OF_SAMPLING = ("step", "step64", "engines", "trajectory", "batch", "distribution")
 
 
 # Their inputs

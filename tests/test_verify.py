@@ -15,8 +15,8 @@ import torch
 from conftest import needs_gpu
 
 from fastddpm import checkpoint, cli, rungs, sampler, verify
-from fastddpm.rungs import OF_KERNELS, RUNGS, Case, Checkpoint, Record
-from fastddpm.schedule import Schedule
+from fastddpm.rungs import OF_KERNELS, OF_SAMPLING, RUNGS, Case, Checkpoint, Record
+from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule
 from fastddpm.unet import UNet2D
 
 NETWORK = {**check.TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
@@ -162,6 +162,21 @@ def test_other_networks(config, tmp_path, monkeypatch):
     records = verify.verify(saved(tmp_path, **config), steps=4, progress=False)
     assert [record for record in records if record.verdict != "pass"] == []
     assert {record.rung for record in records} == {"unet", "trajectory", "batch", "distribution"}
+
+
+@pytest.mark.parametrize("variance_type", LEARNED_VARIANCE_TYPES)
+def test_learned_variances_are_judged_without_sampling(variance_type, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "OF_KERNELS", ())
+    source = saved(tmp_path, replace(SCHEDULE, variance_type=variance_type), out_channels=2)
+    records = verify.verify(source, device="cpu", progress=False)
+    verdicts = {(record.rung, record.verdict) for record in records}
+    assert verdicts == {(name, "skipped" if name in OF_SAMPLING else "pass") for name in RUNGS}
+    note = f"sampling with variance_type '{variance_type}' is not supported"
+    assert {record.note for record in records if record.verdict == "skipped"} == {note}
+    only(monkeypatch, "unet", "trajectory")
+    assert verify.verify(source, device="cpu", damage="unet", progress=False)[0].verdict == "FAIL"
+    message = check.error_line(verify.verify, source, device="cpu", damage="trajectory", progress=False)
+    assert message == f"damage is 'trajectory', but that rung is skipped: {note}; choose another"
 
 
 def test_steps_are_those_of_the_trajectory(tiny, monkeypatch):
@@ -406,7 +421,7 @@ def test_bad_arguments_are_refused_before_anything_runs(arguments, message, tiny
 def test_a_rung_that_is_skipped_cannot_be_damaged(tiny, monkeypatch):
     only(monkeypatch, "words", "engines")
     message = check.error_line(verify.verify, tiny, device="cpu", damage="engines", progress=False)
-    assert message == "damage is 'engines', but that rung is skipped on cpu; choose another"
+    assert message == "damage is 'engines', but that rung is skipped: cpu has no CUDA graphs; choose another"
 
 
 def test_the_table_is_read_on_a_terminal():

@@ -44,7 +44,7 @@ def verify(
         progress: show a bar.
     Returns: the comparisons in order; `table` makes text of them.
     Raises: ValueError: an argument is not as above, the checkpoint cannot be read, or the rung to be damaged is
-            skipped.
+        skipped.
     """
     if damage is not None and damage not in RUNGS:
         raise ValueError(f"damage is {damage!r}; want one of the rungs {', '.join(RUNGS)}")

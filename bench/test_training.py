@@ -60,8 +60,11 @@ CASES = [
     for batch in batches
     if "compiled" not in name or batch <= COMPILED or name == "fastddpm compiled bf16"
 ]
+MEMORY = {"fastddpm": torch.channels_last, "diffusers": torch.contiguous_format}  # of images and weights
 PROCESS = Diffusion(SCHEDULE.betas)
 IMAGES = 1024
+CLIP = TrainOptions().grad_clip  # which is the example's, too
+PART = 32  # images
 WARM_UP = 3  # steps until graphs are replayed
 SECONDS = 0.01 if SCALE == "tiny" else 0.5  # of steps in a row: a GPU is waited for at the end alone
 
@@ -94,18 +97,39 @@ class Ready(NamedTuple):
     facts: dict[str, float]
 
 
-def training(model: str, batch: int, who: Contender) -> Ready:
-    """Judged by the gradient of the first batch's loss in what the network returned; in the loss, a sum, errors would
-    cancel by chance.
+class Gradients(NamedTuple):
+    """What is judged, of the first batch's loss; in the loss itself, a sum, errors would cancel by chance.
 
-    Raises: AssertionError: it errs more than twice as much as plain torch's.
+    Attributes:
+        returned: [N, C, H, W], in what the network returned.
+        weights: [P], in all of its P weights, in the order of their names, clipped: what the optimizer is given.
     """
-    plain, exact = expected(model, batch, who.ceiling)
+
+    returned: Tensor
+    weights: Tensor
+
+
+def training(model: str, batch: int, who: Contender) -> Ready:
+    """Judged by both gradients of its first batch.
+
+    Raises: AssertionError: one of them errs more than twice as much as plain torch's.
+    """
+    plain, ref = expected(model, batch, who.ceiling, MEMORY[who.who]), exact(model, batch)
     wait()
     held = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
     began = time.perf_counter()
-    gradient, step = (_ours if who.who == "fastddpm" else _theirs)(model, batch, who)
-    errors = judged(gradient(), plain, exact)
+    gradients, step = (_ours if who.who == "fastddpm" else _theirs)(model, batch, who)
+    found = gradients()
+    wait()
+    ready = time.perf_counter()
+    errors = judged(found.returned, plain.returned, ref.returned)
+    try:
+        of_weights = judged(found.weights, plain.weights, ref.weights)
+    except AssertionError as error:
+        raise AssertionError(f"gradient of weights: {error}") from None
+    errors |= {f"{name} of weights": error for name, error in of_weights.items()}
+    del found  # else it would count as memory of a step
+    began += time.perf_counter() - ready
     for _ in range(WARM_UP):
         step()
     wait()
@@ -118,11 +142,11 @@ def training(model: str, batch: int, who: Contender) -> Ready:
     return Ready(step, errors, facts)
 
 
-Made = tuple[Callable[[], Tensor], Call]  # what returns the gradient, and what takes a step
+Made = tuple[Callable[[], Gradients], Call]  # what returns the gradients, and what takes a step
 
 
 def _ours(model: str, batch: int, who: Contender) -> Made:
-    """The gradient is that of its first step."""
+    """The gradients are those of its first step."""
     net, right, seen = network(model), ops.eps_loss, []
     with TemporaryDirectory() as folder:
         init = Path(folder) / "init"
@@ -138,12 +162,12 @@ def _ours(model: str, batch: int, who: Contender) -> Made:
         m.register_hook(seen.append)
         return right(m, *others, **how)
 
-    def gradient() -> Tensor:
+    def gradients() -> Gradients:
         with patch.object(ops, "eps_loss", eps_loss):
             step()
-        return seen.pop()
+        return Gradients(seen.pop(), in_weights(trainer.net))
 
-    return gradient, step
+    return gradients, step
 
 
 def _theirs(model: str, batch: int, who: Contender) -> Made:
@@ -164,35 +188,71 @@ def _theirs(model: str, batch: int, who: Contender) -> Made:
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             return trained(x_t, t, return_dict=False)[0].float()
 
-    def gradient() -> Tensor:
+    def gradients() -> Gradients:
         x_0, t, eps = first_batch(model, batch)
-        m = predicted(PROCESS.noised(x_0.float(), t, eps), t)  # the scheduler's own coefficients are less exact
-        return torch.autograd.grad(F.mse_loss(m, eps), m)[0]
+        x_t = PROCESS.noised(x_0.float(), t, eps)  # the scheduler's own coefficients are less exact
+        found = gradients_of(predicted, unet, x_t.contiguous(), t, eps)
+        optimizer.zero_grad()
+        return found
 
     def step() -> None:
         x_0 = data[torch.randint(IMAGES, (batch,), device=DEVICE)]
         t, eps = torch.randint(T, (batch,), device=DEVICE), torch.randn(x_0.shape, device=DEVICE)
         F.mse_loss(predicted(scheduler.add_noise(x_0, eps, t), t), eps).backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
+        nn.utils.clip_grad_norm_(weights, CLIP)
         optimizer.step()
         rates.step()
         optimizer.zero_grad()
         average.step(weights)
 
-    return gradient, step
+    return gradients, step
 
 
 @cache
-def expected(model: str, batch: int, precision: str) -> tuple[Tensor, Tensor]:
-    """The gradient that is judged: plain torch's in that precision, and that in float64."""
-    (x_0, t, eps), dtype = first_batch(model, batch), PRECISIONS[precision]
-    autocast = torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)
-    with torch.no_grad():
-        with arithmetic(precision, DEVICE), autocast:
-            m = reference(model)(PROCESS.noised(x_0.float(), t, eps), t)
-        exact = reference(model).double()(PROCESS.noised(x_0, t, eps.double()), t)
-    m.requires_grad_()
-    return torch.autograd.grad(F.mse_loss(m.float(), eps), m)[0], 2 / m.numel() * (exact - eps)
+def expected(model: str, batch: int, precision: str, memory: torch.memory_format) -> Gradients:
+    """Plain torch's, in that precision; of either memory the sums have an order of their own, and other errors."""
+    (x_0, t, eps), net, dtype = (
+        first_batch(model, batch),
+        reference(model).to(memory_format=memory),
+        PRECISIONS[precision],
+    )
+
+    def predicted(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            return net(x_t, t)
+
+    x_t = PROCESS.noised(x_0.float(), t, eps).contiguous(memory_format=memory)
+    with arithmetic(precision, DEVICE):
+        return gradients_of(predicted, net, x_t, t, eps)
+
+
+@cache
+def exact(model: str, batch: int) -> Gradients:
+    """In float64, in parts: of a large batch a GPU would not hold what the backward pass needs."""
+    (x_0, t, eps), net = first_batch(model, batch), reference(model).double()
+    return gradients_of(net, net, PROCESS.noised(x_0, t, eps.double()), t, eps.double(), part=PART)
+
+
+def gradients_of(
+    predicted: Callable[[Tensor, Tensor], Tensor], net: nn.Module, *batch: Tensor, part: int | None = None
+) -> Gradients:
+    """Of the mean squared error of what `predicted`, which is of net, makes of x_t and t, from eps.
+
+    batch: x_t, t and eps, of N images; part: how many of them at a time, all by default.
+    """
+    seen, total = [], batch[-1].numel()
+    for x_t, t, eps in zip(*(each.split(part or len(each)) for each in batch), strict=True):
+        m = predicted(x_t, t)
+        m.retain_grad()
+        (F.mse_loss(m.to(eps.dtype), eps, reduction="sum") / total).backward()
+        seen.append(m.grad)
+    nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+    return Gradients(torch.cat(seen), in_weights(net))
+
+
+def in_weights(net: nn.Module) -> Tensor:
+    """The gradient of all weights in one: a copy."""
+    return torch.cat([weight.grad.flatten() for _, weight in sorted(net.named_parameters())])
 
 
 def first_batch(model: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:

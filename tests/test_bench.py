@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastddpm import layout, ops
 from fastddpm.reference.unet import UNet
+from fastddpm.train import Trainer
 
 pytest.importorskip("pytest_benchmark")  # bench has it
 
@@ -106,6 +107,7 @@ def on_the_cpu(monkeypatch):
         contenders.expected,
         contenders._exact,
         test_training.expected,
+        test_training.exact,
     )
     for cached in caches:
         cached.cache_clear()
@@ -427,6 +429,30 @@ def test_wrong_training_is_not_timed(name):
         layouts.network("tiny").conv_norm_out.weight.mul_(1.05)
     with pytest.raises(AssertionError, match="error is"):
         test_training.training("tiny", 4, contenders.contender(name))
+
+
+@pytest.mark.parametrize("name", ["fastddpm eager fp32", "fastddpm eager bf16", "diffusers eager fp32"])
+@pytest.mark.parametrize(
+    ("layer", "damage"),
+    [("conv_in", lambda g: 1.05 * g), ("conv_out", lambda g: g.flip(0)), ("time_embedding.linear_1", lambda g: 0 * g)],
+)
+def test_a_wrong_gradient_of_weights_is_not_timed(name, layer, damage, monkeypatch):
+    """That of what the network returned is right."""
+    pytest.importorskip("diffusers")
+    who = contenders.contender(name)
+    trained = (Trainer, "_network") if who.who == "fastddpm" else (test_training, "theirs")
+    right = getattr(*trained)
+
+    def damaged(maker):
+        net = right(maker)
+        net.get_submodule(layer).weight.register_hook(damage)
+        return net
+
+    errors = test_training.training("tiny", 4, who).errors
+    assert errors["max of weights"]["error"] <= errors["max of weights"]["bound"]
+    monkeypatch.setattr(*trained, damaged)
+    with pytest.raises(AssertionError, match=r"gradient of weights: .* error is"):
+        test_training.training("tiny", 4, who)
 
 
 def test_the_work_of_training_is_that_of_both_passes(monkeypatch):

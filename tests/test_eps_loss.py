@@ -218,11 +218,22 @@ def test_it_is_registered_as_torch_expects(device, predicts, dtype):
     torch.library.opcheck(torch.ops.fastddpm.eps_loss.default, (m.requires_grad_(), *others, predicts, noise.TRAIN))
 
 
+MEMORIES = {
+    "channels-last": layout.channels_last,
+    "contiguous": torch.Tensor.contiguous,
+    "every second": lambda m: m.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda m: m[:1].expand_as(m),
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 4, 4), (4, 3, 50), (2, 7)], ids=str)
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
-def test_traces_see_the_dtype_and_the_layout(dtype):
+def test_traces_see_the_dtype_and_the_layout(dtype, shape, memory):
     seen = []
     for mode in (None, FakeTensorMode()):
-        m, *others = (one if mode is None else mode.from_tensor(one) for one in inputs((2, 3, 8, 8), dtype))
+        given, *others = inputs(shape, dtype)
+        m, *others = (one if mode is None else mode.from_tensor(one) for one in (memory(given), *others))
         with mode or nullcontext():
             error = ops.eps_loss(m.requires_grad_(), *others)
             # without autograd, which gives any gradient the strides of m

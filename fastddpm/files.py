@@ -41,7 +41,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:  # without a number it is a sentence
             error.filename = os.fspath(path)
         raise
 

@@ -38,14 +38,16 @@ def grid(images: Tensor | np.ndarray, *, columns: int | None = None, margin: int
 
     Args:
         images: uint8 [N, H, W, C], N >= 1.
-        columns: images in a row; None: as near to a square as whole rows allow.
+        columns: images in a row, at least 1; None: as near to a square as whole rows allow.
         margin: white pixels around each image.
         width: small images are enlarged by the largest whole factor that keeps a row within this many pixels, margins
             apart.
     Returns: uint8 [height, width, C].
-    Raises: ValueError: images are not as above.
+    Raises: ValueError: images or columns are not as above.
     """
     array = _uint8(images)
+    if columns is not None and (type(columns) is not int or columns < 1):
+        raise ValueError(f"columns is {columns!r}; want a whole number, at least 1")
     n, h, w, c = array.shape
     if n == 0:
         raise ValueError("no images to tile; want at least one")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastddpm import images
-from fastddpm.files import atomic, check_writable
+from fastddpm.files import atomic, check_writable, naming
 
 
 def pictures(n, h=4, w=3, c=3):
@@ -82,6 +82,17 @@ def test_grid_shows_every_image_enlarged_on_white(n, rows, columns, c):
 def test_grid_of_so_many_columns():
     assert images.grid(pictures(7, h=5, w=4), columns=3, margin=1, width=12).shape == (3 * 6 + 1, 3 * 5 + 1, 3)
     assert images.grid(pictures(1, h=5, w=4), columns=3, margin=1, width=12).shape == (1 * 6 + 1, 3 * 5 + 1, 3)
+
+
+@pytest.mark.parametrize("columns", [0, -1, 1.5, True])
+def test_grid_wants_whole_columns(columns):
+    with pytest.raises(ValueError, match=rf"columns is {columns}; want a whole number, at least 1"):
+        images.grid(pictures(2), columns=columns)
+
+
+def test_a_grid_of_so_many_columns_is_saved(tmp_path):
+    images.save_grid(pictures(7), tmp_path / "grid.png", columns=3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), images.grid(pictures(7), columns=3))
 
 
 def test_grid_never_shrinks_large_images():
@@ -224,6 +235,14 @@ def test_what_could_not_be_written_is_named(tmp_path, device):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert failed.value.filename == path
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [OSError("encoder error -2"), FileNotFoundError(errno.ENOENT, "gone", "other")])
+def test_an_error_that_says_enough_is_left_as_it_is(error):
+    told = str(error)
+    with pytest.raises(OSError, match=r"encoder|gone") as failed, naming("file"):
+        raise error
+    assert str(failed.value) == told
 
 
 def test_check_writable_says_why_not(tmp_path):

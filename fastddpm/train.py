@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -309,7 +309,7 @@ class Trainer:
             errors = ops.eps_loss(m, x_0, t, address, self.table, predicts=options.schedule.prediction_type)
             loss = errors.sum() / (options.batch_size * x_0.shape[1:].numel())
             (loss * self.group.size).backward()  # of which the mean over the ranks is taken
-        norm = nn.utils.clip_grad_norm_(self.net.parameters(), options.grad_clip)
+        norm = _clip(list(self.net.parameters()), options.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * _rate(k, options)
         self.optimizer.step()
@@ -431,6 +431,15 @@ def _warmup(options: TrainOptions) -> int:
 @torch.no_grad()
 def _average(ema: nn.Module, net: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+
+
+def _clip(weights: list[nn.Parameter], most: float) -> Tensor:
+    """Scale the gradients to a norm of at most `most`; returns what it was."""
+    norm = nn.utils.get_total_norm([cast(Tensor, each.grad) for each in weights])
+    # torch.compile gives biases whose gradients are equal one tensor, which is to be scaled once
+    apart = {cast(Tensor, each.grad).data_ptr(): each for each in weights}
+    nn.utils.clip_grads_with_norm_(apart.values(), most, norm)
+    return norm
 
 
 def _grid_steps(options: TrainOptions) -> int:

@@ -201,13 +201,13 @@ def _train(args: argparse.Namespace) -> None:
             prediction_type=args.prediction,
         ),
     )
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+    if Path(args.data).is_dir() and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--out {args.out} is in DATA, {args.data}, whose pictures would grow; name another folder")
-    check_options(options)
-    check_writable(args.out, folder=True, make=False)
     with ranks(args.device) as group:
         speaks = not args.quiet and group.rank == 0
         with group.agree():
+            check_options(options, group.device)
+            check_writable(args.out, folder=True, make=False)
             pictures = data.load_images(args.data, progress=speaks)
             labels = data.load_labels(args.data, count=len(pictures)) if args.class_conditional else None
         out = train(pictures, args.out, options, labels=labels, device=group.device, progress=speaks)

@@ -20,7 +20,7 @@ STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
 LOG = "log.jsonl"
 CURVE = "loss.png"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-_BEGUN = '{"step": '  # a line of the log that a kill left in its middle begins so, or as this does
+_BEGUN = '{"step": '  # the last line of a log that a kill left in its middle begins so, or as this does
 
 
 @dataclass
@@ -53,11 +53,12 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            done, other = Progress(**state["progress"]), state["run"]
-            changed = _differing(other, run)
+            done, changed = Progress(**state["progress"]), _differing(state["run"], run)
             if not changed:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
+        except OSError:  # perhaps it is whole
+            raise
         except Exception as error:  # whatever a damaged or hostile pickle comes to
             kind = type(error).__name__
             raise ValueError(f"{path} is damaged, or not of a run ({kind}); train into another folder") from error
@@ -65,14 +66,19 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
             raise ValueError(f"{out} holds a run with other {json.dumps(changed)[1:-1]}; give those, or another folder")
     elif held := [name for name in ("unet", "model_index.json", "config.json") if (out / name).exists()]:
         raise ValueError(f"{out} holds a checkpoint ({held[0]}) and no {STATE} to resume; train into another folder")
-    elif any(_logged(line) == math.inf and not _BEGUN.startswith(line[: len(_BEGUN)]) for line in _lines(out)):
+    elif not _of_a_run(_lines(out)):
         raise ValueError(f"{out} holds a {LOG} that is not of a run; train into another folder")
     return done
 
 
-def has_checkpoint(out: Path) -> bool:
-    """Whether the folder holds a run that has come to a checkpoint, whose layout is that of the run."""
-    return all((out / name).exists() for name in (STATE, WEIGHTS))
+def begun_from(out: Path) -> str | None:
+    """The checkpoint that the run in the folder started from, where it has come to one of its own, with its layout."""
+    if not all((out / name).exists() for name in (STATE, WEIGHTS)):
+        return None
+    try:
+        return torch.load(out / STATE, map_location="cpu", weights_only=True, mmap=True)["run"].get("init")
+    except Exception:  # of what is damaged `resume` tells
+        return None
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,9 +152,24 @@ def _lines(out: Path) -> list[str]:
     return (out / LOG).read_text(errors="replace").splitlines() if (out / LOG).exists() else []
 
 
+def _of_a_run(lines: list[str]) -> bool:
+    """Whether these are the lines of a log, the last of which a kill may have torn."""
+    whole = [_logged(line) < math.inf for line in lines]
+    return all(whole) or (all(whole[:-1]) and _torn(lines[-1]))
+
+
+def _torn(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return _BEGUN.startswith(line[: len(_BEGUN)])
+    return False
+
+
 def _logged(line: str) -> float:
     """The step of a line of the log; infinity for what a kill left of one, or what is none."""
     try:
-        return float(json.loads(line)["step"])
+        record = json.loads(line)
+        return record["step"] if type(record["step"]) is int and "loss" in record else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -159,26 +159,23 @@ class Trainer:
     def __init__(
         self, data: np.ndarray, labels: np.ndarray | None, out: Path, options: TrainOptions, group: Ranks
     ) -> None:
-        check_options(options)
-        started = None
-        if options.init is not None:
-            source = str(out) if runs.has_checkpoint(out) else options.init  # the folder of a run needs no other
-            started = checkpoint.load(source)
-            options = replace(options, schedule=started[2])
+        check_options(options, group.device)
+        init, started = options.init, None
+        if init is not None:
+            folder, before = os.path.abspath(init), runs.begun_from(out)
+            if os.path.isdir(folder) or folder == before:  # which may be gone by now
+                init = folder
+            # a run that has come to a checkpoint of its own needs no other
+            started = checkpoint.load(str(out) if init == before else init)
+            options = replace(options, init=init, schedule=started[2])
             _check_schedule(options)
         shape, classes = _checked_images(data), _checked_classes(labels, data)
         config = options.unet_config(*shape, classes)
         if started is not None:
-            config = _fitting(started[0], config, source)
+            config = _fitting(started[0], config, str(init))
         _check_sides(*shape[:2], levels=len(config["block_out_channels"]))
         group.share(options.batch_size)
-        self.device, self.precision = device_and_precision(group.device, options.precision)
-        self.engine = options.engine
-        if self.engine == "auto":
-            self.engine = "compiled" if ops.backend(self.device) == "triton" else "eager"
-        if "graph" in self.engine and self.device.type != "cuda":
-            what = f"engine is {options.engine!r}, and '{self.device}' has no CUDA graphs"
-            raise ValueError(f"{what}; use 'eager' or 'compiled'")
+        self.device, self.precision, self.engine = _where_and_how(options, group.device)
         self.options, self.out, self.group, self.classes = options, out, group, classes
         with _forked(self.device):
             torch.manual_seed(options.seed)
@@ -202,7 +199,10 @@ class Trainer:
         done = self.done = runs.resume(self.out, self.described, self.parts)
         if self.options.precision == "auto":  # which elsewhere may be another
             before = done.how.get("precision", self.precision)
-            self.precision = device_and_precision(self.device, before)[1]
+            try:
+                self.precision = device_and_precision(self.device, before)[1]
+            except ValueError as error:
+                raise ValueError(f"{self.out} holds a run whose {error}") from error
         check_writable(self.out / "samples", folder=True)
         if self.group.rank == 0:
             runs.tidy(self.out, done.step)
@@ -373,7 +373,7 @@ class Trainer:
         columns, labels = 8, None
         if self.classes is not None:
             columns = self.classes * max(1, round(8 / self.classes)) if self.classes <= 16 else 8
-            labels = torch.arange(GRID - GRID % columns) % self.classes  # a column shows one class
+            labels = torch.arange(GRID - GRID % columns) % self.classes  # of up to 16, a column shows one class
         count = GRID if labels is None else len(labels)
         how: dict[str, Any] = {"steps": _grid_steps(options), "output": "uint8", "progress": False}
         grid = sampler.sample(count, seed=options.seed, class_labels=labels, **how)
@@ -510,19 +510,21 @@ def _check_init(options: TrainOptions) -> None:
             raise ValueError(f"{what}, but init brings its own layout and schedule; leave {name} out, or init")
 
 
-def check_options(options: TrainOptions) -> None:
-    """What of an option can be told before the images are there.
+def check_options(options: TrainOptions, device: torch.device | str | None) -> None:
+    """What of the options can be told before the images are there. device: as of `train`.
 
-    Raises: ValueError: an option is not as `TrainOptions` says, or given beside `init`, which brings it.
+    Raises: ValueError: an option is not as `TrainOptions` says, not to be had on the device, or given beside `init`,
+        which brings it.
     """
-    if options.init is not None:
-        _check_init(options)
 
     def want(name: str, good: Callable[[Any], Any], wanted: str) -> None:
         value = getattr(options, name)
         if not good(value):
             raise ValueError(f"{name} is {value!r}; want {wanted}")
 
+    want("schedule", lambda schedule: isinstance(schedule, Schedule), "a Schedule")
+    if options.init is not None:
+        _check_init(options)
     for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "layers", "groups"):
         want(name, lambda value: _whole(value, 1), "a whole number, at least 1")
     want("warmup", lambda warmup: warmup is None or _whole(warmup, 0), "a whole number, at least 0, or None")
@@ -540,8 +542,19 @@ def check_options(options: TrainOptions) -> None:
     want("groups", lambda groups: not any(width % groups for width in options.channels), divisor)
     for name, known in (("precision", TRAINED), ("engine", TRAINERS)):
         want(name, known.__contains__, f"one of {', '.join(known)}")
-    want("schedule", lambda schedule: isinstance(schedule, Schedule), "a Schedule")
     _check_schedule(options)
+    _where_and_how(options, device)
+
+
+def _where_and_how(options: TrainOptions, device: torch.device | str | None) -> tuple[torch.device, str, str]:
+    """Device, precision and engine, none of them "auto"."""
+    device, precision = device_and_precision(device, options.precision)
+    engine = options.engine
+    if engine == "auto":
+        engine = "compiled" if ops.backend(device) == "triton" else "eager"
+    if "graph" in engine and device.type != "cuda":
+        raise ValueError(f"engine is {engine!r}, and '{device}' has no CUDA graphs; use 'eager' or 'compiled'")
+    return device, precision, engine
 
 
 def _check_schedule(options: TrainOptions) -> None:
@@ -566,8 +579,6 @@ def _described(data: np.ndarray, labels: np.ndarray | None, options: TrainOption
     described = asdict(options) | {"schedule": options.schedule.to_config(), "warmup": _warmup(options)}
     for free in ("log_every", "save_every", "sample_every", "precision", "engine"):
         del described[free]
-    if options.init is not None and os.path.isdir(options.init):
-        described["init"] = os.path.abspath(options.init)
     described["data"] = {"shape": data.shape, "crc32": zlib.crc32(data.data)}
     if labels is not None:
         described["labels"] = {"crc32": zlib.crc32(np.ascontiguousarray(labels, np.int64).data)}

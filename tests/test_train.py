@@ -5,11 +5,13 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import PIPE, Popen
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -308,7 +310,19 @@ def test_what_may_change_between_two_starts(tmp_path):
     assert fields == OTHERWISE.keys() | FREE.keys() | {"init"}
 
 
-@pytest.mark.parametrize("text", ['{"iteration": 1}\n', "epoch,loss\n1,0.5\n", "epoch,loss", "[1, 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"iteration": 1}\n',
+        "epoch,loss\n1,0.5\n",
+        "epoch,loss",
+        "[1, 2",
+        '{"step": 1, "accuracy": 1}\n',
+        '{"step": "a", "loss": 1}',
+        '{"step": NaN, "loss": 1}',
+        '{"step": 1, "loss": 0.3}\n{"step": 2, "no\n{"step": 3, "loss": 0.3}\n',
+    ],
+)
 def test_a_log_of_another_origin_is_not_overwritten(tmp_path, text):
     (tmp_path / "log.jsonl").write_text(text)
     line = error_line(run, tmp_path)
@@ -316,7 +330,7 @@ def test_a_log_of_another_origin_is_not_overwritten(tmp_path, text):
     assert (tmp_path / "log.jsonl").read_text() == text
 
 
-@pytest.mark.parametrize("rest", ["", "{", '{"step": 4, "lo'])
+@pytest.mark.parametrize("rest", ["", "{", '{"step": 4, "lo', '{"step": 4, "loss": 0.3}\n{"st'])
 def test_a_line_that_a_kill_left_is_dropped(tmp_path, rest):
     (tmp_path / "log.jsonl").write_text(rest)
     assert [step for step, _ in losses(run(tmp_path))] == [4]
@@ -342,6 +356,21 @@ def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        runs.log(tmp_path, {"step": 1})
+    assert failed.value.filename == str(tmp_path / "log.jsonl")
+
+
+def test_a_state_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    run(tmp_path)
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "training.pt"))
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    with pytest.raises(PermissionError):
+        run(tmp_path)
+
+
 def test_whatever_modes_the_caller_is_in(tmp_path):
     before = parameters(run(tmp_path / "plain"))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -360,7 +389,9 @@ def test_ranks_have_other_dropout(tmp_path):
     assert drawn[0] == drawn[2] != drawn[1]
 
 
-@pytest.mark.parametrize(("classes", "columns", "rows"), [(1, 8, 8), (3, 9, 7), (7, 7, 9), (10, 10, 6), (17, 8, 8)])
+@pytest.mark.parametrize(
+    ("classes", "columns", "rows"), [(1, 8, 8), (3, 9, 7), (7, 7, 9), (11, 11, 5), (16, 16, 4), (17, 8, 8)]
+)
 def test_a_column_of_the_grid_shows_one_class(tmp_path, monkeypatch, classes, columns, rows):
     seen, shown = [], []
     monkeypatch.setattr(Sampler, "sample", lambda *args, class_labels, **how: seen.append(class_labels))
@@ -387,6 +418,24 @@ def test_a_run_stays_in_its_precision(tmp_path, before):
         resumed = Trainer(pictures(), None, tmp_path, dataclasses.replace(SMALL, precision=asked), Ranks())
         resumed.resume()
         assert resumed.precision == found
+        resumed.run(progress=False)
+        runs.save(tmp_path, resumed.described, resumed.parts, resumed.done)
+        assert torch.load(tmp_path / "training.pt")["progress"]["how"]["precision"] == found
+        runs.save(tmp_path, resumed.described, resumed.parts, runs.Progress(step=4, how={"precision": before}))
+
+
+def test_a_precision_that_is_not_to_be_had_is_that_of_the_run(tmp_path):
+    first = Trainer(pictures(), None, tmp_path, SMALL, Ranks(device="cpu"))
+    runs.save(tmp_path, first.described, first.parts, runs.Progress(how={"precision": "tf32"}))
+    line = error_line(run, tmp_path, dataclasses.replace(SMALL, precision="auto"), device="cpu")
+    assert line == f"{tmp_path} holds a run whose precision is 'tf32', which 'cpu' does not have; use fp32 or bf16"
+
+
+def test_the_default_warmup_may_be_given(tmp_path):
+    options = dataclasses.replace(SMALL, steps=20, warmup=None, save_every=20)
+    before = parameters(run(tmp_path, options))
+    assert_same(parameters(run(tmp_path, dataclasses.replace(options, warmup=2))), before)
+    assert '"warmup": 2' in error_line(run, tmp_path, dataclasses.replace(options, warmup=0))
 
 
 def test_a_run_says_what_it_runs_on(tmp_path, capsys):
@@ -581,13 +630,40 @@ def test_a_run_starts_from_a_checkpoint(tmp_path):
     assert schedule.num_train_timesteps == 20
 
 
-def test_a_run_goes_on_without_what_it_started_from(tmp_path):
-    first = run(tmp_path / "first")
+def test_a_run_goes_on_without_what_it_started_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, relative = run(tmp_path / "first"), dataclasses.replace(FROM, init="first")
     options = dataclasses.replace(FROM, init=str(first))
     before = parameters(run(tmp_path / "second", options))
     first.rename(tmp_path / "elsewhere")
-    assert_same(parameters(run(tmp_path / "second", options)), before)
-    assert "first" in error_line(run, tmp_path / "third", options)
+    for same in (options, relative):
+        assert_same(parameters(run(tmp_path / "second", same)), before)
+        assert "first" in error_line(run, tmp_path / "third", same)
+    other = dataclasses.replace(FROM, init="elsewhere")
+    assert f'holds a run with other "init": "{first}"' in error_line(run, tmp_path / "second", other)
+
+
+@pytest.mark.parametrize("lost", ["training.pt", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_run_without_a_checkpoint_of_its_own_needs_the_first(tmp_path, lost):
+    options = dataclasses.replace(FROM, init=str(run(tmp_path / "first")))
+    second = run(tmp_path / "second", options)
+    before = parameters(second)
+    (second / lost).unlink()
+    if lost == "training.pt":
+        shutil.rmtree(second / "unet")
+        (second / "model_index.json").unlink()
+    assert_same(parameters(run(second, options)), before)
+    shutil.rmtree(tmp_path / "first")
+    (second / lost).unlink()
+    assert "first" in error_line(run, second, options)
+
+
+def test_a_start_that_cannot_be_sampled_is_refused(tmp_path):
+    config, weights, schedule = checkpoint.load(run(tmp_path / "first"))
+    learned = dataclasses.replace(schedule, variance_type="learned_range")
+    checkpoint.save(tmp_path / "learned", config, weights, learned)
+    line = error_line(run, tmp_path / "second", dataclasses.replace(FROM, init=str(tmp_path / "learned")))
+    assert line.startswith("variance_type is 'learned_range'; sampling with learned variances is not")
 
 
 def test_a_checkpoint_for_other_images_is_no_start(tmp_path):

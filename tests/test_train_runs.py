@@ -340,6 +340,30 @@ def test_images_that_one_rank_cannot_read_end_all(images, tmp_path, monkeypatch)
     assert told[0].count("\n") == 1
 
 
+def differing(arguments: list[str], others: list[str]) -> int:
+    """The second rank is given other options."""
+    return command(arguments + others * (os.environ["RANK"] == "1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        (["--out", "/proc/run"], "cannot write /proc/run: No such file or directory; name another place"),
+        (["--warmup", "-1"], "warmup is -1; want a whole number, at least 0, or None"),
+        (
+            ["--precision", "bf16"],
+            "precision is fp32 in process 0, bf16 in process 1; give all of them the same",
+        ),
+    ],
+)
+def test_options_of_one_rank_end_all(images, tmp_path, others, line):
+    ends, told = run_ranks(tmp_path, 2, differing, arguments(images, tmp_path / "run", SHARED), others)
+    assert ends == [2, 2]
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"fastddpm: error: {line}")
+
+
 @pytest.mark.slow
 def test_under_torchrun_itself(tmp_path):
     """A line from each rank with exit status 2, no traceback but torchrun's own."""

@@ -482,7 +482,7 @@ def _add_train(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--engine", choices=TRAINERS, default="auto", help="how the network is run (default: auto, by the device)"
     )
-    _add_machine(add, TRAINED)
+    _add_machine(add, TRAINED, "that of the run that is resumed, else by the device")
 
 
 def _add_likelihood(add: argparse.ArgumentParser) -> None:
@@ -526,11 +526,10 @@ def _add_checkpoint(add: argparse.ArgumentParser) -> None:
     add.add_argument("--variant", metavar="NAME", help="of the weights, such as fp16")
 
 
-def _add_machine(add: argparse.ArgumentParser, precisions: Sequence[str] = ()) -> None:
+def _add_machine(add: argparse.ArgumentParser, precisions: Sequence[str] = (), auto: str = "by the device") -> None:
     if precisions:
-        add.add_argument(
-            "--precision", choices=precisions, default="auto", help="of the network (default: %(default)s)"
-        )
+        text = f"of the network (default: auto, {auto})"
+        add.add_argument("--precision", choices=precisions, default="auto", help=text)
     add.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     add.add_argument("--quiet", action="store_true", help="no progress bar, nothing but results")
 

@@ -14,7 +14,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -165,8 +165,7 @@ class Trainer:
             folder, before = os.path.abspath(init), runs.begun_from(out)
             if os.path.isdir(folder) or folder == before:  # which may be gone by now
                 init = folder
-            # a run that has come to a checkpoint of its own needs no other
-            started = checkpoint.load(str(out) if init == before else init)
+            started = _start(init, out if init == before else None)
             options = replace(options, init=init, schedule=started[2])
             _check_schedule(options)
         shape, classes = _checked_images(data), _checked_classes(labels, data)
@@ -482,6 +481,14 @@ def _check_sides(height: int, width: int, levels: int) -> None:
         )
 
 
+def _start(init: str, own: Path | None) -> tuple[dict[str, Any], dict[str, Tensor], Schedule]:
+    """The checkpoint to start from; of a run that has come to one of its own, that one, if it is whole."""
+    if own is not None:
+        with suppress(ValueError):
+            return checkpoint.load(own)
+    return checkpoint.load(init)
+
+
 def _fitting(config: dict[str, Any], wanted: dict[str, Any], source: str) -> dict[str, Any]:
     """The configuration of a checkpoint to start from, for images of another size."""
     for name in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
@@ -506,8 +513,9 @@ def _check_init(options: TrainOptions) -> None:
     )
     for name, value in given.items():
         if value != plain.get(name):
-            what = f"{name} is {value!r}"
-            raise ValueError(f"{what}, but init brings its own layout and schedule; leave {name} out, or init")
+            raise ValueError(
+                f"{name} is {value!r}, but init brings its own layout and schedule; leave out one of the two"
+            )
 
 
 def check_options(options: TrainOptions, device: torch.device | str | None) -> None:
@@ -527,7 +535,7 @@ def check_options(options: TrainOptions, device: torch.device | str | None) -> N
         _check_init(options)
     for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "layers", "groups"):
         want(name, lambda value: _whole(value, 1), "a whole number, at least 1")
-    want("warmup", lambda warmup: warmup is None or _whole(warmup, 0), "a whole number, at least 0, or None")
+    want("warmup", lambda warmup: warmup is None or _whole(warmup, 0), "a whole number, at least 0, or none")
     want("seed", lambda seed: _whole(seed, 0, 1 << 64), "a whole number, 0 <= seed < 2^64")
     want("learning_rate", lambda rate: _real(rate) and 0 < rate < math.inf, "a finite number > 0")
     want("weight_decay", lambda decay: _real(decay) and 0 <= decay < math.inf, "a finite number >= 0")

@@ -343,6 +343,7 @@ def test_train_then_sample(capsys):
         ("good.npz", "--channels 8,x", "'8,x' is not a list"),
         ("good.npz", "--timesteps 0", "num_train_timesteps is 0"),
         ("good.npz", "--out file/run", "cannot write file/run"),
+        ("good.npz", "--out good.npz/run", "cannot write good.npz/run: Not a directory"),
         ("mixed", "--out mixed/run", "--out mixed/run is in DATA, mixed, whose pictures would grow; name another"),
         ("mixed", "--out ./empty/../mixed", "is in DATA, mixed, whose pictures would grow"),
     ],

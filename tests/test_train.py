@@ -616,7 +616,7 @@ def test_what_a_checkpoint_brings_is_not_asked_for_besides(tmp_path, options):
     asked = {"schedule": Schedule(**options)} if name == "num_train_timesteps" else options
     line = error_line(run, tmp_path / "second", dataclasses.replace(FROM, init=str(first), **asked))
     given = f"{name} is {options[name]!r}"
-    assert line == f"{given}, but init brings its own layout and schedule; leave {name} out, or init"
+    assert line == f"{given}, but init brings its own layout and schedule; leave out one of the two"
 
 
 def test_a_run_starts_from_a_checkpoint(tmp_path):
@@ -658,12 +658,24 @@ def test_a_run_without_a_checkpoint_of_its_own_needs_the_first(tmp_path, lost):
     assert "first" in error_line(run, second, options)
 
 
+@pytest.mark.parametrize("damaged", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"])
+def test_a_damaged_checkpoint_of_its_own_is_made_anew(tmp_path, damaged):
+    options = dataclasses.replace(FROM, init=str(run(tmp_path / "first")))
+    second = run(tmp_path / "second", options)
+    before = parameters(second)
+    half = (second / damaged).read_bytes()[:100]
+    (second / damaged).unlink()  # `before` is mapped
+    (second / damaged).write_bytes(half)
+    assert_same(parameters(run(second, options)), before)
+
+
 def test_a_start_that_cannot_be_sampled_is_refused(tmp_path):
     config, weights, schedule = checkpoint.load(run(tmp_path / "first"))
     learned = dataclasses.replace(schedule, variance_type="learned_range")
     checkpoint.save(tmp_path / "learned", config, weights, learned)
     line = error_line(run, tmp_path / "second", dataclasses.replace(FROM, init=str(tmp_path / "learned")))
     assert line.startswith("variance_type is 'learned_range'; sampling with learned variances is not")
+    assert not (tmp_path / "second").exists()
 
 
 def test_a_checkpoint_for_other_images_is_no_start(tmp_path):
@@ -766,6 +778,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(tmp_path, monkeypatc
         (None, {"layers": 0}, "layers is 0"),
         (None, {"groups": 0}, "groups is 0"),
         (None, {"warmup": -1}, "warmup is -1"),
+        (None, {"schedule": None}, "schedule is None; want a Schedule"),
         (None, {"grad_clip": 0.0}, "grad_clip is 0.0"),
         (None, {"grad_clip": float("nan")}, "grad_clip is nan"),
         (None, {"ema": 1.0}, "ema is 1.0"),

@@ -350,7 +350,7 @@ def differing(arguments: list[str], others: list[str]) -> int:
     ("others", "line"),
     [
         (["--out", "/proc/run"], "cannot write /proc/run: No such file or directory; name another place"),
-        (["--warmup", "-1"], "warmup is -1; want a whole number, at least 0, or None"),
+        (["--warmup", "-1"], "warmup is -1; want a whole number, at least 0, or none"),
         (
             ["--precision", "bf16"],
             "precision is fp32 in process 0, bf16 in process 1; give all of them the same",

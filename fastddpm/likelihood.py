@@ -183,6 +183,19 @@ def prior_kl(schedule: Schedule, x_0: Tensor) -> Tensor:
     return (x_0[0].numel() * _excess(abar) + abar * squares) / 2
 
 
+def check_returned(schedule: Schedule, channels: int, returned: int) -> None:
+    """That a network for samples of so many channels returns as many; twice as many with a learned variance.
+
+    Raises: ValueError: it does not.
+    """
+    learned = schedule.variance_type in LEARNED_VARIANCE_TYPES
+    if returned != (want := channels * (2 if learned else 1)):
+        raise ValueError(
+            f"variance_type is {schedule.variance_type!r}, for which the network must return {want} channels, "
+            f"but it returns {returned}; use {'a fixed' if learned else 'a learned'} variance_type"
+        )
+
+
 class _Process:
     """The coefficients of the terms on the device, and the terms of a batch: [n] float64 nats, each."""
 
@@ -238,12 +251,7 @@ class _Process:
 
     def _returned(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network returned for the mean, and for the variance."""
-        want = self.channels * (2 if self.learned else 1)
-        if m.shape[1] != want:
-            raise ValueError(
-                f"variance_type is {self.schedule.variance_type!r}, for which the network must return {want} channels, "
-                f"but it returned {m.shape[1]}; use {'a fixed' if self.learned else 'a learned'} variance_type"
-            )
+        check_returned(self.schedule, self.channels, m.shape[1])
         return (m[:, : self.channels], m[:, self.channels :]) if self.learned else (m, None)
 
 
@@ -276,7 +284,7 @@ class _Loop:
         t = timesteps.reshape(-1).to(self.device)
         out, done = torch.empty(timesteps.shape, dtype=torch.float64, device=self.device), 0
         while done < out.numel():
-            failure = ""
+            forward, failure = None, ""  # the network of a batch that did not fit is let go
             try:
                 with self._forward() as forward:
                     while done < out.numel():

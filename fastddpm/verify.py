@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 
 from fastddpm import ops
+from fastddpm.likelihood import check_returned
 from fastddpm.rungs import INTERPRETED, OF_KERNELS, OF_SAMPLING, RUNGS, Case, Checkpoint, Record
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule
@@ -43,13 +44,14 @@ def verify(
         damage: a rung, one of RUNGS, whose fast side shall be wrong.
         progress: show a bar.
     Returns: the comparisons in order; `table` makes text of them.
-    Raises: ValueError: an argument is not as above, the checkpoint cannot be read, or the rung to be damaged is
-        skipped.
+    Raises: ValueError: an argument is not as above, the checkpoint cannot be read, its network does not go with its
+        variance_type, or the rung to be damaged is skipped.
     """
     if damage is not None and damage not in RUNGS:
         raise ValueError(f"damage is {damage!r}; want one of the rungs {', '.join(RUNGS)}")
     sampler = Sampler.from_pretrained(source, variant=variant, device=device, precision="fp32")
     schedule, device, net = sampler.schedule, sampler.device, sampler.model
+    check_returned(schedule, sampler.shape[0], net.config["out_channels"])  # type: ignore[union-attr,index,arg-type]
     learned = schedule.variance_type if schedule.variance_type in LEARNED_VARIANCE_TYPES else None
     if learned:
         schedule = replace(schedule, variance_type="fixed_small")  # all but the variance is the same

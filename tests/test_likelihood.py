@@ -1,6 +1,7 @@
 """The bound by the fast path: the reference's terms, closed forms, unbiased subsets, errors of one line."""
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from check import TINY, assert_as_accurate, error_line
 from test_reference_likelihood import MU, VAR, expected_term
 
 from fastddpm import Sampler, Schedule, UNet2D, noise
+from fastddpm.engine import Forward
 from fastddpm.likelihood import bound, systematic
 from fastddpm.reference.diffusion import Diffusion, linear_betas
 from fastddpm.reference.likelihood import prior_kl, term
@@ -268,6 +270,21 @@ def test_without_memory_the_batch_is_halved(capsys):
     assert "96/96" in capsys.readouterr().err
 
 
+def test_what_did_not_fit_is_let_go_before_the_batch_is_halved(monkeypatch):
+    made, alive, init = [], [], Forward.__init__
+
+    def noted(forward, *args):
+        alive.append([len(x) for x in (ref() for ref in made) if x is not None])
+        init(forward, *args)
+        made.append(weakref.ref(forward.x))
+
+    monkeypatch.setattr(Forward, "__init__", noted)
+    model, _ = failing(lambda size, call: size > 4)
+    with pytest.warns(UserWarning, match="out of memory"):
+        evaluated(model, Schedule(**OPTIONS), images(), (1, 8, 8), batch_size=16)
+    assert alive[:3] == [[]] * 3  # made for 16, 8 and 4
+
+
 def test_kept_buffers_are_given_up_before_the_batch_is_halved():
     """The first bound leaves buffers; the second fails once, and goes on with the size it had, and no warning."""
     model, calls = failing(lambda size, call: call == 2)
@@ -357,7 +374,7 @@ def spoilt(x, t):
             own,
             "learned",
             {},
-            "variance_type is 'learned', for which the network must return 2 channels, but it returned 1",
+            "variance_type is 'learned', for which the network must return 2 channels, but it returns 1",
         ),
         (
             own_learned,

@@ -15,7 +15,7 @@ import torch
 from conftest import needs_gpu
 
 from fastddpm import checkpoint, cli, rungs, sampler, verify
-from fastddpm.rungs import OF_KERNELS, OF_SAMPLING, RUNGS, Case, Checkpoint, Record
+from fastddpm.rungs import OF_KERNELS, RUNGS, Case, Checkpoint, Record
 from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule
 from fastddpm.unet import UNet2D
 
@@ -170,13 +170,36 @@ def test_learned_variances_are_judged_without_sampling(variance_type, tmp_path, 
     source = saved(tmp_path, replace(SCHEDULE, variance_type=variance_type), out_channels=2)
     records = verify.verify(source, device="cpu", progress=False)
     verdicts = {(record.rung, record.verdict) for record in records}
-    assert verdicts == {(name, "skipped" if name in OF_SAMPLING else "pass") for name in RUNGS}
+    sampling = {"step", "step64", "engines", "trajectory", "batch", "distribution"}
+    assert verdicts == {(name, "skipped" if name in sampling else "pass") for name in RUNGS}
     note = f"sampling with variance_type '{variance_type}' is not supported"
     assert {record.note for record in records if record.verdict == "skipped"} == {note}
     only(monkeypatch, "unet", "trajectory")
     assert verify.verify(source, device="cpu", damage="unet", progress=False)[0].verdict == "FAIL"
     message = check.error_line(verify.verify, source, device="cpu", damage="trajectory", progress=False)
     assert message == f"damage is 'trajectory', but that rung is skipped: {note}; choose another"
+
+
+@pytest.mark.parametrize(("variance_type", "channels"), [("learned_range", 1), ("fixed_small", 2)])
+def test_a_network_that_does_not_go_with_the_variance_is_refused(variance_type, channels, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_climb", None)
+    source = saved(tmp_path, replace(SCHEDULE, variance_type=variance_type), out_channels=channels)
+    message = check.error_line(verify.verify, source, device="cpu")
+    assert message.startswith(f"variance_type is '{variance_type}', for which the network must return {3 - channels} ")
+    assert f"but it returns {channels}; use a" in message
+
+
+def test_the_network_is_judged_at_both_ends_and_in_the_middle(tiny, monkeypatch):
+    plain, seen = Checkpoint.plain, set()
+
+    def noted(case, precision, x, t, labels):
+        seen.add((precision, t))
+        return plain(case, precision, x, t, labels)
+
+    only(monkeypatch, "unet")
+    monkeypatch.setattr(Checkpoint, "plain", noted)
+    verify.verify(tiny, device="cpu", progress=False)
+    assert seen == {(precision, t) for precision in ("fp32", "bf16", "fp16", "fp64") for t in (0, 6, 11)}
 
 
 def test_steps_are_those_of_the_trajectory(tiny, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from fastddpm import ops
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start and interrupt would inherit it
 
 # A machine with a GPU may lack what some tests compare with, and can run all the others.
 _needs = re.compile(r"^(?:from|import) (diffusers|hypothesis|scipy)\b", re.MULTILINE)

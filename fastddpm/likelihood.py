@@ -25,7 +25,7 @@ from fastddpm.engine import Engine, Forward
 from fastddpm.reference.diffusion import predicted_x_0
 from fastddpm.reference.likelihood import decoder_nll, normal_kl, normal_nll
 from fastddpm.sampler import Sampler, evaluating, smaller
-from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule, step_rows
+from fastddpm.schedule import Schedule, step_rows
 
 Term = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (m, x_0, t, address) of a batch -> its terms [n] float64
 
@@ -188,11 +188,10 @@ def check_returned(schedule: Schedule, channels: int, returned: int) -> None:
 
     Raises: ValueError: it does not.
     """
-    learned = schedule.variance_type in LEARNED_VARIANCE_TYPES
-    if returned != (want := channels * (2 if learned else 1)):
+    if returned != (want := channels * (2 if schedule.learns_variance else 1)):
         raise ValueError(
             f"variance_type is {schedule.variance_type!r}, for which the network must return {want} channels, "
-            f"but it returns {returned}; use {'a fixed' if learned else 'a learned'} variance_type"
+            f"but it returns {returned}; use {'a fixed' if schedule.learns_variance else 'a learned'} variance_type"
         )
 
 
@@ -202,7 +201,6 @@ class _Process:
     def __init__(self, sampler: Sampler, *, discrete: bool):
         schedule, device, T = sampler.schedule, sampler.device, sampler.schedule.num_train_timesteps
         self.schedule, self.discrete, self.channels = schedule, discrete, sampler.shape[0]
-        self.learned = schedule.variance_type if schedule.variance_type in LEARNED_VARIANCE_TYPES else None
         rows, scale = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T))
         rows = torch.cat([rows[:, :4], scale[:, None]], 1)
         noising = schedule.noising_table()
@@ -224,7 +222,7 @@ class _Process:
 
     def kl(self, m: Tensor, x_0: Tensor, t: Tensor, address: Tensor) -> Tensor:
         """L_{t-1}, t >= 1."""
-        if self.learned is None:
+        if not self.schedule.learns_variance:
             error = ops.x_0_error(self._returned(m)[0], x_0, t, address, self.table)
             return self.constant[t] + self.factor[t] * error.double()
         mean_x_0, log_var = self._predicted(m, x_0, t, address)
@@ -244,7 +242,7 @@ class _Process:
         mean = predicted_x_0(x_t, m, self.rows[t])
         if v is None:
             return mean, _each(self.log_var[t], mean)
-        if self.learned == "learned":
+        if self.schedule.variance_type == "learned":
             return mean, v.double().log()
         share = (v.double() + 1) / 2  # arXiv:2102.09672, eq. 15
         return mean, share * _each(self.log_large[t], mean) + (1 - share) * _each(self.log_small[t], mean)
@@ -252,7 +250,7 @@ class _Process:
     def _returned(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the network returned for the mean, and for the variance."""
         check_returned(self.schedule, self.channels, m.shape[1])
-        return (m[:, : self.channels], m[:, self.channels :]) if self.learned else (m, None)
+        return (m[:, : self.channels], m[:, self.channels :]) if self.schedule.learns_variance else (m, None)
 
 
 class _Loop:
@@ -273,7 +271,7 @@ class _Loop:
     ):
         self.engine, self.device, self.x_0, self.process = engine, engine.device, x_0, process
         self.size, self.bar, self.causes = size, bar, "NaN or infinity; try precision fp32"
-        if process.learned == "learned":
+        if process.schedule.variance_type == "learned":
             self.causes = "NaN, infinity or a variance that is not positive; try precision fp32, another variance_type"
         self.addresses = addresses.to(self.device)
         self.labels = None if labels is None else labels.to(self.device)

@@ -179,6 +179,11 @@ class Schedule:
         betas = self.trained_betas
         return {"_class_name": _SCHEDULERS[0], **config, "trained_betas": None if betas is None else list(betas)}
 
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network returns the reverse process's variance, too: in as many channels again."""
+        return self.variance_type in LEARNED_VARIANCE_TYPES
+
     @cached_property
     def betas(self) -> Tensor:
         """[T] float64: variances of the forward process (eq. 2)."""
@@ -280,7 +285,7 @@ def step_rows(
     Args: timesteps: [S] int64, ascending; the others as `Schedule.table` takes them.
     """
     _known("sampler", sampler, SAMPLERS)
-    if schedule.variance_type in LEARNED_VARIANCE_TYPES:
+    if schedule.learns_variance:
         raise ValueError(
             f"variance_type is {schedule.variance_type!r}; sampling with learned variances is not supported, "
             f"use one of {', '.join(VARIANCE_TYPES)} with a network that returns the mean's channels alone"

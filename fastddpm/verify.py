@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import cast
 from unittest import mock
 
 import torch
@@ -20,7 +21,8 @@ from fastddpm import ops
 from fastddpm.likelihood import check_returned
 from fastddpm.rungs import INTERPRETED, OF_KERNELS, OF_SAMPLING, RUNGS, Case, Checkpoint, Record
 from fastddpm.sampler import Sampler
-from fastddpm.schedule import LEARNED_VARIANCE_TYPES, Schedule
+from fastddpm.schedule import Schedule
+from fastddpm.unet import UNet2D
 
 
 def verify(
@@ -50,14 +52,14 @@ def verify(
     if damage is not None and damage not in RUNGS:
         raise ValueError(f"damage is {damage!r}; want one of the rungs {', '.join(RUNGS)}")
     sampler = Sampler.from_pretrained(source, variant=variant, device=device, precision="fp32")
-    schedule, device, net = sampler.schedule, sampler.device, sampler.model
-    check_returned(schedule, sampler.shape[0], net.config["out_channels"])  # type: ignore[union-attr,index,arg-type]
-    learned = schedule.variance_type if schedule.variance_type in LEARNED_VARIANCE_TYPES else None
+    schedule, device, net = sampler.schedule, sampler.device, cast(UNet2D, sampler.model)
+    check_returned(schedule, sampler.shape[0], net.config["out_channels"])
+    learned = schedule.variance_type if schedule.learns_variance else None
     if learned:
         schedule = replace(schedule, variance_type="fixed_small")  # all but the variance is the same
     schedule.table(steps)  # a wrong number of steps is refused at once
     kernels = "the kernel" if ops.backend(device) == "triton" else "torch"
-    case = Checkpoint(schedule, device, kernels, net, sampler.shape, steps, progress)  # type: ignore[arg-type]
+    case = Checkpoint(schedule, device, kernels, net, sampler.shape, steps, progress)
     records: list[Record] = []
     interpreted: list[Record] = []
     for name in case.bar(RUNGS, "verify"):

@@ -1,7 +1,6 @@
-"""The command line, `fastddpm sample | train | likelihood | verify | info`: parses, calls, prints."""
+"""The command line, `fastddpm sample | merge | train | likelihood | verify | info`: parses, calls, prints."""
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -12,7 +11,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +19,14 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 
-from fastddpm import data, images, likelihood, ops
+from fastddpm import data, images, job, likelihood, ops
 from fastddpm._version import __version__
-from fastddpm.distributed import ranks
+from fastddpm.distributed import Ranks, ranks
 from fastddpm.engine import ENGINES, PRECISIONS
 from fastddpm.files import atomic, check_writable
+from fastddpm.identity import installed
+from fastddpm.indices import Indices
+from fastddpm.merge import merge
 from fastddpm.plots import bound_terms
 from fastddpm.sampler import SHIPPED, Sampler, device_and_precision
 from fastddpm.schedule import (
@@ -41,7 +42,7 @@ from fastddpm.unet import UNet2D
 from fastddpm.verify import table, verify
 
 _SUFFIXES = {".png": "grid", ".npz": "npz", "": "png"}
-_DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz"}
+_DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz", "webdataset": "samples"}
 _PACKAGES = ("triton", "numpy", "safetensors", "huggingface_hub", "diffusers")
 
 _TRAINING = {
@@ -69,11 +70,18 @@ examples:
   fastddpm sample                                          16 garments by the model in the package -> samples.png
   fastddpm sample google/ddpm-cifar10-32 --num-samples 64  a diffusers checkpoint of the Hugging Face hub
   fastddpm sample runs/mine --sampler ddim --steps 50      a folder; 50 deterministic steps instead of all 1000
-  fastddpm sample runs/mine --num-samples 50000 --out fid  a folder of PNGs, each batch written as it is finished
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
+  fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset    or png, or npz
+  torchrun --nproc-per-node 8 -m fastddpm sample runs/mine --num-samples 50000 --out samples/
 
 Sample i of a seed is the same image whatever else is sampled with it, up to the network's rounding; with
---batch-invariant to the bit.
+--batch-invariant to the bit. A folder is written shard by shard: after a kill the same command, with as many processes
+as there are then, draws what it lacks, and the files end as those of an undisturbed run.
+"""
+_MERGE = """
+examples:
+  fastddpm merge samples/ samples.npz                      arr_0 uint8 [N, H, W, C], as evaluators of the FID read it
+  fastddpm merge here/ there/ samples.tar                  parts drawn apart, with --indices
 """
 _TRAIN = """
 examples:
@@ -107,7 +115,7 @@ torch in the same precision does, both judged by float64. Exit status 1 if anyth
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0, or 2 after an error and 130 after Ctrl-C, each with one line on stderr.
+    """Run one command; 0, or 2 after an error, 130 after Ctrl-C and 143 after SIGTERM, each with one line on stderr.
 
     1 where something that was verified is wrong; 141, as a shell has it, where the reader of the output has left.
     """
@@ -118,6 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again when it ends
         return 141
+    except job.Stopped as stop:
+        if str(stop):
+            print(f"\nfastddpm: {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("\nfastddpm: interrupted; finished files are whole", file=sys.stderr)
         return 130
@@ -134,62 +146,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sample(args: argparse.Namespace) -> None:
     if args.batch_invariant and args.batch_size is not None:
         raise ValueError("--batch-size does not apply with --batch-invariant, which fixes it; leave one out")
-    out, kind = _destination(args.out, args.format)
-    check_writable(out, folder=kind == "png")
-    sampler = Sampler.from_pretrained(
-        args.checkpoint,
-        variant=args.variant,
-        device=args.device,
-        precision=args.precision,
-        engine=args.engine,
-        batch_invariant=args.batch_invariant,
-    )
+    out, kind, folder = _destination(args.out, args.format)
+    with ranks(args.device) as group:
+        with group.agree():
+            if not folder:
+                _check_for_one_file(args, out, group)
+            check_writable(out, folder=folder, make=False)
+            before = job.previous(out) if folder and args.precision == "auto" else {}
+            sampler = Sampler.from_pretrained(
+                args.checkpoint,
+                variant=args.variant,
+                device=group.device,
+                precision=before.get("precision", args.precision),
+                engine=args.engine,
+                batch_invariant=args.batch_invariant,
+            )
+        samples = args.num_samples if args.indices is None else args.indices
+        how = {name: getattr(args, name) for name in ("seed", "steps", "sampler", "eta", "batch_size", "class_labels")}
+        how |= {"noise": not args.no_noise, "progress": not args.quiet}
+        if not folder:
+            _sample_file(sampler, out, kind, Indices.of(samples), how)
+            return
+        began = time.monotonic()
+        how |= {"format": kind, "shard_size": args.shard_size, "json_log": args.json_log}
+        store = job.sample_to(out, sampler, samples, **how)
+        if not args.quiet and group.rank == 0:
+            print(f"{out}: all {len(store.samples)} samples are done; {time.monotonic() - began:.1f} s this time")
+
+
+def _check_for_one_file(args: argparse.Namespace, out: Path, group: Ranks) -> None:
+    way_out = f"name a folder, as --out {out.stem or 'samples'}/ --format npz"
+    if group.size > 1:
+        raise ValueError(f"{group.size} processes cannot write one file, {out}; {way_out}")
+    for option in ("shard_size", "json_log"):
+        if getattr(args, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} does not apply to one file, {out}; {way_out}")
+
+
+def _sample_file(sampler: Sampler, out: Path, kind: str, samples: Indices, how: dict[str, Any]) -> None:
+    """Draw samples, in memory, into one file: a grid or an npz."""
     picture = sampler.shape[0] in images.CHANNELS
     if not picture and kind != "npz":
         raise ValueError(f"the model's samples have {sampler.shape[0]} channels, no picture has; write --format npz")
-    began = time.monotonic()
-    batches: Any = sampler.batches(
-        args.num_samples if args.indices is None else args.indices,
-        seed=args.seed,
-        steps=args.steps,
-        sampler=args.sampler,
-        eta=args.eta,
-        noise=not args.no_noise,
-        batch_size=args.batch_size,
-        class_labels=args.class_labels,
-        progress=not args.quiet,
-    )
-    count, done = 0, []
-    with closing(batches):  # its progress bar ends before an error is told
-        for indices, x in batches:
-            count += len(x)
-            finished = images.to_uint8(x) if picture else x
-            if kind == "png":
-                images.save_pngs(finished, out, indices.tolist())
-            else:
-                done.append(finished)
-    seconds = time.monotonic() - began
-    if not count:
+    if not samples:
         raise ValueError("no samples were asked for; give --num-samples or --indices")
-    if kind == "grid":
-        images.save_grid(torch.cat(done), out)
-    elif kind == "npz":
-        images.save_npz(torch.cat(done), out)
-    if not args.quiet:
-        print(f"{out}: {count} samples in {seconds:.1f} s, {count / seconds:.3g} per second")
+    labels = how["class_labels"]
+    if labels is not None and 0 < len(labels) < len(samples):
+        how = how | {"class_labels": np.resize(tuple(labels), len(samples)).tolist()}
+    began = time.monotonic()
+    x = sampler.sample(samples, output="uint8" if picture else "float", **how)
+    seconds = time.monotonic() - began
+    save = images.save_grid if kind == "grid" else images.save_npz
+    save(x, out)
+    if how["progress"]:
+        print(f"{out}: {len(x)} samples in {seconds:.1f} s, {len(x) / seconds:.3g} per second")
 
 
-def _destination(out: str | None, kind: str | None) -> tuple[Path, str]:
-    """Where to write, and whether a grid, an npz or a folder of png; either follows from the other."""
+def _destination(out: str | None, kind: str | None) -> tuple[Path, str, bool]:
+    """Where to write, in which format, and whether into a folder; one often follows from the other."""
     if out is None:
-        return Path(_DEFAULT_OUT[kind or "grid"]), kind or "grid"
+        out = _DEFAULT_OUT[kind or "grid"]
     suffix = "" if out.endswith(os.sep) or Path(out).is_dir() else Path(out).suffix.lower()
     implied = _SUFFIXES.get(suffix)
     if kind is None and implied is None:
         raise ValueError(f"--out is {out}; name a .png, an .npz or a folder, or say what it is with --format")
     if kind is not None and suffix and implied is not None and implied != kind:
         raise ValueError(f"--format {kind} does not go with --out {out}; leave --format out, or write a {implied}")
-    return Path(out), kind or str(implied)
+    kind = kind or str(implied)
+    return Path(out), kind, kind in ("png", "webdataset") or (kind == "npz" and not suffix)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    shape = merge(args.folders, args.out, progress=not args.quiet)
+    if not args.quiet:
+        print(f"{args.out}: {shape[0]} samples, each {' x '.join(map(str, shape[1:]))}")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -340,7 +370,7 @@ def _facts() -> dict[str, dict[str, Any]]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    versions |= {name: _version(name) for name in _PACKAGES}
+    versions |= {name: installed(name) for name in _PACKAGES}
     default = {"device": device.type, "precision": precision, "backend": ops.backend(device)}
     return {"version": versions, "machine": machine, "default": default}
 
@@ -360,13 +390,6 @@ def _report(capabilities: Sequence[int], *options: str) -> str | None:
     return done.stdout.rstrip()
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -384,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastddpm", description="Exact DDPM sampling, fast. Start with: fastddpm sample")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="sample | train | likelihood | verify | info", title="commands"
+        required=True, metavar="sample | merge | train | likelihood | verify | info", title="commands"
     )
 
     def command(name: str, run: Any, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -400,6 +423,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_sample(command("sample", _sample, "draw images from a trained model", _SAMPLE))
+    _add_merge(command("merge", _merge, "join the samples of finished folders in one file", _MERGE))
     _add_train(command("train", _train, "train a model on images (Algorithm 1 of the DDPM paper)", _TRAIN))
     _add_likelihood(command("likelihood", _likelihood, "the variational bound of images, in bits/dim", _LIKELIHOOD))
     _add_verify(command("verify", _verify, "prove that this machine computes what the reference does", _VERIFY))
@@ -419,7 +443,7 @@ def _add_sample(add: argparse.ArgumentParser) -> None:
     _add_checkpoint(add)
     which = add.add_mutually_exclusive_group()
     which.add_argument("--num-samples", type=int, default=16, metavar="N", help="samples 0..N-1 (default: %(default)s)")
-    which.add_argument("--indices", type=_numbers, metavar="I,J-K", help="these samples instead, such as 5,7,100-120")
+    which.add_argument("--indices", type=_indices, metavar="I,J-K", help="these samples instead, such as 5,7,100-120")
     add.add_argument("--seed", type=int, default=0, help="0 <= seed < 2^64 (default: %(default)s)")
     add.add_argument("--steps", type=int, metavar="S", help="visit S of the T training timesteps (default: all)")
     add.add_argument(
@@ -428,12 +452,19 @@ def _add_sample(add: argparse.ArgumentParser) -> None:
     add.add_argument("--eta", type=float, default=0.0, help="noise of ddim, 0 is deterministic (default: %(default)s)")
     add.add_argument("--no-noise", action="store_true", help="switch sigma_t z off: each step takes its mean")
     add.add_argument(
-        "--class-labels", type=_numbers, metavar="L,M", help="one per sample, for a class-conditional model"
+        "--class-labels",
+        type=_indices,
+        metavar="L,M-N",
+        help="for a class-conditional model: one per sample, or fewer, such as 0-9, which are repeated",
+    )
+    add.add_argument("--out", metavar="PATH", help="x.png: a grid; x.npz; or a folder (default: samples.png)")
+    add.add_argument(
+        "--format", choices=tuple(_DEFAULT_OUT), help="what to write, where --out does not tell (a folder: png)"
     )
     add.add_argument(
-        "--out", metavar="PATH", help="x.png: a grid; x.npz; a folder: one PNG each (default: samples.png)"
+        "--shard-size", type=int, metavar="K", help="samples of a folder kept at a time (default: a batch)"
     )
-    add.add_argument("--format", choices=tuple(_DEFAULT_OUT), help="what to write, where --out does not tell")
+    add.add_argument("--json-log", metavar="FILE", help="add a JSON line on the progress of a folder every ten seconds")
     add.add_argument("--batch-size", type=int, metavar="B", help="samples computed together (default: by the device)")
     add.add_argument(
         "--batch-invariant", action="store_true", help="sample i has the same bits whatever is sampled with it"
@@ -442,6 +473,12 @@ def _add_sample(add: argparse.ArgumentParser) -> None:
         "--engine", choices=("auto", *ENGINES), default="auto", help="how a step is run (default: auto, by the device)"
     )
     _add_machine(add, ("auto", *PRECISIONS))
+
+
+def _add_merge(add: argparse.ArgumentParser) -> None:
+    add.add_argument("folders", nargs="+", metavar="FOLDER", help="that `fastddpm sample` wrote, in any format")
+    add.add_argument("out", metavar="OUT", help="x.npz (arr_0, and arr_1 of labelled samples) or x.tar (webdataset)")
+    add.add_argument("--quiet", action="store_true", help="no progress bar, nothing but results")
 
 
 def _add_train(add: argparse.ArgumentParser) -> None:
@@ -534,12 +571,13 @@ def _add_machine(add: argparse.ArgumentParser, precisions: Sequence[str] = (), a
     add.add_argument("--quiet", action="store_true", help="no progress bar, nothing but results")
 
 
+def _indices(text: str) -> Indices:
+    try:
+        return Indices.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     """5,7,100-103 -> (5, 7, 100, 101, 102, 103)."""
-    numbers: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers like 5,7,100-120")
-        numbers += range(int(first), int(last or first) + 1)
-    return tuple(numbers)
+    return tuple(_indices(text))

@@ -1,9 +1,10 @@
 """Several processes at one job, as torchrun starts them; without it, this one alone."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Ranks:
             if self.size == 1:
                 raise
             failed = error
-        told = self._gathered(None if failed is None else _line(failed))
+        told = self.gather(None if failed is None else one_line(failed))
         if any(told):
             raise AgreedError(next(filter(None, told))) from failed
 
@@ -72,19 +73,35 @@ class Ranks:
 
         Raises: AgreedError: on every rank, if one knows another; it names the first that differs.
         """
-        everybodys = self._gathered(dict(facts))
+        everybodys = self.gather(dict(facts))
         for rank, other in enumerate(everybodys):
             for name, value in everybodys[0].items():
                 if other.get(name) != value:
                     what = f"{name} is {value} in process 0, {other.get(name)} in process {rank}"
                     raise AgreedError(f"{what}; give all of them the same data, options and folder")
 
-    def _gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, of types that pickle knows."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def meeting(self) -> Callable[[], Any]:
+        """Arrange, all ranks at once, for a place to wait for each other: for days, if one has more to do than another.
+
+        Returns: what a rank calls when it is there. It then calls what this returns until that is True: all are there.
+            That raises RuntimeError if a rank was lost.
+        """
+        if self.size == 1:
+            return lambda: lambda: True
+        place = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+        def arrive() -> Callable[[], bool]:
+            work = dist.barrier(place, async_op=True)
+            return lambda: work.is_completed() and work.wait()
+
+        return arrive
 
 
 @contextmanager
@@ -111,7 +128,7 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
     try:  # gloo in either case: agree() must not wait for a GPU
         dist.init_process_group("gloo" if gpu is None else "cpu:gloo,cuda:nccl", device_id=gpu)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"cannot join the {size} processes of torchrun: {_line(error)}; start them all") from error
+        raise ValueError(f"cannot join the {size} processes of torchrun: {one_line(error)}; start them all") from error
     try:
         yield Ranks(dist.get_rank(), size, device if gpu is None else gpu)
     except AgreedError:
@@ -132,7 +149,7 @@ def _gpu(device: torch.device | str | None) -> torch.device | None:
     return torch.device("cuda", local)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What failed, in one line, as the command line says it."""
     kind = [] if isinstance(error, ValueError | OSError) else [f"{type(error).__name__}:"]
     return " ".join([*kind, *str(error).split()]) or type(error).__name__

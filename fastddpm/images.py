@@ -1,10 +1,10 @@
 """From samples in [-1, 1] to pictures: uint8, a grid to look at, PNG and .npz files."""
 
+import io
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def save_grid(images: Tensor | np.ndarray, path: str | os.PathLike[str], *, colu
     """Write one PNG with all images: `grid`. images: uint8 [N, H, W, C] with C = 1, 3 or 4."""
     picture = grid(images, columns=columns)
     with atomic(path) as file:
-        _write_png(picture, file)
+        file.write(png(picture))
 
 
 def save_pngs(
@@ -83,7 +83,21 @@ def save_pngs(
     Path(folder).mkdir(parents=True, exist_ok=True)
     for index, image in zip(range(len(array)) if indices is None else indices, array, strict=True):
         with atomic(Path(folder) / f"{index:05d}.png") as file:
-            _write_png(image, file)
+            file.write(png(image))
+
+
+def png(image: np.ndarray) -> bytes:
+    """What is in the PNG file of an image: uint8 [H, W, C] with C = 1, 3 or 4."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def are_pictures(samples: np.ndarray) -> bool:
+    """Whether samples are uint8 [N, H, W, C] with as many channels as a PNG can have."""
+    return samples.dtype == np.uint8 and samples.ndim == 4 and samples.shape[3] in CHANNELS
 
 
 def save_npz(samples: Tensor | np.ndarray, path: str | os.PathLike[str]) -> None:
@@ -102,9 +116,3 @@ def _uint8(images: Tensor | np.ndarray) -> np.ndarray:
     if array.shape[3] not in CHANNELS:
         raise ValueError(f"images have {array.shape[3]} channels, a PNG has 1, 3 or 4; write .npz")
     return array
-
-
-def _write_png(image: np.ndarray, file: BinaryIO) -> None:
-    from PIL import Image
-
-    Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(file, format="PNG")

@@ -15,6 +15,7 @@ import torch
 
 from fastddpm import plots
 from fastddpm.files import TEMPORARY, atomic, naming
+from fastddpm.identity import differing
 
 STATE = "training.pt"  # beside the checkpoint: what a resumed run needs
 LOG = "log.jsonl"
@@ -53,7 +54,7 @@ def resume(out: Path, run: Mapping[str, Any], parts: Mapping[str, Any]) -> Progr
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            done, changed = Progress(**state["progress"]), _differing(state["run"], run)
+            done, changed = Progress(**state["progress"]), differing(state["run"], run)
             if not changed:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
@@ -79,15 +80,6 @@ def begun_from(out: Path) -> str | None:
         return torch.load(out / STATE, map_location="cpu", weights_only=True, mmap=True)["run"].get("init")
     except Exception:  # of what is damaged `resume` tells
         return None
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given before where it is not what is given now, of nested mappings as well; null: nothing."""
-    changed = {name: before.get(name) for name in {**before, **now} if before.get(name) != now.get(name)}
-    for name, value in changed.items():
-        if isinstance(value, dict) and isinstance(now.get(name), dict):
-            changed[name] = _differing(value, now[name])
-    return changed
 
 
 @contextmanager

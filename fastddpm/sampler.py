@@ -6,6 +6,7 @@ neither depends on the batch that sample i happens to be in.
 
 import math
 import os
+import sys
 import threading
 import warnings
 from collections import Counter, deque
@@ -25,6 +26,7 @@ from fastddpm.schedule import Schedule, StepTable
 from fastddpm.unet import UNet2D
 
 Callback = Callable[[int, int, Tensor, Tensor], object]  # (step, t, x_0, sample indices)
+Progress = Callable[[int, int], object]  # (steps since the last call, samples they were of)
 
 SHIPPED = "fashion-mnist"
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
@@ -92,6 +94,7 @@ class Sampler:
         self.device, self.precision = device_and_precision(device, precision)
         self.engine = Engine(model, self.shape, schedule.num_train_timesteps, self.device, self.precision, engine)
         self.micro_batch = self._micro_batch(batch_invariant)
+        self._fits = sys.maxsize  # no batch larger than this: there was no memory for one
         if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
             model.to(self.device)
 
@@ -177,7 +180,7 @@ class Sampler:
         noise: float = True,
         batch_size: int | None = None,
         class_labels: Iterable[int] | Tensor | None = None,
-        progress: bool = True,
+        progress: bool | Progress = True,
         callback: Callback | None = None,
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Draw samples and hand out each batch when it is finished.
@@ -191,9 +194,10 @@ class Sampler:
                 clip_sample=False (docs/sigma.md).
             noise: what sigma_t z is multiplied by; False switches it off, and each step returns its mean.
             batch_size: samples computed together; None chooses by the device and the size of a sample. Without enough
-                memory it is halved, with a warning. It does not apply with batch_invariant.
+                memory it is halved, with a warning, for good. It does not apply with batch_invariant.
             class_labels: of a class-conditional `UNet2D`: one label per sample.
-            progress: show a bar.
+            progress: show a bar; or what is told of the steps instead: progress(steps since the last call, samples
+                they were of).
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the predicted
                 clean samples x_0 (float32, like the batch) before the update. Both tensors are copies.
         Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU, in the order
@@ -214,22 +218,27 @@ class Sampler:
         addresses: Tensor,
         labels: Tensor | None,
         size: int,
-        progress: bool,
+        progress: bool | Progress,
         callback: Callback | None,
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         from tqdm import tqdm
 
+        size = min(size, self._fits)
         parts, in_order = deque(self._parts(addresses[:, 1], size)), _InOrder(addresses[:, 1])
-        bar = tqdm(total=len(parts) * len(table), desc="sample", unit="step", disable=not progress)
+        silent = callable(progress) or not progress
+        bar = tqdm(total=len(parts) * len(table), desc="sample", unit="step", disable=silent)
+        told = progress if callable(progress) else lambda steps, _: bar.update(steps)
         with bar, evaluating(self.model):
             while parts:
                 part, done = parts.popleft(), bar.n
                 try:
-                    x = self._run(table, part, addresses, labels, callback, bar)
+                    x = self._run(table, part, addresses, labels, callback, bar, told)
                 except torch.OutOfMemoryError as error:
                     failure, x = str(error).splitlines()[0], None  # the error itself would keep the memory
                 if x is None:
                     size = smaller(self.engine, len(part), failure, self.micro_batch)
+                    if size < len(part):
+                        self._fits = size
                     parts = deque(torch.cat([part, *parts]).split(size))
                     bar.n, bar.total = done, done + len(parts) * len(table)
                 else:
@@ -256,6 +265,7 @@ class Sampler:
         labels: Tensor | None,
         callback: Callback | None,
         bar: Any,
+        told: Progress,
     ) -> Tensor:
         """All steps of one batch: [n, *shape] float32 on the CPU, channels-last, of the entries that are not empty."""
         taken = part >= 0
@@ -266,7 +276,7 @@ class Sampler:
             slots.load(table, addresses[which], None if labels is None else labels[which])
             bar.set_description("sample", refresh=False)
             samples = addresses[which, 1][taken]
-            watch = _Watch(slots, taken, samples, bar)
+            watch = _Watch(slots, taken, samples, told)
             for k in reversed(range(len(table))):
                 if callback is None:
                     slots.advance()
@@ -379,14 +389,14 @@ class _InOrder:
 
 
 class _Watch:
-    """Stops a run whose network returned NaN or infinity, naming the first bad step and the samples; moves the bar.
+    """Stops a run whose network returned NaN or infinity, naming the first bad step and the samples; tells of steps.
 
     Waiting for the flag in each step would leave a GPU idle. There it is copied to the host behind the steps that are
     under way, and read one look later: so the host is never more than two looks ahead, and the GPU never waits.
     """
 
-    def __init__(self, slots: Slots, taken: Tensor, samples: Tensor, bar: Any):
-        self.slots, self.taken, self.samples, self.bar = slots, taken, samples, bar
+    def __init__(self, slots: Slots, taken: Tensor, samples: Tensor, told: Progress):
+        self.slots, self.taken, self.samples, self.told = slots, taken, samples, told
         self.on_gpu, self.steps, self.copied = slots.bad.device.type == "cuda", 0, 0
         if self.on_gpu:
             self.host = torch.empty(len(taken), dtype=torch.int32, device="cpu", pin_memory=True)
@@ -419,7 +429,7 @@ class _Watch:
                 f"{self.slots.step(first)}: the network returned NaN or infinity for samples {named[:8]}"
                 f"{' ...' * (len(named) > 8)}; try precision fp32, or another checkpoint"
             )
-        self.bar.update(steps)
+        self.told(steps, len(self.samples))
 
 
 def _predicted(x: Tensor, m: Tensor, row: Tensor, scale: Tensor) -> Tensor:

@@ -22,8 +22,12 @@ LAYERS = (
     "__main__",
     "cli",
     "verify",
+    "job",
+    "progress",
     "rungs",
     "likelihood",
+    "fid",
+    "features",
     "train",
     "runs",
     "diffusers",
@@ -35,14 +39,16 @@ LAYERS = (
     "frechet",
     "noise",
     "schedule",
+    "merge",
+    "store",
     "images",
     "plots",
     "data",
     "distributed",
 )
-LAYERS += ("files", "layout", "reference", "kernels", "_version")
+LAYERS += ("identity", "indices", "files", "layout", "reference", "kernels", "_version")
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
-KNOWN = {"torch", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
+KNOWN = {"torch", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime", *sys.stdlib_module_names}
 LIGHT = {"torch", *sys.stdlib_module_names}
 
 

@@ -1,0 +1,114 @@
+"""Sample indices as runs, such as 5,7,100-120: a million in a row take no memory, a million at random 24 MB."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+LIMIT = 1 << 56  # of the noise standard
+
+
+class Indices(Sequence[int]):
+    """Sample indices in the order asked for.
+
+    Args:
+        starts: [R] int64, the first index of each run.
+        lengths: [R] int64, how many there are in it, at least 1; one run does not go on with the next.
+    """
+
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray):
+        self.starts, self.lengths = starts, lengths
+        self._ends = lengths.cumsum()  # how many indices there are up to the end of each run
+
+    @classmethod
+    def _joined(cls, starts: np.ndarray, lengths: np.ndarray) -> "Indices":
+        """Of runs that may be empty or go on with the next."""
+        starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+        first = np.ones(len(starts), bool)
+        first[1:] = starts[1:] != starts[:-1] + lengths[:-1]
+        return cls(starts[first], np.add.reduceat(lengths, np.flatnonzero(first)) if len(starts) else lengths)
+
+    @classmethod
+    def of(cls, samples: "int | Iterable[int]") -> "Indices":
+        """Those that `Sampler.sample` takes: how many (0, 1, ...), or which.
+
+        Raises: ValueError: they are not whole numbers, 0 <= index < 2^56.
+        """
+        if isinstance(samples, Indices):
+            return samples
+        if isinstance(samples, int | np.integer) and not isinstance(samples, bool):
+            samples = range(int(samples)) if samples >= 0 else samples
+        if isinstance(samples, range) and samples.step == 1:
+            starts, lengths = np.array([samples.start]), np.array([len(samples)])
+        else:
+            starts = np.array(tuple(samples) if isinstance(samples, Iterable) else samples)
+            starts = starts if starts.size else starts.astype(np.int64)
+            lengths = np.ones_like(starts)
+        if starts.ndim != 1 or starts.dtype.kind not in "iu" or (starts < 0).any() or (starts + lengths > LIMIT).any():
+            raise ValueError(f"samples are {str(samples)[:80]}; want how many, or whole numbers 0 <= index < 2^56")
+        return cls._joined(starts.astype(np.int64), lengths.astype(np.int64))
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Indices]") -> "Indices":
+        """Those of one after those of the other."""
+        return cls._joined(
+            np.concatenate([part.starts for part in parts]), np.concatenate([part.lengths for part in parts])
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> "Indices":
+        """5,7,100-103 -> 5, 7, 100, 101, 102, 103.
+
+        Raises: ValueError: it is not like that.
+        """
+        parts = [part.partition("-") for part in text.split(",") if part]
+        for first, dash, last in parts:
+            if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+                raise ValueError(f"{text!r} is not a list of whole numbers like 5,7,100-120")
+            if int(last or first) >= LIMIT:
+                raise ValueError(f"sample index is {last or first}; it must be a whole number, 0 <= index < 2^56")
+        starts = np.array([int(first) for first, _, _ in parts], np.int64)
+        return cls._joined(starts, np.array([int(last or first) + 1 for first, _, last in parts], np.int64) - starts)
+
+    def __str__(self) -> str:
+        """The shortest text that `parse` makes the same of."""
+        runs = zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
+        return ",".join(f"{start}-{start + length - 1}" if length > 1 else str(start) for start, length in runs)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __iter__(self) -> Iterator[int]:
+        for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+            yield from range(start, start + length)
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Indices": ...
+    def __getitem__(self, place: int | slice) -> "int | Indices":
+        if isinstance(place, slice):
+            start, stop, step = place.indices(len(self))
+            if step != 1:
+                raise ValueError(f"the step of a slice is {step}; want 1")
+            return self._between(start, max(start, stop))
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return next(iter(self._between(place % len(self), place % len(self) + 1)))
+
+    def _between(self, start: int, stop: int) -> "Indices":
+        at = slice(np.searchsorted(self._ends, start, "right"), np.searchsorted(self._ends, stop, "left") + 1)
+        ends = self._ends[at]
+        begins = ends - self.lengths[at]
+        starts = self.starts[at] + np.maximum(start - begins, 0)
+        return self._joined(starts, np.minimum(ends, stop) - np.maximum(begins, start))
+
+    def largest(self) -> int:
+        return int((self.starts + self.lengths).max()) - 1
+
+    def twice(self) -> int | None:
+        """An index that is there more than once; None if none is."""
+        order = self.starts.argsort()
+        starts, stops = self.starts[order], (self.starts + self.lengths)[order]
+        overlap = np.flatnonzero(starts[1:] < stops[:-1])
+        return int(starts[1:][overlap[0]]) if len(overlap) else None

@@ -1,0 +1,257 @@
+"""How a job of several processes gets on, of each and in all: as bars or plain lines, and as JSON lines."""
+
+import json
+import math
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch.distributed as dist
+
+from fastddpm.distributed import AgreedError, Ranks, one_line
+from fastddpm.files import naming
+
+BEAT = 0.5  # seconds from one look at the processes to the next
+LOG_EVERY = 10.0  # seconds from one JSON line to the next
+PRINT_EVERY = 30.0  # and from one plain line to the next
+_FAILED = "failed"
+
+
+@dataclass
+class Count:
+    """What one process has done of its part.
+
+    Attributes:
+        rank: of the process.
+        of: samples in its part.
+        images: of them on the disk.
+        steps: of the network; image_steps: the same, each counted as often as there were samples in its batch.
+        seconds: from the beginning to its latest step.
+        state: "running", "done", or why it ended.
+    """
+
+    rank: int
+    of: int
+    images: int = 0
+    steps: int = 0
+    image_steps: int = 0
+    seconds: float = 0.0
+    state: str = "running"
+
+
+class Progress:
+    """Gathers the counts of all processes; the first of them shows and logs them. Errors end all.
+
+    Args:
+        group: the processes, each of which makes one of these at the same time.
+        part: samples this process is to draw.
+        total: samples there are to be in the end, of which `before` are there already.
+        steps: of a sample.
+        show: draw bars on a terminal, or print a line now and then.
+        json_log: a file to append a JSON line to every so often, and at the end.
+    """
+
+    def __init__(
+        self,
+        group: Ranks,
+        part: int,
+        *,
+        total: int,
+        before: int,
+        steps: int,
+        show: bool = True,
+        json_log: str | os.PathLike[str] | None = None,
+    ):
+        self.group, self.total, self.before, self.steps = group, total, before, steps
+        self.count, self.began = Count(group.rank, part), time.monotonic()
+        self.failure: Exception | None = None
+        self.board = _board(group)
+        self.images = before  # on the disk, as of the last look (of the first process)
+        self._post()
+        group.gather(None)  # all have posted
+        self.show: _Bars | _Lines | None = None
+        self.log = None
+        if group.rank == 0:
+            self.show = None if not show else _Bars(self) if sys.stderr.isatty() else _Lines(self)
+            self.log = None if json_log is None else _Log(json_log)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+
+    def stepped(self, steps: int, samples: int) -> None:
+        """The network has taken so many more steps with a batch. Raises: AgreedError: another process has failed."""
+        self.check()
+        self.count.steps += steps
+        self.count.image_steps += steps * samples
+        self.count.seconds = time.monotonic() - self.began
+
+    def stored(self, samples: int) -> None:
+        """So many more samples are on the disk."""
+        self.count.images += samples
+
+    def check(self) -> None:
+        """Raise what failed elsewhere."""
+        if self.failure is not None:
+            raise self.failure
+
+    def done(self) -> None:
+        """This process has done its part."""
+        self.count.state = "done"
+        self._post()
+
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        if error is not None and error is not self.failure:
+            stopped = isinstance(error, KeyboardInterrupt)
+            self.count.state = "stopped" if stopped else one_line(error)
+            with suppress(RuntimeError):  # the first process has gone
+                self._post()
+                self.board.set(_FAILED, f"process {self.group.rank}: {self.count.state}")
+        if self.group.rank == 0:
+            self._tell(last=True)
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT):
+            try:
+                self._post()
+                if self.board.check([_FAILED]):
+                    raise AgreedError(self.board.get(_FAILED).decode())
+                if self.group.rank == 0:
+                    self._tell()
+            except RuntimeError:
+                self.failure = AgreedError("process 0 was lost")
+            except Exception as error:
+                self.failure = error
+            if self.failure is not None:
+                return
+
+    def _post(self) -> None:
+        self.board.set(str(self.group.rank), json.dumps(asdict(self.count)))
+
+    def _tell(self, *, last: bool = False) -> None:
+        counts = [Count(**json.loads(self.board.get(str(rank)))) for rank in range(self.group.size)]
+        summary = self.summary(counts)
+        self.images = summary["images"]
+        if self.show is not None:
+            self.show.tell(summary, last)
+        if self.log is not None:
+            self.log.tell(summary, last)
+
+    def summary(self, counts: Sequence[Count]) -> dict[str, Any]:
+        """What there is to tell, as JSON has it."""
+        ranks = []
+        for count in counts:
+            rate = count.image_steps / count.seconds if count.seconds else 0.0
+            left = count.of * self.steps - count.image_steps
+            ranks.append(
+                {
+                    **{name: getattr(count, name) for name in ("rank", "state", "images", "of")},
+                    "drawn": min(count.of, count.image_steps / self.steps),
+                    "images_per_s": rate / self.steps,
+                    "steps_per_s": count.steps / count.seconds if count.seconds else 0.0,
+                    "eta_s": 0.0 if left <= 0 else left / rate if rate else None,
+                }
+            )
+        etas = [rank["eta_s"] for rank in ranks]
+        return {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self.began, 3),
+            "images": self.before + sum(count.images for count in counts),
+            "of": self.total,
+            "drawn": self.before + sum(rank["drawn"] for rank in ranks),
+            "images_per_s": sum(rank["images_per_s"] for rank in ranks),
+            "steps_per_s": sum(rank["steps_per_s"] for rank in ranks),
+            "eta_s": None if None in etas else max(etas),
+            "ranks": ranks,
+        }
+
+
+class _Bars:
+    """On a terminal: a bar for all, and one for each process of several."""
+
+    def __init__(self, progress: Progress):
+        from tqdm import tqdm
+
+        size = progress.group.size
+        names = ["samples", *(f"process {rank}" for rank in range(size) if size > 1)]
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        self.bars = [
+            tqdm(total=1, desc=name, position=i, bar_format=form, leave=not i, file=sys.stderr)
+            for i, name in enumerate(names)
+        ]
+
+    def tell(self, summary: Mapping[str, Any], last: bool) -> None:
+        for bar, told in zip(self.bars, [summary, *summary["ranks"]], strict=False):
+            bar.n, bar.total = int(told["drawn"]), told["of"]
+            bar.set_postfix_str(_rates(told))
+        if last:
+            for bar in reversed(self.bars):
+                bar.close()
+
+
+class _Lines:
+    """Elsewhere: a line now and then."""
+
+    def __init__(self, progress: Progress):
+        self.next = progress.began
+
+    def tell(self, summary: Mapping[str, Any], last: bool) -> None:
+        if not last and time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + PRINT_EVERY
+        parts = [f"{summary['images']} of {summary['of']} samples, {_rates(summary)}"]
+        if len(summary["ranks"]) > 1:
+            for rank in summary["ranks"]:
+                parts.append(f"process {rank['rank']}: {rank['images']} of {rank['of']}, {_rates(rank)}")
+        print("; ".join(parts), file=sys.stderr, flush=True)
+
+
+class _Log:
+    """A file of JSON lines, added to what it holds."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path, self.next = Path(path), -math.inf
+
+    def tell(self, summary: Mapping[str, Any], last: bool) -> None:
+        if not last and time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + LOG_EVERY
+        with naming(self.path), self.path.open("a+b") as file:
+            if file.tell() and not _ends_a_line(file):  # of a process that was killed
+                file.write(b"\n")
+            file.write(json.dumps(summary).encode() + b"\n")
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _rates(told: Mapping[str, Any]) -> str:
+    from tqdm import tqdm
+
+    eta = "?" if told["eta_s"] is None else tqdm.format_interval(told["eta_s"])
+    return f"{told['images_per_s']:.3g} images/s, {told['steps_per_s']:.3g} steps/s, ETA {eta}"
+
+
+def _board(group: Ranks) -> dist.Store:
+    """Where each process can read what the others have posted."""
+    if group.size == 1:
+        return dist.HashStore()
+    host = os.environ.get("MASTER_ADDR", socket.gethostname())
+    own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if group.rank == 0 else None
+    port = group.gather(own and own.port)[0]
+    return own or dist.TCPStore(host, port, wait_for_workers=False)

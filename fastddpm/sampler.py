@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -163,9 +163,10 @@ class Sampler:
         if output == "uint8":
             out = torch.empty(count, *self.shape[1:], self.shape[0], dtype=torch.uint8, device="cpu")
         done = 0
-        for _, x in batches:
-            out[done : done + len(x)] = images.to_uint8(x) if output == "uint8" else x
-            done += len(x)
+        with closing(batches):  # its progress bar ends before an error is told
+            for _, x in batches:
+                out[done : done + len(x)] = images.to_uint8(x) if output == "uint8" else x
+                done += len(x)
         return out
 
     def batches(

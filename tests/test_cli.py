@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastddpm import __version__, checkpoint, cli, images, likelihood
+from fastddpm.distributed import Ranks
 from fastddpm.likelihood import bound
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule
+from fastddpm.store import FORMATS
 from fastddpm.train import TrainOptions
 from fastddpm.unet import UNet2D
 
@@ -131,7 +134,7 @@ def test_sample_takes_a_variant(tiny, tmp_path):
 
 def test_sample_writes_a_folder_named_by_index(tiny, capsys):
     assert cli.main(["sample", tiny, "--indices", "7,2-3", "--batch-size", "2", "--out", "a/b", "--quiet"]) == 0
-    assert sorted(os.listdir("a/b")) == ["00002.png", "00003.png", "00007.png"]
+    assert sorted(os.listdir("a/b")) == [".shards", "00002.png", "00003.png", "00007.png", "manifest.json"]
     read = [np.asarray(Image.open(f"a/b/{i:05d}.png")) for i in (7, 2, 3)]
     assert np.array_equal(np.stack(read)[..., None], drawn(tiny, [7, 2, 3], batch_size=2))
     assert capsys.readouterr() == ("", "")
@@ -148,8 +151,15 @@ def test_finished_batches_outlive_an_interrupt(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(images, "to_uint8", interrupted)
     assert cli.main(["sample", tiny, "--num-samples", "9", "--batch-size", "2", "--out", "pngs", "--quiet"]) == 130
-    assert sorted(os.listdir("pngs")) == [f"0000{i}.png" for i in range(4)]
-    assert re.fullmatch(r"\nfastddpm: interrupted.*\n", capsys.readouterr().err)
+    assert sorted(os.listdir("pngs")) == [".shards", *(f"0000{i}.png" for i in range(4)), "manifest.json"]
+    assert capsys.readouterr().err == (
+        "\nfastddpm: stopped: 4 of 9 samples are done; the same command goes on from there\n"
+    )
+    monkeypatch.setattr(images, "to_uint8", to_uint8)
+    assert cli.main(["sample", tiny, "--num-samples", "9", "--out", "pngs"]) == 0
+    assert re.fullmatch(r"pngs: all 9 samples are done; [\d.]+ s this time\n", capsys.readouterr().out)
+    read = [np.asarray(Image.open(f"pngs/{i:05d}.png")) for i in range(9)]
+    assert np.array_equal(np.stack(read)[..., None], drawn(tiny, 9, batch_size=2))
 
 
 def test_samples_that_are_no_pictures_go_to_npz_as_floats(tmp_path, capsys):
@@ -165,23 +175,31 @@ def test_samples_that_are_no_pictures_go_to_npz_as_floats(tmp_path, capsys):
     [
         ([], "samples.png", "grid"),
         (["--format", "png"], "samples", "png"),
-        (["--format", "npz"], "samples.npz", "npz"),
+        (["--format", "npz"], "samples.npz", "one npz"),
+        (["--format", "webdataset"], "samples", "webdataset"),
         (["--out", "a/x.PNG"], "a/x.PNG", "grid"),
-        (["--out", "x.npz"], "x.npz", "npz"),
+        (["--out", "x.npz"], "x.npz", "one npz"),
+        (["--out", "x.npz", "--format", "npz"], "x.npz", "one npz"),
+        (["--out", "x.npz/"], "x.npz", "png"),
+        (["--out", "x.npz/", "--format", "npz"], "x.npz", "npz"),
+        (["--out", "x", "--format", "npz"], "x", "npz"),
+        (["--out", "folder.1", "--format", "npz"], "folder.1", "npz"),
+        (["--out", "x", "--format", "webdataset"], "x", "webdataset"),
         (["--out", "x"], "x", "png"),
         (["--out", "new.samples/"], "new.samples", "png"),
         (["--out", "x.png/"], "x.png", "png"),
         (["--out", "folder.1"], "folder.1", "png"),
         (["--out", "x", "--format", "grid"], "x", "grid"),
-        (["--out", "x.data", "--format", "npz"], "x.data", "npz"),
+        (["--out", "x.data", "--format", "npz"], "x.data", "one npz"),
     ],
 )
 def test_format_follows_from_out_and_the_other_way_round(tiny, flags, path, kind):
     Path("folder.1").mkdir()
     assert cli.main(["sample", tiny, "--num-samples", "1", "--quiet", *flags]) == 0
-    if kind == "png":
-        assert os.listdir(path) == ["00000.png"]
+    if kind in FORMATS:
+        assert sorted(os.listdir(path)) == [".shards", f"00000{FORMATS[kind]}", "manifest.json"]
     else:
+        kind = kind.removeprefix("one ")
         assert Path(path).read_bytes()[:2] == {"grid": b"\x89P", "npz": b"PK"}[kind]
 
 
@@ -215,6 +233,12 @@ def test_format_follows_from_out_and_the_other_way_round(tiny, flags, path, kind
         ("--out x.jpg", "--out is x.jpg"),
         ("--out x.png --format npz", "--format npz does not go with --out x.png"),
         ("--out x.npz --format png", "--format png does not go with --out x.npz"),
+        ("--out x.npz --format webdataset", "--format webdataset does not go with --out x.npz"),
+        ("--out x/ --shard-size 0", "shard_size is 0"),
+        ("--out x/ --indices 3,1-5", "sample 3 is asked for twice"),
+        ("--out x/ --num-samples 0", "no samples"),
+        ("--out x/ --steps 7", "steps is 7"),
+        ("--out x/ --json-log file/log", "cannot write file/log"),
         ("--out file/x.png", "cannot write file/x.png"),
         ("--out file", "cannot write file"),
         ("--out folder.png --format grid", "cannot write folder.png: it is a folder"),
@@ -266,12 +290,52 @@ def test_the_progress_bar_ends_before_an_error_is_told(tiny, capsys, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(images, "save_pngs", full)
-    assert cli.main(["sample", tiny, "--out", "pngs", "--batch-size", "8"]) == 2
+    monkeypatch.setattr(images, "to_uint8", full)
+    assert cli.main(["sample", tiny, "--out", "x.npz", "--batch-size", "8"]) == 2
     bar, line, end = capsys.readouterr().err.split("\n")
     assert "6/12" in bar
     assert line == "fastddpm: error: [Errno 28] No space left on device"
     assert end == ""
+
+
+def test_classes_are_repeated_over_the_samples(tmp_path):
+    torch.manual_seed(0)
+    net = UNet2D(**TINY, in_channels=1, out_channels=1, num_class_embeds=3)
+    checkpoint.save(tmp_path / "model", net.config, net.state_dict(), Schedule(num_train_timesteps=6))
+    model = str(tmp_path / "model")
+    want = drawn(model, 5, class_labels=[2, 0, 2, 0, 2], batch_size=5)
+    for out in ("x.npz", "x/"):
+        flags = ["--num-samples", "5", "--class-labels", "2,0", "--batch-size", "5", "--format", "npz", "--out", out]
+        assert cli.main(["sample", model, *flags, "--quiet"]) == 0
+    assert np.array_equal(np.load("x.npz")["arr_0"], want)
+    with np.load("x/00000.npz") as shard:
+        assert np.array_equal(shard["arr_0"], want)
+        assert shard["arr_1"].tolist() == [2, 0, 2, 0, 2]
+
+
+def test_merge(tiny, capsys):
+    for out in ("one.npz", "shards/"):
+        flags = ["--num-samples", "5", "--batch-size", "2", "--format", "npz", "--out", out, "--quiet"]
+        assert cli.main(["sample", tiny, *flags]) == 0
+    assert cli.main(["merge", "shards", "merged.npz"]) == 0
+    assert Path("merged.npz").read_bytes() == Path("one.npz").read_bytes()
+    assert capsys.readouterr().out == "merged.npz: 5 samples, each 4 x 4 x 1\n"
+    assert "shards has" not in error(["merge", "shards", "merged.zip"], capsys)
+    assert "nowhere has no manifest.json" in error(["merge", "nowhere", "merged.npz"], capsys)
+
+
+def test_a_single_file_is_of_one_process_and_has_no_shards(tiny, capsys, monkeypatch):
+    for flag in ("--shard-size", "--json-log"):
+        told = error(["sample", tiny, "--out", "x.npz", flag, "3"], capsys)
+        assert f"{flag} does not apply to one file, x.npz; name a folder, as --out x/ --format npz" in told
+
+    @contextmanager
+    def two(device):
+        yield Ranks(0, 2, device)
+
+    monkeypatch.setattr(cli, "ranks", two)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
+    assert "2 processes cannot write one file, samples.png; name a folder" in error(["sample", tiny], capsys)
 
 
 def test_debug_shows_the_traceback(tiny, capsys):

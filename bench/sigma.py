@@ -1,6 +1,6 @@
 """Why does each reverse step add sigma_t z? What becomes of samples with it, with half of it, and without.
 
-    python -m bench.sigma DATA.npz --num-samples 5000 --samples FOLDER --classifier classifier.pt
+    python -m bench.sigma DATA.npz --num-samples 5000 --samples FOLDER
 
 The samples of all settings start from the same x_T, and where z is added it is the same z. Each set is measured by its
 Fréchet distance to real images (see `bench.frechet`), by its diversity, the mean distance between two of its images,
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.frechet import CLASSES, SIDE, Classifier, compare, features, load_data, load_or_train, load_samples
+from bench.frechet import compare, features, load_data, load_or_train, load_samples
 from fastddpm import images
+from fastddpm.features import CLASSES, SIDE, Classifier
 from fastddpm.files import atomic, check_writable
 from fastddpm.plots import STYLE, measured
 from fastddpm.sampler import Sampler
@@ -224,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "example:\n"
             "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn --part 1/2 &\n"
             "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn --part 2/2; wait\n"
-            "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn --classifier classifier.pt"
+            "  python -m bench.sigma fashion-mnist.npz --num-samples 5000 --samples drawn"
         ),
     )
     parser.add_argument("data", metavar="DATA.npz", help="uint8 x_train, x_test [N, 28, 28]; labels y_train, y_test")
@@ -239,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of the sampler (default: all T)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--classifier", metavar="FILE", help="a file that does not exist is trained first")
+    parser.add_argument("--classifier", metavar="FILE", help="not the package's; what does not exist is trained first")
     parser.add_argument("--splits", type=int, default=5, help="random choices of real images to average (default 5)")
     parser.add_argument("--out", metavar="PNG", default="docs/sigma.png", help="the picture (default docs/sigma.png)")
     parser.add_argument("--json", metavar="FILE", help="the measures (default: beside the picture)")

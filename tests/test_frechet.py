@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import frechet
+from fastddpm import features
 from fastddpm.frechet import frechet_distance, gaussian_distance, random_features
 
 
@@ -163,6 +164,15 @@ def test_good_samples_are_as_near_as_real_images_and_noise_is_not(files, capsys)
 def test_a_classifier_in_a_file_is_used_and_not_trained(files, capsys, monkeypatch):
     monkeypatch.setattr(frechet, "train", None)
     assert measured(files, "good.npz", capsys) == measured(files, "good.npz", capsys)
+
+
+def test_the_classifier_in_the_package_is_used_where_none_is_named(files, capsys, monkeypatch):
+    monkeypatch.setattr(frechet, "train", None)
+    frechet.main([str(files / "data.npz"), str(files / "good.npz")])
+    [line, *_] = capsys.readouterr().out.splitlines()
+    data = frechet.load_data(files / "data.npz")
+    right = frechet.accuracy(features.shipped_classifier(), data["x_test"], data["y_test"])
+    assert line == f"classifier: {right:.2%} of 100 test images right, 128 features"
 
 
 def test_training_is_deterministic_and_leaves_the_global_generator_alone():

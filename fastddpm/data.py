@@ -7,7 +7,12 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -16,6 +21,8 @@ _ARRAYS = {"x_train": "y_train", "x": "y", "arr_0": "arr_1", "images": "labels"}
 _MAGIC = {b"PK": "npz", b"\x1f\x8b": "idx", b"\0\0": "idx"}  # how a file begins
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 _GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
+_PART, _AHEAD = 8, 8  # pictures decoded by one thread at a time; so many of these parts before they are asked for
+_CHANNELS = ((), (1,), (3,), (4,))  # what may follow [N, H, W]
 _WANTED = "want an .npz, an MNIST-format file (idx, plain or .gz) or a folder of images"
 
 
@@ -39,6 +46,37 @@ def load_images(path: str | os.PathLike[str], *, held_out: bool = False, progres
     if kind == "npz":
         return _checked(*_load_npz(path, held_out))
     return _checked(_load_idx(path, (3, 4), "images"), path)
+
+
+def stream_images(
+    path: str | os.PathLike[str], *, array: str | None = None, batch: int = 128
+) -> tuple[int, Iterator[np.ndarray]]:
+    """The images that `load_images` gives, a few at a time: of an .npz or a folder no more are in memory.
+
+    Args:
+        path: as of `load_images`.
+        array: which one of an .npz; None: as `load_images` chooses.
+        batch: images to give at once, at least 1; of the last ones, what is left.
+    Returns: how many there are, and an iterator of uint8 [n, H, W, C]. In a folder of grey and coloured pictures C is 3
+        where one of the n is coloured.
+    Raises: ValueError: as of `load_images`, in part only when the iterator comes to what is damaged.
+    """
+    path, kind = _opened(path)
+    if array is not None and kind != "npz":
+        raise ValueError(f"{path} is no .npz; leave out :{array}")
+    if kind == "folder":
+        files = _files(path)
+        return len(files), _stream_folder(files, batch)
+    if kind == "npz":
+        return _stream_npz(path, array, batch)
+    images = _checked(_load_idx(path, (3, 4), "images"), path)
+    return len(images), (images[start : start + batch] for start in range(0, len(images), batch))
+
+
+def image_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that images are read from: that one, or those in a folder, in order. Raises: as of `load_images`."""
+    path, kind = _opened(path)
+    return _files(path) if kind == "folder" else [path]
 
 
 def load_labels(
@@ -74,7 +112,10 @@ def load_labels(
 def array_name(path: str | os.PathLike[str], *, held_out: bool = False) -> str | None:
     """Which array of an .npz `load_images` reads; None of what is no .npz."""
     path, kind = _opened(path)
-    return _load_npz(path, held_out)[1].removeprefix(f"{path}: ") if kind == "npz" else None
+    if kind != "npz":
+        return None
+    with _reading(path), np.load(path, allow_pickle=False) as arrays:
+        return _chosen(arrays.files, held_out)
 
 
 def _opened(path: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -95,14 +136,18 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Path, str]:
 
 
 def _checked(array: np.ndarray, name: object) -> np.ndarray:
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in _CHANNELS:
         wanted = "uint8 (0..255) [N, H, W] or [N, H, W, C] with C = 1, 3 or 4"
         raise ValueError(f"{name} is {list(array.shape)} {array.dtype}; want {wanted}{_conversion(array)}")
     if array.size == 0:
         raise ValueError(f"{name} is {list(array.shape)}: it holds no images")
-    if array.max() == 1:
-        raise ValueError(f"{name} is 0 and 1 only, all but black in 0..255; multiply it by 255")
+    _check_brightest(array.max(), name)
     return array if array.ndim == 4 else array[..., None]
+
+
+def _check_brightest(value: int, name: object) -> None:
+    if value == 1:
+        raise ValueError(f"{name} is 0 and 1 only, all but black in 0..255; multiply it by 255")
 
 
 def _conversion(x: np.ndarray) -> str:
@@ -143,20 +188,74 @@ def _checked_labels(labels: np.ndarray, name: str, count: int, known: int | None
 
 def _load_npz(path: Path, held_out: bool, *, labels: bool = False) -> tuple[np.ndarray, str]:
     """The array of the images, or of their labels, and its name."""
-    known = _HELD_OUT | _ARRAYS if held_out else _ARRAYS
+    known = _HELD_OUT | _ARRAYS
+    with _reading(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        name, found = _chosen(arrays.files, held_out), _listed(arrays.files)
+        if labels:
+            images, name = name, known.get(name, "labels")
+            if name not in arrays.files:
+                raise ValueError(f"it holds {found}; want labels of {images} in an array named {name}")
+        return np.asarray(arrays[name]), f"{path}: {name}"
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of a damaged .npz in this block name it."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            name = next((name for name in known if name in arrays.files), arrays.files[0] if arrays.files else "")
-            found = ", ".join(arrays.files[:8]) or "nothing"
-            if name not in known and len(arrays.files) != 1:
-                raise ValueError(f"it holds {found}; want an array named {', '.join(known)}, or one array alone")
-            if labels:
-                images, name = name, known.get(name, "labels")
-                if name not in arrays.files:
-                    raise ValueError(f"it holds {found}; want labels of {images} in an array named {name}")
-            return np.asarray(arrays[name]), f"{path}: {name}"
+        yield
     except (ValueError, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot load {path} as .npz: {error}") from error
+
+
+def _chosen(names: Sequence[str], held_out: bool = False) -> str:
+    """Which array holds the images."""
+    known = [*_HELD_OUT, *_ARRAYS] if held_out else [*_ARRAYS]
+    name = next((name for name in known if name in names), names[0] if names else "")
+    if name not in known and len(names) != 1:
+        raise ValueError(f"it holds {_listed(names)}; want an array named {', '.join(known)}, or one array alone")
+    return name
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) or "nothing"
+
+
+def _stream_npz(path: Path, array: str | None, batch: int) -> tuple[int, Iterator[np.ndarray]]:
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        names = [member.removesuffix(".npy") for member in archive.namelist()]
+        name = _chosen(names) if array is None else array
+        if name not in names:
+            raise ValueError(f"it holds {_listed(names)}, and no {name}")
+        member = archive.namelist()[names.index(name)]
+        with archive.open(member) as file:
+            shape, by_columns, dtype = _npy_header(file)
+    title = f"{path}: {name}"
+    if by_columns or dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in _CHANNELS or 0 in shape:
+        with _reading(path), np.load(path, allow_pickle=False) as arrays:
+            images = np.ascontiguousarray(arrays[name])
+        images = _checked(images, title)  # tells what is wrong with it
+        return len(images), (images[start : start + batch] for start in range(0, len(images), batch))
+
+    def stream() -> Iterator[np.ndarray]:
+        brightest = 0
+        with _reading(path), zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            _npy_header(file)
+            for start in range(0, shape[0], batch):
+                n = min(batch, shape[0] - start)
+                pixels = bytearray(file.read(n * math.prod(shape[1:])))  # bytes are read-only, torch warns
+                images = np.frombuffer(pixels, np.uint8).reshape(n, *shape[1:])
+                brightest = max(brightest, int(images.max()))
+                yield images if images.ndim == 4 else images[..., None]
+            file.read()  # to the end, where the checksum is compared
+        _check_brightest(brightest, title)
+
+    return shape[0], stream()
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def _labels_beside(path: Path) -> Path:
@@ -197,19 +296,45 @@ def _load_folder(folder: Path, progress: bool) -> np.ndarray:
     from tqdm import tqdm
 
     files = _files(folder)
-    first = _decode(files[0])
-    images = np.empty((len(files), *first.shape), np.uint8)
+    images: np.ndarray | None = None
     quiet = not progress or len(files) <= 1000
-    for i, file in enumerate(tqdm(files, desc="reading images", unit="image", disable=quiet)):
-        image = _decode(file)
-        if image.shape[:2] != first.shape[:2]:
-            (h, w), (h0, w0) = image.shape[:2], first.shape[:2]
-            way_out = f"resize or crop to one size first, for example with `magick mogrify -resize {w0}x{h0}! *`"
-            raise ValueError(f"sizes differ: {files[0]} is {w0}x{h0}, {file} is {w}x{h}; {way_out}")
+    for i, image in enumerate(tqdm(_decoded(files), "reading images", len(files), unit="image", disable=quiet)):
+        if images is None:
+            images = np.empty((len(files), *image.shape), np.uint8)
         if image.shape[2] > images.shape[3]:
             images = images.repeat(3, axis=3)
         images[i] = image
+    assert images is not None
     return images
+
+
+def _stream_folder(files: Sequence[Path], batch: int) -> Iterator[np.ndarray]:
+    pictures = _decoded(files)
+    for start in range(0, len(files), batch):
+        some = [next(pictures) for _ in files[start : start + batch]]
+        channels = max(image.shape[2] for image in some)
+        yield np.stack([image.repeat(channels // image.shape[2], axis=2) for image in some])
+
+
+def _decoded(files: Sequence[Path]) -> Iterator[np.ndarray]:
+    """What is in the files, in order, of one size: uint8 [H, W, C], C = 1 or 3. Some are decoded ahead, in threads."""
+    first: tuple[int, ...] = ()
+    parts = [files[start : start + _PART] for start in range(0, len(files), _PART)]
+    with ThreadPoolExecutor() as pool:
+        decode = lambda part: pool.submit(lambda: [_decode(file) for file in part])
+        ahead = deque(map(decode, parts[:_AHEAD]))
+        for i, part in enumerate(parts):
+            images = ahead.popleft().result()
+            ahead.extend(map(decode, parts[i + _AHEAD : i + _AHEAD + 1]))
+            for file, image in zip(part, images, strict=True):
+                first = first or image.shape
+                if image.shape[:2] != first[:2]:
+                    (h, w), (h0, w0) = image.shape[:2], first[:2]
+                    way_out = (
+                        f"resize or crop to one size first, for example with `magick mogrify -resize {w0}x{h0}! *`"
+                    )
+                    raise ValueError(f"sizes differ: {files[0]} is {w0}x{h0}, {file} is {w}x{h}; {way_out}")
+                yield image
 
 
 def _folder_labels(folder: Path, known: int | None) -> np.ndarray:

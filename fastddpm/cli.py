@@ -1,4 +1,4 @@
-"""The command line, `fastddpm sample | merge | train | likelihood | verify | info`: parses, calls, prints."""
+"""The command line, `fastddpm sample | merge | train | likelihood | fid | verify | info`: parses, calls, prints."""
 
 import argparse
 import json
@@ -23,6 +23,9 @@ from fastddpm import data, images, job, likelihood, ops
 from fastddpm._version import __version__
 from fastddpm.distributed import Ranks, ranks
 from fastddpm.engine import ENGINES, PRECISIONS
+from fastddpm.features import SCALES
+from fastddpm.features import SHIPPED as GARMENTS
+from fastddpm.fid import fid
 from fastddpm.files import atomic, check_writable
 from fastddpm.identity import installed
 from fastddpm.indices import Indices
@@ -103,6 +106,18 @@ Reports a bound on -log2 p(image) in bits per dimension, as the DDPM paper's tab
 the distortion L_0, each with its standard error over the images. DATA is what `fastddpm train` takes, in the same
 preparation; of an .npz with x_train and x_test it is x_test. With --terms K only K timesteps of each image are
 evaluated, and the bound is unbiased still.
+"""
+_FID = """
+examples:
+  fastddpm fid fashion-mnist.npz:x_test samples.npz                 garments, by the classifier in the package
+  fastddpm fid cifar10.npz samples/ --features inception.pt         the FID, by the Inception network you have
+  fastddpm fid cifar10-stats.npz samples/ --features inception.onnx mean and covariance that somebody has published
+
+A and B are each an .npz, an MNIST-format file, a folder of images or one that `fastddpm sample` wrote; an .npz with mu
+and sigma is statistics. Those of images are kept, and where they lie is told: the second time no network is run.
+
+The distance is biased upwards, the more the fewer the images are: compare figures of equal number, 50,000 against the
+training images as is usual. Its error is the standard deviation over sets that are drawn from A and B with replacement.
 """
 _VERIFY = """
 examples:
@@ -313,6 +328,34 @@ def _likelihood(args: argparse.Namespace) -> None:
         print(f"{title:<22} {summary[name][0]:8.5f}   {summary[name][1]:.2g}")
 
 
+def _fid(args: argparse.Namespace) -> None:
+    found = fid(
+        args.a,
+        args.b,
+        features=args.features,
+        input_size=args.input_size,
+        scale=args.scale,
+        device=args.device,
+        batch_size=args.batch_size,
+        replicates=args.bootstrap,
+        seed=args.seed,
+        cache=False if args.no_cache else args.cache or True,
+        progress=not args.quiet,
+    )
+    if args.json:
+        about = {"a": args.a, "b": args.b, "bootstrap": args.bootstrap, "seed": args.seed}
+        print(json.dumps(asdict(found) | about, default=str))
+        return
+    error = "" if found.error is None else f" ± {found.error:.2g}, the standard error by {args.bootstrap} replicates"
+    print(f"Fréchet distance {found.distance:.6g}{error}")
+    for name, path, count, kept in zip("AB", (args.a, args.b), found.counts, found.statistics, strict=True):
+        images = "" if count is None else f"{count} images of "
+        print(f"{name}: {images}{path}{'' if kept is None else f', statistics in {kept}'}")
+    print(f"features: {found.dimension}{'' if found.extractor is None else f' of {found.extractor}'}")
+    for note in found.notes:
+        print(f"note: {note}")
+
+
 def _verify(args: argparse.Namespace) -> int:
     records = verify(
         args.checkpoint,
@@ -407,7 +450,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastddpm", description="Exact DDPM sampling, fast. Start with: fastddpm sample")
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
     commands = parser.add_subparsers(
-        required=True, metavar="sample | merge | train | likelihood | verify | info", title="commands"
+        required=True, metavar="sample | merge | train | likelihood | fid | verify | info", title="commands"
     )
 
     def command(name: str, run: Any, summary: str, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -426,6 +469,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_merge(command("merge", _merge, "join the samples of finished folders in one file", _MERGE))
     _add_train(command("train", _train, "train a model on images (Algorithm 1 of the DDPM paper)", _TRAIN))
     _add_likelihood(command("likelihood", _likelihood, "the variational bound of images, in bits/dim", _LIKELIHOOD))
+    _add_fid(command("fid", _fid, "the Fréchet distance of two sets of images", _FID))
     _add_verify(command("verify", _verify, "prove that this machine computes what the reference does", _VERIFY))
     info = command("info", _info, "versions, devices, and what each kernel compiles to")
     info.add_argument(
@@ -546,6 +590,37 @@ def _add_likelihood(add: argparse.ArgumentParser) -> None:
         "--engine", choices=("auto", *ENGINES), default="auto", help="how the network is run (default: auto)"
     )
     _add_machine(add, ("auto", *PRECISIONS))
+
+
+def _add_fid(add: argparse.ArgumentParser) -> None:
+    for name in "AB":
+        text = "images, or an .npz of statistics; x.npz:NAME is another array of an .npz"
+        add.add_argument(name.lower(), metavar=name, help=text)
+    add.add_argument(
+        "--features",
+        metavar="FILE",
+        default=GARMENTS,
+        help="a TorchScript or ONNX network (default: %(default)s, the classifier in the package)",
+    )
+    add.add_argument(
+        "--input-size",
+        type=int,
+        metavar="X",
+        help="pixels that FILE takes images of, 0: as they are (default: what an .onnx says, else 299)",
+    )
+    add.add_argument(
+        "--scale",
+        choices=tuple(SCALES),
+        help="of pixels for FILE: fid is (x - 128) / 128 (default), unit x / 255, signed x / 127.5 - 1, bytes uint8",
+    )
+    add.add_argument("--bootstrap", type=int, default=20, metavar="K", help="replicates, or 0 (default: %(default)s)")
+    add.add_argument("--seed", type=int, default=0, help="of the bootstrap, 0 <= seed < 2^64 (default: %(default)s)")
+    add.add_argument("--batch-size", type=int, metavar="B", help="images computed together (default: by the device)")
+    keep = add.add_mutually_exclusive_group()
+    keep.add_argument("--cache", metavar="FOLDER", help="where statistics are kept (default: ~/.cache/fastddpm/fid)")
+    keep.add_argument("--no-cache", action="store_true", help="keep none, and use none that are kept")
+    add.add_argument("--json", action="store_true", help="distance, error and what they are of as one JSON object")
+    _add_machine(add)
 
 
 def _add_verify(add: argparse.ArgumentParser) -> None:

@@ -18,7 +18,8 @@ from bench.watch import Watch, gpu_uuid
 HERE = Path(__file__).resolve().parent
 # in the order of importance: time may not suffice
 FILES = tuple(
-    f"test_{what}.py" for what in ("kernels", "unet", "sampling", "training", "diffusers", "start", "memory", "races")
+    f"test_{what}.py"
+    for what in ("kernels", "unet", "sampling", "training", "diffusers", "output", "start", "memory", "races")
 )
 COMPILING = 240  # seconds that torch.compile may take for a network
 MOST_ROUNDS = 200

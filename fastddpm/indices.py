@@ -1,11 +1,16 @@
 """Sample indices as runs, such as 5,7,100-120: a million in a row take no memory, a million at random 24 MB."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 
 LIMIT = 1 << 56  # of the noise standard
+
+_NUMBER = re.compile("[0-9]+")
+_LONG = re.compile("[0-9]{17,}")  # that may be over the limit
+_NO_LIST = re.compile("[^0-9,-]|-(?![0-9])|(?<![0-9])-|-[0-9]+-")
 
 
 class Indices(Sequence[int]):
@@ -41,11 +46,12 @@ class Indices(Sequence[int]):
         if isinstance(samples, range) and samples.step == 1:
             starts, lengths = np.array([samples.start]), np.array([len(samples)])
         else:
-            starts = np.array(tuple(samples) if isinstance(samples, Iterable) else samples)
+            whole = isinstance(samples, np.ndarray) or not isinstance(samples, Iterable)
+            starts = np.array(samples if whole else tuple(cast(Iterable[int], samples)))
             starts = starts if starts.size else starts.astype(np.int64)
             lengths = np.ones_like(starts)
         if starts.ndim != 1 or starts.dtype.kind not in "iu" or (starts < 0).any() or (starts + lengths > LIMIT).any():
-            raise ValueError(f"samples are {str(samples)[:80]}; want how many, or whole numbers 0 <= index < 2^56")
+            raise ValueError(f"samples are {_short(str(samples))}; want how many, or whole numbers 0 <= index < 2^56")
         return cls._joined(starts.astype(np.int64), lengths.astype(np.int64))
 
     @classmethod
@@ -61,14 +67,18 @@ class Indices(Sequence[int]):
 
         Raises: ValueError: it is not like that.
         """
-        parts = [part.partition("-") for part in text.split(",") if part]
-        for first, dash, last in parts:
-            if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-                raise ValueError(f"{text!r} is not a list of whole numbers like 5,7,100-120")
-            if int(last or first) >= LIMIT:
-                raise ValueError(f"sample index is {last or first}; it must be a whole number, 0 <= index < 2^56")
-        starts = np.array([int(first) for first, _, _ in parts], np.int64)
-        return cls._joined(starts, np.array([int(last or first) + 1 for first, _, last in parts], np.int64) - starts)
+        text = re.sub(",+", ",", text).strip(",")
+        if _NO_LIST.search(text):
+            raise ValueError(f"{_short(text)!r} is not a list of whole numbers like 5,7,100-120")
+        if largest := max((number for number in _LONG.findall(text) if int(number) >= LIMIT), key=int, default=None):
+            raise ValueError(f"sample index is {_short(largest)}; it must be a whole number, 0 <= index < 2^56")
+        numbers = np.fromstring(text.replace("-", ","), np.int64, sep=",")  # and not a million strings
+        ends_run = np.frombuffer(_NUMBER.sub("", text).encode() + b",", np.uint8) == ord(",")
+        ends_run = ends_run[: len(numbers)]
+        starts, lasts = numbers[np.roll(ends_run, 1)], numbers[ends_run]
+        if (lasts < starts).any():
+            raise ValueError(f"{_short(text)!r} is not a list of whole numbers like 5,7,100-120")
+        return cls._joined(starts, lasts + 1 - starts)
 
     def __str__(self) -> str:
         """The shortest text that `parse` makes the same of."""
@@ -112,3 +122,7 @@ class Indices(Sequence[int]):
         starts, stops = self.starts[order], (self.starts + self.lengths)[order]
         overlap = np.flatnonzero(starts[1:] < stops[:-1])
         return int(starts[1:][overlap[0]]) if len(overlap) else None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]} ..."

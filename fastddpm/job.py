@@ -107,9 +107,9 @@ def sample_to(
         meet = group.meeting()
         told = Progress(
             group,
-            sum(len(store.indices(k)) for k in mine),
+            sum(map(store.count, mine)),
             total=len(store.samples),
-            before=len(store.samples) - sum(len(store.indices(k)) for k in lacking),
+            before=len(store.samples) - sum(map(store.count, lacking)),
             steps=store.manifest["sampler"]["steps"],
             show=progress and bool(lacking),
             json_log=json_log,

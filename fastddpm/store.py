@@ -91,6 +91,10 @@ class Store:
         """How many shards there are, when all are done."""
         return -(-len(self.samples) // self.shard_size)
 
+    def count(self, k: int) -> int:
+        """How many samples are in shard k."""
+        return min(self.shard_size, len(self.samples) - k * self.shard_size)
+
     def indices(self, k: int) -> Indices:
         """Which samples are in shard k."""
         return self.samples[k * self.shard_size : (k + 1) * self.shard_size]
@@ -100,7 +104,7 @@ class Store:
         if self.classes is None:
             return None
         start = k * self.shard_size
-        return self.classes[np.arange(start, start + len(self.indices(k))) % len(self.classes)]
+        return self.classes[np.arange(start, start + self.count(k)) % len(self.classes)]
 
     def all_labels(self) -> np.ndarray:
         """[N] int64: the classes of all samples, which must have some."""

@@ -1,4 +1,4 @@
-"""What only a GPU shows of a job of many samples: shards by the replay of a graph, and the same bits after a restart."""
+"""What only a GPU shows of a job of many samples: shards by the replay of a graph, the same after a restart."""
 
 import json
 
@@ -37,6 +37,8 @@ def test_shards_of_a_graph_are_those_of_eager_steps_also_after_a_restart(tmp_pat
 
 def test_batch_invariant_shards_of_any_size_hold_the_same(tmp_path):
     invariant = sampler(batch_invariant=8)
-    parts = [sample_to(tmp_path / str(k), invariant, 21, shard_size=k, format="npz", progress=False) for k in (21, 8, 5)]
+    parts = [
+        sample_to(tmp_path / str(k), invariant, 21, shard_size=k, format="npz", progress=False) for k in (21, 8, 5)
+    ]
     one, *others = (np.concatenate(list(store.arrays())) for store in parts)
     assert all(np.array_equal(one, other) for other in others)

@@ -18,7 +18,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for w
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start and interrupt would inherit it
 
 # A machine with a GPU may lack what some tests compare with, and can run all the others.
-_needs = re.compile(r"^(?:from|import) (diffusers|hypothesis|onnx|scipy)\b", re.MULTILINE)
+_needs = re.compile(r"^(?:from|import) (diffusers|hypothesis|onnx|onnxruntime|scipy)\b", re.MULTILINE)
 collect_ignore = [
     file.name
     for file in Path(__file__).parent.glob("test_*.py")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from bench import frechet
 from fastddpm import features
-from fastddpm.frechet import frechet_distance, gaussian_distance, random_features
+from fastddpm import frechet as core
+from fastddpm.frechet import bootstrap, frechet_distance, gaussian_distance, moments, random_features
 
 
 def gaussian(seed: int, dims: int = 24, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,91 @@ def test_fewer_features_are_further_apart():
 def test_features_of_wrong_shapes(shapes):
     with pytest.raises(ValueError, match=r"features are \[.*\] and \[.*\]; want \[N, D\] and \[M, D\], N, M >= 2"):
         frechet_distance(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("count", [3, 24, 25])
+def test_covariances_without_full_rank(count):
+    """N features span N - 1 dimensions: within them the closed form of scaled sets holds."""
+    a = torch.randn(count, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = float(4 * (a.mean(0).square().sum() + a.var(0).sum()))
+    assert_close(frechet_distance(a, 3 * a), want)
+
+
+def test_one_dimension():
+    a, b = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [1.0], [10.0]])
+    assert_close(frechet_distance(a, b), (2 - 4) ** 2 + (2 - 27**0.5) ** 2)
+    assert_close(gaussian_distance(*(torch.full(shape, 4.0).double() for shape in ((1,), (1, 1), (1,), (1, 1)))), 0.0)
+
+
+def test_a_distance_is_never_negative_and_nan_is_not_hidden():
+    for seed in range(20):
+        mean, cov = gaussian(seed, rank=5)
+        assert gaussian_distance(mean, cov, mean, cov) >= 0
+    assert np.isnan(gaussian_distance(mean * float("nan"), cov, mean, cov))
+
+
+@pytest.mark.parametrize("block", [1, 7, 8192])
+def test_moments_are_those_of_repeated_features(block, monkeypatch):
+    monkeypatch.setattr(core, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 5, generator=generator) * 3 + 1000  # off-centre: float32 would lose the covariance
+    counts = torch.randint(0, 4, (20,), generator=generator)
+    for given, rows in ((None, x), (counts, x.repeat_interleave(counts, 0))):
+        mean, cov = moments(x, given)
+        assert mean.dtype == cov.dtype == torch.float64
+        torch.testing.assert_close(mean, rows.double().mean(0), rtol=1e-14, atol=0)
+        torch.testing.assert_close(cov, rows.double().T.cov(), rtol=1e-12, atol=1e-11)
+
+
+# The bootstrap
+
+
+def test_the_bootstrap_draws_both_sets_anew():
+    a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
+    want = [frechet_distance(draw(a), draw(b)) for _ in range(3)]
+    got = bootstrap(a, b, replicates=3, seed=5, progress=False)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert torch.equal(got, bootstrap(a, b, replicates=3, seed=5, progress=False))
+    assert not torch.isin(got, bootstrap(a, b, replicates=3, seed=6, progress=False)).any()
+
+
+def test_a_set_that_is_known_exactly_is_not_resampled():
+    a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(5)
+    draws = [a[torch.randint(30, (30,), generator=generator)] for _ in range(3)]
+    want = torch.tensor([frechet_distance(draw, b) for draw in draws], dtype=torch.float64)
+    one = bootstrap(a, moments(b), replicates=3, seed=5, progress=False)
+    other = bootstrap(moments(b), a, replicates=3, seed=5, progress=False)
+    torch.testing.assert_close(one, want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(other, want, rtol=1e-9, atol=0)
+    both = bootstrap(moments(a), moments(b), replicates=3, progress=False)
+    assert both.unique().tolist() == [both[0]]
+
+
+def test_the_bootstrap_finds_the_deviation_of_independent_draws():
+    """400 independent pairs of sets have a variance, known to 1/sqrt(200); of 40 of them 20 replicates estimate it.
+
+    Both are averages of many draws: they may differ by four of their standard errors. The mean of the replicates lies
+    above the distance: resampling adds to the bias.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 1.5, 0.5])
+    pairs = [
+        (torch.randn(500, 3, generator=generator), torch.randn(300, 3, generator=generator) * scale + 0.3)
+        for _ in range(400)
+    ]
+    distances = torch.tensor([frechet_distance(*pair) for pair in pairs], dtype=torch.float64)
+    replicates = torch.stack([bootstrap(*pair, seed=i, progress=False) for i, pair in enumerate(pairs[:40])])
+    estimates = replicates.var(1)
+    true, true_error = distances.var(), distances.var() * (2 / 399) ** 0.5
+    found, found_error = estimates.mean(), estimates.std() / 40**0.5
+    assert abs(found - true) <= 4 * (true_error**2 + found_error**2) ** 0.5
+    assert found >= 10 * found_error
+    bias = replicates.mean(1) - distances[:40]
+    assert bias.mean() >= 4 * bias.std() / 40**0.5
 
 
 # The features

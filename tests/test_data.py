@@ -4,13 +4,15 @@ import gzip
 import os
 import re
 import struct
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastddpm.data import array_name, load_images, load_labels
+from fastddpm import data
+from fastddpm.data import array_name, image_files, load_images, load_labels, stream_images
 
 
 def pictures(n=5, h=4, w=6, c=3):
@@ -482,3 +484,132 @@ def test_labels_of_nothing(tmp_path):
     assert "No such file" in labels_error(tmp_path / "absent")
     (tmp_path / "text").write_text("no images")
     assert "unknown type" in labels_error(tmp_path / "text")
+
+
+# Images a few at a time
+
+
+def streamed(path, **options):
+    """All of them, after a look at how they come."""
+    count, batches = stream_images(path, **options)
+    batches = list(batches)
+    size = options.get("batch", 128)
+    assert [len(batch) for batch in batches] == [size] * (count // size) + [count % size] * (count % size > 0)
+    assert all(batch.dtype == np.uint8 and batch.flags.writeable for batch in batches)
+    return np.concatenate(batches)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 128])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("c", [None, 1, 3, 4])
+def test_an_npz_is_streamed_as_it_is_loaded(tmp_path, batch, save, c):
+    images = pictures(c=c or 1)
+    save(tmp_path / "x.npz", x_train=images if c else images[..., 0], x_test=images[::-1])
+    assert np.array_equal(streamed(tmp_path / "x.npz", batch=batch), images)
+    assert np.array_equal(streamed(tmp_path / "x.npz", batch=batch, array="x_test"), images[::-1])
+
+
+@pytest.mark.parametrize("order", [np.asfortranarray, lambda x: x])
+def test_an_npz_in_any_order_of_memory(tmp_path, order):
+    np.savez(tmp_path / "x.npz", order(pictures()))
+    assert np.array_equal(streamed(tmp_path / "x.npz", batch=2), pictures())
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bytes])
+def test_an_idx_is_streamed_as_it_is_loaded(tmp_path, pack):
+    (tmp_path / "images").write_bytes(pack(idx(pictures())))
+    assert np.array_equal(streamed(tmp_path / "images", batch=2), pictures())
+
+
+@pytest.mark.parametrize("count", [1, 63, 65, 150])
+def test_a_folder_is_streamed_in_order(tmp_path, count):
+    save_folder(tmp_path, pictures(count), [f"{i:03d}.png" for i in range(count)])
+    assert np.array_equal(streamed(tmp_path, batch=20), pictures(count))
+    assert np.array_equal(load_images(tmp_path), pictures(count))
+    assert image_files(tmp_path) == [tmp_path / f"{i:03d}.png" for i in range(count)]
+
+
+def test_pictures_are_not_decoded_before_they_are_needed(tmp_path, monkeypatch):
+    """Of a folder only some parts are ahead, whatever its size."""
+    save_folder(tmp_path, pictures(200), [f"{i:03d}.png" for i in range(200)])
+    decoded, decode = [], data._decode
+    monkeypatch.setattr(data, "_decode", lambda file: decoded.append(file) or decode(file))
+    _, batches = stream_images(tmp_path, batch=8)
+    next(batches)
+    batches.close()
+    assert 8 <= len(decoded) <= 8 * 9 + 8
+
+
+def test_an_npz_is_not_read_before_it_is_needed(tmp_path):
+    """What is damaged behind the first images is found when they have been given."""
+    images = pictures(500, 16, 16)
+    np.savez(tmp_path / "x.npz", images)
+    whole = bytearray((tmp_path / "x.npz").read_bytes())
+    whole[-1000] ^= 1
+    (tmp_path / "x.npz").write_bytes(whole)
+    count, batches = stream_images(tmp_path / "x.npz", batch=100)
+    assert count == 500
+    assert np.array_equal(next(batches), images[:100])
+    assert "Bad CRC-32" in error(tmp_path / "x.npz", lambda path: list(batches))
+
+
+def test_grey_pictures_among_coloured_ones_are_coloured(tmp_path):
+    colour, grey = pictures(4), pictures(4, c=1)
+    save_folder(tmp_path, [grey[0], grey[1], grey[2], colour[3]], [f"{i}.png" for i in range(4)])
+    _, batches = stream_images(tmp_path, batch=2)
+    first, second = batches
+    assert np.array_equal(first, grey[:2])
+    assert np.array_equal(second, [grey[2].repeat(3, axis=2), colour[3]])
+
+
+def test_an_array_that_is_not_there(tmp_path):
+    np.savez(tmp_path / "x.npz", x_train=pictures(), y_train=LABELS)
+    message = error(tmp_path / "x.npz", stream_images, array="x_test")
+    assert message.endswith("it holds x_train, y_train, and no x_test")
+    assert "y_train is [5] int64; want uint8" in error(tmp_path / "x.npz", stream_images, array="y_train")
+    (tmp_path / "idx").write_bytes(idx(pictures()))
+    assert error(tmp_path / "idx", stream_images, array="x") == f"{tmp_path / 'idx'} is no .npz; leave out :x"
+
+
+def all_of(path):
+    return list(stream_images(path)[1])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        NUMBERS,
+        NUMBERS * 255,
+        pictures().transpose(0, 3, 1, 2),
+        pictures()[:0],
+        pictures() // 128,
+        np.array([{}], object),
+    ],
+    ids=["0..1", "0..255", "channels first", "empty", "zeros and ones", "pickled"],
+)
+def test_streaming_refuses_what_loading_does(tmp_path, array):
+    np.savez(tmp_path / "x.npz", x=array)
+    assert error(tmp_path / "x.npz", all_of) == error(tmp_path / "x.npz")
+
+
+def test_streaming_what_is_damaged(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, one=pictures(), two=pictures())
+    assert error(path, all_of) == error(path)
+    path.write_bytes(b"PK no zip")
+    assert "cannot load" in error(path, all_of)
+    with zipfile.ZipFile(path, "w") as archive:
+        np.savez(tmp_path / "whole.npz", x=pictures())
+        with zipfile.ZipFile(tmp_path / "whole.npz") as whole:
+            archive.writestr("x.npy", whole.read("x.npy")[:-7])
+    assert "cannot reshape array of size 353 into shape (5,4,6,3)" in error(path, all_of)
+    save_folder(tmp_path / "folder", [*pictures(1, 8, 9), *pictures(1)], ["a.png", "b.png"])
+    assert error(tmp_path / "folder", all_of) == error(tmp_path / "folder")
+    assert "No such file" in error(tmp_path / "absent", all_of)
+    assert "No such file" in error(tmp_path / "absent", image_files)
+
+
+def test_the_name_of_an_array_is_told_without_reading_it(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", x_train=pictures())
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
+    assert array_name(tmp_path / "x.npz") == "x_train"

@@ -114,7 +114,7 @@ def array_name(path: str | os.PathLike[str], *, held_out: bool = False) -> str |
     path, kind = _opened(path)
     if kind != "npz":
         return None
-    with _reading(path), np.load(path, allow_pickle=False) as arrays:
+    with _reading(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
         return _chosen(arrays.files, held_out)
 
 
@@ -231,7 +231,7 @@ def _stream_npz(path: Path, array: str | None, batch: int) -> tuple[int, Iterato
             shape, by_columns, dtype = _npy_header(file)
     title = f"{path}: {name}"
     if by_columns or dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in _CHANNELS or 0 in shape:
-        with _reading(path), np.load(path, allow_pickle=False) as arrays:
+        with _reading(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = np.ascontiguousarray(arrays[name])
         images = _checked(images, title)  # tells what is wrong with it
         return len(images), (images[start : start + batch] for start in range(0, len(images), batch))

@@ -75,7 +75,7 @@ class Statistics:
         Raises: ValueError: it has none, or they are not finite, or of wrong shapes.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as whole, np.load(whole, allow_pickle=False) as file:
                 mu, sigma = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
                 features = torch.from_numpy(file["features"]) if "features" in file.files else None
                 count = int(file["count"]) if "count" in file.files else None

@@ -90,8 +90,10 @@ def sample_to(
                 batch_size = before.get("batch_size") or sampler.default_batch_size()
             if shard_size is None:
                 shard_size = before.get("shard_size") or batch_size
-            how |= {"seed": seed, "batch_size": batch_size}
-            placed = _placed(format, samples, class_labels, shard_size, sampler)
+            how |= {"seed": int(seed) if isinstance(seed, np.integer) else seed, "batch_size": batch_size}
+            if isinstance(how.get("timesteps"), Iterator):
+                how["timesteps"] = tuple(how["timesteps"])  # it is read for each shard
+            placed = _placed(format, samples, class_labels, shard_size, batch_size, sampler)
             store = Store(out, json.loads(json.dumps(placed | _described(sampler, **how))))
             sampler.batches(store.indices(0), class_labels=store.labels(0), **how)  # which looks at the arguments
             if json_log is not None:
@@ -137,11 +139,19 @@ def previous(out: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _placed(
-    format: str, samples: int | Iterable[int], class_labels: Iterable[int] | None, shard_size: int, sampler: Sampler
+    format: str,
+    samples: int | Iterable[int],
+    class_labels: Iterable[int] | None,
+    shard_size: int,
+    batch_size: int,
+    sampler: Sampler,
 ) -> dict[str, Any]:
     """All that decides where samples lie, as of `Store`."""
     indices = Indices.of(samples)
-    classes = None if class_labels is None else Indices.of(class_labels)
+    try:
+        classes = None if class_labels is None else Indices.of(iter(class_labels))
+    except ValueError as error:
+        raise ValueError(f"class_labels are {str(class_labels)[:80]}; want whole numbers, 0 <= label") from error
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; want one of {', '.join(FORMATS)}")
     if format == "png" and not _draws_pictures(sampler):
@@ -150,8 +160,9 @@ def _placed(
         raise ValueError("no samples were asked for; want at least one")
     if (twice := indices.twice()) is not None:
         raise ValueError(f"sample {twice} is asked for twice; want each once")
-    if isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1:
-        raise ValueError(f"shard_size is {shard_size!r}; want a whole number, at least 1")
+    for name, size in (("batch_size", batch_size), ("shard_size", shard_size)):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} is {size!r}; want a whole number, at least 1")
     if classes is not None and len(classes) > len(indices):
         raise ValueError(f"there are {len(classes)} class labels for {len(indices)} samples; want at most one each")
     sampler.checked_labels(classes, 0 if classes is None else len(classes))

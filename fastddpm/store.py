@@ -70,18 +70,20 @@ class Store:
         Raises: ValueError: it holds others.
         """
         path, suffix = self.folder / MANIFEST, FORMATS[self.format]
-        (self.folder / _DONE).mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, self.folder / _DONE):
-            for rest in folder.glob(TEMPORARY):
-                rest.unlink(missing_ok=True)
-        if path.exists():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        begun = path.exists()
+        if begun:
             before = Store.open(self.folder).manifest
             if changed := differing(before, self.manifest):
                 there, here = in_short(changed), in_short(differing(self.manifest, before))
                 raise ValueError(f"{self.folder} holds samples with {there}, not {here}; name another folder")
-        elif found := next((entry.name for entry in os.scandir(self.folder) if entry.name.endswith(suffix)), None):
+        elif found := next((name for name in os.listdir(self.folder) if name.endswith(suffix)), None):
             raise ValueError(f"{self.folder} holds {found}, and no {MANIFEST} to tell of what; name another folder")
-        else:
+        (self.folder / _DONE).mkdir(exist_ok=True)
+        for folder in (self.folder, self.folder / _DONE):
+            for rest in folder.glob(TEMPORARY):
+                rest.unlink(missing_ok=True)
+        if not begun:
             if self.format == "png" and self.classes is not None:
                 self._write_labels()
             with atomic(path) as file:

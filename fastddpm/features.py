@@ -174,41 +174,44 @@ def load_extractor(
 def extract(
     extractor: Extractor,
     batches: Iterable[np.ndarray],
+    count: int,
     *,
-    count: int | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Features of all images, float32 [N, D]. Without enough memory for a batch it is halved.
+    """Features of all images, float32 [count, D]. Without enough memory for a batch it is halved.
 
     Args:
         batches: uint8 [n, H, W, C], of any n; the network gets at most `batch_size` at once (default: by the device).
-        count: N, for the progress bar, where it is known.
-    Raises: ValueError: there are no images, or as of `Extractor`; torch.OutOfMemoryError: not even one image fits.
+        count: how many images there are in all, at least 1.
+    Raises: ValueError: there are fewer, or as of `Extractor`; torch.OutOfMemoryError: not even one image fits.
     """
     from tqdm import tqdm
 
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise ValueError(f"batch_size is {batch_size!r}; want a whole number, at least 1")
-    found: list[Tensor] = []
+    found, done = torch.empty(0), 0
     with tqdm(total=count, desc="features", unit="image", disable=not progress, leave=False) as bar:
         for images in batches:
             start, size = 0, batch_size or extractor.batch_size(images)
             while start < len(images):
                 part = images[start : start + size]
                 try:
-                    found.append(extractor(part))
+                    features = extractor(part)
                 except Exception as error:
                     if len(part) == 1 or not _is_out_of_memory(error):
                         raise
                     batch_size = size = (len(part) + 1) // 2
                     warnings.warn(f"out of memory; going on with batches of {size}", stacklevel=2)
                     continue
-                start += len(part)
+                if done == 0:  # once: small tensors that stay among large ones that go would fragment the memory
+                    found = features.new_empty(count, features.shape[1])
+                found[done : done + len(part)] = features
+                start, done = start + len(part), done + len(part)
                 bar.update(len(part))
-    if not found:
-        raise ValueError("there are no images to make features of")
-    return torch.cat(found)
+    if done != count:
+        raise ValueError(f"there are {done} images, not {count}; they changed while they were read")
+    return found
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:

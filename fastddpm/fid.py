@@ -195,7 +195,7 @@ def _of_images(
         except ValueError:  # not there, or damaged
             pass
     count, batches = _images(path, array)
-    found = extract(extractor, batches, count=count, batch_size=batch_size, progress=progress)
+    found = extract(extractor, batches, count, batch_size=batch_size, progress=progress)
     if len(found) < 2:
         raise ValueError(f"{path} holds {len(found)} image; want at least 2, better thousands")
     known = Statistics(*moments(found), len(found), found, extractor.identity)

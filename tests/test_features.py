@@ -1,6 +1,8 @@
 """Extractors of features: what the network is given, to the bit, what may come back, and each misuse's error."""
 
 import hashlib
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -339,11 +341,11 @@ class Counted:
 def test_batches_are_as_large_as_the_network_takes():
     images = pictures(15)
     extractor = Counted()
-    got = extract(extractor, [images[:9], images[9:10], images[10:]], progress=False)
+    got = extract(extractor, [images[:9], images[9:10], images[10:]], 15, progress=False)
     assert extractor.sizes == [4, 4, 1, 1, 4, 1]
     assert torch.equal(got, torch.from_numpy(images[:, 0, 0, :2]).float())
     extractor.sizes.clear()
-    assert torch.equal(extract(extractor, [images[:9], images[9:]], batch_size=7, progress=False), got)
+    assert torch.equal(extract(extractor, [images[:9], images[9:]], 15, batch_size=7, progress=False), got)
     assert extractor.sizes == [7, 2, 6]
 
 
@@ -359,20 +361,20 @@ def test_without_enough_memory_the_batch_is_halved_for_good(error):
     images, extractor = pictures(16), Counted(error)
     extractor.fits = 3
     with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
-        got = extract(extractor, [images[:12], images[12:]], batch_size=10, progress=False)
+        got = extract(extractor, [images[:12], images[12:]], 16, batch_size=10, progress=False)
     assert [str(each.message)[-1] for each in warned] == ["5", "3"]
     assert extractor.sizes == [3, 3, 3, 3, 3, 1]
     assert torch.equal(got, torch.from_numpy(images[:, 0, 0, :2]).float())
     extractor.fits = 0
     with pytest.raises(type(error)), pytest.warns(UserWarning, match="batches of 1"):
-        extract(extractor, [images], batch_size=2, progress=False)
+        extract(extractor, [images], 16, batch_size=2, progress=False)
 
 
 def test_other_errors_are_no_want_of_memory():
     extractor = Counted(RuntimeError("broken"))
     extractor.fits = 1
     with pytest.raises(RuntimeError, match="broken"):
-        extract(extractor, [pictures()], progress=False)
+        extract(extractor, [pictures()], 5, progress=False)
 
 
 def test_an_extractor_out_of_memory_is_not_taken_for_broken():
@@ -394,21 +396,42 @@ def test_a_batch_is_as_many_pixels_whatever_their_shape(tmp_path):
 def test_images_are_counted_as_they_are_done(capfd, monkeypatch):
     updates = []
     monkeypatch.setattr(tqdm, "update", lambda bar, n: updates.append((bar.total, n)))
-    extract(Counted(), [pictures(5), pictures(5)], count=10)
+    extract(Counted(), [pictures(5), pictures(5)], 10)
     assert updates == [(10, 4), (10, 1), (10, 4), (10, 1)]
     assert "image/s" in capfd.readouterr().err
-    extract(Counted(), [pictures(5)], progress=False)
+    extract(Counted(), [pictures(5)], 5, progress=False)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, True])
 def test_wrong_batch_sizes(batch_size):
-    line = error_line(extract, Counted(), [pictures()], batch_size=batch_size, progress=False)
+    line = error_line(extract, Counted(), [pictures()], 5, batch_size=batch_size, progress=False)
     assert line == f"batch_size is {batch_size!r}; want a whole number, at least 1"
 
 
-def test_no_images_have_no_features():
-    assert error_line(extract, Counted(), [], progress=False) == "there are no images to make features of"
+@pytest.mark.parametrize("images", [[], [pictures(3)]])
+def test_fewer_images_than_were_promised(images):
+    line = error_line(extract, Counted(), images, 5, progress=False)
+    assert line == f"there are {sum(map(len, images))} images, not 5; they changed while they were read"
+
+
+@pytest.mark.slow
+def test_features_do_not_fragment_the_memory():
+    """The small tensors of each batch, kept, would pin the large ones of its images: 2 GB here."""
+    code = """
+import resource, sys
+import numpy as np, torch
+from fastddpm.features import Extractor, extract
+torch.set_num_threads(1)
+network = lambda x: torch.cat([x.mean((2, 3)), x[:, :, 0, 0]], 1)
+extractor = Extractor("", "", network, 3, None, "fid", torch.device("cpu"))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+extract(extractor, (np.zeros((128, 256, 256, 3), np.uint8) for _ in range(30)), 30 * 128, progress=False)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 10 * 128 * 256 * 256 * 3
 
 
 def test_the_scales_are_those_of_the_help():

@@ -126,7 +126,7 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
     if gpu is not None:
         torch.cuda.set_device(gpu)
     try:  # gloo in either case: agree() must not wait for a GPU
-        dist.init_process_group("gloo" if gpu is None else "cpu:gloo,cuda:nccl", device_id=gpu)
+        dist.init_process_group("gloo" if gpu is None else "cpu:gloo,cuda:nccl", device_id=gpu, **_again())
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot join the {size} processes of torchrun: {one_line(error)}; start them all") from error
     try:
@@ -135,6 +135,15 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _again() -> dict[str, Any]:
+    """Where processes meet that torchrun has started again: its store keeps the addresses of those before them."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://"))
+    return {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": size}
 
 
 def _gpu(device: torch.device | str | None) -> torch.device | None:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastddpm.distributed import Ranks, ranks
+from fastddpm.distributed import AgreedError, Ranks, ranks
 from fastddpm.files import check_writable, locked
 from fastddpm.identity import machine, weights_sha256
 from fastddpm.images import CHANNELS
@@ -31,6 +31,8 @@ from fastddpm.store import FORMATS, Store, is_store
 from fastddpm.unet import UNet2D
 
 WAITING = 2  # shards that may wait to be written before drawing waits, too
+ONCE = 1.0  # seconds in which signals are one
+_USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Stopped(KeyboardInterrupt):
@@ -75,10 +77,10 @@ def sample_to(
     Returns: the finished samples, in all processes.
     Raises:
         ValueError: an argument is not as above, the folder holds other samples (the message names what differs), is
-            being written by another job, or cannot be written.
+            being written by another job, or cannot be written; or another process of several has failed or was lost.
         OSError: a file could not be written, as on a full disk. Finished shards stay.
         Stopped: Ctrl-C or SIGTERM. Finished shards stay.
-        RuntimeError: another process of several was lost.
+        RuntimeError: another process of several was lost before the first sample.
     """
     with ranks(sampler.device.type) as group, ExitStack() as held:
         with group.agree():
@@ -122,10 +124,7 @@ def sample_to(
                     for k in mine:
                         writer.put(k, _drawn(sampler, store, k, progress=told.stepped, **how))
                 told.done()
-                arrived = meet()
-                while not arrived():  # a wait in torch would not hear signals
-                    told.check()
-                    time.sleep(0.1)
+                _wait(meet(), told)
         except KeyboardInterrupt as stop:
             way_on = f"{told.images} of {len(store.samples)} samples are done; the same command goes on from there"
             number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
@@ -227,6 +226,17 @@ def _drawn(sampler: Sampler, store: Store, k: int, /, **how: Any) -> np.ndarray:
     return np.ascontiguousarray(x.numpy())
 
 
+def _wait(arrived: Callable[[], bool], told: Progress) -> None:
+    """Wait for the other processes. Raises: AgreedError: one has failed, or was lost."""
+    try:
+        while not arrived():  # a wait in torch would not hear signals
+            told.check()
+            time.sleep(0.1)
+    except RuntimeError as error:
+        told.look()  # it may have told why before it went
+        raise AgreedError("another process was lost") from error
+
+
 class _Writer:
     """Encodes and writes shards while others are drawn; what it was given is written when the block ends."""
 
@@ -256,18 +266,27 @@ class _Writer:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM in this block raises `Stopped`, unless the program has a handler of its own."""
+    """Ctrl-C and SIGTERM in this block raise `Stopped`, unless the program has handlers of its own; two kill.
+
+    But not within a second: what a terminal or a scheduler sends to all processes, torchrun sends to its own again.
+    """
+    first: float | None = None
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)  # the next one does not wait
-        raise Stopped("", number)
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            raise Stopped("", number)
+        if time.monotonic() - first > ONCE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
+    usual = {number: handler for number, handler in _USUAL.items() if main and signal.getsignal(number) == handler}
+    for number in usual:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in usual.items():
+            signal.signal(number, handler)

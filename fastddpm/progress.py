@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -102,6 +102,16 @@ class Progress:
         if self.failure is not None:
             raise self.failure
 
+    def look(self) -> None:
+        """Look whether another process has failed by now. Raises: AgreedError: it has, or the first one was lost."""
+        try:
+            self._post()
+            failed = self.board.get(_FAILED).decode() if self.board.check([_FAILED]) else None
+        except RuntimeError as error:
+            raise AgreedError("process 0 was lost") from error
+        if failed is not None:
+            raise AgreedError(failed)
+
     def done(self) -> None:
         """This process has done its part."""
         self.count.state = "done"
@@ -114,29 +124,26 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        if error is not None and error is not self.failure:
+        if error is not None and not isinstance(error, AgreedError):
             stopped = isinstance(error, KeyboardInterrupt)
             self.count.state = "stopped" if stopped else one_line(error)
             with suppress(RuntimeError):  # the first process has gone
                 self._post()
                 self.board.set(_FAILED, f"process {self.group.rank}: {self.count.state}")
         if self.group.rank == 0:
-            self._tell(last=True)
+            with suppress(OSError) if error is not None else nullcontext():  # that error is told, not another one
+                self._tell(last=True)
+            if error is not None and self.group.size > 1:
+                time.sleep(2 * BEAT)  # the board ends with this process: the others shall have read why
 
     def _run(self) -> None:
-        while not self._ended.wait(BEAT):
+        while self.failure is None and not self._ended.wait(BEAT):
             try:
-                self._post()
-                if self.board.check([_FAILED]):
-                    raise AgreedError(self.board.get(_FAILED).decode())
+                self.look()
                 if self.group.rank == 0:
                     self._tell()
-            except RuntimeError:
-                self.failure = AgreedError("process 0 was lost")
             except Exception as error:
                 self.failure = error
-            if self.failure is not None:
-                return
 
     def _post(self) -> None:
         self.board.set(str(self.group.rank), json.dumps(asdict(self.count)))

@@ -553,6 +553,18 @@ def test_an_npz_is_not_read_before_it_is_needed(tmp_path):
     assert "Bad CRC-32" in error(tmp_path / "x.npz", lambda path: list(batches))
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("images", [pictures(), np.full((500, 32, 32, 3), 7, np.uint8)], ids=["few", "smooth"])
+@pytest.mark.parametrize("batch", [1, 5, 100])
+def test_a_wrong_checksum_is_found_in_the_end(tmp_path, save, images, batch):
+    path = tmp_path / "x.npz"
+    save(path, images)
+    whole = bytearray(path.read_bytes())
+    whole[whole.rindex(b"PK\1\2") + 16] ^= 1
+    path.write_bytes(whole)
+    assert "Bad CRC-32" in error(path, lambda path: list(stream_images(path, batch=batch)[1]))
+
+
 def test_grey_pictures_among_coloured_ones_are_coloured(tmp_path):
     colour, grey = pictures(4), pictures(4, c=1)
     save_folder(tmp_path, [grey[0], grey[1], grey[2], colour[3]], [f"{i}.png" for i in range(4)])

@@ -164,6 +164,20 @@ def test_a_disk_that_is_full_for_one_process_ends_all(tiny, undisturbed, tmp_pat
 
 
 @pytest.mark.slow
+def test_who_waits_for_a_process_that_fails_is_told_why(tiny, tmp_path):
+    """Not just that it has gone."""
+    out = tmp_path / "out"
+    hooks = [
+        functools.partial(before_storing, 1, functools.partial(full, "fsync", "/out/"), "1"),
+        functools.partial(before_drawing, 1, functools.partial(stay, 1), "1"),
+    ]
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
+    assert ends == [2, 2]
+    assert error(told[0]) == f"process 1: {error(told[1])}"
+    assert finished(out) == {0, 1, 2, 3, 4, 5, 8}
+
+
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_any_more_ends_all(tiny, tmp_path):
     """It is the first process that writes it; the others must say so."""
     flags = f"{FLAGS} --num-samples 500 --json-log {tmp_path}/log"

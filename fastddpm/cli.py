@@ -221,6 +221,8 @@ def _destination(out: str | None, kind: str | None) -> tuple[Path, str, bool]:
     """Where to write, in which format, and whether into a folder; one often follows from the other."""
     if out is None:
         out = _DEFAULT_OUT[kind or "grid"]
+    if not out:
+        raise ValueError("--out is ''; name a .png, an .npz or a folder")
     suffix = "" if out.endswith(os.sep) or Path(out).is_dir() else Path(out).suffix.lower()
     implied = _SUFFIXES.get(suffix)
     if kind is None and implied is None:
@@ -228,6 +230,9 @@ def _destination(out: str | None, kind: str | None) -> tuple[Path, str, bool]:
     if kind is not None and suffix and implied is not None and implied != kind:
         raise ValueError(f"--format {kind} does not go with --out {out}; leave --format out, or write a {implied}")
     kind = kind or str(implied)
+    if kind == "webdataset" and suffix == ".tar":
+        way_out = f"name a folder, {Path(out).stem}/, which `fastddpm merge` makes one tar of"
+        raise ValueError(f"--format webdataset writes many tars, and --out is {out}; {way_out}")
     return Path(out), kind, kind in ("png", "webdataset") or (kind == "npz" and not suffix)
 
 

@@ -77,7 +77,7 @@ class Ranks:
         for rank, other in enumerate(everybodys):
             for name, value in everybodys[0].items():
                 if other.get(name) != value:
-                    what = f"{name} is {value} in process 0, {other.get(name)} in process {rank}"
+                    what = f"{name} is {value!s:.200} in process 0, {other.get(name)!s:.200} in process {rank}"
                     raise AgreedError(f"{what}; give all of them the same data, options and folder")
 
     def gather(self, value: Any) -> list[Any]:
@@ -99,7 +99,15 @@ class Ranks:
 
         def arrive() -> Callable[[], bool]:
             work = dist.barrier(place, async_op=True)
-            return lambda: work.is_completed() and work.wait()
+
+            def all_there() -> bool:
+                if work.is_completed():
+                    work.wait()
+                    dist.destroy_process_group(place)
+                    return True
+                return False
+
+            return all_there
 
         return arrive
 

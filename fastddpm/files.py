@@ -2,14 +2,16 @@
 
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".*.[0-9]*.tmp"  # what a kill may leave of `atomic`
+_ELSEWHERE = secrets.token_hex(4)  # another machine that writes to the same disk may have this process's number
 FLUSHING = 8  # files at once: a thousand small ones take a tenth of the time, as the disk is waited for together
 
 
@@ -32,13 +34,14 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
-    """Write files so that all are safe on the disk when the first of them appears.
+    """Write files, of one folder, so that all are safe on the disk when the first of them appears.
 
     What has appeared and what not after an error or a crash, the caller must find out.
     """
@@ -58,6 +61,8 @@ def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
             targets = list(pool.map(flushed, *zip(*contents, strict=True)))
         for target in targets:
             os.replace(_resolved(target)[1], target)
+        for folder in {target.parent for target in targets}:
+            _flush_folder(folder)
     except BaseException:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
@@ -82,6 +87,8 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False, make: 
         make: make missing folders; False: leave those of `path`, a folder, to be made, where that can be done.
     Raises: ValueError: it cannot; says why.
     """
+    if not os.fspath(path):
+        raise ValueError("cannot write '', which is no path; name a place")
     path = Path(path)
     try:
         if folder:
@@ -117,7 +124,14 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                raise
+            os.close(handle)  # NFS locks what is open for writing alone, which no folder can be
+            handle = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         way_out = "wait until it has ended, or name another folder"
@@ -138,4 +152,15 @@ def _special(path: str | os.PathLike[str]) -> bool:
 def _resolved(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The file that path leads to, and the temporary name beside it."""
     target = Path(os.path.realpath(path))
-    return target, target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    return target, target.with_name(f".{target.name}.{os.getpid()}-{_ELSEWHERE}.tmp")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in a folder safe on the disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some file systems cannot
+                os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,11 +14,14 @@ from fastddpm._version import __version__
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Hexadecimal SHA-256 of a network's class and of its parameters and buffers: names, shapes, dtypes, values."""
-    digest = hashlib.sha256(type(network).__qualname__.encode())
-    for name, value in network.state_dict().items():
+    """Hexadecimal SHA-256 of a network: its modules as they print, its parameters and buffers.
+
+    Of these names, shapes, dtypes and values. What a module has besides, and does not print, is not seen.
+    """
+    digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", repr(network)).encode())  # which each process has its own
+    for name, value in chain(network.named_parameters(), network.named_buffers()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

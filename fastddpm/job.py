@@ -8,6 +8,7 @@ done.
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -25,12 +26,13 @@ from fastddpm.files import check_writable, locked
 from fastddpm.identity import machine, weights_sha256
 from fastddpm.images import CHANNELS
 from fastddpm.indices import Indices
-from fastddpm.progress import Progress
+from fastddpm.progress import LostError, Progress
 from fastddpm.sampler import Sampler
 from fastddpm.store import FORMATS, Store, is_store
 from fastddpm.unet import UNet2D
 
 WAITING = 2  # shards that may wait to be written before drawing waits, too
+PATIENCE = 600  # tenths of a second to find out whether a process was lost or is done
 ONCE = 1.0  # seconds in which signals are one
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
@@ -99,36 +101,38 @@ def sample_to(
             store = Store(out, json.loads(json.dumps(placed | _described(sampler, **how))))
             sampler.batches(store.indices(0), class_labels=store.labels(0), **how)  # which looks at the arguments
             if json_log is not None:
+                if os.path.abspath(json_log) == os.path.abspath(out):
+                    raise ValueError(f"json_log is {json_log}, the folder of the samples; name a file")
                 check_writable(json_log)
         group.agree_on(store.manifest)
-        with group.agree():
-            if group.rank == 0:
-                check_writable(out, folder=True)
-                held.enter_context(locked(out))
-                store.begin()
-        lacking = _lacking(store, group, progress)
-        mine = lacking[group.rank :: group.size]
-        meet = group.meeting()
-        told = Progress(
-            group,
-            sum(map(store.count, mine)),
-            total=len(store.samples),
-            before=len(store.samples) - sum(map(store.count, lacking)),
-            steps=store.manifest["sampler"]["steps"],
-            show=progress and bool(lacking),
-            json_log=json_log,
-        )
-        try:
-            with _terminable(), told:
+        with _stoppable(store, group) as stopped:
+            with group.agree():
+                if group.rank == 0:
+                    check_writable(out, folder=True)
+                    held.enter_context(locked(out))
+                    store.begin()
+            lacking = _lacking(store, group, progress)
+            mine = lacking[group.rank :: group.size]
+            if progress and group.rank == 0 and 0 < len(lacking) < group.size:
+                idle = f"there are {len(lacking)} shards to draw for {group.size} processes"
+                print(f"{out}: {idle}; a smaller shard_size would give work to all", file=sys.stderr)
+            meet = group.meeting()
+            told = Progress(
+                group,
+                sum(map(store.count, mine)),
+                total=len(store.samples),
+                before=len(store.samples) - sum(map(store.count, lacking)),
+                steps=store.manifest["sampler"]["steps"],
+                show=progress and bool(lacking),
+                json_log=json_log,
+                stopped=stopped,
+            )
+            with told:
                 with _Writer(store, told) as writer:
                     for k in mine:
                         writer.put(k, _drawn(sampler, store, k, progress=told.stepped, **how))
                 told.done()
                 _wait(meet(), told)
-        except KeyboardInterrupt as stop:
-            way_on = f"{told.images} of {len(store.samples)} samples are done; the same command goes on from there"
-            number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-            raise Stopped(f"stopped: {way_on}" if group.rank == 0 else "", number) from None
     return store
 
 
@@ -228,9 +232,15 @@ def _drawn(sampler: Sampler, store: Store, k: int, /, **how: Any) -> np.ndarray:
 
 def _wait(arrived: Callable[[], bool], told: Progress) -> None:
     """Wait for the other processes. Raises: AgreedError: one has failed, or was lost."""
+    patience = PATIENCE
     try:
         while not arrived():  # a wait in torch would not hear signals
-            told.check()
+            try:
+                told.check()
+            except LostError:  # is process 0 through already? Soon torch knows
+                patience -= 1
+                if not patience:
+                    raise
             time.sleep(0.1)
     except RuntimeError as error:
         told.look()  # it may have told why before it went
@@ -251,7 +261,11 @@ class _Writer:
         self.waiting.append(self.pool.submit(self._write, k, samples))
 
     def _write(self, k: int, samples: np.ndarray) -> None:
-        self.store.write(k, samples)
+        try:
+            self.store.write(k, samples)
+        except Exception as error:
+            self.told.fail(error)  # before the shard at hand is drawn to its end
+            raise
         self.told.stored(len(samples))
 
     def __enter__(self) -> "_Writer":
@@ -265,18 +279,22 @@ class _Writer:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _stoppable(store: Store, group: Ranks) -> Iterator[list[Stopped]]:
     """Ctrl-C and SIGTERM in this block raise `Stopped`, unless the program has handlers of its own; two kill.
 
     But not within a second: what a terminal or a scheduler sends to all processes, torchrun sends to its own again.
+
+    Yields: what has been raised. Python ignores it where a finaliser happens to run, so it is to be looked at.
     """
-    first: float | None = None
+    stopped: list[Stopped] = []
+    first = 0.0
 
     def stop(number: int, frame: Any) -> None:
         nonlocal first
-        if first is None:
+        if not stopped:
             first = time.monotonic()
-            raise Stopped("", number)
+            stopped.append(Stopped("", number))
+            raise stopped[0]
         if time.monotonic() - first > ONCE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -286,7 +304,11 @@ def _terminable() -> Iterator[None]:
     for number in usual:
         signal.signal(number, stop)
     try:
-        yield
+        yield stopped
+    except KeyboardInterrupt as error:
+        way_on = f"{store.written()} of {len(store.samples)} samples are done; the same command goes on from there"
+        by = error.number if isinstance(error, Stopped) else signal.SIGINT
+        raise Stopped(f"stopped: {way_on}" if group.rank == 0 else "", by) from None
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)

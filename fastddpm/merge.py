@@ -40,7 +40,9 @@ def merge(
         raise ValueError(f"out is {os.fspath(out)}; want an .npz or a .tar")
     check_writable(out)
     stores = [Store.open(folder) for folder in folders]
-    _check_alike(stores)
+    _check_alike(stores, by_name=suffix == ".tar")
+    if inside := next((store for store in stores if Path(out).resolve().is_relative_to(store.folder.resolve())), None):
+        raise ValueError(f"out is {os.fspath(out)}, among the samples of {inside.folder}; name another place")
     shards = tqdm(
         [(store, k) for store in stores for k in range(len(store))], desc="merge", unit="shard", disable=not progress
     )
@@ -54,7 +56,8 @@ def merge(
     return shape
 
 
-def _check_alike(stores: Sequence[Store]) -> None:
+def _check_alike(stores: Sequence[Store], *, by_name: bool) -> None:
+    """Refuse samples of different origin, or twice the same; by name, also those of two seeds and one index."""
     if not stores:
         raise ValueError("there is nothing to merge; name at least one folder of samples")
     facts = [
@@ -67,10 +70,11 @@ def _check_alike(stores: Sequence[Store]) -> None:
             raise ValueError(f"{held}; merge alike ones")
     seeds = defaultdict(list)
     for store in stores:
-        seeds[store.manifest.get("seed")].append(store.samples)
+        seeds[None if by_name else store.manifest.get("seed")].append(store.samples)
     for seed, parts in seeds.items():
         if (twice := Indices.joined(parts).twice()) is not None:
-            raise ValueError(f"sample {twice} of seed {seed} is there twice; merge folders that have none in common")
+            what = f"an index {twice}, by which a tar names it," if by_name else f"sample {twice} of seed {seed}"
+            raise ValueError(f"{what} is there twice; merge folders that have none in common")
 
 
 def _write_npz(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -21,9 +21,15 @@ from fastddpm.distributed import AgreedError, Ranks, one_line
 from fastddpm.files import naming
 
 BEAT = 0.5  # seconds from one look at the processes to the next
+SILENT = 600  # such looks without a sign of life: a process is lost
+ANSWER = 60  # seconds that the first process may take to answer another
 LOG_EVERY = 10.0  # seconds from one JSON line to the next
 PRINT_EVERY = 30.0  # and from one plain line to the next
 _FAILED = "failed"
+
+
+class LostError(AgreedError):
+    """The first process does not answer any more: perhaps it has ended because all was done."""
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Count:
         steps: of the network; image_steps: the same, each counted as often as there were samples in its batch.
         seconds: from the beginning to its latest step.
         state: "running", "done", or why it ended.
+        beat: signs of life.
     """
 
     rank: int
@@ -46,6 +53,7 @@ class Count:
     image_steps: int = 0
     seconds: float = 0.0
     state: str = "running"
+    beat: int = 0
 
 
 class Progress:
@@ -58,6 +66,7 @@ class Progress:
         steps: of a sample.
         show: draw bars on a terminal, or print a line now and then.
         json_log: a file to append a JSON line to every so often, and at the end.
+        stopped: what signals have raised.
     """
 
     def __init__(
@@ -70,12 +79,14 @@ class Progress:
         steps: int,
         show: bool = True,
         json_log: str | os.PathLike[str] | None = None,
+        stopped: Sequence[BaseException] = (),
     ):
-        self.group, self.total, self.before, self.steps = group, total, before, steps
+        self.group, self.stopped = group, stopped
+        self.total, self.before, self.steps = total, before, steps
         self.count, self.began = Count(group.rank, part), time.monotonic()
         self.failure: Exception | None = None
         self.board = _board(group)
-        self.images = before  # on the disk, as of the last look (of the first process)
+        self.heard = [(0, 0)] * group.size  # of each process: the latest sign of life, and looks since then
         self._post()
         group.gather(None)  # all have posted
         self.show: _Bars | _Lines | None = None
@@ -97,18 +108,24 @@ class Progress:
         """So many more samples are on the disk."""
         self.count.images += samples
 
+    def fail(self, error: Exception) -> None:
+        """Have the next `check` raise this."""
+        self.failure = error
+
     def check(self) -> None:
-        """Raise what failed elsewhere."""
+        """Raise what failed in another process or thread, or what a signal raised where Python ignores that."""
+        for stopped in self.stopped:
+            raise stopped
         if self.failure is not None:
             raise self.failure
 
     def look(self) -> None:
-        """Look whether another process has failed by now. Raises: AgreedError: it has, or the first one was lost."""
+        """Look whether another process has failed by now. Raises: AgreedError: it has; LostError."""
         try:
             self._post()
             failed = self.board.get(_FAILED).decode() if self.board.check([_FAILED]) else None
         except RuntimeError as error:
-            raise AgreedError("process 0 was lost") from error
+            raise LostError("process 0 was lost") from error
         if failed is not None:
             raise AgreedError(failed)
 
@@ -123,7 +140,9 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(10 * BEAT)
+        if self._thread.is_alive():  # it waits for the board of a process that is silent
+            return
         if error is not None and not isinstance(error, AgreedError):
             stopped = isinstance(error, KeyboardInterrupt)
             self.count.state = "stopped" if stopped else one_line(error)
@@ -142,20 +161,31 @@ class Progress:
                 self.look()
                 if self.group.rank == 0:
                     self._tell()
+                    self._listen()
             except Exception as error:
                 self.failure = error
 
     def _post(self) -> None:
+        self.count.beat += 1
         self.board.set(str(self.group.rank), json.dumps(asdict(self.count)))
 
     def _tell(self, *, last: bool = False) -> None:
-        counts = [Count(**json.loads(self.board.get(str(rank)))) for rank in range(self.group.size)]
-        summary = self.summary(counts)
-        self.images = summary["images"]
+        summary = self.summary(self._counts())
         if self.show is not None:
             self.show.tell(summary, last)
         if self.log is not None:
             self.log.tell(summary, last)
+
+    def _counts(self) -> list[Count]:
+        return [Count(**json.loads(self.board.get(str(rank)))) for rank in range(self.group.size)]
+
+    def _listen(self) -> None:
+        """Raises: AgreedError: a process has given no sign of life for a long time."""
+        for count in self._counts():
+            beat, looks = self.heard[count.rank]
+            self.heard[count.rank] = (beat, looks + 1) if count.beat == beat else (count.beat, 0)
+            if looks > SILENT:
+                raise AgreedError(f"process {count.rank} has not been heard of for {SILENT * BEAT:.0f} seconds")
 
     def summary(self, counts: Sequence[Count]) -> dict[str, Any]:
         """What there is to tell, as JSON has it."""
@@ -259,6 +289,7 @@ def _board(group: Ranks) -> dist.Store:
     if group.size == 1:
         return dist.HashStore()
     host = os.environ.get("MASTER_ADDR", socket.gethostname())
-    own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if group.rank == 0 else None
-    port = group.gather(own and own.port)[0]
-    return own or dist.TCPStore(host, port, wait_for_workers=False)
+    how: dict[str, Any] = {"wait_for_workers": False, "timeout": timedelta(seconds=ANSWER)}
+    own = dist.TCPStore(host, 0, is_master=True, **how) if group.rank == 0 else None
+    host, port = group.gather((host, own and own.port))[0]
+    return own or dist.TCPStore(host, port, **how)

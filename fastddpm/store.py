@@ -2,7 +2,7 @@
 
 samples/manifest.json     what the samples are: nothing else is mixed with them
 samples/00000.npz ...     a shard each; or 00000.tar ..., as webdataset reads them; or 00000.png ..., a sample each
-samples/.shards/00000 ... SHA-256 of a shard, written when all its files are safe: it is done while that holds
+samples/.shards/00000 ... checksum of a shard, written when all its files are safe: it is done while that holds
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from fastddpm.indices import Indices
 
 FORMATS = {"npz": ".npz", "png": ".png", "webdataset": ".tar"}
 MANIFEST = "manifest.json"
+LABELS = "dataset.json"  # of PNGs
 _DONE = ".shards"
 _DIGITS = 5  # of a name, at least
 
@@ -48,10 +49,15 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str], manifest: Mapping[str, Any]):
         self.folder, self.manifest = Path(folder), dict(manifest)
         self.format, self.shard_size = self.manifest["format"], self.manifest["shard_size"]
+        if self.format not in FORMATS:
+            raise ValueError(f"its format is {self.format!r}; want one of {', '.join(FORMATS)}")
+        if type(self.shard_size) is not int or self.shard_size < 1:
+            raise ValueError(f"its shard_size is {self.shard_size!r}; want a whole number, at least 1")
         self.samples = Indices.parse(self.manifest["samples"])
         classes = self.manifest["class_labels"]
         self.classes = None if classes is None else np.array(tuple(Indices.parse(classes)))
         self.digits = max(_DIGITS, len(str(self.samples.largest())), len(str(len(self) - 1)))
+        self._identity = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Store":
@@ -77,17 +83,21 @@ class Store:
             if changed := differing(before, self.manifest):
                 there, here = in_short(changed), in_short(differing(self.manifest, before))
                 raise ValueError(f"{self.folder} holds samples with {there}, not {here}; name another folder")
-        elif found := next((name for name in os.listdir(self.folder) if name.endswith(suffix)), None):
+        elif found := next((name for name in os.listdir(self.folder) if name.endswith((suffix, LABELS))), None):
             raise ValueError(f"{self.folder} holds {found}, and no {MANIFEST} to tell of what; name another folder")
         (self.folder / _DONE).mkdir(exist_ok=True)
         for folder in (self.folder, self.folder / _DONE):
             for rest in folder.glob(TEMPORARY):
                 rest.unlink(missing_ok=True)
         if not begun:
-            if self.format == "png" and self.classes is not None:
-                self._write_labels()
             with atomic(path) as file:
                 file.write(json.dumps(self.manifest, indent=1).encode())
+        if self.format == "png" and self.classes is not None and not (self.folder / LABELS).exists():
+            self._write_labels()
+
+    def written(self) -> int:
+        """How many samples are in shards that are done, or were."""
+        return sum(self.count(int(name)) for name in _listed(self.folder / _DONE) if name.isdecimal())
 
     def __len__(self) -> int:
         """How many shards there are, when all are done."""
@@ -118,12 +128,9 @@ class Store:
         Args: samples: in order; pictures uint8 [n, H, W, C], else float32 [n, ...].
         """
         contents = list(self._encoded(k, samples))
-        digest = hashlib.sha256()
-        for content in contents:
-            digest.update(content)
         write_together(zip(self._files(k), contents, strict=True))
         with atomic(self._record(k)) as file:
-            file.write(digest.hexdigest().encode())
+            file.write(self._checksum(contents).encode())
 
     def is_done(self, k: int) -> bool:
         """Whether shard k is there, and whole."""
@@ -157,10 +164,14 @@ class Store:
             known, contents = self._record(k).read_text(), [file.read_bytes() for file in self._files(k)]
         except (FileNotFoundError, UnicodeDecodeError):
             return None
-        digest = hashlib.sha256()
+        return contents if self._checksum(contents) == known else None
+
+    def _checksum(self, contents: Iterable[bytes]) -> str:
+        """SHA-256 of the manifest's and of a shard's files: what a process of another job left is not of this one."""
+        digest = self._identity.copy()
         for content in contents:
             digest.update(content)
-        return contents if digest.hexdigest() == known else None
+        return digest.hexdigest()
 
     def _record(self, k: int) -> Path:
         return self.folder / _DONE / f"{k:0{self.digits}d}"
@@ -185,13 +196,17 @@ class Store:
 
     def _write_labels(self) -> None:
         """The classes of the PNGs, as the data sets of StyleGAN and EDM have them."""
-        with atomic(self.folder / "dataset.json") as file:
+        with atomic(self.folder / LABELS) as file:
             file.write(b'{"labels": [')
             for k in range(len(self)):
                 pairs = zip(self._files(k), self.labels(k), strict=True)  # type: ignore[arg-type]
                 text = ", ".join(f'["{path.name}", {label}]' for path, label in pairs)
                 file.write(((", " if k else "") + text).encode())
             file.write(b"]}")
+
+
+def _listed(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.exists() else []
 
 
 def is_store(path: str | os.PathLike[str]) -> bool:

@@ -48,7 +48,8 @@ LAYERS = (
 )
 LAYERS += ("identity", "indices", "files", "layout", "reference", "kernels", "_version")
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
-KNOWN = {"torch", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime", *sys.stdlib_module_names}
+KNOWN = {"torch", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime"}
+KNOWN |= set(sys.stdlib_module_names)
 LIGHT = {"torch", *sys.stdlib_module_names}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 LIMIT = 1 << 56  # of the noise standard
 
 _NUMBER = re.compile("[0-9]+")
-_LONG = re.compile("[0-9]{17,}")  # that may be over the limit
+_LONG = re.compile("0*([0-9]{17,})")  # that may be over the limit
 _NO_LIST = re.compile("[^0-9,-]|-(?![0-9])|(?<![0-9])-|-[0-9]+-")
 
 
@@ -41,17 +41,18 @@ class Indices(Sequence[int]):
         """
         if isinstance(samples, Indices):
             return samples
-        if isinstance(samples, int | np.integer) and not isinstance(samples, bool):
-            samples = range(int(samples)) if samples >= 0 else samples
+        if isinstance(samples, int | np.integer) and not isinstance(samples, bool) and 0 <= samples <= LIMIT:
+            samples = range(int(samples))
         if isinstance(samples, range) and samples.step == 1:
-            starts, lengths = np.array([samples.start]), np.array([len(samples)])
+            starts, lengths = np.array([samples.start]), np.array([max(samples.stop - samples.start, 0)])
         else:
             whole = isinstance(samples, np.ndarray) or not isinstance(samples, Iterable)
             starts = np.array(samples if whole else tuple(cast(Iterable[int], samples)))
             starts = starts if starts.size else starts.astype(np.int64)
             lengths = np.ones_like(starts)
-        if starts.ndim != 1 or starts.dtype.kind not in "iu" or (starts < 0).any() or (starts + lengths > LIMIT).any():
-            raise ValueError(f"samples are {_short(str(samples))}; want how many, or whole numbers 0 <= index < 2^56")
+        if starts.ndim != 1 or not (_whole(starts) and _whole(lengths)) or (starts + lengths > LIMIT).any():
+            given = _short(" ".join(str(samples).split()))
+            raise ValueError(f"samples are {given}; want how many, or whole numbers 0 <= index < 2^56")
         return cls._joined(starts.astype(np.int64), lengths.astype(np.int64))
 
     @classmethod
@@ -70,7 +71,9 @@ class Indices(Sequence[int]):
         text = re.sub(",+", ",", text).strip(",")
         if _NO_LIST.search(text):
             raise ValueError(f"{_short(text)!r} is not a list of whole numbers like 5,7,100-120")
-        if largest := max((number for number in _LONG.findall(text) if int(number) >= LIMIT), key=int, default=None):
+        large = [number for number in _LONG.findall(text) if len(number) > 17 or int(number) >= LIMIT]
+        if large:
+            largest = max(large, key=lambda number: (len(number), number))  # Python makes no int of 5000 digits
             raise ValueError(f"sample index is {_short(largest)}; it must be a whole number, 0 <= index < 2^56")
         numbers = np.fromstring(text.replace("-", ","), np.int64, sep=",")  # and not a million strings
         ends_run = np.frombuffer(_NUMBER.sub("", text).encode() + b",", np.uint8) == ord(",")
@@ -122,6 +125,10 @@ class Indices(Sequence[int]):
         starts, stops = self.starts[order], (self.starts + self.lengths)[order]
         overlap = np.flatnonzero(starts[1:] < stops[:-1])
         return int(starts[1:][overlap[0]]) if len(overlap) else None
+
+
+def _whole(numbers: np.ndarray) -> bool:
+    return numbers.dtype.kind in "iu" and not ((numbers < 0) | (numbers > LIMIT)).any()
 
 
 def _short(text: str) -> str:

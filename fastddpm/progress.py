@@ -180,12 +180,13 @@ class Progress:
         return [Count(**json.loads(self.board.get(str(rank)))) for rank in range(self.group.size)]
 
     def _listen(self) -> None:
-        """Raises: AgreedError: a process has given no sign of life for a long time."""
+        """Tell all if a process has given no sign of life for a long time."""
         for count in self._counts():
             beat, looks = self.heard[count.rank]
             self.heard[count.rank] = (beat, looks + 1) if count.beat == beat else (count.beat, 0)
             if looks > SILENT:
-                raise AgreedError(f"process {count.rank} has not been heard of for {SILENT * BEAT:.0f} seconds")
+                what = f"process {count.rank} has not been heard of for {SILENT * BEAT:.0f} seconds"
+                self.board.set(_FAILED, what)
 
     def summary(self, counts: Sequence[Count]) -> dict[str, Any]:
         """What there is to tell, as JSON has it."""

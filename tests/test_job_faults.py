@@ -16,7 +16,8 @@ import pytest
 from jobs import command, contents, drawn, finished, note_drawn, options, save_tiny
 from processes import run_ranks, start
 
-from fastddpm import cli, job
+from fastddpm import cli, job, progress
+from fastddpm.distributed import ranks
 from fastddpm.files import locked
 from fastddpm.progress import Progress
 from fastddpm.sampler import Sampler
@@ -556,3 +557,70 @@ def test_torchrun_is_told_to_end(tiny, tmp_path):
         done = finished(out)
         assert only_whole_files(out)
     assert 16 <= len(done) < 100_000
+
+
+class Finalised:
+    """Tells this process to end while Python runs a finaliser, out of which no exception comes."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_ignores_ends_a_job_all_the_same(tiny, tmp_path, monkeypatch, capsys):
+    write, drawing = Store.write, Sampler.sample
+
+    def once(self, samples, **how):
+        if list(samples) == [2, 3]:
+            Finalised()
+        return drawing(self, samples, **how)
+
+    monkeypatch.setattr(Sampler, "sample", once)
+    monkeypatch.setattr(Store, "write", lambda self, k, samples: write(self, k, samples))
+    assert cli.main(options(tiny, tmp_path / "out", FLAGS)) == 143
+    assert capsys.readouterr().err.endswith("samples are done; the same command goes on from there\n")
+    assert len(Store.open(tmp_path / "out").samples) == 9
+    assert not Store.open(tmp_path / "out").is_done(1)
+
+
+def test_a_shard_that_a_lost_process_of_another_job_leaves_is_seen(tiny, undisturbed, tmp_path):
+    """As one that hangs in a write while its folder is removed, and made anew with another seed."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert cli.main(options(tiny, out, FLAGS)) == 0
+    assert cli.main(options(tiny, other, f"{FLAGS} --seed 5")) == 0
+    for name in ("00001.npz", ".shards/00001"):
+        (other / name).rename(out / name)
+    assert [Store.open(out).is_done(k) for k in range(5)] == [True, False, True, True, True]
+    assert cli.main(options(tiny, out, FLAGS)) == 0
+    assert contents(out) == undisturbed
+
+
+def test_processes_with_other_options_are_refused(tiny, tmp_path):
+    statuses, told = run_ranks(tmp_path, 2, by_rank, str(tiny), str(tmp_path / "out"))
+    assert statuses == [2, 2]
+    assert {error(text) for text in told} == {
+        "seed is 0 in process 0, 1 in process 1; give all of them the same data, options and folder"
+    }
+    assert not (tmp_path / "out").exists()
+
+
+def by_rank(model, out):
+    return cli.main(options(model, out, f"{FLAGS} --seed {os.environ['RANK']}"))
+
+
+def watched():
+    """The counts of process 1 stand still, as if it were stopped, or its machine gone."""
+    progress.BEAT, progress.SILENT = 0.02, 50
+    with ranks("cpu") as group, Progress(group, 1, total=2, before=0, steps=1, show=False) as told:
+        if group.rank == 1:
+            told._post = lambda: None
+        while True:
+            told.check()
+            time.sleep(0.01)
+
+
+def test_a_silent_process_is_told_of(tmp_path):
+    _, told = run_ranks(tmp_path, 2, watched)
+    for text in told:
+        assert text.splitlines()[-1].endswith("AgreedError: process 1 has not been heard of for 1 seconds")

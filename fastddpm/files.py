@@ -158,9 +158,9 @@ def _resolved(path: str | os.PathLike[str]) -> tuple[Path, Path]:
 def _flush_folder(folder: Path) -> None:
     """Make the names in a folder safe on the disk, where the system can."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # some file systems cannot
+        with suppress(OSError):  # some file systems cannot, some folders can be written and not read
+            handle = os.open(folder, os.O_RDONLY)
+            try:
                 os.fsync(handle)
-        finally:
-            os.close(handle)
+            finally:
+                os.close(handle)

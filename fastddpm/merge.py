@@ -43,11 +43,11 @@ def merge(
     _check_alike(stores, by_name=suffix == ".tar")
     if inside := next((store for store in stores if Path(out).resolve().is_relative_to(store.folder.resolve())), None):
         raise ValueError(f"out is {os.fspath(out)}, among the samples of {inside.folder}; name another place")
+    first = stores[0].read(0)
+    shape = (sum(len(store.samples) for store in stores), *first.shape[1:])
     shards = tqdm(
         [(store, k) for store in stores for k in range(len(store))], desc="merge", unit="shard", disable=not progress
     )
-    first = stores[0].read(0)
-    shape = (sum(len(store.samples) for store in stores), *first.shape[1:])
     with shards, atomic(out) as file:
         if suffix == ".npz":
             _write_npz(file, stores, shards, shape, first.dtype)

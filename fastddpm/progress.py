@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch.distributed as dist
 
@@ -267,15 +267,18 @@ class _Log:
         if not last and time.monotonic() < self.next:
             return
         self.next = time.monotonic() + LOG_EVERY
-        with naming(self.path), self.path.open("a+b") as file:
-            if file.tell() and not _ends_a_line(file):  # of a process that was killed
-                file.write(b"\n")
-            file.write(json.dumps(summary).encode() + b"\n")
+        with naming(self.path), self.path.open("ab") as file:
+            torn = b"\n" * (self.path.is_file() and not _ends_a_line(self.path))  # of a process that was killed
+            file.write(torn + json.dumps(summary).encode() + b"\n")
 
 
-def _ends_a_line(file: BinaryIO) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
+def _ends_a_line(path: Path) -> bool:
+    """Whether a file is empty, or ends with the end of a line."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            return file.read() == b"\n"
+    return True
 
 
 def _rates(told: Mapping[str, Any]) -> str:

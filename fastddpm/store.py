@@ -55,7 +55,9 @@ class Store:
             raise ValueError(f"its shard_size is {self.shard_size!r}; want a whole number, at least 1")
         self.samples = Indices.parse(self.manifest["samples"])
         classes = self.manifest["class_labels"]
-        self.classes = None if classes is None else np.array(tuple(Indices.parse(classes)))
+        self.classes = None if classes is None else np.array(tuple(Indices.parse(classes)), np.int64)
+        if self.classes is not None and not self.classes.size:
+            raise ValueError("class_labels are empty; want at least one")
         self.digits = max(_DIGITS, len(str(self.samples.largest())), len(str(len(self) - 1)))
         self._identity = hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode())
 
@@ -67,7 +69,7 @@ class Store:
             return cls(folder, json.loads(path.read_text()))
         except FileNotFoundError as error:
             raise ValueError(f"{folder} has no {MANIFEST}; want a folder that `fastddpm sample` wrote") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({error}); sample into another folder") from error
 
     def begin(self) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm import images
-from fastddpm.files import atomic, check_writable, naming
+from fastddpm import files, images
+from fastddpm.files import TEMPORARY, atomic, check_writable, naming, write_together
 
 
 def pictures(n, h=4, w=3, c=3):
@@ -163,7 +163,7 @@ def test_atomic_flushes_to_disk_before_renaming(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: (calls.append("replace"), rename(*names)))
     with atomic(tmp_path / "file") as file:
         file.write(b"12345")
-    assert calls == [("fsync", 5), "replace"]
+    assert calls[:2] == [("fsync", 5), "replace"]
 
 
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
@@ -276,3 +276,131 @@ def test_check_writable_heeds_permissions(tmp_path):
 def test_png_is_written_whatever_the_name(tmp_path):
     images.save_grid(pictures(1), tmp_path / "no-suffix")
     assert Image.open(io.BytesIO((tmp_path / "no-suffix").read_bytes())).format == "PNG"
+
+
+@pytest.mark.parametrize("c", [1, 3, 4])
+def test_a_png_is_the_picture(c):
+    """And has the same bytes each time."""
+    picture = pictures(1, h=5, w=4, c=c)[0]
+    content = images.png(picture)
+    image = Image.open(io.BytesIO(content))
+    assert (image.format, image.mode) == ("PNG", {1: "L", 3: "RGB", 4: "RGBA"}[c])
+    assert np.array_equal(np.asarray(image).reshape(picture.shape), picture)
+    assert images.png(picture.copy()) == content
+
+
+def test_what_pictures_are():
+    assert all(images.are_pictures(pictures(2, c=c)) for c in (1, 3, 4))
+    assert not any(images.are_pictures(pictures(2, c=c)) for c in (2, 5))
+    for other in (pictures(2).astype(np.float32), pictures(2).view(np.int8), pictures(2)[0], pictures(2)[None]):
+        assert not images.are_pictures(other)
+
+
+def noted(monkeypatch):
+    """In which order files are flushed and named; they are."""
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: order.append((name, *args)) or real(*args))
+    return order
+
+
+def test_files_written_together_are_safe_before_one_appears(tmp_path, monkeypatch):
+    """More than are flushed at once; then their names are made safe."""
+    contents = {tmp_path / f"{i}": bytes([i]) * i for i in range(3 * files.FLUSHING)}
+    (tmp_path / "3").write_bytes(b"old")
+    order = noted(monkeypatch)
+    write_together(contents.items())
+    assert [name for name, *_ in order] == ["fsync"] * len(contents) + ["replace"] * len(contents) + ["fsync"]
+    assert [call[2] for call in order if call[0] == "replace"] == list(contents)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+
+
+def test_files_written_together_are_flushed_at_once(tmp_path, monkeypatch):
+    """Each waits until all of a handful have come that far."""
+    all_there = threading.Barrier(files.FLUSHING, timeout=30)
+    monkeypatch.setattr(
+        os, "fsync", lambda file: all_there.wait() if threading.current_thread().name != "MainThread" else 0
+    )
+    write_together((tmp_path / f"{i}", b"x") for i in range(files.FLUSHING))
+    assert len(os.listdir(tmp_path)) == files.FLUSHING
+
+
+@pytest.mark.parametrize("failing", [0, 5, 19])
+def test_of_files_written_together_none_appears_if_one_fails(tmp_path, monkeypatch, failing):
+    """And nothing else stays."""
+    contents = [(tmp_path / f"{i}", b"new" * i) for i in range(20)]
+    (tmp_path / "7").write_bytes(b"old")
+    calls, flush = iter(range(20)), os.fsync
+
+    def full(file):
+        if next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as failed:
+        write_together(contents)
+    assert failed.value.filename in [os.fspath(path) for path, _ in contents]
+    assert os.listdir(tmp_path) == ["7"]
+    assert (tmp_path / "7").read_bytes() == b"old"
+
+
+def test_files_written_together_follow_links(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "to" / "file")
+    write_together([(tmp_path / "link", b"new"), (tmp_path / "plain", b"x")])
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "to" / "file").read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == ["link", "plain", "to"]
+    assert os.listdir(tmp_path / "to") == ["file"]
+
+
+def test_no_files_written_together(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_together([(tmp_path / "no" / "folder", b"")])
+    assert os.listdir(tmp_path) == []
+
+
+def test_temporary_names_are_known_as_such(tmp_path):
+    """To who removes what a kill has left; and are of this process alone."""
+    seen = []
+    with atomic(tmp_path / "x.png"):
+        seen += os.listdir(tmp_path)
+        assert [path.name for path in tmp_path.glob(TEMPORARY)] == seen
+    assert len(seen) == 1
+    assert f".{os.getpid()}-" in seen[0]
+    for other in ("x.png", ".x.png", "x.7.tmp", ".x.tmp", ".x.png.tmp", ".tmp"):
+        (tmp_path / other).touch()
+    assert list(tmp_path.glob(TEMPORARY)) == []
+
+
+def test_a_name_is_made_safe_too(tmp_path, monkeypatch):
+    """After it has appeared; where a folder cannot be flushed, or not be read, what can be done is done."""
+    order = noted(monkeypatch)
+    with atomic(tmp_path / "file") as file:
+        file.write(b"x")
+    assert [name for name, *_ in order] == ["fsync", "replace", "fsync"]
+    opened, flush = os.open, os.fsync
+
+    def refuse(path, flags, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def cannot(file):
+        if not os.path.isfile(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(file)
+
+    for name, function in (("open", refuse), ("fsync", cannot)):
+        monkeypatch.setattr(os, name, function)
+        with atomic(tmp_path / name) as file:
+            file.write(b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+        monkeypatch.setattr(os, name, {"open": opened, "fsync": flush}[name])
+
+
+def test_no_path_is_not_the_folder_one_is_in():
+    for folder in (True, False):
+        with pytest.raises(ValueError, match="cannot write '', which is no path; name a place"):
+            check_writable("", folder=folder)

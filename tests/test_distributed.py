@@ -1,7 +1,10 @@
 """Several processes at one job: who takes what, sums with the same bits everywhere, errors that all ranks share."""
 
 import json
+import os
+import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
@@ -193,3 +196,98 @@ def test_a_rank_that_fails_ends_the_others(agreed, tmp_path):
     ends, told = run_ranks(tmp_path, 3, failure, agreed)
     assert ends == [1] * 3
     assert [text.splitlines()[-1].endswith("Error: of rank one alone") for text in told] == [agreed, True, agreed]
+
+
+def test_alone_one_meets_oneself():
+    assert Ranks().meeting()()() is True
+    assert Ranks().gather({"any": "thing"}) == [{"any": "thing"}]
+
+
+def gathered():
+    with ranks("cpu") as r:
+        say(got=r.gather({"rank": r.rank, "odd": [None] * r.rank}), none=r.gather(None))
+
+
+@pytest.mark.slow
+def test_values_of_all_are_in_order_everywhere(tmp_path):
+    ends, told = run_ranks(tmp_path, 3, gathered)
+    assert ends == [0] * 3, told
+    want = {"got": [{"rank": rank, "odd": [None] * rank} for rank in range(3)], "none": [None] * 3}
+    assert [json.loads(text) for text in told] == [want] * 3
+
+
+def disagreeing():
+    with ranks("cpu") as r:
+        try:
+            r.agree_on({"same": 1, "long": f"{r.rank}" * 1000, "other": r.rank})
+        except AgreedError as error:
+            say(said=str(error))
+
+
+@pytest.mark.slow
+def test_long_facts_are_told_in_short(tmp_path):
+    ends, told = run_ranks(tmp_path, 2, disagreeing)
+    assert ends == [0] * 2, told
+    what = f"long is {'0' * 200} in process 0, {'1' * 200} in process 1"
+    want = f"{what}; give all of them the same data, options and folder"
+    assert [json.loads(text)["said"] for text in told] == [want] * 2
+
+
+def until(true):
+    while not true():
+        time.sleep(0.01)
+
+
+def meetings(folder):
+    """The second comes when the first has long looked for it: longer than processes wait elsewhere."""
+    store = next(dist.rendezvous("env://"))[0]
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(milliseconds=300))
+    with ranks("cpu") as r:
+        first, second = r.meeting(), r.meeting()
+        if r.rank == 1:
+            until((folder / "waited").exists)
+        there = first()
+        if r.rank == 0:
+            began, looks = time.monotonic(), []
+            while time.monotonic() < began + 0.7:
+                looks.append(there())
+                time.sleep(0.01)
+            (folder / "waited").touch()
+            say(early=any(looks))
+        until(there)
+        until(second())
+        say(met=r.gather(r.rank))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_who_comes_late_is_waited_for(tmp_path):
+    """And nobody goes on before; two meetings do not mix."""
+    ends, (first, second) = run_ranks(tmp_path, 2, meetings, tmp_path)
+    assert ends == [0, 0], (first, second)
+    assert [json.loads(line) for line in first.splitlines()] == [{"early": False}, {"met": [0, 1]}]
+    assert json.loads(second) == {"met": [0, 1]}
+
+
+def lost(folder):
+    with ranks("cpu") as r:
+        meet = r.meeting()
+        if r.rank == 1:
+            until((folder / "waits").exists)
+            os._exit(7)
+        there = meet()
+        assert not there()
+        (folder / "waits").touch()
+        try:
+            until(there)
+        except RuntimeError as error:
+            say(lost=type(error).__name__)
+            os._exit(3)  # the group cannot be closed in order any more
+
+
+@pytest.mark.slow
+def test_who_is_lost_is_not_waited_for(tmp_path):
+    ends, told = run_ranks(tmp_path, 2, lost, tmp_path)
+    assert ends == [3, 7], told
+    assert "lost" in json.loads(told[0])

@@ -2,6 +2,7 @@
 
 import json
 import time
+from itertools import count
 from statistics import median
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_output(benchmark, record, tmp_path, model, format):
     """Both take turns. A job counts from its first step until all is on the disk."""
     net = network(model) if model != "trivial" else Trivial()
     sampler = Sampler(net, SCHEDULE, shape=(3, 32, 32), device=DEVICE, precision="bf16")
-    drawn, written = [], []
+    drawn, written, folders = [], [], (tmp_path / str(k) for k in count())
 
     def draw():
         began = time.perf_counter()
@@ -46,10 +47,11 @@ def test_output(benchmark, record, tmp_path, model, format):
         return torch.cat(x)
 
     def work():
-        out = tmp_path / str(len(written))
-        how = {"shard_size": SIZE, "batch_size": SIZE, "steps": STEPS, "json_log": f"{out}.jsonl", "progress": False}
+        out = next(folders)
+        log = out.with_suffix(".jsonl")
+        how = {"shard_size": SIZE, "batch_size": SIZE, "steps": STEPS, "json_log": log, "progress": False}
         store = sample_to(out, sampler, SHARDS * SIZE, format=format, **how)
-        written.append(json.loads((tmp_path / f"{out.name}.jsonl").read_text().splitlines()[-1])["seconds"])
+        written.append(json.loads(log.read_text().splitlines()[-1])["seconds"])
         return store
 
     def turn():

@@ -20,6 +20,7 @@ class Net(nn.Module):
         self.register_buffer("derived", torch.arange(6.0), persistent=False)
         self.layer = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Dropout(0.5))
         nn.init.ones_(self.layer[0].weight)
+        self.layer[1].register_buffer("deep", changed.pop("deep", torch.ones(2)))
         for name, value in changed.items():
             setattr(self, name, value)
 
@@ -37,16 +38,24 @@ def scaled(weight):
     return nn.Parameter(weight)
 
 
+def changed_dropout():
+    layer = Net().layer[1]
+    layer.p = 0.25
+    return layer
+
+
 WEIGHT = Net().weight.detach()
 CHANGED = {
     "one bit of a parameter": lambda: Net(weight=scaled(WEIGHT)),
     "the sign of a zero": lambda: Net(kept=torch.tensor([-0.0, 1, 2, 3])),
     "a buffer": lambda: Net(kept=torch.tensor([0.0, 1, 2, 4])),
     "a buffer that is not saved": lambda: Net(derived=torch.arange(1.0, 7.0)),
+    "a buffer within": lambda: Net(deep=torch.zeros(2)),
     "a dtype": lambda: Net().double(),
+    "a dtype of the same bytes": lambda: Net(kept=torch.arange(4.0).view(torch.int32)),
     "a shape of the same bytes": lambda: Net(weight=nn.Parameter(WEIGHT.reshape(4, 3))),
     "the class": Other,
-    "a layer within": lambda: Net(layer=nn.Sequential(nn.Linear(2, 2, bias=False), nn.Dropout(0.25))),
+    "a layer within": lambda: Net(layer=nn.Sequential(Net().layer[0], changed_dropout())),
     "one buffer more": lambda: Net(more=nn.Parameter(torch.zeros(0))),
 }
 

@@ -364,6 +364,23 @@ def test_a_board_that_does_not_answer(monkeypatch):
     assert issubclass(LostError, AgreedError)
 
 
+def test_the_first_process_stays_until_the_others_have_read_why(monkeypatch):
+    """The board is gone with it: two beats, after what failed is on it. Alone it ends at once."""
+    slept = []
+    told = pair(monkeypatch, show=False)
+    told.board.set("1", json.dumps({"rank": 1, "of": 10}))
+    read = lambda seconds: slept.append((seconds, told.board.check(["failed"])))
+    monkeypatch.setattr(progress.time, "sleep", read)
+    with pytest.raises(KeyError), told:
+        raise KeyError("why")
+    assert slept == [(2 * progress.BEAT, True)]
+    with pytest.raises(KeyError), alone():
+        raise KeyError("why")
+    with alone():
+        pass
+    assert len(slept) == 1
+
+
 def failing(rank, error, log):
     """One fails; the others step until they hear of it. Prints what each ends with."""
     progress.BEAT = 0.05

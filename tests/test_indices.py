@@ -82,7 +82,7 @@ def test_slices_go_by_one():
         ([], []),
         ((), []),
         ([5, 3, 4, 4], [5, 3, 4, 4]),
-        ((i for i in (2, 9)), [2, 9]),
+        (iter([2, 9]), [2, 9]),
         (np.array([250, 255], np.uint8), [250, 255]),
         (np.array([7, 6], np.int16), [7, 6]),
         (np.array([LIMIT - 1], np.uint64), [LIMIT - 1]),
@@ -90,7 +90,7 @@ def test_slices_go_by_one():
         ([LIMIT - 1, 0], [LIMIT - 1, 0]),
         (range(LIMIT - 2, LIMIT), [LIMIT - 2, LIMIT - 1]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_samples_may_be(given, want):
     assert_like(Indices.of(given), want)

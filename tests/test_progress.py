@@ -350,6 +350,15 @@ def test_a_process_that_is_silent_is_lost(monkeypatch):
         told.look()
 
 
+def test_a_silent_process_ends_the_job(monkeypatch):
+    """By the next step."""
+    monkeypatch.setattr(progress, "SILENT", 2)
+    told = pair(monkeypatch, show=False)
+    told.board.set("1", json.dumps({"rank": 1, "of": 10, "beat": 1}))
+    with pytest.raises(AgreedError, match="process 1 has not been heard of"), told:
+        until(lambda: told.stepped(1, 1))
+
+
 def test_a_board_that_does_not_answer(monkeypatch):
     """Its process, the first, is lost: which is an error that all have agreed upon."""
     told = alone()

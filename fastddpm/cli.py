@@ -114,10 +114,13 @@ examples:
   fastddpm fid cifar10-stats.npz samples/ --features inception.onnx mean and covariance that somebody has published
 
 A and B are each an .npz, an MNIST-format file, a folder of images or one that `fastddpm sample` wrote; an .npz with mu
-and sigma is statistics. Those of images are kept, and where they lie is told: the second time no network is run.
+and sigma is statistics. Those of images are kept, and where they lie is told: the second time no network is run. Of
+an .npz it is x_train, x, arr_0 or images unless :NAME says otherwise.
 
 The distance is biased upwards, the more the fewer the images are: compare figures of equal number, 50,000 against the
-training images as is usual. Its error is the standard deviation over sets that are drawn from A and B with replacement.
+training images as is usual. Its error is the standard deviation over sets that are drawn from A and B with replacement:
+right where they differ clearly, up to twice too large where they are nearly alike. Of 50,000 images and Inception's
+2048 features each of the K takes some 5 to 10 seconds on two cores.
 """
 _VERIFY = """
 examples:

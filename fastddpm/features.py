@@ -188,8 +188,7 @@ def extract(
     """
     from tqdm import tqdm
 
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size!r}; want a whole number, at least 1")
+    check_batch_size(batch_size)
     found, done = torch.empty(0), 0
     with tqdm(total=count, desc="features", unit="image", disable=not progress, leave=False) as bar:
         for images in batches:
@@ -212,6 +211,12 @@ def extract(
     if done != count:
         raise ValueError(f"there are {done} images, not {count}; they changed while they were read")
     return found
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises: ValueError: it is neither None nor a whole number, at least 1."""
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}; want a whole number, at least 1")
 
 
 def resize(x: Tensor, height: int, width: int) -> Tensor:
@@ -263,6 +268,8 @@ def _load_torchscript(path: Path, device: torch.device) -> _Loaded:
                 f"cannot load {path} as TorchScript ({why}); want what torch.jit.save wrote, or an .onnx"
             ) from error
     network.eval()
+    if not hasattr(network, "forward"):
+        raise ValueError(f"{path} has no forward; want a module that takes images [N, 3, H, W]")
     takes = [argument.name for argument in network.forward.schema.arguments]
     options = {"return_features": True} if "return_features" in takes else {}
     return lambda x: network(x, **options), (3, None, None), torch.float32
@@ -311,8 +318,10 @@ def _digest(path: Path, how: object = None) -> str:
     content = path.read_bytes()
     digest = hashlib.sha256(json.dumps(how).encode())
     digest.update(content)
-    for found in re.finditer(rb"\x08location\x12([\x01-\x7f])", content):  # a field of a protobuf, and its length
-        name = content[found.end() : found.end() + found[1][0]]
+    # a field of a protobuf, and its length: seven bits in a byte, the low ones first
+    for found in re.finditer(rb"\x08location\x12([\x80-\xff]?[\x01-\x7f])", content):
+        length = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(found[1]))
+        name = content[found.end() : found.end() + length]
         beside = path.parent / os.fsdecode(name)
         if beside.is_file():
             digest.update(beside.read_bytes())
@@ -321,7 +330,7 @@ def _digest(path: Path, how: object = None) -> str:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Also where TorchScript or onnxruntime has made another error of it."""
-    texts = ("out of memory", "Failed to allocate memory")
+    texts = ("out of memory", "can't allocate memory", "not enough memory", "Failed to allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from fastddpm import data, store
-from fastddpm.features import SHIPPED, Extractor, extract, load_extractor
+from fastddpm.features import SHIPPED, Extractor, check_batch_size, extract, load_extractor
 from fastddpm.files import atomic
 from fastddpm.frechet import bootstrap, gaussian_distance, moments
 
+_ZIP = (zipfile.BadZipFile, zlib.error)
+_AHEAD = 256  # images of a set in memory, or as many as a batch
 _FORMAT = "fastddpm fid 1"  # a new number wherever the same images would get other statistics
 
 
@@ -80,12 +82,20 @@ class Statistics:
                 features = torch.from_numpy(file["features"]) if "features" in file.files else None
                 count = int(file["count"]) if "count" in file.files else None
                 extractor = str(file["extractor"]) if "extractor" in file.files else None
-        except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, *_ZIP) as error:
             raise ValueError(f"cannot load {path}: {error}; want statistics, an .npz with mu and sigma") from error
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.isfinite().all() and sigma.isfinite().all()):
             raise ValueError(
                 f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}; want finite [D] and [D, D]"
             )
+        if not torch.allclose(sigma, sigma.T, rtol=1e-6, atol=0) or (sigma.diag() < 0).any():
+            raise ValueError(
+                f"{path} has a sigma that is no covariance: it is not symmetric, or has a variance below 0"
+            )
+        if count is not None and count < 2:
+            raise ValueError(f"{path} has count {count}; want that of its images, at least 2")
+        if features is not None and not features.isfinite().all():
+            raise ValueError(f"{path} has features that are not finite")
         if features is not None and features.shape != (count, len(mu)):
             raise ValueError(f"{path} has features {list(features.shape)}; want [{count}, {len(mu)}], count and D")
         return cls(mu, sigma, count, features, extractor, Path(path))
@@ -136,6 +146,7 @@ def fid(
         raise ValueError(f"replicates is {replicates!r}; want 0, or at least 2, which have a standard deviation")
     if type(seed) is not int or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed!r}; want a whole number, 0 <= seed < 2^64")
+    check_batch_size(batch_size)
     sets = [_parsed(source) for source in (a, b)]
     extractor = None
     if not all(_is_statistics(*one) for one in sets):
@@ -171,6 +182,8 @@ def cache_folder() -> Path:
 
 def _parsed(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
     """A path, and an array of it where one is named."""
+    if not os.fspath(source):
+        raise ValueError("a set is named ''; name its images, or an .npz of statistics")
     found = re.fullmatch(r"(.+\.npz):([^:/\\]+)", os.fspath(source))
     return (Path(found[1]), found[2]) if found and not Path(source).exists() else (Path(source), None)
 
@@ -179,7 +192,7 @@ def _is_statistics(path: Path, array: str | None) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return array is None and {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
         return False
 
 
@@ -187,20 +200,24 @@ def _of_images(
     path: Path, array: str | None, extractor: Extractor, folder: Path | None, batch_size: int | None, progress: bool
 ) -> Statistics:
     """From the cache, or computed, and put there."""
-    kept = None
+    kept, fingerprint = None, ""
+    _check_finished(path)
     if folder is not None:
-        kept = folder / f"{_fingerprint(path, array, extractor)[:32]}.npz"
+        fingerprint = _fingerprint(path, array, extractor)
+        kept = folder / f"{fingerprint[:32]}.npz"
         try:
             return Statistics.load(kept)
         except ValueError:  # not there, or damaged
             pass
-    count, batches = _images(path, array)
+    count, batches = _images(path, array, batch_size or _AHEAD)
     found = extract(extractor, batches, count, batch_size=batch_size, progress=progress)
     if len(found) < 2:
         raise ValueError(f"{path} holds {len(found)} image; want at least 2, better thousands")
     known = Statistics(*moments(found), len(found), found, extractor.identity)
     if kept is None:
         return known
+    if _fingerprint(path, array, extractor) != fingerprint:
+        raise ValueError(f"{path} was changed while it was read; compare it again when it stays as it is")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         known.save(kept)
@@ -212,9 +229,22 @@ def _of_images(
     return replace(known, path=kept)
 
 
-def _images(path: Path, array: str | None) -> tuple[int, Iterator[np.ndarray]]:
+def _check_finished(path: Path) -> None:
+    """Refuse a job that has not drawn all its samples yet, at once, and one among other images at all."""
+    if store.is_store(path):
+        opened = store.Store.open(path)
+        if opened.written() < len(opened.samples):
+            done = f"{opened.written()} of its {len(opened.samples)} samples"
+            raise ValueError(f"{path} holds {done}; the command that wrote them draws the others")
+    elif path.is_dir():
+        below = {file.parent for file in data.image_files(path)}
+        if found := next(filter(store.is_store, sorted(below)), None):
+            raise ValueError(f"{path} holds a folder that `fastddpm sample` wrote, {found}; name that one")
+
+
+def _images(path: Path, array: str | None, batch: int) -> tuple[int, Iterator[np.ndarray]]:
     if array is not None or not store.is_store(path):
-        return data.stream_images(path, array=array)
+        return data.stream_images(path, array=array, batch=batch)
     opened = store.Store.open(path)
 
     def pictures() -> Iterator[np.ndarray]:
@@ -230,7 +260,7 @@ def _fingerprint(path: Path, array: str | None, extractor: Extractor) -> str:
     """SHA-256 of all that statistics depend on: the files' names and bytes, which array, the extractor."""
     digest = hashlib.sha256(f"{_FORMAT}\0{extractor.identity}".encode())
     if store.is_store(path):
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
     else:
         files = data.image_files(path)
         array = array or data.array_name(path)

@@ -353,6 +353,7 @@ def test_batches_are_as_large_as_the_network_takes():
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
         RuntimeError("The following operation failed in the TorchScript interpreter.\nCUDA out of memory. Tried"),
         RuntimeError("onnxruntime: Failed to allocate memory for requested buffer"),
     ],

@@ -163,7 +163,8 @@ def test_it_takes_as_many_threads_as_torch(tmp_path, monkeypatch):
     assert seen == [(3, [cpu]), (3, [cpu]), (3, [cpu]), (3, [gpu, cpu])]
 
 
-def test_weights_in_another_file_are_part_of_the_identity(tmp_path):
+@pytest.mark.parametrize("name", ["net.weights", f"{'w' * 140}.weights"])  # whose length takes a byte, and two
+def test_weights_in_another_file_are_part_of_the_identity(tmp_path, name):
     path = tmp_path / "net.onnx"
     weight = numpy_helper.from_array(np.zeros((1, 3, 4, 6), np.float32), "w")
     nodes = [
@@ -175,13 +176,13 @@ def test_weights_in_another_file_are_part_of_the_identity(tmp_path):
         onnx.load(path),
         path,
         save_as_external_data=True,
-        location="net.weights",
+        location=name,
         size_threshold=0,
         convert_attribute=False,
     )
     before = loaded(path, input_size=0)
     assert torch.equal(before(pictures()), ((given(pictures()) - 128) / 128).flatten(1))
-    (tmp_path / "net.weights").write_bytes(np.ones((1, 3, 4, 6), np.float32).tobytes())
+    (tmp_path / name).write_bytes(np.ones((1, 3, 4, 6), np.float32).tobytes())
     after = loaded(path, input_size=0)
     assert torch.equal(after(pictures()), ((given(pictures()) - 128) / 128 + 1).flatten(1))
     assert before.identity != after.identity

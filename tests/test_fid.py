@@ -131,20 +131,56 @@ def test_every_kind_of_set(here):
 
 
 @pytest.mark.parametrize("kind", ["npz", "png", "webdataset"])
-def test_what_sample_has_written_is_a_set_when_it_is_finished(kind, here):
+def test_what_sample_has_written_is_a_set_when_it_is_finished(kind, here, monkeypatch):
     manifest = {"format": kind, "samples": f"0-{M - 1}", "shard_size": 8, "class_labels": None}
     samples = store.Store("samples", manifest)
     samples.begin()
     parts = [B[start : start + 8] for start in range(0, M, 8)]
     for k, part in enumerate(parts[:-1]):
         samples.write(k, part)
-    assert "is not there yet" in error_line(measure, b="samples")
+    want = f"samples holds {M - len(parts[-1])} of its {M} samples; the command that wrote them draws the others"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "extract", None)  # it is told before a network sees the first image
+        assert error_line(measure, "samples") == want
     samples.write(len(parts) - 1, parts[-1])
     assert measure(b="samples").distance == pytest.approx(measure().distance, rel=1e-4)
     assert measure(b="samples").counts == (N, M)
     file = next(file for file in sorted(module.Path("samples").iterdir()) if file.suffix in (".npz", ".png", ".tar"))
     file.write_bytes(file.read_bytes() + b"x")
     assert "is damaged" in error_line(measure, b="samples")
+
+
+def test_samples_below_the_folder_that_is_named_are_not_half_read(here):
+    samples = store.Store("all/run", {"format": "png", "samples": "0-3", "shard_size": 2, "class_labels": None})
+    samples.begin()
+    samples.write(0, B[:2])
+    want = "all holds a folder that `fastddpm sample` wrote, all/run; name that one"
+    assert error_line(measure, b="all") == want
+
+
+def test_a_set_that_changes_while_it_is_read_is_not_kept(here, monkeypatch):
+    extract = module.extract
+
+    def changing(*args, **how):
+        found = extract(*args, **how)
+        np.savez("b.npz", B[::-1])
+        return found
+
+    np.savez("b.npz", B)
+    measure()
+    before = kept()
+    np.savez("b.npz", np.roll(B, 1, 0))
+    monkeypatch.setattr(module, "extract", changing)
+    assert error_line(measure).startswith("b.npz was changed while it was read; ")
+    assert kept() == before
+
+
+@pytest.mark.parametrize("size", [7, None])
+def test_the_network_gets_batches_of_the_size_asked_for(here, monkeypatch, size):
+    sizes, stream = [], module.data.stream_images
+    monkeypatch.setattr(module.data, "stream_images", lambda *a, **how: sizes.append(how["batch"]) or stream(*a, **how))
+    measure(batch_size=size)
+    assert sizes == [size or 256] * 2
 
 
 def test_samples_that_are_no_pictures_are_refused(here):
@@ -312,6 +348,13 @@ def test_features_of_different_extractors_are_not_compared(here):
         ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "cannot load stats.npz: "),
         ({"mu": np.array([{}]), "sigma": np.eye(1)}, "cannot load stats.npz: "),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((4, 3))}, "has features [4, 3]; want [None, 3]"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "has a sigma that is no covariance"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "has a sigma that is no covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "count": -5}, "has count -5; want that of its images, at least 2"),
+        (
+            {"mu": np.zeros(1), "sigma": np.eye(1), "count": 2, "features": np.full((2, 1), np.nan)},
+            "has features that are not finite",
+        ),
     ],
 )
 def test_what_is_no_statistics(here, arrays, message):

@@ -29,10 +29,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         return
     path, temporary = _resolved(path)
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with _flushed(path, temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except BaseException:
@@ -46,19 +44,17 @@ def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
     What has appeared and what not after an error or a crash, the caller must find out.
     """
 
-    def flushed(path: Path, content: bytes) -> Path:
+    def written(path: Path, content: bytes) -> Path:
         path, temporary = _resolved(path)
         temporaries.append(temporary)
-        with naming(path), open(temporary, "wb") as file:
+        with _flushed(path, temporary) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
         return path
 
     temporaries: list[Path] = []
     try:
         with ThreadPoolExecutor(FLUSHING) as pool:
-            targets = list(pool.map(flushed, *zip(*contents, strict=True)))
+            targets = list(pool.map(written, *zip(*contents, strict=True)))
         for target in targets:
             os.replace(_resolved(target)[1], target)
         for folder in {target.parent for target in targets}:
@@ -153,6 +149,15 @@ def _resolved(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The file that path leads to, and the temporary name beside it."""
     target = Path(os.path.realpath(path))
     return target, target.with_name(f".{target.name}.{os.getpid()}-{_ELSEWHERE}.tmp")
+
+
+@contextmanager
+def _flushed(path: Path, temporary: Path) -> Iterator[BinaryIO]:
+    """Open the temporary file for writing; what is written is safe on the disk when the block ends."""
+    with naming(path), open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -104,7 +104,7 @@ class Indices(Sequence[int]):
             start, stop, step = place.indices(len(self))
             if step != 1:
                 raise ValueError(f"the step of a slice is {step}; want 1")
-            return self._between(start, max(start, stop))
+            return self._between(start, stop)
         if not -len(self) <= place < len(self):
             raise IndexError(place)
         return next(iter(self._between(place % len(self), place % len(self) + 1)))

@@ -151,7 +151,7 @@ class Progress:
                 self.board.set(_FAILED, f"process {self.group.rank}: {self.count.state}")
         if self.group.rank == 0:
             with suppress(OSError) if error is not None else nullcontext():  # that error is told, not another one
-                self._tell(last=True)
+                self._tell(self._counts(), last=True)
             if error is not None and self.group.size > 1:
                 time.sleep(2 * BEAT)  # the board ends with this process: the others shall have read why
 
@@ -160,8 +160,9 @@ class Progress:
             try:
                 self.look()
                 if self.group.rank == 0:
-                    self._tell()
-                    self._listen()
+                    counts = self._counts()
+                    self._tell(counts)
+                    self._listen(counts)
             except Exception as error:
                 self.failure = error
 
@@ -169,8 +170,8 @@ class Progress:
         self.count.beat += 1
         self.board.set(str(self.group.rank), json.dumps(asdict(self.count)))
 
-    def _tell(self, *, last: bool = False) -> None:
-        summary = self.summary(self._counts())
+    def _tell(self, counts: Sequence[Count], *, last: bool = False) -> None:
+        summary = self.summary(counts)
         if self.show is not None:
             self.show.tell(summary, last)
         if self.log is not None:
@@ -179,9 +180,9 @@ class Progress:
     def _counts(self) -> list[Count]:
         return [Count(**json.loads(self.board.get(str(rank)))) for rank in range(self.group.size)]
 
-    def _listen(self) -> None:
+    def _listen(self, counts: Sequence[Count]) -> None:
         """Tell all if a process has given no sign of life for a long time."""
-        for count in self._counts():
+        for count in counts:
             beat, looks = self.heard[count.rank]
             self.heard[count.rank] = (beat, looks + 1) if count.beat == beat else (count.beat, 0)
             if looks > SILENT:

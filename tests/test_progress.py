@@ -341,11 +341,11 @@ def test_a_process_that_is_silent_is_lost(monkeypatch):
 
     for beat in 4 * [1] + 4 * [2]:
         post(beat)
-        told._listen()
+        told._listen(told._counts())
         told.look()  # finds nothing
     for _ in range(progress.SILENT):
         post(2)
-        told._listen()
+        told._listen(told._counts())
     with pytest.raises(AgreedError, match=r"^process 1 has not been heard of for \d+ seconds$"):
         told.look()
 

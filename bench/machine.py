@@ -15,6 +15,7 @@ from typing import Any
 import cpuinfo  # which comes with pytest-benchmark
 import torch
 
+from fastddpm.capture import capture
 from fastddpm.engine import PRECISIONS, arithmetic
 from fastddpm.rungs import accuracy, unequal
 
@@ -209,16 +210,7 @@ def peak_bytes(call: Call) -> int:
 
 def _captured(calls: Sequence[Call]) -> Call:
     """They as the replay of a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()  # what libraries make once for a stream
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in calls:
-            call()
+    graph = capture(partial(_each, calls), DEVICE)
 
     def replay() -> Sequence[Call]:
         graph.replay()

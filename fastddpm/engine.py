@@ -2,24 +2,25 @@
 
 All that a step reads and writes lies in tensors that `Slots` owns, at fixed addresses: the states, the tables, and the
 row, seed and sample index of each entry. So one captured graph is every step of every schedule - the network, the fused
-update, the next position - and needs no argument, no wait and no allocation.
+update, the next position - and needs no argument, no wait and no allocation. All work is done on the caller's current
+stream, so that what is handed out can be used there at once.
 """
 
 import threading
+import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastddpm import layout, noise, ops
+from fastddpm.capture import CaptureError, NoWaiting, StreamOrder, capture, empty_cache
 from fastddpm.schedule import StepTable
 from fastddpm.unet import UNet2D
 
@@ -31,8 +32,6 @@ WORTH_CAPTURING = 16  # steps: capturing costs a few of them
 CACHED = 4  # batch sizes whose buffers and graph are kept
 
 _settings = threading.RLock()
-_capture = threading.Lock()
-_streams: dict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)  # that no slots use: torch has 32 to give
 
 
 class Engine:
@@ -45,7 +44,8 @@ class Engine:
         device: a CPU or CUDA device.
         precision: one of PRECISIONS.
         kind: one of ENGINES, or "auto": with the kernels of a GPU a `UNet2D` is captured if the steps are worth it;
-            all else is eager. Both are the same kernels on the same numbers, so that the choice changes no bit.
+            all else is eager, and so are steps whose capture fails twice, with a warning. Both are the same kernels on
+            the same numbers, so that the choice changes no bit.
     Raises: ValueError: kind is unknown, or not for this device.
     """
 
@@ -75,8 +75,8 @@ class Engine:
     def slots(self, n: int, steps: int) -> Iterator["Slots"]:
         """Slots for a batch of n, nobody else's until the context ends, to `advance` so many times.
 
-        Those with a graph work on a stream of their own, in order with the one that is current. The network has the
-        weights that the model has now. torch's modes of the caller, such as autocast, do not apply.
+        They work on the current stream. The network has the weights that the model has now. The caller's modes, such as
+        autocast, do not apply.
         """
         with self._held(Slots, n, steps) as slots, slots.working():
             yield slots
@@ -95,7 +95,8 @@ class Engine:
         captures = bool(steps) and ("graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING))
         key = kind, n, captures
         with self._lock, _plainly(self.device):
-            self._refresh()
+            with self._order.working(self._weights()):
+                self._refresh()
             slots = self._idle.pop(key, None) or kind(self, n, captures)
         yield slots
         with self._lock:
@@ -108,14 +109,20 @@ class Engine:
         with self._lock:
             kept = bool(self._idle)
             self._idle.clear()
-        if self.device.type == "cuda":
-            with _capture:  # during which nothing would be freed
-                torch.cuda.empty_cache()
+        empty_cache(self.device)
         return kept
 
     @property
     def _captures_by_itself(self) -> bool:
         return self.kind == "auto" and isinstance(self.model, UNet2D) and ops.backend(self.device) == "triton"
+
+    @cached_property
+    def _order(self) -> StreamOrder:
+        """Of the work on the weights."""
+        return StreamOrder(self.device)
+
+    def _weights(self) -> list[Tensor]:
+        return [] if self.net is None else list(self.net.parameters())
 
     def _refresh(self) -> None:
         """Make the network, or let it have the weights that the model has now."""
@@ -151,12 +158,8 @@ class Slots:
 
     def __init__(self, engine: Engine, n: int, captures: bool):
         self.engine: Engine = weakref.proxy(engine)  # which holds these: graphs shall go when it does
-        self.captures, self.stream = captures, None
+        self.captures = captures
         device, T = engine.device, engine.num_train_timesteps
-        if captures:
-            free = _streams[device]
-            self.stream = free.pop() if free else torch.cuda.Stream(device)
-            weakref.finalize(self, free.append, self.stream)
         self.x = self.low = layout.empty(n, engine.shape, dtype=torch.float32, device=device)
         self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
         self.pos, self.bad = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
@@ -173,12 +176,18 @@ class Slots:
             self._time_rows = torch.empty(T, columns, dtype=self._time_dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prepared_for: object = None
+        self._order = StreamOrder(device)
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """The modes and the stream in which all of these methods are to be called."""
-        with _plainly(self.engine.device), _on(self.stream):
+        """The modes in which all of these methods are to be called; the current stream may be another one each time."""
+        with _plainly(self.engine.device), self._order.working(self._tensors()):
             yield
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """What a step reads and writes."""
+        parts = tree_leaves((vars(self), vars(self.table), self.engine._weights()))
+        yield from (part for part in parts if isinstance(part, Tensor))
 
     def load(self, table: StepTable, address: Tensor, labels: Tensor | None = None) -> None:
         """Start a batch: x_T of each entry, at the first step of a table.
@@ -314,18 +323,18 @@ class Slots:
         if self.captures:
             self._graph = self._captured()
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # other threads may go on, and allocate; but no two may capture
-            with _capture, torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self._once()
-        except Exception as error:
-            causes = error, error.__context__  # the end of a failed capture is an error of its own
-            if any(isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) for e in causes):
-                raise torch.OutOfMemoryError(str(error)) from error
-            raise cannot_capture(str(error).partition("\n")[0]) from error
-        return graph
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
+        """A step as a graph; None where the engine may do without, and two attempts have failed."""
+        for _ in range(2):
+            try:
+                return capture(self._once, self.engine.device)
+            except CaptureError as error:
+                if self.engine.kind != "auto":
+                    raise
+                failure = str(error)  # the error itself would keep the memory
+        n = len(self.x)
+        warnings.warn(f"{failure}. Until engine.clear() batches of {n} run eagerly, with the same bits", stacklevel=2)
+        return None
 
 
 class Forward(Slots):
@@ -373,31 +382,6 @@ class Forward(Slots):
         self.pos.zero_()
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU. A capture would, too, but torch does not recover from that."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tags, inputs = func.tags, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
-        shapes = torch.Tag.dynamic_output_shape in tags and (func is not torch.ops.aten.index.Tensor or by_mask)
-        if shapes or torch.Tag.data_dependent_output in tags:
-            raise cannot_capture(f"{func} waits")
-        to, moves = kwargs.get("device"), func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
-        # a number may come from the host with a launch; results do not count: attention has one that stays there
-        places = {x.device.type for x in inputs if x.ndim or moves} | ({to.type} if moves and to else set())
-        if places > {"cpu"}:
-            raise cannot_capture(f"{func} copies between the host and the GPU")
-        return func(*args, **kwargs)
-
-
-def cannot_capture(why: str) -> ValueError:
-    return ValueError(
-        f"engine: a step of this network cannot be captured ({why}): it must not wait for the GPU, as .item(), .cpu() "
-        "and an if on a tensor do; use engine='eager'"
-    )
-
-
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """float32 on a GPU is float32, but TF32 where that is the precision; torch's settings are as before afterwards.
@@ -433,24 +417,10 @@ def _float32_settings(tf32: bool) -> list[tuple[Callable[[], Any], Callable[[Any
 
 @contextmanager
 def _plainly(device: torch.device) -> Iterator[None]:
+    there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     # in inference mode the buffers would be unfit for a run outside of it
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with there, torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a stream, in order with the current one."""
-    if stream is None:
-        yield
-        return
-    outside = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(outside)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        outside.wait_stream(stream)
 
 
 def _many_versions() -> Any:

@@ -4,7 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastddpm import Sampler, Schedule, UNet2D, layout, noise, ops
-from fastddpm.engine import CACHED, WORTH_CAPTURING, Engine, NoWaiting, Slots, arithmetic
+from fastddpm.capture import CaptureError, NoWaiting, StreamOrder
+from fastddpm.engine import CACHED, WORTH_CAPTURING, Engine, Slots, arithmetic
 from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 
@@ -60,7 +61,6 @@ def graphs(monkeypatch):
         return graph
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(Slots, "_captured", capture)
     return captured
 
@@ -168,37 +168,78 @@ def test_copies_from_the_host_are_waits():
                 copied()
 
 
-@pytest.mark.parametrize(
-    ("in_body", "at_end", "raised"),
-    [
-        (RuntimeError("operation not permitted\nmore"), RuntimeError("capture invalidated"), ValueError),
-        (torch.OutOfMemoryError("tried to allocate"), None, torch.OutOfMemoryError),
-        (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("capture invalidated"), torch.OutOfMemoryError),
-        (None, RuntimeError("CUDA error: out of memory"), torch.OutOfMemoryError),
-    ],
-    ids=str,
-)
-def test_a_capture_that_fails_says_why(monkeypatch, in_body, at_end, raised):
-    @contextmanager
-    def capturing(graph, *, stream, capture_error_mode):
-        assert capture_error_mode == "thread_local"
-        try:
-            yield
-        finally:
-            if at_end is not None:
-                raise at_end
+class Capture:
+    """In place of `capture`: the first attempts fail, then the work is recorded."""
 
-    def broken(x, t):
-        if in_body is not None:
-            raise in_body
-        return x
+    def __init__(self, failures):
+        self.failures, self.attempts = failures, 0
 
-    monkeypatch.setattr(torch.cuda, "graph", capturing)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    with eager(broken, shape=(3,)).engine.slots(2, 1) as slots:
-        slots.load(Schedule().table(1), noise.address(0, 2))
-        with pytest.raises(raised):
-            slots._captured()
+    def __call__(self, run, device):
+        self.attempts += 1
+        if self.attempts <= self.failures:
+            raise CaptureError("engine: a step could not be captured")
+        with Recording() as graph:
+            run()
+        return graph
+
+
+@pytest.fixture
+def fails(monkeypatch):
+    """fails(n): let the first n captures fail, on a CPU that has graphs; gives the `Capture`."""
+
+    def arrange(failures):
+        capture = Capture(failures)
+        monkeypatch.setattr("fastddpm.engine.capture", capture)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
+        monkeypatch.setattr(Engine, "_captures_by_itself", property(lambda engine: engine.kind == "auto"))
+        return capture
+
+    return arrange
+
+
+def test_auto_captures_again_after_a_failure(fails):
+    capture, net, how = fails(1), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+    sampler = Sampler(net, device="cpu")
+    assert torch.equal(sampler.sample(2, **how), eager(net).sample(2, **how))
+    assert capture.attempts == 2
+    assert next(iter(sampler.engine._idle.values()))._graph is not None
+
+
+def test_auto_runs_eagerly_after_two_failures_and_warns_once(fails):
+    capture, net, how = fails(2), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+    sampler = Sampler(net, device="cpu")
+    with pytest.warns(
+        UserWarning, match=r"could not be captured\. .* batches of 2 run eagerly, with the same bits"
+    ) as seen:
+        results = [sampler.sample(4, batch_size=2, **how) for _ in range(2)]
+    assert len(seen) == 1
+    assert capture.attempts == 2
+    want = eager(net).sample(4, batch_size=2, **how)
+    assert all(torch.equal(result, want) for result in results)
+    sampler.engine.clear()
+    assert torch.equal(sampler.sample(4, batch_size=2, **how), want)
+    assert capture.attempts == 3  # which succeeded
+
+
+def test_auto_gives_a_network_alone_up_likewise(fails):
+    fails(2)
+    made = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
+    with made.forward(2, WORTH_CAPTURING) as forward:
+        with pytest.warns(UserWarning, match="run eagerly"):
+            forward.prepare(torch.arange(100))
+        with forward.working():
+            first = forward.at(torch.ones(2, *SHAPE), 3)
+            assert not torch.equal(forward.at(torch.zeros(2, *SHAPE), 3), first)
+            assert torch.equal(forward.at(torch.ones(2, *SHAPE), 3), first)
+
+
+def test_a_graph_that_was_asked_for_is_an_error_at_the_first_failure(fails):
+    capture = fails(1)
+    sampler = graphed(tiny_unet())
+    with pytest.raises(CaptureError, match="could not be captured"):
+        sampler.sample(2, steps=3, progress=False)
+    assert capture.attempts == 1
+    assert sampler.sample(2, steps=3, progress=False).isfinite().all()
 
 
 def test_what_is_returned_is_no_buffer(graphs):
@@ -423,6 +464,8 @@ def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monk
     made.net = tiny_unet(**({"num_class_embeds": 3} if labels else {})).for_inference(made.dtype, "meta")
     made.network = made.net.denoise
     monkeypatch.setattr(made, "_refresh", lambda: None)
+    monkeypatch.setattr("fastddpm.engine.StreamOrder", lambda device: StreamOrder(torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with FakeTensorMode():
         for module in made.net.modules():
             for name, value in module._parameters.items():

@@ -1,6 +1,7 @@
 """What only a GPU shows of the engine, the sampler, the U-Net and the schedulers; the kernels have their own tests."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import check
@@ -10,7 +11,8 @@ import torch
 from conftest import needs_gpu
 
 from fastddpm import Sampler, Schedule, UNet2D, noise, ops
-from fastddpm.engine import PRECISIONS, Slots, arithmetic
+from fastddpm.capture import CaptureError
+from fastddpm.engine import PRECISIONS, Engine, Slots, arithmetic
 from fastddpm.reference import diffusion
 from fastddpm.reference.unet import UNet
 
@@ -221,6 +223,106 @@ def test_threads_and_samplers_do_not_disturb_each_other(engine):
     got = check.at_once(*(partial(sampler.sample, 4, seed=seed, **how) for sampler, seed in jobs))
     for results, x in zip(got, want, strict=True):
         assert all(torch.equal(result, x) for result in results)
+
+
+@pytest.fixture
+def disturbed(monkeypatch):
+    """disturbed(n): wait for the device in the first n captures, which invalidates them."""
+
+    def arrange(times):
+        once, left = Slots._once, [times]
+
+        def disturbed_once(slots, *network):
+            once(slots, *network)
+            if left[0] and torch.cuda.is_current_stream_capturing():
+                left[0] -= 1
+                torch.cuda.synchronize()
+
+        monkeypatch.setattr(Slots, "_once", disturbed_once)
+
+    return arrange
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_capture_that_fails_changes_no_bit_and_breaks_nothing(failures, disturbed):
+    how = {"steps": 20, "progress": False}
+    want = Sampler(tiny_unet(), device="cuda", engine="eager").sample(2, **how)
+    disturbed(failures)
+    sampler = Sampler(tiny_unet(), device="cuda")
+    with pytest.warns(UserWarning, match="run eagerly") if failures == 2 else nullcontext():
+        assert torch.equal(sampler.sample(2, **how), want)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.randn(4, device="cuda").isfinite().all()
+    assert sampler.engine.clear()
+    assert torch.equal(sampler.sample(2, **how), want)
+    assert next(iter(sampler.engine._idle.values()))._graph is not None
+
+
+def test_a_graph_that_was_asked_for_tells_why_its_capture_failed(disturbed):
+    disturbed(1)
+    sampler, how = Sampler(tiny_unet(), device="cuda", engine="graph"), {"steps": 20, "progress": False}
+    with pytest.raises(CaptureError, match=r"could not be captured as a CUDA graph \(.*captur"):
+        sampler.sample(2, **how)
+    assert sampler.sample(2, **how).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_graph_does_not_share_the_workspace_of_cublas(precision):
+    """Which torch.compile frees when it records a graph; what is allocated there then must stay as it is."""
+    sampler, how = Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision), {"progress": False}
+    want = sampler.sample(2, steps=20, **how)
+    product = torch.compile(lambda a: (a @ a.mT) @ a, mode="reduce-overhead")
+    a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
+    for _ in range(4):  # warms up, records, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        assert product(a).isfinite().all()
+    taken = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(64)]  # 256 MiB: all that was freed
+    assert torch.equal(sampler.sample(2, steps=20, **how), want)
+    assert all(bool((part == 7).all()) for part in taken)
+
+
+def test_more_graphs_than_streams_replay_while_others_are_captured():
+    how = {"steps": 20, "progress": False}
+    many = [Sampler(elementwise, shape=(3,), device="cuda", engine="graph") for _ in range(40)]
+    want = [sampler.sample(2, seed=seed, **how) for seed, sampler in enumerate(many)]
+
+    def replays():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [sampler.sample(2, seed=seed, **how) for seed, sampler in enumerate(many)]
+
+    def captures():
+        fresh = Sampler(elementwise, shape=(3,), device="cuda", engine="graph")
+        return [fresh.sample(2, **how)]
+
+    replayed, captured = check.at_once(replays, captures)
+    assert all(torch.equal(*pair) for results in replayed for pair in zip(results, want, strict=True))
+    assert all(torch.equal(results[0], want[0]) for results in captured)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_network_follows_the_current_stream(kind):
+    """Used on one stream after another, with memory that is free on the one reused at once."""
+    made, T = Engine(tiny_unet(), (3, 16, 16), 100, torch.device("cuda"), "fp32", kind), torch.arange(100)
+    inputs = [torch.randn(2, 3, 16, 16, device="cuda") for _ in range(6)]
+    streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()] * 2
+
+    def run(wait):
+        outputs = []
+        with made.forward(2, 100) as forward:
+            forward.prepare(T)
+            for x, stream in zip(inputs, streams, strict=True):
+                with torch.cuda.stream(stream), forward.working():
+                    outputs.append(forward.at(x, 5).mul_(2))
+                    torch.full_like(x, math.nan)
+                if wait:
+                    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        return outputs
+
+    for ours, want in zip(run(wait=False), run(wait=True), strict=True):
+        assert torch.equal(ours, want)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

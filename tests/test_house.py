@@ -33,6 +33,7 @@ LAYERS = (
     "diffusers",
     "sampler",
     "engine",
+    "capture",
     "checkpoint",
     "unet",
     "ops",

@@ -18,7 +18,7 @@ PATTERNS = [
     ("attention", r"flash|fmha|sdpa|softmax|attention"),
     ("norm, SiLU", r"group_?norm|silu|RowwiseMoments|ComputeFusedParams|^(held|statistics|apply)_kernel"),
     ("update", r"step_kernel|fastddpm::step"),
-    (OTHER, r"^triton_(poi|red|per)_|nchwToNhwc|nhwcToNchw|^Mem(cpy|set)|copy|CatArray|residual"),
+    (OTHER, r"^triton_(poi|red|per)_|nchwToNhwc|nhwcToNchw|^Mem(cpy|set)|copy|CatArray|residual|interleave"),
     (MATMUL, r"conv|winograd|gem[mv]|xmma|cutlass|nvjet|splitK|matmul|linear|:(add|b|badd)?mm"),
 ]
 
@@ -30,16 +30,23 @@ def kind(name: str) -> str | None:
 
 def microseconds(run: Call) -> dict[str, Counter[str]]:
     """{kind: {name: microseconds}} of the kernels of a GPU, or the operators of a CPU, that run() executes."""
+    found: dict[str, Counter[str]] = {kind: Counter() for kind, _ in PATTERNS}
+    for name, kind, time in events(run):
+        found[kind][name] += time
+    return found
+
+
+def events(run: Call) -> list[tuple[str, str, float]]:
+    """(name, kind, microseconds) of each of them."""
     on_gpu = DEVICE.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
         run()
         wait()
-    found: dict[str, Counter[str]] = {kind: Counter() for kind, _ in PATTERNS}
-    for event in profiled.events():
-        if (event.device_type != torch.autograd.DeviceType.CPU) == on_gpu:
-            time = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
-            found[_kind_of(event)][event.name] += time
-    return found
+    return [
+        (event.name, _kind_of(event), event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total)
+        for event in profiled.events()
+        if (event.device_type != torch.autograd.DeviceType.CPU) == on_gpu
+    ]
 
 
 def _kind_of(event: Any) -> str:

@@ -401,6 +401,28 @@ def residual(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     return h
 
 
+def interleave(y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Make one image of four phases: out[:, c, 2 i + a, 2 j + b] = y[:, (2 a + b) C + c, i + a, j + b] + bias[c].
+
+    The sum in fp32, rounded once; without a bias the bits of y are copied.
+
+    Args:
+        y: [N, 4 C, H + 1, W + 1] fp32/bf16/fp16, channels-last: what a 2 x 2 convolution with padding 1 makes of an
+            image of H x W pixels. H and W are at least 1.
+        bias: [C] fp32, or None.
+    Returns: [N, C, 2 H, 2 W] like y, new.
+    Raises: ValueError: a shape, dtype, layout or device is not as above, or a gradient is asked for.
+    """
+    _check_state("interleave", "y", y, FLOATS, MAX_ACTIVATION)
+    if y.ndim != 4 or y.shape[1] % 4 or min(y.shape[2:]) < 2:
+        raise ValueError(f"interleave: y is {_describe(y)}; want [N, 4 C, H + 1, W + 1] for an image of H x W pixels")
+    if bias is not None:
+        shape, hint = (y.shape[1] // 4,), "one value per channel of the result"
+        _check("interleave", "bias", bias, shape, torch.float32, y.device, hint)
+        _check_gradients("interleave", bias=bias)
+    return torch.ops.fastddpm.interleave(y, bias)
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
@@ -596,6 +618,27 @@ def _residual(h: Tensor, residual: Tensor, bias: Tensor | None) -> None:
     h.copy_(total if bias is None else total + bias.view(-1, *[1] * (h.ndim - 2)))
 
 
+def _interleave(y: Tensor, bias: Tensor | None) -> Tensor:
+    out = _interleave_like(y, bias)
+    if out.numel() == 0:
+        return out
+    if backend(y.device) == "triton":
+        from fastddpm.kernels.upsample import launch_interleave  # type: ignore[import-not-found]
+
+        launch_interleave(out, y, bias)
+        return out
+    if bias is not None:
+        y = layout.channels_last((y.float() + bias.repeat(4).view(-1, 1, 1)).to(y.dtype))
+    n, c, height, width = len(y), out.shape[1], y.shape[2] - 1, y.shape[3] - 1
+    pixel, row = 4 * c, 4 * c * (width + 1)
+    strides = (height + 1) * row, row, row + 2 * c, pixel, pixel + c, 1
+    phases = y.as_strided((n, height, 2, width, 2, c), strides)  # [n, i, a, j, b, c]
+    pixels = out.movedim(1, -1).view(phases.shape)
+    for b in range(2):  # in one copy 134 -> 270 us for 16 x 64 x 14 x 14 in bf16 (a core of an EPYC, 2026-11-28)
+        pixels[:, :, :, :, b] = phases[:, :, :, :, b]
+    return out
+
+
 _LIBRARY = torch.library.Library("fastddpm", "DEF")  # custom_op would import torch._dynamo, a second, at the first call
 _LIBRARY.define(
     "step(Tensor(a!) x, Tensor m, Tensor rows, Tensor timesteps, Tensor pos, Tensor address, bool clip,"
@@ -613,6 +656,7 @@ _LIBRARY.define(f"eps_loss(Tensor m, {_NOISED}) -> Tensor")
 _LIBRARY.define(f"eps_loss_backward(Tensor grad, Tensor m, {_NOISED}) -> Tensor")
 _LIBRARY.define("x_0_error(Tensor m, Tensor x_0, Tensor t, Tensor address, Tensor table, int stream) -> Tensor")
 _LIBRARY.define("residual(Tensor(a!) h, Tensor residual, Tensor? bias) -> ()")
+_LIBRARY.define("interleave(Tensor y, Tensor? bias) -> Tensor")
 _LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
 _LIBRARY.impl("noising", _noising, "CompositeExplicitAutograd")
 _LIBRARY.impl("eps_loss", _eps_loss, "CompositeExplicitAutograd")
@@ -620,6 +664,7 @@ _LIBRARY.impl("eps_loss_backward", _eps_loss_backward, "CompositeExplicitAutogra
 _LIBRARY.impl("x_0_error", _x_0_error, "CompositeExplicitAutograd")
 _LIBRARY.impl("group_norm", _group_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("residual", _residual, "CompositeExplicitAutograd")
+_LIBRARY.impl("interleave", _interleave, "CompositeExplicitAutograd")
 torch.library.register_fake("fastddpm::step", lambda *args: None, lib=_LIBRARY)
 torch.library.register_fake("fastddpm::residual", lambda *args: None, lib=_LIBRARY)
 
@@ -632,6 +677,12 @@ def _noising_like(x_0, t, address, table, stream, dtype):
 @torch.library.register_fake("fastddpm::group_norm", lib=_LIBRARY)
 def _group_norm_like(x, weight, bias, groups, eps, skip, add, silu):
     return layout.empty(len(x), (len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.register_fake("fastddpm::interleave", lib=_LIBRARY)
+def _interleave_like(y, bias):
+    shape = y.shape[1] // 4, 2 * (y.shape[2] - 1), 2 * (y.shape[3] - 1)
+    return layout.empty(len(y), shape, dtype=y.dtype, device=y.device)
 
 
 @torch.library.register_fake("fastddpm::eps_loss", lib=_LIBRARY)

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eps_loss, group_norm, noising, predict_step, residual, step, tree, x_0_error
+from . import eps_loss, group_norm, noising, predict_step, residual, step, tree, upsample, x_0_error
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -152,6 +152,18 @@ def residual_variant(dtype: str, *, bias: bool) -> Variant:
     return Variant(name, kernel, types, constants, residual.OPTIONS, residual.BLOCK, read, BYTES[dtype])
 
 
+def interleave_variant(dtype: str, *, bias: bool) -> Variant:
+    """Of 256 channels. A thread reads the bias once, for all its pixels: two in 16 bits, four in fp32."""
+    types = {"out_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
+    types |= dict.fromkeys(("height", "width", "channels"), "i32")
+    pixels = upsample.BLOCK // upsample.MAX_CHANNELS
+    constants: dict[str, Any] = {"CHANNELS": upsample.MAX_CHANNELS, "PIXELS": pixels, "STRIPES": 4}
+    constants |= {} if bias else {"bias_ptr": None}
+    name, kernel = f"interleave {dtype}{', bias' * bias}", upsample.interleave_kernel
+    read = BYTES[dtype] + 4 // BYTES[dtype] * bias
+    return Variant(name, kernel, types, constants, upsample.OPTIONS, upsample.BLOCK, read, BYTES[dtype])
+
+
 VARIANTS = (
     step_variant("fp32", None, clip=True),
     step_variant("fp32", None, clip=False),
@@ -180,6 +192,8 @@ VARIANTS = (
     *group_norm_variants("fp32", 64, 1024, 256, add=True),
     *group_norm_variants("bf16", 1, 256 * 256, 128, add=True),
     residual_variant("bf16", bias=True),
+    interleave_variant("bf16", bias=True),
+    interleave_variant("fp32", bias=False),
 )
 
 

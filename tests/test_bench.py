@@ -84,6 +84,8 @@ KINDS = {
     "fastddpm::step": "update",
     "fastddpm::group_norm": "norm, SiLU",
     "fastddpm::residual": "copies, other",
+    "fastddpm::interleave": "copies, other",
+    "interleave_kernel": "copies, other",
     "mkldnn::_convolution_pointwise": "convolution, matmul",
     "aten::mkldnn_convolution": "convolution, matmul",
     "aten::addmm": "convolution, matmul",

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 INSTRUCTIONS = {"step": 80, "predict_step": 104, "noising": 80, "eps_loss": 80, "x_0_error": 80}  # per element
-INSTRUCTIONS |= {"tree_sum": 20, "norm": 64, "residual": 20}
+INSTRUCTIONS |= {"tree_sum": 20, "norm": 64, "residual": 20, "interleave": 20}
 FAST = {
     "fma.rn.f32",
     "div.full.f32",
@@ -91,7 +91,7 @@ def test_a_norm_that_is_not_lean_is_seen(damage):
 
 # By the sampler, the trainer and diffusers' schedulers.
 LAUNCHED = {"step m fp32, clip", "step m fp32", "step m bf16, clip, copy bf16", "step m bf16, copy bf16"}
-LAUNCHED |= {"noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias"}
+LAUNCHED |= {"noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias", "interleave bf16, bias"}
 LAUNCHED |= {"x_0_error bf16, u8"}
 LAUNCHED |= {"eps_loss bf16", "eps_loss bf16, backward", "eps_loss bf16, v_prediction u8", "tree_sum"}
 LAUNCHED |= {f"predict_step {how}" for how in ("fp32, clip, z fp32", "fp32, clip, z registers", "bf16, clip, z bf16")}
@@ -120,7 +120,7 @@ def record(variant=step, **options):
 
 narrow = [*report.group_norm_variants("bf16", 1, 1024, 384, skip=True, add=True),
           *report.group_norm_variants("bf16", 1, 128 * 128, 384, skip=True, add=True)]
-others = [*narrow, report.residual_variant("bf16", bias=True)]
+others = [*narrow, report.residual_variant("bf16", bias=True), report.interleave_variant("bf16", bias=True)]
 ones = dict.fromkeys(("pixels", "channels", "x_channels", "slabs", "per_sample", "blocks"), 1)
 print(json.dumps({
     "odd": record(aligned=False),
@@ -151,7 +151,7 @@ def test_kernels_compiled_otherwise():
     for record in records["otherwise"]:
         assert record["spill_bytes"] == 0
         assert record["store_bytes_128"] == 0
-    assert len(records["otherwise"]) == 8
+    assert len(records["otherwise"]) == 10
     assert records["fused"]["inexact"] == ["fma.rn.f32"]
     assert records["spilling"]["spill_bytes"] > 0
     for instruction, how_many in (("atom.", 1), ("max.NaN", 15), ("bar.sync", 0)):  # the flag's own, per 16 elements
@@ -219,7 +219,7 @@ class Driver:  # of a GPU that is not there: whatever is launched, or loaded, fa
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-from fastddpm.kernels import group_norm, launch, residual
+from fastddpm.kernels import group_norm, launch, residual, upsample
 
 h, bias = torch.zeros(2, 4, 16, dtype=torch.bfloat16), torch.zeros(4)
 with launch.compiling():
@@ -228,7 +228,10 @@ with launch.compiling():
     for pixels in (64, 1 << 16):  # held, and shared by two launches
         x, bias = torch.zeros(1, 32, pixels, dtype=torch.bfloat16), torch.zeros(32)
         group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, silu=True)
-kernels = {residual.residual_kernel: 3, group_norm.held_kernel: 1}
+    for side in (1, 4, 16):  # one kernel for all sizes
+        y = torch.zeros(1, 128, side + 1, side + 1, dtype=torch.bfloat16)
+        upsample.launch_interleave(y.new_zeros(1, 32, 2 * side, 2 * side), y, bias)
+kernels = {residual.residual_kernel: 3, group_norm.held_kernel: 1, upsample.interleave_kernel: 1}
 for kernel, count in (kernels | {group_norm.statistics_kernel: 1, group_norm.apply_kernel: 1}).items():
     compiled = kernel.device_caches[0][0].values()
     assert [type(kernel).__name__ for kernel in compiled] == count * ["CompiledKernel"], compiled

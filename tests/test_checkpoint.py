@@ -1,5 +1,6 @@
 """Checkpoints of diffusers, read and written: against diffusers itself, and what is said of files that are none."""
 
+import copy
 import builtins
 import errno
 import io
@@ -173,7 +174,9 @@ def test_diffusers_loads_what_save_wrote(pipeline, tmp_path, unet, scheduler, op
     alone = UNet2DModel.from_pretrained(tmp_path / "new" / "folder", subfolder="unet" if pipeline else None)
     assert_same_tensors(alone.state_dict(), unet.state_dict())
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(alone.eval()(x, 5).sample, unet.eval()(x, 5).sample)
+    # copied, as the last bits depend on how the memory of the weights is aligned
+    theirs, ours = (copy.deepcopy(net).eval()(x, 5).sample for net in (alone, unet))
+    assert torch.equal(theirs, ours)
 
 
 @pytest.mark.parametrize("pipeline", [True, False])

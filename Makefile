@@ -1,21 +1,19 @@
 # Everything runs in .venv, made here from python3. On a machine whose own python has the packages already,
-# PYTHON=python3 uses that one instead: make gpu-test PYTHON=python3
+# PYTHON=python3 uses that one instead, and nothing is installed: make gpu-check PYTHON=python3
 # make bench adds a file of records to OUT; BENCH is more for pytest: make bench BENCH='-m "not compiled"'
+# make gpu-check writes four files to CHECK, which is OUT where that is given; make report takes them from there
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OUT ?= bench/results
+CHECK ?= $(if $(filter file,$(origin OUT)),build/gpu-check,$(OUT))
 
 ifeq ($(PYTHON),$(VENV)/bin/python)
 package := $(VENV)/package
 test := $(VENV)/test
 bench := $(VENV)/bench
-else
-package := here
-test := here
-bench := here
 endif
 
-.PHONY: sample test lint gpu-test bench smoke report clean here
+.PHONY: sample test lint gpu-test gpu-check bench smoke report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -33,6 +31,10 @@ lint: $(test)
 gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
+# Nine minutes on a GPU, and nothing but Python is needed
+gpu-check: $(bench)
+	$(PYTHON) -m bench.gpu_check --out $(CHECK) $(GPU_CHECK)
+
 bench: $(bench)
 	$(PYTHON) -m pytest bench --records $(OUT) $(BENCH)
 
@@ -42,16 +44,16 @@ smoke: $(bench)
 	BENCH_TINY=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest bench --records build/smoke --benchmark-min-rounds=2 \
 		--benchmark-max-time=0 $(BENCH)
 	$(PYTHON) -m bench.report build/smoke --out build/smoke/report.html
+	BENCH_TINY=1 OMP_NUM_THREADS=1 $(PYTHON) -m bench.gpu_check --device cpu --out build/smoke/gpu-check
+	$(PYTHON) -m bench.gpu_records build/smoke/gpu-check --results build/smoke
 
 report: $(bench)
+	$(if $(wildcard $(CHECK)/check.jsonl),$(PYTHON) -m bench.gpu_records $(CHECK) --results $(OUT))
 	$(PYTHON) -m bench.report $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-
-here:
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --editable .
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)

@@ -7,6 +7,7 @@ images = sampler.sample(16, seed=0, output="uint8")  # [16, 32, 32, 3]
 With Hugging Face diffusers: `from fastddpm.diffusers import DDPMPipeline`, or `fastddpm.accelerate(pipe)`.
 """
 
+from pathlib import Path
 from typing import Any
 
 from fastddpm import noise, ops
@@ -14,6 +15,9 @@ from fastddpm._version import __version__
 from fastddpm.sampler import Sampler
 from fastddpm.schedule import Schedule, StepTable
 from fastddpm.unet import UNet2D
+
+if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "philox.py").is_file():
+    __path__.append(str(_checkout))  # where fastddpm.kernels lies beside the package, not in it
 
 __all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]  # and accelerate
 

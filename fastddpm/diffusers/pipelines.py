@@ -98,8 +98,6 @@ class Pipeline(Disguised):
                     x = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x)
                     if x.shape != shape:
                         raise ValueError(f"callback_on_step_end returned latents of {tuple(x.shape)}; want {shape}")
-        if x.is_cuda:  # its memory is of the stream of the steps
-            x.record_stream(torch.cuda.current_stream(x.device))
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -92,15 +92,13 @@ def pytest_runtest_makereport(item, call):
 
 
 def about(item: pytest.Item) -> dict[str, Any]:
-    """What a record tells of a case, and what it has where the case does not tell."""
-    return {
+    """What a record tells of a case."""
+    return records.SILENT | {
         "case": f"{item.path.name}::{item.originalname}",
         "name": item.name,
         "params": {name: plain(value) for name, value in params(item).items()},
         "hash": records.source_hash(item.function),
-        "group": None, "contender": None, "invalid": [], "samples_s": [], "calls": 1, "clock": None, "cache": None,
-        "bytes": 0, "flops": 0, "precision": None, "images": 0, "shares": {}, "errors": None, "facts": {}, "watch": {},
-    }  # fmt: skip
+    }
 
 
 def params(item: pytest.Item) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from itertools import accumulate
 from statistics import median
 from typing import Any
 
-import cpuinfo  # which comes with pytest-benchmark
 import torch
 
 from fastddpm.capture import capture
@@ -32,11 +32,16 @@ def description() -> dict[str, Any]:
     import triton
 
     gpu = torch.cuda.get_device_properties(0) if DEVICE.type == "cuda" else None
+    cpu = None
+    with suppress(ImportError):
+        import cpuinfo  # which comes with pytest-benchmark
+
+        cpu = cpuinfo.get_cpu_info().get("brand_raw")
     return {
         "gpu": gpu and gpu.name,
         "gpu_memory_gb": gpu and gpu.total_memory / 1e9,
         "l2_mb": gpu and gpu.L2_cache_size / 1e6,
-        "cpu": cpuinfo.get_cpu_info().get("brand_raw") or platform.machine(),
+        "cpu": cpu or platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

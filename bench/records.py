@@ -25,6 +25,13 @@ HERE = Path(__file__).parent
 BESIDE = ("records", "turns", "watch")  # modules that store or observe: they do not change what a case measures
 
 
+# What a record says of a case that says nothing itself
+SILENT: dict[str, Any] = {
+    "group": None, "contender": None, "invalid": [], "samples_s": [], "calls": 1, "clock": None, "cache": None,
+    "bytes": 0, "flops": 0, "precision": None, "images": 0, "shares": {}, "errors": None, "facts": {}, "watch": {},
+}  # fmt: skip
+
+
 # Names
 
 

@@ -1,0 +1,357 @@
+"""The check of a GPU: stages that hang or crash cost the others nothing, and all results become records."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import needs_gpu
+
+pytest.importorskip("pytest_benchmark")  # bench has it
+
+from bench import gpu_check, gpu_records, records
+from bench.gpu_check import Stage
+from bench.history import Result
+
+ROOT = Path(__file__).parents[1]
+MACHINE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "scale": "cuda"}
+CEILINGS = {"copy": 4000.0, "bf16": 800.0}
+STEPS = [  # batch, engine, cudnn.benchmark, milliseconds
+    (64, "graph", False, 2.25),
+    (64, "eager", False, 9),
+    (1, "graph", False, 0.96),
+    (64, "graph", True, 2),
+    (1, "eager", False, 9.5),
+]
+PASSED = {"time": "2026-11-29T10:00:00Z", "outcome": "passed", "reason": None}
+FILES = {"check.jsonl", "check.log", "check.txt", "report.html"}
+
+
+def stage(name, code, seconds=60):
+    """A stage that runs some Python; tell(...) is there."""
+    return Stage(name, seconds, [sys.executable, "-c", f"from bench.lines import tell\n{code}"])
+
+
+def run(out, *stages, seconds=600):
+    gpu_check.begin(out, seconds, "cpu")
+    gpu_check.check(out, seconds, "cpu", stages)
+    gpu_check.show(out)
+    return gpu_records.read(out / "check.jsonl")
+
+
+def outcomes(lines):
+    return {(line["stage"], line["name"]): (line["outcome"], line["reason"]) for line in lines[1:]}
+
+
+def test_a_stage_that_hangs_and_one_that_crashes_cost_no_other_its_results(tmp_path, capsys):
+    child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    began = time.monotonic()
+    lines = run(
+        tmp_path,
+        stage("hangs", f"tell('before')\n{child}\nimport time; time.sleep(600)", seconds=3),
+        stage("crashes", "tell('before')\nimport os; print('the last words', flush=True); os.abort()"),
+        stage("raises", "raise ValueError('first\\nsecond')"),
+        Stage("is not there", 60, ["/nowhere/at-all"]),
+        stage("works", "tell('after', facts={'x': 1})"),
+    )
+    assert time.monotonic() - began < 60
+    found = outcomes(lines)
+    assert found["hangs", "before"] == found["crashes", "before"] == found["works", "after"] == ("passed", None)
+    assert found["hangs", ""] == ("failed", "ended after 3 s, its limit")
+    assert found["crashes", ""] == ("failed", "exit status -6: the last words")
+    assert found["raises", ""] == ("failed", "exit status 1: second")
+    assert found["is not there", ""][0] == "failed"
+    assert found["works", ""] == ("passed", None)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    printed = capsys.readouterr().out
+    for name in ("hangs", "crashes", "raises", "is not there", "works"):
+        assert printed.count(name) >= 2  # when it is done, and in the table at the end
+    assert (tmp_path / "check.txt").read_text() in printed
+    assert "crashes: exit status -6: the last words" in (tmp_path / "check.txt").read_text()
+
+
+def test_what_a_stage_has_started_ends_with_it(tmp_path):
+    file = tmp_path / "pid"
+    code = f"import subprocess; p = subprocess.Popen(['sleep', '600']); open({str(file)!r}, 'w').write(str(p.pid))"
+    run(tmp_path / "out", stage("leaves a process", code))
+    pid = int(file.read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("it still runs")
+
+
+def test_no_stage_begins_when_the_time_is_over(tmp_path):
+    lines = run(tmp_path, stage("long", "import time; time.sleep(600)"), stage("late", "tell('never')"), seconds=6)
+    assert [line["reason"] for line in lines[1:]] == ["ended after 6 s, its limit", "no time was left"]
+    assert [line["outcome"] for line in lines[1:]] == ["failed", "skipped"]
+
+
+def test_an_earlier_check_leaves_nothing(tmp_path):
+    run(tmp_path, stage("first", "tell('one')"))
+    lines = run(tmp_path, stage("second", "tell('two')"))
+    assert [line["stage"] for line in lines[1:]] == ["second", "second"]
+    assert b"first" not in (tmp_path / "check.log").read_bytes()
+
+
+def test_a_stage_is_told_its_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    code = "import os; tell(repr([os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'GPU_CHECK_DEVICE')]))"
+    assert run(tmp_path, stage("asks", code))[1]["name"] == "['', 'cpu']"
+
+
+def test_an_interrupted_check_shows_what_it_has(tmp_path):
+    code = f"""
+import sys
+from bench import gpu_check
+tells = [sys.executable, "-c", "from bench.lines import tell; tell('one')"]
+stages = [gpu_check.Stage("quick", 60, tells), gpu_check.Stage("endless", 60, ["sleep", "60"])]
+gpu_check.stages = lambda: stages
+gpu_check.main(["--out", {str(tmp_path)!r}, "--device", "cpu"])
+"""
+    check = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "quick          passed" not in check.stdout.readline():
+        assert check.poll() is None
+    check.send_signal(signal.SIGTERM)
+    assert "quick" in check.communicate()[0]
+    assert check.returncode == 143
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+
+
+def test_tests_are_told_one_by_one_also_from_several_processes(tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest, warnings\n"
+        "def test_passes(): warnings.warn('of another version')\n"
+        "def test_fails(): assert 1 == 2, 'one is\\nnot two'\n"
+        "@pytest.mark.skip(reason='for a reason')\ndef test_skipped(): pass\n"
+        "@pytest.fixture\ndef broken(): raise OSError('no such thing')\n"
+        "def test_broken(broken): pass\n"
+    )
+    pytest_ini = tmp_path / "pytest.ini"
+    pytest_ini.write_text("[pytest]\nfilterwarnings = error\n")
+    [_, _, _, _, *options] = gpu_check._testing(["x"], processes=2)
+    options[options.index("cuda")] = "not nothing"
+    command = [sys.executable, "-m", "pytest", "-c", str(pytest_ini), str(file), *options]
+    lines = run(tmp_path / "out", Stage("tests", 120, command))
+    found = {name.rpartition("::")[2]: result for (_, name), result in outcomes(lines).items()}
+    assert found["test_passes"] == ("passed", None)
+    assert found["test_fails"] == ("failed", "AssertionError: one is")
+    assert found["test_skipped"] == ("skipped", "Skipped: for a reason")
+    assert found["test_broken"] == ("failed", "OSError: no such thing")
+    assert len(lines) == 6
+    assert [record["name"].rpartition("::")[2] for record in gpu_records.of(lines)] == [
+        "test_fails",
+        "test_broken",
+        "tests",
+    ]
+    assert gpu_records.of(lines)[-1]["facts"]["results"] == {"passed": 1, "failed": 2, "skipped": 1}
+
+
+def test_the_stages_are_there():
+    """Files of tests exist, stages that measure have their functions, and memory is watched without torch's cache."""
+    from bench.gpu_stages import STAGES
+
+    planned = {stage.name: stage for stage in gpu_check.stages()}
+    measured = [shlex.split(part)[0] for s in planned.values() for part in s.command if "gpu_stages" in part]
+    assert len(measured) == len(STAGES) == 6
+    for name in STAGES:
+        assert any(f"main({name!r})" in " ".join(stage.command) for stage in planned.values())
+    tests = [part for stage in planned.values() for part in stage.command if part.startswith("tests/")]
+    assert tests
+    assert all((ROOT / file).is_file() for file in tests)
+    assert planned["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+
+
+def test_memory_is_checked_where_the_tool_is(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho it was asked\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    memcheck = next(stage for stage in gpu_check.stages() if stage.name == "memcheck")
+    assert memcheck.command[:2] == [str(tool), "--tool=memcheck"]
+    assert outcomes(run(tmp_path / "out", memcheck))["memcheck", ""] == ("failed", "exit status 9: it was asked")
+
+
+@pytest.mark.parametrize("options", [["--seconds=0"], ["--seconds=nan"], ["--only", "nothing"]])
+def test_a_wrong_option_is_refused(tmp_path, options, capsys):
+    with pytest.raises(SystemExit) as left:
+        gpu_check.main(["--out", str(tmp_path / "out"), *options])
+    assert left.value.code == 2
+    assert options[0].partition("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as left:
+        gpu_check.main(["--out", str(tmp_path / "file"), "--device", "cpu"])
+    assert left.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smoke", "steps", "hardware", "upsampling", "diffusers", "memcheck"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_each_stage_that_measures_does_so(tmp_path, monkeypatch, name, device):
+    monkeypatch.setenv("BENCH_TINY", "1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu_check.begin(tmp_path, 600, device)
+    planned = {stage.name: stage._replace(seconds=600) for stage in gpu_check.stages()}
+    gpu_check.check(tmp_path, 600, device, [planned[name]])
+    lines = gpu_records.read(tmp_path / "check.jsonl")
+    unwatched = ("skipped", "it is not installed, so nothing watched the accesses of memory")
+    assert set(outcomes(lines).values()) <= {("passed", None), unwatched}, (tmp_path / "check.log").read_text()
+    assert (unwatched in outcomes(lines).values()) == (
+        name == "memcheck" and "--tool=memcheck" not in planned[name].command
+    )
+    found = gpu_records.of(lines)
+    assert [records._fault(record) for record in found] == [None] * len(found)
+    told = {record["name"].partition(": ")[2] for record in found}
+    if name == "smoke":
+        fast = "graph" if device == "cuda" else "auto"
+        assert told == {"", "machine", f"{fast} = eager, bf16", f"{fast} = eager, fp32"}
+        assert found[0]["machine"]["torch"]
+        assert found[0]["scale"] == "tiny"
+    elif name == "steps":
+        assert {"batch 2, eager", "batch 2, eager, cudnn.benchmark"} <= told
+        assert all(record["samples_s"] and record["errors"] for record in found[:-1])
+        kernels = found[0]["facts"]
+        assert kernels["launches"].keys() == kernels["kinds_s"].keys()
+        assert kernels["names_us"]
+    elif name == "hardware":
+        assert {"ceilings", "200 empty kernels"} <= told
+        assert found[0]["ceilings"]["copy"] > 0
+        assert sum("channels" in text for text in told) > 10
+    elif name == "upsampling":
+        assert {"batch 2, interpolated", "batch 2, in phases", "batch 2, in phases, again"} <= told
+    elif name == "memcheck":
+        assert {"step", "interleave", "group_norm, one element"} <= told
+
+
+# Records
+
+
+def check_of_an_h200(tmp_path, *more):
+    """The lines of a check, as a GPU would have given them."""
+    gpu_check.begin(tmp_path, 540, "cuda")
+    measured = {"hash": "abc", "calls": 10, "clock": "cuda events", "cache": "hot", "precision": "bf16"}
+    lines = [{"stage": "smoke", "name": "machine", "facts": MACHINE}]
+    for batch, engine, race, ms in STEPS:
+        params = {"batch": batch, "engine": engine, "cudnn_benchmark": race}
+        work = {"flops": 12.4e9 * batch, "bytes": 10**9, "images": batch / 1000}
+        name = f"batch {batch}, {engine}{', cudnn.benchmark' * race}"
+        lines.append(
+            {"stage": "steps", "name": name, "params": params, "samples_s": [ms / 1e3] * 3, **measured, **work}
+        )
+    lines.append({"stage": "hardware", "name": "ceilings", "facts": {"ceilings": CEILINGS}})
+    rival = {"stage": "diffusers", "name": "batch 1, diffusers eager bf16", "samples_s": [0.02], "images": 0.001}
+    for line in [*lines, rival | measured, *more]:
+        records.append(tmp_path / "check.jsonl", PASSED | line)
+    return gpu_records.of(gpu_records.read(tmp_path / "check.jsonl"))
+
+
+README = f"# title\n\n{gpu_records.BEGIN}Nothing was measured.\n{gpu_records.END}\nmore\n"
+
+
+def test_records_and_the_table_of_the_readme(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COMMIT", "0123456789abcdef")
+    check_of_an_h200(tmp_path / "check")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(README)
+    command = [str(tmp_path / "check"), "--results", str(results), "--readme", str(readme)]
+    assert gpu_records.main(command) == 0
+    [path] = results.rglob("*.jsonl")
+    assert path.parent.name == "nvidia-h200"
+    assert path.name.endswith("-0123456-check.jsonl")
+    found = records.read([results])
+    assert len(found) == 8
+    assert {record["commit"] for record in found} == {"0123456789abcdef"}
+    step = next(record for record in found if record["name"] == "steps: batch 64, graph")
+    assert step["shares"]["TFLOP/s"]["share"] == pytest.approx(64 * 12.4e9 / 2.25e-3 / 800e12)
+    assert step["shares"]["GB/s"]["rate"] == pytest.approx(1 / 2.25e-3)
+    assert Result(step).images == pytest.approx(64 / 2.25)
+    text = readme.read_text()
+    assert text.startswith(f"# title\n\n{gpu_records.BEGIN}Measured on one NVIDIA H200 (torch 2.11.0, ")
+    assert text.endswith(f"\n{gpu_records.END}\nmore\n")
+    assert "| 1 | 20.0 | 9.50 | 0.960 | – | 1.04 | 1.6 % |" in text
+    assert "| 64 | – | 9.00 | 2.25 | 2.00 | 32.0 | 50 % |" in text
+    before = path.read_bytes()
+    assert gpu_records.main(command) == 0  # again is the same
+    assert (path.read_bytes(), readme.read_text()) == (before, text)
+    assert [line for line in capsys.readouterr().out.splitlines() if line] == [str(path), str(readme)] * 2
+
+
+def test_a_cpu_does_not_touch_the_readme(tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    gpu_check.begin(tmp_path, 540, "cpu")
+    line = {"stage": "smoke", "name": "machine", "facts": MACHINE | {"gpu": None, "cpu": "Xeon", "scale": "tiny"}}
+    records.append(tmp_path / "check.jsonl", PASSED | line)
+    assert gpu_records.main([str(tmp_path), "--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 0
+    assert (tmp_path / "README.md").read_text() == README
+    assert len(records.read([tmp_path / "xeon-1-threads"])) == 1
+
+
+def test_records_are_never_overwritten(tmp_path, capsys):
+    found = check_of_an_h200(tmp_path / "check")
+    path = gpu_records.keep(found, tmp_path)
+    with pytest.raises(ValueError, match="exists with other records"):
+        gpu_records.keep(found[:-1], tmp_path)
+    assert len(path.read_text().splitlines()) == len(found)
+
+
+@pytest.mark.parametrize("text", ["", '{"schema": 1}\n', "nonsense\n"])
+def test_what_is_no_check_is_refused(tmp_path, text, capsys):
+    (tmp_path / "check.jsonl").write_text(text)
+    with pytest.raises(SystemExit) as left:
+        gpu_records.main([str(tmp_path)])
+    assert left.value.code == 2
+    assert "is not the file of a check" in capsys.readouterr().err
+
+
+def test_a_readme_without_marks_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("# title\n")
+    with pytest.raises(ValueError, match="has no lines <!-- make report writes from here -->"):
+        gpu_records.put("table", tmp_path / "README.md")
+
+
+def test_the_readme_has_the_marks():
+    text = (ROOT / "README.md").read_text()
+    assert text.count(gpu_records.BEGIN) == text.count(gpu_records.END) == 1
+
+
+def test_a_line_that_was_cut_short_costs_no_other(tmp_path):
+    found = check_of_an_h200(tmp_path)
+    path = tmp_path / "check.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert len(gpu_records.of(gpu_records.read(path))) == len(found) - 1
+
+
+def test_the_summary_names_the_machine_and_what_failed(tmp_path):
+    why = {"outcome": "failed", "reason": "RuntimeError: the bits differ"}
+    check_of_an_h200(tmp_path, {"stage": "smoke", "name": "graph = eager, bf16", **why})
+    text = gpu_check.summary(gpu_records.read(tmp_path / "check.jsonl"))
+    assert text.startswith("NVIDIA H200: torch 2.11.0, triton 3.6.0")
+    assert "copy 4,000 GB/s, bf16 800 TFLOP/s" in text
+    assert "smoke: graph = eager, bf16: RuntimeError: the bits differ" in text
+    [line] = [line for line in text.splitlines() if "batch 64, graph " in line]
+    assert "2.25 ms" in line
+    assert "28.4 images/s" in line
+
+
+@pytest.mark.slow
+def test_make_runs_the_check_without_installing(tmp_path):
+    """As on a machine that has a GPU and its packages, and reaches no network."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET", "MAKE"))}
+    kept |= {"BENCH_TINY": "1", "OUT": str(tmp_path), "PIP_NO_INDEX": "1", "COMMIT": "abc-dirty"}
+    check = ["make", "gpu-check", f"PYTHON={sys.executable}", "GPU_CHECK=--device cpu --only smoke"]
+    done = subprocess.run(check, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert json.loads((tmp_path / "check.jsonl").read_text().splitlines()[0])["commit"] == "abc"

@@ -1,7 +1,7 @@
 """Checkpoints of diffusers, read and written: against diffusers itself, and what is said of files that are none."""
 
-import copy
 import builtins
+import copy
 import errno
 import io
 import json

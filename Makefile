@@ -1,7 +1,8 @@
-# Everything runs in .venv, made here from python3. On a machine whose own python has the packages already,
-# PYTHON=python3 uses that one instead, and nothing is installed: make gpu-check PYTHON=python3
+# Everything runs in .venv, which is created from python3. If python3 already has the packages, PYTHON=python3 uses it
+# instead and installs nothing: make gpu-test PYTHON=python3
 # make bench adds a file of records to OUT; BENCH is more for pytest: make bench BENCH='-m "not compiled"'
-# make gpu-check writes four files to CHECK, which is OUT where that is given; make report takes them from there
+# make gpu-check writes its results to CHECK (default: OUT if set, else build/gpu-check), with options in GPU_CHECK:
+# make gpu-check GPU_CHECK='--only smoke'. make report CHECK=FOLDER makes records of them
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 OUT ?= bench/results
@@ -31,9 +32,13 @@ lint: $(test)
 gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
-# Nine minutes on a GPU, and nothing but Python is needed
-gpu-check: $(bench)
-	$(PYTHON) -m bench.gpu_check --out $(CHECK) $(GPU_CHECK)
+# Nine minutes on a GPU. .venv is made only if neither it nor a python3 with torch is there: there may be no network
+gpu-check:
+	@python=$(PYTHON); \
+	if [ $$python = $(VENV)/bin/python ] && [ ! -e $(VENV)/bench ]; then \
+		if python3 -c 'import torch' 2> /dev/null; then python=python3; else $(MAKE) $(VENV)/bench || exit; fi; \
+	fi; \
+	$$python -m bench.gpu_check --out $(CHECK) $(GPU_CHECK)
 
 bench: $(bench)
 	$(PYTHON) -m pytest bench --records $(OUT) $(BENCH)
@@ -48,7 +53,7 @@ smoke: $(bench)
 	$(PYTHON) -m bench.gpu_records build/smoke/gpu-check --results build/smoke
 
 report: $(bench)
-	$(if $(wildcard $(CHECK)/check.jsonl),$(PYTHON) -m bench.gpu_records $(CHECK) --results $(OUT))
+	$(if $(filter-out file,$(origin CHECK)),$(PYTHON) -m bench.gpu_records $(CHECK) --results $(OUT))
 	$(PYTHON) -m bench.report $(OUT)
 
 clean:

@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,7 +81,9 @@ def pytest_runtest_makereport(item, call):
         and item.path.parent == HERE
         and (call.when == "call" or (call.when == "setup" and not report.passed))
     ):
-        record = item.config.stash[RUN] | {"time": now()} | about(item) | {"outcome": report.outcome, "reason": None}
+        record = (
+            item.config.stash[RUN] | {"time": records.now()} | about(item) | {"outcome": report.outcome, "reason": None}
+        )
         record |= item.stash.get(MEASURED, {}) if report.passed else {"reason": reason(call.excinfo.value)}
         try:
             records.append(item.config.stash[RECORDS], record)
@@ -92,8 +93,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def about(item: pytest.Item) -> dict[str, Any]:
-    """What a record tells of a case."""
-    return records.SILENT | {
+    """The fields of a record that describe a case; defaults for those that it may fill in later."""
+    return records.FIELD_DEFAULTS | {
         "case": f"{item.path.name}::{item.originalname}",
         "name": item.name,
         "params": {name: plain(value) for name, value in params(item).items()},
@@ -119,10 +120,6 @@ def reason(error: BaseException) -> str:
     return next(iter((str(error) or type(error).__name__).splitlines()))
 
 
-def now() -> str:
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def run(pytestconfig) -> dict[str, Any]:
     """What all records of this run have in common, and the file that they go to; the ceilings are measured first."""
@@ -130,7 +127,7 @@ def run(pytestconfig) -> dict[str, Any]:
         ceilings = machine.ceilings()
     facts = machine.description() | {"driver": watch.facts["driver"]}
     commit, dirty = records.commit()
-    device, began = records.device_name(facts), now()
+    device, began = records.device_name(facts), records.now()
     pytestconfig.stash[RUN] = common = {
         "schema": records.SCHEMA, "run": began, "ceilings": ceilings, "ceilings_invalid": watch.invalid,
         "device": device, "scale": machine.SCALE, "machine": facts, "commit": commit, "dirty": dirty,
@@ -224,7 +221,7 @@ def measure(benchmark, run, record, request):
         line = f"{request.node.name:<72} {1e6 * seconds:>10.1f} us"
         for unit, found in shares.items():
             line += f" {found['rate']:>8.4g} {unit}, {found['share']:.0%} of the ceiling"
-        machine.say(line + "".join(f"; NOT VALID, {why}" for why in watch.invalid))
+        machine.say(line + "".join(f"; INVALID: {why}" for why in watch.invalid))
         return seconds
 
     return measured

@@ -1,10 +1,10 @@
-"""What the first minutes on a GPU are to show, in one command: python -m bench.gpu_check --help
+"""Check and measure fastddpm on a GPU in one command: python -m bench.gpu_check --help
 
-Stages run one after the other, the most important first. Each is a process of its own with a time limit, so one that
-hangs or crashes costs no other stage its results. The folder then holds four files: check.jsonl, a line for each
-result, written as soon as it is known; check.log, all that the stages printed; check.txt, a table; report.html.
+Stages run one after the other, the most important first. Each is a separate process with a time limit, so a stage that
+hangs or crashes does not affect the results of the others. The output folder holds four files: check.jsonl, one line
+per result, written as soon as it is known; check.log, the output of all stages; check.txt, a summary; report.html.
 
-It runs from a plain checkout, without installing anything. `python -m bench.gpu_records` makes records of the lines.
+Runs from a checkout without installation. `python -m bench.gpu_records` converts the results into benchmark records.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from bench import gpu_records, records, report
+from bench import gpu_records, gpu_results, records, report
 from bench.chart import SECONDS, figure, percent, quantity
-from bench.gpu_records import LINES
+from bench.gpu_results import DEVICE_VARIABLE, FILE_VARIABLE, SANITIZER_VARIABLE, STAGE_VARIABLE, Line
 from bench.history import Result
-from bench.lines import DEVICE, FILE, STAGE, WATCHED, now
 from bench.report import write
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG, TABLE, REPORT = "check.log", "check.txt", "report.html"
-ENOUGH = 5  # seconds without which no stage is started
+LOG, SUMMARY, REPORT = "check.log", "check.txt", "report.html"
+MIN_SECONDS = 5  # with less time left, no stage is started
+SHOWN = 15  # kernels of a profile, in the summary
 KERNEL_TESTS = (
     "kernels",
     "philox",
@@ -46,182 +46,194 @@ ENGINE_TESTS = ("gpu", "gpu_job", "gpu_likelihood", "gpu_training")
 
 
 class Stage(NamedTuple):
+    """A process of the check: a command, run with a time limit and extra environment variables."""
+
     name: str
-    seconds: float  # its limit
+    limit_s: float
     command: Sequence[str]
     environment: Mapping[str, str] = MappingProxyType({})
+    proof: str = ""  # the output of a stage that passes contains this
 
 
-def stages() -> list[Stage]:
-    """All of them, the most important first."""
-    apart = "compiled", "without_memory"  # minutes of torch.compile; tests that fill the memory of the GPU
+def all_stages() -> list[Stage]:
+    """Return the stages, the most important first."""
+    large, compiled = "without_memory or beyond_32_bits", "compiled"  # -k: many GB of memory; minutes of torch.compile
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
-    watched = [sanitizer, "--tool=memcheck", "--error-exitcode=9", "--print-limit=20"] if sanitizer else []
-    # torch's cache of memory would hide an access out of bounds: it would be one to another tensor
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", WATCHED: sanitizer or ""}
+    options = ("--report-api-errors=no", "--destroy-on-device-error=kernel", "--error-exitcode=9", "--print-limit=20")
+    memcheck, clean = ([sanitizer, *options], "ERROR SUMMARY: 0 errors") if sanitizer else ([], "")
+    # no caching allocator: in its large blocks, an out-of-bounds access hits other allocated memory and goes unnoticed
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", SANITIZER_VARIABLE: sanitizer or ""}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # per process: several share the cores
     return [
-        Stage("smoke", 90, _measuring("smoke")),
-        Stage("steps", 150, _measuring("steps")),
-        Stage("hardware", 60, _measuring("hardware")),
-        Stage("upsampling", 45, _measuring("upsampling")),
-        Stage("kernel tests", 90, _testing(KERNEL_TESTS, processes=8)),
-        Stage("engine tests", 120, _testing(ENGINE_TESTS, "-k", f"not {' and not '.join(apart)}", processes=4)),
-        Stage("memory tests", 30, _testing(["gpu"], "-k", "without_memory")),
-        Stage("diffusers", 120, _measuring("diffusers")),
-        Stage("memcheck", 90, [*watched, *_measuring("ragged")], uncached),
-        Stage("compiled tests", 180, _testing(ENGINE_TESTS, "-k", "compiled", processes=4)),
+        Stage("smoke", 90, _measure("smoke")),
+        Stage("steps", 150, _measure("steps")),
+        # CUPTI torn down between profiles misses events or crashes; left in place it slows down what is timed later
+        Stage("kernels", 45, _measure("kernels"), {"TEARDOWN_CUPTI": "0"}),
+        Stage("hardware", 80, _measure("hardware")),
+        Stage("upsampling", 45, _measure("upsampling")),
+        Stage("kernel tests", 120, _pytest(KERNEL_TESTS, f"not ({large})", processes=14), one_thread),
+        Stage("engine tests", 120, _pytest(ENGINE_TESTS, f"not ({large} or {compiled})", processes=4), one_thread),
+        Stage("memory tests", 60, _pytest((*KERNEL_TESTS, "gpu"), large), one_thread),
+        Stage("diffusers", 120, _measure("diffusers")),
+        Stage("memcheck", 90, [*memcheck, *_measure("memcheck")], uncached, clean),
+        Stage("compiled tests", 180, _pytest(ENGINE_TESTS, compiled, processes=4), one_thread),
     ]
 
 
-def _measuring(name: str) -> list[str]:
+def _measure(name: str) -> list[str]:
     return [sys.executable, "-c", f"import sys; from bench.gpu_stages import main; sys.exit(main({name!r}))"]
 
 
-def _testing(names: Iterable[str], *which: str, processes: int = 1) -> list[str]:
-    """The tests that need a GPU, by whatever pytest there is; warnings of other versions are not errors."""
+def _pytest(names: Iterable[str], select: str, processes: int = 1) -> list[str]:
+    """The pytest command for the GPU tests in these files; warnings are not errors, as versions may differ."""
     files = [f"tests/test_{name}.py" for name in names]
-    options = ["-q", "-m", "cuda", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "bench.lines"]
-    spread = ["-n", str(min(processes, os.cpu_count() or 1))] if processes > 1 and find_spec("xdist") else []
-    return [sys.executable, "-m", "pytest", *files, *options, *which, *spread]
+    common = ["-q", "-m", "cuda", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "bench.gpu_results"]
+    parallel = ["-n", str(min(processes, os.cpu_count() or 1))] if processes > 1 and find_spec("xdist") else []
+    return [sys.executable, "-m", "pytest", *files, *common, "-k", select, *parallel]
 
 
-# Running them
+# Running the stages
 
 
-def check(out: Path, seconds: float, device: str, planned: Sequence[Stage]) -> None:
-    """Run the stages within so many seconds."""
-    end, lines = time.monotonic() + seconds, out / LINES
-    for stage in planned:
+def start_results(out: Path, seconds: float, device: str) -> None:
+    """Delete the files of an earlier check and write the first line of results, which describes the whole check."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (gpu_results.FILE, LOG, SUMMARY, REPORT):
+        (out / name).unlink(missing_ok=True)
+    commit, dirty = records.commit()
+    line = {"check": 1, "run": records.now(), "commit": commit, "dirty": dirty, "device": device, "seconds": seconds}
+    records.append(out / gpu_results.FILE, line)
+
+
+def run_stages(out: Path, seconds: float, device: str, stages: Iterable[Stage]) -> None:
+    """Run the stages in order, within this many seconds in total; append one line for each stage."""
+    end = time.monotonic() + seconds
+    for stage in stages:
         print(f"{stage.name:<14}", end="", flush=True)
         began = time.monotonic()
-        if end - began < ENOUGH:
-            outcome, reason = "skipped", "no time was left"
+        if end - began < MIN_SECONDS:
+            outcome, reason = "skipped", "no time left"
         else:
-            outcome, reason = _run(stage, min(stage.seconds, end - began), out, device)
+            outcome, reason = _run_stage(stage, min(stage.limit_s, end - began), out, device)
         took = time.monotonic() - began
-        done = {"stage": stage.name, "name": "", "time": now(), "outcome": outcome, "reason": reason, "seconds": took}
-        records.append(lines, done)
+        line = {"stage": stage.name, "name": "", "time": records.now(), "outcome": outcome, "reason": reason}
+        records.append(out / gpu_results.FILE, line | {"seconds": took})
         print(f" {outcome:<8}{took:7.1f} s  {reason or ''}", flush=True)
 
 
-def begin(out: Path, seconds: float, device: str) -> None:
-    """Empty the folder of what an earlier check left, and write the first line, which is about all of the check."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (LINES, LOG, TABLE, REPORT):
-        (out / name).unlink(missing_ok=True)
-    commit, dirty = records.commit()
-    about = {"check": 1, "run": now(), "commit": commit, "dirty": dirty, "device": device, "seconds": seconds}
-    records.append(out / LINES, about)
-
-
-def _run(stage: Stage, limit: float, out: Path, device: str) -> tuple[str, str | None]:
-    """(outcome, reason) of a stage, whose processes have ended by then."""
-    environment = os.environ | stage.environment
-    environment |= {FILE: str((out / LINES).resolve()), STAGE: stage.name, DEVICE: device}
+def _run_stage(stage: Stage, limit_s: float, out: Path, device: str) -> tuple[str, str | None]:
+    """Run one stage and kill what is left of its process group. Returns: (outcome, reason)."""
+    file = str((out / gpu_results.FILE).resolve())
+    environment = os.environ | {FILE_VARIABLE: file, STAGE_VARIABLE: stage.name, DEVICE_VARIABLE: device}
     environment |= {"PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     with (out / LOG).open("ab") as log:
         log.write(f"\n== {stage.name}: {' '.join(stage.command)}\n".encode())
         log.flush()
-        begins = log.tell()
+        start = log.tell()
         try:
             process = subprocess.Popen(
-                stage.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True,
+                stage.command, cwd=ROOT, env=environment | stage.environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
             return "failed", str(error)
         try:
-            status = process.wait(limit)
+            status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return "failed", f"ended after {limit:.0f} s, its limit"
+            return "failed", f"timed out after {limit_s:.0f} s"
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            process.wait()
-    if status == 0:
-        return "passed", None
-    printed = (out / LOG).read_bytes()[begins:].decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(printed) if line.strip()), "it printed nothing")
-    return "failed", f"exit status {status}: {last}"[:300]
+                os.killpg(process.pid, signal.SIGKILL)  # the stage and its child processes
+            with suppress(subprocess.TimeoutExpired):  # a process in the driver may not end
+                process.wait(10)
+    output = (out / LOG).read_bytes()[start:].decode(errors="replace")
+    if status:
+        last = next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "no output")
+        return "failed", f"exit status {status}: {last}"[:300]
+    if stage.proof not in output:
+        return "failed", f"its output does not contain {stage.proof!r}"
+    return "passed", None
 
 
-# What is shown of them
+# The summary
 
 
-def summary(lines: Sequence[dict[str, Any]]) -> str:
-    """The table: the machine, the stages, what was timed, what failed."""
-    found = gpu_records.of(lines)
+def summary(lines: Sequence[Line]) -> str:
+    """Return the text of the summary: the machine, the stages, the timings and the failures."""
+    found = gpu_records.to_records(lines)
     machine, ceilings = (found[0][name] if found else {} for name in ("machine", "ceilings"))
     versions = (f"{name} {machine.get(name)}" for name in ("torch", "triton", "cuda", "cudnn", "driver", "diffusers"))
     rates = (f"{name} {figure(rate)} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in ceilings.items())
     rows = [f"{machine.get('gpu') or machine.get('cpu') or 'unknown machine'}: {', '.join(versions)}"]
-    rows += [
-        f"ceilings: {', '.join(rates) or 'not measured'}",
-        "",
-        f"{'stage':<16}{'outcome':<9}{'seconds':>8}  results",
-    ]
+    rows += [f"ceilings: {', '.join(rates) or 'not measured'}", ""]
+    rows.append(f"{'stage':<16}{'outcome':<9}{'seconds':>8}  results")
     for record in found:
         if ": " not in record["name"]:
             counts = [f"{count} {outcome}" for outcome, count in record["facts"]["results"].items()]
             seconds = f"{record['facts']['seconds']:.1f}"
             rows.append(f"{record['name']:<16}{record['outcome']:<9}{seconds:>8}  {', '.join(counts) or 'none'}")
-    rows += ["", f"{'timed':<72}{'median':>9}  quartiles"]
+    rows += ["", f"{'timing':<72}{'median':>9}  quartiles"]
     for result in map(Result, found):
         if result.timed:
-            rows.append(_timed(result))
+            rows.append(_timing_line(result))
         if launches := result.record["facts"].get("launches"):
+            rows.append(result.record["name"])
             seconds = result.record["facts"]["kinds_s"]
-            parts = (f"{kind}: {n:g} in {quantity(seconds[kind], SECONDS)}" for kind, n in launches.items())
-            rows.append(f"    {sum(launches.values()):g} launches. {'; '.join(parts)}")
+            parts = (f"{kind} {n:g} ({quantity(seconds[kind], SECONDS)})" for kind, n in launches.items())
+            rows.append(f"    {sum(launches.values()):g} launches per step: {'; '.join(parts)}")
+            names = list(result.record["facts"]["names_us"].items())[:SHOWN]
+            rows += [f"    {microseconds:>10.1f} us  {name[:100]}" for name, microseconds in names]
     if failed := [record for record in found if record["outcome"] == "failed"]:
         rows += ["", "failed", *(f"  {record['name']}: {record['reason']}" for record in failed)]
     return "\n".join(rows) + "\n"
 
 
-def _timed(result: Result) -> str:
+def _timing_line(result: Result) -> str:
     low, middle, high = (quantity(value, SECONDS) for value in result.quartiles or ())
-    told = [f"{low} to {high}"]
-    told += [f"{figure(of['rate'])} {unit} ({percent(of['share'])})" for unit, of in result.record["shares"].items()]
-    told += [f"{figure(result.images)} images/s"] if result.images else []
-    told += [f"NOT VALID, {why}" for why in result.record["invalid"]]
-    return f"{result.record['name']:<72}{middle:>9}  {', '.join(told)}"
+    columns = [f"{low} to {high}"]
+    columns += [f"{figure(s['rate'])} {unit} ({percent(s['share'])})" for unit, s in result.record["shares"].items()]
+    columns += [f"{figure(result.images)} images/s"] if result.images else []
+    columns += [f"INVALID: {why}" for why in result.record["invalid"]]
+    return f"{result.record['name']:<72}{middle:>9}  {', '.join(columns)}"
+
+
+def write_summary(out: Path) -> None:
+    """Write and print the summary, and write the HTML report."""
+    lines = gpu_results.read_results(out)
+    text = summary(lines)
+    write(out / SUMMARY, text)
+    if found := gpu_records.to_records(lines):
+        write(out / REPORT, report.page(found))
+    print(f"\n{text}\n{out}", flush=True)
+
+
+# The command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status: 1 if anything failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check", description="Check and measure fastddpm on a GPU."
-    )
-    parser.add_argument(
-        "--out", metavar="FOLDER", type=Path, default=ROOT / "build" / "gpu-check", help="(%(default)s)"
-    )
-    parser.add_argument("--seconds", type=float, default=540, help="of the whole check, at most (%(default)g)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to see that everything runs")
-    planned = {stage.name: stage for stage in stages()}
-    parser.add_argument("--only", metavar="STAGE", nargs="+", choices=planned, help=f"of: {', '.join(planned)}")
+    """Run the command. Returns: the exit status, 1 if anything failed, else 0."""
+    by_name, folder = {stage.name: stage for stage in all_stages()}, ROOT / "build" / "gpu-check"
+    text, default = "Check and measure fastddpm on a GPU.", "(default: %(default)s)"
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=text)
+    parser.add_argument("--out", metavar="FOLDER", type=Path, default=folder, help=f"folder for the results {default}")
+    parser.add_argument("--seconds", type=float, default=540, help=f"time limit of the whole check {default}")
+    text = f"cpu: run without a GPU, to test the check itself {default}"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=text)
+    text = f"run only these stages: {', '.join(by_name)}"
+    parser.add_argument("--only", metavar="STAGE", nargs="+", choices=by_name, help=text)
     args = parser.parse_args(argv)
     if not args.seconds > 0:
         parser.error(f"--seconds is {args.seconds:g}; want more than 0")
     try:
-        begin(args.out, args.seconds, args.device)
+        start_results(args.out, args.seconds, args.device)
     except OSError as error:
         parser.error(f"--out {args.out}: {error.strerror}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is known by then is shown
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as on Ctrl-C, the summary is still written
     try:
-        check(args.out, args.seconds, args.device, [planned[name] for name in args.only or planned])
+        run_stages(args.out, args.seconds, args.device, [by_name[name] for name in args.only or by_name])
     finally:
-        show(args.out)
-    return int(any(line.get("outcome") == "failed" for line in gpu_records.read(args.out / LINES)))
-
-
-def show(out: Path) -> None:
-    """Write and print the table, and write the report."""
-    lines = gpu_records.read(out / LINES)
-    table = summary(lines)
-    write(out / TABLE, table)
-    if found := gpu_records.of(lines):
-        write(out / REPORT, report.page(found))
-    print(f"\n{table}\n{out}", flush=True)
+        write_summary(args.out)
+    return int(any(line.get("outcome") == "failed" for line in gpu_results.read_results(args.out)))
 
 
 if __name__ == "__main__":

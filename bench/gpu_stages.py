@@ -1,7 +1,7 @@
-"""The stages of a GPU check that measure, each in a process that bench.gpu_check starts.
+"""The measuring stages of a GPU check; bench.gpu_check runs each in a process of its own.
 
-Networks are judged before they are timed, as all benchmarks are. Each result is told as soon as it is known; one that
-fails is told with its reason, and the next begins.
+As in all benchmarks, a network is compared with the reference before it is timed. Each result is written as soon as it
+is known. A result that fails is written with its reason, and the stage goes on with the next.
 """
 
 import math
@@ -17,10 +17,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench import kinds, lines, machine, records
+from bench import kinds, machine, records
 from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, slots_of
+from bench.gpu_results import DEVICE_VARIABLE, SANITIZER_VARIABLE, write_result
 from bench.layouts import flops, network
-from bench.lines import tell
 from bench.machine import DEVICE, SCALE, Call
 from bench.test_sampling import moved
 from bench.watch import Watch, gpu_uuid
@@ -32,7 +32,7 @@ from fastddpm.sampler import sample_shape
 MODEL, DTYPE = "cifar10-32", torch.bfloat16
 BATCHES = {"cuda": (1, 64, 256, 16, 512), "cpu": (1, 16), "tiny": (2,)}[SCALE]  # the most important first
 PROFILED = {"cuda": (1, 64, 256), "cpu": (1,), "tiny": (2,)}[SCALE]
-RIVALS = {  # contenders of the stage diffusers, and the batches
+RIVALS = {  # of the stage "diffusers": the contenders and the batch sizes
     "cuda": (
         ("fastddpm graph bf16", "diffusers eager fp32", "diffusers eager bf16", "diffusers compiled bf16"),
         (1, 64),
@@ -42,28 +42,28 @@ RIVALS = {  # contenders of the stage diffusers, and the batches
 }[SCALE]
 ROUNDS, ROUND_S = (3, 0.001) if SCALE == "tiny" else (10, 0.1)
 ON_GPU = DEVICE.type == "cuda"
-ENGINES = ("graph", "eager") if ON_GPU else ("eager",)
-LAUNCHES = 200
-hash_of_stage, failures = "", 0  # of the stage that this process runs
+TIMED_ENGINES = ("graph", "eager") if ON_GPU else ("eager",)
+EMPTY_KERNELS = 200
+stage_hash, failures = "", 0  # of this process's stage: its source hash, and how many results failed
 
 
 @contextmanager
 def result(name: str) -> Iterator[dict[str, Any]]:
-    """Gives the fields of a result, to be filled in, and tells of it at the end."""
+    """Yield the fields of a result for the block to fill in, then write it; an exception makes it a failed result."""
     global failures
-    fields: dict[str, Any] = {"hash": hash_of_stage}
+    fields: dict[str, Any] = {"hash": stage_hash}
     try:
         with Watch(gpu_uuid(DEVICE)) as watch:
             yield fields
-        tell(name, **fields, watch=watch.facts, invalid=watch.invalid)
+        write_result(name, **fields, watch=watch.facts, invalid=watch.invalid)
     except Exception as error:
         failures += 1
-        tell(name, "failed", f"{type(error).__name__}: {error}".partition("\n")[0])
+        write_result(name, "failed", f"{type(error).__name__}: {error}".partition("\n")[0])
     torch.cuda.empty_cache()
 
 
-def timed(run: Call, n: int, before: Call = lambda: None) -> dict[str, Any]:
-    """The fields of a time: run() makes n calls."""
+def timing_fields(run: Call, n: int, before: Call = lambda: None) -> dict[str, Any]:
+    """Time run(), which makes n calls, in rounds; before() runs untimed before each. Returns: the record's fields."""
     samples = []
     for _ in range(ROUNDS):
         before()
@@ -72,7 +72,7 @@ def timed(run: Call, n: int, before: Call = lambda: None) -> dict[str, Any]:
     return {"samples_s": samples, "calls": n, "clock": machine.CLOCK, "cache": "hot"}
 
 
-# What the check is for: a graph gives the bits of eager steps
+# Smoke test: graph replays and eager steps have equal bits
 
 
 def smoke() -> None:
@@ -80,7 +80,7 @@ def smoke() -> None:
     with result("machine") as fields:
         fields["facts"] = machine.description() | {"scale": SCALE}
     for precision in ("bf16", "fp32"):
-        with result(f"{fast} = eager, {precision}") as fields:
+        with result(f"{fast} equals eager, {precision}") as fields:
             one, other = (
                 Sampler(network(MODEL), device=DEVICE, precision=precision, engine=engine).sample(
                     2, steps=20, progress=False
@@ -94,25 +94,23 @@ def smoke() -> None:
 
 
 def steps() -> None:
-    for benchmark in (False, True):  # which races for seconds at each batch
+    for cudnn_benchmark in (False, True):  # True last: cuDNN then takes seconds per batch size to time its kernels
         for batch in BATCHES:
-            for engine in ENGINES:
-                with result(f"batch {batch}, {engine}{', cudnn.benchmark' * benchmark}") as fields:
-                    torch.backends.cudnn.benchmark = benchmark
-                    fields["params"] = {"batch": batch, "engine": engine, "cudnn_benchmark": benchmark}
+            for engine in TIMED_ENGINES:
+                with result(f"batch {batch}, {engine}{', cudnn.benchmark' * cudnn_benchmark}") as fields:
+                    torch.backends.cudnn.benchmark = cudnn_benchmark
+                    fields["params"] = {"batch": batch, "engine": engine, "cudnn_benchmark": cudnn_benchmark}
                     with slots_of(MODEL, batch, who := Contender("fastddpm", engine, "bf16")) as slots:
-                        fields |= judged_steps(slots, who)
-                        if batch in PROFILED and not benchmark:
-                            fields["facts"] = kernels(slots)
+                        fields |= time_steps(slots, who)
     torch.backends.cudnn.benchmark = False
 
 
-def judged_steps(slots: Slots, who: Contender) -> dict[str, Any]:
+def time_steps(slots: Slots, who: Contender) -> dict[str, Any]:
     errors, batch = judge_a_step(slots, MODEL, who), len(slots.x)
-    start(slots)
+    load_first_step(slots)
     seconds = machine.timed(partial(advance, slots, 3)) / 3
     n = min(T // 2, max(1, math.ceil(ROUND_S / seconds)))
-    return timed(partial(advance, slots, n), n, partial(start, slots)) | {
+    return timing_fields(partial(advance, slots, n), n, partial(load_first_step, slots)) | {
         "group": f"steps, {MODEL}, batch {batch}",
         "contender": " ".join(who),
         "bytes": moved(MODEL, batch, "bf16"),
@@ -123,8 +121,8 @@ def judged_steps(slots: Slots, who: Contender) -> dict[str, Any]:
     }
 
 
-def start(slots: Slots) -> None:
-    """At the first of all steps; not clipped, as in the gate, so that it needs no second graph."""
+def load_first_step(slots: Slots) -> None:
+    """Load the first step of the full schedule, without clipping: like `judge_a_step`, so that its graph is reused."""
     slots.load(Schedule(clip_sample=False).table(), noise.address(0, len(slots.x)))
 
 
@@ -133,15 +131,24 @@ def advance(slots: Slots, n: int) -> None:
         slots.advance()
 
 
-def kernels(slots: Slots) -> dict[str, Any]:
-    """What runs in a step: launches and seconds by kind of kernel, microseconds by name."""
+def kernels() -> None:
+    """Profile a step: launches and seconds by kind of kernel, microseconds by kernel name."""
+    for batch in PROFILED:
+        who = Contender("fastddpm", TIMED_ENGINES[0], "bf16")
+        with result(f"batch {batch}, {who.engine}") as fields, slots_of(MODEL, batch, who) as slots:
+            fields["facts"] = profile_step(slots)
+
+
+def profile_step(slots: Slots) -> dict[str, Any]:
     n = 2 if SCALE == "tiny" else 20
-    start(slots)
+    load_first_step(slots)
     launches, kinds_s, names_us = Counter(), Counter(), Counter()
     for name, kind, microseconds in kinds.events(partial(advance, slots, n)):
         launches[kind] += 1 / n
         kinds_s[kind] += microseconds / n / 1e6
         names_us[name] += microseconds / n
+    if not launches:
+        raise RuntimeError("the profiler saw no kernel")
     return {"launches": dict(launches), "kinds_s": dict(kinds_s), "names_us": dict(names_us.most_common(60))}
 
 
@@ -151,35 +158,37 @@ def kernels(slots: Slots) -> dict[str, Any]:
 def hardware() -> None:
     with result("ceilings") as fields:
         fields["facts"] = {"ceilings": machine.ceilings()}
-    with result(f"{LAUNCHES} empty kernels") as fields:
+    with result(f"{EMPTY_KERNELS} empty kernels") as fields:
         x = torch.zeros(1, device=DEVICE)
         empty = partial(torch.cuda._sleep, 0) if ON_GPU else partial(x.add_, 1)
-        run = partial(machine._each, [empty] * LAUNCHES)
+        run = partial(machine.call_each, [empty] * EMPTY_KERNELS)
         run()
-        fields |= timed(capture(run, DEVICE).replay if ON_GPU else run, LAUNCHES)
+        fields |= timing_fields(capture(run, DEVICE).replay if ON_GPU else run, EMPTY_KERNELS)
     for batch in PROFILED:
         for (shape, conv), count in convolutions(batch).items():
             kernel, stride, side = conv.kernel_size[0], conv.stride[0], shape[2]
-            channels = f"{conv.in_channels} to {conv.out_channels} channels"
-            with result(f"batch {batch}, {count} of {channels}, {kernel} x {kernel} / {stride} at {side}") as fields:
+            channels = f"{conv.in_channels} to {conv.out_channels}"
+            shapes = f"{kernel} x {kernel}, stride {stride}, {channels}, {side} x {side} pixels"
+            name = f"batch {batch}, {count} x conv {shapes}"
+            with result(name) as fields:
                 x = layout.empty(shape[0], shape[1:], dtype=DTYPE, device=DEVICE).normal_()
                 y = conv(x)
                 run, n = machine.repeated(partial(conv, x), ROUND_S / 10)
-                fields |= timed(run, n)
+                fields |= timing_fields(run, n)
                 fields |= {"bytes": x.nbytes + y.nbytes + conv.weight.nbytes, "precision": "bf16"}
                 fields["flops"] = 2 * y.numel() * conv.in_channels * kernel**2
 
 
 def convolutions(batch: int) -> Counter[tuple[tuple[int, ...], nn.Conv2d]]:
-    """The network's convolutions, each shape once, with how many there are."""
-    net, found, first = network(MODEL).for_inference(DTYPE, DEVICE), Counter(), {}
+    """Count the network's convolutions by shape. Returns: {(input shape, first such layer): how many there are}."""
+    net, found, representative = network(MODEL).for_inference(DTYPE, DEVICE), Counter(), {}
 
-    def note(conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
+    def count_conv(conv: nn.Conv2d, args: tuple[Tensor, ...]) -> None:
         shape = tuple(args[0].shape)
-        same = shape, conv.out_channels, conv.kernel_size, conv.stride, conv.bias is None
-        found[first.setdefault(same, (shape, conv))] += 1
+        key = shape, conv.out_channels, conv.kernel_size, conv.stride, conv.bias is None
+        found[representative.setdefault(key, (shape, conv))] += 1
 
-    hooks = [m.register_forward_pre_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [m.register_forward_pre_hook(count_conv) for m in net.modules() if isinstance(m, nn.Conv2d)]
     x = torch.zeros(batch, *sample_shape(net), dtype=DTYPE, device=DEVICE)
     with torch.no_grad():
         net.denoise(layout.channels_last(x), net.time_rows(torch.zeros(1, dtype=torch.int64, device=DEVICE)))
@@ -188,31 +197,31 @@ def convolutions(batch: int) -> Counter[tuple[tuple[int, ...], nn.Conv2d]]:
     return found
 
 
-# Upsampling, in phases or not
+# Upsampling: interpolated or polyphase
 
 
 def upsampling() -> None:
-    """Both ways in turns; whichever wins at these batches becomes `unet.PHASES`."""
-    who = Contender("fastddpm", ENGINES[0], "bf16")
+    """Time interpolated and polyphase upsampling alternately; the result decides `unet.POLYPHASE_DEVICES`."""
+    who = Contender("fastddpm", TIMED_ENGINES[0], "bf16")
     for batch in PROFILED:
-        with ExitStack() as stack:
-            ways = {}
-            for name, devices in (("interpolated", ()), ("in phases", ("cpu", "cuda"))):
-                with patch.object(unet, "PHASES", devices):
-                    ways[name] = stack.enter_context(slots_of(MODEL, batch, who))
-            turns = [*ways, *(f"{name}, again" for name in reversed(ways))]
+        with result(f"batch {batch}, both forms"), ExitStack() as stack:
+            slots_by_form = {}
+            for name, devices in (("interpolated", ()), ("polyphase", ("cpu", "cuda"))):
+                with patch.object(unet, "POLYPHASE_DEVICES", devices):
+                    slots_by_form[name] = stack.enter_context(slots_of(MODEL, batch, who))
+            turns = [*slots_by_form, *(f"{name}, repeated" for name in reversed(slots_by_form))]
             for turn in turns:
                 with result(f"batch {batch}, {turn}") as fields:
-                    fields |= judged_steps(ways[turn.removesuffix(", again")], who)
+                    fields |= time_steps(slots_by_form[turn.removesuffix(", repeated")], who)
                     fields |= {"group": f"upsampling, {MODEL}, batch {batch}", "contender": turn}
 
 
-# Others
+# diffusers
 
 
 def diffusers() -> None:
     if not find_spec("diffusers"):
-        return tell("diffusers", "skipped", "diffusers is not installed")
+        return write_result("diffusers", "skipped", "diffusers is not installed")
     names, batches = RIVALS
     for name in names:  # what is compiled comes last
         for batch in batches:
@@ -220,93 +229,99 @@ def diffusers() -> None:
             with result(f"batch {batch}, {name}") as fields:
                 n = {"cuda": 100, "cpu": 5, "tiny": 2}[SCALE]
                 with loop(MODEL, batch, n, who) as ready:
-                    fields |= timed(ready.run, n) | {"errors": ready.errors, "facts": {"prepare_s": ready.seconds}}
+                    fields |= timing_fields(ready.run, n) | {
+                        "errors": ready.errors,
+                        "facts": {"prepare_s": ready.seconds},
+                    }
                 fields |= {"group": f"steps, {MODEL}, batch {batch}", "contender": name, "images": batch / T}
                 fields |= {"flops": batch * flops(MODEL), "precision": who.ceiling}
     return None
 
 
-# Every kernel at ragged shapes, for a tool that watches its accesses
+# Every kernel at odd shapes, for compute-sanitizer
 
 
-def ragged() -> None:
-    if not os.environ.get(lines.WATCHED):
-        tell("compute-sanitizer", "skipped", "it is not installed, so nothing watched the accesses of memory")
-    for name, call in {**RAGGED, **{f"{name}, one element": call for name, call in RAGGED.items()}}.items():
+def memcheck() -> None:
+    if not os.environ.get(SANITIZER_VARIABLE):
+        reason = "compute-sanitizer was not found, so memory accesses were not checked"
+        write_result("compute-sanitizer", "skipped", reason)
+    for name, call in {**KERNEL_CALLS, **{f"{name}, one pixel": call for name, call in KERNEL_CALLS.items()}}.items():
         with result(name):
-            call((1, 4, 1, 1) if "one element" in name else (3, 20, 7, 11))
+            call((1, 4, 1, 1) if "one pixel" in name else (3, 20, 7, 11))
             machine.wait()
 
 
-def _drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+def _random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     return layout.empty(shape[0], shape[1:], dtype=dtype, device=DEVICE).normal_()
 
 
 def _step(shape: tuple[int, ...]) -> None:
     n, table = shape[0], SCHEDULE.table().to(DEVICE)
     pos, bad = (torch.full((n,), value, dtype=torch.int32, device=DEVICE) for value in (999, -1))
-    ops.step(_drawn(shape), _drawn(shape, DTYPE), table, pos, noise.address(0, n, DEVICE), out_dtype=DTYPE, bad=bad)
+    ops.step(_random(shape), _random(shape, DTYPE), table, pos, noise.address(0, n, DEVICE), out_dtype=DTYPE, bad=bad)
 
 
 def _predict_step(shape: tuple[int, ...]) -> None:
     rows = torch.ones(21, 8, device=DEVICE)
-    ops.predict_step(_drawn(shape), _drawn(shape), rows, 5, clip=1.0, address=noise.address(0, shape[0], DEVICE))
+    ops.predict_step(_random(shape), _random(shape), rows, 5, clip=1.0, address=noise.address(0, shape[0], DEVICE))
 
 
-def _noised(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _noising_arguments(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     x_0 = layout.empty(shape[0], shape[1:], dtype=torch.uint8, device=DEVICE).random_(256)
     return x_0, torch.arange(shape[0], device=DEVICE), noise.address(0, shape[0], DEVICE)
 
 
 def _noising(shape: tuple[int, ...]) -> None:
-    ops.noising(*_noised(shape), SCHEDULE.noising_table().to(DEVICE), dtype=DTYPE)
+    ops.noising(*_noising_arguments(shape), SCHEDULE.noising_table().to(DEVICE), dtype=DTYPE)
 
 
 def _eps_loss(shape: tuple[int, ...]) -> None:
-    m = _drawn(shape, DTYPE).requires_grad_()
-    ops.eps_loss(m, *_noised(shape), SCHEDULE.noising_table().to(DEVICE), predicts="v_prediction").sum().backward()
+    m = _random(shape, DTYPE).requires_grad_()
+    ops.eps_loss(
+        m, *_noising_arguments(shape), SCHEDULE.noising_table().to(DEVICE), predicts="v_prediction"
+    ).sum().backward()
 
 
 def _x_0_error(shape: tuple[int, ...]) -> None:
     table = torch.ones(T, 7, device=DEVICE)
-    ops.x_0_error(_drawn(shape, DTYPE), *_noised(shape), table)
+    ops.x_0_error(_random(shape, DTYPE), *_noising_arguments(shape), table)
 
 
 def _group_norm(shape: tuple[int, ...]) -> None:
-    """By programs that hold their groups, and by several that share one."""
+    """Covers both plans: a program that holds its groups in registers, and several programs that share a group."""
     for n, c, *pixels in (shape, (1, 4, 70, 61)):
-        x, skip = _drawn((n, c, *pixels), DTYPE), _drawn((n, c, *pixels), DTYPE)
+        x, skip = _random((n, c, *pixels), DTYPE), _random((n, c, *pixels), DTYPE)
         weight, bias, add = (torch.ones(shape, device=DEVICE) for shape in ((2 * c,), (2 * c,), (n, 2 * c)))
         ops.group_norm(x, weight, bias, 2, eps=1e-5, skip=skip, add=add, silu=True)
 
 
 def _residual(shape: tuple[int, ...]) -> None:
-    ops.residual(_drawn(shape, DTYPE), _drawn(shape, DTYPE), torch.ones(shape[1], device=DEVICE))
+    ops.residual(_random(shape, DTYPE), _random(shape, DTYPE), torch.ones(shape[1], device=DEVICE))
 
 
 def _interleave(shape: tuple[int, ...]) -> None:
     n, c, height, width = shape
-    ops.interleave(_drawn((n, c, height + 1, width + 1), DTYPE), torch.ones(c // 4, device=DEVICE))
+    ops.interleave(_random((n, c, height + 1, width + 1), DTYPE), torch.ones(c // 4, device=DEVICE))
 
 
-RAGGED: dict[str, Callable[[tuple[int, ...]], None]] = {
+KERNEL_CALLS: dict[str, Callable[[tuple[int, ...]], None]] = {
     "step": _step, "predict_step": _predict_step, "noising": _noising, "eps_loss": _eps_loss, "x_0_error": _x_0_error,
     "group_norm": _group_norm, "residual": _residual, "interleave": _interleave,
 }  # fmt: skip
 STAGES: dict[str, Callable[[], None]] = {
-    "smoke": smoke, "steps": steps, "hardware": hardware, "upsampling": upsampling, "diffusers": diffusers,
-    "ragged": ragged,
+    "smoke": smoke, "steps": steps, "kernels": kernels, "hardware": hardware, "upsampling": upsampling,
+    "diffusers": diffusers, "memcheck": memcheck,
 }  # fmt: skip
 
 
 def main(name: str) -> int:
-    """Run a stage; the exit status of its process."""
-    global hash_of_stage
-    wanted = os.environ.get(lines.DEVICE, DEVICE.type)
+    """Run a stage. Returns: the exit status of its process."""
+    global stage_hash
+    wanted = os.environ.get(DEVICE_VARIABLE, DEVICE.type)
     if DEVICE.type != wanted:
-        print(f"torch finds no GPU; use --device {DEVICE.type}")
+        print("torch found no GPU; pass --device cpu to run without one")
         return 2
-    hash_of_stage = records.source_hash(STAGES[name])
+    stage_hash = records.source_hash(STAGES[name])
     STAGES[name]()
-    print(f"{failures} results failed")
+    print(f"failed results: {failures}")
     return 1 if failures else 0

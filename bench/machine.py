@@ -34,7 +34,7 @@ def description() -> dict[str, Any]:
     gpu = torch.cuda.get_device_properties(0) if DEVICE.type == "cuda" else None
     cpu = None
     with suppress(ImportError):
-        import cpuinfo  # which comes with pytest-benchmark
+        import cpuinfo  # a dependency of pytest-benchmark
 
         cpu = cpuinfo.get_cpu_info().get("brand_raw")
     return {
@@ -108,7 +108,7 @@ def rotated(calls: Sequence[Call], *, captured: bool) -> tuple[Call, int]:
         call()  # what libraries and compilers make once
     if captured and DEVICE.type == "cuda":
         return _captured(calls), len(calls)
-    return partial(_each, calls), len(calls)
+    return partial(call_each, calls), len(calls)
 
 
 def repeated(call: Call, seconds: float = 0.01, *, captured: bool = True) -> tuple[Call, int]:
@@ -120,7 +120,7 @@ def repeated(call: Call, seconds: float = 0.01, *, captured: bool = True) -> tup
     fit = math.ceil(seconds / max(timed(call), 1e-9))  # a graph of many long ones would run for minutes
     run, calls = rotated([call] * (min(fit, LAUNCHES) if captured and DEVICE.type == "cuda" else 1), captured=captured)
     times = max(1, math.ceil(seconds / max(timed(run), 1e-9)))
-    return partial(_each, [run] * times), times * calls
+    return partial(call_each, [run] * times), times * calls
 
 
 def timed(run: Call) -> float:
@@ -214,8 +214,8 @@ def peak_bytes(call: Call) -> int:
 
 
 def _captured(calls: Sequence[Call]) -> Call:
-    """They as the replay of a CUDA graph."""
-    graph = capture(partial(_each, calls), DEVICE)
+    """Capture the calls in a CUDA graph. Returns: a function that replays it."""
+    graph = capture(partial(call_each, calls), DEVICE)
 
     def replay() -> Sequence[Call]:
         graph.replay()
@@ -224,6 +224,6 @@ def _captured(calls: Sequence[Call]) -> Call:
     return replay
 
 
-def _each(calls: Sequence[Call]) -> None:
+def call_each(calls: Sequence[Call]) -> None:
     for call in calls:
         call()

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import cache, partial
 from hashlib import sha256
 from importlib import import_module
@@ -25,11 +25,16 @@ HERE = Path(__file__).parent
 BESIDE = ("records", "turns", "watch")  # modules that store or observe: they do not change what a case measures
 
 
-# What a record says of a case that says nothing itself
-SILENT: dict[str, Any] = {
+# The fields that a case may fill in, with their defaults
+FIELD_DEFAULTS: dict[str, Any] = {
     "group": None, "contender": None, "invalid": [], "samples_s": [], "calls": 1, "clock": None, "cache": None,
     "bytes": 0, "flops": 0, "precision": None, "images": 0, "shares": {}, "errors": None, "facts": {}, "watch": {},
 }  # fmt: skip
+
+
+def now() -> str:
+    """The time in UTC, as records have it."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # Names

@@ -1,14 +1,16 @@
-"""CUDA graphs that the rest of the process cannot break: how a step is captured, and on which streams it runs.
+"""Captures CUDA graphs that other code in the process cannot invalidate, and orders work across streams.
 
-Three things could break one. cuBLAS keeps a workspace between calls, and a graph holds its address: when somebody
-clears the workspaces, the graph writes to freed memory. So they are cleared before and after a capture, and the graph
-gets one in its own pool. Another thread's work on the stream of a capture would become part of the graph: captures use
-a stream that nobody else is given. And torch does not recover from a capture that fails: `capture` does that for it.
+cuBLAS keeps a workspace between calls, and a graph contains its address. If other code then freed the workspaces,
+replays would write to freed memory. So the workspaces are freed before a capture, which gives the graph a workspace in
+its own memory pool, and again afterwards, so that no later call uses that one.
+
+Work that another thread submits to the stream of a capture would become part of the graph, so captures have a stream
+of their own. torch does not clean up after a capture that fails; `capture` does.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,82 +18,89 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CLEAR_WORKSPACES = (  # by age; torch 2.15 adds the public name
+CLEAR_WORKSPACES = (  # names in different versions of torch; 2.15 adds the public one
     (torch._C, "_cuda_clearCublasWorkspaces"),
     (torch.cuda, "clear_cublas_workspaces"),
     (torch.cuda, "_clear_cublas_workspaces"),
 )
 
-_lock = threading.Lock()  # held during a capture: no two at a time, and nothing returns memory to the driver
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-_failed: list[torch.cuda.CUDAGraph] = []  # the allocators of torch may still call them
+_lock = threading.Lock()  # held during a capture: excludes other captures and `empty_cache`
+_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
+_failed_graphs: list[torch.cuda.CUDAGraph] = []  # kept alive: torch's allocators may hold pointers to them
 
 
 class CaptureError(ValueError):
-    """A capture failed, for a reason that may be gone at the next attempt."""
+    """A capture failed. The cause may be temporary, so another attempt may succeed."""
 
 
 def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
-    """Capture run() as a graph, which may be replayed on any stream.
+    """Capture run() as a CUDA graph that can be replayed on any stream.
 
-    Call run() once before: what libraries create at their first use cannot be captured. This waits for all work on the
-    device.
+    Call run() once beforehand: what libraries create at their first use cannot be created during a capture. The capture
+    first waits for all work on the device.
 
     Args:
-        run: launches kernels on the current stream of the device, and does not wait for them.
+        run: launches kernels on the device's current stream; must not wait for the GPU.
         device: a CUDA device.
     Raises:
-        CaptureError: the capture failed; torch, its memory and its random numbers work as before.
+        CaptureError: the capture failed. torch's streams, allocator and default generator remain usable.
         torch.OutOfMemoryError: there was not enough memory.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    in_run: list[BaseException] = []  # not a variable: it would keep the error, and with its traceback the memory
     try:
-        # a capture that fails leaves its stream as the current one
+        # restores the current stream, which torch does not do when a capture fails
         with _lock, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             _clear_cublas_workspaces()
             try:
-                # thread_local: other threads may go on, and allocate
-                with torch.cuda.graph(graph, pool, _stream(device), capture_error_mode="thread_local"):
-                    run()
+                # thread_local: other threads may still allocate memory
+                with torch.cuda.graph(graph, pool, _capture_stream(device), capture_error_mode="thread_local"):
+                    try:
+                        run()
+                    except BaseException as error:
+                        in_run.append(error)
+                        raise
             except BaseException:
-                _abandon(graph, pool, device)
+                _clean_up(graph, pool, device)
                 raise
             finally:
                 _clear_cublas_workspaces()
     except Exception as error:
-        cause = error.__context__ or error  # the end of a failed capture is an error of its own
-        if not isinstance(cause, Exception):
-            raise cause from None  # Ctrl-C
-        if any(isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) for e in (cause, error)):
+        if in_run and not isinstance(in_run[0], Exception):
+            raise in_run.pop() from None  # KeyboardInterrupt, hidden by the error that ended the capture
+        causes = [*in_run, error]  # ending a failed capture raises a second error
+        in_run.clear()
+        if any(isinstance(cause, torch.OutOfMemoryError) or "out of memory" in str(cause) for cause in causes):
             raise torch.OutOfMemoryError(str(error)) from error
-        why = str(cause).partition("\n")[0]
+        why = str(causes[0]).partition("\n")[0]
+        causes.clear()
         raise CaptureError(
-            f"engine: a step could not be captured as a CUDA graph ({why}): the network waits for the GPU, or another "
-            "thread waited for the whole device or ran out of memory meanwhile; try again, or use engine='eager'"
+            f"engine: the work could not be captured as a CUDA graph ({why}); perhaps it waits for the GPU, or another "
+            "thread synchronized the device or ran out of memory during the capture; engine='eager' avoids captures"
         ) from error
     return graph
 
 
 def empty_cache(device: torch.device) -> None:
-    """Return the memory that torch keeps for later to the driver; not during a capture, where it would free nothing."""
+    """Return torch's cached memory to the driver. Waits for a running capture, during which nothing would be freed."""
     if device.type == "cuda":
         with _lock:
             torch.cuda.empty_cache()
 
 
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures on a device.
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for all captures on a device.
 
-    torch has 32 streams of each priority and gives them out in rotation. Programs rarely ask for a high priority, so
-    nobody works on this one.
+    torch hands out its 32 streams of each priority in rotation. Other code rarely asks for a high priority, so it is
+    unlikely to share this stream. The kernels of a graph keep the priority wherever it is replayed.
     """
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device, priority=-1)
-    return _streams[device]
+    if device not in _capture_streams:
+        _capture_streams[device] = torch.cuda.Stream(device, priority=-1)
+    return _capture_streams[device]
 
 
 def _clear_cublas_workspaces() -> None:
-    """Free the workspaces of cuBLAS; its next product allocates one anew."""
+    """Free the workspaces of cuBLAS; the next matrix product allocates a new one."""
     for owner, name in CLEAR_WORKSPACES:
         if (clear := getattr(owner, name, None)) is not None:
             return clear()
@@ -99,54 +108,49 @@ def _clear_cublas_workspaces() -> None:
     raise RuntimeError(f"torch {torch.__version__} has none of {names}, without which a graph is not safe")
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
-    """Undo what torch leaves behind where the end of a capture fails."""
+def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Clean up after a failed capture: undo what torch leaves behind if ending it failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         torch._C._cuda_endAllocateToPool(index, pool)
     except RuntimeError:
-        return  # the capture has ended, it was run() that failed
+        return  # the capture itself ended properly, only run() failed: nothing to undo
     torch._C._cuda_releasePool(index, pool)
-    _failed.append(graph)
-    generator = torch.cuda.default_generators[index]
-    state = generator.get_state()
-    try:
-        torch.empty(1, device=device).uniform_()
-    except RuntimeError:  # in torch 2.11 it is still in its state for captures
-        generator.graphsafe_set_state(generator.clone_state())
-    else:
-        generator.set_state(state)
+    _failed_graphs.append(graph)
+    # in torch 2.11 the default generator stays in its capture state until a capture succeeds
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_capture_stream(device)):
+        torch.zeros(1, device=device)
 
 
 class StreamOrder:
-    """Keeps the work on some tensors in order, whichever stream it is done on. They were made on the current one."""
+    """Keeps the work on some tensors in order across streams. Create it on the stream that they were created on."""
 
     def __init__(self, device: torch.device):
         self.device = device
         if device.type == "cuda":
-            self.stream, self.done = torch.cuda.current_stream(device), torch.cuda.Event()
-            self.done.record(self.stream)
+            self.last_stream, self.last_work = torch.cuda.current_stream(device), torch.cuda.Event()
+            self.last_work.record(self.last_stream)
 
     @contextmanager
-    def working(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Work with the tensors on the current stream, after what was done before on another one."""
+    def on_current_stream(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """In this context, work on the tensors runs on the current stream, after earlier work on any other stream."""
         if self.device.type != "cuda":
             yield
             return
-        now = torch.cuda.current_stream(self.device)
-        if now != self.stream:
-            now.wait_event(self.done)
+        current = torch.cuda.current_stream(self.device)
+        if current != self.last_stream:
+            current.wait_event(self.last_work)
             for tensor in tensors:
-                tensor.record_stream(now)  # else their memory could be reused before this stream is done with it
-            self.stream = now
+                tensor.record_stream(current)  # otherwise their memory could be reused while this stream still uses it
+            self.last_stream = current
         try:
             yield
         finally:
-            self.done.record(now)
+            self.last_work.record(current)
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU, before a capture that would fail of it."""
+    """Raises ValueError for operations that make the host wait for the GPU. Used before a capture, which would fail."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -154,17 +158,17 @@ class NoWaiting(TorchDispatchMode):
         by_mask = any(x.dtype in (torch.bool, torch.uint8) for x in inputs[1:])
         shapes = torch.Tag.dynamic_output_shape in tags and (func is not torch.ops.aten.index.Tensor or by_mask)
         if shapes or torch.Tag.data_dependent_output in tags:
-            raise _waits(f"{func} waits")
+            raise _waiting_error(f"{func} waits for the GPU")
         to, moves = kwargs.get("device"), func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
-        # a number may come from the host with a launch; results do not count: attention has one that stays there
+        # scalars from the host can be launch arguments; outputs are not checked: one of attention's stays on the host
         places = {x.device.type for x in inputs if x.ndim or moves} | ({to.type} if moves and to else set())
         if places > {"cpu"}:
-            raise _waits(f"{func} copies between the host and the GPU")
+            raise _waiting_error(f"{func} copies between the host and the GPU")
         return func(*args, **kwargs)
 
 
-def _waits(why: str) -> ValueError:
+def _waiting_error(why: str) -> ValueError:
     return ValueError(
-        f"engine: a step of this network cannot be captured ({why}): it must not wait for the GPU, as .item(), .cpu() "
-        "and an if on a tensor do; use engine='eager'"
+        f"engine: a step of this network cannot be captured ({why}): it must not wait for the GPU; avoid .item(), "
+        ".cpu() and `if` on a tensor, or use engine='eager'"
     )

@@ -2,8 +2,8 @@
 
 All that a step reads and writes lies in tensors that `Slots` owns, at fixed addresses: the states, the tables, and the
 row, seed and sample index of each entry. So one captured graph is every step of every schedule - the network, the fused
-update, the next position - and needs no argument, no wait and no allocation. All work is done on the caller's current
-stream, so that what is handed out can be used there at once.
+update, the next position - and needs no argument, no wait and no allocation. All work runs on the caller's current
+stream, so results can be used there without synchronization.
 """
 
 import threading
@@ -43,9 +43,9 @@ class Engine:
         num_train_timesteps: T; no table has more rows.
         device: a CPU or CUDA device.
         precision: one of PRECISIONS.
-        kind: one of ENGINES, or "auto": with the kernels of a GPU a `UNet2D` is captured if the steps are worth it;
-            all else is eager, and so are steps whose capture fails twice, with a warning. Both are the same kernels on
-            the same numbers, so that the choice changes no bit.
+        kind: one of ENGINES, or "auto": a `UNet2D` on a GPU with Triton is captured if the run has at least
+            WORTH_CAPTURING steps; everything else runs eagerly. If a capture fails twice, "auto" warns and runs
+            eagerly. Both ways launch the same kernels on the same values, so the results have the same bits.
     Raises: ValueError: kind is unknown, or not for this device.
     """
 
@@ -75,7 +75,7 @@ class Engine:
     def slots(self, n: int, steps: int) -> Iterator["Slots"]:
         """Slots for a batch of n, nobody else's until the context ends, to `advance` so many times.
 
-        They work on the current stream. The network has the weights that the model has now. The caller's modes, such as
+        Work runs on the current stream. The network has the model's current weights. The caller's modes, such as
         autocast, do not apply.
         """
         with self._held(Slots, n, steps) as slots, slots.working():
@@ -95,7 +95,7 @@ class Engine:
         captures = bool(steps) and ("graph" in self.kind or (self._captures_by_itself and steps >= WORTH_CAPTURING))
         key = kind, n, captures
         with self._lock, _plainly(self.device):
-            with self._order.working(self._weights()):
+            with self._weights_order.on_current_stream(self._weights()), arithmetic("fp32", self.device):
                 self._refresh()
             slots = self._idle.pop(key, None) or kind(self, n, captures)
         yield slots
@@ -117,8 +117,8 @@ class Engine:
         return self.kind == "auto" and isinstance(self.model, UNet2D) and ops.backend(self.device) == "triton"
 
     @cached_property
-    def _order(self) -> StreamOrder:
-        """Of the work on the weights."""
+    def _weights_order(self) -> StreamOrder:
+        """Orders the updates of the weights across streams."""
         return StreamOrder(self.device)
 
     def _weights(self) -> list[Tensor]:
@@ -180,12 +180,12 @@ class Slots:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """The modes in which all of these methods are to be called; the current stream may be another one each time."""
-        with _plainly(self.engine.device), self._order.working(self._tensors()):
+        """The context in which all of these methods must be called. The current stream may differ from call to call."""
+        with _plainly(self.engine.device), self._order.on_current_stream(self._tensors()):
             yield
 
     def _tensors(self) -> Iterator[Tensor]:
-        """What a step reads and writes."""
+        """The tensors that a step reads and writes."""
         parts = tree_leaves((vars(self), vars(self.table), self.engine._weights()))
         yield from (part for part in parts if isinstance(part, Tensor))
 
@@ -324,16 +324,17 @@ class Slots:
             self._graph = self._captured()
 
     def _captured(self) -> torch.cuda.CUDAGraph | None:
-        """A step as a graph; None where the engine may do without, and two attempts have failed."""
+        """Capture a step. Returns: the graph, or None if kind is "auto" and two attempts have failed."""
         for _ in range(2):
             try:
                 return capture(self._once, self.engine.device)
             except CaptureError as error:
                 if self.engine.kind != "auto":
                     raise
-                failure = str(error)  # the error itself would keep the memory
+                failure = str(error)  # not the error: its traceback would keep tensors alive
         n = len(self.x)
-        warnings.warn(f"{failure}. Until engine.clear() batches of {n} run eagerly, with the same bits", stacklevel=2)
+        text = f"{failure}. Batches of {n} now run eagerly, with the same bits; engine.clear() allows another attempt"
+        warnings.warn(text, stacklevel=2)
         return None
 
 

@@ -153,7 +153,7 @@ def residual_variant(dtype: str, *, bias: bool) -> Variant:
 
 
 def interleave_variant(dtype: str, *, bias: bool) -> Variant:
-    """Of 256 channels. A thread reads the bias once, for all its pixels: two in 16 bits, four in fp32."""
+    """For 256 channels. A thread loads its bias values once for all of its pixels: two in 16 bits, four in fp32."""
     types = {"out_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
     types |= dict.fromkeys(("height", "width", "channels"), "i32")
     pixels = upsample.BLOCK // upsample.MAX_CHANNELS

@@ -1,6 +1,6 @@
-"""Interleave: the four phases of an upsampled image become its pixels, with a bias.
+"""Interleaves the four phases of a polyphase upsampling into one image, and adds the bias.
 
-Traffic: each element of the result is read once and written once: 4 bytes in bf16.
+Traffic: one read and one write per output element: 4 bytes in bf16.
 Precision: the sum in fp32, rounded once; without a bias the bits are copied.
 Spec: the same in torch, bit for bit. Proof: tests/test_upsample.py (bits), tests/test_compiled.py (machine code).
 """
@@ -11,22 +11,25 @@ import triton.language as tl
 
 from .launch import launch
 
-BLOCK = 2048
-MAX_CHANNELS = 64  # of a block: 128 bytes of bf16, a cache line
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 16 elements per thread: 16 bytes of bf16 from two pixels each
+BLOCK = 2048  # elements per program
+MAX_CHANNELS = 64  # per program: 128 bytes in bf16, one cache line
+OPTIONS = {
+    "num_warps": 4,
+    "enable_fp_fusion": False,
+}  # a thread: 16 elements, in bf16 16 bytes from block_channels of 2 pixels
 
 
-@triton.jit(do_not_specialize=["height", "width"])  # one kernel for all levels of a network
+@triton.jit(do_not_specialize=["height", "width"])  # compiled once for all resolutions of a network
 def interleave_kernel(
-    out_ptr,  # [N, 2 height, 2 width, channels] like y
+    out_ptr,  # [N, 2 height, 2 width, channels], y's dtype
     y_ptr,  # [N, height + 1, width + 1, 4 channels] fp32, bf16 or fp16
     bias_ptr,  # [channels] fp32, or None
-    height,  # of the small image
+    height,  # and width: before upsampling
     width,
     channels,
-    CHANNELS: tl.constexpr,  # of a block, a power of two
-    PIXELS: tl.constexpr,  # of a block, a power of two
-    STRIPES: tl.constexpr,  # blocks side by side, for all channels
+    CHANNELS: tl.constexpr,  # per program, a power of two
+    PIXELS: tl.constexpr,  # per program, a power of two
+    STRIPES: tl.constexpr,  # programs needed to cover all channels of a pixel
 ):
     pixels = 4 * height * width
     blocks = tl.cdiv(pixels, PIXELS)
@@ -34,7 +37,7 @@ def interleave_kernel(
     n = (tl.program_id(0) // STRIPES // blocks).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
 
     pixel = block * PIXELS + tl.arange(0, PIXELS)
-    row, column = pixel // (2 * width), pixel % (2 * width)  # a division per pixel, none per element
+    row, column = pixel // (2 * width), pixel % (2 * width)  # divides once per pixel, not once per element
     source = (row + 1) // 2 * (width + 1) + (column + 1) // 2
     phase = row % 2 * 2 + column % 2
     c = stripe * CHANNELS + tl.arange(0, CHANNELS)
@@ -51,8 +54,12 @@ def interleave_kernel(
 def launch_interleave(out, y, bias):
     """Launch only; fastddpm.ops has checked every argument."""
     channels, height, width = out.shape[1], y.shape[2] - 1, y.shape[3] - 1
-    each = min(MAX_CHANNELS, triton.next_power_of_2(channels))
-    tile = {"CHANNELS": each, "PIXELS": BLOCK // each, "STRIPES": triton.cdiv(channels, each)}
+    block_channels = min(MAX_CHANNELS, triton.next_power_of_2(channels))
+    tile = {
+        "CHANNELS": block_channels,
+        "PIXELS": BLOCK // block_channels,
+        "STRIPES": triton.cdiv(channels, block_channels),
+    }
     grid = (len(y) * triton.cdiv(4 * height * width, tile["PIXELS"]) * tile["STRIPES"],)
     with torch.cuda.device_of(y):
         launch(interleave_kernel, grid, out, y, bias, height, width, channels, **tile, **OPTIONS)

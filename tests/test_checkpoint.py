@@ -174,7 +174,7 @@ def test_diffusers_loads_what_save_wrote(pipeline, tmp_path, unet, scheduler, op
     alone = UNet2DModel.from_pretrained(tmp_path / "new" / "folder", subfolder="unet" if pipeline else None)
     assert_same_tensors(alone.state_dict(), unet.state_dict())
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    # copied, as the last bits depend on how the memory of the weights is aligned
+    # deep copies have equal alignment, on which the last bits depend
     theirs, ours = (copy.deepcopy(net).eval()(x, 5).sample for net in (alone, unet))
     assert torch.equal(theirs, ours)
 

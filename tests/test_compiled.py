@@ -228,7 +228,7 @@ with launch.compiling():
     for pixels in (64, 1 << 16):  # held, and shared by two launches
         x, bias = torch.zeros(1, 32, pixels, dtype=torch.bfloat16), torch.zeros(32)
         group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, silu=True)
-    for side in (1, 4, 16):  # one kernel for all sizes
+    for side in (1, 4, 16):  # all sizes share one compiled kernel
         y = torch.zeros(1, 128, side + 1, side + 1, dtype=torch.bfloat16)
         upsample.launch_interleave(y.new_zeros(1, 32, 2 * side, 2 * side), y, bias)
 kernels = {residual.residual_kernel: 3, group_norm.held_kernel: 1, upsample.interleave_kernel: 1}

@@ -140,7 +140,9 @@ WAITING = {
 @pytest.mark.parametrize("why", WAITING)
 def test_a_network_that_waits_is_not_captured(graphs, why):
     sampler = graphed(WAITING[why], shape=(3,))
-    with pytest.raises(ValueError, match=r"cannot be captured \(aten.* waits\): .* use engine='eager'") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot be captured \(aten.* waits for the GPU\): .* use engine='eager'"
+    ) as caught:
         sampler.sample(2, steps=3, progress=False)
     assert "\n" not in str(caught.value)
     assert not graphs
@@ -168,8 +170,8 @@ def test_copies_from_the_host_are_waits():
                 copied()
 
 
-class Capture:
-    """In place of `capture`: the first attempts fail, then the work is recorded."""
+class FlakyCapture:
+    """Replaces `capture`: the first `failures` attempts raise, later ones record the work."""
 
     def __init__(self, failures):
         self.failures, self.attempts = failures, 0
@@ -184,11 +186,11 @@ class Capture:
 
 
 @pytest.fixture
-def fails(monkeypatch):
-    """fails(n): let the first n captures fail, on a CPU that has graphs; gives the `Capture`."""
+def failing_captures(monkeypatch):
+    """failing_captures(n): make the first n captures fail, with graphs faked on the CPU; returns the `FlakyCapture`."""
 
     def arrange(failures):
-        capture = Capture(failures)
+        capture = FlakyCapture(failures)
         monkeypatch.setattr("fastddpm.engine.capture", capture)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
         monkeypatch.setattr(Engine, "_captures_by_itself", property(lambda engine: engine.kind == "auto"))
@@ -197,19 +199,19 @@ def fails(monkeypatch):
     return arrange
 
 
-def test_auto_captures_again_after_a_failure(fails):
-    capture, net, how = fails(1), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+def test_auto_retries_a_failed_capture(failing_captures):
+    capture, net, how = failing_captures(1), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
     sampler = Sampler(net, device="cpu")
     assert torch.equal(sampler.sample(2, **how), eager(net).sample(2, **how))
     assert capture.attempts == 2
     assert next(iter(sampler.engine._idle.values()))._graph is not None
 
 
-def test_auto_runs_eagerly_after_two_failures_and_warns_once(fails):
-    capture, net, how = fails(2), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+def test_auto_falls_back_to_eager_after_two_failures_and_warns_once(failing_captures):
+    capture, net, how = failing_captures(2), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
     sampler = Sampler(net, device="cpu")
     with pytest.warns(
-        UserWarning, match=r"could not be captured\. .* batches of 2 run eagerly, with the same bits"
+        UserWarning, match=r"could not be captured\. .* Batches of 2 now run eagerly, with the same bits"
     ) as seen:
         results = [sampler.sample(4, batch_size=2, **how) for _ in range(2)]
     assert len(seen) == 1
@@ -218,14 +220,14 @@ def test_auto_runs_eagerly_after_two_failures_and_warns_once(fails):
     assert all(torch.equal(result, want) for result in results)
     sampler.engine.clear()
     assert torch.equal(sampler.sample(4, batch_size=2, **how), want)
-    assert capture.attempts == 3  # which succeeded
+    assert capture.attempts == 3  # the third attempt succeeded
 
 
-def test_auto_gives_a_network_alone_up_likewise(fails):
-    fails(2)
-    made = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
-    with made.forward(2, WORTH_CAPTURING) as forward:
-        with pytest.warns(UserWarning, match="run eagerly"):
+def test_auto_falls_back_to_eager_for_the_network_alone_too(failing_captures):
+    failing_captures(2)
+    engine = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
+    with engine.forward(2, WORTH_CAPTURING) as forward:
+        with pytest.warns(UserWarning, match="now run eagerly"):
             forward.prepare(torch.arange(100))
         with forward.working():
             first = forward.at(torch.ones(2, *SHAPE), 3)
@@ -233,8 +235,8 @@ def test_auto_gives_a_network_alone_up_likewise(fails):
             assert torch.equal(forward.at(torch.ones(2, *SHAPE), 3), first)
 
 
-def test_a_graph_that_was_asked_for_is_an_error_at_the_first_failure(fails):
-    capture = fails(1)
+def test_engine_graph_raises_at_the_first_failed_capture(failing_captures):
+    capture = failing_captures(1)
     sampler = graphed(tiny_unet())
     with pytest.raises(CaptureError, match="could not be captured"):
         sampler.sample(2, steps=3, progress=False)

@@ -226,30 +226,30 @@ def test_threads_and_samplers_do_not_disturb_each_other(engine):
 
 
 @pytest.fixture
-def disturbed(monkeypatch):
-    """disturbed(n): wait for the device in the first n captures, which invalidates them."""
+def invalidated_captures(monkeypatch):
+    """invalidated_captures(n): synchronize the device during the first n captures, which makes them fail."""
 
     def arrange(times):
         once, left = Slots._once, [times]
 
-        def disturbed_once(slots, *network):
+        def invalidating_once(slots, *network):
             once(slots, *network)
             if left[0] and torch.cuda.is_current_stream_capturing():
                 left[0] -= 1
                 torch.cuda.synchronize()
 
-        monkeypatch.setattr(Slots, "_once", disturbed_once)
+        monkeypatch.setattr(Slots, "_once", invalidating_once)
 
     return arrange
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_capture_that_fails_changes_no_bit_and_breaks_nothing(failures, disturbed):
+def test_failed_capture_changes_no_bit_and_leaves_torch_usable(failures, invalidated_captures):
     how = {"steps": 20, "progress": False}
     want = Sampler(tiny_unet(), device="cuda", engine="eager").sample(2, **how)
-    disturbed(failures)
+    invalidated_captures(failures)
     sampler = Sampler(tiny_unet(), device="cuda")
-    with pytest.warns(UserWarning, match="run eagerly") if failures == 2 else nullcontext():
+    with pytest.warns(UserWarning, match="now run eagerly") if failures == 2 else nullcontext():
         assert torch.equal(sampler.sample(2, **how), want)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.randn(4, device="cuda").isfinite().all()
@@ -258,8 +258,8 @@ def test_a_capture_that_fails_changes_no_bit_and_breaks_nothing(failures, distur
     assert next(iter(sampler.engine._idle.values()))._graph is not None
 
 
-def test_a_graph_that_was_asked_for_tells_why_its_capture_failed(disturbed):
-    disturbed(1)
+def test_engine_graph_says_why_a_capture_failed(invalidated_captures):
+    invalidated_captures(1)
     sampler, how = Sampler(tiny_unet(), device="cuda", engine="graph"), {"steps": 20, "progress": False}
     with pytest.raises(CaptureError, match=r"could not be captured as a CUDA graph \(.*captur"):
         sampler.sample(2, **how)
@@ -267,23 +267,47 @@ def test_a_graph_that_was_asked_for_tells_why_its_capture_failed(disturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of torch.compile
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_graph_does_not_share_the_workspace_of_cublas(precision):
-    """Which torch.compile frees when it records a graph; what is allocated there then must stay as it is."""
-    sampler, how = Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision), {"progress": False}
-    want = sampler.sample(2, steps=20, **how)
+def test_graph_has_its_own_cublas_workspace(precision):
+    """The second graph must not use the workspace of the first, which is freed: by torch.compile, and with that graph.
+
+    Without clearing, the second capture would find the workspace that the first one has left on their stream.
+    """
+    first, second = (
+        Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision, batch_invariant=2) for _ in range(2)
+    )
+    want = [sampler.sample(2, steps=20, progress=False) for sampler in (first, second)]
     product = torch.compile(lambda a: (a @ a.mT) @ a, mode="reduce-overhead")
     a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)
     for _ in range(4):  # warms up, records, replays
         torch.compiler.cudagraph_mark_step_begin()
         assert product(a).isfinite().all()
-    taken = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(64)]  # 256 MiB: all that was freed
-    assert torch.equal(sampler.sample(2, steps=20, **how), want)
+    assert torch.equal(first.sample(2, steps=20, progress=False), want[0])
+    del first
+    torch.cuda.empty_cache()
+    taken = [torch.full((1 << 20,), 7.0, device="cuda") for _ in range(64)]  # 256 MiB: reuses all that was freed
+    assert torch.equal(second.sample(2, steps=20, progress=False), want[1])
     assert all(bool((part == 7).all()) for part in taken)
 
 
-def test_more_graphs_than_streams_replay_while_others_are_captured():
+def test_polyphase_weights_are_not_rounded_to_tf32(monkeypatch):
+    """Whatever the process has set: they are sums of weights, made by a matrix product."""
+    monkeypatch.setattr("fastddpm.unet.POLYPHASE_DEVICES", ("cuda",))
+    before, weights = torch.get_float32_matmul_precision(), {}
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            engine = Engine(tiny_unet().cuda(), (3, 16, 16), 100, torch.device("cuda"), "fp32", "eager")
+            with engine.forward(1, 1):
+                weights[setting] = [p.clone() for name, p in engine.net.named_parameters() if "phases" in name]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert weights["high"]
+    assert all(torch.equal(*pair) for pair in zip(weights["high"], weights["highest"], strict=True))
+
+
+def test_more_graphs_than_torch_has_streams_replay_during_captures():
     how = {"steps": 20, "progress": False}
     many = [Sampler(elementwise, shape=(3,), device="cuda", engine="graph") for _ in range(40)]
     want = [sampler.sample(2, seed=seed, **how) for seed, sampler in enumerate(many)]
@@ -303,14 +327,14 @@ def test_more_graphs_than_streams_replay_while_others_are_captured():
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_a_network_follows_the_current_stream(kind):
-    """Used on one stream after another, with memory that is free on the one reused at once."""
-    made, T = Engine(tiny_unet(), (3, 16, 16), 100, torch.device("cuda"), "fp32", kind), torch.arange(100)
+    """One network, used on several streams in turn, while memory freed on them is at once overwritten with NaN."""
+    engine, T = Engine(tiny_unet(), (3, 16, 16), 100, torch.device("cuda"), "fp32", kind), torch.arange(100)
     inputs = [torch.randn(2, 3, 16, 16, device="cuda") for _ in range(6)]
     streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()] * 2
 
     def run(wait):
         outputs = []
-        with made.forward(2, 100) as forward:
+        with engine.forward(2, 100) as forward:
             forward.prepare(T)
             for x, stream in zip(inputs, streams, strict=True):
                 with torch.cuda.stream(stream), forward.working():

@@ -1,4 +1,4 @@
-"""The check of a GPU: stages that hang or crash cost the others nothing, and all results become records."""
+"""The GPU check: a stage that hangs or crashes does not affect the others, and results become records."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import needs_gpu
 
-pytest.importorskip("pytest_benchmark")  # bench has it
+pytest.importorskip("pytest_benchmark")  # bench needs it
 
-from bench import gpu_check, gpu_records, records
+from bench import gpu_check, gpu_records, gpu_results, records
 from bench.gpu_check import Stage
 from bench.history import Result
 
@@ -33,36 +33,36 @@ FILES = {"check.jsonl", "check.log", "check.txt", "report.html"}
 
 
 def stage(name, code, seconds=60):
-    """A stage that runs some Python; tell(...) is there."""
-    return Stage(name, seconds, [sys.executable, "-c", f"from bench.lines import tell\n{code}"])
+    """A stage that runs Python code, with `write_result` imported."""
+    return Stage(name, seconds, [sys.executable, "-c", f"from bench.gpu_results import write_result\n{code}"])
 
 
 def run(out, *stages, seconds=600):
-    gpu_check.begin(out, seconds, "cpu")
-    gpu_check.check(out, seconds, "cpu", stages)
-    gpu_check.show(out)
-    return gpu_records.read(out / "check.jsonl")
+    gpu_check.start_results(out, seconds, "cpu")
+    gpu_check.run_stages(out, seconds, "cpu", stages)
+    gpu_check.write_summary(out)
+    return gpu_results.read_results(out)
 
 
 def outcomes(lines):
     return {(line["stage"], line["name"]): (line["outcome"], line["reason"]) for line in lines[1:]}
 
 
-def test_a_stage_that_hangs_and_one_that_crashes_cost_no_other_its_results(tmp_path, capsys):
+def test_hanging_and_crashing_stages_do_not_affect_others(tmp_path, capsys):
     child = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     began = time.monotonic()
     lines = run(
         tmp_path,
-        stage("hangs", f"tell('before')\n{child}\nimport time; time.sleep(600)", seconds=3),
-        stage("crashes", "tell('before')\nimport os; print('the last words', flush=True); os.abort()"),
+        stage("hangs", f"write_result('before')\n{child}\nimport time; time.sleep(600)", seconds=3),
+        stage("crashes", "write_result('before')\nimport os; print('the last words', flush=True); os.abort()"),
         stage("raises", "raise ValueError('first\\nsecond')"),
         Stage("is not there", 60, ["/nowhere/at-all"]),
-        stage("works", "tell('after', facts={'x': 1})"),
+        stage("works", "write_result('after', facts={'x': 1})"),
     )
     assert time.monotonic() - began < 60
     found = outcomes(lines)
     assert found["hangs", "before"] == found["crashes", "before"] == found["works", "after"] == ("passed", None)
-    assert found["hangs", ""] == ("failed", "ended after 3 s, its limit")
+    assert found["hangs", ""] == ("failed", "timed out after 3 s")
     assert found["crashes", ""] == ("failed", "exit status -6: the last words")
     assert found["raises", ""] == ("failed", "exit status 1: second")
     assert found["is not there", ""][0] == "failed"
@@ -70,12 +70,18 @@ def test_a_stage_that_hangs_and_one_that_crashes_cost_no_other_its_results(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == FILES
     printed = capsys.readouterr().out
     for name in ("hangs", "crashes", "raises", "is not there", "works"):
-        assert printed.count(name) >= 2  # when it is done, and in the table at the end
+        assert printed.count(name) >= 2  # as progress, and in the summary
     assert (tmp_path / "check.txt").read_text() in printed
     assert "crashes: exit status -6: the last words" in (tmp_path / "check.txt").read_text()
 
 
-def test_what_a_stage_has_started_ends_with_it(tmp_path):
+@pytest.mark.parametrize(("printed", "outcome"), [("0 errors", "passed"), ("2 errors", "failed")])
+def test_stage_passes_only_with_its_proof(tmp_path, printed, outcome):
+    lines = run(tmp_path, stage("memcheck", f"print({printed!r})")._replace(proof="0 errors"))
+    assert outcomes(lines)["memcheck", ""][0] == outcome
+
+
+def test_child_processes_are_killed_with_their_stage(tmp_path):
     file = tmp_path / "pid"
     code = f"import subprocess; p = subprocess.Popen(['sleep', '600']); open({str(file)!r}, 'w').write(str(p.pid))"
     run(tmp_path / "out", stage("leaves a process", code))
@@ -84,35 +90,37 @@ def test_what_a_stage_has_started_ends_with_it(tmp_path):
         if not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
             return
         time.sleep(0.05)
-    raise AssertionError("it still runs")
+    raise AssertionError(f"process {pid} is still running")
 
 
-def test_no_stage_begins_when_the_time_is_over(tmp_path):
-    lines = run(tmp_path, stage("long", "import time; time.sleep(600)"), stage("late", "tell('never')"), seconds=6)
-    assert [line["reason"] for line in lines[1:]] == ["ended after 6 s, its limit", "no time was left"]
+def test_no_stage_starts_after_the_time_limit(tmp_path):
+    lines = run(
+        tmp_path, stage("long", "import time; time.sleep(600)"), stage("late", "write_result('never')"), seconds=6
+    )
+    assert [line["reason"] for line in lines[1:]] == ["timed out after 6 s", "no time left"]
     assert [line["outcome"] for line in lines[1:]] == ["failed", "skipped"]
 
 
-def test_an_earlier_check_leaves_nothing(tmp_path):
-    run(tmp_path, stage("first", "tell('one')"))
-    lines = run(tmp_path, stage("second", "tell('two')"))
+def test_files_of_an_earlier_check_are_deleted(tmp_path):
+    run(tmp_path, stage("first", "write_result('one')"))
+    lines = run(tmp_path, stage("second", "write_result('two')"))
     assert [line["stage"] for line in lines[1:]] == ["second", "second"]
     assert b"first" not in (tmp_path / "check.log").read_bytes()
 
 
-def test_a_stage_is_told_its_device(tmp_path, monkeypatch):
+def test_device_is_passed_to_the_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    code = "import os; tell(repr([os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'GPU_CHECK_DEVICE')]))"
+    code = "import os; write_result(repr([os.environ.get(n) for n in ('CUDA_VISIBLE_DEVICES', 'GPU_CHECK_DEVICE')]))"
     assert run(tmp_path, stage("asks", code))[1]["name"] == "['', 'cpu']"
 
 
-def test_an_interrupted_check_shows_what_it_has(tmp_path):
+def test_interrupted_check_still_writes_its_summary(tmp_path):
     code = f"""
 import sys
 from bench import gpu_check
-tells = [sys.executable, "-c", "from bench.lines import tell; tell('one')"]
+tells = [sys.executable, "-c", "from bench.gpu_results import write_result; write_result('one')"]
 stages = [gpu_check.Stage("quick", 60, tells), gpu_check.Stage("endless", 60, ["sleep", "60"])]
-gpu_check.stages = lambda: stages
+gpu_check.all_stages = lambda: stages
 gpu_check.main(["--out", {str(tmp_path)!r}, "--device", "cpu"])
 """
     check = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -124,7 +132,7 @@ gpu_check.main(["--out", {str(tmp_path)!r}, "--device", "cpu"])
     assert {path.name for path in tmp_path.iterdir()} == FILES
 
 
-def test_tests_are_told_one_by_one_also_from_several_processes(tmp_path):
+def test_each_test_is_one_result_even_under_xdist(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text(
         "import pytest, warnings\n"
@@ -136,8 +144,8 @@ def test_tests_are_told_one_by_one_also_from_several_processes(tmp_path):
     )
     pytest_ini = tmp_path / "pytest.ini"
     pytest_ini.write_text("[pytest]\nfilterwarnings = error\n")
-    [_, _, _, _, *options] = gpu_check._testing(["x"], processes=2)
-    options[options.index("cuda")] = "not nothing"
+    [_, _, _, _, *options] = gpu_check._pytest(["x"], "not nothing", processes=2)
+    options[options.index("cuda")] = "not cuda"
     command = [sys.executable, "-m", "pytest", "-c", str(pytest_ini), str(file), *options]
     lines = run(tmp_path / "out", Stage("tests", 120, command))
     found = {name.rpartition("::")[2]: result for (_, name), result in outcomes(lines).items()}
@@ -146,21 +154,21 @@ def test_tests_are_told_one_by_one_also_from_several_processes(tmp_path):
     assert found["test_skipped"] == ("skipped", "Skipped: for a reason")
     assert found["test_broken"] == ("failed", "OSError: no such thing")
     assert len(lines) == 6
-    assert [record["name"].rpartition("::")[2] for record in gpu_records.of(lines)] == [
+    assert [record["name"].rpartition("::")[2] for record in gpu_records.to_records(lines)] == [
         "test_fails",
         "test_broken",
         "tests",
     ]
-    assert gpu_records.of(lines)[-1]["facts"]["results"] == {"passed": 1, "failed": 2, "skipped": 1}
+    assert gpu_records.to_records(lines)[-1]["facts"]["results"] == {"passed": 1, "failed": 2, "skipped": 1}
 
 
-def test_the_stages_are_there():
-    """Files of tests exist, stages that measure have their functions, and memory is watched without torch's cache."""
+def test_stages_refer_to_existing_files_and_functions():
+    """Test files and measuring functions exist, and memcheck runs without torch's caching allocator."""
     from bench.gpu_stages import STAGES
 
-    planned = {stage.name: stage for stage in gpu_check.stages()}
+    planned = {stage.name: stage for stage in gpu_check.all_stages()}
     measured = [shlex.split(part)[0] for s in planned.values() for part in s.command if "gpu_stages" in part]
-    assert len(measured) == len(STAGES) == 6
+    assert len(measured) == len(STAGES) == 7
     for name in STAGES:
         assert any(f"main({name!r})" in " ".join(stage.command) for stage in planned.values())
     tests = [part for stage in planned.values() for part in stage.command if part.startswith("tests/")]
@@ -169,18 +177,18 @@ def test_the_stages_are_there():
     assert planned["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
 
 
-def test_memory_is_checked_where_the_tool_is(tmp_path, monkeypatch):
+def test_memcheck_runs_under_compute_sanitizer_if_installed(tmp_path, monkeypatch):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text("#!/bin/sh\necho it was asked\nexit 9\n")
+    tool.write_text("#!/bin/sh\necho sanitizer ran\nexit 9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    memcheck = next(stage for stage in gpu_check.stages() if stage.name == "memcheck")
-    assert memcheck.command[:2] == [str(tool), "--tool=memcheck"]
-    assert outcomes(run(tmp_path / "out", memcheck))["memcheck", ""] == ("failed", "exit status 9: it was asked")
+    memcheck = next(stage for stage in gpu_check.all_stages() if stage.name == "memcheck")
+    assert memcheck.command[:2] == [str(tool), "--report-api-errors=no"]
+    assert outcomes(run(tmp_path / "out", memcheck))["memcheck", ""] == ("failed", "exit status 9: sanitizer ran")
 
 
 @pytest.mark.parametrize("options", [["--seconds=0"], ["--seconds=nan"], ["--only", "nothing"]])
-def test_a_wrong_option_is_refused(tmp_path, options, capsys):
+def test_invalid_options_are_rejected(tmp_path, options, capsys):
     with pytest.raises(SystemExit) as left:
         gpu_check.main(["--out", str(tmp_path / "out"), *options])
     assert left.value.code == 2
@@ -188,7 +196,7 @@ def test_a_wrong_option_is_refused(tmp_path, options, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+def test_unwritable_folder_is_rejected(tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as left:
         gpu_check.main(["--out", str(tmp_path / "file"), "--device", "cpu"])
@@ -197,72 +205,72 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smoke", "steps", "hardware", "upsampling", "diffusers", "memcheck"])
+@pytest.mark.parametrize("name", ["smoke", "steps", "kernels", "hardware", "upsampling", "diffusers", "memcheck"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_each_stage_that_measures_does_so(tmp_path, monkeypatch, name, device):
+def test_measuring_stages_pass_at_tiny_sizes(tmp_path, monkeypatch, name, device):
     monkeypatch.setenv("BENCH_TINY", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    gpu_check.begin(tmp_path, 600, device)
-    planned = {stage.name: stage._replace(seconds=600) for stage in gpu_check.stages()}
-    gpu_check.check(tmp_path, 600, device, [planned[name]])
-    lines = gpu_records.read(tmp_path / "check.jsonl")
-    unwatched = ("skipped", "it is not installed, so nothing watched the accesses of memory")
-    assert set(outcomes(lines).values()) <= {("passed", None), unwatched}, (tmp_path / "check.log").read_text()
-    assert (unwatched in outcomes(lines).values()) == (
-        name == "memcheck" and "--tool=memcheck" not in planned[name].command
-    )
-    found = gpu_records.of(lines)
+    gpu_check.start_results(tmp_path, 600, device)
+    planned = {stage.name: stage._replace(limit_s=600) for stage in gpu_check.all_stages()}
+    gpu_check.run_stages(tmp_path, 600, device, [planned[name]])
+    lines = gpu_results.read_results(tmp_path)
+    no_sanitizer = ("skipped", "compute-sanitizer was not found, so memory accesses were not checked")
+    assert set(outcomes(lines).values()) <= {("passed", None), no_sanitizer}, (tmp_path / "check.log").read_text()
+    assert (no_sanitizer in outcomes(lines).values()) == (name == "memcheck" and not planned[name].proof)
+    found = gpu_records.to_records(lines)
     assert [records._fault(record) for record in found] == [None] * len(found)
-    told = {record["name"].partition(": ")[2] for record in found}
+    names = {record["name"].partition(": ")[2] for record in found}
     if name == "smoke":
         fast = "graph" if device == "cuda" else "auto"
-        assert told == {"", "machine", f"{fast} = eager, bf16", f"{fast} = eager, fp32"}
+        assert names == {"", "machine", f"{fast} equals eager, bf16", f"{fast} equals eager, fp32"}
         assert found[0]["machine"]["torch"]
         assert found[0]["scale"] == "tiny"
     elif name == "steps":
-        assert {"batch 2, eager", "batch 2, eager, cudnn.benchmark"} <= told
+        assert {"batch 2, eager", "batch 2, eager, cudnn.benchmark"} <= names
         assert all(record["samples_s"] and record["errors"] for record in found[:-1])
-        kernels = found[0]["facts"]
-        assert kernels["launches"].keys() == kernels["kinds_s"].keys()
-        assert kernels["names_us"]
+    elif name == "kernels":
+        profile = found[0]["facts"]
+        assert profile["launches"].keys() == profile["kinds_s"].keys()
+        assert profile["names_us"]
+        assert next(iter(profile["names_us"])) in gpu_check.summary(lines)
     elif name == "hardware":
-        assert {"ceilings", "200 empty kernels"} <= told
+        assert {"ceilings", "200 empty kernels"} <= names
         assert found[0]["ceilings"]["copy"] > 0
-        assert sum("channels" in text for text in told) > 10
+        assert sum(" x conv " in text for text in names) > 10
     elif name == "upsampling":
-        assert {"batch 2, interpolated", "batch 2, in phases", "batch 2, in phases, again"} <= told
+        assert {"batch 2, interpolated", "batch 2, polyphase", "batch 2, polyphase, repeated"} <= names
     elif name == "memcheck":
-        assert {"step", "interleave", "group_norm, one element"} <= told
+        assert {"step", "interleave", "group_norm, one pixel"} <= names
 
 
 # Records
 
 
-def check_of_an_h200(tmp_path, *more):
-    """The lines of a check, as a GPU would have given them."""
-    gpu_check.begin(tmp_path, 540, "cuda")
+def h200_records(tmp_path, *more):
+    """Write result lines as on an H200. Returns: their records."""
+    gpu_check.start_results(tmp_path, 540, "cuda")
     measured = {"hash": "abc", "calls": 10, "clock": "cuda events", "cache": "hot", "precision": "bf16"}
     lines = [{"stage": "smoke", "name": "machine", "facts": MACHINE}]
-    for batch, engine, race, ms in STEPS:
-        params = {"batch": batch, "engine": engine, "cudnn_benchmark": race}
+    for batch, engine, cudnn_benchmark, ms in STEPS:
+        params = {"batch": batch, "engine": engine, "cudnn_benchmark": cudnn_benchmark}
         work = {"flops": 12.4e9 * batch, "bytes": 10**9, "images": batch / 1000}
-        name = f"batch {batch}, {engine}{', cudnn.benchmark' * race}"
+        name = f"batch {batch}, {engine}{', cudnn.benchmark' * cudnn_benchmark}"
         lines.append(
             {"stage": "steps", "name": name, "params": params, "samples_s": [ms / 1e3] * 3, **measured, **work}
         )
     lines.append({"stage": "hardware", "name": "ceilings", "facts": {"ceilings": CEILINGS}})
-    rival = {"stage": "diffusers", "name": "batch 1, diffusers eager bf16", "samples_s": [0.02], "images": 0.001}
-    for line in [*lines, rival | measured, *more]:
+    diffusers = {"stage": "diffusers", "name": "batch 1, diffusers eager bf16", "samples_s": [0.02], "images": 0.001}
+    for line in [*lines, diffusers | measured, *more]:
         records.append(tmp_path / "check.jsonl", PASSED | line)
-    return gpu_records.of(gpu_records.read(tmp_path / "check.jsonl"))
+    return gpu_records.to_records(gpu_results.read_results(tmp_path))
 
 
 README = f"# title\n\n{gpu_records.BEGIN}Nothing was measured.\n{gpu_records.END}\nmore\n"
 
 
-def test_records_and_the_table_of_the_readme(tmp_path, capsys, monkeypatch):
+def test_main_writes_records_and_the_readme_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COMMIT", "0123456789abcdef")
-    check_of_an_h200(tmp_path / "check")
+    h200_records(tmp_path / "check")
     readme, results = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(README)
     command = [str(tmp_path / "check"), "--results", str(results), "--readme", str(readme)]
@@ -283,14 +291,14 @@ def test_records_and_the_table_of_the_readme(tmp_path, capsys, monkeypatch):
     assert "| 1 | 20.0 | 9.50 | 0.960 | – | 1.04 | 1.6 % |" in text
     assert "| 64 | – | 9.00 | 2.25 | 2.00 | 32.0 | 50 % |" in text
     before = path.read_bytes()
-    assert gpu_records.main(command) == 0  # again is the same
+    assert gpu_records.main(command) == 0  # running it again changes nothing
     assert (path.read_bytes(), readme.read_text()) == (before, text)
     assert [line for line in capsys.readouterr().out.splitlines() if line] == [str(path), str(readme)] * 2
 
 
-def test_a_cpu_does_not_touch_the_readme(tmp_path):
+def test_cpu_check_leaves_the_readme_unchanged(tmp_path):
     (tmp_path / "README.md").write_text(README)
-    gpu_check.begin(tmp_path, 540, "cpu")
+    gpu_check.start_results(tmp_path, 540, "cpu")
     line = {"stage": "smoke", "name": "machine", "facts": MACHINE | {"gpu": None, "cpu": "Xeon", "scale": "tiny"}}
     records.append(tmp_path / "check.jsonl", PASSED | line)
     assert gpu_records.main([str(tmp_path), "--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 0
@@ -299,47 +307,47 @@ def test_a_cpu_does_not_touch_the_readme(tmp_path):
 
 
 def test_records_are_never_overwritten(tmp_path, capsys):
-    found = check_of_an_h200(tmp_path / "check")
-    path = gpu_records.keep(found, tmp_path)
+    found = h200_records(tmp_path / "check")
+    path = gpu_records.write_records(found, tmp_path)
     with pytest.raises(ValueError, match="exists with other records"):
-        gpu_records.keep(found[:-1], tmp_path)
+        gpu_records.write_records(found[:-1], tmp_path)
     assert len(path.read_text().splitlines()) == len(found)
 
 
 @pytest.mark.parametrize("text", ["", '{"schema": 1}\n', "nonsense\n"])
-def test_what_is_no_check_is_refused(tmp_path, text, capsys):
+def test_other_files_are_rejected(tmp_path, text, capsys):
     (tmp_path / "check.jsonl").write_text(text)
     with pytest.raises(SystemExit) as left:
         gpu_records.main([str(tmp_path)])
     assert left.value.code == 2
-    assert "is not the file of a check" in capsys.readouterr().err
+    assert "is not a result file of make gpu-check" in capsys.readouterr().err
 
 
-def test_a_readme_without_marks_is_refused(tmp_path):
+def test_readme_without_markers_is_rejected(tmp_path):
     (tmp_path / "README.md").write_text("# title\n")
-    with pytest.raises(ValueError, match="has no lines <!-- make report writes from here -->"):
-        gpu_records.put("table", tmp_path / "README.md")
+    with pytest.raises(ValueError, match="lacks the marker line <!-- BEGIN GPU TABLE"):
+        gpu_records.update_readme("table", tmp_path / "README.md")
 
 
-def test_the_readme_has_the_marks():
+def test_readme_has_the_markers():
     text = (ROOT / "README.md").read_text()
     assert text.count(gpu_records.BEGIN) == text.count(gpu_records.END) == 1
 
 
-def test_a_line_that_was_cut_short_costs_no_other(tmp_path):
-    found = check_of_an_h200(tmp_path)
+def test_truncated_line_is_skipped(tmp_path):
+    found = h200_records(tmp_path)
     path = tmp_path / "check.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    assert len(gpu_records.of(gpu_records.read(path))) == len(found) - 1
+    assert len(gpu_records.to_records(gpu_results.read_results(tmp_path))) == len(found) - 1
 
 
-def test_the_summary_names_the_machine_and_what_failed(tmp_path):
+def test_summary_names_the_machine_and_the_failures(tmp_path):
     why = {"outcome": "failed", "reason": "RuntimeError: the bits differ"}
-    check_of_an_h200(tmp_path, {"stage": "smoke", "name": "graph = eager, bf16", **why})
-    text = gpu_check.summary(gpu_records.read(tmp_path / "check.jsonl"))
+    h200_records(tmp_path, {"stage": "smoke", "name": "graph equals eager, bf16", **why})
+    text = gpu_check.summary(gpu_results.read_results(tmp_path))
     assert text.startswith("NVIDIA H200: torch 2.11.0, triton 3.6.0")
     assert "copy 4,000 GB/s, bf16 800 TFLOP/s" in text
-    assert "smoke: graph = eager, bf16: RuntimeError: the bits differ" in text
+    assert "smoke: graph equals eager, bf16: RuntimeError: the bits differ" in text
     [line] = [line for line in text.splitlines() if "batch 64, graph " in line]
     assert "2.25 ms" in line
     assert "28.4 images/s" in line
@@ -347,7 +355,7 @@ def test_the_summary_names_the_machine_and_what_failed(tmp_path):
 
 @pytest.mark.slow
 def test_make_runs_the_check_without_installing(tmp_path):
-    """As on a machine that has a GPU and its packages, and reaches no network."""
+    """As on a GPU machine with the packages installed and without network access."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET", "MAKE"))}
     kept |= {"BENCH_TINY": "1", "OUT": str(tmp_path), "PIP_NO_INDEX": "1", "COMMIT": "abc-dirty"}
     check = ["make", "gpu-check", f"PYTHON={sys.executable}", "GPU_CHECK=--device cpu --only smoke"]

@@ -225,7 +225,7 @@ print("sampled")
     assert python(code, tmp_path) == "sampled"
 
 
-def test_a_checkout_needs_no_installation(tmp_path):
+def test_checkout_works_without_installation(tmp_path):
     for folder in ("fastddpm", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = "import fastddpm.kernels; print(fastddpm.__file__, fastddpm.kernels.__file__)"
@@ -285,7 +285,7 @@ if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && 
     project.mkdir()
     shutil.copy(ROOT / "Makefile", project)
     shutil.copy(ROOT / "pyproject.toml", project)
-    inherited = ("MAKE", "MFLAGS", "PYTHON", "OUT", "BENCH")
+    inherited = ("MAKE", "MFLAGS", "PYTHON", "OUT", "BENCH", "CHECK", "GPU_CHECK")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
     environment["PATH"] = f"{tools}:{environment['PATH']}"
 
@@ -319,15 +319,31 @@ def test_make_sample_sets_up_once_then_samples(make):
 
 
 def test_make_uses_another_python_as_it_is(make):
-    install = "tools/python3 -m pip install --quiet --no-deps --no-build-isolation --editable ."
-    assert make("gpu-test", "PYTHON=python3") == [install, "tools/python3 -m pytest -m cuda"]
+    assert make("gpu-test", "PYTHON=python3") == ["tools/python3 -m pytest -m cuda"]
     assert not (make.project / ".venv").exists()
 
 
 def test_make_bench_takes_more_options_and_writes_where_it_is_told(make):
     pytest_ = "tools/python3 -m pytest bench --records "
-    assert make("bench", "PYTHON=python3")[1:] == [pytest_ + "bench/results"]
-    assert make("bench", "PYTHON=python3", "OUT=out", "BENCH=-k step")[1:] == [pytest_ + "out -k step"]
+    assert make("bench", "PYTHON=python3") == [pytest_ + "bench/results"]
+    assert make("bench", "PYTHON=python3", "OUT=out", "BENCH=-k step") == [pytest_ + "out -k step"]
+
+
+def test_make_gpu_check_installs_nothing_if_some_python_has_torch(make):
+    check = "-m bench.gpu_check --out "
+    assert make("gpu-check", "PYTHON=python3", "CHECK=here")[-1] == f"tools/python3 {check}here"
+    assert make("gpu-check")[-1] == f"tools/python3 {check}build/gpu-check"
+    assert make("gpu-check", "OUT=out", "GPU_CHECK=--only smoke")[-1] == f"tools/python3 {check}out --only smoke"
+    assert not (make.project / ".venv").exists()
+    make("smoke")
+    assert make("gpu-check") == [f".venv/bin/python {check}build/gpu-check"]
+
+
+def test_make_report_reads_a_check_only_if_told(make):
+    report = "tools/python3 -m bench.report bench/results"
+    assert make("report", "PYTHON=python3") == [report]
+    records = "tools/python3 -m bench.gpu_records found --results bench/results"
+    assert make("report", "PYTHON=python3", "CHECK=found") == [records, report]
 
 
 def test_make_starts_over_after_a_failed_setup(make):

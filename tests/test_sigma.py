@@ -155,7 +155,8 @@ def test_every_set_is_measured_as_the_real_images_are(classifier):
     of_real = frechet.features(classifier, real)
     for one, of_these in ((full, pictures(9, 1)), (none, same)):
         distances = frechet.compare(frechet.features(classifier, of_these), of_real, splits=3)
-        assert one.distance == (np.mean(distances.samples), pytest.approx(np.std(distances.samples, ddof=1)))
+        # the features' last bits depend on how memory is aligned
+        assert one.distance == pytest.approx((np.mean(distances.samples), np.std(distances.samples, ddof=1)))
     assert last.distance[0] == pytest.approx(np.mean(distances.real))
     in_pixels = torch.pdist(torch.from_numpy(pictures(9, 1)).double().flatten(1) / 255).mean()
     assert full.in_pixels[0] == pytest.approx(float(in_pixels))

@@ -1,4 +1,4 @@
-"""`ops.interleave` in torch, in the Triton interpreter and on a GPU, bit for bit; and the upsampling built on it."""
+"""`ops.interleave` in torch, in the Triton interpreter and on a GPU, bit for bit; and `Upsample`, which uses it."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ from fastddpm.engine import arithmetic
 from fastddpm.reference.unet import UNet
 from fastddpm.unet import UNet2D, Upsample
 
-# (N, C, H, W) of the small image. A block of the kernel is 32 pixels of 64 channels, or more pixels of fewer.
+# (N, C, H, W) before upsampling. A program of the kernel covers 32 pixels of 64 channels, or more of fewer channels.
 SHAPES = [
     (2, 8, 4, 4),
     (1, 1, 1, 1),
@@ -35,7 +35,7 @@ SHAPES = [
 
 @pytest.fixture
 def guards(monkeypatch):
-    """Puts what `ops` allocates amid guards, all filled with NaN."""
+    """Makes `ops` allocate between guard regions, all filled with NaN."""
     guards = Guards()
     monkeypatch.setattr(layout, "empty", guards.empty)
     return guards
@@ -47,8 +47,8 @@ def inputs(shape, dtype=torch.float32, bias=True):
     return y, 10 * torch.randn(c, generator=drawn(1)) if bias else None
 
 
-def interleaved(y: Tensor, bias: Tensor | None) -> Tensor:
-    """The specification."""
+def reference_interleave(y: Tensor, bias: Tensor | None) -> Tensor:
+    """The specification of `ops.interleave`, in plain torch."""
     n, c, height, width = len(y), y.shape[1] // 4, y.shape[2] - 1, y.shape[3] - 1
     out = y.new_empty(n, c, 2 * height, 2 * width)
     for a, b in product(range(2), range(2)):
@@ -64,50 +64,50 @@ def run(device, y, bias=None):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_interleave_is_the_specification(shape, dtype, bias, device, guards):
+def test_interleave_equals_specification(shape, dtype, bias, device, guards):
     y, bias = inputs(shape, dtype, bias)
     held = guards.holding(y, device)
-    assert_same_bits(ops.interleave(held, None if bias is None else bias.to(device)), interleaved(y, bias))
+    assert_same_bits(ops.interleave(held, None if bias is None else bias.to(device)), reference_interleave(y, bias))
     assert_same_bits(held, y)
     guards.check()
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_more_programs_than_a_grid_has_in_its_second_axis():
+def test_more_programs_than_grid_axis_1_allows():
     y, bias = inputs((70_000, 1, 1, 1), torch.bfloat16)
-    assert_same_bits(run("cuda", y, bias), interleaved(y, bias))
+    assert_same_bits(run("cuda", y, bias), reference_interleave(y, bias))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_interleave_rounds_once(dtype, device):
     half, y = torch.finfo(dtype).eps / 2, layout.channels_last(torch.ones(1, 4, 2, 2, dtype=dtype))
-    assert run(device, y, torch.tensor([half])).tolist() == [[[[1, 1], [1, 1]]]]  # a tie, which goes to 1
+    assert run(device, y, torch.tensor([half])).tolist() == [[[[1, 1], [1, 1]]]]  # a tie, which rounds to even: 1
     assert run(device, y, torch.tensor([half * 1.125])).tolist() == [[[[1 + 2 * half] * 2] * 2]]
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # numpy warns in the interpreter
 @pytest.mark.parametrize("dtype", ops.FLOATS)
-def test_values_that_are_not_finite_propagate(dtype, device):
+def test_nan_and_inf_propagate(dtype, device):
     y, bias = inputs((1, 4, 2, 3), dtype)
     y[0, ::3, 1, 1:], y[0, 1::3, 1, 1:], bias[0], bias[1] = nan, -inf, inf, nan
-    assert_same_bits(run(device, y), interleaved(y, None))  # a copy keeps the bits of NaN, too
-    got, want = run(device, y, bias).cpu(), interleaved(y, bias)
+    assert_same_bits(run(device, y), reference_interleave(y, None))  # a copy keeps the bits even of NaN
+    got, want = run(device, y, bias).cpu(), reference_interleave(y, bias)
     assert want.isnan().any()
     assert want.isinf().any()
     assert torch.equal(got.isnan(), want.isnan())
     assert_same_bits(got.nan_to_num(), want.nan_to_num())
 
 
-def test_memory_that_is_not_aligned(device):
+def test_unaligned_memory(device):
     y, bias = inputs((2, 16, 3, 3), torch.bfloat16)
     memory = torch.full((y.numel() + 1,), nan, dtype=y.dtype, device=device)
     odd = memory[1:].view(2, 4, 4, 64).movedim(-1, 1).copy_(y)
-    assert_same_bits(ops.interleave(odd, bias.to(device)), interleaved(y, bias))
+    assert_same_bits(ops.interleave(odd, bias.to(device)), reference_interleave(y, bias))
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 0, 4, 4)], ids=str)
-def test_nothing_becomes_nothing(shape, device):
+def test_empty_input_gives_empty_output(shape, device):
     n, c, height, width = shape
     assert run(device, *inputs(shape)).shape == (n, c, 2 * height, 2 * width)
 
@@ -117,10 +117,10 @@ import sys, torch
 from itertools import product
 from fastddpm.kernels.upsample import OPTIONS, interleave_kernel
 
-device, n, side, channels = sys.argv[1], 34, 4, 1 << 20  # of which the first 64 are computed
+device, n, side, channels = sys.argv[1], 34, 4, 1 << 20  # only the first 64 channels are computed
 assert (n - 1) * 4 * side * side * channels > 2**31
 
-def far(*shape):  # memory that nothing touches takes no room on a CPU
+def far(*shape):  # on a CPU, untouched memory takes no physical pages
     memory = torch.empty(n, *shape, channels, dtype=torch.float16, device=device)
     return memory, memory[..., :64]
 
@@ -137,13 +137,13 @@ for a, b in product(range(2), range(2)):
 
 @pytest.mark.slow
 def test_offsets_beyond_32_bits(kernel_device):
-    """The first channels of each of 34 large samples; a wrong address may well crash the process."""
+    """Computes the first channels of 34 large samples, in a subprocess, as a wrong address may crash it."""
     if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16e9:
-        pytest.skip("it reserves 12 GB of memory, though it writes little of it")
+        pytest.skip("needs 16 GB of memory: it reserves 12 GB, though it touches little of it")
     subprocess.run([sys.executable, "-c", FAR, kernel_device], check=True)
 
 
-def test_the_kernel_is_launched_on_the_device_of_its_data(interpreted, monkeypatch):
+def test_kernel_is_launched_on_the_device_of_y(interpreted, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or nullcontext())
     y, bias = inputs((2, 8, 4, 4))
@@ -152,7 +152,7 @@ def test_the_kernel_is_launched_on_the_device_of_its_data(interpreted, monkeypat
     assert seen[0] is y
 
 
-# What is refused
+# Invalid arguments
 
 WANT = "want [N, 4 C, H + 1, W + 1] for an image of H x W pixels"
 BAD = [
@@ -172,14 +172,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "message"), BAD)
-def test_interleave_refuses(name, spoil, message):
+@pytest.mark.parametrize(("name", "damage", "message"), BAD)
+def test_interleave_rejects_invalid_arguments(name, damage, message):
     arguments = dict(zip(("y", "bias"), inputs((2, 8, 4, 4)), strict=True))
-    text = error_line(ops.interleave, **arguments | {name: spoil(arguments[name])})
+    text = error_line(ops.interleave, **arguments | {name: damage(arguments[name])})
     assert text.startswith(f"interleave: {message}")
 
 
-def test_samples_that_the_kernel_cannot_count_are_refused():
+def test_samples_too_large_for_32_bit_offsets_are_rejected():
     largest, beyond = (layout.empty(1, (1 << 27, 2, 2 + i), dtype=torch.float16, device="meta") for i in range(2))
     assert ops.interleave(largest).shape == (1, 1 << 25, 2, 2)
     assert "a sample may have at most 536870912 elements" in error_line(ops.interleave, beyond)
@@ -202,13 +202,13 @@ def test_torch_compile_traces_interleave(device, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
-def test_interleave_is_registered_as_torch_expects(bias, device):
+def test_interleave_passes_opcheck(bias, device):
     y, bias = inputs((2, 8, 4, 4), torch.float16, bias)
     arguments = y.to(device), None if bias is None else bias.to(device)
     torch.library.opcheck(torch.ops.fastddpm.interleave.default, arguments)
 
 
-def test_fake_tensors_are_interleaved_without_a_gpu():
+def test_interleave_supports_fake_tensors():
     with FakeTensorMode():
         y = torch.empty(2, 4, 6, 32, dtype=torch.bfloat16, device="cuda").movedim(3, 1)
         out = ops.interleave(y, torch.empty(8, device="cuda"))
@@ -218,7 +218,7 @@ def test_fake_tensors_are_interleaved_without_a_gpu():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_captured_interleave_follows_what_lies_on_the_device():
+def test_captured_interleave_reads_current_values():
     y, bias = inputs((2, 16, 8, 8), torch.bfloat16)
     held, shift = y.cuda(), bias.cuda()
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -230,14 +230,14 @@ def test_captured_interleave_follows_what_lies_on_the_device():
     held.mul_(2)
     shift.add_(1)
     graph.replay()
-    assert_same_bits(out, interleaved(y * 2, bias + 1))
+    assert_same_bits(out, reference_interleave(y * 2, bias + 1))
 
 
 # The networks
 
 
-def in_phases(plain: Upsample, dtype: torch.dtype, device: str) -> Upsample:
-    """As `UNet2D.for_inference` makes one of a float32 module."""
+def polyphase(plain: Upsample, dtype: torch.dtype, device: str) -> Upsample:
+    """Build a polyphase `Upsample` from a float32 one, as `UNet2D.for_inference` does."""
     kernels = ops.backend(device) == "triton"
     made, weights = Upsample(plain.conv.in_channels), dict(plain.fused())
     made.fuse(kernels)
@@ -251,17 +251,17 @@ def in_phases(plain: Upsample, dtype: torch.dtype, device: str) -> Upsample:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 12, 3, 5), (2, 32, 8, 8)], ids=str)
 @torch.no_grad()
-def test_phases_are_as_accurate_as_interpolation(shape, dtype, device):
+def test_polyphase_is_as_accurate_as_interpolation(shape, dtype, device):
     torch.manual_seed(0)
     plain = Upsample(shape[1])
     x = layout.channels_last(torch.randn(shape).to(device, dtype))
-    phases = in_phases(plain, dtype, device)
+    upsample = polyphase(plain, dtype, device)
     names = {"phases.weight", "bias" if ops.backend(device) == "triton" else "phases.bias"}
-    assert {name for name, _ in phases.named_parameters()} == names
-    assert phases.bias is None or phases.bias.dtype == torch.float32
+    assert {name for name, _ in upsample.named_parameters()} == names
+    assert upsample.bias is None or upsample.bias.dtype == torch.float32
     ref = copy.deepcopy(plain).to(device, torch.float64)(x.double())
     with arithmetic("fp32", x.device):
-        got, theirs = phases(x), plain.to(device, dtype)(x)
+        got, theirs = upsample(x), plain.to(device, dtype)(x)
     assert got.dtype == dtype
     assert layout.is_channels_last(got)
     assert_as_accurate(got, theirs, ref)
@@ -272,14 +272,14 @@ def test_phases_are_as_accurate_as_interpolation(shape, dtype, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_a_network_with_kernels_is_as_accurate_in_phases_as_without(dtype, kernel_device, monkeypatch):
+def test_network_with_kernels_is_as_accurate_as_the_reference_in_both_forms(dtype, kernel_device, monkeypatch):
     torch.manual_seed(0)
     net, reference = UNet2D(**TINY).eval(), UNet(**TINY).eval()
     reference.load_state_dict(net.state_dict())
     x, t = torch.randn(1, 3, 8, 8).to(kernel_device, dtype), torch.tensor([300], device=kernel_device)
     ref = copy.deepcopy(reference).to(kernel_device, torch.float64)(x.double(), t)
     for types in ((), (kernel_device,)):
-        monkeypatch.setattr(unet, "PHASES", types)
+        monkeypatch.setattr(unet, "POLYPHASE_DEVICES", types)
         fast = net.for_inference(dtype, kernel_device)
         assert {module.phases is not None for module in upsamplers(fast)} == {bool(types)}
         with arithmetic("fp32", x.device):
@@ -292,13 +292,13 @@ def upsamplers(net: UNet2D) -> list[Upsample]:
 
 
 @pytest.mark.parametrize("listed", [False, True])
-def test_a_gpu_upsamples_in_phases_only_where_it_is_listed(listed, monkeypatch):
-    """With parameters on "meta", which have no values."""
+def test_gpu_upsampling_is_polyphase_only_if_listed(listed, monkeypatch):
+    """With parameters on the meta device, which holds no values."""
     monkeypatch.setattr(ops, "backend", lambda device: "triton")
     monkeypatch.setattr(UNet2D, "to_empty", lambda net, device: nn.Module.to_empty(net, device="meta"))
     monkeypatch.setattr(UNet2D, "refresh", lambda net, source: None)
     if listed:
-        monkeypatch.setattr(unet, "PHASES", (*unet.PHASES, "cuda"))
+        monkeypatch.setattr(unet, "POLYPHASE_DEVICES", (*unet.POLYPHASE_DEVICES, "cuda"))
     net = UNet2D(**TINY).for_inference(torch.bfloat16, "cuda")
     for upsample in upsamplers(net):
         own = {name: (tuple(value.shape), value.dtype) for name, value in upsample.named_parameters()}

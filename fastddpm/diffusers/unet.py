@@ -91,9 +91,10 @@ class Run(ExitStack):
             engine = shared_engine(self.unet, x.shape[1:], self.T)
             self.forward, self.like = self.enter_context(engine.forward(len(x), self.T)), like
             self.forward.prepare(torch.arange(self.T), labels)
-        elif labels is not None:
-            cast(Tensor, self.forward.labels).copy_(labels)
+            labels = None
         with self.forward.working():
+            if labels is not None:
+                cast(Tensor, self.forward.labels).copy_(labels)
             m = self.forward.at(x, t)
         return m.contiguous() if x.is_contiguous() else m
 

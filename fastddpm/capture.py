@@ -65,6 +65,8 @@ def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
                 raise
             finally:
                 _clear_cublas_workspaces()
+    except CaptureError:
+        raise
     except Exception as error:
         if in_run and not isinstance(in_run[0], Exception):
             raise in_run.pop() from None  # KeyboardInterrupt, hidden by the error that ended the capture
@@ -105,7 +107,7 @@ def _clear_cublas_workspaces() -> None:
         if (clear := getattr(owner, name, None)) is not None:
             return clear()
     names = ", ".join(name for _, name in CLEAR_WORKSPACES)
-    raise RuntimeError(f"torch {torch.__version__} has none of {names}, without which a graph is not safe")
+    raise CaptureError(f"engine: torch {torch.__version__} has none of {names}, without which a graph is not safe")
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
@@ -118,7 +120,8 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> N
     torch._C._cuda_releasePool(index, pool)
     _failed_graphs.append(graph)
     # in torch 2.11 the default generator stays in its capture state until a capture succeeds
-    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_capture_stream(device)):
+    stream, another = _capture_stream(device), torch.cuda.CUDAGraph()
+    with suppress(RuntimeError), torch.cuda.graph(another, stream=stream, capture_error_mode="thread_local"):
         torch.zeros(1, device=device)
 
 

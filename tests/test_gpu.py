@@ -274,9 +274,7 @@ def test_graph_has_its_own_cublas_workspace(precision):
 
     Without clearing, the second capture would find the workspace that the first one has left on their stream.
     """
-    first, second = (
-        Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision, batch_invariant=2) for _ in range(2)
-    )
+    first, second = (Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision) for _ in range(2))
     want = [sampler.sample(2, steps=20, progress=False) for sampler in (first, second)]
     product = torch.compile(lambda a: (a @ a.mT) @ a, mode="reduce-overhead")
     a = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)

@@ -113,7 +113,7 @@ def test_newer_names_of_the_clearing_function_are_found(cuda, monkeypatch, name)
 def test_capture_fails_if_workspaces_cannot_be_cleared(cuda, monkeypatch):
     monkeypatch.delattr(torch._C, "_cuda_clearCublasWorkspaces")
     with pytest.raises(
-        CaptureError, match="^engine: torch .* has none of _cuda_clearCublasWorkspaces, clear_cublas_workspaces"
+        CaptureError, match=r"^engine: torch .* has none of _cuda_clearCublasWorkspaces, clear_cublas_workspaces"
     ):
         capture(cuda.run, DEVICE)
     assert cuda.calls == []

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from bench import kinds, machine, records
 from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, slots_of
 from bench.gpu_results import DEVICE_VARIABLE, SANITIZER_VARIABLE, write_result
-from bench.layouts import flops, network
+from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, Call
-from bench.test_sampling import moved
 from bench.watch import Watch, gpu_uuid
 from fastddpm import Sampler, Schedule, layout, noise, ops, unet
 from fastddpm.capture import capture
@@ -102,6 +101,7 @@ def steps() -> None:
                     fields["params"] = {"batch": batch, "engine": engine, "cudnn_benchmark": cudnn_benchmark}
                     with slots_of(MODEL, batch, who := Contender("fastddpm", engine, "bf16")) as slots:
                         fields |= time_steps(slots, who)
+                    fields["group"] += ", cudnn.benchmark" * cudnn_benchmark
     torch.backends.cudnn.benchmark = False
 
 

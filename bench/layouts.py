@@ -1,5 +1,6 @@
 """The networks that are measured, with random weights, and what a forward pass of them consists of."""
 
+import math
 from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.machine import DEVICE, SCALE
 from fastddpm import UNet2D, checkpoint, layout, ops
+from fastddpm.engine import PRECISIONS
 from fastddpm.sampler import sample_shape, shipped_model
 from fastddpm.unet import GroupNorm, silu
 
@@ -125,6 +127,12 @@ def traffic(name: str, batch: int, itemsize: int) -> int:
             module.register_forward_hook(count)
     _forward(net)
     return itemsize * (batch * elements["each"] + elements["once"])
+
+
+def moved(model: str, batch: int, precision: str) -> int:
+    """Bytes of a step: those of the network, and the state's, read and written, with a copy in a lower precision."""
+    itemsize, state = PRECISIONS[precision].itemsize, batch * math.prod(sample_shape(network(model)))
+    return traffic(model, batch, itemsize) + state * (8 + itemsize * (2 if itemsize < 4 else 1))
 
 
 def _on_meta(name: str) -> UNet2D:

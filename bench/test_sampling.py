@@ -11,11 +11,9 @@ import pytest
 
 from bench import kinds
 from bench.contenders import SCHEDULE, Contender, T, contender, judge_a_step, loop, slots_of
-from bench.layouts import flops, network, traffic
+from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, same_bits, say
 from fastddpm import Sampler, noise
-from fastddpm.engine import PRECISIONS
-from fastddpm.sampler import sample_shape
 
 STEPS = {  # of a run: a second or two at most
     "cuda": {
@@ -115,12 +113,6 @@ def test_steps(measure, times, model, batch, name):
             facts={"steps": steps, "prepare_s": ready.seconds},
         )
     times.setdefault((model, batch), {})[name] = seconds, ready.seconds
-
-
-def moved(model: str, batch: int, precision: str) -> int:
-    """Bytes of a step: those of the network, and the state's, read and written, with a copy in a lower precision."""
-    itemsize, state = PRECISIONS[precision].itemsize, batch * math.prod(sample_shape(network(model)))
-    return traffic(model, batch, itemsize) + state * (8 + itemsize * (2 if itemsize < 4 else 1))
 
 
 @pytest.mark.parametrize("batch", BATCHES)

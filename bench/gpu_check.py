@@ -23,13 +23,21 @@ from typing import NamedTuple
 
 from bench import gpu_records, gpu_results, records, report
 from bench.chart import SECONDS, figure, percent, quantity
-from bench.gpu_results import DEVICE_VARIABLE, FILE_VARIABLE, SANITIZER_VARIABLE, STAGE_VARIABLE, Line
+from bench.gpu_results import (
+    DEVICE_VARIABLE,
+    FILE_VARIABLE,
+    LIMIT_VARIABLE,
+    SANITIZER_VARIABLE,
+    STAGE_VARIABLE,
+    Line,
+)
 from bench.history import Result
 from bench.report import write
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG, SUMMARY, REPORT = "check.log", "check.txt", "report.html"
 MIN_SECONDS = 5  # with less time left, no stage is started
+MAX_LOG = 1 << 20  # bytes per stage: some machines return no file of more than 16 MiB
 SHOWN = 15  # kernels of a profile, in the summary
 KERNEL_TESTS = (
     "kernels",
@@ -59,7 +67,8 @@ def all_stages() -> list[Stage]:
     """Return the stages, the most important first."""
     large, compiled = "without_memory or beyond_32_bits", "compiled"  # -k: many GB of memory; minutes of torch.compile
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:/usr/local/cuda/bin")
-    options = ("--report-api-errors=no", "--destroy-on-device-error=kernel", "--error-exitcode=9", "--print-limit=20")
+    options = ["--report-api-errors=no", "--destroy-on-device-error=kernel", "--error-exitcode=9", "--print-limit=20"]
+    options += ["--launch-timeout=80"]  # seconds until the first kernel; torch is slow to import under the tool
     memcheck, clean = ([sanitizer, *options], "ERROR SUMMARY: 0 errors") if sanitizer else ([], "")
     # no caching allocator: in its large blocks, an out-of-bounds access hits other allocated memory and goes unnoticed
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", SANITIZER_VARIABLE: sanitizer or ""}
@@ -67,15 +76,15 @@ def all_stages() -> list[Stage]:
     return [
         Stage("smoke", 90, _measure("smoke")),
         Stage("steps", 150, _measure("steps")),
-        # CUPTI torn down between profiles misses events or crashes; left in place it slows down what is timed later
-        Stage("kernels", 45, _measure("kernels"), {"TEARDOWN_CUPTI": "0"}),
+        # profiles distort what is timed later in their process, and CUPTI may crash if it is torn down
+        Stage("kernels", 75, _measure("kernels"), {"TEARDOWN_CUPTI": "0"}),
         Stage("hardware", 80, _measure("hardware")),
-        Stage("upsampling", 45, _measure("upsampling")),
+        Stage("upsampling", 75, _measure("upsampling")),
         Stage("kernel tests", 120, _pytest(KERNEL_TESTS, f"not ({large})", processes=14), one_thread),
         Stage("engine tests", 120, _pytest(ENGINE_TESTS, f"not ({large} or {compiled})", processes=4), one_thread),
-        Stage("memory tests", 60, _pytest((*KERNEL_TESTS, "gpu"), large), one_thread),
         Stage("diffusers", 120, _measure("diffusers")),
         Stage("memcheck", 90, [*memcheck, *_measure("memcheck")], uncached, clean),
+        Stage("memory tests", 60, _pytest((*KERNEL_TESTS, "gpu"), large), one_thread),
         Stage("compiled tests", 180, _pytest(ENGINE_TESTS, compiled, processes=4), one_thread),
     ]
 
@@ -87,7 +96,8 @@ def _measure(name: str) -> list[str]:
 def _pytest(names: Iterable[str], select: str, processes: int = 1) -> list[str]:
     """The pytest command for the GPU tests in these files; warnings are not errors, as versions may differ."""
     files = [f"tests/test_{name}.py" for name in names]
-    common = ["-q", "-m", "cuda", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "-p", "bench.gpu_results"]
+    common = ["-q", "--tb=short", "-m", "cuda", "-o", "filterwarnings=default", "-o", "faulthandler_timeout=45"]
+    common += ["-p", "no:cacheprovider", "-p", "bench.gpu_results"]
     parallel = ["-n", str(min(processes, os.cpu_count() or 1))] if processes > 1 and find_spec("xdist") else []
     return [sys.executable, "-m", "pytest", *files, *common, "-k", select, *parallel]
 
@@ -125,7 +135,8 @@ def _run_stage(stage: Stage, limit_s: float, out: Path, device: str) -> tuple[st
     """Run one stage and kill what is left of its process group. Returns: (outcome, reason)."""
     file = str((out / gpu_results.FILE).resolve())
     environment = os.environ | {FILE_VARIABLE: file, STAGE_VARIABLE: stage.name, DEVICE_VARIABLE: device}
-    environment |= {"PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", LIMIT_VARIABLE: f"{limit_s:.0f}"}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     with (out / LOG).open("ab") as log:
         log.write(f"\n== {stage.name}: {' '.join(stage.command)}\n".encode())
         log.flush()
@@ -140,19 +151,31 @@ def _run_stage(stage: Stage, limit_s: float, out: Path, device: str) -> tuple[st
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return "failed", f"timed out after {limit_s:.0f} s"
+            status = None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # the stage and its child processes
             with suppress(subprocess.TimeoutExpired):  # a process in the driver may not end
                 process.wait(10)
-    output = (out / LOG).read_bytes()[start:].decode(errors="replace")
+    output = _shorten(out / LOG, start)
+    if status is None:
+        return "failed", f"timed out after {limit_s:.0f} s"
     if status:
         last = next((line.strip() for line in reversed(output.split("\n")) if line.strip()), "no output")
         return "failed", f"exit status {status}: {last}"[:300]
     if stage.proof not in output:
         return "failed", f"its output does not contain {stage.proof!r}"
     return "passed", None
+
+
+def _shorten(log: Path, start: int) -> str:
+    """Cut what a stage has printed, from `start` on, to MAX_LOG bytes. Returns: what is left of it."""
+    whole = log.read_bytes()
+    output = whole[start:]
+    if len(output) > MAX_LOG:
+        output = output[: MAX_LOG // 2] + b"\n... cut ...\n" + output[-MAX_LOG // 2 :]
+        log.write_bytes(whole[:start] + output)
+    return output.decode(errors="replace")
 
 
 # The summary

@@ -5,6 +5,7 @@ As a pytest plugin (-p bench.gpu_results) it writes the outcome of each test.
 
 import json
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from bench import records
 Line = dict[str, Any]
 
 FILE = "check.jsonl"
-# Environment variables of a stage: its result file, its name, its device, and the path of compute-sanitizer or ""
+# Environment variables of a stage: its result file, name, device, the path of compute-sanitizer or "", and its limit
 FILE_VARIABLE, STAGE_VARIABLE = "GPU_CHECK_FILE", "GPU_CHECK_STAGE"
 DEVICE_VARIABLE, SANITIZER_VARIABLE = "GPU_CHECK_DEVICE", "GPU_CHECK_SANITIZER"
+LIMIT_VARIABLE = "GPU_CHECK_LIMIT_S"
 
 
 def write_result(name: str, outcome: str = "passed", reason: str | None = None, **fields: Any) -> None:
@@ -47,8 +49,8 @@ def read_results(folder: Path) -> list[Line]:
 
 
 def pytest_configure(config: Any) -> None:
-    if not hasattr(config, "workerinput"):  # under pytest-xdist the controller receives the reports of all workers
-        config.pluginmanager.register(ResultPlugin())
+    # under pytest-xdist the controller receives the reports of all workers
+    config.pluginmanager.register(FaultPlugin() if hasattr(config, "workerinput") else ResultPlugin())
 
 
 class ResultPlugin:
@@ -62,3 +64,15 @@ class ResultPlugin:
             reason = getattr(getattr(report.longrepr, "reprcrash", None), "message", None) or report.longreprtext
         reason = reason and reason.strip().partition("\n")[0]
         write_result(report.nodeid, report.outcome, reason, seconds=report.duration)
+
+
+class FaultPlugin:
+    """Ends a worker whose GPU context is broken: xdist starts another, and not all later tests fail."""
+
+    def pytest_runtest_setup(self) -> None:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError:
+                os._exit(3)

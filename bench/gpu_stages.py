@@ -4,8 +4,12 @@ As in all benchmarks, a network is compared with the reference before it is time
 is known. A result that fails is written with its reason, and the stage goes on with the next.
 """
 
+import faulthandler
 import math
 import os
+import subprocess
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +23,7 @@ from torch import Tensor, nn
 
 from bench import kinds, machine, records
 from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, slots_of
-from bench.gpu_results import DEVICE_VARIABLE, SANITIZER_VARIABLE, write_result
+from bench.gpu_results import DEVICE_VARIABLE, LIMIT_VARIABLE, SANITIZER_VARIABLE, write_result
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, Call
 from bench.watch import Watch, gpu_uuid
@@ -57,6 +61,8 @@ def result(name: str) -> Iterator[dict[str, Any]]:
         write_result(name, **fields, watch=watch.facts, invalid=watch.invalid)
     except Exception as error:
         failures += 1
+        print(f"-- {name}", flush=True)
+        traceback.print_exc()
         write_result(name, "failed", f"{type(error).__name__}: {error}".partition("\n")[0])
     torch.cuda.empty_cache()
 
@@ -132,24 +138,32 @@ def advance(slots: Slots, n: int) -> None:
 
 
 def kernels() -> None:
-    """Profile a step: launches and seconds by kind of kernel, microseconds by kernel name."""
+    """Profile a step, each batch size in a process of its own: of a process, CUPTI 13.0 can lose later profiles."""
+    global failures
     for batch in PROFILED:
-        who = Contender("fastddpm", TIMED_ENGINES[0], "bf16")
-        with result(f"batch {batch}, {who.engine}") as fields, slots_of(MODEL, batch, who) as slots:
-            fields["facts"] = profile_step(slots)
+        code = f"import sys; from bench.gpu_stages import main; sys.exit(main('profile', {batch}))"
+        failures += subprocess.run([sys.executable, "-c", code], check=False).returncode != 0
+
+
+def profile(batch: int) -> None:
+    who = Contender("fastddpm", TIMED_ENGINES[0], "bf16")
+    with result(f"batch {batch}, {who.engine}") as fields, slots_of(MODEL, batch, who) as slots:
+        fields["facts"] = profile_step(slots)
 
 
 def profile_step(slots: Slots) -> dict[str, Any]:
+    """Profile a step: launches and seconds by kind of kernel, microseconds by kernel name."""
     n = 2 if SCALE == "tiny" else 20
     load_first_step(slots)
     launches, kinds_s, names_us = Counter(), Counter(), Counter()
     for name, kind, microseconds in kinds.events(partial(advance, slots, n)):
-        launches[kind] += 1 / n
+        launches[kind] += 1
         kinds_s[kind] += microseconds / n / 1e6
         names_us[name] += microseconds / n
     if not launches:
         raise RuntimeError("the profiler saw no kernel")
-    return {"launches": dict(launches), "kinds_s": dict(kinds_s), "names_us": dict(names_us.most_common(60))}
+    launches = {kind: count / n for kind, count in launches.items()}  # a fraction means that some were lost
+    return {"launches": launches, "kinds_s": dict(kinds_s), "names_us": dict(names_us.most_common(60))}
 
 
 # The hardware
@@ -314,14 +328,17 @@ STAGES: dict[str, Callable[[], None]] = {
 }  # fmt: skip
 
 
-def main(name: str) -> int:
-    """Run a stage. Returns: the exit status of its process."""
+def main(name: str, *arguments: int) -> int:
+    """Run a stage, or the profile of a batch size. Returns: the exit status of its process."""
     global stage_hash
     wanted = os.environ.get(DEVICE_VARIABLE, DEVICE.type)
     if DEVICE.type != wanted:
         print("torch found no GPU; pass --device cpu to run without one")
         return 2
-    stage_hash = records.source_hash(STAGES[name])
-    STAGES[name]()
+    if limit := os.environ.get(LIMIT_VARIABLE):
+        faulthandler.dump_traceback_later(max(1, float(limit) - 5))  # where it hangs, before it is killed
+    stage = profile if arguments else STAGES[name]
+    stage_hash = records.source_hash(stage)
+    stage(*arguments)
     print(f"failed results: {failures}")
     return 1 if failures else 0

@@ -10,7 +10,7 @@ of their own. torch does not clean up after a capture that fails; `capture` does
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,10 +72,11 @@ def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
             raise in_run.pop() from None  # KeyboardInterrupt, hidden by the error that ended the capture
         causes = [*in_run, error]  # ending a failed capture raises a second error
         in_run.clear()
-        if any(isinstance(cause, torch.OutOfMemoryError) or "out of memory" in str(cause) for cause in causes):
-            raise torch.OutOfMemoryError(str(error)) from error
+        no_memory = any(isinstance(cause, torch.OutOfMemoryError) or "out of memory" in str(cause) for cause in causes)
         why = str(causes[0]).partition("\n")[0]
         causes.clear()
+        if no_memory:
+            raise torch.OutOfMemoryError(str(error)) from error
         raise CaptureError(
             f"engine: the work could not be captured as a CUDA graph ({why}); perhaps it waits for the GPU, or another "
             "thread synchronized the device or ran out of memory during the capture; engine='eager' avoids captures"
@@ -112,17 +113,28 @@ def _clear_cublas_workspaces() -> None:
 
 def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
     """Clean up after a failed capture: undo what torch leaves behind if ending it failed."""
+    if not _end_allocation(graph, pool, device):
+        return  # the capture itself ended properly, only run() failed
+    for _ in range(10):  # in torch 2.11 the default generator stays in its capture state until a capture succeeds
+        graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), _capture_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                torch.zeros(1, device=device)
+            return
+        except RuntimeError:
+            _end_allocation(graph, pool, device)
+
+
+def _end_allocation(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> bool:
+    """Stop allocating from the pool of a capture that failed to end, and release it. Returns: whether ending failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         torch._C._cuda_endAllocateToPool(index, pool)
     except RuntimeError:
-        return  # the capture itself ended properly, only run() failed: nothing to undo
+        return False
     torch._C._cuda_releasePool(index, pool)
     _failed_graphs.append(graph)
-    # in torch 2.11 the default generator stays in its capture state until a capture succeeds
-    stream, another = _capture_stream(device), torch.cuda.CUDAGraph()
-    with suppress(RuntimeError), torch.cuda.graph(another, stream=stream, capture_error_mode="thread_local"):
-        torch.zeros(1, device=device)
+    return True
 
 
 class StreamOrder:

@@ -327,7 +327,9 @@ class Slots:
         """Capture a step. Returns: the graph, or None if kind is "auto" and two attempts have failed."""
         for _ in range(2):
             try:
-                return capture(self._once, self.engine.device)
+                # it frees the workspaces of cuBLAS, so no other network may be launching a product
+                with arithmetic(self.engine.precision, self.engine.device):
+                    return capture(self._once, self.engine.device)
             except CaptureError as error:
                 if self.engine.kind != "auto":
                     raise

@@ -188,6 +188,15 @@ def test_failed_capture_names_the_cause_and_is_cleaned_up(cuda, run_error, end_e
     capture(cuda.run, DEVICE)
 
 
+def test_cleaning_up_goes_on_until_a_capture_succeeds(cuda):
+    cuda.end_errors = [RuntimeError("invalidated")] * 3
+    with pytest.raises(CaptureError):
+        capture(cuda.run, DEVICE)
+    assert not cuda.capturing
+    assert cuda.calls.count(("release", 0, POOL)) == len(capture_module._failed_graphs) == 3
+    assert cuda.calls[-3:] == ["begin", "end", "clear"]
+
+
 @pytest.mark.parametrize("handled", [KeyboardInterrupt("earlier"), torch.OutOfMemoryError("earlier")], ids=repr)
 @pytest.mark.parametrize("run_error", [None, ValueError("of the network")], ids=repr)
 def test_exception_that_the_caller_handles_is_not_the_cause(cuda, handled, run_error):
@@ -203,20 +212,21 @@ def test_exception_that_the_caller_handles_is_not_the_cause(cuda, handled, run_e
             capture(run, DEVICE)
 
 
-def test_failed_capture_keeps_no_memory_alive(cuda):
+@pytest.mark.parametrize("raised", [RuntimeError, torch.OutOfMemoryError])
+def test_failed_capture_keeps_no_memory_alive(cuda, raised):
     """Without a garbage collection: the next attempt needs the memory."""
 
     def run():
         tensor = torch.ones(1)
         alive.append(weakref.ref(tensor))
-        raise RuntimeError("broken")
+        raise raised("broken")
 
     alive = []
     for ends in (True, False):
         cuda.end_errors = [] if ends else [RuntimeError("invalidated")]
         gc.disable()
         try:
-            with suppress(CaptureError):
+            with suppress(CaptureError, torch.OutOfMemoryError):
                 capture(run, DEVICE)
             assert alive.pop()() is None
         finally:

@@ -63,7 +63,8 @@ def test_hanging_and_crashing_stages_do_not_affect_others(tmp_path, capsys):
     found = outcomes(lines)
     assert found["hangs", "before"] == found["crashes", "before"] == found["works", "after"] == ("passed", None)
     assert found["hangs", ""] == ("failed", "timed out after 3 s")
-    assert found["crashes", ""] == ("failed", "exit status -6: the last words")
+    assert found["crashes", ""][1].startswith("exit status -6: ")
+    assert b"the last words" in (tmp_path / "check.log").read_bytes()
     assert found["raises", ""] == ("failed", "exit status 1: second")
     assert found["is not there", ""][0] == "failed"
     assert found["works", ""] == ("passed", None)
@@ -72,7 +73,16 @@ def test_hanging_and_crashing_stages_do_not_affect_others(tmp_path, capsys):
     for name in ("hangs", "crashes", "raises", "is not there", "works"):
         assert printed.count(name) >= 2  # as progress, and in the summary
     assert (tmp_path / "check.txt").read_text() in printed
-    assert "crashes: exit status -6: the last words" in (tmp_path / "check.txt").read_text()
+    assert "crashes: exit status -6: " in (tmp_path / "check.txt").read_text()
+
+
+def test_long_output_is_cut_in_the_log_and_failures_have_tracebacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "MAX_LOG", 1000)
+    run(tmp_path, stage("talks", "print('first\\n' + 'x' * 5000)\nraise ValueError('last')"), stage("works", ""))
+    log = (tmp_path / "check.log").read_text()
+    assert len(log) < 2000
+    assert log.index("== talks") < log.index("first") < log.index("... cut ...") < log.index("ValueError: last")
+    assert "== works" in log
 
 
 @pytest.mark.parametrize(("printed", "outcome"), [("0 errors", "passed"), ("2 errors", "failed")])

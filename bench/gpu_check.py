@@ -23,14 +23,7 @@ from typing import NamedTuple
 
 from bench import gpu_records, gpu_results, records, report
 from bench.chart import SECONDS, figure, percent, quantity
-from bench.gpu_results import (
-    DEVICE_VARIABLE,
-    FILE_VARIABLE,
-    LIMIT_VARIABLE,
-    SANITIZER_VARIABLE,
-    STAGE_VARIABLE,
-    Line,
-)
+from bench.gpu_results import Line
 from bench.history import Result
 from bench.report import write
 
@@ -71,7 +64,7 @@ def all_stages() -> list[Stage]:
     options += ["--launch-timeout=80"]  # seconds until the first kernel; torch is slow to import under the tool
     memcheck, clean = ([sanitizer, *options], "ERROR SUMMARY: 0 errors") if sanitizer else ([], "")
     # no caching allocator: in its large blocks, an out-of-bounds access hits other allocated memory and goes unnoticed
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", SANITIZER_VARIABLE: sanitizer or ""}
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", gpu_results.SANITIZER_VARIABLE: sanitizer or ""}
     one_thread = {"OMP_NUM_THREADS": "1"}  # per process: several share the cores
     return [
         Stage("smoke", 90, _measure("smoke")),
@@ -133,9 +126,14 @@ def run_stages(out: Path, seconds: float, device: str, stages: Iterable[Stage]) 
 
 def _run_stage(stage: Stage, limit_s: float, out: Path, device: str) -> tuple[str, str | None]:
     """Run one stage and kill what is left of its process group. Returns: (outcome, reason)."""
-    file = str((out / gpu_results.FILE).resolve())
-    environment = os.environ | {FILE_VARIABLE: file, STAGE_VARIABLE: stage.name, DEVICE_VARIABLE: device}
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", LIMIT_VARIABLE: f"{limit_s:.0f}"}
+    environment = os.environ | {
+        gpu_results.FILE_VARIABLE: str((out / gpu_results.FILE).resolve()),
+        gpu_results.STAGE_VARIABLE: stage.name,
+        gpu_results.DEVICE_VARIABLE: device,
+        gpu_results.LIMIT_VARIABLE: f"{limit_s:.0f}",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     with (out / LOG).open("ab") as log:
         log.write(f"\n== {stage.name}: {' '.join(stage.command)}\n".encode())

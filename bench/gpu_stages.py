@@ -138,7 +138,7 @@ def advance(slots: Slots, n: int) -> None:
 
 
 def kernels() -> None:
-    """Profile a step, each batch size in a process of its own: of a process, CUPTI 13.0 can lose later profiles."""
+    """Profile a step at each batch size in its own process: CUPTI 13.0 may lose records after a process's first."""
     global failures
     for batch in PROFILED:
         code = f"import sys; from bench.gpu_stages import main; sys.exit(main('profile', {batch}))"

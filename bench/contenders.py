@@ -22,11 +22,12 @@ from torch import Tensor
 
 from bench.layouts import network
 from bench.machine import DEVICE, Call, judged, wait
-from fastddpm import Schedule, noise
-from fastddpm.engine import PRECISIONS, Engine, Slots, arithmetic
+from fastddpm import Schedule
+from fastddpm.core import noise
 from fastddpm.reference.diffusion import Diffusion, linear_betas, update
 from fastddpm.reference.unet import UNet
-from fastddpm.sampler import sample_shape
+from fastddpm.sampling.engine import PRECISIONS, Engine, Slots, arithmetic
+from fastddpm.sampling.sampler import sample_shape
 
 T, MIDDLE = 1000, 500  # steps of the schedule; where a network is judged
 SCHEDULE = Schedule()

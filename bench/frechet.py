@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastddpm.data import load_images
-from fastddpm.features import CLASSES, FEATURES, SCALES, SIDE, Classifier, shipped_classifier
-from fastddpm.files import atomic
-from fastddpm.frechet import frechet_distance
+from fastddpm.evaluate.features import CLASSES, FEATURES, SCALES, SIDE, Classifier, shipped_classifier
+from fastddpm.evaluate.frechet import frechet_distance
+from fastddpm.storage.datasets import load_images
+from fastddpm.storage.files import atomic
 
 
 def train(images: np.ndarray, labels: np.ndarray, *, epochs: int = 4, batch_size: int = 128) -> Classifier:

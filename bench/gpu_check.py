@@ -32,18 +32,13 @@ LOG, SUMMARY, REPORT = "check.log", "check.txt", "report.html"
 MIN_SECONDS = 5  # with less time left, no stage is started
 MAX_LOG = 1 << 20  # bytes per stage: some machines return no file of more than 16 MiB
 SHOWN = 15  # kernels of a profile, in the summary
-KERNEL_TESTS = (
-    "kernels",
-    "philox",
-    "group_norm",
-    "residual",
-    "upsample",
-    "predict_step",
-    "eps_loss",
-    "x_0_error",
-    "ops",
+KERNEL_TESTS = ("tests/kernels", "tests/ops")
+ENGINE_TESTS = (
+    "tests/sampling/test_gpu.py",
+    "tests/sampling/test_gpu_job.py",
+    "tests/evaluate/test_gpu.py",
+    "tests/train/test_gpu.py",
 )
-ENGINE_TESTS = ("gpu", "gpu_job", "gpu_likelihood", "gpu_training")
 
 
 class Stage(NamedTuple):
@@ -77,7 +72,7 @@ def all_stages() -> list[Stage]:
         Stage("engine tests", 120, _pytest(ENGINE_TESTS, f"not ({large} or {compiled})", processes=4), one_thread),
         Stage("diffusers", 120, _measure("diffusers")),
         Stage("memcheck", 90, [*memcheck, *_measure("memcheck")], uncached, clean),
-        Stage("memory tests", 60, _pytest((*KERNEL_TESTS, "gpu"), large), one_thread),
+        Stage("memory tests", 60, _pytest((*KERNEL_TESTS, "tests/sampling/test_gpu.py"), large), one_thread),
         Stage("compiled tests", 180, _pytest(ENGINE_TESTS, compiled, processes=4), one_thread),
     ]
 
@@ -86,9 +81,8 @@ def _measure(name: str) -> list[str]:
     return [sys.executable, "-c", f"import sys; from bench.gpu_stages import main; sys.exit(main({name!r}))"]
 
 
-def _pytest(names: Iterable[str], select: str, processes: int = 1) -> list[str]:
+def _pytest(files: Iterable[str], select: str, processes: int = 1) -> list[str]:
     """The pytest command for the GPU tests in these files; warnings are not errors, as versions may differ."""
-    files = [f"tests/test_{name}.py" for name in names]
     common = ["-q", "--tb=short", "-m", "cuda", "-o", "filterwarnings=default", "-o", "faulthandler_timeout=45"]
     common += ["-p", "no:cacheprovider", "-p", "bench.gpu_results"]
     parallel = ["-n", str(min(processes, os.cpu_count() or 1))] if processes > 1 and find_spec("xdist") else []

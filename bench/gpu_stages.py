@@ -27,10 +27,12 @@ from bench.gpu_results import DEVICE_VARIABLE, LIMIT_VARIABLE, SANITIZER_VARIABL
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, Call
 from bench.watch import Watch, gpu_uuid
-from fastddpm import Sampler, Schedule, layout, noise, ops, unet
-from fastddpm.capture import capture
-from fastddpm.engine import Slots
-from fastddpm.sampler import sample_shape
+from fastddpm import Sampler, Schedule, ops
+from fastddpm.core import layout, noise
+from fastddpm.networks import unet2d
+from fastddpm.sampling.capture import capture
+from fastddpm.sampling.engine import Slots
+from fastddpm.sampling.sampler import sample_shape
 
 MODEL, DTYPE = "cifar10-32", torch.bfloat16
 BATCHES = {"cuda": (1, 64, 256, 16, 512), "cpu": (1, 16), "tiny": (2,)}[SCALE]  # the most important first
@@ -221,7 +223,7 @@ def upsampling() -> None:
         with result(f"batch {batch}, both forms"), ExitStack() as stack:
             slots_by_form = {}
             for name, devices in (("interpolated", ()), ("polyphase", ("cpu", "cuda"))):
-                with patch.object(unet, "POLYPHASE_DEVICES", devices):
+                with patch.object(unet2d, "POLYPHASE_DEVICES", devices):
                     slots_by_form[name] = stack.enter_context(slots_of(MODEL, batch, who))
             turns = [*slots_by_form, *(f"{name}, repeated" for name in reversed(slots_by_form))]
             for turn in turns:

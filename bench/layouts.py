@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.machine import DEVICE, SCALE
-from fastddpm import UNet2D, checkpoint, layout, ops
-from fastddpm.engine import PRECISIONS
-from fastddpm.sampler import sample_shape, shipped_model
-from fastddpm.unet import GroupNorm, silu
+from fastddpm import UNet2D, checkpoints, ops
+from fastddpm.core import layout
+from fastddpm.networks.unet2d import GroupNorm, silu
+from fastddpm.sampling.engine import PRECISIONS
+from fastddpm.sampling.sampler import sample_shape, shipped_model
 
 CIFAR10 = {  # google/ddpm-cifar10-32
     "act_fn": "silu",
@@ -57,12 +58,12 @@ def network(name: str) -> UNet2D:
     torch.manual_seed(0)
     net = UNet2D(**_config(name))
     if name == "shipped":
-        checkpoint.load_into(net, checkpoint.load(shipped_model())[1])
+        checkpoints.load_into(net, checkpoints.load(shipped_model())[1])
     return net.to(DEVICE).eval()
 
 
 def _config(name: str) -> dict[str, Any]:
-    return checkpoint.load(shipped_model())[0] if name == "shipped" else LAYOUTS[name]
+    return checkpoints.load(shipped_model())[0] if name == "shipped" else LAYOUTS[name]
 
 
 class Norm(NamedTuple):

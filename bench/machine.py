@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fastddpm.capture import capture
-from fastddpm.engine import PRECISIONS, arithmetic
-from fastddpm.rungs import accuracy, unequal
+from fastddpm.sampling.capture import capture
+from fastddpm.sampling.engine import PRECISIONS, arithmetic
+from fastddpm.verify.rungs import accuracy, unequal
 
 Call = Callable[[], object]
 

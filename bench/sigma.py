@@ -25,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.frechet import compare, features, load_data, load_or_train, load_samples
-from fastddpm import images
-from fastddpm.features import CLASSES, SIDE, Classifier
-from fastddpm.files import atomic, check_writable
-from fastddpm.plots import STYLE, measured
-from fastddpm.sampler import Sampler
+from fastddpm.evaluate.features import CLASSES, SIDE, Classifier
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage import images
+from fastddpm.storage.files import atomic, check_writable
+from fastddpm.storage.plots import STYLE, measured
 
 BATCH = 64  # samples in one file; they are drawn together, too
 SHOWN = 64  # samples in a picture

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.contenders import T
 from bench.layouts import flops, network
 from bench.machine import DEVICE, SCALE, judged, say, wait
-from fastddpm.engine import PRECISIONS
 from fastddpm.reference.diffusion import Diffusion, linear_betas
-from fastddpm.sampler import sample_shape
+from fastddpm.sampling.engine import PRECISIONS
+from fastddpm.sampling.sampler import sample_shape
 
 WHO = ("fastddpm", "diffusers")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")

@@ -16,7 +16,8 @@ from torch import Tensor
 from bench.contenders import MIDDLE, SCHEDULE, T, contender
 from bench.machine import DEVICE, SCALE, Call, judged, repeated, rotated, same_bits, say
 from bench.traffic import Bytes
-from fastddpm import layout, noise, ops
+from fastddpm import ops
+from fastddpm.core import layout, noise
 from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, squared_error, update
 
 SHAPES = {

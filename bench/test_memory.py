@@ -9,9 +9,10 @@ import torch
 from bench.contenders import T, contender, loop
 from bench.layouts import network
 from bench.machine import DEVICE, SCALE, peak_bytes, say
-from fastddpm import UNet2D, layout, ops
-from fastddpm.engine import PRECISIONS, arithmetic
-from fastddpm.sampler import sample_shape
+from fastddpm import UNet2D, ops
+from fastddpm.core import layout
+from fastddpm.sampling.engine import PRECISIONS, arithmetic
+from fastddpm.sampling.sampler import sample_shape
 
 BATCHES = {"cuda": (1, 64), "cpu": (1,), "tiny": (2,)}[SCALE]
 ENGINES = ["graph", "eager"] if DEVICE.type == "cuda" else ["eager"]

@@ -14,8 +14,8 @@ from bench.contenders import SCHEDULE
 from bench.layouts import network
 from bench.machine import DEVICE, SCALE, same_bits, say, wait
 from fastddpm import Sampler
-from fastddpm.job import sample_to
-from fastddpm.store import FORMATS
+from fastddpm.sampling.job import sample_to
+from fastddpm.storage.shards import FORMATS
 
 SHARDS, SIZE, STEPS = {"cuda": (3, 128, 1000), "cpu": (8, 64, 100), "tiny": (2, 4, 2)}[SCALE]
 ROUNDS = {"cuda": 1, "cpu": 5, "tiny": 1}[SCALE]

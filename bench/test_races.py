@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.layouts import Norm, norms
 from bench.machine import DEVICE, SCALE, Call, judged, race, repeated, right, say
 from bench.test_kernels import noising_problem, step_problem
-from fastddpm import layout, ops
+from fastddpm import ops
+from fastddpm.core import layout
 
 DTYPE = torch.bfloat16
 BACKENDS = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION

@@ -13,7 +13,8 @@ from bench import kinds
 from bench.contenders import SCHEDULE, Contender, T, contender, judge_a_step, loop, slots_of
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, same_bits, say
-from fastddpm import Sampler, noise
+from fastddpm import Sampler
+from fastddpm.core import noise
 
 STEPS = {  # of a run: a second or two at most
     "cuda": {

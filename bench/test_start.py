@@ -16,7 +16,7 @@ from bench import first_image
 from bench.contenders import SCHEDULE, T, contender, loop
 from bench.layouts import network
 from bench.machine import DEVICE, SCALE, same_bits, say
-from fastddpm import Sampler, checkpoint
+from fastddpm import Sampler, checkpoints
 
 BEST = "graph" if DEVICE.type == "cuda" else "eager"
 STEPS = {"cuda": T, "cpu": 5, "tiny": 2}[SCALE]  # of the first image
@@ -42,7 +42,7 @@ def test_first_image(benchmark, record, tmp_path, name, triton_cache):
     Ours is judged: it is the image that this process draws.
     """
     who, net, found = contender(name), network("cifar10-32"), []
-    checkpoint.save(tmp_path / "model", net.config, net.state_dict(), SCHEDULE)
+    checkpoints.save(tmp_path / "model", net.config, net.state_dict(), SCHEDULE)
     script, image = inspect.getsourcefile(first_image.main), tmp_path / "image.npy"
 
     def draw():

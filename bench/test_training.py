@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from bench.contenders import SCHEDULE, Contender, T, contender, reference, theirs
 from bench.layouts import flops, network
 from bench.machine import DEVICE, SCALE, Call, judged, repeated, say, wait
-from fastddpm import checkpoint, noise, ops
-from fastddpm.distributed import Ranks
-from fastddpm.engine import PRECISIONS, arithmetic
+from fastddpm import checkpoints, ops
+from fastddpm.core import noise
+from fastddpm.processes.distributed import Ranks
 from fastddpm.reference.diffusion import Diffusion
-from fastddpm.sampler import sample_shape
-from fastddpm.train import Trainer, TrainOptions, draws
+from fastddpm.sampling.engine import PRECISIONS, arithmetic
+from fastddpm.sampling.sampler import sample_shape
+from fastddpm.train.trainer import Trainer, TrainOptions, draws
 
 BATCHES = {
     "cuda": {"cifar10-32": (128, 512), "shipped": (128,)},
@@ -150,7 +151,7 @@ def _ours(model: str, batch: int, who: Contender) -> Made:
     net, right, seen = network(model), ops.eps_loss, []
     with TemporaryDirectory() as folder:
         init = Path(folder) / "init"
-        checkpoint.save(init, net.config, net.state_dict(), SCHEDULE)
+        checkpoints.save(init, net.config, net.state_dict(), SCHEDULE)
         options = TrainOptions(batch_size=batch, precision=who.precision, engine=who.engine, init=str(init))
         trainer = Trainer(pictures(model), None, Path(folder) / "run", options, Ranks(device=DEVICE))
     trained, numbers = trainer._network(), count()

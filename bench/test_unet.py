@@ -8,7 +8,7 @@ import pytest
 from bench.contenders import contender, forward
 from bench.layouts import flops, traffic
 from bench.machine import DEVICE, SCALE, repeated
-from fastddpm.engine import PRECISIONS
+from fastddpm.sampling.engine import PRECISIONS
 
 BATCHES = {
     "cuda": {"cifar10-32": (1, 16, 64, 256), "celebahq-256": (1, 16, 64, 256)},

@@ -10,11 +10,12 @@ With Hugging Face diffusers: `from fastddpm.diffusers import DDPMPipeline`, or `
 from pathlib import Path
 from typing import Any
 
-from fastddpm import noise, ops
+from fastddpm import ops
 from fastddpm._version import __version__
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import Schedule, StepTable
-from fastddpm.unet import UNet2D
+from fastddpm.core import noise
+from fastddpm.core.schedule import Schedule, StepTable
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling.sampler import Sampler
 
 if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "philox.py").is_file():
     __path__.append(str(_checkout))  # where fastddpm.kernels lies beside the package, not in it

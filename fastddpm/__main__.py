@@ -2,6 +2,6 @@
 
 import sys
 
-from fastddpm.cli import main
+from fastddpm.cli.main import main
 
 sys.exit(main())

@@ -3,8 +3,8 @@
 Traffic: forward the element size of m, backward twice that; x_0's besides, in both, where it is part of the target:
 6 bytes per element in bf16 for eps prediction.
 Precision: all arithmetic in fp32 in the written order, sums as a binary tree; the gradient is rounded once.
-Spec: fastddpm/reference/diffusion.py::squared_error of ::target with fastddpm/noise.py. Proof: tests/test_eps_loss.py
-(bits, and the gradient against float64), tests/test_compiled.py (machine code).
+Spec: reference/diffusion.py::squared_error of ::target with core/noise.py. Proof: tests/ops/test_eps_loss.py
+(bits, and the gradient against float64), tests/kernels/test_compiled.py.
 """
 
 import torch

@@ -5,7 +5,7 @@ registers. Groups too large for that are shared among programs, in two launches,
 Precision: fp32, rounded once. The variance is taken about the mean, in a second pass that also corrects the mean; of
 shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is the fast one and in 16 bits its
 division is, too: nothing here is specified to the bit.
-Spec: torch's cat, group_norm, silu. Proof: tests/test_group_norm.py (float64), tests/test_compiled.py (machine code).
+Spec: torch's cat, group_norm, silu. Proof: tests/ops/test_group_norm.py (float64), tests/kernels/test_compiled.py.
 """
 
 from math import gcd, prod

@@ -2,8 +2,8 @@
 
 Traffic: the element sizes of x_0 and x_t: 3 bytes per element from uint8 to bf16.
 Precision: all arithmetic in fp32 in the written order, uint8 widened as (u - 127.5) * (2 / 255); rounded once.
-Spec: fastddpm/reference/diffusion.py::add_noise with fastddpm/noise.py. Proof: tests/test_kernels.py (bits),
-tests/test_compiled.py (machine code).
+Spec: reference/diffusion.py::add_noise with core/noise.py. Proof: tests/kernels/test_kernels.py (bits),
+tests/kernels/test_compiled.py.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The noise standard in Triton: standard normals in registers, for use inside kernels. No memory traffic.
 
 Precision: 32-bit integers and IEEE binary32 in the written order; launch with enable_fp_fusion=False.
-Spec: fastddpm/noise.py, the same text in torch. Proof: tests/test_kernels.py: the published vectors and fresh random
+Spec: core/noise.py, the same text in torch. Proof: tests/kernels/test_kernels.py: the published vectors and random
 addresses, bit for bit.
 """
 

@@ -3,8 +3,9 @@
 Traffic: the element sizes of what is read and written: 16 bytes per element in fp32 with z made in registers, 20 with z
 given. 16-byte accesses where all tensors have one dense order, each with a stride of its own from entry to entry.
 Precision: all arithmetic in fp32 in the written order, exact roundings only; x_prev and x_0 are rounded once.
-Spec: fastddpm/reference/diffusion.py::predict_step with fastddpm/noise.py, stream 0. Proof: tests/test_predict_step.py
-(bits; the exponential of learned_range against float64), tests/test_compiled.py (machine code), tests/test_gpu.py.
+Spec: reference/diffusion.py::predict_step with core/noise.py, stream 0. Proof: tests/ops/test_predict_step.py
+(bits; the exponential of learned_range against float64), tests/kernels/test_compiled.py,
+tests/sampling/test_gpu.py.
 """
 
 from functools import lru_cache

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eps_loss, group_norm, noising, predict_step, residual, step, tree, upsample, x_0_error
+from . import eps_loss, group_norm, interleave, noising, predict_step, residual, step, tree, x_0_error
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -156,12 +156,12 @@ def interleave_variant(dtype: str, *, bias: bool) -> Variant:
     """For 256 channels. A thread loads its bias values once for all of its pixels: two in 16 bits, four in fp32."""
     types = {"out_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
     types |= dict.fromkeys(("height", "width", "channels"), "i32")
-    pixels = upsample.BLOCK // upsample.MAX_CHANNELS
-    constants: dict[str, Any] = {"CHANNELS": upsample.MAX_CHANNELS, "PIXELS": pixels, "STRIPES": 4}
+    pixels = interleave.BLOCK // interleave.MAX_CHANNELS
+    constants: dict[str, Any] = {"CHANNELS": interleave.MAX_CHANNELS, "PIXELS": pixels, "STRIPES": 4}
     constants |= {} if bias else {"bias_ptr": None}
-    name, kernel = f"interleave {dtype}{', bias' * bias}", upsample.interleave_kernel
+    name, kernel = f"interleave {dtype}{', bias' * bias}", interleave.interleave_kernel
     read = BYTES[dtype] + 4 // BYTES[dtype] * bias
-    return Variant(name, kernel, types, constants, upsample.OPTIONS, upsample.BLOCK, read, BYTES[dtype])
+    return Variant(name, kernel, types, constants, interleave.OPTIONS, interleave.BLOCK, read, BYTES[dtype])
 
 
 VARIANTS = (

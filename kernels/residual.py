@@ -2,7 +2,7 @@
 
 Traffic: 3 times the element size: 6 bytes per element in bf16.
 Precision: all arithmetic in fp32 in the written order, rounded once.
-Spec: the same in torch, bit for bit. Proof: tests/test_residual.py (bits), tests/test_compiled.py (machine code).
+Spec: the same in torch, bit for bit. Proof: tests/ops/test_residual.py (bits), tests/kernels/test_compiled.py.
 """
 
 import torch

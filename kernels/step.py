@@ -4,8 +4,8 @@ Traffic: 8 bytes per element for x, plus the element sizes of m and of the copy:
 Precision: all arithmetic in fp32 in the written order; the copy is rounded once.
 Faults: bad[n] keeps the highest position at which entry n got a value that is not finite; it costs a maximum per
 element and an atomic per 16 of them where one is bad, no barrier and no synchronisation.
-Spec: fastddpm/reference/diffusion.py::update with fastddpm/noise.py, stream 0. Proof: tests/test_kernels.py (bits),
-tests/test_compiled.py (machine code).
+Spec: reference/diffusion.py::update with core/noise.py, stream 0. Proof: tests/kernels/test_kernels.py (bits),
+tests/kernels/test_compiled.py.
 """
 
 import torch

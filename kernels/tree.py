@@ -1,8 +1,8 @@
 """Sums whose order is written down: a binary tree over the elements, neighbours first, zeros beyond the end.
 
 A block of a power of two is a subtree, so the sums of blocks are summed by the same tree and the size of a block
-changes no bit. Spec: fastddpm/reference/diffusion.py::tree_sum. Proof: tests/test_eps_loss.py (bits),
-tests/test_compiled.py (machine code).
+changes no bit. Spec: reference/diffusion.py::tree_sum. Proof: tests/ops/test_eps_loss.py (bits),
+tests/kernels/test_compiled.py.
 """
 
 import triton

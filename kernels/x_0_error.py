@@ -2,8 +2,8 @@
 
 Traffic: the element sizes of x_0 and m: 3 bytes per element from uint8 with m in bf16.
 Precision: all arithmetic in fp32 in the written order, sums as a binary tree.
-Spec: fastddpm/reference/diffusion.py::squared_error of ::predicted_x_0 and ::add_noise with fastddpm/noise.py.
-Proof: tests/test_x_0_error.py (bits), tests/test_compiled.py (machine code).
+Spec: reference/diffusion.py::squared_error of ::predicted_x_0 and ::add_noise with core/noise.py.
+Proof: tests/ops/test_x_0_error.py (bits), tests/kernels/test_compiled.py.
 """
 
 import torch

@@ -20,8 +20,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for w
 # A machine with a GPU may lack what some tests compare with, and can run all the others.
 _needs = re.compile(r"^(?:from|import) (diffusers|hypothesis|onnx|onnxruntime|scipy)\b", re.MULTILINE)
 collect_ignore = [
-    file.name
-    for file in Path(__file__).parent.glob("test_*.py")
+    str(file)
+    for file in Path(__file__).parent.rglob("test_*.py")
     if not all(find_spec(package) for package in _needs.findall(file.read_text()))
 ]
 
@@ -58,7 +58,7 @@ def interpreted(monkeypatch):
         if (source.name, target.name) == (
             "fp32",
             "bf16",
-        ):  # the interpreter truncates; PTX rounds: tests/test_compiled.py
+        ):  # the interpreter truncates; PTX rounds: tests/kernels/test_compiled.py
             return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
         return convert(data, source, target, mode)
 

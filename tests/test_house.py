@@ -1,4 +1,4 @@
-"""The house: layers, what an import costs, what is installed, and what the two commands of the README run."""
+"""The house: who may import whom, what an import costs, what is installed, and what the README's commands run."""
 
 import ast
 import importlib.metadata
@@ -16,41 +16,43 @@ import fastddpm
 
 ROOT = Path(__file__).parents[1]
 
-# From the top down: a file imports only what stands further down.
-LAYERS = (
-    "__main__",
-    "cli",
-    "verify",
-    "job",
-    "progress",
-    "rungs",
-    "likelihood",
-    "fid",
-    "features",
-    "train",
-    "runs",
-    "diffusers",
-    "sampler",
-    "engine",
-    "capture",
-    "checkpoint",
-    "unet",
-    "ops",
-    "frechet",
-    "noise",
-    "schedule",
-    "merge",
-    "store",
-    "images",
-    "plots",
-    "data",
-    "distributed",
-)
-LAYERS += ("identity", "indices", "files", "layout", "reference", "kernels", "_version")
+# From the top down: a room, and its files. A file imports only what is further down; neighbours joined by "|" never
+# import each other. In each room __init__ is on top: it only gathers names.
+ORDER = """
+__main__
+cli: main
+verify: ladder rungs
+train: trainer run_folder
+| evaluate: likelihood fid features frechet
+| diffusers: accelerating pipelines unet schedulers tables disguise
+sampling: job sampler engine capture
+checkpoints: diffusers
+networks: unet2d
+processes: progress distributed
+storage: merge shards images plots datasets fingerprint indices files
+ops:
+core: noise schedule layout
+reference: likelihood unet diffusion
+kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox launch
+_version
+"""
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
-KNOWN = {"torch", "numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime"}
-KNOWN |= set(sys.stdlib_module_names)
 LIGHT = {"torch", *sys.stdlib_module_names}
+KNOWN = LIGHT | {"numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime"}
+
+
+def positions():
+    """{module: (height, room, place)}: "core.noise" is a file, "core" the __init__ of a room."""
+    found = {}
+    for height, line in enumerate(reversed(ORDER.replace("\n|", "|").split("\n"))):
+        for room in filter(None, line.split("|")):
+            name, _, files = room.partition(":")
+            found[name.strip()] = height, name.strip(), 0
+            found |= {f"{name.strip()}.{file}": (height, name.strip(), i) for i, file in enumerate(files.split(), 1)}
+    return found
+
+
+POSITIONS = positions()
 
 
 def imported(source, package):
@@ -65,25 +67,30 @@ def imported(source, package):
 
 def wrong_imports(source, module):
     """What module (fastddpm.ops, fastddpm.kernels.step, ...) may not import, but does."""
-    layer, package = module.split(".")[1], module.rpartition(".")[0]
-    for name in imported(source, package):
-        top, _, rest = name.partition(".")
-        target = rest.partition(".")[0]
-        if layer in ("reference", "kernels"):
-            fine = (
-                target == layer if top == "fastddpm" else top in LIGHT | ({"triton"} if layer == "kernels" else set())
-            )
-        elif top == "fastddpm":
-            fine = target in LAYERS[LAYERS.index(layer) + (layer != "diffusers") :]
+    name = module.removeprefix("fastddpm.")
+    height, room, place = POSITIONS[name]
+    package = module if place == 0 else module.rpartition(".")[0]
+    outside = LIGHT if room in ("reference", "kernels") else KNOWN
+    outside = outside | {"kernels": {"triton"}, "diffusers": {"diffusers"}}.get(room, set())
+    for dotted in imported(source, package):
+        top, _, inside = dotted.partition(".")
+        if top != "fastddpm":
+            fine = top in outside
         else:
-            fine = top in KNOWN or top == layer == "diffusers"
+            parts = inside.split(".")
+            target = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in POSITIONS), None)
+            there = POSITIONS.get(target)
+            same_room = there is not None and there[1] == room
+            fine = there is not None and (there[2] > place if same_room else there[0] < height)
+            fine = fine and (same_room or room not in ("reference", "kernels"))
         if not fine:
-            yield name
+            yield dotted
 
 
 def module_of(path):
-    inside = path.relative_to(ROOT)
-    return ".".join([*(["fastddpm"] if inside.parts[0] == "kernels" else []), *inside.with_suffix("").parts])
+    inside = path.relative_to(ROOT).with_suffix("")
+    parts = [*(["fastddpm"] if inside.parts[0] == "kernels" else []), *inside.parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def python(code, cwd, **environment):
@@ -94,32 +101,56 @@ def python(code, cwd, **environment):
     return done.stdout.strip()
 
 
+def test_order_names_every_file():
+    modules = {module_of(path).removeprefix("fastddpm.") for path in PACKAGE} - {"fastddpm"}
+    assert modules == POSITIONS.keys()
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=module_of)
 def test_imports_point_down(path):
     if path == ROOT / "fastddpm" / "__init__.py":
-        return  # the public names: all layers but the command line
-    assert module_of(path).split(".")[1] in LAYERS, f"give {path.name} its place in LAYERS"
+        return  # the public names, from all rooms
     assert list(wrong_imports(path.read_text(), module_of(path))) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("fastddpm.ops", "from fastddpm import noise, sampler", ["fastddpm.sampler"]),
-        ("fastddpm.ops", "def f():\n    from fastddpm.unet import UNet2D", ["fastddpm.unet.UNet2D"]),
+        (
+            "fastddpm.ops",
+            "from fastddpm.core import noise\nfrom fastddpm.sampling import engine",
+            ["fastddpm.sampling.engine"],
+        ),
+        (
+            "fastddpm.ops",
+            "def f():\n    from fastddpm.networks.unet2d import UNet2D",
+            ["fastddpm.networks.unet2d.UNet2D"],
+        ),
         ("fastddpm.ops", "import fastddpm.cli as c", ["fastddpm.cli"]),
-        ("fastddpm.ops", "from .train import train", ["fastddpm.train.train"]),
+        ("fastddpm.ops", "from ..train import train", ["fastddpm.train.train"]),
         ("fastddpm.ops", "from fastddpm import Sampler", ["fastddpm.Sampler"]),
         ("fastddpm.ops", "import triton.language as tl", ["triton.language"]),
         ("fastddpm.ops", "from kernels import step", ["kernels.step"]),
-        ("fastddpm.cli", "import diffusers", ["diffusers"]),
+        ("fastddpm.core.layout", "from fastddpm.core import noise", ["fastddpm.core.noise"]),
+        ("fastddpm.core.noise", "from fastddpm.core import layout", []),
+        ("fastddpm.train.trainer", "from fastddpm.evaluate import fid", ["fastddpm.evaluate.fid"]),
+        ("fastddpm.train.trainer", "from fastddpm.train import train", ["fastddpm.train.train"]),
+        ("fastddpm.cli.main", "import diffusers", ["diffusers"]),
         ("fastddpm.diffusers.unet", "import diffusers, numpy\nfrom fastddpm.diffusers import disguise", []),
         ("fastddpm.diffusers.unet", "from fastddpm.cli import main\nimport triton", ["fastddpm.cli.main", "triton"]),
-        ("fastddpm.cli", "import fastddpm.kernels.step, tests.check, bench", ["tests.check", "bench"]),
+        ("fastddpm.cli.main", "import fastddpm.kernels.step, tests.check, bench", ["tests.check", "bench"]),
         ("fastddpm.reference.unet", "from fastddpm.reference import diffusion\nimport torch, math", []),
-        ("fastddpm.reference.unet", "import numpy as np\nfrom fastddpm import noise", ["numpy", "fastddpm.noise"]),
+        (
+            "fastddpm.reference.unet",
+            "import numpy as np\nfrom fastddpm import _version",
+            ["numpy", "fastddpm._version"],
+        ),
         ("fastddpm.kernels.step", "from .philox import normals\nimport triton, torch", []),
-        ("fastddpm.kernels.step", "from ..noise import normal\nimport numpy", ["fastddpm.noise.normal", "numpy"]),
+        (
+            "fastddpm.kernels.step",
+            "from ..core.noise import normal\nimport numpy",
+            ["fastddpm.core.noise.normal", "numpy"],
+        ),
     ],
 )
 def test_a_wrong_import_is_seen(module, source, wrong):
@@ -130,13 +161,13 @@ def test_a_wrong_import_is_seen(module, source, wrong):
     ("path", "source"),
     [
         ("kernels/new.py", "import fastddpm"),
-        ("kernels/new.py", "def f():\n    from fastddpm.noise import normal"),
+        ("kernels/new.py", "def f():\n    from fastddpm.core.noise import normal"),
         ("kernels/new.py", "from ..noise import normal"),
         ("kernels/new.py", "import diffusers"),
         ("fastddpm/new.py", "import triton.language as tl"),
         ("fastddpm/new.py", "def f():\n    import diffusers"),
         ("fastddpm/diffusers/new.py", "import triton"),
-        ("fastddpm/diffusers/new.py", "from fastddpm.cli import main"),
+        ("fastddpm/diffusers/new.py", "from fastddpm.cli.main import main"),
         ("fastddpm/new.py", "from kernels import step"),
         ("fastddpm/new.py", "from fastddpm.kernels import step"),
         ("fastddpm/new.py", "from PIL import Image"),
@@ -162,7 +193,7 @@ def test_ruff_forbids(path, source):
         ("fastddpm/diffusers/new.py", "import diffusers"),
         ("fastddpm/reference/new.py", "import torch\nfrom fastddpm.reference import diffusion"),
         ("tests/new.py", "import diffusers\nimport triton\nimport fastddpm.kernels.step"),
-        ("bench/new.py", "import diffusers\nimport triton\nimport fastddpm.cli"),
+        ("bench/new.py", "import diffusers\nimport triton\nimport fastddpm.cli.main"),
     ],
 )
 def test_ruff_allows(path, source):
@@ -214,8 +245,8 @@ def test_samples_without_triton(tmp_path):
 import sys
 sys.modules["triton"] = None  # import triton fails, as where it is not installed
 import torch
-from fastddpm.sampler import Sampler
-from fastddpm.schedule import Schedule
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.core.schedule import Schedule
 sampler = Sampler(lambda x, t: x / 2, Schedule(num_train_timesteps=5), shape=(1, 4, 4), device="cpu")
 x = sampler.sample(2, progress=False)
 assert x.shape == (2, 1, 4, 4) and x.isfinite().all()
@@ -245,7 +276,8 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
-    want = {module_of(path).replace(".", "/") + ".py" for path in PACKAGE} | {"fastddpm/py.typed"}
+    want = {path.relative_to(ROOT).as_posix().replace("kernels/", "fastddpm/kernels/", 1) for path in PACKAGE}
+    want |= {"fastddpm/py.typed"}
     want |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastddpm/models").rglob("*") if path.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == want
     assert f"fastddpm-{fastddpm.__version__}.dist-info/licenses/LICENSE" in found

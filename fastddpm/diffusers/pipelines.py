@@ -1,4 +1,4 @@
-"""diffusers' DDPM and DDIM pipelines, whose network is executed by `fastddpm.unet` where it can be."""
+"""diffusers' DDPM and DDIM pipelines, whose network is executed by `fastddpm.networks.unet2d` where it can be."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ import torch
 from diffusers import ImagePipelineOutput
 from torch import Tensor
 
-from fastddpm import layout
-from fastddpm import noise as standard
+from fastddpm.core import layout
+from fastddpm.core import noise as standard
 from fastddpm.diffusers.disguise import Disguised, adopt
 from fastddpm.diffusers.schedulers import (
     DDIMParallelScheduler,

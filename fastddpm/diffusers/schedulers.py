@@ -18,8 +18,8 @@ from diffusers.schedulers import scheduling_ddim, scheduling_ddim_parallel, sche
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastddpm import noise as standard
 from fastddpm import ops
+from fastddpm.core import noise as standard
 from fastddpm.diffusers.disguise import Disguised
 from fastddpm.diffusers.tables import CPU, Seen, Table, send
 
@@ -43,7 +43,7 @@ class Scheduler(Disguised):
 
     Attributes:
         noise: where z comes from. "generator": from torch, drawn as diffusers draws it. "philox": addressed, see
-            `fastddpm.noise`, by a seed that is drawn from the generator once in each run, which `set_timesteps` begins;
+            `core.noise`, by a seed that is drawn from the generator once in each run, which `set_timesteps` begins;
             with a list of generators each draws the seed of its entry. A whole number: addressed by this seed, entry n
             of the batch being sample n. False: from nowhere, each step returns its mean. It is not part of the config.
     """

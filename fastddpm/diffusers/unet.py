@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel`, executed by `fastddpm.unet` while one samples."""
+"""diffusers' `UNet2DModel`, executed by `fastddpm.networks.unet2d` while one samples."""
 
 import threading
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from torch.nn.modules import module as global_hooks
 
 from fastddpm import ops
 from fastddpm.diffusers.disguise import Disguised
-from fastddpm.engine import PRECISIONS, Engine, Forward
-from fastddpm.unet import UNet2D
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling.engine import PRECISIONS, Engine, Forward
 
 T = 1000  # timesteps that a network is tabulated for, where its configuration does not say
 
@@ -119,7 +119,7 @@ def fused(unet: Any, timesteps: Tensor, shape: tuple[int, ...], labels: Any = No
 
 
 def obstacle(unet: Any) -> str | None:
-    """Why `fastddpm.unet` cannot execute a network as it is now, so that diffusers' forward must; None: it can."""
+    """Why `networks.unet2d` cannot execute a network as it is now, so that diffusers' forward must; None: it can."""
     if type(unet) not in (diffusers.UNet2DModel, UNet2DModel):
         return f"it is a {type(unet).__name__}; only a plain UNet2DModel has another execution"
     if unet._compiled_call_impl is not None:
@@ -166,7 +166,7 @@ def fits(unet: Any, shape: tuple[int, ...], labels: Any) -> bool:
 def _as_configured(config: tuple[tuple[str, Any], ...]) -> tuple[dict[str, dict[str, Any]], dict[str, torch.Size]]:
     """What the modules of a network of these options are told, and the shapes of its parameters.
 
-    Raises: ValueError: `fastddpm.unet` does not have an option.
+    Raises: ValueError: `fastddpm.networks.unet2d` does not have an option.
     """
     with torch.device("meta"):
         ours, theirs = UNet2D(**dict(config)), diffusers.UNet2DModel(**dict(config))

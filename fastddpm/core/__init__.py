@@ -1,0 +1,1 @@
+"""What everything else builds on: noise, schedules, tables, memory layout, precision, checks of arguments."""

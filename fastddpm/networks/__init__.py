@@ -1,0 +1,1 @@
+"""The networks that fastddpm executes itself."""

@@ -1,0 +1,1 @@
+"""Several processes: how they meet, agree, show progress and handle signals."""

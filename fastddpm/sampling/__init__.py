@@ -1,0 +1,1 @@
+"""Sampling: the loop, the engine that runs its steps, and jobs that draw many samples into a folder."""

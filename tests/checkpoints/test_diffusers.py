@@ -1,0 +1,520 @@
+"""Checkpoints of diffusers, read and written: against diffusers itself, and what is said of files that are none."""
+
+import builtins
+import copy
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastddpm import checkpoints
+from fastddpm.core.schedule import Schedule
+from tests.support import check
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PICKLE = "diffusion_pytorch_model.bin"
+LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_large", clip_sample_range=0.9)
+
+
+@pytest.fixture(scope="module")
+def options(unet) -> dict:
+    return public(unet.config)
+
+
+@pytest.fixture
+def folder(tmp_path, unet, scheduler) -> Path:
+    """A saved pipeline."""
+    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def as_pipeline(folder, unet, scheduler):
+    DDPMPipeline(unet, scheduler).save_pretrained(folder)
+
+
+def as_pipeline_of_pickles(folder, unet, scheduler):
+    DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=False)
+
+
+def at_the_root(folder, unet, scheduler):
+    unet.save_pretrained(folder)
+    scheduler.save_pretrained(folder)
+
+
+def in_shards(folder, unet, scheduler):
+    unet.save_pretrained(folder / "unet", max_shard_size="40KB")
+    scheduler.save_pretrained(folder / "scheduler")
+    assert len(list(folder.glob("unet/*.safetensors"))) > 1
+
+
+def with_legacy_names(folder, unet, scheduler):
+    at_the_root(folder, unet, scheduler)
+    (folder / WEIGHTS).unlink()
+    torch.save(legacy(unet.state_dict()), folder / PICKLE)
+    assert_same_tensors(UNet2DModel.from_pretrained(folder).state_dict(), unet.state_dict())
+
+
+def with_legacy_names_in_safetensors(folder, unet, scheduler):
+    at_the_root(folder, unet, scheduler)
+    save_file(legacy(unet.state_dict()), folder / WEIGHTS)
+
+
+def with_parameters_of_2019(folder, unet, scheduler):
+    at_the_root(folder, unet, scheduler)
+    (folder / WEIGHTS).unlink()
+    torch.save(dict(unet.named_parameters()), folder / PICKLE, _use_new_zipfile_serialization=False)
+
+
+def with_a_ruined_pickle_beside(folder, unet, scheduler):
+    as_pipeline(folder, unet, scheduler)
+    (folder / "unet" / PICKLE).write_bytes(b"ruined")
+
+
+def legacy(state: dict) -> dict:
+    renamed = {}
+    for name, value in state.items():
+        for new, old in LEGACY.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    assert sum(".query." in name for name in renamed) == 2 * sum(".to_q.weight" in name for name in state) > 0
+    return renamed
+
+
+def public(config: dict) -> dict:
+    """The options alone, as JSON would hold them."""
+    return json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}))
+
+
+def assert_same_tensors(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype, name
+        assert torch.equal(got[name], value), name
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        as_pipeline,
+        as_pipeline_of_pickles,
+        at_the_root,
+        in_shards,
+        with_legacy_names,
+        with_legacy_names_in_safetensors,
+        with_parameters_of_2019,
+        with_a_ruined_pickle_beside,
+    ],
+)
+def test_load_reads_what_diffusers_wrote(write, tmp_path, unet, scheduler, options):
+    write(tmp_path, unet, scheduler)
+    config, state, schedule = checkpoints.load(tmp_path)
+    assert_same_tensors(state, unet.state_dict())
+    assert not any(value.requires_grad for value in state.values())
+    assert config == options
+    assert schedule == Schedule.from_config(dict(scheduler.config))
+    assert schedule.variance_type == "fixed_large"
+    assert checkpoints.load(str(tmp_path))[2] == schedule
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}], ids=["one file", "shards"])
+def test_load_reads_the_variant_asked_for(shards, tmp_path, unet, scheduler):
+    half = UNet2DModel.from_config(unet.config).half()
+    at_the_root(tmp_path, unet, scheduler)
+    half.save_pretrained(tmp_path, variant="fp16", **shards)
+    assert_same_tensors(checkpoints.load(tmp_path)[1], unet.state_dict())
+    assert_same_tensors(checkpoints.load(tmp_path, variant="fp16")[1], half.state_dict())
+    assert "no weights" in check.error_line(checkpoints.load, tmp_path, variant="non_ema")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_diffusers_loads_what_save_wrote(pipeline, tmp_path, unet, scheduler, options):
+    schedule = Schedule.from_config(dict(scheduler.config))
+    checkpoints.save(tmp_path / "new" / "folder", options, unet.state_dict(), schedule, pipeline=pipeline)
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "new" / "folder")
+    assert_same_tensors(loaded.unet.state_dict(), unet.state_dict())
+    assert public(loaded.unet.config) == options
+    assert type(loaded.scheduler) is DDPMScheduler
+    assert public(loaded.scheduler.config).items() >= public(scheduler.config).items()
+    alone = UNet2DModel.from_pretrained(tmp_path / "new" / "folder", subfolder="unet" if pipeline else None)
+    assert_same_tensors(alone.state_dict(), unet.state_dict())
+    x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    # deep copies have equal alignment, on which the last bits depend
+    theirs, ours = (copy.deepcopy(net).eval()(x, 5).sample for net in (alone, unet))
+    assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_load_returns_what_was_saved(pipeline, tmp_path, unet, options):
+    schedule = Schedule(beta_schedule="sigmoid", prediction_type="v_prediction", timestep_spacing="trailing")
+    checkpoints.save(tmp_path, options, unet.state_dict(), schedule, pipeline=pipeline)
+    config, state, again = checkpoints.load(tmp_path)
+    assert config == options
+    assert_same_tensors(state, unet.state_dict())
+    assert again == schedule
+
+
+def test_save_narrows_to_the_dtype_asked_for(tmp_path, unet, options):
+    checkpoints.save(tmp_path, options, unet.state_dict(), Schedule(), dtype=torch.float16)
+    half = {name: value.half() for name, value in unet.state_dict().items()}
+    assert_same_tensors(checkpoints.load(tmp_path)[1], half)
+    assert_same_tensors(UNet2DModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.float16).state_dict(), half)
+
+
+def test_save_takes_any_memory_format_and_shared_memory(tmp_path):
+    fused = nn.Linear(4, 12).requires_grad_(False)
+    state = {
+        "conv.weight": torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
+        "to_q.weight": fused.weight[:4],
+        "to_k.weight": fused.weight[4:8],
+        "scale": nn.Parameter(torch.ones(())),
+    }
+    checkpoints.save(tmp_path, {}, state, Schedule())
+    assert_same_tensors(load_file(tmp_path / "unet" / WEIGHTS), {name: value.detach() for name, value in state.items()})
+    assert not state["conv.weight"].is_contiguous()
+
+
+def test_save_replaces_the_checkpoint_it_was_loaded_from(folder):
+    config, state, schedule = checkpoints.load(folder)
+    changed = {name: value + 1 for name, value in state.items()}
+    checkpoints.save(folder, config, changed, schedule)
+    assert_same_tensors(checkpoints.load(folder)[1], changed)
+    assert len(list(folder.rglob("*"))) == 6  # two folders, three configurations, the weights: nothing temporary
+
+
+def test_an_interrupted_save_leaves_the_weights_that_were_there(folder, unet, monkeypatch):
+    config, _, schedule = checkpoints.load(folder)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save", interrupted)
+    for place in (folder, folder.with_name("fresh")):
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(place, config, {}, schedule)
+    assert_same_tensors(checkpoints.load(folder)[1], unet.state_dict())
+    assert "no weights" in check.error_line(checkpoints.load, folder.with_name("fresh"))
+    assert not [path for path in folder.parent.rglob("*") if path.suffix == ".tmp"]
+
+
+def test_save_does_not_hide_a_checkpoint_behind_another(folder, options, unet):
+    text = check.error_line(checkpoints.save, folder, options, unet.state_dict(), Schedule(), pipeline=False)
+    assert text.startswith(f"{folder} holds a pipeline's unet/")
+
+
+# Parameters that do not fit
+
+
+def pair() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).requires_grad_(False)
+
+
+def test_load_into_keeps_dtype_and_memory_format():
+    module = nn.Conv2d(4, 8, 3, dtype=torch.float16).to(memory_format=torch.channels_last)
+    state = {"weight": torch.randn(8, 4, 3, 3), "bias": torch.randn(8)}
+    checkpoints.load_into(module, state)
+    assert torch.equal(module.weight, state["weight"].half())
+    assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "want"),
+    [
+        ({"0.weight": None}, "1 missing (0.weight)"),
+        ({"2.bias": (2,), "3.bias": (2,)}, "2 surplus (2.bias, 3.bias)"),
+        ({"0.weight": (3, 2)}, "1 of another shape (0.weight (3, 2) instead of (2, 3))"),
+        ({"1.bias": ()}, "1 of another shape (1.bias () instead of (2,))"),
+        (
+            {"0.weight": None, "2.bias": (1,), "1.bias": (3,)},
+            "1 missing (0.weight), 1 surplus (2.bias), 1 of another shape (1.bias (3,) instead of (2,))",
+        ),
+        (
+            dict.fromkeys(["0.weight", "0.bias", "1.weight", "1.bias"]),
+            "4 missing (0.bias, 0.weight, 1.bias, ...)",
+        ),
+    ],
+)
+def test_load_into_lists_what_does_not_fit(changes, want):
+    module = pair()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()}
+    for name, shape in changes.items():
+        state.pop(name, None)
+        if shape is not None:
+            state[name] = torch.zeros(shape)
+    text = check.error_line(checkpoints.load_into, module, state)
+    assert text == f"the parameters do not fit the network: {want}; load them with their own config"
+    assert_same_tensors(module.state_dict(), before)
+
+
+# Files that are no checkpoint
+
+
+def test_load_of_what_is_no_folder(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert check.error_line(checkpoints.load, file).startswith(f"{file} is a file; a checkpoint is a folder")
+    assert check.error_line(checkpoints.load, "").startswith("the checkpoint is named ''; name a folder")
+    for name in ("/no/such/folder", "no-such-folder", "a/b/c", "what is this?", "~/models", "../x/y"):
+        assert check.error_line(checkpoints.load, name).startswith(
+            f"{name} is no folder here; name a folder, or a hub id"
+        )
+
+
+def test_load_of_an_empty_folder(tmp_path):
+    text = check.error_line(checkpoints.load, tmp_path)
+    assert text == f"{tmp_path} is not a DDPM checkpoint of diffusers: it has no unet/config.json and no config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("unet/config.json", "has no unet/config.json and no config.json"),
+        ("scheduler/scheduler_config.json", "has no scheduler/scheduler_config.json and no scheduler_config.json"),
+        (f"unet/{WEIGHTS}", f"has no weights; looked for {WEIGHTS}, {WEIGHTS}.index.json, {PICKLE}"),
+    ],
+)
+def test_load_names_the_file_that_is_missing(folder, name, want):
+    (folder / name).unlink()
+    assert want in check.error_line(checkpoints.load, folder)
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        (b'{"in_channels": 3', "is not readable JSON: JSONDecodeError: Expecting"),
+        (b"", "is not readable JSON: JSONDecodeError: Expecting value"),
+        (b"\xff\xfe", "is not readable JSON: UnicodeDecodeError"),
+        (b"[1, 2]", "holds a JSON list; want an object of options"),
+    ],
+)
+def test_load_of_a_bad_configuration(folder, name, content, want):
+    (folder / name).write_bytes(content)
+    assert check.error_line(checkpoints.load, folder).startswith(f"{folder / name} {want}")
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "want"),
+    [
+        ("unet/config.json", "UNet2DConditionModel", "is of a UNet2DConditionModel; want a UNet2DModel"),
+        ("scheduler/scheduler_config.json", "ScoreSdeVeScheduler", "_class_name is 'ScoreSdeVeScheduler'"),
+    ],
+)
+def test_load_of_another_class(folder, name, class_name, want):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, "_class_name": class_name}))
+    assert want in check.error_line(checkpoints.load, folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 2000, 20_000, -1])
+def test_load_of_truncated_safetensors(folder, keep):
+    path = folder / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    assert check.error_line(checkpoints.load, folder).startswith(f"{path} is not a whole safetensors file")
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", f"unet/{WEIGHTS}", f"unet/{PICKLE}"])
+def test_load_of_a_file_that_may_not_be_read(folder, unet, monkeypatch, name):
+    if name.endswith(PICKLE):
+        (folder / "unet" / WEIGHTS).rename(folder / name)
+
+    def locked(path, *args, **how):
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path, *args, **how)
+
+    original = io.open
+    monkeypatch.setattr(io, "open", locked)
+    monkeypatch.setattr(builtins, "open", locked)
+    assert check.error_line(checkpoints.load, folder) == f"cannot read {folder / name}: Permission denied"
+
+
+def test_load_of_a_git_lfs_pointer(folder):
+    path = folder / "unet" / WEIGHTS
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 143003468\n")
+    assert "git lfs pull" in check.error_line(checkpoints.load, folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        ({}, "has no weight_map"),
+        ({"weight_map": [WEIGHTS]}, "has no weight_map"),
+        ({"weight_map": {"conv_in.weight": 1}}, "has no weight_map"),
+        ({"weight_map": {"conv_in.weight": "gone.safetensors"}}, "gone.safetensors: No such file"),
+    ],
+)
+def test_load_of_a_bad_index(folder, content, want):
+    (folder / "unet" / WEIGHTS).unlink()
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
+    assert want in check.error_line(checkpoints.load, folder)
+
+
+class Touch:
+    """Its pickle makes a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("dump", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_pickle_that_runs_code_is_not_run(folder, dump):
+    marker, path = folder / "was here", folder / "unet" / PICKLE
+    (folder / "unet" / WEIGHTS).unlink()
+    dump({"conv_in.weight": Touch(marker)}, path)
+    assert check.error_line(checkpoints.load, folder).startswith(
+        f"{path} is not a file of weights alone, so it was not loaded"
+    )
+    assert not marker.exists()
+    if dump is torch.save:
+        torch.load(path, weights_only=False)
+    else:
+        pickle.loads(path.read_bytes())
+    assert marker.exists()  # the pickle does work
+
+
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        ([torch.zeros(2)], "holds a list, not parameters by name"),
+        ("weights", "holds a str, not parameters by name"),
+        ({1: torch.zeros(2)}, "holds a dict, not parameters by name"),
+        ({"epoch": 3, "model": {}}, "holds more than a network's parameters: 2 no float tensors (epoch, model)"),
+        ({"a": torch.zeros(2, dtype=torch.int8)}, "holds more than a network's parameters: 1 no float tensors (a)"),
+        (nn.Linear(2, 2), "is not a file of weights alone, so it was not loaded"),
+    ],
+)
+def test_load_of_a_pickle_that_is_not_weights(folder, content, want):
+    path = folder / "unet" / PICKLE
+    (folder / "unet" / WEIGHTS).unlink()
+    torch.save(content, path)
+    assert check.error_line(checkpoints.load, folder).startswith(f"{path} {want}")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 1000, -1])
+def test_load_of_a_truncated_pickle(folder, unet, keep):
+    path = folder / "unet" / PICKLE
+    (folder / "unet" / WEIGHTS).unlink()
+    torch.save(unet.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert check.error_line(checkpoints.load, folder).startswith(f"{path} is not a file of weights alone")
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with the folder `hub.repo`; `hub.cache` gets the files that a download asks for."""
+
+    class Hub:
+        repo, cache = tmp_path / "repo", tmp_path / "cache"
+
+        def fetched(self) -> list[str]:
+            return sorted(str(path.relative_to(self.cache)) for path in self.cache.rglob("*") if path.is_file())
+
+    def snapshot_download(repo_id, *, allow_patterns):
+        assert repo_id == "someone/ddpm"
+        names = [str(path.relative_to(Hub.repo)) for path in Hub.repo.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (Hub.cache / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Hub.repo / name, Hub.cache / name)
+        return str(Hub.cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return Hub()
+
+
+def test_hub_pipeline_is_fetched_without_what_is_not_needed(hub, unet, scheduler):
+    as_pipeline(hub.repo, unet, scheduler)
+    as_pipeline_of_pickles(hub.repo, unet, scheduler)
+    as_pipeline(hub.repo / "checkpoint-500", unet, scheduler)
+    UNet2DModel.from_config(unet.config).save_pretrained(hub.repo / "unet", variant="fp16")
+    assert_same_tensors(checkpoints.load("someone/ddpm")[1], unet.state_dict())
+    assert hub.fetched() == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        f"unet/{WEIGHTS}",
+    ]
+
+
+@pytest.mark.parametrize("write", [at_the_root, as_pipeline_of_pickles, with_legacy_names, in_shards])
+def test_hub_layouts(hub, write, unet, scheduler):
+    write(hub.repo, unet, scheduler)
+    (hub.repo / "samples.png").touch()
+    assert_same_tensors(checkpoints.load("someone/ddpm")[1], unet.state_dict())
+    assert "samples.png" not in hub.fetched()
+
+
+def test_hub_variant(hub, unet, scheduler):
+    at_the_root(hub.repo, unet, scheduler)
+    half = UNet2DModel.from_config(unet.config).half()
+    half.save_pretrained(hub.repo, variant="fp16")
+    assert_same_tensors(checkpoints.load("someone/ddpm", variant="fp16")[1], half.state_dict())
+    assert WEIGHTS not in hub.fetched()
+
+
+def test_hub_model_without_weights(hub):
+    hub.repo.mkdir()
+    (hub.repo / "README.md").touch()
+    hub.cache.mkdir()
+    assert "is not a DDPM checkpoint of diffusers" in check.error_line(checkpoints.load, "someone/ddpm")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def snapshot_download(repo_id, **_):
+        raise LocalEntryNotFoundError("Got: ConnectError: Name or service not known\nAn error happened while\ntrying")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    want = (
+        "someone/ddpm is no folder here, and the Hugging Face hub gave none: "
+        "LocalEntryNotFoundError: Got: ConnectError: Name or service not known"
+    )
+    assert check.error_line(checkpoints.load, "someone/ddpm") == want
+
+
+def test_a_folder_named_like_a_hub_id_is_the_folder(hub, folder, unet, monkeypatch):
+    shutil.copytree(folder, folder.parent / "someone" / "ddpm")
+    monkeypatch.chdir(folder.parent)
+    assert_same_tensors(checkpoints.load(os.path.join("someone", "ddpm"))[1], unet.state_dict())
+    assert not hub.cache.exists()

@@ -1,0 +1,474 @@
+"""fastddpm fid: each kind of set, what is kept and when it is used again, and what the command prints."""
+
+import gzip
+import json
+import shutil
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastddpm.cli.main import main
+from fastddpm.evaluate import features
+from fastddpm.evaluate import fid as module
+from fastddpm.evaluate.features import load_extractor
+from fastddpm.evaluate.fid import Statistics, fid
+from fastddpm.evaluate.frechet import bootstrap, frechet_distance, gaussian_distance, moments
+from fastddpm.storage import shards
+from tests.support.check import error_line
+
+N, M = 40, 30
+
+
+class Net(nn.Module):
+    """Five features: the mean of each channel, and two pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean((2, 3)), x[:, 0, :2, 1]], 1)
+
+
+def pictures(n, seed, shape=(6, 5, 3)):
+    random = np.random.default_rng(seed)
+    return (random.integers(0, 200, (n, *shape)) + random.integers(0, 50 + seed, (n, 1, 1, 1))).astype(np.uint8)
+
+
+A, B = pictures(N, 0), pictures(M, 5)
+
+
+def seen(images) -> Tensor:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    return Net()((x - 128) / 128)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The folder of the test, with a network and two sets; the cache is in it, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cached"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Net()), "net.pt")
+    np.savez("a.npz", A)
+    np.savez("b.npz", B)
+    return tmp_path
+
+
+def measure(a="a.npz", b="b.npz", **how):
+    return fid(
+        a, b, **{"features": "net.pt", "input_size": 0, "device": "cpu", "progress": False, "replicates": 0} | how
+    )
+
+
+def kept(folder="cached/fastddpm/fid"):
+    return sorted(module.Path(folder).glob("*"))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many images went through a network, for each set that did."""
+    counts, extract = [], module.extract
+
+    def counted(*args, **how):
+        found = extract(*args, **how)
+        counts.append(len(found))
+        return found
+
+    monkeypatch.setattr(module, "extract", counted)
+    return counts
+
+
+# The figure
+
+
+def test_the_distance_is_that_of_the_features(here):
+    found = measure(replicates=4, seed=3)
+    assert found.distance == pytest.approx(frechet_distance(seen(A), seen(B)), rel=1e-4)  # rounding of batches
+    known = [Statistics.load(path) for path in found.statistics]
+    assert found.distance == frechet_distance(known[0].features, known[1].features)
+    want = bootstrap(known[0].features, known[1].features, replicates=4, seed=3, progress=False).std()
+    assert found.error == float(want)
+    assert found.counts == (N, M)
+    assert found.dimension == 5
+    assert found.extractor == "net.pt"
+    assert found.notes == ()
+
+
+def test_the_classifier_in_the_package_is_the_default(here):
+    garments = [pictures(3, seed, (28, 28, 1)) for seed in (0, 1)]
+    for name, images in zip("ab", garments, strict=True):
+        np.savez(f"{name}.npz", images)
+    found = fid("a.npz", "b.npz", device="cpu", replicates=0, progress=False)
+    a, b = map(load_extractor(device="cpu"), garments)
+    assert found.distance == frechet_distance(a, b)
+    assert (found.extractor, found.dimension) == ("fashion-mnist", 128)
+    line = error_line(fid, "a.npz", "net.pt", device="cpu", progress=False)
+    assert "net.pt" in line
+
+
+def test_a_set_is_no_distance_from_itself(here):
+    assert measure("a.npz", "a.npz").distance <= 1e-12
+    assert measure("a.npz", "a.npz").distance >= 0
+
+
+def test_every_kind_of_set(here):
+    want = measure().distance
+    np.savez("both.npz", x_train=A, x_test=B)
+    shutil.copy("both.npz", "with:colon.npz")
+    header = struct.pack(f">BBBB{B.ndim}I", 0, 0, 8, B.ndim, *B.shape)
+    module.Path("b-idx4").write_bytes(header + B.tobytes())
+    module.Path("b-idx4.gz").write_bytes(gzip.compress(header + B.tobytes()))
+    module.Path("folder").mkdir()
+    for i, image in enumerate(B):
+        Image.fromarray(image).save(f"folder/{i:03d}.png")
+    shutil.copytree("folder", "x.npz:folder")
+    for b in ("both.npz:x_test", "with:colon.npz:x_test", "b-idx4", "b-idx4.gz", "folder", "x.npz:folder"):
+        assert measure(b=b).distance == want
+    assert measure("both.npz:x_train", "both.npz:x_test").distance == want
+    assert measure("both.npz", "both.npz:x_test").distance == want
+
+
+@pytest.mark.parametrize("kind", ["npz", "png", "webdataset"])
+def test_what_sample_has_written_is_a_set_when_it_is_finished(kind, here, monkeypatch):
+    manifest = {"format": kind, "samples": f"0-{M - 1}", "shard_size": 8, "class_labels": None}
+    samples = shards.Store("samples", manifest)
+    samples.begin()
+    parts = [B[start : start + 8] for start in range(0, M, 8)]
+    for k, part in enumerate(parts[:-1]):
+        samples.write(k, part)
+    want = f"samples holds {M - len(parts[-1])} of its {M} samples; the command that wrote them draws the others"
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "extract", None)  # it is told before a network sees the first image
+        assert error_line(measure, "samples") == want
+    samples.write(len(parts) - 1, parts[-1])
+    assert measure(b="samples").distance == pytest.approx(measure().distance, rel=1e-4)
+    assert measure(b="samples").counts == (N, M)
+    file = next(file for file in sorted(module.Path("samples").iterdir()) if file.suffix in (".npz", ".png", ".tar"))
+    file.write_bytes(file.read_bytes() + b"x")
+    assert "is damaged" in error_line(measure, b="samples")
+
+
+def test_samples_below_the_folder_that_is_named_are_not_half_read(here):
+    samples = shards.Store("all/run", {"format": "png", "samples": "0-3", "shard_size": 2, "class_labels": None})
+    samples.begin()
+    samples.write(0, B[:2])
+    want = "all holds a folder that `fastddpm sample` wrote, all/run; name that one"
+    assert error_line(measure, b="all") == want
+
+
+def test_a_set_that_changes_while_it_is_read_is_not_kept(here, monkeypatch):
+    extract = module.extract
+
+    def changing(*args, **how):
+        found = extract(*args, **how)
+        np.savez("b.npz", B[::-1])
+        return found
+
+    np.savez("b.npz", B)
+    measure()
+    before = kept()
+    np.savez("b.npz", np.roll(B, 1, 0))
+    monkeypatch.setattr(module, "extract", changing)
+    assert error_line(measure).startswith("b.npz was changed while it was read; ")
+    assert kept() == before
+
+
+@pytest.mark.parametrize("size", [7, None])
+def test_the_network_gets_batches_of_the_size_asked_for(here, monkeypatch, size):
+    sizes, stream = [], module.data.stream_images
+    monkeypatch.setattr(module.data, "stream_images", lambda *a, **how: sizes.append(how["batch"]) or stream(*a, **how))
+    measure(batch_size=size)
+    assert sizes == [size or 256] * 2
+
+
+def test_samples_that_are_no_pictures_are_refused(here):
+    samples = shards.Store("samples", {"format": "npz", "samples": "0-2", "shard_size": 3, "class_labels": None})
+    samples.begin()
+    samples.write(0, np.zeros((3, 2), np.float32))
+    assert error_line(measure, b="samples") == "samples holds [2] float32; want pictures, uint8 [H, W, C]"
+
+
+# What is kept
+
+
+def test_the_network_sees_a_set_once(here, runs):
+    first = measure(replicates=3)
+    assert runs == [N, M]
+    assert kept() == sorted(path.relative_to(here) for path in first.statistics)
+    assert measure(replicates=3) == first
+    assert measure("b.npz", "a.npz").distance == pytest.approx(first.distance, rel=1e-12)
+    module.Path("a.npz").rename("renamed.npz")
+    assert measure("renamed.npz", replicates=3) == first
+    assert runs == [N, M]
+
+
+def test_nothing_stale_is_served(here, runs):
+    first = measure()
+    for how in ({"scale": "unit"}, {"input_size": 9}):
+        assert measure(**how).distance != first.distance
+    assert runs == [N, M] * 3
+    changed = A.copy()
+    changed[-1, -1, -1] ^= 255
+    np.savez("a.npz", changed)
+    assert measure().distance != first.distance
+    assert runs[6:] == [N]
+    np.savez("a.npz", x_train=A, x_test=changed)
+    assert measure("a.npz:x_test").distance != measure("a.npz").distance
+    assert measure("a.npz:x_train").distance == measure("a.npz").distance
+    assert runs[7:] == [N, N]
+
+
+def test_pictures_that_change_places_are_another_set(here, runs):
+    """The features are kept in order, and the file that is added or renamed counts."""
+    module.Path("folder").mkdir()
+    for i in range(3):
+        Image.fromarray(A[i]).save(f"folder/{i}.png")
+    measure("folder")
+    module.Path("folder/2.png").rename("folder/3.png")
+    measure("folder")
+    Image.fromarray(A[3]).save("folder/2.png")
+    measure("folder")
+    assert runs == [3, M, 3, 4]
+
+
+def test_another_network_of_the_same_name_is_another_extractor(here, runs):
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, 0, 0]
+
+    measure()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Other()), "net.pt")
+    assert measure().dimension == 3
+    assert runs == [N, M] * 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "text", "other"])
+def test_what_is_kept_and_damaged_is_computed_again(here, runs, damage):
+    first = measure()
+    path = first.statistics[0]
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    if damage == "other":
+        np.savez(path, mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    else:
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        path.write_bytes({"truncate": whole[:-50], "empty": b"", "flip": flipped, "text": b"text"}[damage])
+    assert measure() == first
+    assert runs == [N, M, N]
+    assert measure() == first
+    assert runs == [N, M, N]
+
+
+def test_the_cache_is_where_it_is_told_to_be(here, runs, monkeypatch):
+    found = measure(cache="elsewhere")
+    assert [module.Path("elsewhere") / path.name for path in found.statistics] == list(found.statistics)
+    assert len(kept("elsewhere")) == 2
+    assert not kept()
+    assert measure(cache=False).statistics == (None, None)
+    assert runs == [N, M] * 2
+    assert not kept()
+    measure(cache=True)
+    assert len(kept()) == 2
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(here / "home"))
+    assert module.cache_folder() == here / "home" / ".cache" / "fastddpm" / "fid"
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(here, runs):
+    module.Path("taken").touch()
+    with pytest.warns(
+        UserWarning, match=r"^the statistics of [ab]\.npz are not kept: .*; name another folder"
+    ) as warned:
+        found = measure(cache="taken")
+    assert len(warned) == 2
+    assert found.statistics == (None, None)
+    assert found.distance == measure(cache=False).distance
+
+
+# Statistics
+
+
+def test_statistics_are_as_others_write_them(here):
+    found = measure()
+    mu, sigma = moments(seen(A))
+    with np.load(found.statistics[0], allow_pickle=False) as file:
+        assert file["mu"].dtype == file["sigma"].dtype == np.float64
+        np.testing.assert_allclose(file["mu"], mu, atol=1e-6)
+        np.testing.assert_allclose(file["sigma"], sigma, atol=1e-6)
+        np.testing.assert_allclose(file["features"], seen(A), atol=1e-6)
+        assert file["count"] == N
+
+
+def test_statistics_without_features_are_known_exactly(here):
+    mu, sigma = moments(seen(A))
+    np.savez("stats.npz", mu=mu, sigma=sigma)
+    found = measure("stats.npz", replicates=4)
+    known = Statistics.load(found.statistics[1])
+    assert found.distance == gaussian_distance(mu, sigma, known.mu, known.sigma)
+    want = bootstrap((mu, sigma), known.features, replicates=4, progress=False).std()
+    assert found.error == float(want)
+    assert found.counts == (None, M)
+    assert found.notes == ("A is a mean and a covariance alone, taken as exactly known",)
+    assert found.statistics[0] == module.Path("stats.npz")
+    both = measure("stats.npz", "stats.npz", replicates=4)
+    assert both.error is None
+    assert both.extractor is None
+    assert len(both.notes) == 2
+
+
+def test_statistics_of_two_files_need_no_network(here, monkeypatch):
+    found = measure(replicates=4)
+    monkeypatch.setattr(module, "load_extractor", None)
+    a, b = map(str, found.statistics)
+    again = fid(a, b, replicates=4, progress=False)
+    assert (again.distance, again.error, again.counts) == (found.distance, found.error, (N, M))
+
+
+def test_features_of_different_extractors_are_not_compared(here):
+    one, other = measure().statistics, measure(scale="unit").statistics
+    line = error_line(fid, str(one[0]), str(other[1]), progress=False)
+    assert line.endswith("have features of different extractors; compare sets by one extractor")
+    line = error_line(measure, str(other[0]))
+    assert line.startswith(f"{other[0]} has features of another extractor than net.pt, or of other options; compare")
+    np.savez("three.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert error_line(measure, "three.npz") == "three.npz has 3 features, b.npz has 5; compare sets by one extractor"
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(2)}, "has mu [3] and sigma [2, 2]; want finite [D] and [D, D]"),
+        ({"mu": np.zeros((1, 3)), "sigma": np.eye(3)}, "has mu [1, 3] and sigma [3, 3]"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3) * np.nan}, "want finite"),
+        ({"mu": np.full(3, np.inf), "sigma": np.eye(3)}, "want finite"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "cannot load stats.npz: "),
+        ({"mu": np.array([{}]), "sigma": np.eye(1)}, "cannot load stats.npz: "),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((4, 3))}, "has features [4, 3]; want [None, 3]"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "has a sigma that is no covariance"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "has a sigma that is no covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "count": -5}, "has count -5; want that of its images, at least 2"),
+        (
+            {"mu": np.zeros(1), "sigma": np.eye(1), "count": 2, "features": np.full((2, 1), np.nan)},
+            "has features that are not finite",
+        ),
+    ],
+)
+def test_what_is_no_statistics(here, arrays, message):
+    np.savez("stats.npz", **arrays)
+    assert message in error_line(measure, "stats.npz", "stats.npz")
+
+
+# Limits and errors
+
+
+def test_a_singular_covariance_is_noted(here):
+    for n, notes in ((5, 1), (6, 0)):
+        np.savez("few.npz", A[:n])
+        assert len(measure("few.npz").notes) == notes
+    np.savez("few.npz", A[:5])
+    want = "B has 5 images for 5 features: its covariance is singular, and the distance strongly biased upwards"
+    assert measure(b="few.npz").notes == (want,)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"a": "one.npz"}, "one.npz holds 1 image; want at least 2, better thousands"),
+        ({"a": "absent.npz"}, "cannot read absent.npz: No such file or directory"),
+        ({"a": "a.npz:x_test"}, "cannot load a.npz as .npz: it holds arr_0, and no x_test"),
+        ({"replicates": 1}, "replicates is 1; want 0, or at least 2, which have a standard deviation"),
+        ({"replicates": -2}, "replicates is -2; want 0, or at least 2"),
+        ({"seed": -1}, "seed is -1; want a whole number, 0 <= seed < 2^64"),
+        ({"seed": 1 << 64}, "want a whole number, 0 <= seed < 2^64"),
+        ({"features": "absent.pt"}, "there is no file absent.pt"),
+        ({"batch_size": 0}, "batch_size is 0; want a whole number, at least 1"),
+    ],
+)
+def test_misuse_is_one_line(here, how, message):
+    np.savez("one.npz", A[:1])
+    assert message in error_line(measure, **how)
+
+
+# The command
+
+
+COMMAND = ["fid", "a.npz", "b.npz", "--features", "net.pt", "--input-size", "0", "--device", "cpu"]
+
+
+def test_the_command_prints_what_the_function_finds(here, capsys):
+    want = measure(replicates=20)
+    assert main([*COMMAND, "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        f"Fréchet distance {want.distance:.6g} ± {want.error:.2g}, the standard error by 20 replicates",
+        f"A: {N} images of a.npz, statistics in {want.statistics[0]}",
+        f"B: {M} images of b.npz, statistics in {want.statistics[1]}",
+        "features: 5 of net.pt",
+    ]
+    assert err == ""
+    assert main([*COMMAND, "--bootstrap", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"Fréchet distance {want.distance:.6g}"
+
+
+def test_the_command_passes_every_option(here, capsys):
+    options = ["--scale", "unit", "--bootstrap", "3", "--seed", "7", "--batch-size", "9", "--cache", "other", "--quiet"]
+    assert main([*COMMAND, *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    want = measure(scale="unit", replicates=3, seed=7, batch_size=9, cache="other")
+    assert found == {
+        "distance": want.distance,
+        "error": want.error,
+        "counts": [N, M],
+        "dimension": 5,
+        "extractor": "net.pt",
+        "statistics": [str(path) for path in want.statistics],
+        "notes": [],
+        "a": "a.npz",
+        "b": "b.npz",
+        "bootstrap": 3,
+        "seed": 7,
+    }
+    assert not kept()
+    assert main([*COMMAND, "--no-cache", "--quiet"]) == 0
+    assert not kept()
+    assert "statistics in" not in capsys.readouterr().out
+
+
+def test_the_command_tells_what_limits_the_figure(here, capsys):
+    mu, sigma = moments(seen(A))
+    np.savez("a.npz", mu=mu, sigma=sigma)
+    np.savez("b.npz", B[:4])
+    assert main([*COMMAND, "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "A: a.npz, statistics in a.npz"
+    assert [line.split()[1] for line in lines if line.startswith("note: ")] == ["A", "B"]
+
+
+def test_the_command_shows_progress_unless_told_not_to(here, capfd):
+    assert main(COMMAND) == 0
+    err = capfd.readouterr().err
+    assert "image/s" in err
+    assert "bootstrap" in err
+
+
+def test_errors_of_the_command_are_one_line(here, capsys):
+    assert main(["fid", "a.npz", "b.npz", "--quiet"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("fastddpm: error: fashion-mnist takes grey images of 28x28, these are 5x6 with 3 channels")
+    with pytest.raises(SystemExit):
+        main(["fid", "a.npz", "b.npz", "--cache", "x", "--no-cache"])
+    with pytest.raises(SystemExit):
+        main(["fid", "a.npz", "b.npz", "--scale", "half"])
+
+
+def test_the_extractor_of_the_command_is_the_default_one(here, capsys):
+    with pytest.raises(SystemExit):
+        main(["fid", "--help"])
+    text = capsys.readouterr().out
+    assert f"default: {features.SHIPPED}, the classifier in the package" in " ".join(text.split())
+    assert "The distance is biased upwards" in text

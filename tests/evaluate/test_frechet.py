@@ -1,0 +1,321 @@
+"""The Fréchet feature distance: the formula against scipy and closed forms, and the command on tiny images."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from bench import frechet
+from fastddpm.evaluate import features
+from fastddpm.evaluate import frechet as core
+from fastddpm.evaluate.frechet import bootstrap, frechet_distance, gaussian_distance, moments, random_features
+
+
+def gaussian(seed: int, dims: int = 24, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """A mean and a covariance whose eigenvalues span six decades."""
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(dims, dtype=torch.float64, generator=generator)
+    factor = torch.randn(dims, rank or dims, dtype=torch.float64, generator=generator)
+    return mean, factor @ torch.diag(torch.logspace(-4, 2, rank or dims, dtype=torch.float64)) @ factor.T
+
+
+def assert_close(got: float, want: float) -> None:
+    assert abs(got - want) <= 1e-9 * abs(want)
+
+
+def test_a_damaged_distance_is_not_close():
+    assert_close(1 + 1e-10, 1.0)
+    for damaged in (1 + 2e-9, float("nan"), -1.0):
+        with pytest.raises(AssertionError):
+            assert_close(damaged, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_distance_of_gaussians_is_that_of_scipy(seed):
+    (mean_a, cov_a), (mean_b, cov_b) = gaussian(seed), gaussian(seed + 100)
+    overlap = scipy.linalg.sqrtm((cov_a @ cov_b).numpy()).real.trace()
+    want = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()) - 2 * overlap
+    assert_close(gaussian_distance(mean_a, cov_a, mean_b, cov_b), want)
+
+
+def test_the_distance_of_diagonal_gaussians_is_their_closed_form():
+    (mean_a, _), (mean_b, _) = gaussian(0), gaussian(1)
+    sigma_a, sigma_b = torch.logspace(-3, 2, 24, dtype=torch.float64), torch.linspace(0, 9, 24, dtype=torch.float64)
+    want = float((mean_a - mean_b).square().sum() + (sigma_a - sigma_b).square().sum())
+    assert_close(gaussian_distance(mean_a, sigma_a.square().diag(), mean_b, sigma_b.square().diag()), want)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_gaussian_is_no_distance_from_itself(rank):
+    mean, cov = gaussian(0, rank=rank)
+    assert abs(gaussian_distance(mean, cov, mean, cov)) <= 1e-9 * cov.trace()
+
+
+def test_features_that_are_shifted_or_scaled():
+    a = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shift = torch.arange(6.0, dtype=torch.float64)
+    assert_close(frechet_distance(a, a + shift), 55.0)
+    assert_close(frechet_distance(a, 3 * a), float(4 * (a.mean(0).square().sum() + a.var(0).sum())))
+    assert_close(frechet_distance(a.numpy(), (a + shift).numpy()), 55.0)
+    assert_close(frechet_distance(a[:200], a[200:]), frechet_distance(a[200:], a[:200]))
+
+
+def test_the_distance_is_float64_whatever_comes():
+    a, b = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0)) + 1000
+    assert frechet_distance(a, b) == frechet_distance(a.double(), b.double())
+
+
+def test_fewer_features_are_further_apart():
+    """The bias that the documentation warns of: 40 draws per size, means 30 standard errors apart."""
+    generator = torch.Generator().manual_seed(0)
+    small, large = (
+        torch.tensor([frechet_distance(*torch.randn(2, n, 8, generator=generator)) for _ in range(40)])
+        for n in (50, 500)
+    )
+    assert small.mean() - large.mean() >= 30 * large.std() / 40**0.5
+
+
+@pytest.mark.parametrize("shapes", [((5, 3), (5, 4)), ((5,), (5,)), ((1, 3), (5, 3)), ((5, 3), (0, 3))])
+def test_features_of_wrong_shapes(shapes):
+    with pytest.raises(ValueError, match=r"features are \[.*\] and \[.*\]; want \[N, D\] and \[M, D\], N, M >= 2"):
+        frechet_distance(*map(torch.zeros, shapes))
+
+
+@pytest.mark.parametrize("count", [3, 24, 25])
+def test_covariances_without_full_rank(count):
+    """N features span N - 1 dimensions: within them the closed form of scaled sets holds."""
+    a = torch.randn(count, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = float(4 * (a.mean(0).square().sum() + a.var(0).sum()))
+    assert_close(frechet_distance(a, 3 * a), want)
+
+
+def test_one_dimension():
+    a, b = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[1.0], [1.0], [10.0]])
+    assert_close(frechet_distance(a, b), (2 - 4) ** 2 + (2 - 27**0.5) ** 2)
+    assert_close(gaussian_distance(*(torch.full(shape, 4.0).double() for shape in ((1,), (1, 1), (1,), (1, 1)))), 0.0)
+
+
+def test_a_distance_is_never_negative_and_nan_is_not_hidden():
+    for seed in range(20):
+        mean, cov = gaussian(seed, rank=5)
+        assert gaussian_distance(mean, cov, mean, cov) >= 0
+    assert np.isnan(gaussian_distance(mean * float("nan"), cov, mean, cov))
+
+
+@pytest.mark.parametrize("block", [1, 7, 8192])
+def test_moments_are_those_of_repeated_features(block, monkeypatch):
+    monkeypatch.setattr(core, "BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 5, generator=generator) * 3 + 1000  # off-centre: float32 would lose the covariance
+    counts = torch.randint(0, 4, (20,), generator=generator)
+    for given, rows in ((None, x), (counts, x.repeat_interleave(counts, 0))):
+        mean, cov = moments(x, given)
+        assert mean.dtype == cov.dtype == torch.float64
+        torch.testing.assert_close(mean, rows.double().mean(0), rtol=1e-14, atol=0)
+        torch.testing.assert_close(cov, rows.double().T.cov(), rtol=1e-12, atol=1e-11)
+
+
+# The bootstrap
+
+
+def test_the_bootstrap_draws_both_sets_anew():
+    a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
+    want = [frechet_distance(draw(a), draw(b)) for _ in range(3)]
+    got = bootstrap(a, b, replicates=3, seed=5, progress=False)
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert torch.equal(got, bootstrap(a, b, replicates=3, seed=5, progress=False))
+    assert not torch.isin(got, bootstrap(a, b, replicates=3, seed=6, progress=False)).any()
+
+
+def test_a_set_that_is_known_exactly_is_not_resampled():
+    a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(5)
+    draws = [a[torch.randint(30, (30,), generator=generator)] for _ in range(3)]
+    want = torch.tensor([frechet_distance(draw, b) for draw in draws], dtype=torch.float64)
+    one = bootstrap(a, moments(b), replicates=3, seed=5, progress=False)
+    other = bootstrap(moments(b), a, replicates=3, seed=5, progress=False)
+    torch.testing.assert_close(one, want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(other, want, rtol=1e-9, atol=0)
+    both = bootstrap(moments(a), moments(b), replicates=3, progress=False)
+    assert both.unique().tolist() == [both[0]]
+
+
+def test_the_bootstrap_finds_the_deviation_of_independent_draws():
+    """400 independent pairs of sets have a variance, known to 1/sqrt(200); of 40 of them 20 replicates estimate it.
+
+    Both are averages of many draws: they may differ by four of their standard errors. The mean of the replicates lies
+    above the distance: resampling adds to the bias.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 1.5, 0.5])
+    pairs = [
+        (torch.randn(500, 3, generator=generator), torch.randn(300, 3, generator=generator) * scale + 0.3)
+        for _ in range(400)
+    ]
+    distances = torch.tensor([frechet_distance(*pair) for pair in pairs], dtype=torch.float64)
+    replicates = torch.stack([bootstrap(*pair, seed=i, progress=False) for i, pair in enumerate(pairs[:40])])
+    estimates = replicates.var(1)
+    true, true_error = distances.var(), distances.var() * (2 / 399) ** 0.5
+    found, found_error = estimates.mean(), estimates.std() / 40**0.5
+    assert abs(found - true) <= 4 * (true_error**2 + found_error**2) ** 0.5
+    assert found >= 10 * found_error
+    bias = replicates.mean(1) - distances[:40]
+    assert bias.mean() >= 4 * bias.std() / 40**0.5
+
+
+# The features
+
+
+def images(n, seed=0, shape=(3, 16, 16), correlated=True):
+    x = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x + x.roll(1, 3) + x.roll(1, 2) if correlated else x * 3**0.5
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 28, 28), (3, 5, 7), (4, 1, 1)])
+def test_random_features_are_a_fixed_function(shape):
+    x = images(5, shape=shape)
+    got = random_features(x)
+    torch.manual_seed(int(got.sum()))
+    assert got.shape == (5, 24)
+    assert got.dtype == torch.float64
+    assert got.isfinite().all()
+    assert (got > 0).any()
+    assert torch.equal(random_features(x.float().double()), random_features(x.float()))
+    assert torch.equal(random_features(x), got)
+
+
+def test_random_features_tell_distributions_apart():
+    """Equal in mean and variance, other in what neighbouring pixels have to do with one another."""
+    one, other = (random_features(images(400, seed)) for seed in range(2))
+    alike = frechet_distance(one, other)
+    for strange in (images(400, 2, correlated=False), images(400, 2) * 1.2, images(400, 2) + 0.3):
+        assert frechet_distance(random_features(strange), other) >= 3 * alike
+
+
+# The command
+
+
+def garments(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """n images of ten blocky classes with noise, and their labels."""
+    patterns = np.random.default_rng(0).integers(0, 2, (10, 4, 4)).repeat(7, 1).repeat(7, 2) * 155
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 10, n)
+    return (patterns[labels] + random.integers(0, 100, (n, 28, 28))).astype(np.uint8), labels.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("frechet")
+    (x_train, y_train), (x_test, y_test) = garments(320, 1), garments(100, 2)
+    np.savez(folder / "data.npz", x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    np.savez(folder / "good.npz", garments(100, 3)[0][..., None])
+    np.savez(folder / "noise.npz", np.random.default_rng(4).integers(0, 256, (100, 28, 28, 1), np.uint8))
+    np.savez(folder / "small.npz", np.zeros((100, 8, 8, 1), np.uint8))
+    np.savez(folder / "many.npz", np.zeros((400, 28, 28, 1), np.uint8))
+    np.savez(folder / "float.npz", np.zeros((20, 28, 28, 1)))
+    np.savez(folder / "unlabelled.npz", x_train=x_train)
+    np.savez(folder / "ragged.npz", x_train=x_train, y_train=y_test, x_test=x_test, y_test=y_test)
+    np.savez(folder / "classes.npz", x_train=x_train, y_train=y_train + 1, x_test=x_test, y_test=y_test)
+    (folder / "text").write_text("not a classifier")
+    frechet.main([str(folder / "data.npz"), str(folder / "good.npz"), "--classifier", str(folder / "classifier.pt")])
+    return folder
+
+
+def measured(files, name: str, capsys) -> tuple[float, float, float]:
+    """What the command prints: accuracy, distance of the samples, distance of real halves."""
+    frechet.main([str(files / "data.npz"), str(files / name), "--classifier", str(files / "classifier.pt")])
+    classifier, samples, real, note = capsys.readouterr().out.splitlines()
+    assert samples.startswith("100 samples to 100 real images: ")
+    assert real.startswith("100 real images to 100 other ones: ")
+    assert note.startswith("mean ± standard deviation over 5 choices of real images; compare figures of equal number")
+    return float(classifier.split()[1].rstrip("%")), *(
+        float(line.split(": ")[1].split()[0]) for line in (samples, real)
+    )
+
+
+def test_good_samples_are_as_near_as_real_images_and_noise_is_not(files, capsys):
+    accuracy, good, real = measured(files, "good.npz", capsys)
+    assert accuracy > 90
+    assert real > 0
+    assert good <= 1.5 * real
+    _, noise, real_again = measured(files, "noise.npz", capsys)
+    assert real_again == real
+    assert noise >= 10 * real
+
+
+def test_a_classifier_in_a_file_is_used_and_not_trained(files, capsys, monkeypatch):
+    monkeypatch.setattr(frechet, "train", None)
+    assert measured(files, "good.npz", capsys) == measured(files, "good.npz", capsys)
+
+
+def test_the_classifier_in_the_package_is_used_where_none_is_named(files, capsys, monkeypatch):
+    monkeypatch.setattr(frechet, "train", None)
+    frechet.main([str(files / "data.npz"), str(files / "good.npz")])
+    [line, *_] = capsys.readouterr().out.splitlines()
+    data = frechet.load_data(files / "data.npz")
+    right = frechet.accuracy(features.shipped_classifier(), data["x_test"], data["y_test"])
+    assert line == f"classifier: {right:.2%} of 100 test images right, 128 features"
+
+
+def test_training_is_deterministic_and_leaves_the_global_generator_alone():
+    images, labels = garments(200, 1)
+    state = torch.random.get_rng_state()
+    one, two = (frechet.train(images, labels, epochs=1).state_dict() for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    untrained = frechet.Classifier().state_dict()
+    assert not torch.equal(one["head.weight"], untrained["head.weight"])
+
+
+def test_sets_of_real_images_are_disjoint(monkeypatch):
+    compared = []
+    monkeypatch.setattr(frechet, "frechet_distance", lambda a, b: compared.append((a, b)) or 0.0)
+    samples, real = torch.zeros(4, 1), torch.arange(1.0, 9)[:, None]
+    distances = frechet.compare(samples, real, splits=3)
+    assert len(distances.samples) == len(distances.real) == 3
+    for (is_samples, one), (other, one_again) in zip(compared[::2], compared[1::2], strict=True):
+        assert is_samples is samples
+        assert torch.equal(one, one_again)
+        assert sorted([*one.flatten().tolist(), *other.flatten().tolist()]) == real.flatten().tolist()
+    assert len({tuple(one.flatten().tolist()) for _, one in compared[1::2]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.npz", "good.npz"], "absent.npz"),
+        (["text", "good.npz"], "want an .npz with x_train, y_train, x_test, y_test"),
+        (["unlabelled.npz", "good.npz"], "want an .npz with x_train, y_train, x_test, y_test"),
+        (["ragged.npz", "good.npz"], "is [320, 28, 28] uint8 with 100 labels; want uint8 [N, 28, 28] with N labels"),
+        (["classes.npz", "good.npz"], "want whole numbers from 0 to 9"),
+        (["data.npz", "absent.npz"], "absent.npz"),
+        (["data.npz", "float.npz"], "float64"),
+        (["data.npz", "small.npz"], "small.npz are [100, 8, 8, 1]; want grey images [N, 28, 28, 1]"),
+        (["data.npz", "many.npz"], "there are 400 samples; want 2 to 160, half of the 320 real images"),
+        (["data.npz", "good.npz", "--splits", "0"], "splits is 0; want at least 1"),
+        (["data.npz", "good.npz", "--classifier", "text"], "text is not a classifier of this command; name another"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(files, arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    if "--classifier" not in arguments:
+        arguments = [*arguments, "--classifier", "classifier.pt"]
+    with pytest.raises(SystemExit) as exit_:
+        frechet.main(arguments)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("python -m bench.frechet: error: ")
+    assert message in error
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        frechet.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for taught in ("compare figures of equal number alone", "--classifier FILE", "example:", "fastddpm sample"):
+        assert taught in text

@@ -1,0 +1,71 @@
+"""What only a GPU shows of the bound: by the replay of a graph, in each precision, with classes, in unequal batches."""
+
+import pytest
+import torch
+
+from fastddpm import Sampler, Schedule, UNet2D
+from fastddpm.evaluate.likelihood import bound
+from fastddpm.reference.unet import UNet
+from fastddpm.sampling.engine import PRECISIONS, arithmetic
+from tests.conftest import needs_gpu
+from tests.evaluate.test_likelihood import OPTIONS, SMALL, T, by_reference, images
+from tests.support.check import assert_as_accurate
+
+pytestmark = needs_gpu
+DEVICE = torch.device("cuda")
+LABELS = torch.arange(16) % 3
+
+
+def networks(variance):
+    """The network, and the reference's with its weights by precision, which takes and returns tensors on the CPU."""
+    config = {**SMALL, "out_channels": 2 if variance == "learned_range" else 1, "num_class_embeds": 3}
+    torch.manual_seed(0)
+    net = UNet2D(**config).eval()
+
+    def plain(precision):
+        dtype, network = PRECISIONS.get(precision, torch.float64), UNet(**config).eval()
+        network.load_state_dict(net.state_dict())
+        network.to(DEVICE, dtype)
+
+        def model(x, t):
+            with arithmetic(precision if precision in PRECISIONS else "fp32", DEVICE):
+                return network(x.to(DEVICE, dtype), t.to(DEVICE), LABELS.to(DEVICE)).to(x)
+
+        return model
+
+    return net, plain
+
+
+def found(net, schedule, precision, engine, **how):
+    sampler = Sampler(net, schedule, device=DEVICE, precision=precision, engine=engine)
+    return bound(sampler, images(), seed=3, class_labels=LABELS, progress=False, **how)
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_terms_are_as_near_to_float64_as_plain_torchs(variance, precision, engine):
+    (net, plain), schedule = networks(variance), Schedule(**OPTIONS, variance_type=variance)
+    ours = found(net, schedule, precision, engine, batch_size=7)
+    (their_prior, theirs), (prior, exact) = (
+        by_reference(plain(kind), schedule, images(), dtype)
+        for kind, dtype in ((precision, torch.float32), ("fp64", torch.float64))
+    )
+    assert_as_accurate(ours.prior, their_prior, prior)
+    terms = torch.cat([ours.decoder[:, None], ours.terms], 1) / exact
+    assert_as_accurate(terms, (theirs / exact).float(), torch.ones_like(terms))
+
+
+def test_a_subset_has_the_terms_of_the_whole():
+    (net, _), schedule = networks("fixed_small"), Schedule(**OPTIONS)
+    whole, part = (found(net, schedule, "fp32", "graph", batch_size=16, terms=K) for K in (None, 4))
+    assert part.timesteps.shape == (16, 4)
+    torch.testing.assert_close(part.terms, whole.terms.gather(1, part.timesteps - 1), rtol=1e-4, atol=0)
+    assert whole.timesteps.tolist() == [list(range(1, T))] * 16
+
+
+def test_a_model_on_the_cpu_takes_images_from_the_gpu():
+    (net, _), schedule = networks("fixed_small"), Schedule(**OPTIONS)
+    sampler = Sampler(net, schedule, device="cpu", precision="fp32", engine="eager")
+    how = {"seed": 3, "class_labels": LABELS, "progress": False, "terms": 2}
+    assert torch.equal(bound(sampler, images().to(DEVICE), **how).rate, bound(sampler, images(), **how).rate)

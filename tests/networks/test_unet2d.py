@@ -1,0 +1,411 @@
+"""The fast U-Net is diffusers' UNet2DModel: the same parameters, the same function, the same checkpoints."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+from bench.layouts import CIFAR10
+from fastddpm import checkpoints, ops
+from fastddpm.core import layout
+from fastddpm.core.schedule import Schedule
+from fastddpm.networks.unet2d import GroupNorm, UNet2D
+from fastddpm.reference.unet import timestep_embedding
+from tests.reference.test_unet import TrueTime
+from tests.support import check
+from tests.support.check import TINY
+
+THREE = {
+    "block_out_channels": (8, 16, 24),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+OPTIONS = {
+    "defaults": {},
+    "no attention": {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2},
+    "attention everywhere": {"down_block_types": ("AttnDownBlock2D",) * 2, "up_block_types": ("AttnUpBlock2D",) * 2},
+    "attention on one side": {"up_block_types": ("UpBlock2D",) * 2},
+    "one level": {
+        "block_out_channels": (8,),
+        "down_block_types": ("AttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    },
+    "three levels": THREE,
+    "two layers": {**THREE, "layers_per_block": 2},
+    "three layers": {"layers_per_block": 3},
+    "one head": {"attention_head_dim": None},
+    "heads of 4": {"attention_head_dim": 4},
+    "downsample_padding 0": {**THREE, "downsample_padding": 0},
+    "flip_sin_to_cos off": {"flip_sin_to_cos": False},
+    "freq_shift 1": {"flip_sin_to_cos": False, "freq_shift": 1},
+    "old names of blocks": {"down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D")},
+    "heads as wide as the attended level": {"attention_head_dim": 16},
+    "odd width": {"block_out_channels": (9, 12), "norm_num_groups": 3, "attention_head_dim": 3},
+    "time_embedding_dim": {"time_embedding_dim": 20},
+    "swish": {"act_fn": "swish"},
+    "mish": {"act_fn": "mish"},
+    "gelu": {"act_fn": "gelu"},
+    "relu": {"act_fn": "relu"},
+    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
+    "scale_shift, normed attention": {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 8},
+    "attn_norm_num_groups": {"attn_norm_num_groups": 2},
+    "no middle": {"mid_block_type": None},
+    "no attention in the middle": {"add_attention": False},
+    "mid_block_scale_factor": {"mid_block_scale_factor": math.sqrt(2)},
+    "center_input_sample": {"center_input_sample": True},
+    "channels": {"in_channels": 1, "out_channels": 4},
+    "norm_eps": {"norm_eps": 0.5},
+    "norm_num_groups": {"norm_num_groups": 8},
+    "dropout": {"dropout": 0.5},
+    "sample_size": {"sample_size": (8, 24)},
+    "class embedding": {"num_class_embeds": 10},
+    "class embedding as of t": {"class_embed_type": "timestep"},
+    "class embedding given": {"class_embed_type": "identity"},
+}
+CELEBAHQ = {  # google/ddpm-celebahq-256, a quarter as wide and high
+    **CIFAR10,
+    "block_out_channels": (32, 32, 64, 64, 128, 128),
+    "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+    "sample_size": 64,
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+}
+BUTTERFLIES = {  # johnowhitaker/ddpm-butterflies-32px
+    "attention_head_dim": 8,
+    "block_out_channels": (64, 128, 128, 256),
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "layers_per_block": 2,
+    "sample_size": 32,
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+
+
+class Case:
+    """diffusers' network and ours with the same parameters, and an input that bfloat16 can hold."""
+
+    def __init__(self, config: dict, n: int = 2, one_t: bool = False):
+        generator = torch.Generator().manual_seed(1)
+        torch.manual_seed(0)
+        self.config, self.n = config, n
+        self.theirs = UNet2DModel(**config).eval().requires_grad_(False)
+        for parameter in self.theirs.parameters():
+            if parameter.ndim == 1:  # norms and biases begin as 0, 1 or next to nothing
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        self.ours = UNet2D(**config).eval()
+        checkpoints.load_into(self.ours, self.theirs.state_dict())
+        size = config.get("sample_size", 16)
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (n, config.get("in_channels", 3), height, width)
+        self.x = torch.randn(shape, generator=generator).bfloat16().float()
+        self.t = torch.randint(0, 1000, (1 if one_t else n,), generator=generator)
+        self.labels = None
+        if config.get("class_embed_type") == "identity":
+            self.labels = torch.randn(n, 4 * config["block_out_channels"][0], generator=generator).bfloat16().float()
+        elif config.get("num_class_embeds") or config.get("class_embed_type"):
+            self.labels = torch.randint(0, 10, (n,), generator=generator)
+
+    def diffusers(self, dtype: torch.dtype) -> Tensor:
+        """By diffusers, in the memory format of ours: plain torch's kernels for that format are the yardstick.
+
+        On a CPU their convolutions round otherwise than those for NCHW: at the cifar10-32 layout, diffusers' own rms
+        error in float32 is 5.5e-7 in channels-last and 2.1e-7 in NCHW (a Xeon with AMX, 2026-11-22).
+        """
+        net = UNet2DModel(**self.config).eval().requires_grad_(False)
+        net.load_state_dict(self.theirs.state_dict())
+        if dtype == torch.float64:
+            net.time_proj = TrueTime(net.config)
+        # without this a class embedding as of t works in float32 alone
+        net.time_proj.register_forward_hook(lambda module, args, waves: waves.to(dtype))
+        for parameter in net.parameters():
+            parameter.data = parameter.to(dtype)
+        labels = self.labels.to(dtype) if self.config.get("class_embed_type") == "identity" else self.labels
+        net.to(memory_format=torch.channels_last)
+        return net(layout.channels_last(self.x.to(dtype)), self.t.expand(self.n), labels).sample
+
+    def fast(self, dtype: torch.dtype) -> Tensor:
+        """As in the loop of the sampler: a table of rows, where t is all they depend on."""
+        net = self.ours.for_inference(dtype)
+        each = self.labels is not None
+        rows = net.time_rows(self.t, self.labels) if each else net.time_rows(torch.arange(1000))[self.t]
+        kernels = ops.backend(self.x.device) == "triton"
+        return net.denoise(self.x.to(dtype), rows if kernels else rows.to(dtype))
+
+    def assert_as_accurate_as_diffusers(self) -> None:
+        ref, plain = self.diffusers(torch.float64), self.diffusers(torch.float32)
+        check.assert_as_accurate(self.ours(self.x, self.t, self.labels).detach(), plain, ref)
+        check.assert_as_accurate(self.fast(torch.float32), plain, ref)
+        check.assert_as_accurate(self.fast(torch.bfloat16), self.diffusers(torch.bfloat16), ref)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_is_the_function_of_diffusers(option):
+    Case({**TINY, **OPTIONS[option]}, one_t=True).assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.parametrize("option", ["defaults", "three levels", "scale_shift", "class embedding", "no middle"])
+def test_each_sample_may_have_its_own_t(option):
+    Case({**TINY, **OPTIONS[option]}).assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [
+    "defaults", "two layers", "downsample_padding 0", "odd width", "mish", "scale_shift", "mid_block_scale_factor",
+    "channels", "class embedding"
+])  # fmt: skip
+def test_with_the_kernels_of_a_gpu(option, interpreted):
+    """Concat-free skips, projections as matrix products, biases with the norms and the residuals."""
+    Case({**TINY, "sample_size": 8, **OPTIONS[option]}, one_t=option == "defaults").assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CIFAR10, CELEBAHQ, BUTTERFLIES], ids=["cifar10-32", "celebahq-256", "butterflies"])
+def test_public_layouts_are_the_function_of_diffusers(config):
+    Case(config, n=1, one_t=True).assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 12, 5, 7), (2, 32, 16, 16), (1, 8, 33, 33)])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_the_norm_is_right_far_from_zero(shape, groups, mean):
+    """Against torch's NCHW kernel, which takes the variance about the mean."""
+    torch.manual_seed(0)
+    x = layout.channels_last(torch.randn(shape) + mean)
+    norm = GroupNorm(groups, shape[1], 1e-6).requires_grad_(False)
+    ref = norm.double()(x.double())
+    plain = norm.float()(x.contiguous())
+    with torch.no_grad():
+        check.assert_as_accurate(norm(x), plain, ref)
+
+
+def test_the_norm_of_one_pass_would_be_seen():
+    torch.manual_seed(0)
+    x = layout.channels_last(torch.randn(2, 32, 16, 16) + 1000)
+    norm = torch.nn.GroupNorm(4, 32).requires_grad_(False)
+    ref, plain = norm.double()(x.double()), norm.float()(x.contiguous())
+    one_pass = x.square().unflatten(1, (4, 8)).mean((2, 3, 4)) - x.unflatten(1, (4, 8)).mean((2, 3, 4)).square()
+    damaged = (x - 1000) / (one_pass.repeat_interleave(8, 1)[:, :, None, None] + 1e-5).sqrt()
+    with pytest.raises(AssertionError, match="error is"):
+        check.assert_as_accurate(damaged, plain, ref)
+
+
+def test_a_wrong_option_would_be_seen():
+    case = Case(TINY)
+    ref, plain = case.diffusers(torch.float64), case.diffusers(torch.float32)
+    for change in ({"norm_eps": 2e-5}, {"freq_shift": 1}, {"attention_head_dim": 4}, {"act_fn": "mish"}):
+        other = UNet2D(**{**TINY, **change})
+        checkpoints.load_into(other, case.theirs.state_dict())
+        with pytest.raises(AssertionError):
+            check.assert_as_accurate(other(case.x, case.t).detach(), plain, ref)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_parameters_have_the_names_and_shapes_of_diffusers(option):
+    config = {**TINY, **OPTIONS[option]}
+    ours, theirs = ({k: v.shape for k, v in kind(**config).state_dict().items()} for kind in (UNet2D, UNet2DModel))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "config", [CIFAR10, CELEBAHQ, BUTTERFLIES, {}], ids=["cifar10", "celebahq", "butterflies", "none"]
+)
+def test_public_layouts_have_the_parameters_of_diffusers(config):
+    with torch.device("meta"):
+        ours, theirs = ({k: v.shape for k, v in kind(**config).state_dict().items()} for kind in (UNet2D, UNet2DModel))
+    assert ours == theirs
+    if config is CIFAR10:
+        assert sum(shape.numel() for shape in ours.values()) == 35_746_307
+
+
+def test_the_configuration_is_complete_and_that_of_diffusers():
+    assert {key: value for key, value in UNet2DModel(**TINY).config.items() if key[0] != "_"} == UNet2D(**TINY).config
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"flip_sin_to_cos": False, "freq_shift": 1}], ids=str)
+def test_waves_are_exact_but_for_one_rounding(options, dtype):
+    """Of angles up to 4000, where float32 has a step of 2.4e-4."""
+    net, t = UNet2D(**{**TINY, **options}), torch.arange(0, 4000, 7).to(dtype)
+    how = {key: net.config[key] for key in ("flip_sin_to_cos", "freq_shift")}
+    assert torch.equal(net._sinusoid(t), timestep_embedding(t, 8, **how).float())
+
+
+def test_gradients_are_those_of_diffusers():
+    case = Case({**TINY, "freq_shift": 0})
+    theirs, ours = case.theirs.double().requires_grad_(), case.ours.double().train()
+    theirs.time_proj = TrueTime(theirs.config)
+    for y in (theirs(case.x.double(), case.t).sample, ours(case.x.double(), case.t)):
+        y.square().sum().backward()
+    got, want = ({k: v.grad for k, v in net.named_parameters()} for net in (ours, theirs))
+    scale = torch.cat([gradient.flatten() for gradient in want.values()]).norm()
+    for name in want:
+        assert (got[name] - want[name]).norm() <= 1e-12 * scale, name
+
+
+def test_one_t_may_come_in_any_form():
+    case = Case(TINY, n=3)
+    want = case.ours(case.x, torch.tensor([7]))
+    for t in (7, torch.tensor(7), torch.tensor([7], dtype=torch.int32)):
+        assert torch.equal(case.ours(case.x, t), want)
+
+
+def test_the_result_is_channels_last_whatever_the_input_is():
+    case = Case(TINY)
+    for net in (case.ours, case.ours.for_inference(torch.float32), case.ours.for_inference(torch.bfloat16)):
+        x = case.x.to(net.conv_in.weight.dtype)
+        y, z = net(x, 3), net(layout.channels_last(x), 3)
+        assert torch.equal(y, z)
+        assert layout.is_channels_last(y)
+        assert layout.is_channels_last(z)
+        assert y.dtype == z.dtype == x.dtype
+
+
+def test_inference_copies_the_network():
+    case = Case({**TINY, "dropout": 0.5})
+    before = {name: value.clone() for name, value in case.ours.state_dict().items()}
+    net = case.ours.train().for_inference(torch.bfloat16)
+    net(case.x.bfloat16(), 3)
+    assert not net.training
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert case.ours.training
+    assert all(parameter.requires_grad for parameter in case.ours.parameters())
+    assert before.keys() == case.ours.state_dict().keys()
+    for name, value in case.ours.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_dropout_is_for_training():
+    case = Case({**TINY, "dropout": 0.5})
+    want = case.ours.eval()(case.x, 3)
+    assert torch.equal(case.ours(case.x, 3), want)
+    assert not torch.equal(case.ours.train()(case.x, 3), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_network_takes_inputs_of_many_shapes(dtype):
+    case = Case(TINY)
+    net = case.ours.for_inference(dtype)
+    for n, height, width in ((1, 16, 16), (2, 16, 16), (1, 8, 24), (3, 2, 2), (1, 16, 16)):
+        x = torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+        assert torch.equal(net(x, 5), case.ours.for_inference(dtype)(x, 5))
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("option", ["defaults", "scale_shift", "class embedding", "one level", "sample_size"])
+def test_diffusers_loads_what_was_trained_here(option, tmp_path):
+    case = Case({**TINY, **OPTIONS[option]})
+    checkpoints.save(tmp_path, case.ours.config, case.ours.state_dict(), Schedule(variance_type="fixed_large"))
+    loaded = DDPMPipeline.from_pretrained(tmp_path)
+    assert loaded.scheduler.config.variance_type == "fixed_large"
+    case.theirs = loaded.unet.requires_grad_(False)
+    for name, value in case.ours.state_dict().items():
+        assert torch.equal(case.theirs.state_dict()[name], value)
+    case.assert_as_accurate_as_diffusers()
+
+
+@pytest.mark.parametrize("option", ["defaults", "scale_shift", "class embedding", "one level", "sample_size"])
+def test_what_diffusers_trained_is_loaded_here(option, tmp_path):
+    case = Case({**TINY, **OPTIONS[option]})
+    DDPMPipeline(case.theirs, DDPMScheduler()).save_pretrained(tmp_path)
+    config, parameters, _ = checkpoints.load(tmp_path)
+    net = UNet2D(**config).eval()
+    checkpoints.load_into(net, parameters)
+    assert json.dumps(net.config) == json.dumps(case.ours.config)  # JSON has no tuples
+    assert torch.equal(net(case.x, case.t, case.labels), case.ours(case.x, case.t, case.labels))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"time_embedding_type": "fourier"},
+        {"time_embedding_type": "learned"},
+        {"downsample_type": "resnet"},
+        {"upsample_type": "resnet"},
+        {"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D")},
+        {"down_block_types": ("DownBlock2D", "AttnSkipDownBlock2D")},
+        {"up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D")},
+        {"up_block_types": ("UpBlock2D", "SkipUpBlock2D")},
+        {"down_block_types": ("UpBlock2D", "DownBlock2D")},
+        {"downsample_padding": 2},
+        {"act_fn": "tanh"},
+        {"resnet_time_scale_shift": "spatial"},
+        {"class_embed_type": "projection"},
+        {"cross_attention_dim": 768},
+    ],
+)
+def test_an_option_that_is_not_supported_is_named(option):
+    ((key, value),) = option.items()
+    text = check.error_line(UNet2D, **{**TINY, **option})
+    assert text.startswith("UNet2D: ")
+    assert key in text
+    if key != "cross_attention_dim":
+        odd = next(entry for entry in value if entry not in TINY[key]) if isinstance(value, tuple) else value
+        assert repr(odd) in text
+
+
+@pytest.mark.parametrize(
+    ("option", "want"),
+    [
+        ({"down_block_types": ("DownBlock2D",)}, "down_block_types has 1 entries, but block_out_channels has 2"),
+        ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types has 3 entries, but block_out_channels has 2"),
+        ({"norm_num_groups": 3}, "norm_num_groups is 3; want a whole number that divides [8, 16]"),
+        ({"norm_num_groups": None}, "norm_num_groups is None; want a whole number that divides [8, 16]"),
+        ({"attn_norm_num_groups": 3}, "attn_norm_num_groups is 3; want a whole number that divides [16]"),
+        ({"attention_head_dim": 5}, "attention_head_dim is 5; want a whole number that divides [16]"),
+        ({"layers_per_block": [1, 1]}, "layers_per_block is [1, 1]; want a whole number, at least 1"),
+        ({"layers_per_block": 0}, "layers_per_block is 0; want a whole number, at least 1"),
+        ({"in_channels": "3"}, "in_channels is '3'; want a whole number, at least 1"),
+        ({"norm_eps": None}, "norm_eps is None; want a number > 0"),
+        ({"dropout": "a"}, "dropout is 'a'; want a number, 0 <= dropout < 1"),
+        ({"mid_block_scale_factor": 0}, "mid_block_scale_factor is 0; want a number > 0"),
+        ({"freq_shift": 4}, "freq_shift is 4; want less than 4"),
+        ({"block_out_channels": (8, "16")}, "block_out_channels is (8, '16'); want whole numbers, at least 2"),
+        ({"block_out_channels": 8}, "block_out_channels is 8; want a list with one entry per level"),
+    ],
+)
+def test_options_that_do_not_fit_each_other(option, want):
+    assert want in check.error_line(UNet2D, **{**TINY, **option})
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 16, 16), (1, 2, 3, 16, 16), (2, 4, 16, 16), (2, 3, 15, 16), (2, 3, 16, 17), (2, 3, 0, 16)]
+)
+def test_an_input_of_the_wrong_shape(shape):
+    want = f"x is {shape}; want [N, 3, H, W] with H and W multiples of 2 for this network"
+    assert check.error_line(Case(TINY).ours, torch.zeros(shape), 0) == want
+
+
+def test_as_many_t_as_samples():
+    net = Case(TINY).ours
+    assert check.error_line(net, torch.zeros(2, 3, 16, 16), torch.zeros(3)).startswith(
+        "t has length 3 for a batch of 2"
+    )
+    labelled = UNet2D(**TINY, num_class_embeds=10)
+    assert check.error_line(labelled, torch.zeros(2, 3, 16, 16), 0, torch.zeros(3).long()).startswith(
+        "class_labels has length 3 for a batch of 2"
+    )
+
+
+def test_a_network_of_16_bits_samples_in_32():
+    case = Case(TINY, one_t=True)
+    want = UNet2D(**TINY).eval()
+    want.load_state_dict({name: value.bfloat16().float() for name, value in case.ours.state_dict().items()})
+    net = case.ours.bfloat16().for_inference(torch.float32)
+    fast = want.for_inference(torch.float32)
+    assert torch.equal(net.denoise(case.x, net.time_rows(case.t)), fast.denoise(case.x, fast.time_rows(case.t)))
+
+
+def test_inference_is_in_floats_of_16_or_32_bits():
+    assert check.error_line(UNet2D(**TINY).for_inference, torch.float64).startswith("dtype is torch.float64; want")
+
+
+def test_class_labels_go_with_class_embeddings():
+    x, labels = torch.zeros(2, 3, 16, 16), torch.tensor([1, 2])
+    assert check.error_line(UNet2D(**TINY), x, 0, labels).startswith("class_labels were given")
+    assert check.error_line(UNet2D(**TINY, num_class_embeds=10), x, 0).startswith("this network is class-conditional")

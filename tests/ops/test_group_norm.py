@@ -1,0 +1,535 @@
+"""`ops.group_norm` in torch, in the Triton interpreter and on a GPU: as near to float64 as plain torch, and no more."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from itertools import product
+from math import inf, nan
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastddpm import ops
+from fastddpm.core import layout
+from tests.kernels.test_kernels import Guards, assert_same_bits, drawn
+from tests.support.check import assert_as_accurate, error_line
+
+# In the interpreter numpy complains of padding, which is computed but not stored, and of NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
+
+# As far off centre, at a standard deviation of 1, as the numbers of each format still tell apart.
+MEANS = {torch.float32: 1000.0, torch.float16: 100.0, torch.bfloat16: 10.0}
+
+
+class Problem:
+    """Arguments of `ops.group_norm`, and the same by plain torch."""
+
+    def __init__(self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, silu=True, seed=0):
+        """skip: channels that follow the shape's; rows: of add, 0 for none."""
+        n, channels, *spatial = shape
+        channels += skip
+        both = (torch.randn(n, channels, *spatial, generator=drawn(seed)) + mean).to(dtype)
+        self.x, self.skip = layout.channels_last(both[:, : channels - skip]), layout.channels_last(both[:, -skip:])
+        self.skip = self.skip if skip else None
+        self.weight, self.bias, shifts = torch.randn(3, channels, generator=drawn(seed + 1)).unbind()
+        self.table = torch.full((rows, channels + 5), nan)  # add is a slice of its columns
+        self.table[:, 2:-3] = 3 * torch.randn(rows, channels, generator=drawn(seed + 2)) + 5 * shifts
+        self.groups, self.silu, self.eps = groups, silu, 1e-5
+
+    def arguments(self, device="cpu"):
+        """Positional and keyword arguments."""
+        add = self.table.to(device)[:, 2:-3] if len(self.table) else None
+        x, skip, weight, bias = (
+            None if a is None else a.to(device) for a in (self.x, self.skip, self.weight, self.bias)
+        )
+        return (x, weight, bias, self.groups), {"eps": self.eps, "skip": skip, "add": add, "silu": self.silu}
+
+    def run(self, device="cpu") -> Tensor:
+        args, options = self.arguments(device)
+        return ops.group_norm(*args, **options)
+
+    def plain(self, dtype, device="cpu") -> Tensor:
+        """By torch, all in dtype; rounded to x's in the end unless that is float64."""
+        (x, weight, bias, groups), options = self.arguments(device)
+        v = torch.cat([x] if options["skip"] is None else [x, options["skip"]], 1).to(dtype).contiguous()
+        if options["add"] is not None:
+            v = v + options["add"].to(dtype).view(*options["add"].shape, *[1] * (x.ndim - 2))
+        y = torch.group_norm(v, groups, weight.to(dtype), bias.to(dtype), self.eps)
+        y = F.silu(y) if self.silu else y
+        return y if dtype == torch.float64 else y.to(x.dtype)
+
+    def check(self, y: Tensor) -> None:
+        ref = self.plain(torch.float64, y.device)
+        assert y.dtype == self.x.dtype
+        assert layout.is_channels_last(y)
+        assert_as_accurate(y, self.plain(torch.float32, y.device), ref)
+
+
+SHAPES = [  # shape, channels of skip, groups
+    ((2, 16, 4, 4), 0, 4),  # groups of 4
+    ((1, 24, 3, 5), 8, 4),  # 8; the halves of 16 pixels, one missing
+    ((2, 20, 5, 3), 16, 3),  # 12: no power of two; one group lies in both inputs
+    ((2, 32, 2, 2), 0, 2),  # 16
+    ((1, 40, 3, 3), 8, 2),  # 24
+    ((2, 5, 2, 3), 7, 3),  # 4, of two inputs that are not aligned
+    ((2, 15, 3, 3), 0, 5),  # 3
+    ((3, 12, 1, 1), 0, 4),  # one pixel
+    ((3, 12), 0, 4),  # no pixels at all
+    ((1, 7, 2, 2), 0, 7),  # one channel
+    ((1, 7, 3, 3), 4, 1),  # one group
+    ((1, 1, 1, 1), 1, 2),  # two elements
+    ((2, 6, 11), 2, 2),  # sequences
+    ((1, 8, 2, 3, 2), 0, 2),  # volumes
+]
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    """Puts what `ops` allocates amid guards, all filled with NaN."""
+    guards = Guards()
+    monkeypatch.setattr(layout, "empty", guards.empty)
+    return guards
+
+
+@pytest.fixture
+def kernel():
+    return pytest.importorskip("fastddpm.kernels.group_norm")
+
+
+@pytest.fixture
+def planned(monkeypatch, kernel):
+    """Sets the plan of the launches that follow."""
+    return lambda plan: monkeypatch.setattr(kernel, "plan", lambda *shape: kernel.Plan(*plan))
+
+
+@pytest.mark.parametrize(("rows", "silu"), [(0, False), (1, True), ("n", True)], ids=["", "add, silu", "adds, silu"])
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize(("shape", "skip", "groups"), SHAPES, ids=str)
+def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, silu, device, guards):
+    rows = shape[0] if rows == "n" else rows
+    problem = Problem(shape, skip, groups, dtype=dtype, mean=MEANS[dtype], rows=rows, silu=silu)
+    args, options = problem.arguments(device)
+    x = guards.holding(problem.x, device)
+    options["skip"] = None if problem.skip is None else guards.holding(problem.skip, device)
+    y = ops.group_norm(x, *args[1:], **options)
+    problem.check(y)
+    guards.check()
+    assert_same_bits(x, problem.x)
+    if problem.skip is not None:
+        assert_same_bits(options["skip"], problem.skip)
+
+
+# Groups of 12 channels, one of them in both inputs, over 15 pixels: held, then shared by 4, 2, 15 and 1.
+PLANS = [(1, 16, 16, 4), (2, 16, 16, 4), (4, 16, 16, 4), (1, 2, 4, 4), (2, 4, 8, 4), (1, 1, 1, 4), (4, 4, 16, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_plan_is_as_accurate_as_torch(plan, dtype, kernel_device, guards, planned):
+    problem = Problem((2, 20, 5, 3), 16, 3, dtype=dtype, mean=MEANS[dtype], rows=2)
+    planned(plan)
+    problem.check(problem.run(kernel_device))
+    guards.check()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "groups", "dtype"),
+    [(1, 4, torch.bfloat16), (7, 3, torch.float32), (20, 4, torch.bfloat16), (20, 3, torch.float16)],
+)
+def test_every_candidate_is_as_accurate_as_torch(pixels, groups, dtype, kernel_device, planned, kernel, monkeypatch):
+    for name, value in {"FULL": 4, "HELD": 64, "TILE": 16, "MAX_SLABS": 3}.items():  # the model of a large problem
+        monkeypatch.setattr(kernel, name, value)
+    problem = Problem((1, 3 * groups, pixels), groups, groups, dtype=dtype, mean=MEANS[dtype], rows=1)
+    plans = kernel.candidates(1, pixels, 4 * groups, groups, dtype.itemsize)
+    if pixels == 20:
+        assert {plan.rows < pixels for plan in plans} == {False, True}
+        assert len({plan.groups for plan in plans}) > 1
+    if kernel_device == "cpu":  # where there are no warps
+        plans = {plan[:3]: plan for plan in plans}.values()
+    for plan in plans:
+        planned(plan)
+        problem.check(problem.run(kernel_device))
+
+
+def test_a_group_far_from_zero_is_as_accurate_as_one_about_it(kernel_device):
+    """The second pass corrects the mean, which fp32 tells to a whole number only where neighbours are 2 apart."""
+    near, far = (Problem((2, 16, 64), groups=4, silu=False) for _ in range(2))
+    near.x = (near.x * 4).round() * 2
+    far.x = near.x + 2**24
+    assert torch.equal(far.x.double(), near.x.double() + 2**24)
+    near_plain, ref = near.plain(torch.float32, kernel_device), far.plain(torch.float64, kernel_device)
+    assert_as_accurate(far.run(kernel_device), near_plain, ref)
+    with pytest.raises(AssertionError):
+        assert_as_accurate(far.plain(torch.float32, kernel_device), near_plain, ref)
+
+
+# What an entry depends on
+
+HELD_AND_SHARED = [(4, 16, 16, 4), (2, 4, 8, 4)]
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_entry_depends_on_no_other(rows, plan, device, planned):
+    planned(plan)
+    y = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows).run(device)
+    for i in range(2):
+        problem = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows)
+        for tensor in (problem.x, problem.skip, *[problem.table] * (rows > 1)):
+            tensor[1 - i] = nan
+        got = problem.run(device)
+        assert torch.equal(got[i], y[i])
+        assert got[1 - i].isnan().all()
+        problem.x, problem.skip = problem.x[i : i + 1], problem.skip[i : i + 1]
+        problem.table = problem.table[i : i + 1] if rows > 1 else problem.table
+        assert torch.equal(problem.run(device)[0], y[i])
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@pytest.mark.parametrize("where", ["x", "skip", "add"])
+def test_what_is_not_finite_stays_in_its_group(where, bad, plan, device, planned):
+    problem = Problem((2, 20, 3, 3), 16, 3, rows=2)
+    planned(plan)
+    y = problem.run(device)
+    if where == "x":
+        problem.x[1, 13, 2, 2] = bad
+    elif where == "skip":
+        problem.skip[1, 3, 0, 0] = bad
+    else:
+        problem.table[1, 2 + 20] = bad
+    spoilt = torch.zeros_like(y, dtype=torch.bool)
+    spoilt[1, 12:24] = True  # the group of channels 13 and 23, which are x's and skip's
+    got = problem.run(device)
+    assert torch.equal(got[~spoilt], y[~spoilt])
+    assert got[spoilt].isnan().all()
+
+
+# The time bias
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+def test_one_row_for_all_is_a_row_for_each(plan, device, planned):
+    one, each = (Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows) for rows in (1, 2))
+    each.table[:] = one.table
+    planned(plan)
+    y = one.run(device)
+    one.check(y)
+    one.check(each.run(device))
+    args, options = one.arguments(device)
+    assert torch.equal(ops.group_norm(*args, **options | {"add": options["add"].expand(2, -1)}), y)
+    one.check(ops.group_norm(*args, **options | {"add": options["add"].contiguous()}))
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+def test_a_large_bias_is_as_accurate_as_in_torch(plan, device, planned):
+    problem = Problem((2, 8, 3, 3), groups=4, rows=2)
+    problem.table += 1000
+    planned(plan)
+    problem.check(problem.run(device))
+
+
+# The ends of the range
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+def test_silu_of_large_numbers(dtype, plan, device, planned):
+    problem = Problem((2, 8, 3, 3), groups=2, dtype=dtype, mean=MEANS[dtype])
+    problem.weight *= 200
+    planned(plan)
+    problem.check(problem.run(device))
+    problem.silu = False
+    y = problem.plain(torch.float64)
+    assert y.min() < -200 < 200 < y.max()  # exp(-y) overflows from -89 down
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("value", [0.0, 1000.0, -3e4])
+def test_a_constant_group_becomes_its_bias(value, plan, kernel_device, planned):
+    problem = Problem((2, 8, 3, 3), groups=2, silu=False)
+    problem.x.fill_(value)
+    planned(plan)
+    want = problem.bias.view(8, 1, 1).expand(2, 8, 3, 3)
+    assert_as_accurate(problem.run(kernel_device).cpu(), want, want.double())
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4), (0, 8)], ids=str)
+def test_nothing_becomes_nothing(shape, device):
+    problem = Problem(shape, groups=2, rows=1)
+    assert problem.run(device).shape == shape
+
+
+# The kernels
+
+
+FAR = """
+import sys, torch
+from fastddpm.kernels import group_norm as kernels
+
+device, n, pixels, channels = sys.argv[1], 130, 2, 1 << 23  # a sample of 2^24 elements, of which one group is computed
+assert (n - 1) * pixels * (channels - 4) > 2**31
+tile = {"PER_GROUP": 8, "WIDTH": 8, "GROUPS": 1, "STRIPES": 1, "num_warps": 1}
+
+def far(columns, value=None):  # memory that nothing touches takes no room on a CPU
+    memory = torch.empty(n * pixels * columns, dtype=torch.float16, device=device)
+    group = memory.view(n, pixels, columns)[:, :, :8]
+    return memory, group if value is None else group[:, :, : value.shape[2]].copy_(value)
+
+drawn = torch.randn(n, pixels, 8, generator=torch.Generator().manual_seed(0)).half()
+x, skip = drawn[:, :, :4].to(device).contiguous(), far(channels - 4, drawn[:, :, 4:])[0]
+weight, bias = torch.ones(8, device=device), torch.zeros(8, device=device)
+want = torch.group_norm(drawn.movedim(2, 1).double(), 1, eps=1e-5).movedim(1, 2)
+
+def check(group):
+    assert (group.cpu().double() - want).abs().max() <= torch.finfo(torch.float16).eps * want.abs().max()
+
+inputs, sizes = (x, skip, None), (pixels, channels, 4, 0)
+y, group = far(channels)
+kernels.held_kernel[n,](y, *inputs, weight, bias, *sizes, 1e-5, SILU=False, ROWS=2, **tile)
+check(group)
+found = torch.empty(n * 2 * 3 * (channels // 8), device=device)  # 2^31 bytes and more
+tile |= {"ROWS": 1, "SLAB": 1}
+y, group = far(channels)
+kernels.statistics_kernel[2 * n,](found, *inputs, *sizes, 2, **tile)
+kernels.apply_kernel[2 * n,](y, *inputs, weight, bias, found, *sizes, 2, 1e-5, SILU=False, SLABS=2, **tile)
+check(group)
+"""
+
+
+@pytest.mark.slow
+def test_offsets_beyond_32_bits(kernel_device):
+    """The first group of each of 130 large samples; a wrong address may well crash the process."""
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16e9:
+        pytest.skip("it reserves 11 GB of memory, though it writes little of it")
+    subprocess.run([sys.executable, "-c", FAR, kernel_device], check=True)
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+def test_kernels_are_launched_on_the_device_of_their_data(plan, interpreted, planned, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or nullcontext())
+    planned(plan)
+    problem = Problem((2, 8, 3, 3), groups=4)
+    problem.run()
+    assert len(seen) == 1
+    assert seen[0] is problem.x
+
+
+# The plans
+
+CIFAR = [(1024, 128), (1024, 256), (1024, 384), (256, 128), (256, 256), (256, 384), (256, 512), (64, 256), (64, 512)]
+CIFAR += [(16, 256), (16, 512)]
+CELEBA = [(65_536, 128), (65_536, 256), (16_384, 128), (16_384, 256), (16_384, 384), (4096, 256), (4096, 512)]
+CELEBA += [(4096, 384), (1024, 256), (1024, 512), (1024, 768), (256, 512), (256, 768), (256, 1024), (64, 1024)]
+ODD = [(1, 32), (15, 96), (77, 288), (100_000, 32), (3, 32 * 8192)]
+
+
+@pytest.mark.parametrize(("pixels", "channels"), CIFAR + CELEBA + ODD)
+def test_plans_are_sound(pixels, channels, kernel):
+    width = channels // 32
+    for n, itemsize in product((1, 4, 64, 4096), (2, 4)):
+        plans = kernel.candidates(n, pixels, channels, 32, itemsize)
+        assert kernel.plan(n, pixels, channels, 32, itemsize) in plans
+        assert len(set(plans)) == len(plans)
+        for plan in plans:
+            slabs = -(-pixels // plan.slab)
+            assert plan.groups.bit_count() == plan.rows.bit_count() == plan.warps.bit_count() == 1
+            assert plan.groups <= 32
+            assert plan.warps <= 16
+            assert plan.slab % plan.rows == 0
+            assert plan.rows < pixels or slabs == 1
+            assert slabs <= kernel.MAX_SLABS
+            assert n * slabs * -(-32 // plan.groups) < 2**31
+            assert plan.rows * plan.groups * width <= max(2 * kernel.HELD, width)
+            assert plan.groups == 1 or plan.groups * width * itemsize % 16 == 0  # whole accesses of 16 bytes
+
+
+@pytest.mark.parametrize(("pixels", "channels"), CIFAR)
+def test_a_small_model_needs_one_launch_per_norm(pixels, channels, kernel):
+    for n, itemsize in product((1, 8, 64, 1024), (2, 4)):
+        assert kernel.plan(n, pixels, channels, 32, itemsize).rows >= pixels
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("pixels", "channels"), CELEBA)
+def test_large_groups_are_shared_so_that_one_sample_fills_a_gpu(pixels, channels, itemsize, kernel):
+    plan = kernel.plan(1, pixels, channels, 32, itemsize)
+    programs = -(-32 // plan.groups) * -(-pixels // plan.slab)
+    assert (programs >= 132) == (pixels * channels > 32 * kernel.HELD)  # an H200's multiprocessors
+
+
+# What is refused
+
+
+def spoiling(name, spoil):
+    """Arguments of which one is spoilt."""
+    names = ("x", "weight", "bias", "groups")
+    args, options = Problem((2, 8, 3, 3), 4, 3, rows=2).arguments()
+    named = dict(zip(names, args, strict=True)) | options
+    return named | {name: spoil(named[name])}
+
+
+BAD = [
+    ("x", lambda x: x.double(), "x is (2, 8, 3, 3) torch.float64 on cpu; want [N, C, *spatial] or [N, D] of float32,"),
+    ("x", lambda x: x.contiguous(), "x has strides (72, 9, 3, 1), not channels-last; use layout.channels_last(x)"),
+    ("x", lambda x: x.clone().requires_grad_(), "x requires a gradient, and group_norm has none; call it under"),
+    (
+        "x",
+        lambda x: x[:1],
+        "skip is (2, 4, 3, 3) torch.float32 on cpu, x (1, 8, 3, 3) torch.float32 on cpu; only their",
+    ),
+    (
+        "skip",
+        lambda x: x.half(),
+        "skip is (2, 4, 3, 3) torch.float16 on cpu, x (2, 8, 3, 3) torch.float32 on cpu; only",
+    ),
+    ("skip", lambda x: x[:, :, :2], "skip has strides (36, 1, 12, 4), not channels-last"),
+    ("skip", lambda x: x.new_empty(2, 2, 3, 4).movedim(3, 1), "skip is (2, 4, 2, 3) torch.float32 on cpu, x (2, 8, 3,"),
+    ("skip", lambda x: x.to("meta"), "skip is (2, 4, 3, 3) torch.float32 on meta, x (2, 8, 3, 3) torch.float32 on cpu"),
+    ("skip", lambda x: 3, "skip is int; want [N, C, *spatial] or [N, D]"),
+    (
+        "groups",
+        lambda groups: 5,
+        "groups is 5; want a whole number that divides the 12 channels into groups of at most",
+    ),
+    ("groups", lambda groups: 0, "groups is 0; want a whole number"),
+    ("groups", lambda groups: 3.0, "groups is 3.0; want a whole number"),
+    ("weight", lambda w: w[:8], "weight is (8,) torch.float32 on cpu; want (12,) torch.float32 on cpu, contiguous"),
+    ("weight", lambda w: w.half(), "weight is (12,) torch.float16 on cpu; want (12,) torch.float32"),
+    ("weight", lambda w: None, "weight is NoneType; want (12,) torch.float32"),
+    ("weight", lambda w: w.clone().requires_grad_(), "weight requires a gradient"),
+    ("bias", lambda b: b.repeat(2)[::2], "bias is (12,) torch.float32 on cpu; want (12,) torch.float32 on cpu, contig"),
+    ("bias", lambda b: b.to("meta"), "bias is (12,) torch.float32 on meta; want (12,) torch.float32 on cpu"),
+    (
+        "add",
+        lambda add: add[:, 1:],
+        "add is (2, 11) torch.float32 on cpu; want (1 or 2, 12) torch.float32 on cpu, each",
+    ),
+    ("add", lambda add: add.repeat(2, 1), "add is (4, 12) torch.float32 on cpu; want (1 or 2, 12)"),
+    ("add", lambda add: add[0], "add is (12,) torch.float32 on cpu; want (1 or 2, 12)"),
+    ("add", lambda add: add.double(), "add is (2, 12) torch.float64 on cpu; want (1 or 2, 12) torch.float32"),
+    ("add", lambda add: add.to("meta"), "add is (2, 12) torch.float32 on meta; want (1 or 2, 12) torch.float32 on cpu"),
+    (
+        "add",
+        lambda add: add.t().contiguous().t(),
+        "add is (2, 12) torch.float32 on cpu; want (1 or 2, 12) torch.float32",
+    ),
+    ("add", lambda add: add.clone().requires_grad_(), "add requires a gradient"),
+    ("add", lambda add: 1.0, "add is float; want (1 or 2, 12)"),
+    ("eps", lambda eps: 0, "eps is 0; want a number > 0"),
+    ("eps", lambda eps: nan, "eps is nan; want a number > 0"),
+    ("eps", lambda eps: "1e-5", "eps is '1e-5'; want a number > 0"),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "message"), BAD)
+def test_group_norm_refuses(name, spoil, message):
+    assert error_line(ops.group_norm, **spoiling(name, spoil)).startswith(f"group_norm: {message}")
+
+
+def test_what_the_kernels_cannot_count_is_refused():
+    def norm(x, groups=1, **options):
+        weight = torch.empty(x.shape[1] + (options["skip"].shape[1] if options else 0), device="meta")
+        return ops.group_norm(x, weight, weight, groups, eps=1e-5, **options)
+
+    largest = layout.empty(1, (2, 1 << 14, 1 << 14), dtype=torch.float16, device="meta")
+    assert norm(largest).shape == largest.shape
+    assert norm(torch.empty(1, 1 << 13, device="meta")).shape == (1, 1 << 13)
+    beyond = layout.empty(1, (1, (1 << 29) + 1), dtype=torch.float16, device="meta")
+    assert "a sample may have at most 536870912 elements" in error_line(norm, beyond)
+    more = layout.empty(1, (1, 1 << 14, 1 << 14), dtype=torch.float16, device="meta")
+    assert "a sample of both may have at most 536870912 elements" in error_line(norm, largest, skip=more)
+    assert "of at most 8192" in error_line(norm, torch.empty(1, (1 << 13) + 1, device="meta"))
+
+
+def test_group_norm_under_no_grad():
+    problem = Problem((2, 8, 3, 3), groups=2)
+    y = problem.run()
+    problem.weight.requires_grad_()
+    with torch.no_grad():
+        assert torch.equal(problem.run(), y)
+
+
+# torch.compile, fake tensors, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torch_compile_traces_group_norm(device, dynamic):
+    def block(problem, x, skip, table):
+        h = ops.group_norm(x, problem["weight"], problem["bias"], 3, eps=1e-5, skip=skip, add=table[:, 2:-3], silu=True)
+        return h * 2
+
+    problem = Problem((2, 8, 3, 3), 4, 3, rows=2)
+    (x, weight, bias, _), options = problem.arguments(device)
+    arguments = ({"weight": weight, "bias": bias}, x, options["skip"], problem.table.to(device))
+    y = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=dynamic)(*arguments)
+    assert torch.equal(y, block(*arguments))
+    assert layout.is_channels_last(y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
+def test_group_norm_is_registered_as_torch_expects(full, device):
+    problem = Problem((2, 8, 3, 3), 4 * full, 2, dtype=torch.bfloat16, rows=2 * full)
+    args, o = problem.arguments(device)
+    torch.library.opcheck(torch.ops.fastddpm.group_norm.default, (*args, 1e-5, o["skip"], o["add"], full))
+
+
+def test_fake_tensors_are_normalised_without_a_gpu():
+    with FakeTensorMode():
+        x, skip = (torch.empty(2, 4, 4, c, dtype=torch.bfloat16, device="cuda").movedim(3, 1) for c in (8, 16))
+        weight = torch.empty(24, device="cuda")
+        y = ops.group_norm(x, weight, weight, 4, eps=1e-5, skip=skip, add=torch.empty(1, 24, device="cuda"))
+        assert (y.shape, y.dtype, y.device) == ((2, 24, 4, 4), x.dtype, x.device)
+        assert layout.is_channels_last(y)
+
+
+def test_triton_is_not_imported():
+    code = """
+import sys, torch
+from fastddpm import layout, ops
+x = layout.channels_last(torch.ones(1, 4, 2, 2))
+ops.residual(x, ops.group_norm(x, torch.ones(4), torch.ones(4), 2, eps=1e-5, silu=True), torch.ones(4))
+assert not {"triton", "torch._dynamo"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+def test_captured_group_norm_follows_what_lies_on_the_device(plan, planned):
+    planned(plan)
+    problem, later = (Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=1, seed=seed) for seed in (0, 10))
+    args, options = problem.arguments("cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        ops.group_norm(*args, **options)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.group_norm(*args, **options)
+    graph.replay()
+    assert torch.equal(y, ops.group_norm(*args, **options))
+    args[0].copy_(later.x)
+    options["skip"].copy_(later.skip)
+    options["add"].copy_(later.table[:, 2:-3])
+    graph.replay()
+    assert torch.equal(y, ops.group_norm(*args, **options))
+    later.weight, later.bias = problem.weight, problem.bias
+    later.check(y)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize(("pixels", "channels"), CIFAR + CELEBA)
+def test_norms_of_the_models_are_as_accurate_as_torch(pixels, channels, n):
+    skip = {384: 128, 512: 256, 768: 256, 1024: 512}.get(channels, 0)
+    problem = Problem((n, channels - skip, pixels), skip, 32, dtype=torch.bfloat16, mean=10, rows=1)
+    problem.check(problem.run("cuda"))

@@ -1,0 +1,611 @@
+"""What an engine may change is the speed. Graphs are played back here as by a GPU: same memory, nothing of Python."""
+
+import gc
+import subprocess
+import sys
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastddpm import Sampler, Schedule, UNet2D, ops
+from fastddpm.core import layout, noise
+from fastddpm.reference.diffusion import update
+from fastddpm.reference.unet import UNet
+from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder
+from fastddpm.sampling.engine import CACHED, WORTH_CAPTURING, Engine, Slots, arithmetic
+from tests.support.check import TINY, assert_as_accurate, at_once
+
+SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
+SHAPE = (1, 8, 8)
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's idea of a function: the operations it ran, on the tensors and numbers it ran them on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for place, value in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(place, torch.Tensor) and address(place) != address(value):
+                    place.copy_(value)  # what was allocated stays where it is
+
+
+def address(x):
+    return x.untyped_storage().data_ptr()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs on the CPU; gives those that were captured."""
+    captured = []
+
+    def capture(slots):
+        slots._start()  # recording runs what a capture would not
+        graph = Recording()
+        with graph:
+            slots._once()
+        captured.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
+    monkeypatch.setattr(Slots, "_captured", capture)
+    return captured
+
+
+def tiny_unet(**options):
+    torch.manual_seed(0)
+    return UNet2D(**SMALL, **options).eval()
+
+
+def elementwise(x, t):
+    return (x * 0.9 + t.reshape(-1, *[1] * (x.ndim - 1)) * 1e-4).sin()
+
+
+def graphed(model, schedule=None, **options):
+    """A sampler that captures."""
+    sampler = Sampler(model, schedule, device="cpu", **options)
+    sampler.engine.kind = "graph"
+    return sampler
+
+
+def eager(model, schedule=None, **options):
+    return Sampler(model, schedule, device="cpu", engine="eager", **options)
+
+
+RUNS = [
+    {"steps": 1},
+    {"steps": 5},
+    {"steps": 3, "seed": 9},
+    {"steps": 9, "sampler": "ddim", "eta": 0.5},
+    {"timesteps": (900, 3, 0), "noise": False},
+    {"steps": 5, "seed": 2**64 - 1},
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_graph_is_every_step_of_every_run(graphs, precision):
+    net = tiny_unet()
+    one, plain = graphed(net, precision=precision), eager(net, precision=precision)
+    for how in RUNS:
+        samples = [0, 2**40, 5]
+        assert torch.equal(one.sample(samples, progress=False, **how), plain.sample(samples, progress=False, **how)), (
+            how
+        )
+    assert len(graphs) == 1
+
+
+def test_a_graph_of_another_network(graphs):
+    one, plain = (make(elementwise, shape=(3, 5)) for make in (graphed, eager))
+    for how in RUNS:
+        assert torch.equal(one.sample(3, progress=False, **how), plain.sample(3, progress=False, **how))
+    assert len(graphs) == 1
+
+
+def test_what_is_decided_in_python_is_seen_to_be_frozen(graphs):
+    """The check above can fail: this network's choice is made at capture, and not again."""
+
+    class Counting(torch.nn.Module):
+        calls = 0
+
+        def forward(self, x, t):
+            self.calls += 1
+            return x * 0.1 * self.calls
+
+    results = [make(Counting(), shape=(3,)).sample(2, steps=5, progress=False) for make in (graphed, eager)]
+    assert not torch.equal(*results)
+
+
+WAITING = {
+    "a number": lambda x, t: x * t[0].item(),
+    "a decision": lambda x, t: x * (0.5 if t[0] > 500 else 0.25),
+    "a comparison": lambda x, t: x * torch.equal(x, x),
+    "a shape": lambda x, t: x * len(t.nonzero()),
+    "a mask": lambda x, t: x * x[x > 0].sum(),
+}
+
+
+@pytest.mark.parametrize("why", WAITING)
+def test_a_network_that_waits_is_not_captured(graphs, why):
+    sampler = graphed(WAITING[why], shape=(3,))
+    with pytest.raises(
+        ValueError, match=r"cannot be captured \(aten.* waits for the GPU\): .* use engine='eager'"
+    ) as caught:
+        sampler.sample(2, steps=3, progress=False)
+    assert "\n" not in str(caught.value)
+    assert not graphs
+    assert eager(WAITING[why], shape=(3,)).sample(2, steps=3, progress=False).shape == (2, 3)
+
+
+def test_a_network_that_looks_things_up_is_captured(graphs):
+    levels, mask = torch.randn(1000, 1), torch.tensor([True, False, True])
+    looking = lambda x, t: torch.where(mask, x * levels[t], x) * 0.5
+    one, plain = (make(looking, shape=(3,)).sample(2, steps=5, progress=False) for make in (graphed, eager))
+    assert torch.equal(one, plain)
+    assert len(graphs) == 1
+
+
+def test_copies_from_the_host_are_waits():
+    there = torch.empty(2, device="meta")
+    with NoWaiting():
+        there.copy_(there + torch.tensor(1.0))  # a number, which goes with the launch
+        for copied in (
+            lambda: there.copy_(torch.zeros(2)),
+            lambda: there[torch.tensor([0])],
+            lambda: there.sum().cpu(),
+        ):
+            with pytest.raises(ValueError, match="copies between the host and the GPU"):
+                copied()
+
+
+class FlakyCapture:
+    """Replaces `capture`: the first `failures` attempts raise, later ones record the work."""
+
+    def __init__(self, failures):
+        self.failures, self.attempts = failures, 0
+
+    def __call__(self, run, device):
+        self.attempts += 1
+        if self.attempts <= self.failures:
+            raise CaptureError("engine: a step could not be captured")
+        with Recording() as graph:
+            run()
+        return graph
+
+
+@pytest.fixture
+def failing_captures(monkeypatch):
+    """failing_captures(n): make the first n captures fail, with graphs faked on the CPU; returns the `FlakyCapture`."""
+
+    def arrange(failures):
+        capture = FlakyCapture(failures)
+        monkeypatch.setattr("fastddpm.sampling.engine.capture", capture)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
+        monkeypatch.setattr(Engine, "_captures_by_itself", property(lambda engine: engine.kind == "auto"))
+        return capture
+
+    return arrange
+
+
+def test_auto_retries_a_failed_capture(failing_captures):
+    capture, net, how = failing_captures(1), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+    sampler = Sampler(net, device="cpu")
+    assert torch.equal(sampler.sample(2, **how), eager(net).sample(2, **how))
+    assert capture.attempts == 2
+    assert next(iter(sampler.engine._idle.values()))._graph is not None
+
+
+def test_auto_falls_back_to_eager_after_two_failures_and_warns_once(failing_captures):
+    capture, net, how = failing_captures(2), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+    sampler = Sampler(net, device="cpu")
+    with pytest.warns(
+        UserWarning, match=r"could not be captured\. Batches of 2 now run eagerly, with the same bits"
+    ) as seen:
+        results = [sampler.sample(4, batch_size=2, **how) for _ in range(2)]
+    assert len(seen) == 1
+    assert capture.attempts == 2
+    want = eager(net).sample(4, batch_size=2, **how)
+    assert all(torch.equal(result, want) for result in results)
+    sampler.engine.clear()
+    assert torch.equal(sampler.sample(4, batch_size=2, **how), want)
+    assert capture.attempts == 3  # the third attempt succeeded
+
+
+def test_auto_falls_back_to_eager_for_the_network_alone_too(failing_captures):
+    failing_captures(2)
+    engine = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
+    with engine.forward(2, WORTH_CAPTURING) as forward:
+        with pytest.warns(UserWarning, match="now run eagerly"):
+            forward.prepare(torch.arange(100))
+        with forward.working():
+            first = forward.at(torch.ones(2, *SHAPE), 3)
+            assert not torch.equal(forward.at(torch.zeros(2, *SHAPE), 3), first)
+            assert torch.equal(forward.at(torch.ones(2, *SHAPE), 3), first)
+
+
+def test_engine_graph_raises_at_the_first_failed_capture(failing_captures):
+    capture = failing_captures(1)
+    sampler = graphed(tiny_unet())
+    with pytest.raises(CaptureError, match="could not be captured"):
+        sampler.sample(2, steps=3, progress=False)
+    assert capture.attempts == 1
+    assert sampler.sample(2, steps=3, progress=False).isfinite().all()
+
+
+def test_what_is_returned_is_no_buffer(graphs):
+    sampler = graphed(tiny_unet())
+    seen = []
+    first = sampler.sample(2, steps=3, progress=False, callback=lambda step, t, x_0, indices: seen.append(x_0))
+    kept, were = first.clone(), [x_0.clone() for x_0 in seen]
+    for x in (first, *seen):
+        x.zero_()
+    assert torch.equal(sampler.sample(2, steps=3, progress=False), kept)
+    batches = list(sampler.batches(4, steps=3, batch_size=2, progress=False))
+    assert torch.equal(batches[0][1], kept)
+    assert not torch.equal(batches[1][1], kept)
+    assert all(not x.any() for x in seen)
+    assert len(were) == 3
+
+
+def test_weights_changed_in_place_are_in_the_next_run(graphs):
+    net = tiny_unet()
+    sampler, how = graphed(net, precision="fp32"), {"steps": 3, "progress": False}
+    first = sampler.sample(2, **how)
+    for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):  # torch does not count the second kind
+        for parameter in net.parameters():
+            with torch.no_grad():
+                change(parameter)
+        assert torch.equal(sampler.sample(2, **how), eager(net, precision="fp32").sample(2, **how))
+        assert not torch.equal(sampler.sample(2, **how), first)
+    assert len(graphs) == 1
+
+
+def test_weights_of_another_network_are_read_where_they_are(graphs):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t):
+            return x * self.scale
+
+    net = Net()
+    sampler, how = graphed(net, shape=(3,)), {"steps": 3, "progress": False}
+    sampler.sample(2, **how)
+    net.scale.data.fill_(0.25)
+    assert torch.equal(sampler.sample(2, **how), eager(net, shape=(3,)).sample(2, **how))
+    assert len(graphs) == 1
+    net.scale = torch.nn.Parameter(torch.tensor(0.75))  # elsewhere in memory: the graph would read the old one
+    assert torch.equal(sampler.sample(2, **how), eager(net, shape=(3,)).sample(2, **how))
+    assert len(graphs) == 2
+
+
+def test_graphs_are_reused_and_bounded(graphs):
+    sampler, how = graphed(elementwise, shape=(3,)), {"steps": 2, "progress": False}
+    for size in (1, 2, 1, 2):
+        sampler.sample(4, batch_size=size, **how)
+    assert len(graphs) == 2
+    for size in range(1, CACHED + 3):
+        sampler.sample(size, batch_size=size, **how)
+    assert len(sampler.engine._idle) == CACHED
+    made = len(graphs)
+    sampler.sample(1, **how)
+    assert len(graphs) == made + 1  # the one least lately used was given up
+    assert sampler.engine.clear()
+    assert not sampler.engine.clear()
+
+
+def test_what_is_built_into_a_graph_makes_another(graphs):
+    net = tiny_unet(num_class_embeds=3)
+    sampler, how = graphed(net), {"steps": 2, "progress": False}
+    sampler.sample(2, class_labels=[0, 1], **how)
+    labelled = sampler.sample(2, class_labels=[2, 2], **how)
+    assert len(graphs) == 1
+    assert torch.equal(labelled, eager(net).sample(2, class_labels=[2, 2], **how))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        sampler.sample(2, class_labels=[2, 2], **how)
+    assert len(graphs) == 2
+    with sampler.engine.slots(2, 2) as slots:
+        for clip in (True, False):
+            slots.load(Schedule(clip_sample=clip).table(2), noise.address(0, 2), torch.tensor([2, 2]))
+    assert len(graphs) == 4
+
+
+def test_a_run_within_a_run(graphs):
+    sampler, how = graphed(tiny_unet()), {"steps": 4, "progress": False}
+    want, inner = sampler.sample(2, **how), []
+
+    def callback(*seen):
+        inner.append(sampler.sample(2, seed=5, **how))
+
+    assert torch.equal(sampler.sample(2, callback=callback, **how), want)
+    assert all(torch.equal(x, sampler.sample(2, seed=5, **how)) for x in inner)
+    assert len(inner) == 4
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_two_threads_and_two_samplers(graphs, captures):
+    net, other = tiny_unet(), elementwise
+    make = graphed if captures else eager
+    shared, own = make(net, precision="fp32"), make(other, shape=(3, 4))
+    jobs = [(shared, 0), (shared, 1), (own, 2), (shared, 3)]
+    how = {"steps": 6, "batch_size": 2, "progress": False}
+    want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
+    got = at_once(*(partial(sampler.sample, 4, seed=seed, **how) for sampler, seed in jobs))
+    for results, x in zip(got, want, strict=True):
+        assert all(torch.equal(result, x) for result in results)
+
+
+def test_a_run_is_not_of_the_callers_autocast():
+    net = tiny_unet()
+    sampler, how = eager(net, precision="fp32"), {"steps": 2, "progress": False}
+    want = sampler.sample(2, **how)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler.sample(2, **how), want)
+
+
+def test_autocast_of_another_network_keeps_no_weights(graphs):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+
+        def forward(self, x, t):
+            return self.linear(x)
+
+    net, how = Net(), {"steps": 3, "progress": False}
+    one, plain = (make(net, shape=(3,), precision="bf16") for make in (graphed, eager))
+    with torch.autocast("cpu", torch.bfloat16):  # whose cache would outlive a step
+        for scale in (1, 0.5):
+            net.linear.weight.data *= scale
+            assert torch.equal(one.sample(2, **how), plain.sample(2, **how))
+    assert torch.equal(one.sample(2, **how), plain.sample(2, **how))
+    assert len(graphs) == 1
+
+
+def test_an_engine_goes_with_its_sampler(graphs):
+    """Its graphs hold memory of the GPU, for which nobody waits for the collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        sampler = graphed(tiny_unet())
+        sampler.sample(2, steps=2, progress=False)
+        gone = weakref.ref(sampler.engine)
+        del sampler
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_runs_in_and_out_of_inference_mode():
+    net = tiny_unet(num_class_embeds=3)
+    sampler, how = eager(net), {"steps": 2, "class_labels": [0, 1], "progress": False}
+    with torch.inference_mode():
+        inside = sampler.sample(2, **how)
+    assert torch.equal(sampler.sample(2, **how), inside)
+
+
+def test_a_failed_run_leaves_nothing_behind(graphs):
+    def fails_once(x, t):
+        if fails_once.armed:
+            raise RuntimeError("broken")
+        return x * 0.5
+
+    fails_once.armed = False
+    sampler, how = eager(fails_once, shape=(3,)), {"steps": 2, "progress": False}
+    want = sampler.sample(2, **how)
+    fails_once.armed = True
+    with pytest.raises(RuntimeError, match="broken"):
+        sampler.sample(2, **how)
+    assert not sampler.engine._idle
+    fails_once.armed = False
+    assert torch.equal(sampler.sample(2, **how), want)
+
+
+def test_auto_captures_what_is_worth_it(graphs, monkeypatch):
+    """Where a GPU is; never another network, whose Python may decide things."""
+    monkeypatch.setattr(
+        Engine, "_captures_by_itself", property(lambda self: self.kind == "auto" and isinstance(self.model, UNet2D))
+    )
+    sampler = Sampler(tiny_unet(), device="cpu")
+    sampler.sample(1, steps=WORTH_CAPTURING - 1, progress=False)
+    assert not graphs
+    short = sampler.sample(1, steps=WORTH_CAPTURING, progress=False)
+    assert len(graphs) == 1
+    assert torch.equal(short, eager(sampler.model).sample(1, steps=WORTH_CAPTURING, progress=False))
+    sampler.sample(1, steps=WORTH_CAPTURING, progress=False, callback=lambda *seen: None)
+    assert len(graphs) == 1  # a callback sees the middle of a step
+    Sampler(elementwise, shape=(3,), device="cpu").sample(1, steps=100, progress=False)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("model", ["unet", "another"])
+def test_the_engines_by_device(model):
+    net = tiny_unet() if model == "unet" else elementwise
+    pytest.importorskip("triton")
+    for device, want in (("cuda", model == "unet"), ("cpu", False)):
+        assert Engine(net, SHAPE, 1000, torch.device(device), "fp32")._captures_by_itself == want
+        assert not Engine(net, SHAPE, 1000, torch.device(device), "fp32", "eager")._captures_by_itself
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("fast", "engine is 'fast'; want one of auto, eager, compiled, graph, compiled\\+graph"),
+        ("graph", "engine is 'graph', and 'cpu' has no CUDA graphs; use 'eager' or 'compiled'"),
+        ("compiled+graph", "engine is 'compiled\\+graph', and 'cpu' has no CUDA graphs"),
+    ],
+)
+def test_an_engine_that_is_not_to_be_had(kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        Sampler(elementwise, shape=(3,), device="cpu", engine=kind)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkeypatch):
+    """With tensors that have a device and a shape and no values, where to ask for a value is an error."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    pytest.importorskip("triton")
+    made, table = Engine(tiny_unet(), SHAPE, 1000, torch.device("cuda"), precision, "eager"), Schedule().table(10)
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    made.net = tiny_unet(**({"num_class_embeds": 3} if labels else {})).for_inference(made.dtype, "meta")
+    made.network = made.net.denoise
+    monkeypatch.setattr(made, "_refresh", lambda: None)
+    monkeypatch.setattr("fastddpm.sampling.engine.StreamOrder", lambda device: StreamOrder(torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with FakeTensorMode():
+        for module in made.net.modules():
+            for name, value in module._parameters.items():
+                if value is not None:
+                    fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+                    module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
+        with made.slots(2, 10) as slots:
+            if labels:
+                slots.labels = torch.zeros(2, dtype=torch.int64, device="cuda")
+            slots._loaded, slots.k = table, 9
+            assert ops.backend(slots.x.device) == "triton"
+            with NoWaiting():
+                m = slots.predict()
+                assert (m.shape, m.dtype, m.device.type) == (slots.x.shape, made.dtype, "cuda")
+                slots.update(m)
+                with pytest.raises(ValueError, match="copies between the host and the GPU"):
+                    slots.bad.cpu()
+            assert all(
+                tensor.device.type == "cuda" for tensor in vars(slots).values() if isinstance(tensor, torch.Tensor)
+            )
+            with pytest.raises(DataDependentOutputException):
+                slots.bad.max().item()
+
+
+def test_slots_may_be_at_different_rows():
+    """One step of each entry is the written update at its own row, with its own noise."""
+    made = Engine(elementwise, (2, 3), 1000, torch.device("cpu"), "fp32")
+    table, where = Schedule().table(20), noise.address(4, [7, 8, 9])
+    with made.slots(3, 20) as slots:
+        slots.load(table, where)
+        x = slots.x.clone()
+        slots.pos.copy_(torch.tensor([19, 4, 0]))
+        pos = slots.pos.clone()
+        slots.advance()
+        t = table.timesteps[pos]
+        z = noise.normal(where, (2, 3), stream=noise.STEP, t=t)
+        want = update(x, elementwise(x, t), table.rows[pos], z, clip=True)
+        want[2] = update(x[2:], elementwise(x[2:], t[2:]), table.rows[0], None, clip=True)[0]
+        assert torch.equal(slots.x, want)
+        assert slots.pos.tolist() == [18, 3, -1]
+        assert layout.is_channels_last(slots.x)
+
+
+@pytest.mark.parametrize("kind", ["eager", "graph"])
+@pytest.mark.parametrize("channels", [1, 2], ids=["fixed variance", "learned variance"])
+@pytest.mark.parametrize("own", [False, True], ids=["unet", "own"])
+def test_a_network_alone_may_be_at_different_timesteps(own, channels, kind, graphs):
+    """Each entry as in a batch that is at its own timestep, and as near to float64 as plain torch comes."""
+    net = tiny_unet()
+    if channels == 2:
+        torch.manual_seed(0)
+        net = UNet2D(**{**SMALL, "out_channels": 2}).eval()
+    model = (lambda x, t: torch.cat([elementwise(x, t)] * channels, 1)) if own else net
+    made = Engine(model, SHAPE, 100, torch.device("cpu"), "fp32")
+    made.kind = kind
+    x, t = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([99, 0, 40])
+    with made.forward(3, 9) as forward:
+        forward.prepare(torch.arange(100), apart=True)
+        with forward.working():
+            each = [forward.at(x, i)[n] for n, i in enumerate(t.tolist())]
+            got = forward.at(x, t)
+    assert torch.equal(got, torch.stack(each))
+    if own:
+        assert torch.equal(got, model(x, t))
+    else:
+        reference = UNet(**net.config)
+        reference.load_state_dict(net.state_dict())
+        reference.eval()
+        with torch.no_grad():
+            plain = reference(x, t)
+            assert_as_accurate(got, plain, reference.double()(x.double(), t))
+    assert len(graphs) == (kind == "graph")
+
+
+def test_a_run_at_one_timestep_follows_one_at_several(graphs):
+    made = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
+    made.kind = "graph"
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    results = []
+    for apart in (False, True, False):
+        with made.forward(3, 9) as forward:
+            forward.prepare(torch.arange(100), apart=apart)
+            with forward.working():
+                results.append(forward.at(x, 7))
+    assert torch.equal(results[0], results[2])
+    assert len(graphs) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_is_the_same_function(precision):
+    """Against the U-Net in float64; the yardstick is plain torch, in channels-last memory as ours."""
+    net = tiny_unet()
+    results = {}
+    for kind in ("eager", "compiled"):
+        sampler = Sampler(net, device="cpu", precision=precision, engine=kind)
+        with sampler.engine.slots(2, 4) as slots:
+            slots.load(Schedule().table(4), noise.address(0, 2))
+            low, row = slots.low.clone(), slots._columns()
+            results[kind] = slots.predict().clone()
+    exact = tiny_unet().double()
+    with torch.no_grad():
+        rows = exact.time_rows(torch.tensor([750]))
+        assert torch.allclose(rows.float(), row.float(), atol=float(row.abs().max()) * torch.finfo(row.dtype).eps * 4)
+        plain = UNet(**net.config).to(low.dtype, memory_format=torch.channels_last)
+        plain.load_state_dict(net.state_dict())
+        theirs, want = plain(low, torch.tensor([750, 750])), exact.denoise(low.double(), rows)
+    for kind in results:
+        assert_as_accurate(results[kind], theirs, want)
+
+
+def test_settings_of_float32_on_a_gpu_are_as_they_were_after():
+    settings = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    before = settings()
+    with arithmetic("fp32", torch.device("cpu")):
+        assert settings() == before
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for precision, want in (("fp32", (False, "highest")), ("tf32", (True, "high")), ("bf16", (False, "highest"))):
+            with arithmetic(precision, torch.device("cuda")):
+                assert settings() == want
+            assert settings() == (before[0], "medium")
+    finally:
+        torch.set_float32_matmul_precision(before[1])
+
+
+def test_settings_by_their_newer_names_are_as_they_were_after():
+    code = """
+import torch
+from fastddpm.sampling.engine import arithmetic
+owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+before = [owner.fp32_precision for owner in owners]
+for precision, want in (("fp32", "ieee"), ("tf32", "tf32")):
+    with arithmetic(precision, torch.device("cuda")):
+        assert [owner.fp32_precision for owner in owners] == 3 * [want]
+    assert [owner.fp32_precision for owner in owners] == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)  # there is no way back to the older names

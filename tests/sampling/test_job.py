@@ -1,0 +1,584 @@
+"""Jobs that nothing disturbs: the same folder whoever draws it, what a restart draws, what is taken and refused."""
+
+import functools
+import io
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from fastddpm import Schedule
+from fastddpm.cli.main import main
+from fastddpm.sampling import job
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage import fingerprint
+from fastddpm.storage.shards import FORMATS, Store
+from tests.support.check import error_line
+from tests.support.jobs import command, commands, contents, drawn, finished, note_drawn, options, save_tiny, tiny_unet
+from tests.support.processes import run_ranks, start
+
+SCHEDULE = Schedule(num_train_timesteps=6)
+INDICES = [7, *range(20, 31), 3, 1 << 40]  # 14 samples: shards of 4, 4, 4 and 2, each of batches of 3 and what is left
+FLAGS = f"--indices 7,20-30,3,{1 << 40} --shard-size 4 --quiet"
+WAYS = {"batches": "--batch-size 3", "invariant": "--batch-invariant"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory):
+    """{number of processes: folder of folders FORMAT-WAY and logs beside them}"""
+    found = {}
+    for size in (1, 2, 3):
+        found[size] = folder = tmp_path_factory.mktemp(f"ranks-{size}")
+        jobs = [
+            options(
+                tiny, folder / f"{form}-{way}", f"{FLAGS} --format {form} {flags} --json-log {folder}/{form}-{way}.log"
+            )
+            for form in FORMATS
+            for way, flags in WAYS.items()
+        ]
+        assert run_ranks(folder, size, commands, *jobs) == ([0] * size, [""] * size)
+    return found
+
+
+def read(folder, form, k):
+    """Samples of shard k, as anybody would read them: uint8 [n, 4, 4, 1]."""
+    shard = INDICES[4 * k : 4 * k + 4]
+    if form == "npz":
+        return np.load(folder / f"{k:013d}.npz")["arr_0"]
+    if form == "png":
+        return np.stack([np.asarray(Image.open(folder / f"{i:013d}.png"))[..., None] for i in shard])
+    with tarfile.open(folder / f"{k:013d}.tar") as tar:
+        assert tar.getnames() == [f"{i:013d}.png" for i in shard]
+        return np.stack([np.asarray(Image.open(tar.extractfile(name)))[..., None] for name in tar.getnames()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_folder_is_that_of_one_process(folders, tiny, form, way):
+    """To the byte of each file, and no other; the pictures those of `Sampler.sample` with the batches of each shard."""
+    one, two, three = (contents(folder / f"{form}-{way}") for folder in folders.values())
+    assert one == two == three
+    files = [f"{n:013d}{FORMATS[form]}" for n in (INDICES if form == "png" else range(4))]
+    records = [f".shards/{k:013d}" for k in range(4)]
+    assert sorted(one) == sorted([".shards", "manifest.json", *files, *records])
+    sampler = Sampler.from_pretrained(tiny, device="cpu", batch_invariant=way == "invariant")
+    for k in range(4):
+        want = sampler.sample(INDICES[4 * k : 4 * k + 4], output="uint8", progress=False, batch_size=3)
+        assert np.array_equal(read(folders[3] / f"{form}-{way}", form, k), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shards_are_shared_evenly(folders, size, form, way):
+    """The last JSON line of each job tells what each process has drawn."""
+    last = json.loads((folders[size] / f"{form}-{way}.log").read_text().splitlines()[-1])
+    want = {1: [14], 2: [8, 6], 3: [6, 4, 4]}[size]
+    assert [rank["images"] for rank in last["ranks"]] == [rank["of"] for rank in last["ranks"]] == want
+    assert [rank["drawn"] for rank in last["ranks"]] == want
+    assert [rank["state"] for rank in last["ranks"]] == ["done"] * size
+    assert (last["images"], last["of"], last["eta_s"]) == (14, 14, 0)
+
+
+def arrays(store):
+    return np.concatenate(list(store.arrays()))
+
+
+def test_batch_invariant_samples_have_the_same_bits_in_any_shards(tmp_path):
+    """And of any indices beside them, in any order, whatever batch was asked for."""
+    net = tiny_unet()
+    sampler = Sampler(net, SCHEDULE, device="cpu", batch_invariant=4)
+    want = dict(zip(range(23), sampler.sample(23, progress=False, output="uint8").numpy(), strict=True))
+    for size, batch, samples in (
+        (1, None, range(9)),
+        (5, 2, range(23)),
+        (3, 64, [8, 2, 21]),
+        (100, 1, [*range(22, -1, -1)]),
+    ):
+        how = {"shard_size": size, "batch_size": batch, "format": "npz", "progress": False}
+        store = job.sample_to(tmp_path / str(size), sampler, samples, **how)
+        assert np.array_equal(arrays(store), np.stack([want[i] for i in samples]))
+
+
+def die_storing(shard: int) -> None:
+    """SIGKILL, before this process stores its shard of this number."""
+    left, write = [shard], Store.write
+
+    def counted(self, k, samples):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, k, samples)
+
+    Store.write = counted  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_with_another_number_of_processes(folders, tiny, tmp_path):
+    """Three that are killed, then one that is killed, then two: each draws what lacks, and nothing else."""
+    out = tmp_path / "out"
+    arguments = options(tiny, out, f"{FLAGS} {WAYS['batches']} --format npz --shard-size 1")
+    want = job.sample_to(
+        tmp_path / "want",
+        Sampler.from_pretrained(tiny, device="cpu"),
+        INDICES,
+        format="npz",
+        shard_size=1,
+        batch_size=3,
+        progress=False,
+    )
+    note, done = functools.partial(note_drawn, tmp_path), set()
+    for size, dies, reached in ((3, 1, 3), (1, 4, 7), (2, None, 14)):
+        hooks = [note] if dies is None else [note, functools.partial(die_storing, dies)]
+        ends, _ = run_ranks(tmp_path, size, command, arguments, *hooks)
+        assert ends == [0 if dies is None else -9] * size
+        took = [index for part in drawn(tmp_path) for index in part]
+        assert len(set(took)) == len(took)
+        assert set(took).isdisjoint(done)
+        if dies is None:
+            assert set(took) == set(INDICES) - done
+        done = finished(out)
+        assert len(done) == reached
+    assert contents(out) == contents(want.folder)
+
+
+def damage_truncate(out, name):
+    (out / name).write_bytes((out / name).read_bytes()[:-7])
+
+
+def damage_flip(out, name):
+    content = bytearray((out / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / name).write_bytes(content)
+
+
+def damage_remove(out, name):
+    (out / name).unlink()
+
+
+def damage_empty(out, name):
+    (out / name).write_bytes(b"")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_restart_draws_torn_shards_alone(tmp_path, form, monkeypatch):
+    """Shards 1 to 6 of 8 are cut, changed, gone or empty, or the records of them."""
+    out, sampler = tmp_path / "out", Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    how = {"format": form, "shard_size": 2, "batch_size": 2, "progress": False}
+    job.sample_to(out, sampler, 16, **how)
+    want = contents(out)
+    first = [f"{2 * k if form == 'png' else k:05d}{FORMATS[form]}" for k in range(8)]
+    damage_truncate(out, first[1])
+    damage_flip(out, first[2])
+    damage_remove(out, first[3])
+    damage_remove(out, ".shards/00004")
+    damage_empty(out, ".shards/00005")
+    damage_flip(out, ".shards/00006")
+    (out / ".shards" / ".00004.77.tmp").write_bytes(b"left by a kill")
+    whole = [out / first[0], out / first[7], out / ".shards/00000", out / ".shards/00007"]
+    before, took, sample = [path.stat() for path in whole], [], sampler.sample
+    monkeypatch.setattr(sampler, "sample", lambda samples, **how: took.extend(samples) or sample(samples, **how))
+    job.sample_to(out, sampler, 16, **how)
+    assert took == list(range(2, 14))
+    assert contents(out) == want
+    after = [path.stat() for path in whole]
+    assert [(s.st_ino, s.st_mtime_ns) for s in after] == [(s.st_ino, s.st_mtime_ns) for s in before]
+    job.sample_to(out, sampler, 16, **how)
+    assert len(took) == 12  # nothing lacks any more
+
+
+CHANGES = {
+    "seed": {"--seed": "1"},
+    "steps": {"--steps": "3"},
+    "kind": {"--sampler": "ddim"},
+    "eta": {"--sampler": "ddim", "--eta": "0.5"},
+    "noise": {"--no-noise": ""},
+    "precision": {"--precision": "bf16"},
+    "samples": {"--num-samples": "6"},
+    "samples ": {"--num-samples": "", "--indices": "4,0-3"},
+    "format": {"--format": "webdataset"},
+    "shard_size": {"--shard-size": "3"},
+    "batch_size": {"--batch-size": "1"},
+    "batch_invariant": {"--batch-size": "", "--batch-invariant": ""},
+}
+
+
+def written(changes):
+    flags = {"--num-samples": "5", "--format": "npz", "--shard-size": "2", "--batch-size": "2", "--precision": "fp32"}
+    flags |= changes
+    bare = ("--no-noise", "--batch-invariant")
+    return "--quiet " + " ".join(f"{flag} {value}" for flag, value in flags.items() if value or flag in bare)
+
+
+def refused(arguments, capsys):
+    assert main.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"fastddpm: error: .+\n", err)
+    return err
+
+
+def states(folder):
+    """All that is in a folder, and when it was written."""
+    return contents(folder), {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_samples_are_refused(tiny, tmp_path, capsys, name):
+    """The error names what differs, there and here; nothing is touched."""
+    out = tmp_path / "out"
+    assert main.main(options(tiny, out, written({}))) == 0
+    before = states(out)
+    told = refused(options(tiny, out, written(CHANGES[name])), capsys)
+    assert f'"{name.strip()}": ' in told
+    assert told.count(f'"{name.strip()}": ') == 2
+    assert f"{out} holds samples with " in told
+    assert told.endswith("; name another folder\n")
+    assert states(out) == before
+
+
+def test_other_weights_labels_schedules_and_machines_are_refused(tiny, tmp_path, capsys, monkeypatch):
+    models = {
+        name: save_tiny(tmp_path / name, **how)
+        for name, how in (("other", {"seed": 1}), ("classes", {"num_class_embeds": 3}))
+    }
+    for name, model, labels in (("plain", tiny, ""), ("labelled", models["classes"], "--class-labels 0-2")):
+        assert main.main(options(model, tmp_path / "out" / name, f"{written({})} {labels}")) == 0
+    plain, labelled = tmp_path / "out" / "plain", tmp_path / "out" / "labelled"
+    before = states(tmp_path / "out")
+    told = refused(options(models["other"], plain, written({})), capsys)
+    assert re.search(r'with "model": \{"sha256": "\w{64}"\}, not "model": \{"sha256": "\w{64}"\};', told)
+    told = refused(options(models["classes"], labelled, f"{written({})} --class-labels 1,2"), capsys)
+    assert 'with "class_labels": "0-2", not "class_labels": "1-2"; name' in told
+    told = refused(options(models["classes"], plain, f"{written({})} --class-labels 1,2"), capsys)
+    assert 'with "class_labels": null, "model": {"config": {"num_class_embeds": null}' in told
+    sampler = Sampler.from_pretrained(tiny, device="cpu", precision="fp32")
+    how = {"format": "npz", "shard_size": 2, "batch_size": 2, "progress": False}
+    told = error_line(job.sample_to, plain, sampler, 5, timesteps=[5, 1, 0], **how)
+    assert '"timesteps": null' in told
+    assert '"timesteps": [0, 1, 5]' in told
+    sampler.schedule = Schedule(num_train_timesteps=6, beta_end=0.03)
+    assert '"schedule": {"beta_end": 0.02}, not "schedule": {"beta_end": 0.03}; name' in error_line(
+        job.sample_to, plain, sampler, 5, **how
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr(fingerprint, "__version__", "0.0.1")
+        assert 'not "versions": {"fastddpm": "0.0.1"}; name' in refused(options(tiny, plain, written({})), capsys)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__version__", "2.99.0")
+        assert 'not "versions": {"torch": "2.99.0"}; name' in refused(options(tiny, plain, written({})), capsys)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX9000")
+        assert 'not "device": "cpu, AVX9000"; name' in refused(options(tiny, plain, written({})), capsys)
+    assert states(tmp_path / "out") == before
+
+
+def test_a_damaged_manifest_is_refused(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main.main(options(tiny, out, written({}))) == 0
+    damage_truncate(out, "manifest.json")
+    before = states(out)
+    assert f"{out}/manifest.json is damaged" in refused(options(tiny, out, written({})), capsys)
+    assert states(out) == before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_folder_of_other_files_is_refused(tmp_path, form):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"cat{FORMATS[form]}").touch()
+    before = states(tmp_path / "out")
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    told = error_line(job.sample_to, tmp_path / "out", sampler, 3, format=form, progress=False)
+    assert f"holds cat{FORMATS[form]}, and no manifest.json" in told
+    assert states(tmp_path / "out") == before
+
+
+def test_sizes_and_precision_that_nobody_names_are_the_folder_s(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for precision in ("bf16", "fp32"):  # one of them is not this machine's own
+        flags = f"--num-samples 5 --format npz --quiet --precision {precision} --shard-size 3 --batch-size 2"
+        assert main.main(options(tiny, out / precision, flags)) == 0
+        want = contents(out / precision)
+        damage_remove(out / precision, "00001.npz")
+        assert main.main(options(tiny, out / precision, "--num-samples 5 --format npz --quiet")) == 0
+        assert contents(out / precision) == want
+
+
+class Mixed(nn.Module):
+    """Each element by itself, with weights: the same bits in any batch. Of no samples larger than `most` at once."""
+
+    def __init__(self, most=1 << 20):
+        super().__init__()
+        self.scale, self.most, self.sizes = nn.Parameter(torch.tensor([0.7])), most, []
+
+    def forward(self, x, t):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
+        return self.scale * x - (t.float() / 6).reshape(-1, *[1] * (x.ndim - 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3,), (5, 4, 4)], ids=str)
+def test_samples_that_are_no_pictures_are_floats(tmp_path, shape):
+    """By a module on shapes of its own."""
+    sampler = Sampler(Mixed(), SCHEDULE, shape=shape, device="cpu")
+    want = sampler.sample(5, progress=False).numpy()
+    assert want.dtype == np.float32
+    how = {"shard_size": 3, "batch_size": 2, "progress": False}
+    for form in ("npz", "webdataset"):
+        store = job.sample_to(tmp_path / form, sampler, 5, format=form, **how)
+        assert np.array_equal(arrays(store), want)
+    shards = [np.load(tmp_path / "npz" / f"0000{k}.npz")["arr_0"] for k in range(2)]
+    assert np.array_equal(np.concatenate(shards), want)
+    with tarfile.open(tmp_path / "webdataset" / "00001.tar") as tar:
+        assert tar.getnames() == ["00003.npy", "00004.npy"]
+        assert np.array_equal(np.load(io.BytesIO(tar.extractfile("00004.npy").read())), want[4])
+    told = error_line(job.sample_to, tmp_path / "png", sampler, 5, format="png", **how)
+    assert told == f"samples are {shape}, no pictures; write them as npz or webdataset"
+    assert not (tmp_path / "png").exists()
+
+
+def test_the_sampler_s_network_must_have_weights_to_know_it_by(tmp_path):
+    sampler = Sampler(lambda x, t: x, SCHEDULE, shape=(3,), device="cpu")
+    told = error_line(job.sample_to, tmp_path / "out", sampler, 3, format="npz")
+    assert told.startswith("the sampler's model is a function; want an nn.Module")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("samples", "how", "why"),
+    [
+        (0, {}, "no samples were asked for"),
+        ([], {}, "no samples were asked for"),
+        (-1, {}, "samples are -1"),
+        ([1, 2, 1], {}, "sample 1 is asked for twice"),
+        ([1 << 56], {}, "0 <= index < 2^56"),
+        (3, {"format": "gif"}, "format is 'gif'; want one of npz, png, webdataset"),
+        (3, {"shard_size": 0}, "shard_size is 0"),
+        (3, {"shard_size": True}, "shard_size is True"),
+        (3, {"shard_size": 2.0}, "shard_size is 2.0"),
+        (3, {"batch_size": 0}, "batch_size is 0"),
+        (3, {"batch_size": "all"}, "batch_size is 'all'"),
+        (3, {"seed": -1}, "seed is -1"),
+        (3, {"seed": 1 << 64}, "seed is"),
+        (3, {"steps": 7}, "steps is 7"),
+        (3, {"timesteps": [1, 2]}, "timesteps"),
+        (3, {"sampler": "euler"}, "sampler is 'euler'"),
+        (3, {"eta": 0.5}, "eta"),
+        (3, {"class_labels": [1]}, "not a class-conditional UNet2D"),
+        (3, {"class_labels": [0, 1, 2, 3]}, "4 class labels for 3 samples"),
+        (3, {"class_labels": [-1]}, "class_labels are [-1]"),
+        (3, {"class_labels": [0.5]}, "class_labels are [0.5]"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_leave_no_folder(tmp_path, samples, how, why):
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    assert why in error_line(job.sample_to, tmp_path / "out", sampler, samples, **how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_repeated_over_the_samples(tmp_path):
+    """Across shards, by samples in the order asked for; a class-conditional model without labels is refused."""
+    sampler = Sampler(tiny_unet(num_class_embeds=3), SCHEDULE, device="cpu")
+    samples, labels = [4, 0, 9, 2, 7], [2, 0, 2, 0, 2]
+    parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    want = [
+        sampler.sample(samples[at], class_labels=labels[at], batch_size=2, progress=False, output="uint8")
+        for at in parts
+    ]
+    how = {"class_labels": iter([2, 0]), "shard_size": 2, "batch_size": 2, "format": "npz", "progress": False}
+    job.sample_to(tmp_path / "out", sampler, iter(samples), **how)
+    for k, at in enumerate(parts):
+        with np.load(tmp_path / "out" / f"0000{k}.npz") as shard:
+            assert np.array_equal(shard["arr_0"], want[k])
+            assert shard["arr_1"].tolist() == labels[at]
+    for wrong, why in ((None, "pass class_labels"), ([3], "class_labels are [3]"), ([], "class_labels")):
+        assert why in error_line(job.sample_to, tmp_path / "wrong", sampler, 5, **how | {"class_labels": wrong})
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_arguments_of_other_types(tmp_path):
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    how = {"format": "npz", "shard_size": 2, "progress": False}
+    want = job.sample_to(tmp_path / "want", sampler, [5, 1, 2], timesteps=[4, 2, 1], seed=3, **how)
+    once = {"timesteps": iter([4, 2, 1]), "seed": np.int64(3)}
+    got = job.sample_to(tmp_path / "got", sampler, iter([5, 1, 2]), **once, **how)
+    assert contents(got.folder) == contents(want.folder)
+
+
+def test_without_memory_the_batch_is_halved_for_all_shards_to_come(tmp_path):
+    """The samples stay; what was out of memory once is not tried again."""
+    net = Mixed(most=3)
+    sampler, how = Sampler(net, SCHEDULE, shape=(1, 4, 4), device="cpu"), {"shard_size": 8, "batch_size": 8}
+    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+        job.sample_to(tmp_path / "hungry", sampler, 20, **how, progress=False)
+    assert [str(w.message).partition(".")[0][-1] for w in warned] == ["4", "2"]
+    assert [size for size in net.sizes if size > 2] == [8, 4]
+    plenty = Sampler(Mixed(), SCHEDULE, shape=(1, 4, 4), device="cpu")
+    job.sample_to(tmp_path / "plenty", plenty, 20, **how, progress=False)
+    assert contents(tmp_path / "hungry") == contents(tmp_path / "plenty")
+
+
+def test_without_memory_for_one_sample_the_job_ends(tmp_path):
+    sampler = Sampler(Mixed(most=0), SCHEDULE, shape=(1, 4, 4), device="cpu")
+    with pytest.warns(UserWarning, match="going on with batches of 1"), pytest.raises(torch.OutOfMemoryError):
+        job.sample_to(tmp_path / "out", sampler, 4, batch_size=2, progress=False)
+    assert sorted(contents(tmp_path / "out")) == [".shards", "manifest.json"]
+
+
+class Held:
+    """`Store.write` that waits until it may, and counts the shards drawn by then."""
+
+    def __init__(self, monkeypatch, sampler):
+        self.go, self.taken, self.drawn = threading.Event(), threading.Event(), 0
+        write, sample = Store.write, sampler.sample
+
+        def held(store, k, samples):
+            self.taken.set()
+            assert self.go.wait(60)
+            write(store, k, samples)
+
+        def counted(samples, **how):
+            x = sample(samples, **how)
+            self.drawn += 1
+            return x
+
+        monkeypatch.setattr(Store, "write", held)
+        monkeypatch.setattr(sampler, "sample", counted)
+
+
+def test_drawing_waits_for_a_writer_that_is_behind(tmp_path, monkeypatch):
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    held = Held(monkeypatch, sampler)
+    how = {"shard_size": 1, "format": "npz", "progress": False}
+    thread = threading.Thread(target=job.sample_to, args=(tmp_path / "out", sampler, 12), kwargs=how)
+    thread.start()
+    most, until = job.WAITING + 1, time.monotonic() + 60
+    while held.drawn < most and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.3)  # for one more, if there were no end to it
+    assert held.drawn == most
+    held.go.set()
+    thread.join()
+    assert held.drawn == 12
+    assert finished(tmp_path / "out") == set(range(12))
+
+
+def test_shards_handed_over_before_ctrl_c_are_written(tmp_path, monkeypatch):
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    held = Held(monkeypatch, sampler)
+    sample = sampler.sample
+
+    def interrupted(samples, **how):
+        if held.drawn == 2:
+            assert held.taken.wait(60)
+            threading.Timer(0.2, held.go.set).start()
+            raise KeyboardInterrupt
+        return sample(samples, **how)
+
+    monkeypatch.setattr(sampler, "sample", interrupted)
+    with pytest.raises(job.Stopped) as stopped:
+        job.sample_to(tmp_path / "out", sampler, 12, shard_size=3, format="npz", progress=False)
+    assert str(stopped.value) == "stopped: 6 of 12 samples are done; the same command goes on from there"
+    assert stopped.value.number == 2
+    assert finished(tmp_path / "out") == set(range(6))
+
+
+@pytest.mark.parametrize("failing", [0, 2, 5])
+def test_what_fails_in_the_writer_fails_the_job(tmp_path, monkeypatch, failing):
+    """In any shard, the last one too; those before it are done, and not much is drawn in vain."""
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    took, write, sample = [], Store.write, sampler.sample
+
+    def broken(store, k, samples):
+        if k == failing:
+            raise OSError(28, "No space left on device")
+        write(store, k, samples)
+
+    monkeypatch.setattr(Store, "write", broken)
+    monkeypatch.setattr(sampler, "sample", lambda samples, **how: took.append(samples) or sample(samples, **how))
+    with pytest.raises(OSError, match="No space left"):
+        job.sample_to(tmp_path / "out", sampler, 12, shard_size=2, format="npz", progress=False)
+    assert len(took) <= failing + job.WAITING + 1
+    done = finished(tmp_path / "out")
+    assert done >= set(range(2 * failing))
+    assert done.isdisjoint({2 * failing, 2 * failing + 1})
+
+
+@pytest.mark.slow
+def test_processes_tell_how_they_get_on(tiny, tmp_path):
+    """In plain lines where there is no terminal, and as JSON lines added to what is there."""
+    log = tmp_path / "logs" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"images": 0}\n{"ima')  # of a job that was killed
+    arguments = options(tiny, tmp_path / "out", f"--num-samples 9 --batch-size 2 --json-log {log}")
+    ends, (told, other) = run_ranks(tmp_path, 2, command, arguments)
+    assert (ends, other) == ([0, 0], "")
+    *lines, last = told.splitlines()
+    rates = r"[\d.e+-]+ images/s, [\d.e+-]+ steps/s, ETA (\d+:\d+|\?)"
+    form = rf"\d of 9 samples, {rates}; process 0: \d of 5, {rates}; process 1: \d of 4, {rates}"
+    assert lines
+    assert all(re.fullmatch(form, line) for line in lines), told
+    assert lines[-1].startswith("9 of 9 samples, ")
+    assert re.search(r"process 0: 5 of 5, .*; process 1: 4 of 4, ", lines[-1])
+    assert re.fullmatch(rf"{tmp_path}/out: all 9 samples are done; [\d.]+ s this time", last)
+    zero, torn, *new = log.read_text().splitlines()
+    assert (zero, torn) == ('{"images": 0}', '{"ima')
+    *_, final = map(json.loads, new)
+    assert (final["images"], final["of"], final["drawn"], final["eta_s"]) == (9, 9, 9, 0)
+    assert [(rank["rank"], rank["state"], rank["images"], rank["of"]) for rank in final["ranks"]] == [
+        (0, "done", 5, 5),
+        (1, "done", 4, 4),
+    ]
+    assert all(rank["images_per_s"] > 0 and rank["steps_per_s"] > 0 for rank in final["ranks"])
+
+
+def keep_books(folder, order):
+    """Print what is done, and by how many MB a job of a million grows this process until its first step; twice."""
+
+    def stop(*args, **how):
+        raise KeyboardInterrupt
+
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    job.sample_to(folder / "small", sampler, 4, format="npz", progress=False)  # imports what there is to import
+    sampler.sample = stop
+    samples = 10**6 if order == "counted" else np.random.default_rng(0).permutation(10**6).tolist()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):
+        try:
+            job.sample_to(folder / "large", sampler, samples, format="npz", progress=False)
+        except job.Stopped as stopped:
+            print(*str(stopped).split()[1:5], sep="-", end=" ")
+            print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["counted", "at random"])
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss is in other units")
+def test_the_books_of_a_million_samples_are_small(tmp_path, order):
+    process = start(tmp_path / "told", keep_books, tmp_path, order)
+    process.join()
+    told = (tmp_path / "told").read_text()
+    assert process.exitcode == 0, told
+    done, first, again, second = told.split()
+    assert done == again == "0-of-1000000-samples"
+    assert 0 <= float(first) <= float(second) < (20 if order == "counted" else 200)

@@ -1,0 +1,628 @@
+"""Jobs that are disturbed: killed at any moment, told to end, out of space, two at once, without one of theirs."""
+
+import errno
+import functools
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fastddpm.cli.main import main
+from fastddpm.processes import progress
+from fastddpm.processes.distributed import ranks
+from fastddpm.processes.progress import Progress
+from fastddpm.sampling import job
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.files import locked
+from fastddpm.storage.shards import Store
+from tests.support.jobs import command, contents, drawn, finished, note_drawn, options, save_tiny
+from tests.support.processes import run_ranks, start
+
+FLAGS = "--num-samples 9 --shard-size 2 --batch-size 2 --format npz --quiet"  # shards of 2, 2, 2, 2 and 1
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """What the folder of FLAGS is to hold in the end."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert main.main(options(tiny, out, FLAGS)) == 0
+    return contents(out)
+
+
+def error(told):
+    """The one line of a command that failed."""
+    assert re.fullmatch(r"fastddpm: error: .+\n", told), told
+    return told.removeprefix("fastddpm: error: ").strip()
+
+
+def alone(tmp_path, arguments, *hooks):
+    """Exit status of the command in a process of its own, and all that it said."""
+    told = tmp_path / "told"
+    told.unlink(missing_ok=True)
+    process = start(told, command, arguments, *hooks)
+    process.join(120)
+    process.kill()
+    process.join()
+    return process.exitcode, told.read_text()
+
+
+def only_whole_files(out):
+    """Whether a folder holds finished shards, or whole files of others, and nothing temporary."""
+    return not [name for name in contents(out) if ".tmp" in name]
+
+
+def before_storing(shard, act, rank="0"):
+    """Do something before this process, or the one of this rank, stores its shard of this number."""
+    if os.environ.get("RANK", "0") != rank:
+        return
+    left, write = [shard], Store.write
+
+    def counted(self, k, samples):
+        left[0] -= 1
+        if left[0] == -1:
+            act()
+        write(self, k, samples)
+
+    Store.write = counted  # type: ignore[method-assign]
+
+
+def before_drawing(shard, act, rank="0"):
+    """The same before it draws it."""
+    if os.environ.get("RANK", "0") != rank:
+        return
+    left, sample = [shard], Sampler.sample
+
+    def counted(self, *args, **how):
+        left[0] -= 1
+        if left[0] == -1:
+            act()
+        return sample(self, *args, **how)
+
+    Sampler.sample = counted  # type: ignore[method-assign]
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+# A disk that is full
+
+
+def full(call, place):
+    """From now on this call of the system finds no space for files of the job."""
+
+    def no_space(handle, *args):
+        if place in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(handle, *args)
+
+    original = getattr(os, call)
+    setattr(os, call, no_space)
+
+
+def limited(size):
+    """No file may become larger: a write fails with EFBIG, as Python ignores the signal."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [
+        (functools.partial(full, "fsync", "/out/"), "No space left on device"),
+        (functools.partial(limited, 200), "File too large"),
+    ],
+    ids=["fsync", "write"],
+)
+def test_a_full_disk_is_one_line_and_finished_shards_stay(tiny, undisturbed, tmp_path, act, why):
+    """It names the file; with space the same command goes on, with what lacks alone."""
+    out = tmp_path / "out"
+    status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(before_storing, 2, act))
+    assert status == 2
+    assert why in error(told)
+    assert f"{out}/00002.npz" in told
+    assert only_whole_files(out)
+    assert finished(out) == {0, 1, 2, 3}
+    status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(note_drawn, tmp_path))
+    assert (status, told) == (0, "")
+    assert drawn(tmp_path) == [[4, 5, 6, 7, 8]]
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_disk_full_from_the_start(tiny, tmp_path):
+    out = tmp_path / "out"
+    status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(full, "fsync", "/out/"))
+    assert status == 2
+    assert "No space left on device" in error(told)
+    assert f"{out}/manifest.json" in told
+    assert list(contents(out)) == [".shards"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_a_disk_that_is_full_for_one_process_ends_all(tiny, undisturbed, tmp_path, failing):
+    """Each with a line: that of the process whose disk it was."""
+    out = tmp_path / "out"
+    hook = functools.partial(before_storing, 1, functools.partial(full, "fsync", "/out/"), failing)
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 200"), hook)
+    assert ends == [2, 2]
+    its, others = told[int(failing)], told[1 - int(failing)]
+    assert re.fullmatch(rf"\[Errno 28\] No space left on device: '{out}/\d+.npz'", error(its))
+    assert error(others) == f"process {failing}: {error(its)}"
+    assert only_whole_files(out)
+    assert finished(out)
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_process_that_fails_is_told_why(tiny, tmp_path):
+    """Not just that it has gone."""
+    out = tmp_path / "out"
+    hooks = [
+        functools.partial(before_storing, 1, functools.partial(full, "fsync", "/out/"), "1"),
+        functools.partial(before_drawing, 1, functools.partial(stay, 1), "1"),
+    ]
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
+    assert ends == [2, 2]
+    assert error(told[0]) == f"process 1: {error(told[1])}"
+    assert finished(out) == {0, 1, 2, 3, 4, 5, 8}
+
+
+@pytest.mark.slow
+def test_a_log_that_cannot_be_written_any_more_ends_all(tiny, tmp_path):
+    """It is the first process that writes it; the others must say so."""
+    flags = f"{FLAGS} --num-samples 500 --json-log {tmp_path}/log"
+    hook = functools.partial(before_storing, 1, functools.partial(be_a_folder, tmp_path / "log"))
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, tmp_path / "out", flags), hook, log_always, slowly)
+    assert ends == [2, 2], told
+    assert error(told[0]) == f"[Errno 21] Is a directory: '{tmp_path}/log'"
+    assert error(told[1]) == f"process 0: {error(told[0])}"
+
+
+def be_a_folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def log_always():
+    from fastddpm.processes import progress
+
+    progress.LOG_EVERY = 0.0
+
+
+def slowly(seconds=0.01):
+    """Drawing a shard takes longer."""
+    sample = Sampler.sample
+
+    def slow(self, *args, **how):
+        time.sleep(seconds)
+        return sample(self, *args, **how)
+
+    Sampler.sample = slow  # type: ignore[method-assign]
+
+
+# A folder that is read-only, or another's
+
+
+def read_only(place):
+    """As the kernel says it, to root, too."""
+
+    def refuse(event, args):
+        writes = (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)) or event in ("os.mkdir", "os.remove")
+        if (writes and str(args[0]).startswith(str(place))) or (event == "os.rename" and place in args[0]):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+
+    sys.addaudithook(refuse)
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_one_line(tiny, tmp_path):
+    """From the start, and from the third shard on."""
+    out = tmp_path / "out"
+    hook = functools.partial(read_only, f"{out}")
+    status, told = alone(tmp_path, options(tiny, out, FLAGS), hook)
+    assert (status, error(told)) == (2, f"cannot write {out}: Read-only file system; name another place")
+    assert not out.exists()
+    later = functools.partial(before_storing, 2, hook)
+    status, told = alone(tmp_path, options(tiny, out, FLAGS), later)
+    assert status == 2
+    assert "Read-only file system" in error(told)
+    assert finished(out) == {0, 1, 2, 3}
+    before = contents(out)
+    status, told = alone(tmp_path, options(tiny, out, FLAGS), hook)
+    assert (status, error(told)) == (2, f"cannot write {out}: Read-only file system; name another place")
+    assert contents(out) == before
+
+
+def wait_for(path, seconds=60.0):
+    until = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.slow
+def test_of_two_jobs_on_one_folder_the_second_is_refused(tiny, undisturbed, tmp_path):
+    """In one line, whether it is the same job or another; the first one is not disturbed."""
+    out, go = tmp_path / "out", tmp_path / "go"
+    first = start(
+        tmp_path / "first",
+        command,
+        options(tiny, out, FLAGS),
+        functools.partial(before_storing, 1, functools.partial(wait_for, go)),
+    )
+    wait_for(out / ".shards" / "00000")
+    (out / ".00001.npz.1.tmp").touch()  # as if of the first
+    before = contents(out)
+    for flags in (FLAGS, f"{FLAGS} --seed 1"):
+        status, told = alone(tmp_path, options(tiny, out, flags))
+        assert (status, error(told)) == (
+            2,
+            f"{out} is being written by another process; wait until it has ended, or name another folder",
+        )
+    ends, both = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS))
+    assert ends == [2, 2]
+    assert {error(told).partition(";")[0] for told in both} == {f"{out} is being written by another process"}
+    assert contents(out) == before
+    (out / ".00001.npz.1.tmp").unlink()
+    go.touch()
+    first.join()
+    assert (first.exitcode, (tmp_path / "first").read_text()) == (0, "")
+    assert contents(out) == undisturbed
+
+
+# Signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_job_in_one_line(tiny, undisturbed, tmp_path, number, status):
+    """Before any shard, between two, and before the last; what was drawn is written."""
+    out, arguments = tmp_path / "out", options(tiny, tmp_path / "out", FLAGS)
+    done = 0
+    for shards, reached in ((0, 0), (2, 4), (1, 6), (1, 8)):
+        act = functools.partial(before_drawing, shards, functools.partial(send, number))
+        hooks = [functools.partial(note_drawn, tmp_path), act]
+        end, told = alone(tmp_path, arguments, *hooks)
+        assert end == status
+        assert told == f"\nfastddpm: stopped: {reached} of 9 samples are done; the same command goes on from there\n"
+        assert drawn(tmp_path) == ([list(range(done, reached))] if reached > done else [])
+        assert finished(out) == set(range(reached))
+        assert only_whole_files(out)
+        done = reached
+    assert alone(tmp_path, arguments) == (0, "")
+    assert contents(out) == undisturbed
+
+
+def stay(seconds=60):
+    time.sleep(seconds)
+
+
+def send_twice(number, after):
+    later = f"import os, time; time.sleep({after}); os.kill({os.getpid()}, {int(number)})"
+    subprocess.Popen([sys.executable, "-S", "-c", later])
+    send(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(tiny, undisturbed, tmp_path, number):
+    """While the first waits for a disk that hangs."""
+    out = tmp_path / "out"
+    hooks = [
+        functools.partial(before_storing, 1, stay),
+        functools.partial(before_drawing, 2, functools.partial(send_twice, number, job.ONCE + 0.3)),
+    ]
+    began = time.monotonic()
+    assert alone(tmp_path, options(tiny, out, FLAGS), *hooks) == (-number, "")
+    assert time.monotonic() - began < 30
+    assert finished(out) == {0, 1}
+    assert alone(tmp_path, options(tiny, out, FLAGS)) == (0, "")
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_twice_is_one(tiny, tmp_path, number, status):
+    """As of a terminal or a scheduler, and of torchrun: what was drawn is written all the same, and told once."""
+    out = tmp_path / "out"
+    hooks = [
+        functools.partial(before_storing, 1, functools.partial(stay, 1.5)),
+        functools.partial(before_drawing, 2, functools.partial(send_twice, number, 0.3)),
+    ]
+    told = "\nfastddpm: stopped: 4 of 9 samples are done; the same command goes on from there\n"
+    assert alone(tmp_path, options(tiny, out, FLAGS), *hooks) == (status, told)
+    assert finished(out) == {0, 1, 2, 3}
+    assert only_whole_files(out)
+
+
+def when_done(act, rank="0"):
+    """Do something soon after this process has nothing left to draw."""
+    if os.environ.get("RANK", "0") != rank:
+        return
+    done = Progress.done
+
+    def soon(self):
+        done(self)
+        threading.Timer(0.3, act).start()
+
+    Progress.done = soon  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_another_hears_signals(tiny, tmp_path):
+    out = tmp_path / "out"
+    hooks = [
+        functools.partial(when_done, functools.partial(send, signal.SIGTERM)),
+        functools.partial(before_drawing, 1, functools.partial(stay, 3), "1"),
+    ]
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
+    assert ends == [143, 2]
+    said = r"\nfastddpm: stopped: [57] of 9 samples are done; the same command goes on from there\n"
+    assert re.fullmatch(said, told[0])  # as of the last look at the other
+    assert error(told[1]) == "process 0: stopped"
+    assert finished(out) == {0, 1, 2, 3, 4, 5, 8}
+
+
+def test_a_program_s_own_handler_stays(tiny, tmp_path):
+    """And what was there before is there after."""
+    sampler, heard = Sampler.from_pretrained(tiny, device="cpu"), []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        own, sample = signal.getsignal(signal.SIGTERM), sampler.sample
+        sampler.sample = lambda *args, **how: (send(signal.SIGTERM), sample(*args, **how))[1]
+        job.sample_to(tmp_path / "own", sampler, 4, shard_size=2, progress=False)
+        assert heard == [signal.SIGTERM] * 2
+        assert signal.getsignal(signal.SIGTERM) is own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with pytest.raises(job.Stopped, match="0 of 4 samples are done") as stopped:
+            job.sample_to(tmp_path / "default", sampler, 4, shard_size=2, progress=False)
+        assert stopped.value.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told_to_end", ["0", "1"])
+def test_a_process_of_two_that_is_told_to_end_ends_both(tiny, tmp_path, told_to_end):
+    out = tmp_path / "out"
+    hook = functools.partial(before_drawing, 2, functools.partial(send, signal.SIGTERM), told_to_end)
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 400"), hook, slowly)
+    its, other = int(told_to_end), 1 - int(told_to_end)
+    assert (ends[its], ends[other]) == (143, 2)
+    assert error(told[other]) == f"process {told_to_end}: stopped"
+    if told_to_end == "0":
+        assert re.fullmatch(r"\nfastddpm: stopped: \d+ of 400 samples are done; the same .*\n", told[0])
+    else:
+        assert told[1] == ""
+    assert 8 <= len(finished(out)) < 400
+    assert only_whole_files(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["0", "1"])
+@pytest.mark.parametrize("when", ["drawing", "waiting"])
+def test_a_process_that_is_lost_ends_the_other(tiny, tmp_path, lost, when):
+    """Without torchrun to see it, while both draw, and when the other has nothing left to draw."""
+    out, shards = tmp_path / "out", 100 if when == "drawing" else 2
+    hooks = [functools.partial(before_drawing, 1, functools.partial(send, signal.SIGKILL), lost)]
+    hooks += [slowly] if when == "drawing" else [functools.partial(before_drawing, 1, functools.partial(stay, 1), lost)]
+    flags = f"{FLAGS} --num-samples {4 * shards}"
+    began = time.monotonic()
+    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, flags), *hooks)
+    assert time.monotonic() - began < 60
+    assert (ends[int(lost)], told[int(lost)]) == (-signal.SIGKILL, "")
+    assert ends[1 - int(lost)] == 2
+    last = told[1 - int(lost)].splitlines()[-1]  # torch has its own to say where the first one is lost
+    assert last == f"fastddpm: error: {'process 0' if lost == '0' else 'another process'} was lost"
+    assert alone(tmp_path, options(tiny, out, flags)) == (0, "")
+    assert only_whole_files(out)
+    assert len(finished(out)) == 4 * shards
+
+
+# Kills
+
+
+def die_after(seconds):
+    """By a clock of the kernel's, whatever the process does then."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def die_changing(place, operation):
+    """SIGKILL before the process opens to write, renames or removes a file of the folder for so many times."""
+    left = [operation]
+
+    def watch(event, args):
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in ("os.rename", "os.remove", "os.mkdir")) and str(args[0]).startswith(place):
+            left[0] -= 1
+            if not left[0]:
+                send(signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def die_writing(size):
+    """Die in the middle of the write that makes a file larger than so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.slow
+def test_a_job_killed_at_twenty_moments_ends_as_if_it_had_not_been(tmp_path):
+    """Before any change of its files, in the middle of a write, by the clock from its beginning; it dies each time."""
+    model, rng = save_tiny(tmp_path / "model", num_class_embeds=3), np.random.default_rng(0)
+    flags = "--num-samples 300 --class-labels 2,0,1,1 --shard-size 3 --batch-size 2 --format png --quiet"
+    assert alone(tmp_path, options(model, tmp_path / "want", flags)) == (0, "")
+    want, out, reached = contents(tmp_path / "want"), tmp_path / "out", [0]
+    for kill in range(20):
+        if kill % 3 == 0:
+            hook, by = functools.partial(die_changing, f"{out}/", int(rng.integers(1, 30))), signal.SIGKILL
+        elif kill % 3 == 1:
+            hook, by = functools.partial(die_after, rng.uniform(0.01, 0.5)), signal.SIGALRM
+        else:
+            hook, by = functools.partial(die_writing, int(rng.integers(1, 60))), signal.SIGXFSZ
+        end, told = alone(tmp_path, options(model, out, flags), hook, functools.partial(slowly, 0.05))
+        assert (end, told) == (-by, ""), kill
+        reached.append(len(finished(out)) if (out / "manifest.json").exists() else 0)
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 5  # they got on in between
+    assert reached[-1] < 300
+    assert alone(tmp_path, options(model, out, flags), functools.partial(note_drawn, tmp_path)) == (0, "")
+    assert len(drawn(tmp_path)[0]) == 300 - reached[-1]
+    assert contents(out) == want
+
+
+# Under torchrun itself
+
+
+def torchrun(*arguments, restarts=0, script=("-m", "fastddpm")):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*run, f"--max-restarts={restarts}", *script, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_under_torchrun(tiny, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    process = torchrun(*options(tiny, out, FLAGS.replace("--quiet", "")))
+    said, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert re.fullmatch(rf"{out}: all 9 samples are done; [\d.]+ s this time\n", said)
+    assert "9 of 9 samples" in told
+    assert "Traceback" not in told
+    assert contents(out) == undisturbed
+
+
+ONCE = """
+import os, signal, sys
+from pathlib import Path
+from fastddpm import cli
+from fastddpm.storage.shards import Store
+
+write, marker = Store.write, Path(sys.argv.pop(1))
+
+def killed(self, k, samples):
+    if k == 3 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, k, samples)
+
+Store.write = killed
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_killed_process_again(tiny, undisturbed, tmp_path):
+    out, script, marker = tmp_path / "out", tmp_path / "once.py", tmp_path / "killed"
+    script.write_text(ONCE)
+    process = torchrun(str(marker), *options(tiny, out, FLAGS), restarts=1, script=(str(script),))
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert marker.exists()
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.slow
+def test_torchrun_is_told_to_end(tiny, tmp_path):
+    """So all processes end, keep what is done, and say how far it is, once."""
+    out = tmp_path / "out"
+    process = torchrun(*options(tiny, out, f"{FLAGS} --num-samples 100000"))
+    wait_for(out / ".shards" / "00009", 120)
+    process.terminate()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode not in (0, -signal.SIGKILL)
+    assert len(re.findall(r"fastddpm: stopped: \d+ of 100000 samples are done; the same command goes on", told)) == 1
+    with locked(out):  # nobody is left that writes there
+        done = finished(out)
+        assert only_whole_files(out)
+    assert 16 <= len(done) < 100_000
+
+
+class Finalised:
+    """Tells this process to end while Python runs a finaliser, out of which no exception comes."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_ignores_ends_a_job_all_the_same(tiny, tmp_path, monkeypatch, capsys):
+    write, drawing = Store.write, Sampler.sample
+
+    def once(self, samples, **how):
+        if list(samples) == [2, 3]:
+            Finalised()
+        return drawing(self, samples, **how)
+
+    monkeypatch.setattr(Sampler, "sample", once)
+    monkeypatch.setattr(Store, "write", lambda self, k, samples: write(self, k, samples))
+    assert main.main(options(tiny, tmp_path / "out", FLAGS)) == 143
+    assert capsys.readouterr().err.endswith("samples are done; the same command goes on from there\n")
+    assert len(Store.open(tmp_path / "out").samples) == 9
+    assert not Store.open(tmp_path / "out").is_done(1)
+
+
+def test_a_shard_that_a_lost_process_of_another_job_leaves_is_seen(tiny, undisturbed, tmp_path):
+    """As one that hangs in a write while its folder is removed, and made anew with another seed."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert main.main(options(tiny, out, FLAGS)) == 0
+    assert main.main(options(tiny, other, f"{FLAGS} --seed 5")) == 0
+    for name in ("00001.npz", ".shards/00001"):
+        (other / name).rename(out / name)
+    assert [Store.open(out).is_done(k) for k in range(5)] == [True, False, True, True, True]
+    assert main.main(options(tiny, out, FLAGS)) == 0
+    assert contents(out) == undisturbed
+
+
+def test_processes_with_other_options_are_refused(tiny, tmp_path):
+    statuses, told = run_ranks(tmp_path, 2, by_rank, str(tiny), str(tmp_path / "out"))
+    assert statuses == [2, 2]
+    assert {error(text) for text in told} == {
+        "seed is 0 in process 0, 1 in process 1; give all of them the same data, options and folder"
+    }
+    assert not (tmp_path / "out").exists()
+
+
+def by_rank(model, out):
+    return main.main(options(model, out, f"{FLAGS} --seed {os.environ['RANK']}"))
+
+
+def watched():
+    """The counts of process 1 stand still, as if it were stopped, or its machine gone."""
+    progress.BEAT, progress.SILENT = 0.02, 50
+    with ranks("cpu") as group, Progress(group, 1, total=2, before=0, steps=1, show=False) as told:
+        if group.rank == 1:
+            told._post = lambda: None
+        while True:
+            told.check()
+            time.sleep(0.01)
+
+
+def test_a_silent_process_is_told_of(tmp_path):
+    _, told = run_ranks(tmp_path, 2, watched)
+    for text in told:
+        assert text.splitlines()[-1].endswith("AgreedError: process 1 has not been heard of for 1 seconds")

@@ -1,0 +1,386 @@
+"""Whole runs as processes: killed and resumed to the bit, and the same steps whatever the number of ranks."""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from fastddpm import Schedule, UNet2D, checkpoints, ops
+from fastddpm.cli.main import main
+from fastddpm.core import noise
+from fastddpm.reference.diffusion import Diffusion
+from tests.support.check import assert_as_accurate
+from tests.support.processes import run_ranks, start
+
+STEPS = 40
+OPTIONS = (
+    f"--steps {STEPS} --batch-size 7 --warmup 5 --channels 8,16 --attention 1 --groups 4 --dropout 0.1 --flip "
+    "--learning-rate 2e-3 --timesteps 50 --log-every 3 --save-every 4 --sample-every 16 --class-conditional "
+    "--precision fp32 --device cpu --quiet"
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Bright squares on black, somewhere in 8 x 8, and how bright they are as two classes."""
+    rng = np.random.default_rng(0)
+    x = np.zeros((24, 8, 8, 1), np.uint8)
+    for image, (i, j) in zip(x, rng.integers(0, 4, (24, 2)), strict=True):
+        image[i : i + 4, j : j + 4] = rng.integers(64, 256)
+    path = tmp_path_factory.mktemp("images") / "x.npz"
+    np.savez(path, x=x, y=x.max((1, 2, 3)) // 160)
+    return path
+
+
+def arguments(images, out, options=OPTIONS):
+    return ["train", str(images), "--out", str(out), *options.split()]
+
+
+def command(arguments: list[str], hook: Callable[[], None] | None = None) -> int:
+    """`fastddpm`, after a look at, or an attempt on, what it will do."""
+    if hook is not None:
+        hook()
+    return main(arguments)
+
+
+def refuse_writing(event, args):
+    """But for the nameless file that shows whether the folder can be written."""
+    opened = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if (opened or event == "os.rename") and f"{os.sep}run{os.sep}" in str(args[0]) and Path(args[0]).suffix:
+        raise PermissionError(f"rank {os.environ['RANK']} writes {args[0]}")
+
+
+def record_steps(folder: Path, killed: tuple[int, int] | None = None) -> None:
+    """Keep what each step of this rank takes, and what it leaves: steps-RANK.pt; a (rank, step) may be killed in it.
+
+    A rank that is not the first may not write into the folder of the run.
+    """
+    rank, steps, now = int(os.environ["RANK"]), [], {}
+    if rank:
+        sys.addaudithook(refuse_writing)
+    noising, forward = ops.noising, UNet2D.forward
+
+    def noised(x_0, t, address, *args, **kwargs):
+        now.update(x_0=x_0.clone(), t=t.clone(), address=address.clone())
+        return noising(x_0, t, address, *args, **kwargs)
+
+    def called(self, x_t, t, class_labels=None, *args, **kwargs):
+        if self.training:
+            now.update(x_t=x_t.clone(), class_labels=class_labels, config=dict(self.config))
+        return forward(self, x_t, t, class_labels, *args, **kwargs)
+
+    def before(optimizer, args, kwargs):
+        if (rank, len(steps)) == killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if not steps:
+            now["weights"] = [value.detach().clone() for value in _parameters(optimizer)]
+            now["grads"] = [value.grad.clone() for value in _parameters(optimizer)]
+
+    def after(optimizer, args, kwargs):
+        values = b"".join(value.detach().numpy().tobytes() for value in _parameters(optimizer))
+        steps.append({**now, "digest": hashlib.sha256(values).hexdigest()})
+        now.clear()
+        torch.save(steps, folder / f"steps-{rank}.pt")
+
+    ops.noising, UNet2D.forward = noised, called
+    register_optimizer_step_pre_hook(before)
+    register_optimizer_step_post_hook(after)
+
+
+def _parameters(optimizer):
+    return [value for group in optimizer.param_groups for value in group["params"]]
+
+
+def die_before(place: str, operation: int) -> None:
+    """SIGKILL before the process opens, renames or removes a file whose path begins so for so many times."""
+    left = [operation]
+
+    def watch(event, args):
+        if event in ("open", "os.rename", "os.remove") and str(args[0]).startswith(place):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def die_writing(size: int) -> None:
+    """Die, with no time to clean up, in the middle of the write that makes a file larger than so many bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def records(out):
+    """The log but for what the clock says."""
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def assert_same_run(out, want):
+    assert records(out) == records(want)
+    for folder in (out, want):
+        assert not [path for path in folder.rglob("*") if ".tmp" in path.name]
+    assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(want) for path in want.rglob("*")}
+    got, weights = checkpoints.load(out)[1], checkpoints.load(want)[1]
+    assert got.keys() == weights.keys()
+    assert all(torch.equal(got[name], weights[name]) for name in weights)
+    for grid in (want / "samples").iterdir():
+        assert (out / "samples" / grid.name).read_bytes() == grid.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    run = [sys.executable, "-m", "fastddpm", *arguments(images, out)]
+    done = subprocess.run(run, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_killed_time_and_again_is_the_undisturbed_one(images, undisturbed, tmp_path):
+    """Before operations on its files, of which some and any, in the middle of a write, at any time."""
+    rng = np.random.default_rng(0)
+    out, told, ends = tmp_path / "run", tmp_path / "told", []
+    for place, most in (("", 40), ("samples/.step", 2), (".loss", 2), (".training", 2), ("unet/.", 4)):
+        size = int(np.exp(rng.uniform(np.log(50), np.log(150_000))))
+        before = functools.partial(die_before, f"{out}/{place}", int(rng.integers(1, most, endpoint=True)))
+        for hook in (before, functools.partial(die_writing, size), None):
+            process = start(told, command, arguments(images, out), hook)
+            process.join(None if hook else rng.uniform(0.2, 1.0))
+            process.kill()
+            process.join()
+            ends.append(process.exitcode)
+    assert {-signal.SIGKILL, -signal.SIGXFSZ} <= set(ends) <= {0, -signal.SIGKILL, -signal.SIGXFSZ}
+    # at last between the state of the last step and the weights; those of the step before were written as it began
+    once = OPTIONS.replace("--save-every 4", f"--save-every {STEPS}")
+    process = start(told, command, arguments(images, out, once), functools.partial(die_before, f"{out}/unet/.", 5))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.load(out / "training.pt")["progress"]["step"] == STEPS
+    process = start(told, command, arguments(images, out))
+    process.join()
+    assert (process.exitcode, told.read_text()) == (0, "")
+    assert_same_run(out, undisturbed)
+
+
+def signal_after(step: int, number: int, rank: str | None = None) -> None:
+    """Send this process, or this rank alone, a signal when so many steps are done, before anything is kept of them."""
+    left = [step]
+
+    def after(optimizer, args, kwargs):
+        left[0] -= 1
+        if not left[0] and rank in (None, os.environ.get("RANK")):
+            os.kill(os.getpid(), number)
+
+    register_optimizer_step_post_hook(after)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_its_last_step(images, undisturbed, tmp_path):
+    out, told = tmp_path / "run", tmp_path / "told"
+    ends = ((signal.SIGTERM, 5, 5, -signal.SIGTERM), (signal.SIGINT, 2, 7, 130), (signal.SIGINT, 5, 12, 130))
+    for number, steps, reached, status in ends:  # in the middle of a stretch of the log, and where all is saved anyway
+        hook = functools.partial(signal_after, steps, number)
+        process = start(told, command, arguments(images, out, OPTIONS.replace("--quiet", "")), hook)
+        process.join()
+        assert process.exitcode == status
+        assert torch.load(out / "training.pt")["progress"]["step"] == reached
+        assert f"{out}: stopped after step {reached}; the same command goes on from there" in told.read_text()
+    process = start(told, command, arguments(images, out))
+    process.join()
+    assert process.exitcode == 0
+    assert_same_run(out, undisturbed)
+
+
+SHARED = (
+    OPTIONS.replace(f"--steps {STEPS}", "--steps 6")
+    .replace("--dropout 0.1", "--grad-clip inf")
+    .replace("--log-every 3 --save-every 4 --sample-every 16", "--log-every 1 --save-every 2 --sample-every 6")
+)
+
+
+@pytest.fixture(scope="module")
+def shared(images, tmp_path_factory):
+    """{number of ranks: (folder of the run, what each rank took and left in each step)}"""
+    found = {}
+    for size in (1, 2, 3):
+        folder = tmp_path_factory.mktemp(f"ranks-{size}")
+        hook = functools.partial(record_steps, folder)
+        ends = run_ranks(folder, size, command, arguments(images, folder / "run", SHARED), hook)
+        assert ends == ([0] * size, [""] * size)
+        found[size] = folder / "run", recorded(folder, size)
+    return found
+
+
+def recorded(folder, size):
+    return [torch.load(folder / f"steps-{rank}.pt") for rank in range(size)]
+
+
+def together(ranks, k, name):
+    """What the ranks took in step k, in the order of their shares."""
+    return torch.cat([steps[k][name] for steps in ranks])
+
+
+def assert_steps_of_one_process(ranks, alone):
+    for k, step in enumerate(alone):
+        sizes = [len(steps[k]["t"]) for steps in ranks]
+        assert (sum(sizes), max(sizes) - min(sizes)) == (7, 7 % len(ranks) > 0)
+        for name in ("x_0", "t", "address", "x_t", "class_labels"):
+            assert torch.equal(together(ranks, k, name), step[name]), name
+
+
+def assert_same_weights(ranks):
+    digests = [[step["digest"] for step in steps] for steps in ranks]
+    assert digests == [digests[0]] * len(ranks)
+    assert len(set(digests[0])) == len(digests[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_take_the_steps_of_one_process(shared, size):
+    """To the bit the same images, flips, classes, timesteps and noise, each rank its share; the same weights after."""
+    (one, [alone]), (out, ranks) = shared[1], shared[size]
+    assert [len(steps) for steps in ranks] == [6] * size
+    assert_steps_of_one_process(ranks, alone)
+    assert_same_weights(ranks)
+    assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5, 6]
+    assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(one) for path in one.rglob("*")}
+
+
+def gradients(step, dtype):
+    """Loss and gradients of plain torch at what a step took, after it was reported to the optimiser."""
+    net = UNet2D(**step["config"])
+    with torch.no_grad():
+        for value, weights in zip(net.parameters(), step["weights"], strict=True):
+            value.copy_(weights)
+    net = net.to(dtype).train()
+    eps = noise.normal(step["address"], step["x_0"].shape[1:], stream=noise.TRAIN, t=0).to(dtype)
+    x_0 = step["x_0"].to(dtype) / 127.5 - 1
+    process = Diffusion(Schedule(num_train_timesteps=50).betas)
+    loss = process.loss(lambda x_t, t: net(x_t, t, step["class_labels"]), x_0, step["t"], eps)
+    loss.backward()
+    return loss.detach(), torch.cat([value.grad.flatten() for value in net.parameters()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_unequal_shares_weigh_as_one_batch(shared, size):
+    """7 images on 2 and 3 ranks: the logged loss and the gradient are of the mean over the batch."""
+    out, ranks = shared[size]
+    (loss, plain), (exact, ref) = (gradients(shared[1][1][0][0], dtype) for dtype in (torch.float32, torch.float64))
+    for steps in ranks:
+        assert_as_accurate(torch.cat([grad.flatten() for grad in steps[0]["grads"]]), plain, ref)
+    assert_as_accurate(torch.tensor(records(out)[0]["loss"]), loss, exact)
+
+
+@pytest.mark.slow
+def test_killed_ranks_go_on_in_another_number(images, shared, tmp_path):
+    """One of two is killed: the other ends with a line. Three go on from the last state, with the steps of one."""
+    out, (_, [alone]) = tmp_path / "run", shared[1]
+    hook = functools.partial(record_steps, tmp_path, killed=(1, 4))
+    (first, second), (told, _) = run_ranks(tmp_path, 2, command, arguments(images, out, SHARED), hook)
+    assert (first, second) == (2, -signal.SIGKILL)
+    assert told.startswith("fastddpm: error: RuntimeError: ")
+    assert told.count("\n") == 1
+    (folder := tmp_path / "resumed").mkdir()
+    hook = functools.partial(record_steps, folder)
+    assert run_ranks(folder, 3, command, arguments(images, out, SHARED), hook) == ([0] * 3, [""] * 3)
+    ranks = recorded(folder, 3)
+    assert [len(steps) for steps in ranks] == [2] * 3  # the state of step 4 was saved
+    assert_steps_of_one_process(ranks, alone[4:])
+    assert_same_weights(ranks)
+    assert [line["step"] for line in records(out)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_to_end_ends_all(images, tmp_path):
+    """At the next line of the log, with all that was done till then."""
+    out, options = tmp_path / "run", SHARED.replace("--log-every 1 --save-every 2", "--log-every 3 --save-every 6")
+    hook = functools.partial(signal_after, 2, signal.SIGTERM, rank="1")
+    ends, _ = run_ranks(tmp_path, 2, command, arguments(images, out, options), hook)
+    assert ends == [-signal.SIGTERM] * 2
+    assert torch.load(out / "training.pt")["progress"]["step"] == 3
+    assert [line["step"] for line in records(out)] == [3]
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_one_line_of_each(images, tmp_path):
+    """A batch that does not go round: nothing is left, nobody waits."""
+    ends, told = run_ranks(tmp_path, 3, command, arguments(images, tmp_path / "run", SHARED + " --batch-size 2"))
+    assert ends == [2, 2, 2]
+    assert set(told) == {"fastddpm: error: a batch of 2 does not go round 3 processes; enlarge it, or start fewer\n"}
+    assert not (tmp_path / "run").exists()
+
+
+def blind(images: Path) -> None:
+    """One rank cannot read the images."""
+    if os.environ["RANK"] == "1":
+        os.chdir(images.parent.parent)
+
+
+@pytest.mark.slow
+def test_images_that_one_rank_cannot_read_end_all(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    hook = functools.partial(blind, images)
+    ends, told = run_ranks(tmp_path, 2, command, arguments(images.name, tmp_path / "run", SHARED), hook)
+    assert ends == [2, 2]
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"fastddpm: error: cannot read {images.name}: No such file or directory; want ")
+    assert told[0].count("\n") == 1
+
+
+def differing(arguments: list[str], others: list[str]) -> int:
+    """The second rank is given other options."""
+    return command(arguments + others * (os.environ["RANK"] == "1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("others", "line"),
+    [
+        (["--out", "/proc/run"], "cannot write /proc/run: No such file or directory; name another place"),
+        (["--warmup", "-1"], "warmup is -1; want a whole number, at least 0, or none"),
+        (
+            ["--precision", "bf16"],
+            "precision is fp32 in process 0, bf16 in process 1; give all of them the same",
+        ),
+    ],
+)
+def test_options_of_one_rank_end_all(images, tmp_path, others, line):
+    ends, told = run_ranks(tmp_path, 2, differing, arguments(images, tmp_path / "run", SHARED), others)
+    assert ends == [2, 2]
+    assert len(set(told)) == 1
+    assert told[0].startswith(f"fastddpm: error: {line}")
+
+
+@pytest.mark.slow
+def test_under_torchrun_itself(tmp_path):
+    """A line from each rank with exit status 2, no traceback but torchrun's own."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastddpm"]
+    done = subprocess.run(
+        [*run, *arguments(tmp_path / "absent.npz", tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    lines = {line for line in done.stderr.splitlines() if "fastddpm: error" in line}
+    assert len(lines) == 1
+    assert lines.pop().startswith(f"fastddpm: error: cannot read {tmp_path / 'absent.npz'}: No such file")
+    assert done.stderr.count("Traceback") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert done.stdout == ""

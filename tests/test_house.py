@@ -20,20 +20,21 @@ ROOT = Path(__file__).parents[1]
 # import each other. In each room __init__ is on top: it only gathers names.
 ORDER = """
 __main__
-cli: main
-verify: ladder rungs
-train: trainer run_folder
-| evaluate: likelihood fid features frechet
-| diffusers: accelerating pipelines unet schedulers tables disguise
-sampling: job sampler engine capture
-checkpoints: diffusers
+cli: main sample merge train likelihood fid verify info options
+verify: table ladder sampling_rungs kernel_rungs case accuracy
+train: trainer initial batches run_folder updates options
+| evaluate: likelihood terms fid features frechet
+| diffusers: accelerating pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
+sampling: job manifest sampler loop watch batches engine runner model capture
+checkpoints: loading diffusers reading parameters shipped
 networks: unet2d
-processes: progress distributed
-storage: merge shards images plots datasets fingerprint indices files
-ops:
-core: noise schedule layout
+processes: progress displays distributed signals
+storage: merge shards images plots datasets image_folder npz idx data_checks fingerprint indices files
+ops: eps_loss x_0_error group_norm interleave noising predict_step residual step checks library backend
+core: noise schedule layout precision memory checks
 reference: likelihood unet diffusion
-kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox launch
+kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox \
+         block columns launch
 _version
 """
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
@@ -109,7 +110,7 @@ def test_order_names_every_file():
 @pytest.mark.parametrize("path", PACKAGE, ids=module_of)
 def test_imports_point_down(path):
     if path == ROOT / "fastddpm" / "__init__.py":
-        return  # the public names, from all rooms
+        return  # gathers the public names
     assert list(wrong_imports(path.read_text(), module_of(path))) == []
 
 
@@ -157,26 +158,29 @@ def test_a_wrong_import_is_seen(module, source, wrong):
     assert list(wrong_imports(source, module)) == wrong
 
 
+ROOMS = [
+    room
+    for room in (name for _, name, place in POSITIONS.values() if place == 0)
+    if (ROOT / "fastddpm" / room).is_dir()
+]
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
         ("kernels/new.py", "import fastddpm"),
         ("kernels/new.py", "def f():\n    from fastddpm.core.noise import normal"),
-        ("kernels/new.py", "from ..noise import normal"),
+        ("kernels/new.py", "from ..core.noise import normal"),
         ("kernels/new.py", "import diffusers"),
-        ("fastddpm/new.py", "import triton.language as tl"),
-        ("fastddpm/new.py", "def f():\n    import diffusers"),
-        ("fastddpm/diffusers/new.py", "import triton"),
-        ("fastddpm/diffusers/new.py", "from fastddpm.cli.main import main"),
-        ("fastddpm/new.py", "from kernels import step"),
-        ("fastddpm/new.py", "from fastddpm.kernels import step"),
-        ("fastddpm/new.py", "from PIL import Image"),
-        ("fastddpm/new.py", "from fastddpm import cli"),
-        ("fastddpm/new.py", "import tests.check"),
-        ("fastddpm/cli.py", "import bench"),
+        *((f"fastddpm/{room}/new.py", "import triton.language as tl") for room in ROOMS),
+        *((f"fastddpm/{room}/new.py", "def f():\n    import diffusers") for room in ROOMS if room != "diffusers"),
+        *((f"fastddpm/{room}/new.py", "from kernels import step") for room in ROOMS),
+        *((f"fastddpm/{room}/new.py", "from fastddpm.kernels import step") for room in ROOMS),
+        *((f"fastddpm/{room}/new.py", "from PIL import Image") for room in ROOMS),
+        *((f"fastddpm/{room}/new.py", "import tests.support.check") for room in ROOMS),
+        *((f"fastddpm/{room}/new.py", "import bench") for room in ROOMS),
         ("fastddpm/reference/new.py", "import numpy as np"),
-        ("fastddpm/reference/new.py", "from fastddpm import noise"),
-        ("fastddpm/reference/new.py", "import triton"),
+        ("fastddpm/reference/new.py", "from fastddpm.core import noise"),
         ("tests/new.py", "import kernels.step"),
         ("bench/new.py", "from kernels import step"),
     ],
@@ -185,15 +189,26 @@ def test_ruff_forbids(path, source):
     assert "TID25" in ruff(path, source)
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_ruff_forbids_the_rooms_above_and_beside(room):
+    height = POSITIONS[room][0]
+    upper = [other for other in ROOMS if other != room and POSITIONS[other][0] >= height]
+    found = ruff(f"fastddpm/{room}/new.py", "".join(f"import fastddpm.{other}\n" for other in upper))
+    assert [other for other in upper if f"`fastddpm.{other}` is banned" not in found] == []
+
+
 @pytest.mark.parametrize(
     ("path", "source"),
     [
         ("kernels/new.py", "import torch\nimport triton\nfrom .philox import normals"),
-        ("fastddpm/new.py", "import torch\nfrom fastddpm import noise\ndef f():\n    import fastddpm.kernels.step"),
+        (
+            "fastddpm/ops/new.py",
+            "import torch\nfrom fastddpm.core import noise\ndef f():\n    import fastddpm.kernels.step",
+        ),
         ("fastddpm/diffusers/new.py", "import diffusers"),
         ("fastddpm/reference/new.py", "import torch\nfrom fastddpm.reference import diffusion"),
         ("tests/new.py", "import diffusers\nimport triton\nimport fastddpm.kernels.step"),
-        ("bench/new.py", "import diffusers\nimport triton\nimport fastddpm.cli.main"),
+        ("bench/new.py", "import diffusers\nimport triton\nimport fastddpm.cli"),
     ],
 )
 def test_ruff_allows(path, source):

@@ -188,7 +188,7 @@ def test_failed_capture_names_the_cause_and_is_cleaned_up(cuda, run_error, end_e
     capture(cuda.run, DEVICE)
 
 
-def test_cleaning_up_goes_on_until_a_capture_succeeds(cuda):
+def test_clean_up_repeats_until_a_capture_succeeds(cuda):
     cuda.end_errors = [RuntimeError("invalidated")] * 3
     with pytest.raises(CaptureError):
         capture(cuda.run, DEVICE)
@@ -199,7 +199,7 @@ def test_cleaning_up_goes_on_until_a_capture_succeeds(cuda):
 
 @pytest.mark.parametrize("handled", [KeyboardInterrupt("earlier"), torch.OutOfMemoryError("earlier")], ids=repr)
 @pytest.mark.parametrize("run_error", [None, ValueError("of the network")], ids=repr)
-def test_exception_that_the_caller_handles_is_not_the_cause(cuda, handled, run_error):
+def test_handled_exception_is_not_reported_as_the_cause(cuda, handled, run_error):
     def run():
         if run_error is not None:
             raise run_error

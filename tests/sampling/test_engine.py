@@ -14,10 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from fastddpm import Sampler, Schedule, UNet2D, ops
 from fastddpm.core import layout, noise
+from fastddpm.core.precision import Compute, arithmetic
 from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder
-from fastddpm.sampling.engine import CACHED, WORTH_CAPTURING, Engine, Slots, arithmetic
+from fastddpm.sampling.engine import KEPT, WORTH_CAPTURING, Engine
+from fastddpm.sampling.runner import Replay
 from tests.support.check import TINY, assert_as_accurate, at_once
 
 SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
@@ -51,18 +53,23 @@ def address(x):
 @pytest.fixture
 def graphs(monkeypatch):
     """Graphs on the CPU; gives those that were captured."""
-    captured = []
+    captured, resets, prepare = [], {}, Replay.prepare
 
-    def capture(slots):
-        slots._start()  # recording runs what a capture would not
+    def remember_reset(replay, run, reset, constants):
+        resets[id(replay)] = reset
+        prepare(replay, run, reset, constants)
+
+    def capture(replay, run):
+        resets[id(replay)]()  # recording runs what a capture would not
         graph = Recording()
         with graph:
-            slots._once()
+            run(None)
         captured.append(graph)
         return graph
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
-    monkeypatch.setattr(Slots, "_captured", capture)
+    monkeypatch.setattr(Replay, "prepare", remember_reset)
+    monkeypatch.setattr(Replay, "_captured", capture)
     return captured
 
 
@@ -78,7 +85,7 @@ def elementwise(x, t):
 def graphed(model, schedule=None, **options):
     """A sampler that captures."""
     sampler = Sampler(model, schedule, device="cpu", **options)
-    sampler.engine.kind = "graph"
+    sampler.engine.prepared.kind = "graph"
     return sampler
 
 
@@ -97,7 +104,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_graph_is_every_step_of_every_run(graphs, precision):
+def test_one_graph_serves_every_step_of_every_run(graphs, precision):
     net = tiny_unet()
     one, plain = graphed(net, precision=precision), eager(net, precision=precision)
     for how in RUNS:
@@ -108,14 +115,14 @@ def test_one_graph_is_every_step_of_every_run(graphs, precision):
     assert len(graphs) == 1
 
 
-def test_a_graph_of_another_network(graphs):
+def test_graph_of_another_network(graphs):
     one, plain = (make(elementwise, shape=(3, 5)) for make in (graphed, eager))
     for how in RUNS:
         assert torch.equal(one.sample(3, progress=False, **how), plain.sample(3, progress=False, **how))
     assert len(graphs) == 1
 
 
-def test_what_is_decided_in_python_is_seen_to_be_frozen(graphs):
+def test_python_decisions_are_frozen_in_a_graph(graphs):
     """The check above can fail: this network's choice is made at capture, and not again."""
 
     class Counting(torch.nn.Module):
@@ -139,7 +146,7 @@ WAITING = {
 
 
 @pytest.mark.parametrize("why", WAITING)
-def test_a_network_that_waits_is_not_captured(graphs, why):
+def test_network_that_waits_is_not_captured(graphs, why):
     sampler = graphed(WAITING[why], shape=(3,))
     with pytest.raises(
         ValueError, match=r"cannot be captured \(aten.* waits for the GPU\): .* use engine='eager'"
@@ -150,7 +157,7 @@ def test_a_network_that_waits_is_not_captured(graphs, why):
     assert eager(WAITING[why], shape=(3,)).sample(2, steps=3, progress=False).shape == (2, 3)
 
 
-def test_a_network_that_looks_things_up_is_captured(graphs):
+def test_network_with_table_lookups_is_captured(graphs):
     levels, mask = torch.randn(1000, 1), torch.tensor([True, False, True])
     looking = lambda x, t: torch.where(mask, x * levels[t], x) * 0.5
     one, plain = (make(looking, shape=(3,)).sample(2, steps=5, progress=False) for make in (graphed, eager))
@@ -158,7 +165,7 @@ def test_a_network_that_looks_things_up_is_captured(graphs):
     assert len(graphs) == 1
 
 
-def test_copies_from_the_host_are_waits():
+def test_copies_from_the_host_count_as_waits():
     there = torch.empty(2, device="meta")
     with NoWaiting():
         there.copy_(there + torch.tensor(1.0))  # a number, which goes with the launch
@@ -192,9 +199,9 @@ def failing_captures(monkeypatch):
 
     def arrange(failures):
         capture = FlakyCapture(failures)
-        monkeypatch.setattr("fastddpm.sampling.engine.capture", capture)
+        monkeypatch.setattr("fastddpm.sampling.runner.capture", capture)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
-        monkeypatch.setattr(Engine, "_captures_by_itself", property(lambda engine: engine.kind == "auto"))
+        monkeypatch.setattr(Engine, "captures", lambda engine, steps: engine.prepared.kind in ("auto", "graph"))
         return capture
 
     return arrange
@@ -205,7 +212,7 @@ def test_auto_retries_a_failed_capture(failing_captures):
     sampler = Sampler(net, device="cpu")
     assert torch.equal(sampler.sample(2, **how), eager(net).sample(2, **how))
     assert capture.attempts == 2
-    assert next(iter(sampler.engine._idle.values()))._graph is not None
+    assert next(iter(sampler.engine._idle.values()))._replay.graph is not None
 
 
 def test_auto_falls_back_to_eager_after_two_failures_and_warns_once(failing_captures):
@@ -226,14 +233,14 @@ def test_auto_falls_back_to_eager_after_two_failures_and_warns_once(failing_capt
 
 def test_auto_falls_back_to_eager_for_the_network_alone_too(failing_captures):
     failing_captures(2)
-    engine = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
-    with engine.forward(2, WORTH_CAPTURING) as forward:
+    engine = Engine(tiny_unet(), SHAPE, 100, Compute(torch.device("cpu"), "fp32"))
+    with engine.network(2, capture=True) as network:
         with pytest.warns(UserWarning, match="now run eagerly"):
-            forward.prepare(torch.arange(100))
-        with forward.working():
-            first = forward.at(torch.ones(2, *SHAPE), 3)
-            assert not torch.equal(forward.at(torch.zeros(2, *SHAPE), 3), first)
-            assert torch.equal(forward.at(torch.ones(2, *SHAPE), 3), first)
+            network.prepare(torch.arange(100))
+        with network.working():
+            first = network(torch.ones(2, *SHAPE), 3)
+            assert not torch.equal(network(torch.zeros(2, *SHAPE), 3), first)
+            assert torch.equal(network(torch.ones(2, *SHAPE), 3), first)
 
 
 def test_engine_graph_raises_at_the_first_failed_capture(failing_captures):
@@ -245,7 +252,7 @@ def test_engine_graph_raises_at_the_first_failed_capture(failing_captures):
     assert sampler.sample(2, steps=3, progress=False).isfinite().all()
 
 
-def test_what_is_returned_is_no_buffer(graphs):
+def test_results_do_not_share_memory_with_buffers(graphs):
     sampler = graphed(tiny_unet())
     seen = []
     first = sampler.sample(2, steps=3, progress=False, callback=lambda step, t, x_0, indices: seen.append(x_0))
@@ -260,7 +267,7 @@ def test_what_is_returned_is_no_buffer(graphs):
     assert len(were) == 3
 
 
-def test_weights_changed_in_place_are_in_the_next_run(graphs):
+def test_weights_changed_in_place_are_used_by_the_next_run(graphs):
     net = tiny_unet()
     sampler, how = graphed(net, precision="fp32"), {"steps": 3, "progress": False}
     first = sampler.sample(2, **how)
@@ -273,7 +280,7 @@ def test_weights_changed_in_place_are_in_the_next_run(graphs):
     assert len(graphs) == 1
 
 
-def test_weights_of_another_network_are_read_where_they_are(graphs):
+def test_replaced_weights_of_another_network_are_captured_again(graphs):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -298,9 +305,9 @@ def test_graphs_are_reused_and_bounded(graphs):
     for size in (1, 2, 1, 2):
         sampler.sample(4, batch_size=size, **how)
     assert len(graphs) == 2
-    for size in range(1, CACHED + 3):
+    for size in range(1, KEPT + 3):
         sampler.sample(size, batch_size=size, **how)
-    assert len(sampler.engine._idle) == CACHED
+    assert len(sampler.engine._idle) == KEPT
     made = len(graphs)
     sampler.sample(1, **how)
     assert len(graphs) == made + 1  # the one least lately used was given up
@@ -308,7 +315,7 @@ def test_graphs_are_reused_and_bounded(graphs):
     assert not sampler.engine.clear()
 
 
-def test_what_is_built_into_a_graph_makes_another(graphs):
+def test_changed_constants_are_captured_again(graphs):
     net = tiny_unet(num_class_embeds=3)
     sampler, how = graphed(net), {"steps": 2, "progress": False}
     sampler.sample(2, class_labels=[0, 1], **how)
@@ -318,13 +325,13 @@ def test_what_is_built_into_a_graph_makes_another(graphs):
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         sampler.sample(2, class_labels=[2, 2], **how)
     assert len(graphs) == 2
-    with sampler.engine.slots(2, 2) as slots:
+    with sampler.engine.runner(2, capture=True) as runner:
         for clip in (True, False):
-            slots.load(Schedule(clip_sample=clip).table(2), noise.address(0, 2), torch.tensor([2, 2]))
+            runner.load(Schedule(clip_sample=clip).table(2), noise.address(0, 2), torch.tensor([2, 2]))
     assert len(graphs) == 4
 
 
-def test_a_run_within_a_run(graphs):
+def test_nested_runs(graphs):
     sampler, how = graphed(tiny_unet()), {"steps": 4, "progress": False}
     want, inner = sampler.sample(2, **how), []
 
@@ -349,7 +356,7 @@ def test_two_threads_and_two_samplers(graphs, captures):
         assert all(torch.equal(result, x) for result in results)
 
 
-def test_a_run_is_not_of_the_callers_autocast():
+def test_run_ignores_the_callers_autocast():
     net = tiny_unet()
     sampler, how = eager(net, precision="fp32"), {"steps": 2, "progress": False}
     want = sampler.sample(2, **how)
@@ -357,7 +364,7 @@ def test_a_run_is_not_of_the_callers_autocast():
         assert torch.equal(sampler.sample(2, **how), want)
 
 
-def test_autocast_of_another_network_keeps_no_weights(graphs):
+def test_autocast_does_not_cache_weights(graphs):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -376,7 +383,7 @@ def test_autocast_of_another_network_keeps_no_weights(graphs):
     assert len(graphs) == 1
 
 
-def test_an_engine_goes_with_its_sampler(graphs):
+def test_engine_is_freed_with_its_sampler(graphs):
     """Its graphs hold memory of the GPU, for which nobody waits for the collector."""
     gc.collect()
     gc.disable()
@@ -398,7 +405,7 @@ def test_runs_in_and_out_of_inference_mode():
     assert torch.equal(sampler.sample(2, **how), inside)
 
 
-def test_a_failed_run_leaves_nothing_behind(graphs):
+def test_failed_run_keeps_no_buffers(graphs):
     def fails_once(x, t):
         if fails_once.armed:
             raise RuntimeError("broken")
@@ -415,11 +422,9 @@ def test_a_failed_run_leaves_nothing_behind(graphs):
     assert torch.equal(sampler.sample(2, **how), want)
 
 
-def test_auto_captures_what_is_worth_it(graphs, monkeypatch):
+def test_auto_captures_long_runs_of_a_unet(graphs, monkeypatch):
     """Where a GPU is; never another network, whose Python may decide things."""
-    monkeypatch.setattr(
-        Engine, "_captures_by_itself", property(lambda self: self.kind == "auto" and isinstance(self.model, UNet2D))
-    )
+    monkeypatch.setattr("fastddpm.sampling.engine.ops.backend", lambda device: "triton")
     sampler = Sampler(tiny_unet(), device="cpu")
     sampler.sample(1, steps=WORTH_CAPTURING - 1, progress=False)
     assert not graphs
@@ -433,12 +438,12 @@ def test_auto_captures_what_is_worth_it(graphs, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["unet", "another"])
-def test_the_engines_by_device(model):
+def test_auto_captures_only_on_a_gpu(model):
     net = tiny_unet() if model == "unet" else elementwise
     pytest.importorskip("triton")
     for device, want in (("cuda", model == "unet"), ("cpu", False)):
-        assert Engine(net, SHAPE, 1000, torch.device(device), "fp32")._captures_by_itself == want
-        assert not Engine(net, SHAPE, 1000, torch.device(device), "fp32", "eager")._captures_by_itself
+        assert Engine(net, SHAPE, 1000, Compute(torch.device(device), "fp32")).captures(1000) == want
+        assert not Engine(net, SHAPE, 1000, Compute(torch.device(device), "fp32"), "eager").captures(1000)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +454,7 @@ def test_the_engines_by_device(model):
         ("compiled+graph", "engine is 'compiled\\+graph', and 'cpu' has no CUDA graphs"),
     ],
 )
-def test_an_engine_that_is_not_to_be_had(kind, message):
+def test_unknown_engine_is_an_error(kind, message):
     with pytest.raises(ValueError, match=message) as caught:
         Sampler(elementwise, shape=(3,), device="cpu", engine=kind)
     assert "\n" not in str(caught.value)
@@ -457,79 +462,81 @@ def test_an_engine_that_is_not_to_be_had(kind, message):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("labels", [False, True])
-def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkeypatch):
+def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkeypatch):
     """With tensors that have a device and a shape and no values, where to ask for a value is an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     pytest.importorskip("triton")
-    made, table = Engine(tiny_unet(), SHAPE, 1000, torch.device("cuda"), precision, "eager"), Schedule().table(10)
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
-    made.net = tiny_unet(**({"num_class_embeds": 3} if labels else {})).for_inference(made.dtype, "meta")
-    made.network = made.net.denoise
-    monkeypatch.setattr(made, "_refresh", lambda: None)
-    monkeypatch.setattr("fastddpm.sampling.engine.StreamOrder", lambda device: StreamOrder(torch.device("cpu")))
+    made, table = (
+        Engine(tiny_unet(), SHAPE, 1000, Compute(torch.device("cuda"), precision), "eager"),
+        Schedule().table(10),
+    )
+    with ops.forced_backend("triton"):
+        net = tiny_unet(**({"num_class_embeds": 3} if labels else {})).for_inference(made.prepared.dtype, "meta")
+    made.prepared.net, made.prepared.forward = net, net.denoise
+    monkeypatch.setattr(made.prepared, "refresh", lambda: None)
+    monkeypatch.setattr("fastddpm.sampling.runner.StreamOrder", lambda device: StreamOrder(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with FakeTensorMode():
-        for module in made.net.modules():
+        for module in net.modules():
             for name, value in module._parameters.items():
                 if value is not None:
                     fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
-        with made.slots(2, 10) as slots:
+        with made.runner(2, capture=False) as runner:
             if labels:
-                slots.labels = torch.zeros(2, dtype=torch.int64, device="cuda")
-            slots._loaded, slots.k = table, 9
-            assert ops.backend(slots.x.device) == "triton"
+                runner.network.labels = torch.zeros(2, dtype=torch.int64, device="cuda")
+            runner._loaded = table
+            assert ops.backend(runner.x.device) == "triton"
             with NoWaiting():
-                m = slots.predict()
-                assert (m.shape, m.dtype, m.device.type) == (slots.x.shape, made.dtype, "cuda")
-                slots.update(m)
+                m = runner.predict()
+                assert (m.shape, m.dtype, m.device.type) == (runner.x.shape, made.prepared.dtype, "cuda")
+                runner.update(m)
                 with pytest.raises(ValueError, match="copies between the host and the GPU"):
-                    slots.bad.cpu()
-            assert all(
-                tensor.device.type == "cuda" for tensor in vars(slots).values() if isinstance(tensor, torch.Tensor)
-            )
+                    runner.bad.cpu()
+            assert all(tensor.device.type == "cuda" for tensor in runner._tensors())
             with pytest.raises(DataDependentOutputException):
-                slots.bad.max().item()
+                runner.bad.max().item()
 
 
-def test_slots_may_be_at_different_rows():
+def test_entries_may_be_at_different_rows():
     """One step of each entry is the written update at its own row, with its own noise."""
-    made = Engine(elementwise, (2, 3), 1000, torch.device("cpu"), "fp32")
+    made = Engine(elementwise, (2, 3), 1000, Compute(torch.device("cpu"), "fp32"))
     table, where = Schedule().table(20), noise.address(4, [7, 8, 9])
-    with made.slots(3, 20) as slots:
-        slots.load(table, where)
-        x = slots.x.clone()
-        slots.pos.copy_(torch.tensor([19, 4, 0]))
-        pos = slots.pos.clone()
-        slots.advance()
+    with made.runner(3, capture=False) as runner:
+        runner.load(table, where)
+        runner.start()
+        x = runner.x.clone()
+        runner.network.positions.copy_(torch.tensor([19, 4, 0]))
+        pos = runner.network.positions.clone()
+        runner.step()
         t = table.timesteps[pos]
         z = noise.normal(where, (2, 3), stream=noise.STEP, t=t)
         want = update(x, elementwise(x, t), table.rows[pos], z, clip=True)
         want[2] = update(x[2:], elementwise(x[2:], t[2:]), table.rows[0], None, clip=True)[0]
-        assert torch.equal(slots.x, want)
-        assert slots.pos.tolist() == [18, 3, -1]
-        assert layout.is_channels_last(slots.x)
+        assert torch.equal(runner.x, want)
+        assert runner.network.positions.tolist() == [18, 3, -1]
+        assert layout.is_channels_last(runner.x)
 
 
 @pytest.mark.parametrize("kind", ["eager", "graph"])
 @pytest.mark.parametrize("channels", [1, 2], ids=["fixed variance", "learned variance"])
 @pytest.mark.parametrize("own", [False, True], ids=["unet", "own"])
-def test_a_network_alone_may_be_at_different_timesteps(own, channels, kind, graphs):
+def test_network_alone_may_be_at_different_timesteps(own, channels, kind, graphs):
     """Each entry as in a batch that is at its own timestep, and as near to float64 as plain torch comes."""
     net = tiny_unet()
     if channels == 2:
         torch.manual_seed(0)
         net = UNet2D(**{**SMALL, "out_channels": 2}).eval()
     model = (lambda x, t: torch.cat([elementwise(x, t)] * channels, 1)) if own else net
-    made = Engine(model, SHAPE, 100, torch.device("cpu"), "fp32")
-    made.kind = kind
+    made = Engine(model, SHAPE, 100, Compute(torch.device("cpu"), "fp32"))
+    made.prepared.kind = kind
     x, t = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([99, 0, 40])
-    with made.forward(3, 9) as forward:
-        forward.prepare(torch.arange(100), apart=True)
-        with forward.working():
-            each = [forward.at(x, i)[n] for n, i in enumerate(t.tolist())]
-            got = forward.at(x, t)
+    with made.network(3, capture=made.captures(9)) as network:
+        network.prepare(torch.arange(100), per_entry=True)
+        with network.working():
+            each = [network(x, i)[n] for n, i in enumerate(t.tolist())]
+            got = network(x, t)
     assert torch.equal(got, torch.stack(each))
     if own:
         assert torch.equal(got, model(x, t))
@@ -543,16 +550,16 @@ def test_a_network_alone_may_be_at_different_timesteps(own, channels, kind, grap
     assert len(graphs) == (kind == "graph")
 
 
-def test_a_run_at_one_timestep_follows_one_at_several(graphs):
-    made = Engine(tiny_unet(), SHAPE, 100, torch.device("cpu"), "fp32")
-    made.kind = "graph"
+def test_network_can_change_between_one_and_several_timesteps(graphs):
+    made = Engine(tiny_unet(), SHAPE, 100, Compute(torch.device("cpu"), "fp32"))
+    made.prepared.kind = "graph"
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     results = []
-    for apart in (False, True, False):
-        with made.forward(3, 9) as forward:
-            forward.prepare(torch.arange(100), apart=apart)
-            with forward.working():
-                results.append(forward.at(x, 7))
+    for per_entry in (False, True, False):
+        with made.network(3, capture=made.captures(9)) as network:
+            network.prepare(torch.arange(100), per_entry=per_entry)
+            with network.working():
+                results.append(network(x, 7))
     assert torch.equal(results[0], results[2])
     assert len(graphs) == 3
 
@@ -566,10 +573,11 @@ def test_compiled_is_the_same_function(precision):
     results = {}
     for kind in ("eager", "compiled"):
         sampler = Sampler(net, device="cpu", precision=precision, engine=kind)
-        with sampler.engine.slots(2, 4) as slots:
-            slots.load(Schedule().table(4), noise.address(0, 2))
-            low, row = slots.low.clone(), slots._columns()
-            results[kind] = slots.predict().clone()
+        with sampler.engine.runner(2, capture=False) as runner:
+            runner.load(Schedule().table(4), noise.address(0, 2))
+            runner.start()
+            low, row = runner.network.input.clone(), runner.network._columns()
+            results[kind] = runner.predict().clone()
     exact = tiny_unet().double()
     with torch.no_grad():
         rows = exact.time_rows(torch.tensor([750]))
@@ -581,7 +589,7 @@ def test_compiled_is_the_same_function(precision):
         assert_as_accurate(results[kind], theirs, want)
 
 
-def test_settings_of_float32_on_a_gpu_are_as_they_were_after():
+def test_float32_settings_are_restored():
     settings = lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
     before = settings()
     with arithmetic("fp32", torch.device("cpu")):
@@ -596,10 +604,10 @@ def test_settings_of_float32_on_a_gpu_are_as_they_were_after():
         torch.set_float32_matmul_precision(before[1])
 
 
-def test_settings_by_their_newer_names_are_as_they_were_after():
+def test_float32_settings_under_their_newer_names_are_restored():
     code = """
 import torch
-from fastddpm.sampling.engine import arithmetic
+from fastddpm.core.precision import arithmetic
 owners = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 before = [owner.fp32_precision for owner in owners]

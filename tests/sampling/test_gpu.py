@@ -7,15 +7,16 @@ from functools import partial
 import pytest
 import torch
 
-import tests.ops.test_predict_step as predict_step
 from fastddpm import Sampler, Schedule, UNet2D, ops
 from fastddpm.core import noise
+from fastddpm.core.precision import PRECISIONS, Compute, arithmetic
 from fastddpm.reference import diffusion
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError
-from fastddpm.sampling.engine import PRECISIONS, Engine, Slots, arithmetic
+from fastddpm.sampling.engine import Engine
+from fastddpm.sampling.runner import Replay, Runner
 from tests.conftest import needs_gpu
-from tests.support import check
+from tests.support import check, predict_step
 
 pytestmark = needs_gpu
 CONFIG = {**check.TINY, "block_out_channels": (32, 64), "norm_num_groups": 8}
@@ -61,9 +62,9 @@ def test_cpu_and_gpu_sample_the_same_bits(shape, how, engine):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_one_graph_is_every_step_of_every_run(precision, monkeypatch):
-    captured, capture = [], Slots._captured
-    monkeypatch.setattr(Slots, "_captured", lambda slots: captured.append(slots) or capture(slots))
+def test_one_graph_serves_every_step_of_every_run(precision, monkeypatch):
+    captured, capture = [], Replay._captured
+    monkeypatch.setattr(Replay, "_captured", lambda replay, run: captured.append(replay) or capture(replay, run))
     eager, graph = samplers(tiny_unet(), precision=precision)
     for how in RUNS:
         how = {"samples": [0, 2**40, 5], "progress": False, **how}
@@ -86,17 +87,17 @@ def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
     how = {"steps": 50, "progress": False}
     want = sampler.sample(4, **how)
     allocations = lambda: torch.cuda.memory_stats()["allocation.all.allocated"]
-    advance, counts = Slots.advance, []
+    step, counts = Runner.step, []
 
-    def watched(slots):
+    def watched(runner):
         torch.cuda.set_sync_debug_mode("error")
         counts.append(allocations())
-        advance(slots)
+        step(runner)
         counts.append(allocations())
-        if slots.k < 0:
+        if len(counts) == 100:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Slots, "advance", watched)
+    monkeypatch.setattr(Runner, "step", watched)
     try:
         got = sampler.sample(4, **how)
     finally:
@@ -107,7 +108,7 @@ def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_wait_is_an_error():
+def test_waiting_is_an_error():
     """As the test above takes for granted."""
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -120,7 +121,7 @@ def test_a_wait_is_an_error():
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_unet_is_as_accurate_as_plain_torch(layout, precision):
+def test_unet_is_as_accurate_as_plain_torch(layout, precision):
     dtype, config = PRECISIONS[precision], LAYOUTS[layout]
     torch.manual_seed(0)
     net, plain, ref = UNet2D(**config).eval(), UNet(**config).eval(), UNet(**config).eval().double().cuda()
@@ -137,7 +138,7 @@ def test_the_unet_is_as_accurate_as_plain_torch(layout, precision):
     check.assert_as_accurate(ours, theirs, ref(x.to(dtype).double(), t.expand(2)))
 
 
-def test_a_graph_of_large_images_is_the_eager_run():
+def test_graph_of_large_images_has_the_eager_bits():
     """Whose norms are shared by several programs, in two launches each."""
     torch.manual_seed(0)
     eager, graph = samplers(UNet2D(**LAYOUTS["large images"]).eval(), precision="bf16")
@@ -147,7 +148,7 @@ def test_a_graph_of_large_images_is_the_eager_run():
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
-def test_a_whole_run_is_as_accurate_as_plain_torch(precision):
+def test_whole_run_is_as_accurate_as_plain_torch(precision):
     """Against the reference U-Net in the same loop; the state and the update are float32 in both."""
     dtype, how = PRECISIONS[precision], {"steps": 50, "progress": False}
     net = tiny_unet()
@@ -178,10 +179,11 @@ def test_compiled_is_the_same_function(kind):
     outputs = {}
     for engine in ("eager", kind):
         sampler = Sampler(net, device="cuda", engine=engine)
-        with sampler.engine.slots(2, 20) as slots:
-            slots.load(Schedule().table(20), noise.address(0, 2))
-            low = slots.low.clone()
-            outputs[engine] = slots.predict().clone()
+        with sampler.engine.runner(2, capture=sampler.engine.captures(20)) as runner:
+            runner.load(Schedule().table(20), noise.address(0, 2))
+            runner.start()
+            low = runner.network.input.clone()
+            outputs[engine] = runner.predict().clone()
         assert sampler.sample(2, steps=20, progress=False).isfinite().all()
     with torch.no_grad():
         ref = exact(low.double(), torch.full((2,), 950, device="cuda"))
@@ -190,7 +192,7 @@ def test_compiled_is_the_same_function(kind):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_weights_changed_in_place_are_in_the_next_run(place, precision):
+def test_weights_changed_in_place_are_used_by_the_next_run(place, precision):
     net = tiny_unet().to(place)
     sampler, how = Sampler(net, device="cuda", engine="graph", precision=precision), {"steps": 20, "progress": False}
     first = sampler.sample(2, **how)
@@ -204,7 +206,7 @@ def test_weights_changed_in_place_are_in_the_next_run(place, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_leaves_the_model_where_it_was(precision):
+def test_run_does_not_move_the_model(precision):
     net = tiny_unet()
     x = Sampler(net, device="cuda", precision=precision).sample(2, steps=5, progress=False)
     assert x.device.type == "cpu"
@@ -231,15 +233,15 @@ def invalidated_captures(monkeypatch):
     """invalidated_captures(n): synchronize the device during the first n captures, which makes them fail."""
 
     def arrange(times):
-        once, left = Slots._once, [times]
+        work, left = Runner._predict_and_update, [times]
 
-        def invalidating_once(slots, *network):
-            once(slots, *network)
+        def invalidating_work(runner, network):
+            work(runner, network)
             if left[0] and torch.cuda.is_current_stream_capturing():
                 left[0] -= 1
                 torch.cuda.synchronize()
 
-        monkeypatch.setattr(Slots, "_once", invalidating_once)
+        monkeypatch.setattr(Runner, "_predict_and_update", invalidating_work)
 
     return arrange
 
@@ -256,7 +258,7 @@ def test_failed_capture_changes_no_bit_and_leaves_torch_usable(failures, invalid
     assert torch.randn(4, device="cuda").isfinite().all()
     assert sampler.engine.clear()
     assert torch.equal(sampler.sample(2, **how), want)
-    assert next(iter(sampler.engine._idle.values()))._graph is not None
+    assert next(iter(sampler.engine._idle.values()))._replay.graph is not None
 
 
 def test_engine_graph_says_why_a_capture_failed(invalidated_captures):
@@ -297,9 +299,9 @@ def test_polyphase_weights_are_not_rounded_to_tf32(monkeypatch):
     try:
         for setting in ("highest", "high"):
             torch.set_float32_matmul_precision(setting)
-            engine = Engine(tiny_unet().cuda(), (3, 16, 16), 100, torch.device("cuda"), "fp32", "eager")
-            with engine.forward(1, 1):
-                weights[setting] = [p.clone() for name, p in engine.net.named_parameters() if "phases" in name]
+            engine = Engine(tiny_unet().cuda(), (3, 16, 16), 100, Compute.resolve("cuda", "fp32"), "eager")
+            with engine.network(1, capture=False):
+                weights[setting] = [p.clone() for name, p in engine.prepared.net.named_parameters() if "phases" in name]
     finally:
         torch.set_float32_matmul_precision(before)
     assert weights["high"]
@@ -325,19 +327,19 @@ def test_more_graphs_than_torch_has_streams_replay_during_captures():
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_a_network_follows_the_current_stream(kind):
+def test_network_runs_on_the_current_stream(kind):
     """One network, used on several streams in turn, while memory freed on them is at once overwritten with NaN."""
-    engine, T = Engine(tiny_unet(), (3, 16, 16), 100, torch.device("cuda"), "fp32", kind), torch.arange(100)
+    engine = Engine(tiny_unet(), (3, 16, 16), 100, Compute.resolve("cuda", "fp32"), kind)
     inputs = [torch.randn(2, 3, 16, 16, device="cuda") for _ in range(6)]
     streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()] * 2
 
     def run(wait):
         outputs = []
-        with engine.forward(2, 100) as forward:
-            forward.prepare(T)
+        with engine.network(2, capture=engine.captures(100)) as network:
+            network.prepare(torch.arange(100))
             for x, stream in zip(inputs, streams, strict=True):
-                with torch.cuda.stream(stream), forward.working():
-                    outputs.append(forward.at(x, 5).mul_(2))
+                with torch.cuda.stream(stream), network.working():
+                    outputs.append(network(x, 5).mul_(2))
                     torch.full_like(x, math.nan)
                 if wait:
                     torch.cuda.synchronize()
@@ -350,7 +352,7 @@ def test_a_network_follows_the_current_stream(kind):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_batch_invariance_is_of_every_bit(precision, engine):
+def test_batch_invariant_samples_have_the_same_bits(precision, engine):
     sampler = Sampler(tiny_unet(), device="cuda", precision=precision, engine=engine, batch_invariant=8)
     how = {"seed": 3, "steps": 20, "progress": False}
     alone = {sample: sampler.sample([sample], **how)[0] for sample in (0, 1, 5, 8, 2**40 + 2)}
@@ -360,7 +362,7 @@ def test_batch_invariance_is_of_every_bit(precision, engine):
             assert sample not in alone or torch.equal(x[place], alone[sample])
 
 
-def test_a_network_that_waits_cannot_be_captured():
+def test_network_that_waits_cannot_be_captured():
     model = lambda x, t: x * (0.5 if t[0].item() > 500 else 0.25)
     with pytest.raises(ValueError, match=r"cannot be captured .*use engine='eager'") as caught:
         Sampler(model, shape=(3,), device="cuda", engine="graph").sample(2, steps=20, progress=False)
@@ -370,7 +372,7 @@ def test_a_network_that_waits_cannot_be_captured():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_without_memory_the_batch_is_halved(engine):
+def test_batch_is_halved_when_memory_runs_out(engine):
     """Of 48 samples that want a twentieth of the memory each."""
     share = torch.cuda.get_device_properties(0).total_memory // 20
 
@@ -379,14 +381,14 @@ def test_without_memory_the_batch_is_halved(engine):
         return elementwise(x, t) + 0 * taken[:1].float()
 
     sampler, how = Sampler(hungry, shape=(2,), device="cuda", engine=engine), {"steps": 17, "progress": False}
-    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+    with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
         got = sampler.sample(48, batch_size=48, **how)
     assert [str(w.message).partition(".")[0].split()[-2] for w in warned] == ["24", "12"]
     assert torch.equal(got, Sampler(elementwise, shape=(2,), device="cuda").sample(48, **how))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_first_bad_step_is_named(engine):
+def test_first_bad_step_is_named(engine):
     """Though the flag is read only now and then."""
 
     def model(x, t):
@@ -398,12 +400,12 @@ def test_the_first_bad_step_is_named(engine):
         sampler.sample([7, 8, 9], progress=False)
 
 
-def test_the_bar_is_full_at_the_end(capsys):
+def test_progress_bar_is_full_at_the_end(capsys):
     Sampler(tiny_unet(), device="cuda").sample(3, steps=37, batch_size=2)
     assert "74/74" in capsys.readouterr().err
 
 
-def test_the_noise_is_the_same_bits():
+def test_noise_has_the_same_bits():
     address = noise.address(2**64 - 1, [0, 5, 2**40])
     for shape in ((3, 5, 7), (4, 9), (5,)):
         cpu = noise.normal(address, shape, stream=noise.START, t=1000)
@@ -421,7 +423,7 @@ def without_waiting(function):
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("sampler", predict_step.SAMPLERS)
 @pytest.mark.parametrize("predicts", predict_step.PREDICTS)
-def test_predict_step_of_many_blocks_is_the_specification(predicts, sampler, dtype):
+def test_predict_step_of_many_blocks_equals_the_reference(predicts, sampler, dtype):
     x, m, _, z = predict_step.inputs((33, 3, 65, 63), (torch.float32, dtype, dtype, dtype))
     how, address = {"predicts": predicts, "sampler": sampler, "clip": 1.0}, noise.address(7, 33)
     for at in (2, 12, 20):
@@ -458,7 +460,7 @@ def test_predict_step_does_not_wait(place, source):
         predict_step.assert_same_bits(got, want)
 
 
-def test_a_captured_predict_step_follows_what_lies_on_the_device():
+def test_captured_predict_step_reads_device_memory():
     x, m, _, _ = predict_step.inputs((2, 3, 16, 16))
     address, how = noise.address(7, 2), {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0}
     state, output, rows, where = (a.cuda() for a in (x, m, predict_step.ROWS, address))
@@ -479,7 +481,7 @@ def test_a_captured_predict_step_follows_what_lies_on_the_device():
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 @pytest.mark.parametrize(("name", "how"), [("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 0.5})])
-def test_a_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, how, place):
+def test_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, how, place):
     """After its first step, which reads timesteps that are on the GPU."""
     pytest.importorskip("diffusers")
     from fastddpm import diffusers
@@ -513,7 +515,7 @@ def pipeline():
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_pipeline_draws_the_same_images_from_a_graph(dtype, place, monkeypatch):
+def test_pipeline_draws_the_same_images_from_a_graph(dtype, place, monkeypatch):
     pipe = pipeline().to(dtype)
     images = []
     for worth in (1, 1000):
@@ -524,7 +526,7 @@ def test_a_pipeline_draws_the_same_images_from_a_graph(dtype, place, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("source", [{"noise": 7}, {"generator": "cpu"}, {"generator": "cuda"}], ids=str)
-def test_the_steps_of_a_pipeline_do_not_wait(source):
+def test_steps_of_a_pipeline_do_not_wait(source):
     pipe, seen = pipeline(), []
 
     def watch(pipe, i, t, tensors):
@@ -540,7 +542,7 @@ def test_the_steps_of_a_pipeline_do_not_wait(source):
     assert seen == list(range(20))
 
 
-def test_a_pipeline_has_the_weights_of_now():
+def test_pipeline_uses_the_current_weights():
     pipe = pipeline()
     draw = lambda: pipe(2, torch.Generator().manual_seed(3), 20, output_type="pt").images
     before = draw()

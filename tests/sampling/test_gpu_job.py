@@ -21,7 +21,7 @@ def sampler(**how):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_shards_of_a_graph_are_those_of_eager_steps_also_after_a_restart(tmp_path, format):
+def test_shards_of_graph_and_eager_engines_are_equal_after_a_restart(tmp_path, format):
     how = {"format": format, "shard_size": 8, "batch_size": 8, "progress": False}
     graph, eager = sampler(engine="graph"), sampler(engine="eager")
     want = eager.sample(20, output="uint8", batch_size=8, progress=False).numpy()
@@ -35,7 +35,7 @@ def test_shards_of_a_graph_are_those_of_eager_steps_also_after_a_restart(tmp_pat
     assert told["device"] == torch.cuda.get_device_name()
 
 
-def test_batch_invariant_shards_of_any_size_hold_the_same(tmp_path):
+def test_batch_invariant_samples_do_not_depend_on_shard_size(tmp_path):
     invariant = sampler(batch_invariant=8)
     parts = [
         sample_to(tmp_path / str(k), invariant, 21, shard_size=k, format="npz", progress=False) for k in (21, 8, 5)

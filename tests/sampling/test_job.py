@@ -20,10 +20,11 @@ from torch import nn
 
 from fastddpm import Schedule
 from fastddpm.cli.main import main
+from fastddpm.processes.signals import Stopped
 from fastddpm.sampling import job
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage import fingerprint
-from fastddpm.storage.shards import FORMATS, Store
+from fastddpm.storage.shards import FORMATS, ShardFolder
 from tests.support.check import error_line
 from tests.support.jobs import command, commands, contents, drawn, finished, note_drawn, options, save_tiny, tiny_unet
 from tests.support.processes import run_ranks, start
@@ -71,7 +72,7 @@ def read(folder, form, k):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_folder_is_that_of_one_process(folders, tiny, form, way):
+def test_several_processes_write_the_folder_of_one(folders, tiny, form, way):
     """To the byte of each file, and no other; the pictures those of `Sampler.sample` with the batches of each shard."""
     one, two, three = (contents(folder / f"{form}-{way}") for folder in folders.values())
     assert one == two == three
@@ -120,7 +121,7 @@ def test_batch_invariant_samples_have_the_same_bits_in_any_shards(tmp_path):
 
 def die_storing(shard: int) -> None:
     """SIGKILL, before this process stores its shard of this number."""
-    left, write = [shard], Store.write
+    left, write = [shard], ShardFolder.write
 
     def counted(self, k, samples):
         left[0] -= 1
@@ -128,11 +129,11 @@ def die_storing(shard: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         write(self, k, samples)
 
-    Store.write = counted  # type: ignore[method-assign]
+    ShardFolder.write = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
-def test_a_killed_job_goes_on_with_another_number_of_processes(folders, tiny, tmp_path):
+def test_killed_job_resumes_with_another_number_of_processes(folders, tiny, tmp_path):
     """Three that are killed, then one that is killed, then two: each draws what lacks, and nothing else."""
     out = tmp_path / "out"
     arguments = options(tiny, out, f"{FLAGS} {WAYS['batches']} --format npz --shard-size 1")
@@ -157,7 +158,7 @@ def test_a_killed_job_goes_on_with_another_number_of_processes(folders, tiny, tm
             assert set(took) == set(INDICES) - done
         done = finished(out)
         assert len(done) == reached
-    assert contents(out) == contents(want.folder)
+    assert contents(out) == contents(want.path)
 
 
 def damage_truncate(out, name):
@@ -179,7 +180,7 @@ def damage_empty(out, name):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_restart_draws_torn_shards_alone(tmp_path, form, monkeypatch):
+def test_restart_draws_only_torn_shards(tmp_path, form, monkeypatch):
     """Shards 1 to 6 of 8 are cut, changed, gone or empty, or the records of them."""
     out, sampler = tmp_path / "out", Sampler(tiny_unet(), SCHEDULE, device="cpu")
     how = {"format": form, "shard_size": 2, "batch_size": 2, "progress": False}
@@ -229,7 +230,7 @@ def written(changes):
 
 
 def refused(arguments, capsys):
-    assert main.main(arguments) == 2
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"fastddpm: error: .+\n", err)
@@ -245,7 +246,7 @@ def states(folder):
 def test_other_samples_are_refused(tiny, tmp_path, capsys, name):
     """The error names what differs, there and here; nothing is touched."""
     out = tmp_path / "out"
-    assert main.main(options(tiny, out, written({}))) == 0
+    assert main(options(tiny, out, written({}))) == 0
     before = states(out)
     told = refused(options(tiny, out, written(CHANGES[name])), capsys)
     assert f'"{name.strip()}": ' in told
@@ -261,7 +262,7 @@ def test_other_weights_labels_schedules_and_machines_are_refused(tiny, tmp_path,
         for name, how in (("other", {"seed": 1}), ("classes", {"num_class_embeds": 3}))
     }
     for name, model, labels in (("plain", tiny, ""), ("labelled", models["classes"], "--class-labels 0-2")):
-        assert main.main(options(model, tmp_path / "out" / name, f"{written({})} {labels}")) == 0
+        assert main(options(model, tmp_path / "out" / name, f"{written({})} {labels}")) == 0
     plain, labelled = tmp_path / "out" / "plain", tmp_path / "out" / "labelled"
     before = states(tmp_path / "out")
     told = refused(options(models["other"], plain, written({})), capsys)
@@ -291,9 +292,9 @@ def test_other_weights_labels_schedules_and_machines_are_refused(tiny, tmp_path,
     assert states(tmp_path / "out") == before
 
 
-def test_a_damaged_manifest_is_refused(tiny, tmp_path, capsys):
+def test_damaged_manifest_is_refused(tiny, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main.main(options(tiny, out, written({}))) == 0
+    assert main(options(tiny, out, written({}))) == 0
     damage_truncate(out, "manifest.json")
     before = states(out)
     assert f"{out}/manifest.json is damaged" in refused(options(tiny, out, written({})), capsys)
@@ -301,24 +302,24 @@ def test_a_damaged_manifest_is_refused(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_folder_of_other_files_is_refused(tmp_path, form):
+def test_folder_of_other_files_is_refused(tmp_path, form):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / f"cat{FORMATS[form]}").touch()
     before = states(tmp_path / "out")
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
     told = error_line(job.sample_to, tmp_path / "out", sampler, 3, format=form, progress=False)
-    assert f"holds cat{FORMATS[form]}, and no manifest.json" in told
+    assert f"holds cat{FORMATS[form]} but no manifest.json" in told
     assert states(tmp_path / "out") == before
 
 
-def test_sizes_and_precision_that_nobody_names_are_the_folder_s(tiny, tmp_path, monkeypatch):
+def test_default_sizes_and_precision_are_those_of_the_folder(tiny, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for precision in ("bf16", "fp32"):  # one of them is not this machine's own
         flags = f"--num-samples 5 --format npz --quiet --precision {precision} --shard-size 3 --batch-size 2"
-        assert main.main(options(tiny, out / precision, flags)) == 0
+        assert main(options(tiny, out / precision, flags)) == 0
         want = contents(out / precision)
         damage_remove(out / precision, "00001.npz")
-        assert main.main(options(tiny, out / precision, "--num-samples 5 --format npz --quiet")) == 0
+        assert main(options(tiny, out / precision, "--num-samples 5 --format npz --quiet")) == 0
         assert contents(out / precision) == want
 
 
@@ -337,7 +338,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3,), (5, 4, 4)], ids=str)
-def test_samples_that_are_no_pictures_are_floats(tmp_path, shape):
+def test_samples_other_than_pictures_are_floats(tmp_path, shape):
     """By a module on shapes of its own."""
     sampler = Sampler(Mixed(), SCHEDULE, shape=shape, device="cpu")
     want = sampler.sample(5, progress=False).numpy()
@@ -352,11 +353,11 @@ def test_samples_that_are_no_pictures_are_floats(tmp_path, shape):
         assert tar.getnames() == ["00003.npy", "00004.npy"]
         assert np.array_equal(np.load(io.BytesIO(tar.extractfile("00004.npy").read())), want[4])
     told = error_line(job.sample_to, tmp_path / "png", sampler, 5, format="png", **how)
-    assert told == f"samples are {shape}, no pictures; write them as npz or webdataset"
+    assert told == f"samples are {shape}, which are not pictures; write them as npz or webdataset"
     assert not (tmp_path / "png").exists()
 
 
-def test_the_sampler_s_network_must_have_weights_to_know_it_by(tmp_path):
+def test_model_of_a_job_must_be_a_module(tmp_path):
     sampler = Sampler(lambda x, t: x, SCHEDULE, shape=(3,), device="cpu")
     told = error_line(job.sample_to, tmp_path / "out", sampler, 3, format="npz")
     assert told.startswith("the sampler's model is a function; want an nn.Module")
@@ -422,14 +423,14 @@ def test_arguments_of_other_types(tmp_path):
     want = job.sample_to(tmp_path / "want", sampler, [5, 1, 2], timesteps=[4, 2, 1], seed=3, **how)
     once = {"timesteps": iter([4, 2, 1]), "seed": np.int64(3)}
     got = job.sample_to(tmp_path / "got", sampler, iter([5, 1, 2]), **once, **how)
-    assert contents(got.folder) == contents(want.folder)
+    assert contents(got.path) == contents(want.path)
 
 
-def test_without_memory_the_batch_is_halved_for_all_shards_to_come(tmp_path):
+def test_halved_batch_size_holds_for_later_shards(tmp_path):
     """The samples stay; what was out of memory once is not tried again."""
     net = Mixed(most=3)
     sampler, how = Sampler(net, SCHEDULE, shape=(1, 4, 4), device="cpu"), {"shard_size": 8, "batch_size": 8}
-    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+    with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
         job.sample_to(tmp_path / "hungry", sampler, 20, **how, progress=False)
     assert [str(w.message).partition(".")[0][-1] for w in warned] == ["4", "2"]
     assert [size for size in net.sizes if size > 2] == [8, 4]
@@ -438,19 +439,19 @@ def test_without_memory_the_batch_is_halved_for_all_shards_to_come(tmp_path):
     assert contents(tmp_path / "hungry") == contents(tmp_path / "plenty")
 
 
-def test_without_memory_for_one_sample_the_job_ends(tmp_path):
+def test_job_ends_without_memory_for_one_sample(tmp_path):
     sampler = Sampler(Mixed(most=0), SCHEDULE, shape=(1, 4, 4), device="cpu")
-    with pytest.warns(UserWarning, match="going on with batches of 1"), pytest.raises(torch.OutOfMemoryError):
+    with pytest.warns(UserWarning, match="continuing with batches of 1"), pytest.raises(torch.OutOfMemoryError):
         job.sample_to(tmp_path / "out", sampler, 4, batch_size=2, progress=False)
     assert sorted(contents(tmp_path / "out")) == [".shards", "manifest.json"]
 
 
 class Held:
-    """`Store.write` that waits until it may, and counts the shards drawn by then."""
+    """`ShardFolder.write` that waits until it may, and counts the shards drawn by then."""
 
     def __init__(self, monkeypatch, sampler):
         self.go, self.taken, self.drawn = threading.Event(), threading.Event(), 0
-        write, sample = Store.write, sampler.sample
+        write, sample = ShardFolder.write, sampler.sample
 
         def held(store, k, samples):
             self.taken.set()
@@ -462,11 +463,11 @@ class Held:
             self.drawn += 1
             return x
 
-        monkeypatch.setattr(Store, "write", held)
+        monkeypatch.setattr(ShardFolder, "write", held)
         monkeypatch.setattr(sampler, "sample", counted)
 
 
-def test_drawing_waits_for_a_writer_that_is_behind(tmp_path, monkeypatch):
+def test_drawing_waits_for_a_slow_writer(tmp_path, monkeypatch):
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
     held = Held(monkeypatch, sampler)
     how = {"shard_size": 1, "format": "npz", "progress": False}
@@ -483,7 +484,7 @@ def test_drawing_waits_for_a_writer_that_is_behind(tmp_path, monkeypatch):
     assert finished(tmp_path / "out") == set(range(12))
 
 
-def test_shards_handed_over_before_ctrl_c_are_written(tmp_path, monkeypatch):
+def test_finished_shards_are_written_after_ctrl_c(tmp_path, monkeypatch):
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
     held = Held(monkeypatch, sampler)
     sample = sampler.sample
@@ -496,25 +497,25 @@ def test_shards_handed_over_before_ctrl_c_are_written(tmp_path, monkeypatch):
         return sample(samples, **how)
 
     monkeypatch.setattr(sampler, "sample", interrupted)
-    with pytest.raises(job.Stopped) as stopped:
+    with pytest.raises(Stopped) as stopped:
         job.sample_to(tmp_path / "out", sampler, 12, shard_size=3, format="npz", progress=False)
-    assert str(stopped.value) == "stopped: 6 of 12 samples are done; the same command goes on from there"
+    assert str(stopped.value) == "stopped: 6 of 12 samples are done; the same command resumes the job"
     assert stopped.value.number == 2
     assert finished(tmp_path / "out") == set(range(6))
 
 
 @pytest.mark.parametrize("failing", [0, 2, 5])
-def test_what_fails_in_the_writer_fails_the_job(tmp_path, monkeypatch, failing):
+def test_error_in_the_writer_ends_the_job(tmp_path, monkeypatch, failing):
     """In any shard, the last one too; those before it are done, and not much is drawn in vain."""
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
-    took, write, sample = [], Store.write, sampler.sample
+    took, write, sample = [], ShardFolder.write, sampler.sample
 
     def broken(store, k, samples):
         if k == failing:
             raise OSError(28, "No space left on device")
         write(store, k, samples)
 
-    monkeypatch.setattr(Store, "write", broken)
+    monkeypatch.setattr(ShardFolder, "write", broken)
     monkeypatch.setattr(sampler, "sample", lambda samples, **how: took.append(samples) or sample(samples, **how))
     with pytest.raises(OSError, match="No space left"):
         job.sample_to(tmp_path / "out", sampler, 12, shard_size=2, format="npz", progress=False)
@@ -525,7 +526,7 @@ def test_what_fails_in_the_writer_fails_the_job(tmp_path, monkeypatch, failing):
 
 
 @pytest.mark.slow
-def test_processes_tell_how_they_get_on(tiny, tmp_path):
+def test_processes_report_their_progress(tiny, tmp_path):
     """In plain lines where there is no terminal, and as JSON lines added to what is there."""
     log = tmp_path / "logs" / "log.jsonl"
     log.parent.mkdir()
@@ -566,7 +567,7 @@ def keep_books(folder, order):
     for _ in range(2):
         try:
             job.sample_to(folder / "large", sampler, samples, format="npz", progress=False)
-        except job.Stopped as stopped:
+        except Stopped as stopped:
             print(*str(stopped).split()[1:5], sep="-", end=" ")
             print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
@@ -574,7 +575,7 @@ def keep_books(folder, order):
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["counted", "at random"])
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss is in other units")
-def test_the_books_of_a_million_samples_are_small(tmp_path, order):
+def test_bookkeeping_of_a_million_samples_is_small(tmp_path, order):
     process = start(tmp_path / "told", keep_books, tmp_path, order)
     process.join()
     told = (tmp_path / "told").read_text()

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from fastddpm.cli.main import main
-from fastddpm.processes import progress
+from fastddpm.processes import progress, signals
 from fastddpm.processes.distributed import ranks
-from fastddpm.processes.progress import Progress
+from fastddpm.processes.progress import JobProgress
 from fastddpm.sampling import job
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import locked
-from fastddpm.storage.shards import Store
+from fastddpm.storage.shards import ShardFolder
 from tests.support.jobs import command, contents, drawn, finished, note_drawn, options, save_tiny
 from tests.support.processes import run_ranks, start
 
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory):
 def undisturbed(tiny, tmp_path_factory):
     """What the folder of FLAGS is to hold in the end."""
     out = tmp_path_factory.mktemp("undisturbed")
-    assert main.main(options(tiny, out, FLAGS)) == 0
+    assert main(options(tiny, out, FLAGS)) == 0
     return contents(out)
 
 
@@ -67,7 +67,7 @@ def before_storing(shard, act, rank="0"):
     """Do something before this process, or the one of this rank, stores its shard of this number."""
     if os.environ.get("RANK", "0") != rank:
         return
-    left, write = [shard], Store.write
+    left, write = [shard], ShardFolder.write
 
     def counted(self, k, samples):
         left[0] -= 1
@@ -75,7 +75,7 @@ def before_storing(shard, act, rank="0"):
             act()
         write(self, k, samples)
 
-    Store.write = counted  # type: ignore[method-assign]
+    ShardFolder.write = counted  # type: ignore[method-assign]
 
 
 def before_drawing(shard, act, rank="0"):
@@ -126,7 +126,7 @@ def limited(size):
     ],
     ids=["fsync", "write"],
 )
-def test_a_full_disk_is_one_line_and_finished_shards_stay(tiny, undisturbed, tmp_path, act, why):
+def test_full_disk_is_a_one_line_error_and_finished_shards_stay(tiny, undisturbed, tmp_path, act, why):
     """It names the file; with space the same command goes on, with what lacks alone."""
     out = tmp_path / "out"
     status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(before_storing, 2, act))
@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_line_and_finished_shards_stay(tiny, undisturbed, tmp
 
 
 @pytest.mark.slow
-def test_a_disk_full_from_the_start(tiny, tmp_path):
+def test_disk_full_from_the_start(tiny, tmp_path):
     out = tmp_path / "out"
     status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(full, "fsync", "/out/"))
     assert status == 2
@@ -153,7 +153,7 @@ def test_a_disk_full_from_the_start(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", ["0", "1"])
-def test_a_disk_that_is_full_for_one_process_ends_all(tiny, undisturbed, tmp_path, failing):
+def test_full_disk_of_one_process_ends_all(tiny, undisturbed, tmp_path, failing):
     """Each with a line: that of the process whose disk it was."""
     out = tmp_path / "out"
     hook = functools.partial(before_storing, 1, functools.partial(full, "fsync", "/out/"), failing)
@@ -167,7 +167,7 @@ def test_a_disk_that_is_full_for_one_process_ends_all(tiny, undisturbed, tmp_pat
 
 
 @pytest.mark.slow
-def test_who_waits_for_a_process_that_fails_is_told_why(tiny, tmp_path):
+def test_waiting_process_reports_why_another_failed(tiny, tmp_path):
     """Not just that it has gone."""
     out = tmp_path / "out"
     hooks = [
@@ -181,7 +181,7 @@ def test_who_waits_for_a_process_that_fails_is_told_why(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_log_that_cannot_be_written_any_more_ends_all(tiny, tmp_path):
+def test_log_that_cannot_be_written_ends_all(tiny, tmp_path):
     """It is the first process that writes it; the others must say so."""
     flags = f"{FLAGS} --num-samples 500 --json-log {tmp_path}/log"
     hook = functools.partial(before_storing, 1, functools.partial(be_a_folder, tmp_path / "log"))
@@ -197,9 +197,9 @@ def be_a_folder(path):
 
 
 def log_always():
-    from fastddpm.processes import progress
+    from fastddpm.processes import displays
 
-    progress.LOG_EVERY = 0.0
+    displays.LOG_EVERY = 0.0
 
 
 def slowly(seconds=0.01):
@@ -228,7 +228,7 @@ def read_only(place):
 
 
 @pytest.mark.slow
-def test_a_read_only_folder_is_one_line(tiny, tmp_path):
+def test_read_only_folder_is_a_one_line_error(tiny, tmp_path):
     """From the start, and from the third shard on."""
     out = tmp_path / "out"
     hook = functools.partial(read_only, f"{out}")
@@ -254,7 +254,7 @@ def wait_for(path, seconds=60.0):
 
 
 @pytest.mark.slow
-def test_of_two_jobs_on_one_folder_the_second_is_refused(tiny, undisturbed, tmp_path):
+def test_second_job_on_a_folder_is_refused(tiny, undisturbed, tmp_path):
     """In one line, whether it is the same job or another; the first one is not disturbed."""
     out, go = tmp_path / "out", tmp_path / "go"
     first = start(
@@ -288,7 +288,7 @@ def test_of_two_jobs_on_one_folder_the_second_is_refused(tiny, undisturbed, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_job_in_one_line(tiny, undisturbed, tmp_path, number, status):
+def test_signal_ends_a_job_with_one_line(tiny, undisturbed, tmp_path, number, status):
     """Before any shard, between two, and before the last; what was drawn is written."""
     out, arguments = tmp_path / "out", options(tiny, tmp_path / "out", FLAGS)
     done = 0
@@ -297,7 +297,7 @@ def test_a_signal_ends_a_job_in_one_line(tiny, undisturbed, tmp_path, number, st
         hooks = [functools.partial(note_drawn, tmp_path), act]
         end, told = alone(tmp_path, arguments, *hooks)
         assert end == status
-        assert told == f"\nfastddpm: stopped: {reached} of 9 samples are done; the same command goes on from there\n"
+        assert told == f"\nfastddpm: stopped: {reached} of 9 samples are done; the same command resumes the job\n"
         assert drawn(tmp_path) == ([list(range(done, reached))] if reached > done else [])
         assert finished(out) == set(range(reached))
         assert only_whole_files(out)
@@ -318,12 +318,12 @@ def send_twice(number, after):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(tiny, undisturbed, tmp_path, number):
+def test_second_signal_ends_a_job_at_once(tiny, undisturbed, tmp_path, number):
     """While the first waits for a disk that hangs."""
     out = tmp_path / "out"
     hooks = [
         functools.partial(before_storing, 1, stay),
-        functools.partial(before_drawing, 2, functools.partial(send_twice, number, job.ONCE + 0.3)),
+        functools.partial(before_drawing, 2, functools.partial(send_twice, number, signals.REPEAT_SECONDS + 0.3)),
     ]
     began = time.monotonic()
     assert alone(tmp_path, options(tiny, out, FLAGS), *hooks) == (-number, "")
@@ -335,14 +335,14 @@ def test_a_second_signal_ends_it_at_once(tiny, undisturbed, tmp_path, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_that_comes_twice_is_one(tiny, tmp_path, number, status):
+def test_signal_repeated_at_once_counts_as_one(tiny, tmp_path, number, status):
     """As of a terminal or a scheduler, and of torchrun: what was drawn is written all the same, and told once."""
     out = tmp_path / "out"
     hooks = [
         functools.partial(before_storing, 1, functools.partial(stay, 1.5)),
         functools.partial(before_drawing, 2, functools.partial(send_twice, number, 0.3)),
     ]
-    told = "\nfastddpm: stopped: 4 of 9 samples are done; the same command goes on from there\n"
+    told = "\nfastddpm: stopped: 4 of 9 samples are done; the same command resumes the job\n"
     assert alone(tmp_path, options(tiny, out, FLAGS), *hooks) == (status, told)
     assert finished(out) == {0, 1, 2, 3}
     assert only_whole_files(out)
@@ -352,17 +352,17 @@ def when_done(act, rank="0"):
     """Do something soon after this process has nothing left to draw."""
     if os.environ.get("RANK", "0") != rank:
         return
-    done = Progress.done
+    done = JobProgress.done
 
     def soon(self):
         done(self)
         threading.Timer(0.3, act).start()
 
-    Progress.done = soon  # type: ignore[method-assign]
+    JobProgress.done = soon  # type: ignore[method-assign]
 
 
 @pytest.mark.slow
-def test_a_process_that_waits_for_another_hears_signals(tiny, tmp_path):
+def test_waiting_process_reacts_to_signals(tiny, tmp_path):
     out = tmp_path / "out"
     hooks = [
         functools.partial(when_done, functools.partial(send, signal.SIGTERM)),
@@ -370,13 +370,13 @@ def test_a_process_that_waits_for_another_hears_signals(tiny, tmp_path):
     ]
     ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
     assert ends == [143, 2]
-    said = r"\nfastddpm: stopped: [57] of 9 samples are done; the same command goes on from there\n"
+    said = r"\nfastddpm: stopped: [57] of 9 samples are done; the same command resumes the job\n"
     assert re.fullmatch(said, told[0])  # as of the last look at the other
     assert error(told[1]) == "process 0: stopped"
     assert finished(out) == {0, 1, 2, 3, 4, 5, 8}
 
 
-def test_a_program_s_own_handler_stays(tiny, tmp_path):
+def test_signal_handlers_of_the_program_are_kept(tiny, tmp_path):
     """And what was there before is there after."""
     sampler, heard = Sampler.from_pretrained(tiny, device="cpu"), []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
@@ -387,7 +387,7 @@ def test_a_program_s_own_handler_stays(tiny, tmp_path):
         assert heard == [signal.SIGTERM] * 2
         assert signal.getsignal(signal.SIGTERM) is own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with pytest.raises(job.Stopped, match="0 of 4 samples are done") as stopped:
+        with pytest.raises(signals.Stopped, match="0 of 4 samples are done") as stopped:
             job.sample_to(tmp_path / "default", sampler, 4, shard_size=2, progress=False)
         assert stopped.value.number == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -398,7 +398,7 @@ def test_a_program_s_own_handler_stays(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told_to_end", ["0", "1"])
-def test_a_process_of_two_that_is_told_to_end_ends_both(tiny, tmp_path, told_to_end):
+def test_signal_to_one_of_two_processes_ends_both(tiny, tmp_path, told_to_end):
     out = tmp_path / "out"
     hook = functools.partial(before_drawing, 2, functools.partial(send, signal.SIGTERM), told_to_end)
     ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 400"), hook, slowly)
@@ -416,7 +416,7 @@ def test_a_process_of_two_that_is_told_to_end_ends_both(tiny, tmp_path, told_to_
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["0", "1"])
 @pytest.mark.parametrize("when", ["drawing", "waiting"])
-def test_a_process_that_is_lost_ends_the_other(tiny, tmp_path, lost, when):
+def test_lost_process_ends_the_other(tiny, tmp_path, lost, when):
     """Without torchrun to see it, while both draw, and when the other has nothing left to draw."""
     out, shards = tmp_path / "out", 100 if when == "drawing" else 2
     hooks = [functools.partial(before_drawing, 1, functools.partial(send, signal.SIGKILL), lost)]
@@ -465,7 +465,7 @@ def die_writing(size):
 
 
 @pytest.mark.slow
-def test_a_job_killed_at_twenty_moments_ends_as_if_it_had_not_been(tmp_path):
+def test_job_killed_twenty_times_has_the_files_of_one_that_was_not(tmp_path):
     """Before any change of its files, in the middle of a write, by the clock from its beginning; it dies each time."""
     model, rng = save_tiny(tmp_path / "model", num_class_embeds=3), np.random.default_rng(0)
     flags = "--num-samples 300 --class-labels 2,0,1,1 --shard-size 3 --batch-size 2 --format png --quiet"
@@ -519,9 +519,9 @@ ONCE = """
 import os, signal, sys
 from pathlib import Path
 from fastddpm import cli
-from fastddpm.storage.shards import Store
+from fastddpm.storage.shards import ShardFolder
 
-write, marker = Store.write, Path(sys.argv.pop(1))
+write, marker = ShardFolder.write, Path(sys.argv.pop(1))
 
 def killed(self, k, samples):
     if k == 3 and not marker.exists():
@@ -529,13 +529,13 @@ def killed(self, k, samples):
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, k, samples)
 
-Store.write = killed
+ShardFolder.write = killed
 sys.exit(cli.main())
 """
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_killed_process_again(tiny, undisturbed, tmp_path):
+def test_torchrun_restarts_a_killed_process(tiny, undisturbed, tmp_path):
     out, script, marker = tmp_path / "out", tmp_path / "once.py", tmp_path / "killed"
     script.write_text(ONCE)
     process = torchrun(str(marker), *options(tiny, out, FLAGS), restarts=1, script=(str(script),))
@@ -546,7 +546,7 @@ def test_torchrun_starts_a_killed_process_again(tiny, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_is_told_to_end(tiny, tmp_path):
+def test_torchrun_forwards_a_signal(tiny, tmp_path):
     """So all processes end, keep what is done, and say how far it is, once."""
     out = tmp_path / "out"
     process = torchrun(*options(tiny, out, f"{FLAGS} --num-samples 100000"))
@@ -570,8 +570,8 @@ class Finalised:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_python_ignores_ends_a_job_all_the_same(tiny, tmp_path, monkeypatch, capsys):
-    write, drawing = Store.write, Sampler.sample
+def test_signal_during_a_finaliser_ends_a_job(tiny, tmp_path, monkeypatch, capsys):
+    write, drawing = ShardFolder.write, Sampler.sample
 
     def once(self, samples, **how):
         if list(samples) == [2, 3]:
@@ -579,22 +579,22 @@ def test_a_signal_that_python_ignores_ends_a_job_all_the_same(tiny, tmp_path, mo
         return drawing(self, samples, **how)
 
     monkeypatch.setattr(Sampler, "sample", once)
-    monkeypatch.setattr(Store, "write", lambda self, k, samples: write(self, k, samples))
-    assert main.main(options(tiny, tmp_path / "out", FLAGS)) == 143
-    assert capsys.readouterr().err.endswith("samples are done; the same command goes on from there\n")
-    assert len(Store.open(tmp_path / "out").samples) == 9
-    assert not Store.open(tmp_path / "out").is_done(1)
+    monkeypatch.setattr(ShardFolder, "write", lambda self, k, samples: write(self, k, samples))
+    assert main(options(tiny, tmp_path / "out", FLAGS)) == 143
+    assert capsys.readouterr().err.endswith("samples are done; the same command resumes the job\n")
+    assert len(ShardFolder.open(tmp_path / "out").samples) == 9
+    assert not ShardFolder.open(tmp_path / "out").is_done(1)
 
 
-def test_a_shard_that_a_lost_process_of_another_job_leaves_is_seen(tiny, undisturbed, tmp_path):
+def test_shard_left_by_another_job_is_not_counted(tiny, undisturbed, tmp_path):
     """As one that hangs in a write while its folder is removed, and made anew with another seed."""
     out, other = tmp_path / "out", tmp_path / "other"
-    assert main.main(options(tiny, out, FLAGS)) == 0
-    assert main.main(options(tiny, other, f"{FLAGS} --seed 5")) == 0
+    assert main(options(tiny, out, FLAGS)) == 0
+    assert main(options(tiny, other, f"{FLAGS} --seed 5")) == 0
     for name in ("00001.npz", ".shards/00001"):
         (other / name).rename(out / name)
-    assert [Store.open(out).is_done(k) for k in range(5)] == [True, False, True, True, True]
-    assert main.main(options(tiny, out, FLAGS)) == 0
+    assert [ShardFolder.open(out).is_done(k) for k in range(5)] == [True, False, True, True, True]
+    assert main(options(tiny, out, FLAGS)) == 0
     assert contents(out) == undisturbed
 
 
@@ -608,13 +608,13 @@ def test_processes_with_other_options_are_refused(tiny, tmp_path):
 
 
 def by_rank(model, out):
-    return main.main(options(model, out, f"{FLAGS} --seed {os.environ['RANK']}"))
+    return main(options(model, out, f"{FLAGS} --seed {os.environ['RANK']}"))
 
 
 def watched():
     """The counts of process 1 stand still, as if it were stopped, or its machine gone."""
     progress.BEAT, progress.SILENT = 0.02, 50
-    with ranks("cpu") as group, Progress(group, 1, total=2, before=0, steps=1, show=False) as told:
+    with ranks("cpu") as group, JobProgress(group, 1, total=2, before=0, steps=1, show=False) as told:
         if group.rank == 1:
             told._post = lambda: None
         while True:
@@ -622,7 +622,7 @@ def watched():
             time.sleep(0.01)
 
 
-def test_a_silent_process_is_told_of(tmp_path):
+def test_silent_process_is_reported(tmp_path):
     _, told = run_ranks(tmp_path, 2, watched)
     for text in told:
-        assert text.splitlines()[-1].endswith("AgreedError: process 1 has not been heard of for 1 seconds")
+        assert text.splitlines()[-1].endswith("AgreedError: process 1 has given no sign of life for 1 seconds")

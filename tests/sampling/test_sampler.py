@@ -8,10 +8,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from fastddpm import Sampler, Schedule, UNet2D
+from fastddpm.checkpoints import shipped_model
 from fastddpm.core import noise
+from fastddpm.core.precision import PRECISIONS
 from fastddpm.reference.diffusion import Diffusion, update
-from fastddpm.sampling.engine import PRECISIONS
-from fastddpm.sampling.sampler import shipped_model
 from fastddpm.storage.images import to_uint8
 from tests.support.check import TINY, assert_as_accurate, root_mean_square
 
@@ -37,7 +37,7 @@ def unet():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"noise": False}], ids=str)
 @pytest.mark.parametrize("clip", [True, False])
-def test_the_loop_is_the_written_update_bit_for_bit(shape, how, clip):
+def test_loop_has_the_bits_of_the_reference_update(shape, how, clip):
     schedule = Schedule(clip_sample=clip)
     table = schedule.table(7, **how)
     address = noise.address(3, [5, 2])
@@ -51,7 +51,7 @@ def test_the_loop_is_the_written_update_bit_for_bit(shape, how, clip):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_all_steps_are_algorithm_2(clip):
+def test_unclipped_run_is_algorithm_2(clip):
     """All 1000 steps against the paper's formulas in float64, judged by the same formulas in float32."""
     schedule = Schedule(clip_sample=clip)
     address, shape = noise.address(0, 4), (2, 3)
@@ -67,7 +67,7 @@ def test_all_steps_are_algorithm_2(clip):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_whole_path_is_as_accurate_as_diffusers(unet, precision):
+def test_whole_run_is_as_accurate_as_diffusers(unet, precision):
     """U-Net, table and loop together, given the same noise: distance to diffusers in float64, over plain diffusers'."""
     schedule, address, shape = Schedule(), noise.address(1, 16), (1, 8, 8)
 
@@ -97,7 +97,7 @@ def test_the_whole_path_is_as_accurate_as_diffusers(unet, precision):
         assert root_mean_square(ours - exact) <= 2 * root_mean_square(plain - exact)
 
 
-def test_gaussian_data_come_back():
+def test_samples_of_gaussian_data_have_its_mean_and_covariance():
     """With the optimal eps-model of N(mean, var) data, samples have its mean and variance, but for the known bias."""
     mean, var, T = torch.tensor([0.6, -0.2]), torch.tensor([0.09, 0.25]), 1000
     schedule = Schedule(clip_sample=False)
@@ -130,7 +130,7 @@ def test_gaussian_data_come_back():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_sample_does_not_depend_on_its_batch(shape):
+def test_sample_does_not_depend_on_its_batch(shape):
     sampler = Sampler(elementwise, shape=shape)
     together = sampler.sample(7, seed=11, steps=5, progress=False)
     for size in (1, 2, 3):
@@ -139,7 +139,7 @@ def test_a_sample_does_not_depend_on_its_batch(shape):
     assert not torch.equal(sampler.sample(7, seed=12, steps=5, progress=False), together)
 
 
-def test_the_noise_does_not_depend_on_the_batch(unet):
+def test_noise_does_not_depend_on_the_batch(unet):
     """Whatever the network rounds, what it is given first is the same bits, and so is every z added."""
     seen = {}
 
@@ -154,7 +154,7 @@ def test_the_noise_does_not_depend_on_the_batch(unet):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_the_callback_sees_x_0(clip):
+def test_callback_sees_x_0(clip):
     schedule, calls = Schedule(clip_sample=clip), []
     sampler = Sampler(elementwise, schedule, shape=(2, 3))
     plain = sampler.sample(3, steps=4, progress=False)
@@ -172,7 +172,7 @@ def test_the_callback_sees_x_0(clip):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_batch_invariance_is_of_every_bit(unet, precision):
+def test_batch_invariant_samples_have_the_same_bits(unet, precision):
     """Whatever the network's arithmetic makes of another number of samples, or of another place among them."""
     sampler = Sampler(unet, device="cpu", precision=precision, batch_invariant=4)
     how = {"seed": 3, "steps": 4, "progress": False}
@@ -184,7 +184,7 @@ def test_batch_invariance_is_of_every_bit(unet, precision):
             assert torch.equal(x, torch.stack([alone[sample] for sample in asked])), (asked, batch_size)
 
 
-def test_batch_invariance_of_a_network_that_minds_its_batch():
+def test_batch_invariance_with_a_network_that_depends_on_its_batch():
     minding = lambda x, t: x * 0.9 + len(x) * 0.01 + torch.arange(len(x))[:, None] * 0.1
     how, equal = {"steps": 3, "progress": False}, []
     for invariant in (3, False):
@@ -209,7 +209,7 @@ def batches_of(sampler, samples, **how):
     return [(indices.tolist(), x[:, 0].tolist()) for indices, x in batches]
 
 
-def test_batches_come_in_the_order_asked_for():
+def test_batches_are_in_the_order_asked_for():
     plain = Sampler(elementwise, shape=(1,), device="cpu")
     fixed = Sampler(elementwise, shape=(1,), device="cpu", batch_invariant=4)
     one = lambda sample: plain.sample([sample], steps=2, progress=False).item()
@@ -221,7 +221,7 @@ def test_batches_come_in_the_order_asked_for():
         assert numbers == [one(sample) for sample in indices]
 
 
-def test_empty_places_are_neither_seen_nor_judged():
+def test_empty_entries_are_neither_returned_nor_watched():
     """Sample 1 goes wrong; three places of the micro-batch are empty."""
     seen = []
     sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
@@ -243,20 +243,20 @@ def hungry(limit):
     return model
 
 
-def test_without_memory_the_batch_is_halved(capsys):
+def test_batch_is_halved_when_memory_runs_out(capsys):
     sampler = Sampler(hungry(3), shape=(2,), device="cpu")
     want = Sampler(elementwise, shape=(2,), device="cpu").sample(11, steps=3, progress=False)
-    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+    with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
         sizes = [len(x) for _, x in sampler.batches(11, steps=3, batch_size=8)]
     assert [str(w.message).partition(".")[0] for w in warned] == [
-        f"out of memory; going on with batches of {size}" for size in (4, 2)
+        f"out of memory; continuing with batches of {size}" for size in (4, 2)
     ]
     assert sizes == [2, 2, 2, 2, 2, 1]
     assert "18/18" in capsys.readouterr().err
     assert torch.equal(sampler.sample(11, steps=3, batch_size=4, progress=False), want)
 
 
-def test_kept_buffers_are_given_up_before_the_batch_is_halved(monkeypatch):
+def test_kept_buffers_are_freed_before_the_batch_is_halved(monkeypatch):
     sampler = Sampler(hungry(8), shape=(2,), device="cpu")
     sampler.sample(2, steps=2, progress=False)
     kept, model = dict(sampler.engine._idle), hungry(8)
@@ -273,7 +273,7 @@ def sizes_of(limit):
     return sizes, lambda x, t: sizes.append(len(x)) or model(x, t)
 
 
-def test_what_was_out_of_memory_is_not_tried_again():
+def test_halved_batch_size_is_kept():
     """In later calls of the same sampler: the smaller batch is kept; a batch that is smaller still is its own."""
     sizes, model = sizes_of(3)
     sampler, how = Sampler(model, shape=(2,), device="cpu"), {"steps": 1, "progress": False}
@@ -287,7 +287,7 @@ def test_what_was_out_of_memory_is_not_tried_again():
         assert sizes == again
 
 
-def test_a_batch_that_fits_once_memory_was_freed_stays_as_it_is():
+def test_batch_that_fits_after_freeing_memory_is_not_halved():
     """It was the last one and a short one: the full ones before it fit, and do so in the next call."""
     sizes, failures = [], []
 
@@ -313,7 +313,7 @@ def told_of(sampler, samples, **how):
     return told, sampler.sample(samples, progress=lambda *args: told.append(args), **how)
 
 
-def test_progress_is_told_of_steps_and_samples(capsys):
+def test_progress_gets_steps_and_samples(capsys):
     """Of each step, with the number of samples in its batch; and nothing is shown."""
     sampler = Sampler(elementwise, shape=(2,), device="cpu")
     told, x = told_of(sampler, 5, steps=3, batch_size=2)
@@ -323,23 +323,23 @@ def test_progress_is_told_of_steps_and_samples(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_progress_is_told_of_samples_and_not_of_empty_places():
+def test_progress_does_not_count_empty_entries():
     sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
     assert told_of(sampler, [0, 1, 4], steps=2)[0] == [(1, 2)] * 2 + [(1, 1)] * 2
 
 
-def test_progress_is_told_with_a_callback_too():
+def test_progress_works_with_a_callback():
     sampler = Sampler(elementwise, shape=(2,), device="cpu")
     assert told_of(sampler, 3, steps=2, callback=lambda *_: None)[0] == [(1, 3)] * 2
 
 
-def test_progress_is_told_of_what_was_done_in_vain():
+def test_progress_counts_steps_that_ran_out_of_memory():
     sampler = Sampler(hungry(2), shape=(2,), device="cpu")
     with pytest.warns(UserWarning, match="out of memory"):
         assert told_of(sampler, 4, steps=2)[0] == [(1, 2)] * 4
 
 
-def test_what_progress_raises_ends_the_run():
+def test_error_in_progress_ends_the_run():
     sizes, model = sizes_of(9)
 
     def stop(steps, samples):
@@ -351,7 +351,7 @@ def test_what_progress_raises_ends_the_run():
     assert len(sizes) == 3
 
 
-def test_progress_is_not_told_of_a_step_that_went_wrong():
+def test_progress_does_not_count_a_failed_step():
     told = []
     with pytest.raises(ValueError, match="step 3 of 4"):
         Sampler(fails_at(250, lambda eps: eps / 0), shape=(3,), device="cpu").sample(
@@ -365,7 +365,7 @@ def test_progress_is_not_told_of_a_step_that_went_wrong():
     [({}, {}, "; use fp16 or bf16"), ({"batch_invariant": 8}, {}, "; use batch_invariant=4 (with other bits)")],
     ids=str,
 )
-def test_without_memory_for_one(options, how, way_out):
+def test_batch_of_one_without_memory_is_an_error(options, how, way_out):
     sampler = Sampler(hungry(0), shape=(2,), device="cpu", **options)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         sampler.sample(1, steps=2, progress=False, **how)
@@ -382,7 +382,7 @@ def test_uint8_images(unet):
     assert torch.equal(images, to_uint8(x))
 
 
-def test_precision_follows_the_device(unet, monkeypatch):
+def test_default_precision_depends_on_the_device(unet, monkeypatch):
     for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert Sampler(unet, device="cpu").dtype == dtype
@@ -390,7 +390,7 @@ def test_precision_follows_the_device(unet, monkeypatch):
         assert Sampler(unet, device="cpu", precision="bf16").dtype == torch.bfloat16
 
 
-def test_the_batch_follows_the_size_of_a_sample():
+def test_default_batch_size_depends_on_the_sample_size():
     sizes = {(3, 32, 32): 64, (3, 256, 256): 1, (3, 1024, 1024): 1, (5,): 256, (1, 4, 4): 256}
     assert {shape: Sampler(elementwise, shape=shape, device="cpu").default_batch_size() for shape in sizes} == sizes
     fixed = {(3, 32, 32): 4, (3, 256, 256): 1, (5,): 16}
@@ -411,7 +411,7 @@ class Untimed(torch.nn.Module):
         return self.net(x)
 
 
-def test_a_network_is_evaluated_and_left_in_its_mode():
+def test_network_is_in_eval_mode_and_then_in_its_own():
     net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4).eval())
     modes = []
 
@@ -426,7 +426,7 @@ def test_a_network_is_evaluated_and_left_in_its_mode():
     assert [part.training for part in (model, net, net[0], net[1])] == [True, True, True, False]
 
 
-def test_interleaved_runs_leave_a_network_in_its_mode():
+def test_interleaved_runs_restore_the_mode_of_a_network():
     net = torch.nn.Dropout(0.5)
     net.seen = []
     net.register_forward_hook(lambda module, args, out: net.seen.append(module.training))
@@ -443,7 +443,7 @@ def test_interleaved_runs_leave_a_network_in_its_mode():
     assert net.training
 
 
-def test_neither_network_nor_callback_can_change_the_run():
+def test_network_and_callback_cannot_change_the_state():
     def careless(x, t):
         m = elementwise(x, t)
         x.zero_()
@@ -458,7 +458,7 @@ def test_neither_network_nor_callback_can_change_the_run():
     assert torch.equal(Sampler(careless, shape=(3,)).sample(2, callback=spoil, **how), want)
 
 
-def test_whole_numbers_of_numpy_and_torch():
+def test_numpy_and_torch_integers_are_accepted():
     sampler, how = Sampler(elementwise, shape=np.array([3])), {"steps": 2, "progress": False}
     want = sampler.sample(range(1, 3), seed=4, **how)
     for given in (np.array([1, 2]), torch.tensor([1, 2], dtype=torch.int32), (i for i in (1, 2))):
@@ -475,7 +475,7 @@ def test_no_samples(unet):
     assert Sampler(unet).sample(0, progress=False).shape == (0, 1, 8, 8)
 
 
-def test_weights_changed_between_runs_are_seen_and_the_model_is_left_alone():
+def test_changed_weights_are_used_and_the_model_is_unchanged():
     net = tiny_unet().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     sampler = Sampler(net, precision="fp32")
@@ -513,7 +513,7 @@ def test_class_labels():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_16_bits_of_another_network_are_autocast(precision):
+def test_16_bit_precision_autocasts_other_networks(precision):
     conv = torch.nn.Conv2d(1, 1, 3, padding=1)
     seen = []
 
@@ -526,7 +526,7 @@ def test_16_bits_of_another_network_are_autocast(precision):
     assert seen == [(torch.float32, PRECISIONS[precision]), (torch.float32, torch.float32)]
 
 
-def test_progress_is_shown_or_not(capsys):
+def test_progress_bar_can_be_switched_off(capsys):
     sampler = Sampler(elementwise, shape=(2,))
     sampler.sample(3, steps=4, batch_size=2)
     assert "8/8" in capsys.readouterr().err
@@ -562,7 +562,7 @@ def nan_in_sample_1(eps):
     ],
     ids=["nan", "all-nan", "beyond float32", "shape", "tuple", "dtype"],
 )
-def test_a_wrong_network_output_names_the_step(result, message):
+def test_wrong_network_output_names_the_step(result, message):
     with pytest.raises(ValueError, match=message):
         Sampler(fails_at(250, result), shape=(3,)).sample([7, 8], steps=4, progress=False)
 

@@ -1,0 +1,109 @@
+"""Which samples are computed together, in which order they are returned, and in which mode the model is meanwhile."""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm.core import layout
+from fastddpm.core.memory import halved
+from fastddpm.sampling.engine import Engine
+
+PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
+PIXELS_PER_MICRO_BATCH = {"cpu": 1 << 12, "cuda": 1 << 16}  # 4 and 64
+
+_evaluated: dict[int, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # by id of a model: runs, and modes before them
+_evaluated_lock = threading.Lock()
+
+
+def default_size(shape: Sequence[int], pixels: int) -> int:
+    """How many samples of a shape (channels first) make so many pixels; a sample counts at least 256."""
+    return max(1, pixels // max(math.prod(shape[1:]), 1 << 8))
+
+
+def split(samples: Tensor, size: int, micro_batch: int) -> list[Tensor]:
+    """Divide samples into batches.
+
+    Args:
+        samples: [N] sample indices.
+        size: of a batch; it does not apply if there is a micro_batch.
+        micro_batch: 0, or the size of every batch: sample i then is entry i modulo this number.
+    Returns: for each entry of each batch its place in samples, or -1 if the entry is empty.
+    """
+    if not micro_batch:
+        return list(torch.arange(len(samples), device="cpu").split(size)) if len(samples) else []
+    batches: list[Tensor] = []
+    given: Counter[int] = Counter()  # how many samples each entry has got so far
+    for place, entry in enumerate((samples % micro_batch).tolist()):
+        if given[entry] == len(batches):
+            batches.append(torch.full((micro_batch,), -1, device="cpu"))
+        batches[given[entry]][entry] = place
+        given[entry] += 1
+    return batches
+
+
+class InOrder:
+    """Returns samples in the order asked for, as soon as all before them are finished."""
+
+    def __init__(self, samples: Tensor):
+        self.samples, self.next = samples, 0
+        self.waiting: dict[int, Tensor] = {}
+
+    def put(self, batch: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Take a finished batch. Args: batch: as `split` returns it; x: its samples, without empty entries."""
+        places = batch[batch >= 0]
+        if places.tolist() == list(range(self.next, self.next + len(places))) and not self.waiting:
+            self.next += len(places)
+            yield self.samples[places], x
+            return
+        self.waiting |= dict(zip(places.tolist(), x, strict=True))
+        first = self.next
+        ready = []
+        while self.next in self.waiting:
+            ready.append(self.waiting.pop(self.next))
+            self.next += 1
+        if ready:
+            yield self.samples[first : self.next].clone(), layout.channels_last(torch.stack(ready))
+
+
+def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int = 0) -> int:
+    """The batch size to try after one of `size` ran out of memory: the same if the engine could free some.
+
+    Raises: torch.OutOfMemoryError: there is no smaller one; the message begins with `failure`.
+    """
+    if engine.clear():
+        return size
+    if micro_batch or size == 1:
+        way_out = f"batch_invariant={size // 2} (with other bits), " if size > 1 else ""
+        raise torch.OutOfMemoryError(f"{failure} This was for a batch of {size}; use {way_out}fp16 or bf16, or the CPU")
+    return halved(size, failure, stacklevel=4)
+
+
+@contextmanager
+def evaluating(model: object) -> Iterator[None]:
+    """A context in which a module is in evaluation mode: no dropout, no batch statistics.
+
+    Runs may overlap, in several threads: after the last of them every part is in the mode that it was in before.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    with _evaluated_lock:
+        runs, modes = _evaluated.get(id(model), (0, [(part, part.training) for part in model.modules()]))
+        _evaluated[id(model)] = runs + 1, modes
+        for part, _ in modes:
+            part.training = False
+    try:
+        yield
+    finally:
+        with _evaluated_lock:
+            runs, modes = _evaluated.pop(id(model))
+            if runs > 1:
+                _evaluated[id(model)] = runs - 1, modes
+            else:
+                for part, training in modes:
+                    part.training = training

@@ -1,0 +1,125 @@
+"""The manifest of a job: what decides where each sample is stored, and what decides its bits.
+
+A job resumes only if its manifest is the same. Its keys and values are part of the file format.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastddpm.core.checks import one_of, whole
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.fingerprint import machine, weights_sha256
+from fastddpm.storage.images import CHANNELS
+from fastddpm.storage.indices import Indices
+from fastddpm.storage.shards import FORMATS
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Arguments of `Sampler.batches`, by their names, that are the same for every shard."""
+
+    seed: int
+    batch_size: int
+    steps: int | None
+    timesteps: Iterable[int] | None
+    sampler: str
+    eta: float
+    noise: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.timesteps, Iterator):
+            object.__setattr__(self, "timesteps", tuple(self.timesteps))  # it is read for each shard
+
+
+def manifest(
+    sampler: Sampler,
+    drawing: Drawing,
+    samples: int | Iterable[int],
+    *,
+    format: str,
+    class_labels: Iterable[int] | None,
+    shard_size: int,
+) -> dict[str, Any]:
+    """Return the manifest of a job, as JSON holds it. Raises: ValueError: an argument is not as of `job.sample_to`."""
+    where = _storage(sampler, samples, format, class_labels, shard_size, drawing.batch_size)
+    return json.loads(json.dumps(where | _origin(sampler, drawing)))
+
+
+def _storage(
+    sampler: Sampler,
+    samples: int | Iterable[int],
+    format: str,
+    class_labels: Iterable[int] | None,
+    shard_size: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """What decides where each sample is stored, as of `ShardFolder`."""
+    indices = Indices.of(samples)
+    try:
+        classes = None if class_labels is None else Indices.of(iter(class_labels))
+    except ValueError as error:
+        raise ValueError(f"class_labels are {str(class_labels)[:80]}; want whole numbers, 0 <= label") from error
+    one_of("format", format, FORMATS)
+    if format == "png" and not draws_pictures(sampler):
+        raise ValueError(f"samples are {sampler.shape}, which are not pictures; write them as npz or webdataset")
+    if not indices:
+        raise ValueError("no samples were asked for; want at least one")
+    if (twice := indices.duplicate()) is not None:
+        raise ValueError(f"sample {twice} is asked for twice; want each once")
+    whole("batch_size", batch_size, 1)
+    shard_size = whole("shard_size", shard_size, 1)
+    if classes is not None and len(classes) > len(indices):
+        raise ValueError(f"there are {len(classes)} class labels for {len(indices)} samples; want at most one each")
+    sampler.checked_labels(classes, 0 if classes is None else len(classes))
+    return {
+        "format": format,
+        "samples": str(indices),
+        "shard_size": shard_size,
+        "class_labels": None if classes is None else str(classes),
+    }
+
+
+def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
+    """What decides the bits of each sample."""
+    if not isinstance(sampler.model, nn.Module):
+        way_out = "want an nn.Module, whose weights tell whether a job is the same"
+        raise ValueError(f"the sampler's model is a {type(sampler.model).__name__}; {way_out}")
+    table = sampler.schedule.table(
+        drawing.steps,
+        sampler=drawing.sampler,
+        eta=drawing.eta,
+        timesteps=drawing.timesteps,
+        noise=drawing.noise,
+    )
+    return {
+        "seed": drawing.seed,
+        "sampler": {
+            "kind": drawing.sampler,
+            "eta": float(drawing.eta),
+            "noise": float(drawing.noise),
+            "steps": len(table),
+            "timesteps": table.timesteps.tolist() if drawing.timesteps is not None else None,
+        },
+        "schedule": sampler.schedule.to_config(),
+        "shape": sampler.shape,
+        "model": {
+            "class": type(sampler.model).__qualname__,
+            "config": dict(sampler.model.config) if isinstance(sampler.model, UNet2D) else None,
+            "sha256": weights_sha256(sampler.model),
+        },
+        "precision": sampler.precision,
+        "compiled": sampler.engine.compiles,
+        "batch_size": None if sampler.micro_batch else drawing.batch_size,
+        "batch_invariant": sampler.micro_batch,
+        **machine(sampler.device),
+    }
+
+
+def draws_pictures(sampler: Sampler) -> bool:
+    """Whether its samples can be written as PNGs."""
+    return len(sampler.shape) == 3 and sampler.shape[0] in CHANNELS

@@ -1,0 +1,356 @@
+"""The buffers of a batch, and what works on them: the network alone, and whole reverse steps.
+
+Everything that a step reads and writes is in tensors at fixed addresses: the states, the table, and the position, seed
+and sample index of each entry. So one captured CUDA graph serves every step of every schedule: it needs no argument, no
+wait and no allocation.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fastddpm import ops
+from fastddpm.core import layout, noise
+from fastddpm.core.precision import arithmetic
+from fastddpm.core.schedule import COLUMNS, StepTable
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder, capture
+from fastddpm.sampling.model import PreparedModel
+
+Network = Callable[..., Any]
+
+
+class OutputError(ValueError):
+    """The network returned something else than one finite-precision number for each element of its input."""
+
+
+class BatchNetwork:
+    """The network with its buffers for batches of n.
+
+    Attributes:
+        input: [n, *shape], channels-last: what the network reads. A `UNet2D` reads its precision, any other model
+            float32.
+        timesteps: [T] int32, of which the first S are those that were loaded.
+        positions: [n] int32: which of the timesteps each entry is at.
+        labels: [n, ...]: the class labels that were loaded, or None.
+    """
+
+    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
+        self.prepared = prepared
+        device, T, net = prepared.device, prepared.num_train_timesteps, prepared.net
+        dtype = torch.float32 if net is None else prepared.dtype
+        self.input = layout.empty(n, prepared.shape, dtype=dtype, device=device)
+        self.timesteps = torch.empty(T, dtype=torch.int32, device=device)
+        self.positions = torch.empty(n, dtype=torch.int32, device=device)
+        self.labels: Tensor | None = None
+        self._time_rows: Tensor | None = None  # [T, columns] of a `UNet2D`
+        self._output: Tensor | None = None
+        self._may_share_position = self._one_position = False
+        if net is not None:
+            kernels = ops.backend(device) == "triton"
+            columns = cast(nn.Linear, net.projection).out_features
+            rows_dtype = torch.float32 if kernels else prepared.dtype
+            self._time_rows = torch.empty(T, columns, dtype=rows_dtype, device=device)
+            # without kernels the one row of a batch becomes a bias of convolutions
+            self._one_position = self._may_share_position = not kernels
+        self._replay = Replay(prepared, n, capture=capture)
+        self._order = StreamOrder(device)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The context in which calls must be made. The current CUDA stream may differ from call to call."""
+        with plain_modes(self.prepared.device), self._order.on_current_stream(self.tensors()):
+            yield
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that a call reads and writes on the device."""
+        buffers = self.input, self.timesteps, self.positions, self.labels, self._time_rows, self._output
+        yield from (buffer for buffer in buffers if buffer is not None)
+        yield from self.prepared.weights()
+
+    def prepare(self, timesteps: Tensor, labels: Tensor | None = None, *, per_entry: bool = False) -> None:
+        """Get ready for calls at some timesteps.
+
+        Args:
+            timesteps: [S] integers, on any device.
+            labels: [n] int64 (or [n, ...], as an embedding of type "identity" takes them) for a class-conditional
+                `UNet2D`.
+            per_entry: whether the entries of a batch will be at different timesteps.
+        """
+        if self.prepared.net is not None:
+            self._one_position = self._may_share_position and not per_entry
+        with self.working():
+            self.load(timesteps, labels)
+            self._replay.prepare(self._predict_into_output, self._reset, self.constants())
+
+    def __call__(self, x: Tensor, position: int | Tensor) -> Tensor:
+        """Evaluate the network.
+
+        Args:
+            x: [n, *shape], floating point.
+            position: which of the prepared timesteps: one for all entries, or [n] integers on x's device if they were
+                prepared per entry.
+        Returns: a new tensor in the network's precision, channels-last.
+        Raises: OutputError: the network returned something else than one or two values for each element of x.
+        """
+        self.input.copy_(x)
+        if isinstance(position, Tensor):
+            self.positions.copy_(position)
+        else:
+            self.positions.fill_(position)
+        self._replay(self._predict_into_output)
+        output = cast(Tensor, self._output)
+        return output if self._replay.graph is None else output.clone()
+
+    def load(self, timesteps: Tensor, labels: Tensor | None) -> None:
+        """Copy timesteps and labels into the buffers; see `prepare`."""
+        S, device = len(timesteps), self.prepared.device
+        self.timesteps[:S].copy_(timesteps)
+        if labels is None or self.labels is None or labels.shape != self.labels.shape:
+            dtype = torch.float32 if labels is not None and labels.is_floating_point() else torch.int64
+            self.labels = None if labels is None else labels.to(device, dtype, copy=True)
+        else:
+            self.labels.copy_(labels)
+        if self.prepared.net is not None and labels is None:
+            with arithmetic("fp32", device):
+                cast(Tensor, self._time_rows)[:S] = self.prepared.net.time_rows(self.timesteps[:S])
+
+    def predict(self, network: Network | None = None, *, outputs: tuple[int, ...] = (1,)) -> Tensor:
+        """Evaluate the network on the buffers.
+
+        Args:
+            network: what to call; None: the model's `forward`.
+            outputs: how many values it may return for each element of its input.
+        Returns: the model's output, channels-last.
+        Raises: OutputError: it is something else.
+        """
+        prepared = self.prepared
+        network = network or cast(Network, prepared.forward)
+        with prepared.compute.arithmetic():
+            if prepared.net is not None:
+                with arithmetic("fp32", prepared.device):
+                    columns = self._columns()
+                model_output = network(self.input, columns)
+            else:
+                t = self.timesteps.index_select(0, self.positions).long()
+                autocasts = prepared.dtype != torch.float32
+                # its cache would keep the weights as they are now, and a graph would build them in
+                with torch.autocast(prepared.device.type, prepared.dtype, enabled=autocasts, cache_enabled=False):
+                    model_output = network(self.input.clone(), t)  # a model may write to its input
+        n, c, *spatial = self.input.shape
+        if (
+            not isinstance(model_output, Tensor)
+            or model_output.shape not in [(n, c * values, *spatial) for values in outputs]
+            or not model_output.is_floating_point()
+            or model_output.device != self.input.device
+        ):
+            came = f"a {type(model_output).__name__}"
+            if isinstance(model_output, Tensor):
+                came = f"{tuple(model_output.shape)} {model_output.dtype} on {model_output.device}"
+            raise OutputError(
+                f"the network returned {came} for {tuple(self.input.shape)} on {self.input.device}; want a tensor with "
+                "one value per element (lambda x, t: unet(x, t).sample for a diffusers model)"
+            )
+        return layout.channels_last(model_output if model_output.dtype in ops.FLOATS else model_output.float())
+
+    def constants(self) -> object:
+        """What a graph of the network has built in and the next batch may change: addresses, and torch's choices."""
+        cudnn, cuda, model = torch.backends.cudnn, torch.backends.cuda, self.prepared.model
+        weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+        return (
+            self._one_position,
+            None if self.labels is None else self.labels.data_ptr(),
+            () if self.prepared.net is not None else tuple(weight.data_ptr() for weight in weights),
+            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+            (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+            cuda.cudnn_sdp_enabled(),
+        )
+
+    def _columns(self) -> Tensor:
+        """[1 or n, columns]: everything in the network that depends on t (and the class) alone."""
+        positions = self.positions[:1] if self._one_position else self.positions
+        rows = cast(Tensor, self._time_rows)
+        if self.labels is None:
+            return rows.index_select(0, positions)
+        t = self.timesteps.index_select(0, positions)
+        return cast(UNet2D, self.prepared.net).time_rows(t, self.labels).to(rows.dtype)
+
+    def _predict_into_output(self, network: Network | None) -> None:
+        self._output = self.predict(network, outputs=(1, 2))  # twice the channels: a learned variance too
+
+    def _reset(self) -> None:
+        self.input.zero_()
+        self.positions.zero_()
+
+
+class Runner:
+    """A batch of samples on its way from x_T to x_0.
+
+    Attributes:
+        network: evaluates the network. Its positions are the rows of the table that the entries are at; all are equal.
+        x: [n, *shape] float32, channels-last: the states x_t. It is the network's input if that is float32.
+        address: [n, 2] int64: (seed, sample index) of each entry, see `noise.address`.
+        bad: [n] int32: the row at which a value first was not finite, -1 while all are.
+        table: [T] rows, of which the first S are those that were loaded.
+    """
+
+    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
+        self.prepared = prepared
+        self.network = BatchNetwork(prepared, n, capture=False)
+        device, T = prepared.device, prepared.num_train_timesteps
+        self.x = self.network.input
+        if self.x.dtype != torch.float32:
+            self.x = layout.empty(n, prepared.shape, dtype=torch.float32, device=device)
+        self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
+        self.bad = torch.empty(n, dtype=torch.int32, device=device)
+        rows = torch.empty(T, len(COLUMNS), dtype=torch.float32, device=device)
+        self.table = StepTable(rows, rows.new_ones(T), self.network.timesteps, clip=False, num_train_timesteps=T)
+        self._replay, self._order = Replay(prepared, n, capture=capture), StreamOrder(device)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """The context in which all methods must be called. The current CUDA stream may differ from call to call."""
+        with plain_modes(self.prepared.device), self._order.on_current_stream(self._tensors()):
+            yield
+
+    def load(self, table: StepTable, address: Tensor, labels: Tensor | None = None) -> None:
+        """Copy what decides a batch into the buffers; compile and capture a step if need be. Overwrites x.
+
+        Args:
+            table: S rows, on any device.
+            address: [n, 2] int64, on any device.
+            labels: as `BatchNetwork.prepare` takes them.
+        """
+        S = len(table)
+        self._loaded = table
+        self.table = replace(self.table, clip=table.clip)
+        self.table.rows[:S].copy_(table.rows)
+        self.table.scale[:S].copy_(table.scale)
+        self.address.copy_(address)
+        self.network.load(table.timesteps, labels)
+        self._replay.prepare(self._predict_and_update, self.start, (table.clip, self.network.constants()))
+
+    def start(self) -> None:
+        """Draw x_T ~ N(0, I) of each entry, and go to the first step of the table."""
+        T = self.table.num_train_timesteps
+        self.x.copy_(noise.normal(self.address, self.x.shape[1:], stream=noise.START, t=T))
+        if self.network.input is not self.x:
+            self.network.input.copy_(self.x)
+        self.network.positions.fill_(len(self._loaded) - 1)
+        self.bad.fill_(-1)
+
+    def step(self) -> None:
+        """Take one reverse step, x_t -> x_{t-1}, and go to the next row."""
+        self._replay(self._predict_and_update)
+
+    def predict(self, network: Network | None = None) -> Tensor:
+        """The first half of a step: the model's output for x_t.
+
+        Raises: ValueError: the network returned something else than one value per element; the message names the step.
+        """
+        try:
+            return self.network.predict(network)
+        except OutputError as error:
+            with _disable_current_modes():  # `NoWaiting` would refuse to read the position
+                row = int(self.network.positions[0])
+            raise ValueError(f"{self.describe_step(row)}: {error}") from error
+
+    def update(self, model_output: Tensor) -> None:
+        """The second half of a step: x_t -> x_{t-1}, and on to the next row."""
+        network = self.network
+        copy = None if network.input is self.x else network.input
+        ops.step(self.x, model_output, self.table, network.positions, self.address, out=copy, bad=self.bad)
+        network.positions -= 1
+
+    def describe_step(self, row: int) -> str:
+        """What messages call the step at a row."""
+        S = len(self._loaded)
+        return f"step {S - row} of {S} (t = {int(self._loaded.timesteps[row])})"
+
+    def _predict_and_update(self, network: Network | None) -> None:
+        self.update(self.predict(network))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.network.tensors()
+        yield from (self.x, self.address, self.bad, self.table.rows, self.table.scale)
+
+
+class Replay:
+    """Runs the same work on the same buffers again and again: directly, or as the replay of a captured CUDA graph.
+
+    The work is a function of the network to call. It is passed to each method, not kept: it belongs to the object that
+    holds this one, and in a cycle of the two their memory would not be freed at once.
+    """
+
+    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
+        self.prepared, self.n = prepared, n
+        self.capture = capture
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self._prepared_for: object = None
+
+    def __call__(self, run: Callable[[Network | None], None]) -> None:
+        if self.graph is None:
+            run(None)
+        else:
+            self.graph.replay()
+
+    def prepare(self, run: Callable[[Network | None], None], reset: Callable[[], None], constants: object) -> None:
+        """Compile and capture the work, unless that has been done already with the same constants.
+
+        Args:
+            reset: fills the buffers with valid inputs; called before and after, as the work overwrites them.
+            constants: what a graph has built in.
+        """
+        prepared = self.prepared
+        if not (self.capture or prepared.compiles) or self._prepared_for == constants:
+            return
+        self.graph = None
+        reset()
+        if self.capture:
+            with NoWaiting(), ops.compiling(prepared.device):
+                run(prepared.plain_forward)
+            reset()
+        with _many_versions() if prepared.compiles else nullcontext():
+            run(None)
+        if self.capture:
+            self.graph = self._captured(run)
+        self._prepared_for = constants
+        reset()
+
+    def _captured(self, run: Callable[[Network | None], None]) -> torch.cuda.CUDAGraph | None:
+        """Capture the work. Returns: the graph, or None if kind is "auto" and two attempts have failed."""
+        prepared = self.prepared
+        for _ in range(2):
+            try:
+                # capturing frees the workspaces of cuBLAS, so no other network may launch a product meanwhile
+                with prepared.compute.arithmetic():
+                    return capture(lambda: run(None), prepared.device)
+            except CaptureError as error:
+                if prepared.kind != "auto":
+                    raise
+                failure = str(error)  # not the error: its traceback would keep tensors alive
+        way_out = "engine.clear() allows another attempt"
+        warnings.warn(f"{failure}. Batches of {self.n} now run eagerly, with the same bits; {way_out}", stacklevel=2)
+        return None
+
+
+@contextmanager
+def plain_modes(device: torch.device) -> Iterator[None]:
+    """On this device, without gradients, inference mode and autocast, which the caller may have enabled."""
+    there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    # buffers made in inference mode would be of no use outside of it
+    with there, torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _many_versions() -> Any:
+    """torch.compile gives up on a function after eight versions; each batch size is one, and each network."""
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)

@@ -1,0 +1,99 @@
+"""`fastddpm fid`: the Fréchet distance between two sets of images."""
+
+import argparse
+import json
+from dataclasses import asdict
+
+from fastddpm.cli.options import add_batch_size, add_device, add_seed
+from fastddpm.evaluate.features import SCALES
+from fastddpm.evaluate.features import SHIPPED as SHIPPED_CLASSIFIER
+from fastddpm.evaluate.fid import Fid, fid
+
+SUMMARY = "measure the Fréchet distance between two sets of images"
+EPILOG = """
+examples:
+  fastddpm fid fashion-mnist.npz:x_test samples.npz                  garments, with the bundled classifier
+  fastddpm fid cifar10.npz samples/ --features inception.pt          the FID, with an Inception network of your own
+  fastddpm fid cifar10-stats.npz samples/ --features inception.onnx  published mean and covariance
+
+A and B are each an .npz, an MNIST-format file, a folder of images, or a folder written by `fastddpm sample`; an .npz
+with mu and sigma holds statistics. Statistics computed from images are cached, and the output says where: the next
+time the network does not run. From an .npz the array x_train, x, arr_0 or images is read, unless :NAME names another.
+
+The distance is biased upwards, and more so for fewer images: compare distances of equally many images, usually 50,000
+against the training images. Its standard error is the standard deviation over sets resampled from A and B with
+replacement. That is accurate if A and B differ clearly, and up to twice too large if they are nearly alike. With
+50,000 images and the 2048 features of Inception, each of the K replicates takes 5 to 10 seconds on two cores.
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    for name in "AB":
+        text = "images, or an .npz of statistics; x.npz:NAME selects an array of an .npz"
+        parser.add_argument(name.lower(), metavar=name, help=text)
+    parser.add_argument(
+        "--features",
+        metavar="FILE",
+        default=SHIPPED_CLASSIFIER,
+        help="a TorchScript or ONNX network (default: %(default)s, the bundled classifier)",
+    )
+    parser.add_argument(
+        "--input-size",
+        type=int,
+        metavar="X",
+        help="resize images to X pixels for FILE; 0: do not resize (default: the size an .onnx declares, else 299)",
+    )
+    parser.add_argument(
+        "--scale",
+        choices=tuple(SCALES),
+        help="pixel values for FILE: fid is (x - 128) / 128 (default), unit x / 255, signed x / 127.5 - 1, bytes uint8",
+    )
+    parser.add_argument(
+        "--bootstrap",
+        type=int,
+        default=20,
+        metavar="K",
+        help="bootstrap replicates for the standard error; 0: no standard error (default: %(default)s)",
+    )
+    add_seed(parser, "the bootstrap")
+    add_batch_size(parser, "images")
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument("--cache", metavar="FOLDER", help="folder of the cache (default: ~/.cache/fastddpm/fid)")
+    cache.add_argument("--no-cache", action="store_true", help="neither read nor write the cache")
+    parser.add_argument(
+        "--json", action="store_true", help="print the distance, its error and what was compared as one JSON object"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    result = fid(
+        args.a,
+        args.b,
+        features=args.features,
+        input_size=args.input_size,
+        scale=args.scale,
+        device=args.device,
+        batch_size=args.batch_size,
+        replicates=args.bootstrap,
+        seed=args.seed,
+        cache=False if args.no_cache else args.cache or True,
+        progress=not args.quiet,
+    )
+    if args.json:
+        about = {"a": args.a, "b": args.b, "bootstrap": args.bootstrap, "seed": args.seed}
+        print(json.dumps(asdict(result) | about, default=str))
+    else:
+        print(_fid_text(result, args.a, args.b, args.bootstrap))
+
+
+def _fid_text(result: Fid, a: str, b: str, replicates: int) -> str:
+    error = "" if result.error is None else f" ± {result.error:.2g} (standard error, {replicates} replicates)"
+    lines = [f"Fréchet distance {result.distance:.6g}{error}"]
+    for name, path, count, file in zip("AB", (a, b), result.counts, result.statistics, strict=True):
+        source = path if count is None else f"{count} images of {path}"
+        lines.append(f"{name}: {source}" if file is None else f"{name}: {source}, statistics in {file}")
+    network = "" if result.extractor is None else f" of {result.extractor}"
+    lines.append(f"features: {result.dimension}{network}")
+    lines += [f"note: {note}" for note in result.notes]
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""`fastddpm likelihood`: the variational bound on the negative log-likelihood of images."""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from fastddpm.checkpoints import SHIPPED_MODEL
+from fastddpm.cli.options import (
+    add_batch_size,
+    add_checkpoint,
+    add_device,
+    add_network,
+    add_seed,
+    json_text,
+    number_list,
+)
+from fastddpm.core.schedule import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
+from fastddpm.evaluate.likelihood import Bound, bound
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage import datasets
+from fastddpm.storage.files import atomic, check_writable
+from fastddpm.storage.plots import bound_terms
+
+SUMMARY = "bound the negative log-likelihood of images, in bits/dim"
+EPILOG = """
+examples:
+  fastddpm likelihood runs/mine test.npz                         every term for every image
+  fastddpm likelihood fashion-mnist test.npz --num-images 1000 --terms 20 --plot bound.png
+
+Prints a bound on -log2 p(image) in bits per dimension, as the DDPM paper reports it: the rate L_1 + ... + L_T and the
+distortion L_0, each with its standard error over the images. DATA is read and prepared as in `fastddpm train`; from an
+.npz with x_train and x_test, x_test is used. With --terms K only K timesteps of each image are evaluated, and the
+bound remains unbiased.
+"""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser, required=True)
+    parser.add_argument("data", metavar="DATA", help="an .npz, an MNIST-format file or a folder of images")
+    parser.add_argument("--num-images", type=int, metavar="N", help="use the first N images of DATA (default: all)")
+    parser.add_argument(
+        "--terms", type=int, metavar="K", help="timesteps evaluated for each image (default: all T - 1)"
+    )
+    add_seed(parser, "the noise and the choice of timesteps")
+    add_batch_size(parser, "terms")
+    variances = (*VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES)
+    parser.add_argument(
+        "--variance-type",
+        choices=variances,
+        metavar="NAME",
+        help=f"variance of the reverse process: {', '.join(variances)} (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--class-labels",
+        type=number_list,
+        metavar="L,M",
+        help="labels for a class-conditional model, one per image (default: the labels in DATA)",
+    )
+    parser.add_argument("--out", metavar="X.npz", help="write every term, by image and timestep, in bits/dim")
+    parser.add_argument("--plot", metavar="X.png", help="plot the terms over t")
+    parser.add_argument("--json", action="store_true", help="print the bound and its parts as one JSON object")
+    add_network(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    _check_before_loading(args)
+    sampler = _load_with_variance_type(args)
+    images = datasets.load_images(args.data, held_out=True, progress=not args.quiet)
+    array = datasets.array_name(args.data, held_out=True)
+    labels = args.class_labels
+    if labels is None:
+        labels = _labels_of_data(args, sampler, count=len(images))
+    began = time.monotonic()
+    result = bound(
+        sampler,
+        images[: args.num_images],
+        terms=args.terms,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        class_labels=labels,
+        progress=not args.quiet,
+    )
+    seconds = time.monotonic() - began
+    if args.out is not None:
+        _save_terms(result, args.out)
+    if args.plot is not None:
+        _plot_terms(result, args.plot)
+    variance_type = sampler.schedule.variance_type
+    if args.json:
+        print(_bound_json(result, args.data, array, args.seed, seconds, variance_type))
+    else:
+        print(_bound_text(result, array, seconds, variance_type))
+
+
+def _check_before_loading(args: argparse.Namespace) -> None:
+    for option, path, suffix in (("--out", args.out, ".npz"), ("--plot", args.plot, ".png")):
+        if path is not None and Path(path).suffix.lower() != suffix:
+            raise ValueError(f"{option} is {path}; want a {suffix} file")
+        if path is not None:
+            check_writable(path)
+    if args.num_images is not None and args.num_images < 1:
+        raise ValueError(f"--num-images is {args.num_images}; want a whole number, at least 1")
+
+
+def _load_with_variance_type(args: argparse.Namespace) -> Sampler:
+    """The sampler, with the variance type of --variance-type if that is given."""
+    bundled = args.checkpoint == SHIPPED_MODEL and not Path(SHIPPED_MODEL).exists()
+    sampler = Sampler.from_pretrained(
+        None if bundled else args.checkpoint,
+        variant=args.variant,
+        device=args.device,
+        precision=args.precision,
+        engine=args.engine,
+    )
+    if args.variance_type is not None:
+        sampler.schedule = replace(sampler.schedule, variance_type=args.variance_type)
+    if args.plot is not None and sampler.schedule.num_train_timesteps == 1:
+        raise ValueError("--plot does not apply to a model with T = 1: its bound has no terms over t; leave it out")
+    return sampler
+
+
+def _labels_of_data(args: argparse.Namespace, sampler: Sampler, count: int) -> np.ndarray | None:
+    """The labels that come with DATA; None for a model without classes. Args: count: images in all of DATA."""
+    config = cast(UNet2D, sampler.model).config
+    classes = config["num_class_embeds"]
+    if not classes and not config["class_embed_type"]:
+        return None
+    return datasets.load_labels(args.data, count=count, held_out=True, classes=classes)[: args.num_images]
+
+
+def _save_terms(result: Bound, path: str) -> None:
+    t, mean, error = result.per_timestep()
+    arrays = {
+        "prior": result.bits(result.prior),
+        "decoder": result.bits(result.decoder),
+        "terms": result.bits(result.terms),
+        "bits_per_dim": result.per_image,
+        "timesteps": result.timesteps,
+        "weights": result.weights,
+        "t": t,
+        "mean": mean,
+        "error": error,
+        "count": result.timesteps.flatten().bincount()[t],
+    }
+    with atomic(path) as file:
+        np.savez(file, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
+
+
+def _plot_terms(result: Bound, path: str) -> None:
+    t, mean, error = result.per_timestep()
+    summary = result.summary()
+    bound_terms(
+        t,
+        mean,
+        error,
+        prior=summary["prior"],
+        decoder=summary["distortion"],
+        total=summary["total"],
+        num_train_timesteps=result.num_train_timesteps,
+        path=path,
+    )
+
+
+def _bound_json(result: Bound, data: str, array: str | None, seed: int, seconds: float, variance_type: str) -> str:
+    images, terms = result.terms.shape
+    about = {
+        "data": data,
+        "array": array,
+        "images": images,
+        "terms": terms,
+        "timesteps": result.num_train_timesteps,
+        "seed": seed,
+        "seconds": seconds,
+        "variance_type": variance_type,
+        "unit": "bits/dim",
+    }
+    return json_text(about | {name: {"mean": mean, "error": error} for name, (mean, error) in result.summary().items()})
+
+
+def _bound_text(result: Bound, array: str | None, seconds: float, variance_type: str) -> str:
+    titles = {
+        "rate": "rate L_1 + ... + L_T",
+        "prior": "  of which L_T",
+        "distortion": "distortion L_0",
+        "total": "bound",
+    }
+    images, terms = result.terms.shape
+    source = f" of {array}" if array else ""
+    limit = result.num_train_timesteps - 1
+    lines = [f"{images} images{source}, {terms} of {limit} terms each, {variance_type}, {seconds:.1f} s"]
+    lines.append(f"{'':<22} bits/dim   standard error")
+    summary = result.summary()
+    for name, title in titles.items():
+        mean, error = summary[name]
+        lines.append(f"{title:<22} {mean:8.5f}   {error:.2g}")
+    return "\n".join(lines)

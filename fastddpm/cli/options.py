@@ -1,0 +1,90 @@
+"""What several commands share: options, argument types, and JSON output."""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastddpm.checkpoints import SHIPPED_MODEL
+from fastddpm.core.precision import PRECISIONS
+from fastddpm.sampling.model import ENGINES
+from fastddpm.storage.indices import Indices
+
+ANY_PRECISION = ("auto", *PRECISIONS)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the argument CHECKPOINT and the option --variant."""
+    text = "a diffusers checkpoint: a folder or a Hugging Face Hub id"
+    if required:
+        text = f"{text}; or {SHIPPED_MODEL}, the bundled model"
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
+    else:
+        text = f"{text} (default: {SHIPPED_MODEL}, the bundled model)"
+        parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help=text)
+    parser.add_argument("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
+
+
+def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add the option --seed. Args: purpose: what it is the seed of."""
+    parser.add_argument(
+        "--seed", type=int, default=0, help=f"seed of {purpose}, 0 <= seed < 2^64 (default: %(default)s)"
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser, items: str) -> None:
+    """Add the option --batch-size. Args: items: what a batch consists of."""
+    text = f"{items} computed together (default: chosen for the device)"
+    parser.add_argument("--batch-size", type=int, metavar="B", help=text)
+
+
+def add_network(
+    parser: argparse.ArgumentParser,
+    *,
+    engines: Sequence[str] = ("auto", *ENGINES),
+    precisions: Sequence[str] = ANY_PRECISION,
+    auto_precision: str = "chosen for the device",
+) -> None:
+    """Add the options --engine and --precision. Args: auto_precision: how the precision "auto" is chosen."""
+    text = "how the network runs (default: auto, chosen for the device)"
+    parser.add_argument("--engine", choices=engines, default="auto", help=text)
+    text = f"precision of the network (default: auto, {auto_precision})"
+    parser.add_argument("--precision", choices=precisions, default="auto", help=text)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options --device and --quiet."""
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    add_quiet(parser)
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add the option --quiet."""
+    parser.add_argument("--quiet", action="store_true", help="print results and errors only, no progress")
+
+
+def index_list(text: str) -> Indices:
+    """An argument such as 5,7,100-120, as Indices; they may be a million."""
+    try:
+        return Indices.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def number_list(text: str) -> tuple[int, ...]:
+    """An argument such as 5,7,100-103, as a tuple: (5, 7, 100, 101, 102, 103)."""
+    return tuple(index_list(text))
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON. NaN and infinities, for which JSON has no numbers, become strings."""
+    return json.dumps(_with_finite_numbers(value))
+
+
+def _with_finite_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_finite_numbers(content) for key, content in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_finite_numbers(content) for content in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,201 @@
+"""`fastddpm sample`: draw images from a trained model, into one file or into a folder."""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fastddpm.cli.options import add_batch_size, add_checkpoint, add_device, add_network, add_seed, index_list
+from fastddpm.core.schedule import SAMPLERS
+from fastddpm.processes.distributed import Ranks, ranks
+from fastddpm.sampling import job
+from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage import images
+from fastddpm.storage.files import check_writable
+from fastddpm.storage.indices import Indices
+
+SUMMARY = "draw images from a trained model"
+EPILOG = """
+examples:
+  fastddpm sample                                          16 garments from the bundled model -> samples.png
+  fastddpm sample google/ddpm-cifar10-32 --num-samples 64  a diffusers checkpoint from the Hugging Face Hub
+  fastddpm sample runs/mine --sampler ddim --steps 50      a local folder; 50 deterministic steps instead of all T
+  fastddpm sample runs/mine --indices 7,100-120 --out some.npz
+  fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset
+  torchrun --nproc-per-node 8 -m fastddpm sample runs/mine --num-samples 50000 --out samples/
+
+Sample i of a seed is the same image whatever else is drawn with it, up to the network's rounding. With
+--batch-invariant the bits are the same, too.
+
+A folder is written shard by shard. If the command is killed, run it again, with any number of processes: it draws the
+samples that are missing, and the folder ends up with the files of an uninterrupted run.
+"""
+
+_DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz", "webdataset": "samples"}
+_FORMAT_OF_SUFFIX = {".png": "grid", ".npz": "npz", "": "png"}
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--num-samples", type=int, default=16, metavar="N", help="draw samples 0 to N-1 (default: %(default)s)"
+    )
+    which.add_argument(
+        "--indices", type=index_list, metavar="I,J-K", help="draw these samples instead, such as 5,7,100-120"
+    )
+    add_seed(parser, "the noise")
+    parser.add_argument("--steps", type=int, metavar="S", help="take S steps over the T timesteps (default: T)")
+    parser.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="ddpm",
+        help="ddpm is the DDPM paper's sampler (default); ddim needs fewer steps",
+    )
+    parser.add_argument(
+        "--eta", type=float, default=0.0, help="amount of noise in ddim; 0 is deterministic (default: %(default)s)"
+    )
+    parser.add_argument("--no-noise", action="store_true", help="omit sigma_t z, so that each step returns its mean")
+    parser.add_argument(
+        "--class-labels",
+        type=index_list,
+        metavar="L,M-N",
+        help="labels for a class-conditional model, one per sample; a shorter list, such as 0-9, is repeated",
+    )
+    parser.add_argument("--out", metavar="PATH", help="a .png (one grid), an .npz, or a folder (default: samples.png)")
+    parser.add_argument(
+        "--format", choices=tuple(_DEFAULT_OUT), help="output format (default: from --out; for a folder: png)"
+    )
+    parser.add_argument("--shard-size", type=int, metavar="K", help="samples per shard of a folder (default: a batch)")
+    parser.add_argument(
+        "--json-log", metavar="FILE", help="append a folder's progress to FILE, one JSON line every ten seconds"
+    )
+    add_batch_size(parser, "samples")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="give each sample the same bits whatever is drawn with it"
+    )
+    add_network(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.batch_invariant and args.batch_size is not None:
+        raise ValueError(
+            "--batch-size does not apply with --batch-invariant, which sets the batch size; leave one of them out"
+        )
+    out, format, into_folder = _destination(args.out, args.format)
+    with ranks(args.device) as group:
+        with group.agree():
+            if not into_folder:
+                _check_options_of_one_file(args, out, group)
+            check_writable(out, folder=into_folder, make=False)
+            sampler = _load_sampler(args, out, into_folder, group)
+        if into_folder:
+            _sample_into_folder(args, sampler, out, format, group)
+        else:
+            _sample_into_file(args, sampler, out, format)
+
+
+def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group: Ranks) -> Sampler:
+    """The sampler; a folder that is continued keeps its precision unless --precision is given."""
+    precision = args.precision
+    if into_folder and precision == "auto":
+        precision = job.previous(out).get("precision", precision)
+    return Sampler.from_pretrained(
+        args.checkpoint,
+        variant=args.variant,
+        device=group.device,
+        precision=precision,
+        engine=args.engine,
+        batch_invariant=args.batch_invariant,
+    )
+
+
+def _sample_into_folder(args: argparse.Namespace, sampler: Sampler, out: Path, format: str, group: Ranks) -> None:
+    began = time.monotonic()
+    store = job.sample_to(
+        out,
+        sampler,
+        args.num_samples if args.indices is None else args.indices,
+        format=format,
+        class_labels=args.class_labels,
+        shard_size=args.shard_size,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        steps=args.steps,
+        sampler=args.sampler,
+        eta=args.eta,
+        noise=not args.no_noise,
+        progress=not args.quiet,
+        json_log=args.json_log,
+    )
+    if not args.quiet and group.rank == 0:
+        print(f"{out}: all {len(store.samples)} samples are done; {time.monotonic() - began:.1f} s this time")
+
+
+def _sample_into_file(args: argparse.Namespace, sampler: Sampler, out: Path, format: str) -> None:
+    """Draw all samples in memory, then write one file: a grid or an .npz."""
+    are_images = sampler.shape[0] in images.CHANNELS
+    if not are_images and format != "npz":
+        raise ValueError(
+            f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz"
+        )
+    samples = Indices.of(args.num_samples if args.indices is None else args.indices)
+    if not samples:
+        raise ValueError("no samples were requested; give --num-samples or --indices")
+    labels = args.class_labels
+    if labels is not None and 0 < len(labels) < len(samples):
+        labels = np.resize(tuple(labels), len(samples)).tolist()
+    began = time.monotonic()
+    x = sampler.sample(
+        samples,
+        output="uint8" if are_images else "float",
+        class_labels=labels,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        steps=args.steps,
+        sampler=args.sampler,
+        eta=args.eta,
+        noise=not args.no_noise,
+        progress=not args.quiet,
+    )
+    seconds = time.monotonic() - began
+    if format == "grid":
+        images.save_grid(x, out)
+    else:
+        images.save_npz(x, out)
+    if not args.quiet:
+        print(f"{out}: {len(x)} samples in {seconds:.1f} s, {len(x) / seconds:.3g} per second")
+
+
+def _check_options_of_one_file(args: argparse.Namespace, out: Path, group: Ranks) -> None:
+    way_out = f"write a folder instead: --out {out.stem or 'samples'}/ --format npz"
+    if group.size > 1:
+        raise ValueError(f"{group.size} processes cannot write one file, {out}; {way_out}")
+    for option, value in (("--shard-size", args.shard_size), ("--json-log", args.json_log)):
+        if value is not None:
+            raise ValueError(f"{option} does not apply to one file, {out}; {way_out}")
+
+
+def _destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
+    """(path, format, whether the path is a folder). Either option may imply the other."""
+    if out is None:
+        out = _DEFAULT_OUT[format or "grid"]
+    if not out:
+        raise ValueError("--out is ''; want a .png, an .npz or a folder")
+    suffix = "" if out.endswith(os.sep) or Path(out).is_dir() else Path(out).suffix.lower()
+    implied = _FORMAT_OF_SUFFIX.get(suffix)
+    if format is None and implied is None:
+        raise ValueError(f"--out is {out}; want a .png, an .npz or a folder, or give --format")
+    if format is not None and suffix and implied is not None and implied != format:
+        raise ValueError(f"--format is {format}, but --out is {out}, which means {implied}; leave --format out")
+    format = format or str(implied)
+    if format == "webdataset" and suffix == ".tar":
+        folder = f"{Path(out).stem}/"
+        raise ValueError(
+            f"--out is {out}, but --format webdataset writes a folder of several tars; want a folder: "
+            f"--out {folder}, then `fastddpm merge {folder} {out}` joins them"
+        )
+    return Path(out), format, format in ("png", "webdataset") or (format == "npz" and not suffix)

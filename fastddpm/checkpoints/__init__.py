@@ -1,5 +1,8 @@
-"""Checkpoints on the disk, one file per format."""
+"""Checkpoints on disk, one file per format."""
 
-from fastddpm.checkpoints.diffusers import load, load_into, save
+from fastddpm.checkpoints.diffusers import save
+from fastddpm.checkpoints.loading import load
+from fastddpm.checkpoints.parameters import load_into
+from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
 
-__all__ = ["load", "load_into", "save"]
+__all__ = ["SHIPPED_MODEL", "load", "load_into", "save", "shipped_model"]

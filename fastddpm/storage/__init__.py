@@ -1,1 +1,1 @@
-"""Files: pictures, data sets, shards of samples, and the fingerprint that identifies a job."""
+"""Files: images, plots, data sets, shards of samples, and the fingerprint that decides whether a job may resume."""

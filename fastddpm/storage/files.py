@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and paths that are known to be writable before the work begins."""
+"""Files that appear complete or not at all, and checks that a path can be written before the work begins."""
 
 import errno
 import os
@@ -10,20 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-TEMPORARY = ".*.[0-9]*.tmp"  # what a kill may leave of `atomic`
-_ELSEWHERE = secrets.token_hex(4)  # another machine that writes to the same disk may have this process's number
-FLUSHING = 8  # files at once: a thousand small ones take a tenth of the time, as the disk is waited for together
+TEMPORARY = ".*.[0-9]*.tmp"  # names of the files that an interrupted `atomic` may leave
+_HOST = secrets.token_hex(4)  # a process on another machine that shares the disk may have the same id
+FLUSHING = 8  # files at a time: together a thousand small ones take a tenth of the time
 
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open path for writing; it appears, or changes, only when the block ends without an exception.
 
-    The bytes go to a temporary name in the same folder, are flushed to the disk, and take the name in one step: whoever
-    reads path sees the old content or the new, also after a crash. A link stays, and the file it names is written; a
-    pipe or a device is written to as it is.
+    The bytes go to a temporary file in the same folder, which is flushed to disk and then renamed in one step: a reader
+    sees the old content or the new, also after a crash. A link stays, and the file it points to is replaced. A pipe or
+    a device is written to directly.
     """
-    if _special(path):
+    if _is_special(path):
         with naming(path), open(path, "wb") as file:
             yield file
         return
@@ -39,9 +39,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
-    """Write files, of one folder, so that all are safe on the disk when the first of them appears.
+    """Write files of one folder so that all are on disk before the first of them appears.
 
-    What has appeared and what not after an error or a crash, the caller must find out.
+    After an error or a crash some may have appeared and others not; the caller must check.
     """
 
     def written(path: Path, content: bytes) -> Path:
@@ -67,24 +67,27 @@ def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of the system in this block that name no file, as that of a full disk, name this one."""
+    """In this block, system errors that name no file, such as that of a full disk, name this one."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # without a number it is a sentence
+        if error.errno is not None and error.filename is None:  # without an errno the message is complete
             error.filename = os.fspath(path)
         raise
 
 
 def check_writable(path: str | os.PathLike[str], *, folder: bool = False, make: bool = True) -> Path:
-    """Make sure that a file (or, with folder=True, files inside path) can be written.
+    """Check that a file, or with folder=True files inside path, can be written.
 
     Args:
-        make: make missing folders; False: leave those of `path`, a folder, to be made, where that can be done.
-    Raises: ValueError: it cannot; says why.
+        path: the file, or the folder.
+        folder: path is a folder.
+        make: create missing folders; False (with folder=True): only check that they can be created.
+    Returns: path.
+    Raises: ValueError: it cannot be written; the message says why.
     """
     if not os.fspath(path):
-        raise ValueError("cannot write '', which is no path; name a place")
+        raise ValueError("cannot write '': the path is empty; name another place")
     path = Path(path)
     try:
         if folder:
@@ -94,7 +97,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False, make: 
                 pass
         elif path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        elif _special(path):
+        elif _is_special(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         else:
@@ -109,9 +112,9 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False, make: 
 
 @contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep a folder to this process until the block ends, or the process does, where the system has locks.
+    """Lock a folder for this process until the block or the process ends; without effect where there are no locks.
 
-    Raises: ValueError: it is another's.
+    Raises: ValueError: another process has locked it.
     """
     try:
         import fcntl
@@ -125,7 +128,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         except OSError as error:
             if error.errno != errno.EBADF:
                 raise
-            os.close(handle)  # NFS locks what is open for writing alone, which no folder can be
+            os.close(handle)  # NFS locks only what is open for writing, which a folder cannot be
             handle = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -140,20 +143,20 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
         os.close(handle)
 
 
-def _special(path: str | os.PathLike[str]) -> bool:
-    """Whether path is something that cannot be replaced by a file."""
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether path is a pipe, a device or a folder, which a file cannot replace."""
     return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _resolved(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The file that path leads to, and the temporary name beside it."""
+    """(the file that path points to, its temporary file in the same folder)."""
     target = Path(os.path.realpath(path))
-    return target, target.with_name(f".{target.name}.{os.getpid()}-{_ELSEWHERE}.tmp")
+    return target, target.with_name(f".{target.name}.{os.getpid()}-{_HOST}.tmp")
 
 
 @contextmanager
 def _flushed(path: Path, temporary: Path) -> Iterator[BinaryIO]:
-    """Open the temporary file for writing; what is written is safe on the disk when the block ends."""
+    """Open a temporary file for writing; its content is on disk when the block ends."""
     with naming(path), open(temporary, "wb") as file:
         yield file
         file.flush()
@@ -161,9 +164,9 @@ def _flushed(path: Path, temporary: Path) -> Iterator[BinaryIO]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder safe on the disk, where the system can."""
+    """Flush the names in a folder to disk, if the system can."""
     if os.name == "posix":
-        with suppress(OSError):  # some file systems cannot, some folders can be written and not read
+        with suppress(OSError):  # some file systems cannot, and some folders cannot be opened for reading
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What decides the bits of a result, so that work is gone on with only as the same: weights, device, versions."""
+"""The fingerprint that decides whether a job may resume: weights, device and versions, which decide its bits."""
 
 import hashlib
 import importlib.metadata
@@ -14,11 +14,12 @@ from fastddpm._version import __version__
 
 
 def weights_sha256(network: nn.Module) -> str:
-    """Hexadecimal SHA-256 of a network: its modules as they print, its parameters and buffers.
+    """Hexadecimal SHA-256 of a network: its repr, and the name, shape, dtype and values of parameters and buffers.
 
-    Of these names, shapes, dtypes and values. What a module has besides, and does not print, is not seen.
+    Other attributes of a module count only if its repr shows them.
     """
-    digest = hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", repr(network)).encode())  # which each process has its own
+    without_addresses = re.sub(" at 0x[0-9a-f]+", "", repr(network))  # they differ between processes
+    digest = hashlib.sha256(without_addresses.encode())
     for name, value in chain(network.named_parameters(), network.named_buffers()):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -26,7 +27,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the software that compute: with others a network may round otherwise."""
+    """The hardware and the software that compute; on others a network may round differently."""
     versions = {"fastddpm": __version__, "torch": str(torch.__version__)}
     if device.type != "cuda":
         return {"device": f"cpu, {torch.backends.cpu.get_cpu_capability()}", "versions": versions}
@@ -34,7 +35,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, if it is there."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -42,7 +43,7 @@ def installed(package: str) -> str | None:
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """What was given before where it is not what is given now, of nested mappings as well; None: nothing."""
+    """The fields that differ, with their value before, or None if they were missing; nested mappings field by field."""
     changed = {name: before.get(name) for name in {**before, **now} if before.get(name) != now.get(name)}
     for name, value in changed.items():
         if isinstance(value, dict) and isinstance(now.get(name), dict):

@@ -1,4 +1,4 @@
-"""Sample indices as runs, such as 5,7,100-120: a million in a row take no memory, a million at random 24 MB."""
+"""Sample indices as runs, such as 5,7,100-120: a million in a row need one run, a million in random order 24 MB."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,28 +6,28 @@ from typing import cast, overload
 
 import numpy as np
 
-LIMIT = 1 << 56  # of the noise standard
+LIMIT = 1 << 56  # the noise standard's limit of sample indices
 
 _NUMBER = re.compile("[0-9]+")
-_LONG = re.compile("0*([0-9]{17,})")  # that may be over the limit
-_NO_LIST = re.compile("[^0-9,-]|-(?![0-9])|(?<![0-9])-|-[0-9]+-")
+_LONG = re.compile("0*([0-9]{17,})")  # numbers that may exceed the limit
+_NOT_A_LIST = re.compile("[^0-9,-]|-(?![0-9])|(?<![0-9])-|-[0-9]+-")
 
 
 class Indices(Sequence[int]):
-    """Sample indices in the order asked for.
+    """A sequence of sample indices, stored as runs of consecutive ones.
 
     Args:
         starts: [R] int64, the first index of each run.
-        lengths: [R] int64, how many there are in it, at least 1; one run does not go on with the next.
+        lengths: [R] int64, the number of indices in each run, at least 1; the next run does not continue it.
     """
 
     def __init__(self, starts: np.ndarray, lengths: np.ndarray):
         self.starts, self.lengths = starts, lengths
-        self._ends = lengths.cumsum()  # how many indices there are up to the end of each run
+        self._ends = lengths.cumsum()  # the number of indices up to the end of each run
 
     @classmethod
     def _joined(cls, starts: np.ndarray, lengths: np.ndarray) -> "Indices":
-        """Of runs that may be empty or go on with the next."""
+        """The indices of runs that may be empty or continue each other."""
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         first = np.ones(len(starts), bool)
         first[1:] = starts[1:] != starts[:-1] + lengths[:-1]
@@ -35,7 +35,7 @@ class Indices(Sequence[int]):
 
     @classmethod
     def of(cls, samples: "int | Iterable[int]") -> "Indices":
-        """Those that `Sampler.sample` takes: how many (0, 1, ...), or which.
+        """The indices that `Sampler.sample` is given: a count N for 0, 1, ... N - 1, or the indices themselves.
 
         Raises: ValueError: they are not whole numbers, 0 <= index < 2^56.
         """
@@ -46,45 +46,45 @@ class Indices(Sequence[int]):
         if isinstance(samples, range) and samples.step == 1:
             starts, lengths = np.array([samples.start]), np.array([max(samples.stop - samples.start, 0)])
         else:
-            whole = isinstance(samples, np.ndarray) or not isinstance(samples, Iterable)
-            starts = np.array(samples if whole else tuple(cast(Iterable[int], samples)))
+            as_given = isinstance(samples, np.ndarray) or not isinstance(samples, Iterable)
+            starts = np.array(samples if as_given else tuple(cast(Iterable[int], samples)))
             starts = starts if starts.size else starts.astype(np.int64)
             lengths = np.ones_like(starts)
-        if starts.ndim != 1 or not (_whole(starts) and _whole(lengths)) or (starts + lengths > LIMIT).any():
-            given = _short(" ".join(str(samples).split()))
-            raise ValueError(f"samples are {given}; want how many, or whole numbers 0 <= index < 2^56")
+        if starts.ndim != 1 or not (_in_range(starts) and _in_range(lengths)) or (starts + lengths > LIMIT).any():
+            given = _shortened(" ".join(str(samples).split()))
+            raise ValueError(f"samples are {given}; want a count, or whole numbers 0 <= index < 2^56")
         return cls._joined(starts.astype(np.int64), lengths.astype(np.int64))
 
     @classmethod
     def joined(cls, parts: "Sequence[Indices]") -> "Indices":
-        """Those of one after those of the other."""
+        """The indices of all parts, one part after the other."""
         return cls._joined(
             np.concatenate([part.starts for part in parts]), np.concatenate([part.lengths for part in parts])
         )
 
     @classmethod
     def parse(cls, text: str) -> "Indices":
-        """5,7,100-103 -> 5, 7, 100, 101, 102, 103.
+        """Read a list such as 5,7,100-103, which stands for 5, 7, 100, 101, 102, 103.
 
-        Raises: ValueError: it is not like that.
+        Raises: ValueError: the text is not such a list, or an index is 2^56 or more.
         """
         text = re.sub(",+", ",", text).strip(",")
-        if _NO_LIST.search(text):
-            raise ValueError(f"{_short(text)!r} is not a list of whole numbers like 5,7,100-120")
+        if _NOT_A_LIST.search(text):
+            raise ValueError(f"{_shortened(text)!r} is not a list of whole numbers like 5,7,100-120")
         large = [number for number in _LONG.findall(text) if len(number) > 17 or int(number) >= LIMIT]
         if large:
-            largest = max(large, key=lambda number: (len(number), number))  # Python makes no int of 5000 digits
-            raise ValueError(f"sample index is {_short(largest)}; it must be a whole number, 0 <= index < 2^56")
-        numbers = np.fromstring(text.replace("-", ","), np.int64, sep=",")  # and not a million strings
+            largest = max(large, key=lambda number: (len(number), number))  # int() refuses 5000 digits
+            raise ValueError(f"sample index is {_shortened(largest)}; want a whole number, 0 <= index < 2^56")
+        numbers = np.fromstring(text.replace("-", ","), np.int64, sep=",")  # without a million strings
         ends_run = np.frombuffer(_NUMBER.sub("", text).encode() + b",", np.uint8) == ord(",")
         ends_run = ends_run[: len(numbers)]
         starts, lasts = numbers[np.roll(ends_run, 1)], numbers[ends_run]
         if (lasts < starts).any():
-            raise ValueError(f"{_short(text)!r} is not a list of whole numbers like 5,7,100-120")
+            raise ValueError(f"{_shortened(text)!r} is not a list of whole numbers like 5,7,100-120")
         return cls._joined(starts, lasts + 1 - starts)
 
     def __str__(self) -> str:
-        """The shortest text that `parse` makes the same of."""
+        """The shortest text that `parse` reads as these indices."""
         runs = zip(self.starts.tolist(), self.lengths.tolist(), strict=True)
         return ",".join(f"{start}-{start + length - 1}" if length > 1 else str(start) for start, length in runs)
 
@@ -117,19 +117,21 @@ class Indices(Sequence[int]):
         return self._joined(starts, np.minimum(ends, stop) - np.maximum(begins, start))
 
     def largest(self) -> int:
+        """The largest index; there must be at least one."""
         return int((self.starts + self.lengths).max()) - 1
 
-    def twice(self) -> int | None:
-        """An index that is there more than once; None if none is."""
+    def duplicate(self) -> int | None:
+        """An index that occurs more than once; None if there is none."""
         order = self.starts.argsort()
         starts, stops = self.starts[order], (self.starts + self.lengths)[order]
         overlap = np.flatnonzero(starts[1:] < stops[:-1])
         return int(starts[1:][overlap[0]]) if len(overlap) else None
 
 
-def _whole(numbers: np.ndarray) -> bool:
+def _in_range(numbers: np.ndarray) -> bool:
+    """Whether all are whole numbers from 0 to LIMIT."""
     return numbers.dtype.kind in "iu" and not ((numbers < 0) | (numbers > LIMIT)).any()
 
 
-def _short(text: str) -> str:
+def _shortened(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]} ..."

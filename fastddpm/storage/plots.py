@@ -1,4 +1,4 @@
-"""Pictures of numbers: the loss of a training run, and the terms of the variational bound."""
+"""Plots as PNG files: the loss of a training run, and the terms of the variational bound."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from fastddpm.storage.files import atomic
 
 Numbers = Sequence[float] | np.ndarray | Tensor
 
-BLUE, PALE, ORANGE, GREEN = "#0072b2", "#b3d1e5", "#d55e00", "#009e73"  # told apart by the colour-blind, too
+BLUE, PALE, ORANGE, GREEN = "#0072b2", "#b3d1e5", "#d55e00", "#009e73"  # distinct to the colour-blind, too
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
@@ -25,31 +25,32 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
 }
-FEW = 40  # points, which are drawn one by one
-LEAST = 6  # times its first value is the last of a logarithmic axis, so that two of 1, 2, 5, 10, ... stand on it
+FEW = 40  # up to this number, points are plotted one by one
+LEAST_SPAN = 6  # a logarithmic axis spans at least this factor, so that it shows two of 1, 2, 5, 10, ...
 
 
 def loss_curve(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Draw the training loss over the steps, and its running mean over the last tenth of the records at each.
+    """Plot the training loss over the steps, and its running mean over the last tenth of the records up to each step.
 
     Args:
-        records: those of a run's log; "step" and "loss" are read where a record has both. Losses that are not finite
-            are left out.
-        path: of the PNG, which appears whole or not at all.
+        records: from a run's log, in any order. Records without "step" and "loss", and losses that are not finite, are
+            skipped.
+        path: of the PNG, which appears complete or not at all.
     Raises: ValueError: no record has a finite loss.
     """
     pairs = sorted((int(record["step"]), float(record["loss"])) for record in records if {"step", "loss"} <= {*record})
     finite = [pair for pair in pairs if math.isfinite(pair[1])]
     if not finite:
-        raise ValueError(f"{len(pairs)} records have a step and a loss, none of them finite; want at least one")
+        raise ValueError("no record has a step and a finite loss; want at least one")
     step, loss = np.array(finite, dtype=np.float64).T
-    mean, dots = _running_mean(loss), "o" if len(step) <= FEW else None
+    mean = _running_mean(loss)
+    dots = "o" if len(step) <= FEW else None
     with _axes(path) as axes:
         axes.plot(step, loss, color=PALE, linewidth=0.7, marker=dots, markersize=4, label="each record")
         axes.plot(step, mean, color=BLUE, linewidth=1.8, marker=dots, markersize=2, label="running mean")
-        _whole(axes, log=step[-1] >= 20 * step[0] > 0)
+        _use_whole_numbers(axes, log=step[-1] >= 20 * step[0] > 0)
         if (loss > 0).all():
-            _logarithmic(axes, loss.min(), loss.max())
+            _use_logarithms(axes, loss.min(), loss.max())
         axes.set(xlabel="training step", ylabel="loss (mean squared error)")
         axes.set_title(f"Training loss: {mean[-1]:.4g} at step {step[-1]:,.0f}")
         axes.legend()
@@ -66,27 +67,22 @@ def bound_terms(
     num_train_timesteps: int,
     path: str | os.PathLike[str],
 ) -> None:
-    """Draw the terms of the variational bound over t, as Nichol & Dhariwal 2021 (arXiv:2102.09672) do in figure 2.
+    """Plot the terms of the variational bound over t, as in figure 2 of Nichol & Dhariwal 2021 (arXiv:2102.09672).
 
-    t counts as in the papers: L_{t-1} stands at t = 2..T, the decoder's L_0 at 1 and the prior's L_T at T + 1. Of the
-    L_{t-1} those that are 0 have no place on the logarithmic axis; L_0 or L_T of 0 stand at its lower end.
+    t counts as in the papers: L_{t-1} is plotted at t = 2..T, the decoder's L_0 at 1 and the prior's L_T at T + 1. The
+    axis is logarithmic: an L_{t-1} of 0 is left out, an L_0 or L_T of 0 is plotted at the lower end.
 
     Args:
         timesteps: [K] of the terms, counted from 0 (one less than the paper's t), in any order; some may be missing.
-        mean, error: [K] each term in bits/dim, and its standard error; NaN where it is not known.
+        mean: [K] the terms in bits/dim.
+        error: [K] their standard errors; NaN if unknown.
         prior, decoder, total: L_T, L_0 and the bound in bits/dim, each with its standard error or NaN.
         num_train_timesteps: T.
-        path: of the PNG, which appears whole or not at all.
-    Raises: ValueError: there are no terms, their numbers differ, or a value is negative or not finite.
+        path: of the PNG, which appears complete or not at all.
+    Raises: ValueError: there are no terms, the lengths differ, or a value is negative or not finite.
     """
     t, term, spread = (np.asarray(values, dtype=np.float64) for values in (timesteps, mean, error))
-    if t.ndim != 1 or not len(t) or not t.shape == term.shape == spread.shape:
-        shapes = f"{t.shape}, {term.shape}, {spread.shape}"
-        raise ValueError(f"timesteps, mean, error are {shapes}; want [K] of each, K >= 1")
-    values: dict[str, Any] = {"timesteps": t, "mean": term, "prior": prior[0], "decoder": decoder[0]}
-    for name, value in (values | {"error": np.nan_to_num(spread)}).items():
-        if not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
-            raise ValueError(f"{name} is negative or not finite somewhere; want numbers >= 0, bits/dim of a bound")
+    _check_terms(t, term, spread, prior=prior[0], decoder=decoder[0])
     ends = [
         (1, *decoder, "$L_0$ (decoder)", ORANGE),
         (num_train_timesteps + 1, *prior, "$L_T$ (prior)", GREEN),
@@ -94,37 +90,47 @@ def bound_terms(
     order = np.argsort(t)
     t, term, spread = (values[order][term[order] > 0] for values in (t + 1, term, spread))
     positive = [*term, *(value for _, value, *_ in ends if value > 0)]
-    known, name = np.isfinite(spread).any(), "$L_{t-1}$"
+    known = np.isfinite(spread).any()
     with _axes(path) as axes:
-        floor = _logarithmic(axes, min(positive), np.nanmax([*positive, *(term + spread)])) if positive else 0.0
+        floor = _use_logarithms(axes, min(positive), np.nanmax([*positive, *(term + spread)])) if positive else 0.0
         low = np.maximum(term - spread, floor)
         if len(t) <= FEW:
             bars = {"fmt": "o", "color": BLUE, "markersize": 4, "linewidth": 1, "capsize": 2}
-            label = f"{name} ± standard error" if known else name
+            label = "$L_{t-1}$ ± standard error" if known else "$L_{t-1}$"
             legend = [axes.errorbar(t, term, (term - low, spread), label=label, **bars)]
         else:
-            legend = axes.plot(t, term, color=BLUE, linewidth=1.5, label=name)
+            legend = axes.plot(t, term, color=BLUE, linewidth=1.5, label="$L_{t-1}$")
             band = {"color": PALE, "linewidth": 0, "label": "± standard error"}
             legend += [axes.fill_between(t, low, term + spread, **band)] if known else []
         for place, value, off, name, color in ends:
             spot = {"color": color, "marker": "D", "linestyle": "none", "zorder": 3, "clip_on": False}
-            legend += axes.plot([place], [max(value, floor)], label=f"{name}: {measured(value, off)}", **spot)
-        _whole(axes, log=num_train_timesteps > FEW)
-        axes.set(xlabel="timestep t", ylabel="bits/dim", title=f"Variational bound: {measured(*total)} bits/dim")
+            legend += axes.plot([place], [max(value, floor)], label=f"{name}: {with_error(value, off)}", **spot)
+        _use_whole_numbers(axes, log=num_train_timesteps > FEW)
+        axes.set(xlabel="timestep t", ylabel="bits/dim", title=f"Variational bound: {with_error(*total)} bits/dim")
         axes.legend(handles=legend)
 
 
-def measured(value: float, error: float) -> str:
-    """With two digits of the error, where it is known: 3.459 ± 0.028."""
+def with_error(value: float, error: float) -> str:
+    """A value and its error as text, to two digits of the error: 3.459 ± 0.028. An error of 0 or NaN is left out."""
     if not error > 0:
         return f"{value:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}" if decimals <= 5 else f"{value:.3g} ± {error:.2g}"
 
 
+def _check_terms(t: np.ndarray, term: np.ndarray, spread: np.ndarray, *, prior: float, decoder: float) -> None:
+    if t.ndim != 1 or not len(t) or not t.shape == term.shape == spread.shape:
+        shapes = f"{t.shape}, {term.shape}, {spread.shape}"
+        raise ValueError(f"timesteps, mean, error are {shapes}; want [K] of each, K >= 1")
+    values: dict[str, Any] = {"timesteps": t, "mean": term, "prior": prior, "decoder": decoder}
+    for name, value in (values | {"error": np.nan_to_num(spread)}).items():
+        if not (np.isfinite(value) & (np.asarray(value) >= 0)).all():
+            raise ValueError(f"{name} holds a negative or non-finite value; want numbers >= 0")
+
+
 @contextmanager
 def _axes(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Axes to draw on; the block's end without an exception writes the PNG."""
+    """Axes to plot on; writes the PNG when the block ends without an exception."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -135,7 +141,7 @@ def _axes(path: str | os.PathLike[str]) -> Iterator[Any]:
             figure.savefig(file, format="png")
 
 
-def _whole(axes: Any, *, log: bool) -> None:
+def _use_whole_numbers(axes: Any, *, log: bool) -> None:
     """Make the x axis one of whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
@@ -146,11 +152,11 @@ def _whole(axes: Any, *, log: bool) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
-def _logarithmic(axes: Any, low: float, high: float) -> float:
-    """Make the y axis logarithmic, from a little below low to a little above high; returns where it begins."""
+def _use_logarithms(axes: Any, low: float, high: float) -> float:
+    """Make the y axis logarithmic, from a little below low to a little above high. Returns: its lower end."""
     from matplotlib.ticker import LogFormatterMathtext, LogLocator, NullFormatter
 
-    room = max(1.3, math.sqrt(LEAST * low / high))
+    room = max(1.3, math.sqrt(LEAST_SPAN * low / high))
     low, high = low / room, high * room
     axes.set_yscale("log")
     axes.set_ylim(low, high)
@@ -164,7 +170,7 @@ def _logarithmic(axes: Any, low: float, high: float) -> float:
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """[N] at each place the mean of the last tenth of all values up to there."""
+    """[N] for each value, the mean of the last tenth of all values up to it."""
     end = np.arange(1, len(values) + 1)
     start = end - np.maximum(1, end // 10)
     total = np.concatenate([[0.0], values.cumsum()])

@@ -1,4 +1,4 @@
-"""Checkpoints of diffusers, read and written: against diffusers itself, and what is said of files that are none."""
+"""Checkpoints of diffusers: read and written as diffusers itself does, and the errors for damaged or foreign files."""
 
 import builtins
 import copy
@@ -95,9 +95,9 @@ def with_parameters_of_2019(folder, unet, scheduler):
     torch.save(dict(unet.named_parameters()), folder / PICKLE, _use_new_zipfile_serialization=False)
 
 
-def with_a_ruined_pickle_beside(folder, unet, scheduler):
+def with_a_damaged_pickle_beside(folder, unet, scheduler):
     as_pipeline(folder, unet, scheduler)
-    (folder / "unet" / PICKLE).write_bytes(b"ruined")
+    (folder / "unet" / PICKLE).write_bytes(b"damaged")
 
 
 def legacy(state: dict) -> dict:
@@ -111,7 +111,7 @@ def legacy(state: dict) -> dict:
 
 
 def public(config: dict) -> dict:
-    """The options alone, as JSON would hold them."""
+    """The options without diffusers' notes, as JSON would hold them."""
     return json.loads(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}))
 
 
@@ -135,7 +135,7 @@ def assert_same_tensors(got: dict, want: dict) -> None:
         with_legacy_names,
         with_legacy_names_in_safetensors,
         with_parameters_of_2019,
-        with_a_ruined_pickle_beside,
+        with_a_damaged_pickle_beside,
     ],
 )
 def test_load_reads_what_diffusers_wrote(write, tmp_path, unet, scheduler, options):
@@ -150,7 +150,7 @@ def test_load_reads_what_diffusers_wrote(write, tmp_path, unet, scheduler, optio
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}], ids=["one file", "shards"])
-def test_load_reads_the_variant_asked_for(shards, tmp_path, unet, scheduler):
+def test_load_reads_the_requested_variant(shards, tmp_path, unet, scheduler):
     half = UNet2DModel.from_config(unet.config).half()
     at_the_root(tmp_path, unet, scheduler)
     half.save_pretrained(tmp_path, variant="fp16", **shards)
@@ -174,7 +174,7 @@ def test_diffusers_loads_what_save_wrote(pipeline, tmp_path, unet, scheduler, op
     alone = UNet2DModel.from_pretrained(tmp_path / "new" / "folder", subfolder="unet" if pipeline else None)
     assert_same_tensors(alone.state_dict(), unet.state_dict())
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    # deep copies have equal alignment, on which the last bits depend
+    # the last bits depend on memory alignment, which is equal in deep copies
     theirs, ours = (copy.deepcopy(net).eval()(x, 5).sample for net in (alone, unet))
     assert torch.equal(theirs, ours)
 
@@ -189,14 +189,14 @@ def test_load_returns_what_was_saved(pipeline, tmp_path, unet, options):
     assert again == schedule
 
 
-def test_save_narrows_to_the_dtype_asked_for(tmp_path, unet, options):
+def test_save_converts_to_the_requested_dtype(tmp_path, unet, options):
     checkpoints.save(tmp_path, options, unet.state_dict(), Schedule(), dtype=torch.float16)
     half = {name: value.half() for name, value in unet.state_dict().items()}
     assert_same_tensors(checkpoints.load(tmp_path)[1], half)
     assert_same_tensors(UNet2DModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.float16).state_dict(), half)
 
 
-def test_save_takes_any_memory_format_and_shared_memory(tmp_path):
+def test_save_accepts_any_memory_format_and_shared_memory(tmp_path):
     fused = nn.Linear(4, 12).requires_grad_(False)
     state = {
         "conv.weight": torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last),
@@ -214,10 +214,10 @@ def test_save_replaces_the_checkpoint_it_was_loaded_from(folder):
     changed = {name: value + 1 for name, value in state.items()}
     checkpoints.save(folder, config, changed, schedule)
     assert_same_tensors(checkpoints.load(folder)[1], changed)
-    assert len(list(folder.rglob("*"))) == 6  # two folders, three configurations, the weights: nothing temporary
+    assert len(list(folder.rglob("*"))) == 6  # two folders, three configurations, the weights; no temporary files
 
 
-def test_an_interrupted_save_leaves_the_weights_that_were_there(folder, unet, monkeypatch):
+def test_interrupted_save_keeps_the_old_weights(folder, unet, monkeypatch):
     config, _, schedule = checkpoints.load(folder)
 
     def interrupted(*args, **kwargs):
@@ -232,71 +232,25 @@ def test_an_interrupted_save_leaves_the_weights_that_were_there(folder, unet, mo
     assert not [path for path in folder.parent.rglob("*") if path.suffix == ".tmp"]
 
 
-def test_save_does_not_hide_a_checkpoint_behind_another(folder, options, unet):
+def test_save_refuses_a_folder_whose_pipeline_would_be_loaded_instead(folder, options, unet):
     text = check.error_line(checkpoints.save, folder, options, unet.state_dict(), Schedule(), pipeline=False)
     assert text.startswith(f"{folder} holds a pipeline's unet/")
 
 
-# Parameters that do not fit
+# Damaged and foreign files
 
 
-def pair() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)).requires_grad_(False)
-
-
-def test_load_into_keeps_dtype_and_memory_format():
-    module = nn.Conv2d(4, 8, 3, dtype=torch.float16).to(memory_format=torch.channels_last)
-    state = {"weight": torch.randn(8, 4, 3, 3), "bias": torch.randn(8)}
-    checkpoints.load_into(module, state)
-    assert torch.equal(module.weight, state["weight"].half())
-    assert module.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize(
-    ("changes", "want"),
-    [
-        ({"0.weight": None}, "1 missing (0.weight)"),
-        ({"2.bias": (2,), "3.bias": (2,)}, "2 surplus (2.bias, 3.bias)"),
-        ({"0.weight": (3, 2)}, "1 of another shape (0.weight (3, 2) instead of (2, 3))"),
-        ({"1.bias": ()}, "1 of another shape (1.bias () instead of (2,))"),
-        (
-            {"0.weight": None, "2.bias": (1,), "1.bias": (3,)},
-            "1 missing (0.weight), 1 surplus (2.bias), 1 of another shape (1.bias (3,) instead of (2,))",
-        ),
-        (
-            dict.fromkeys(["0.weight", "0.bias", "1.weight", "1.bias"]),
-            "4 missing (0.bias, 0.weight, 1.bias, ...)",
-        ),
-    ],
-)
-def test_load_into_lists_what_does_not_fit(changes, want):
-    module = pair()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    state = {name: value + 1 for name, value in before.items()}
-    for name, shape in changes.items():
-        state.pop(name, None)
-        if shape is not None:
-            state[name] = torch.zeros(shape)
-    text = check.error_line(checkpoints.load_into, module, state)
-    assert text == f"the parameters do not fit the network: {want}; load them with their own config"
-    assert_same_tensors(module.state_dict(), before)
-
-
-# Files that are no checkpoint
-
-
-def test_load_of_what_is_no_folder(tmp_path):
+def test_source_that_is_not_a_folder(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
-    assert check.error_line(checkpoints.load, file).startswith(f"{file} is a file; a checkpoint is a folder")
-    assert check.error_line(checkpoints.load, "").startswith("the checkpoint is named ''; name a folder")
+    assert check.error_line(checkpoints.load, file).startswith(f"{file} is a file; want the folder that holds")
+    assert check.error_line(checkpoints.load, "").startswith("the checkpoint is ''; want a folder")
     for name in ("/no/such/folder", "no-such-folder", "a/b/c", "what is this?", "~/models", "../x/y"):
-        assert check.error_line(checkpoints.load, name).startswith(
-            f"{name} is no folder here; name a folder, or a hub id"
-        )
+        text = check.error_line(checkpoints.load, name)
+        assert text.startswith(f"there is no folder {name}; want a folder, or a hub id")
 
 
-def test_load_of_an_empty_folder(tmp_path):
+def test_empty_folder(tmp_path):
     text = check.error_line(checkpoints.load, tmp_path)
     assert text == f"{tmp_path} is not a DDPM checkpoint of diffusers: it has no unet/config.json and no config.json"
 
@@ -309,7 +263,7 @@ def test_load_of_an_empty_folder(tmp_path):
         (f"unet/{WEIGHTS}", f"has no weights; looked for {WEIGHTS}, {WEIGHTS}.index.json, {PICKLE}"),
     ],
 )
-def test_load_names_the_file_that_is_missing(folder, name, want):
+def test_missing_file_is_named(folder, name, want):
     (folder / name).unlink()
     assert want in check.error_line(checkpoints.load, folder)
 
@@ -318,13 +272,13 @@ def test_load_names_the_file_that_is_missing(folder, name, want):
 @pytest.mark.parametrize(
     ("content", "want"),
     [
-        (b'{"in_channels": 3', "is not readable JSON: JSONDecodeError: Expecting"),
-        (b"", "is not readable JSON: JSONDecodeError: Expecting value"),
-        (b"\xff\xfe", "is not readable JSON: UnicodeDecodeError"),
+        (b'{"in_channels": 3', "is not valid JSON: JSONDecodeError: Expecting"),
+        (b"", "is not valid JSON: JSONDecodeError: Expecting value"),
+        (b"\xff\xfe", "is not valid JSON: UnicodeDecodeError"),
         (b"[1, 2]", "holds a JSON list; want an object of options"),
     ],
 )
-def test_load_of_a_bad_configuration(folder, name, content, want):
+def test_damaged_configuration(folder, name, content, want):
     (folder / name).write_bytes(content)
     assert check.error_line(checkpoints.load, folder).startswith(f"{folder / name} {want}")
 
@@ -332,40 +286,40 @@ def test_load_of_a_bad_configuration(folder, name, content, want):
 @pytest.mark.parametrize(
     ("name", "class_name", "want"),
     [
-        ("unet/config.json", "UNet2DConditionModel", "is of a UNet2DConditionModel; want a UNet2DModel"),
+        ("unet/config.json", "UNet2DConditionModel", "configures a UNet2DConditionModel; want a UNet2DModel"),
         ("scheduler/scheduler_config.json", "ScoreSdeVeScheduler", "_class_name is 'ScoreSdeVeScheduler'"),
     ],
 )
-def test_load_of_another_class(folder, name, class_name, want):
+def test_configuration_of_another_class(folder, name, class_name, want):
     content = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps({**content, "_class_name": class_name}))
     assert want in check.error_line(checkpoints.load, folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 2000, 20_000, -1])
-def test_load_of_truncated_safetensors(folder, keep):
+def test_truncated_safetensors(folder, keep):
     path = folder / "unet" / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
-    assert check.error_line(checkpoints.load, folder).startswith(f"{path} is not a whole safetensors file")
+    assert check.error_line(checkpoints.load, folder).startswith(f"{path} is not a complete safetensors file")
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", f"unet/{WEIGHTS}", f"unet/{PICKLE}"])
-def test_load_of_a_file_that_may_not_be_read(folder, unet, monkeypatch, name):
+def test_unreadable_file_is_named(folder, unet, monkeypatch, name):
     if name.endswith(PICKLE):
         (folder / "unet" / WEIGHTS).rename(folder / name)
 
-    def locked(path, *args, **how):
+    def denied(path, *args, **kwargs):
         if path == folder / name:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return original(path, *args, **how)
+        return original(path, *args, **kwargs)
 
     original = io.open
-    monkeypatch.setattr(io, "open", locked)
-    monkeypatch.setattr(builtins, "open", locked)
+    monkeypatch.setattr(io, "open", denied)
+    monkeypatch.setattr(builtins, "open", denied)
     assert check.error_line(checkpoints.load, folder) == f"cannot read {folder / name}: Permission denied"
 
 
-def test_load_of_a_git_lfs_pointer(folder):
+def test_git_lfs_pointer(folder):
     path = folder / "unet" / WEIGHTS
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 143003468\n")
     assert "git lfs pull" in check.error_line(checkpoints.load, folder)
@@ -380,14 +334,14 @@ def test_load_of_a_git_lfs_pointer(folder):
         ({"weight_map": {"conv_in.weight": "gone.safetensors"}}, "gone.safetensors: No such file"),
     ],
 )
-def test_load_of_a_bad_index(folder, content, want):
+def test_damaged_index(folder, content, want):
     (folder / "unet" / WEIGHTS).unlink()
     (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
     assert want in check.error_line(checkpoints.load, folder)
 
 
 class Touch:
-    """Its pickle makes a file when it is loaded."""
+    """Its pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -397,19 +351,18 @@ class Touch:
 
 
 @pytest.mark.parametrize("dump", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_a_pickle_that_runs_code_is_not_run(folder, dump):
+def test_code_in_a_pickle_is_not_run(folder, dump):
     marker, path = folder / "was here", folder / "unet" / PICKLE
     (folder / "unet" / WEIGHTS).unlink()
     dump({"conv_in.weight": Touch(marker)}, path)
-    assert check.error_line(checkpoints.load, folder).startswith(
-        f"{path} is not a file of weights alone, so it was not loaded"
-    )
+    text = check.error_line(checkpoints.load, folder)
+    assert text.startswith(f"{path} is damaged or holds more than weights, so it was not loaded")
     assert not marker.exists()
     if dump is torch.save:
         torch.load(path, weights_only=False)
     else:
         pickle.loads(path.read_bytes())
-    assert marker.exists()  # the pickle does work
+    assert marker.exists()  # the pickle would have run the code
 
 
 @pytest.mark.parametrize(
@@ -418,12 +371,12 @@ def test_a_pickle_that_runs_code_is_not_run(folder, dump):
         ([torch.zeros(2)], "holds a list, not parameters by name"),
         ("weights", "holds a str, not parameters by name"),
         ({1: torch.zeros(2)}, "holds a dict, not parameters by name"),
-        ({"epoch": 3, "model": {}}, "holds more than a network's parameters: 2 no float tensors (epoch, model)"),
-        ({"a": torch.zeros(2, dtype=torch.int8)}, "holds more than a network's parameters: 1 no float tensors (a)"),
-        (nn.Linear(2, 2), "is not a file of weights alone, so it was not loaded"),
+        ({"epoch": 3, "model": {}}, "holds entries that are not floating-point tensors (epoch, model); want"),
+        ({"a": torch.zeros(2, dtype=torch.int8)}, "holds entries that are not floating-point tensors (a); want"),
+        (nn.Linear(2, 2), "is damaged or holds more than weights, so it was not loaded"),
     ],
 )
-def test_load_of_a_pickle_that_is_not_weights(folder, content, want):
+def test_pickle_of_something_else_is_refused(folder, content, want):
     path = folder / "unet" / PICKLE
     (folder / "unet" / WEIGHTS).unlink()
     torch.save(content, path)
@@ -431,12 +384,12 @@ def test_load_of_a_pickle_that_is_not_weights(folder, content, want):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 1000, -1])
-def test_load_of_a_truncated_pickle(folder, unet, keep):
+def test_truncated_pickle(folder, unet, keep):
     path = folder / "unet" / PICKLE
     (folder / "unet" / WEIGHTS).unlink()
     torch.save(unet.state_dict(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    assert check.error_line(checkpoints.load, folder).startswith(f"{path} is not a file of weights alone")
+    assert check.error_line(checkpoints.load, folder).startswith(f"{path} is damaged or holds more than weights")
 
 
 # The hub
@@ -444,7 +397,7 @@ def test_load_of_a_truncated_pickle(folder, unet, keep):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with the folder `hub.repo`; `hub.cache` gets the files that a download asks for."""
+    """A hub that serves the folder `hub.repo`; downloaded files arrive in `hub.cache`."""
 
     class Hub:
         repo, cache = tmp_path / "repo", tmp_path / "cache"
@@ -464,7 +417,7 @@ def hub(tmp_path, monkeypatch):
     return Hub()
 
 
-def test_hub_pipeline_is_fetched_without_what_is_not_needed(hub, unet, scheduler):
+def test_download_skips_files_it_does_not_need(hub, unet, scheduler):
     as_pipeline(hub.repo, unet, scheduler)
     as_pipeline_of_pickles(hub.repo, unet, scheduler)
     as_pipeline(hub.repo / "checkpoint-500", unet, scheduler)
@@ -479,14 +432,14 @@ def test_hub_pipeline_is_fetched_without_what_is_not_needed(hub, unet, scheduler
 
 
 @pytest.mark.parametrize("write", [at_the_root, as_pipeline_of_pickles, with_legacy_names, in_shards])
-def test_hub_layouts(hub, write, unet, scheduler):
+def test_download_of_every_layout(hub, write, unet, scheduler):
     write(hub.repo, unet, scheduler)
     (hub.repo / "samples.png").touch()
     assert_same_tensors(checkpoints.load("someone/ddpm")[1], unet.state_dict())
     assert "samples.png" not in hub.fetched()
 
 
-def test_hub_variant(hub, unet, scheduler):
+def test_download_of_a_variant(hub, unet, scheduler):
     at_the_root(hub.repo, unet, scheduler)
     half = UNet2DModel.from_config(unet.config).half()
     half.save_pretrained(hub.repo, variant="fp16")
@@ -494,26 +447,26 @@ def test_hub_variant(hub, unet, scheduler):
     assert WEIGHTS not in hub.fetched()
 
 
-def test_hub_model_without_weights(hub):
+def test_download_of_a_model_without_weights(hub):
     hub.repo.mkdir()
     (hub.repo / "README.md").touch()
     hub.cache.mkdir()
     assert "is not a DDPM checkpoint of diffusers" in check.error_line(checkpoints.load, "someone/ddpm")
 
 
-def test_hub_out_of_reach(monkeypatch):
+def test_failed_download_gives_the_reason(monkeypatch):
     def snapshot_download(repo_id, **_):
         raise LocalEntryNotFoundError("Got: ConnectError: Name or service not known\nAn error happened while\ntrying")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     want = (
-        "someone/ddpm is no folder here, and the Hugging Face hub gave none: "
+        "there is no folder someone/ddpm, and downloading it from the Hugging Face hub failed: "
         "LocalEntryNotFoundError: Got: ConnectError: Name or service not known"
     )
     assert check.error_line(checkpoints.load, "someone/ddpm") == want
 
 
-def test_a_folder_named_like_a_hub_id_is_the_folder(hub, folder, unet, monkeypatch):
+def test_folder_wins_over_a_hub_id_of_the_same_name(hub, folder, unet, monkeypatch):
     shutil.copytree(folder, folder.parent / "someone" / "ddpm")
     monkeypatch.chdir(folder.parent)
     assert_same_tensors(checkpoints.load(os.path.join("someone", "ddpm"))[1], unet.state_dict())

@@ -1,4 +1,4 @@
-"""Images and their classes in: each kind of source gives the same array; each kind of damage its one-line error."""
+"""Images and class labels: each kind of source gives the same array, each kind of damage a one-line error."""
 
 import gzip
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.storage import datasets
+from fastddpm.storage import image_folder
 from fastddpm.storage.datasets import array_name, image_files, load_images, load_labels, stream_images
 
 
@@ -31,7 +31,7 @@ def save_folder(folder, batch, names):
 
 
 def error(path, load=load_images, **options):
-    """The error that loading path gives: one line that names the path."""
+    """The error of loading path, which must be one line that names the path."""
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         load(path, **options)
     message = str(caught.value)
@@ -46,7 +46,7 @@ def test_npz(tmp_path, name, c):
     assert np.array_equal(load_images(tmp_path / "data.npz"), pictures(c=c))
 
 
-def test_npz_prefers_the_training_set_among_many(tmp_path):
+def test_npz_prefers_the_training_set(tmp_path):
     np.savez_compressed(
         tmp_path / "data", x_test=pictures(2), images=pictures(3), x_train=pictures(4), y_train=np.arange(4)
     )
@@ -65,7 +65,7 @@ def test_idx(tmp_path, pack, c):
     (tmp_path / "images-idx3-ubyte").write_bytes(pack(idx(want if c else want[..., 0])))
     got = load_images(tmp_path / "images-idx3-ubyte")
     assert np.array_equal(got, want)
-    assert np.array_equal(torch.from_numpy(got), want)  # which warns of read-only memory
+    assert np.array_equal(torch.from_numpy(got), want)  # torch warns of read-only memory
 
 
 @pytest.mark.parametrize("c", [1, 3])
@@ -129,7 +129,7 @@ def test_photographs_are_turned_upright(tmp_path):
     assert np.array_equal(upright, again)
 
 
-def test_what_is_no_file_is_no_image(tmp_path):
+def test_folders_pipes_and_broken_links_are_skipped(tmp_path):
     save_folder(tmp_path, pictures(1), ["folder.png/a.png"])
     (tmp_path / "link.png").symlink_to("folder.png/a.png")
     (tmp_path / "dangling.png").symlink_to("nowhere.png")
@@ -137,7 +137,7 @@ def test_what_is_no_file_is_no_image(tmp_path):
     assert np.array_equal(load_images(tmp_path), pictures(1).repeat(2, axis=0))
 
 
-def test_linked_folders_are_read_and_circles_are_not(tmp_path):
+def test_links_to_folders_are_followed_unless_they_form_a_circle(tmp_path):
     save_folder(tmp_path / "elsewhere", pictures(2), ["0.png", "deeper/1.png"])
     (tmp_path / "data" / "b").mkdir(parents=True)
     (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
@@ -146,7 +146,7 @@ def test_linked_folders_are_read_and_circles_are_not(tmp_path):
     assert np.array_equal(load_images(tmp_path / "data"), pictures(2))
 
 
-def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+def test_unreadable_subfolder_is_an_error(tmp_path, monkeypatch):
     save_folder(tmp_path, pictures(2), ["a/0.png", "b/1.png"])
     scandir = os.scandir
 
@@ -167,7 +167,7 @@ def test_many_files_show_progress(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_nothing_there(tmp_path, monkeypatch):
+def test_missing_path(tmp_path, monkeypatch):
     assert "No such file" in error(tmp_path / "absent.npz")
     save_folder(tmp_path, pictures(1), ["0.png"])
     monkeypatch.chdir(tmp_path)
@@ -175,7 +175,7 @@ def test_nothing_there(tmp_path, monkeypatch):
         load_images("")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, these are no images", b"\x89PNG\r\n\x1a\n", b"\0", b"\0\0"])
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x89PNG\r\n\x1a\n", b"\0", b"\0\0"])
 def test_unknown_type(tmp_path, content):
     (tmp_path / "file.npz").write_bytes(content)
     assert "unknown type; want an .npz" in error(tmp_path / "file.npz")
@@ -205,7 +205,7 @@ def test_16_bit_image_is_named(tmp_path):
     assert "want 8 bits" in message
 
 
-def test_mixed_sizes_name_two_files_and_the_way_out(tmp_path):
+def test_mixed_sizes_name_two_files_and_suggest_resizing(tmp_path):
     save_folder(tmp_path, pictures(2), ["0.png", "1.png"])
     save_folder(tmp_path, pictures(1, 8, 9), ["2.png"])
     message = error(tmp_path)
@@ -244,7 +244,7 @@ NUMBERS = np.float32([0.0, 0.5, 0.25, 1.0]).reshape(1, 2, 2, 1)
     ],
     ids=["0..1", "-1..1", "0..255", "integers", "channels first"],
 )
-def test_npz_of_other_numbers_tells_how_to_convert_them(tmp_path, array, way_out):
+def test_npz_of_other_numbers_suggests_a_conversion(tmp_path, array, way_out):
     np.savez(tmp_path / "x.npz", x=array)
     message = error(tmp_path / "x.npz")
     assert message.endswith(f"; {way_out}")
@@ -259,14 +259,14 @@ def test_npz_of_other_numbers_tells_how_to_convert_them(tmp_path, array, way_out
     [NUMBERS * np.nan, NUMBERS * 1000, NUMBERS > 0.5, NUMBERS[0, ..., 0], NUMBERS[:0]],
     ids=["nan", "beyond 255", "bool", "one image", "empty"],
 )
-def test_what_is_no_picture_gets_no_recipe(tmp_path, array):
+def test_no_conversion_is_suggested_for_other_arrays(tmp_path, array):
     np.savez(tmp_path / "x.npz", x=array)
     assert error(tmp_path / "x.npz").endswith("with C = 1, 3 or 4")
 
 
-def test_images_of_zeros_and_ones_are_not_taken_for_black(tmp_path):
+def test_images_of_zeros_and_ones_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", x=pictures() // 128)
-    assert error(tmp_path / "x.npz").endswith("x is 0 and 1 only, all but black in 0..255; multiply it by 255")
+    assert error(tmp_path / "x.npz").endswith("x holds only 0 and 1, almost black in 0..255; multiply it by 255")
     np.savez(tmp_path / "x.npz", x=np.zeros_like(pictures()))
     assert not load_images(tmp_path / "x.npz").any()
 
@@ -286,7 +286,7 @@ def test_empty_npz(tmp_path, shape):
     assert "holds no images" in error(tmp_path / "x.npz")
 
 
-def test_npz_where_no_array_stands_out(tmp_path):
+def test_npz_with_several_unknown_arrays(tmp_path):
     np.savez(tmp_path / "x.npz", one=pictures(), two=pictures())
     assert "it holds one, two; want an array named x_train" in error(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz")
@@ -350,7 +350,7 @@ def test_npz_labels(tmp_path, names, dtype):
     assert_labels(load_labels(tmp_path / "x.npz", count=5))
 
 
-def test_npz_labels_are_those_of_the_images(tmp_path):
+def test_npz_labels_belong_to_the_images(tmp_path):
     np.savez(tmp_path / "x.npz", x_train=pictures(), y_train=LABELS, x=pictures(), y=LABELS[::-1], labels=LABELS + 1)
     assert_labels(load_labels(tmp_path / "x.npz", count=5))
     np.savez(tmp_path / "x.npz", x_train=pictures(), y=LABELS)
@@ -359,7 +359,7 @@ def test_npz_labels_are_those_of_the_images(tmp_path):
     assert "want labels of pictures in an array named labels" in labels_error(tmp_path / "x.npz")
 
 
-def test_held_out_images_are_those_of_x_test(tmp_path):
+def test_held_out_images_come_from_x_test(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x_train=pictures(), y_train=LABELS, x_test=pictures(3)[::-1], y_test=LABELS[:3])
     assert np.array_equal(load_images(path), pictures())
@@ -373,7 +373,7 @@ def test_held_out_images_are_those_of_x_test(tmp_path):
     assert array_name(tmp_path) is None
 
 
-def test_the_classes_of_a_model_need_not_all_be_there(tmp_path):
+def test_not_every_class_of_a_model_need_occur(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=pictures(), y=LABELS + 1)
     assert "has labels from 1 to 3, but none is 0" in labels_error(path)
@@ -381,14 +381,14 @@ def test_the_classes_of_a_model_need_not_all_be_there(tmp_path):
     for wrong in (LABELS - 1, LABELS + 2):
         np.savez(path, x=pictures(), y=wrong)
         line = error(path, load_labels, count=5, classes=4)
-        assert line.endswith(f"y has labels from {wrong.min()} to {wrong.max()}; want 0 to 3, the model's")
+        assert line.endswith(f"y has labels from {wrong.min()} to {wrong.max()}; want the model's, 0 to 3")
     np.savez(path, x=pictures(), y=LABELS - 1)
     assert labels_error(path).endswith("y has the label -1; want 0, 1, ..., each of them at least once")
     folder = tmp_path / "folder"
     save_folder(folder, pictures(), ["b/0.png", "b/1.png", "b/2.png", "c/0.png", "c/1.png"])
     assert_labels(load_labels(folder, count=5, classes=2), [0, 0, 0, 1, 1])
     line = error(folder, load_labels, count=5, classes=3)
-    assert "has 2 folders with images, but the model has 3 classes, numbered as the folders of its training" in line
+    assert "has 2 folders with images, but the model has 3 classes, which are the sorted folders" in line
 
 
 @pytest.mark.parametrize("pack_images", [gzip.compress, bytes])
@@ -402,27 +402,28 @@ def test_the_classes_of_a_model_need_not_all_be_there(tmp_path):
     ],
 )
 def test_idx_labels(tmp_path, images, labels, pack, pack_images):
-    folder = tmp_path / "images"  # is not what is renamed
+    folder = tmp_path / "images"  # must not be renamed
     folder.mkdir()
     suffix = {gzip.compress: ".gz", bytes: ""}
     path = folder / f"{images}{suffix[pack_images]}"
     path.write_bytes(pack_images(idx(pictures())))
-    assert labels_error(path) == f"{path} has no labels beside it; want {folder / labels}, or that .gz"
+    assert labels_error(path) == f"{path} has no labels beside it; want {folder / labels} or the same with .gz"
     (folder / f"{labels}{suffix[pack]}").write_bytes(pack(idx(LABELS.astype(np.uint8))))
     assert_labels(load_labels(path, count=len(load_images(path))))
 
 
-def test_idx_labels_that_cannot_be_read(tmp_path):
+def test_damaged_idx_labels(tmp_path):
     images, labels = tmp_path / "a-images", tmp_path / "a-labels"
     images.write_bytes(idx(pictures()))
     labels.write_bytes(idx(pictures()))
     assert "a-labels has 4 dimensions of type 0x08; want labels: 1 of type 0x08" in error_of_labels(images)
     labels.write_bytes(idx(LABELS.astype(np.uint8))[:-1])
-    assert "a-labels holds 4 bytes of labels, its header promises 5" in error_of_labels(images)
+    assert "a-labels holds 4 bytes of labels, but its header says 5" in error_of_labels(images)
     labels.write_bytes(gzip.compress(idx(LABELS.astype(np.uint8)))[:-9])
     assert "truncated or damaged" in error_of_labels(images)
     (tmp_path / "pictures").write_bytes(idx(pictures()))
-    assert "does not tell where its labels are; name it train-images-idx3-ubyte" in labels_error(tmp_path / "pictures")
+    message = labels_error(tmp_path / "pictures")
+    assert "has no 'images' in its name that 'labels' could replace; rename it, for example to train-images" in message
 
 
 def error_of_labels(images):
@@ -431,8 +432,8 @@ def error_of_labels(images):
     return str(caught.value)
 
 
-def test_folder_labels_are_the_first_folders(tmp_path):
-    """Numbered as their names are sorted; empty and hidden ones and those of no images are no classes."""
+def test_folder_labels_are_the_top_folders(tmp_path):
+    """Numbered in sorted order; empty and hidden folders, and those without images, are not classes."""
     names = ["B/1.png", "a/2.png", "a/9/0.png", "ab/1.png", "c/0.png"]
     save_folder(tmp_path, pictures(), names)
     for other in (".hidden/x.png", "a/.x/x.png"):
@@ -444,11 +445,11 @@ def test_folder_labels_are_the_first_folders(tmp_path):
     assert_labels(load_labels(tmp_path, count=5), [0, 1, 1, 2, 3])
 
 
-def test_folder_labels_that_are_not_there(tmp_path):
+def test_folder_without_classes(tmp_path):
     save_folder(tmp_path, pictures(2), ["a/0.png", "1.png"])
-    assert f"{tmp_path / '1.png'} is in no class; want each image in a folder" in labels_error(tmp_path)
+    assert f"{tmp_path / '1.png'} has no class; want each image in a folder" in labels_error(tmp_path)
     (tmp_path / "1.png").unlink()
-    assert "has one class alone; train without labels, or give the folder above" in labels_error(tmp_path, 1)
+    assert "has a single class; train without labels, or give the folder above" in labels_error(tmp_path, 1)
     (tmp_path / "a" / "0.png").unlink()
     assert "holds no images" in labels_error(tmp_path)
 
@@ -467,10 +468,10 @@ def test_folder_labels_that_are_not_there(tmp_path):
         (LABELS - 1, "has the label -1; want 0, 1, ..."),
         (LABELS * 3, "has labels from 0 to 6, but none is 1"),
         (LABELS.astype(np.uint64) << 62, f"has labels from 0 to {2 << 62}, but none is 1"),
-        (LABELS * 0, "has one class alone; train without labels"),
+        (LABELS * 0, "has a single class; train without labels"),
     ],
 )
-def test_labels_that_are_no_classes(tmp_path, labels, message):
+def test_labels_that_are_not_classes(tmp_path, labels, message):
     np.savez(tmp_path / "x.npz", x=pictures(), y=labels)
     assert f"x.npz: y {message}" in labels_error(tmp_path / "x.npz")
 
@@ -480,17 +481,17 @@ def test_labels_are_never_unpickled(tmp_path):
     assert "allow_pickle=False" in labels_error(tmp_path / "x.npz")
 
 
-def test_labels_of_nothing(tmp_path):
+def test_labels_of_a_missing_or_unknown_file(tmp_path):
     assert "No such file" in labels_error(tmp_path / "absent")
-    (tmp_path / "text").write_text("no images")
+    (tmp_path / "text").write_text("text")
     assert "unknown type" in labels_error(tmp_path / "text")
 
 
-# Images a few at a time
+# Streaming
 
 
 def streamed(path, **options):
-    """All of them, after a look at how they come."""
+    """All images that are streamed, after checks of the batches."""
     count, batches = stream_images(path, **options)
     batches = list(batches)
     size = options.get("batch", 128)
@@ -502,7 +503,7 @@ def streamed(path, **options):
 @pytest.mark.parametrize("batch", [1, 2, 5, 128])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("c", [None, 1, 3, 4])
-def test_an_npz_is_streamed_as_it_is_loaded(tmp_path, batch, save, c):
+def test_streamed_npz_equals_loaded_npz(tmp_path, batch, save, c):
     images = pictures(c=c or 1)
     save(tmp_path / "x.npz", x_train=images if c else images[..., 0], x_test=images[::-1])
     assert np.array_equal(streamed(tmp_path / "x.npz", batch=batch), images)
@@ -510,38 +511,38 @@ def test_an_npz_is_streamed_as_it_is_loaded(tmp_path, batch, save, c):
 
 
 @pytest.mark.parametrize("order", [np.asfortranarray, lambda x: x])
-def test_an_npz_in_any_order_of_memory(tmp_path, order):
+def test_npz_in_any_memory_order(tmp_path, order):
     np.savez(tmp_path / "x.npz", order(pictures()))
     assert np.array_equal(streamed(tmp_path / "x.npz", batch=2), pictures())
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bytes])
-def test_an_idx_is_streamed_as_it_is_loaded(tmp_path, pack):
+def test_streamed_idx_equals_loaded_idx(tmp_path, pack):
     (tmp_path / "images").write_bytes(pack(idx(pictures())))
     assert np.array_equal(streamed(tmp_path / "images", batch=2), pictures())
 
 
 @pytest.mark.parametrize("count", [1, 63, 65, 150])
-def test_a_folder_is_streamed_in_order(tmp_path, count):
+def test_folder_is_streamed_in_order(tmp_path, count):
     save_folder(tmp_path, pictures(count), [f"{i:03d}.png" for i in range(count)])
     assert np.array_equal(streamed(tmp_path, batch=20), pictures(count))
     assert np.array_equal(load_images(tmp_path), pictures(count))
     assert image_files(tmp_path) == [tmp_path / f"{i:03d}.png" for i in range(count)]
 
 
-def test_pictures_are_not_decoded_before_they_are_needed(tmp_path, monkeypatch):
-    """Of a folder only some parts are ahead, whatever its size."""
+def test_few_images_are_decoded_ahead(tmp_path, monkeypatch):
+    """However large the folder is."""
     save_folder(tmp_path, pictures(200), [f"{i:03d}.png" for i in range(200)])
-    decoded, decode = [], datasets._decode
-    monkeypatch.setattr(datasets, "_decode", lambda file: decoded.append(file) or decode(file))
+    decoded, decode = [], image_folder._decode_file
+    monkeypatch.setattr(image_folder, "_decode_file", lambda file: decoded.append(file) or decode(file))
     _, batches = stream_images(tmp_path, batch=8)
     next(batches)
     batches.close()
     assert 8 <= len(decoded) <= 8 * 9 + 8
 
 
-def test_an_npz_is_not_read_before_it_is_needed(tmp_path):
-    """What is damaged behind the first images is found when they have been given."""
+def test_npz_is_read_only_as_far_as_needed(tmp_path):
+    """Damage after the first batch is found only after it was given."""
     images = pictures(500, 16, 16)
     np.savez(tmp_path / "x.npz", images)
     whole = bytearray((tmp_path / "x.npz").read_bytes())
@@ -556,7 +557,7 @@ def test_an_npz_is_not_read_before_it_is_needed(tmp_path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("images", [pictures(), np.full((500, 32, 32, 3), 7, np.uint8)], ids=["few", "smooth"])
 @pytest.mark.parametrize("batch", [1, 5, 100])
-def test_a_wrong_checksum_is_found_in_the_end(tmp_path, save, images, batch):
+def test_wrong_checksum_is_found_at_the_end(tmp_path, save, images, batch):
     path = tmp_path / "x.npz"
     save(path, images)
     whole = bytearray(path.read_bytes())
@@ -565,7 +566,7 @@ def test_a_wrong_checksum_is_found_in_the_end(tmp_path, save, images, batch):
     assert "Bad CRC-32" in error(path, lambda path: list(stream_images(path, batch=batch)[1]))
 
 
-def test_grey_pictures_among_coloured_ones_are_coloured(tmp_path):
+def test_grey_images_in_a_batch_with_coloured_ones_become_coloured(tmp_path):
     colour, grey = pictures(4), pictures(4, c=1)
     save_folder(tmp_path, [grey[0], grey[1], grey[2], colour[3]], [f"{i}.png" for i in range(4)])
     _, batches = stream_images(tmp_path, batch=2)
@@ -574,16 +575,16 @@ def test_grey_pictures_among_coloured_ones_are_coloured(tmp_path):
     assert np.array_equal(second, [grey[2].repeat(3, axis=2), colour[3]])
 
 
-def test_an_array_that_is_not_there(tmp_path):
+def test_missing_or_wrong_array(tmp_path):
     np.savez(tmp_path / "x.npz", x_train=pictures(), y_train=LABELS)
     message = error(tmp_path / "x.npz", stream_images, array="x_test")
-    assert message.endswith("it holds x_train, y_train, and no x_test")
+    assert message.endswith("it holds x_train, y_train, but no x_test")
     assert "y_train is [5] int64; want uint8" in error(tmp_path / "x.npz", stream_images, array="y_train")
     (tmp_path / "idx").write_bytes(idx(pictures()))
-    assert error(tmp_path / "idx", stream_images, array="x") == f"{tmp_path / 'idx'} is no .npz; leave out :x"
+    assert error(tmp_path / "idx", stream_images, array="x") == f"{tmp_path / 'idx'} is not an .npz; leave out :x"
 
 
-def all_of(path):
+def stream_all(path):
     return list(stream_images(path)[1])
 
 
@@ -599,29 +600,29 @@ def all_of(path):
     ],
     ids=["0..1", "0..255", "channels first", "empty", "zeros and ones", "pickled"],
 )
-def test_streaming_refuses_what_loading_does(tmp_path, array):
+def test_streaming_refuses_the_same_arrays_as_loading(tmp_path, array):
     np.savez(tmp_path / "x.npz", x=array)
-    assert error(tmp_path / "x.npz", all_of) == error(tmp_path / "x.npz")
+    assert error(tmp_path / "x.npz", stream_all) == error(tmp_path / "x.npz")
 
 
-def test_streaming_what_is_damaged(tmp_path):
+def test_streaming_damaged_files(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, one=pictures(), two=pictures())
-    assert error(path, all_of) == error(path)
-    path.write_bytes(b"PK no zip")
-    assert "cannot load" in error(path, all_of)
+    assert error(path, stream_all) == error(path)
+    path.write_bytes(b"PK but not a zip")
+    assert "cannot load" in error(path, stream_all)
     with zipfile.ZipFile(path, "w") as archive:
         np.savez(tmp_path / "whole.npz", x=pictures())
         with zipfile.ZipFile(tmp_path / "whole.npz") as whole:
             archive.writestr("x.npy", whole.read("x.npy")[:-7])
-    assert "cannot reshape array of size 353 into shape (5,4,6,3)" in error(path, all_of)
+    assert "cannot reshape array of size 353 into shape (5,4,6,3)" in error(path, stream_all)
     save_folder(tmp_path / "folder", [*pictures(1, 8, 9), *pictures(1)], ["a.png", "b.png"])
-    assert error(tmp_path / "folder", all_of) == error(tmp_path / "folder")
-    assert "No such file" in error(tmp_path / "absent", all_of)
+    assert error(tmp_path / "folder", stream_all) == error(tmp_path / "folder")
+    assert "No such file" in error(tmp_path / "absent", stream_all)
     assert "No such file" in error(tmp_path / "absent", image_files)
 
 
-def test_the_name_of_an_array_is_told_without_reading_it(tmp_path, monkeypatch):
+def test_array_name_does_not_read_the_array(tmp_path, monkeypatch):
     np.savez(tmp_path / "x.npz", x_train=pictures())
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
     assert array_name(tmp_path / "x.npz") == "x_train"

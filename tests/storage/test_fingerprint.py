@@ -1,4 +1,4 @@
-"""What tells whether a job is the same: each weight, name and layer; and what differs, in few words."""
+"""The fingerprint of a job changes with each weight, name and layer; `differing` reports what changed."""
 
 import subprocess
 import sys
@@ -51,18 +51,18 @@ CHANGED = {
     "the sign of a zero": lambda: Net(kept=torch.tensor([-0.0, 1, 2, 3])),
     "a buffer": lambda: Net(kept=torch.tensor([0.0, 1, 2, 4])),
     "a buffer that is not saved": lambda: Net(derived=torch.arange(1.0, 7.0)),
-    "a buffer within": lambda: Net(deep=torch.zeros(2)),
+    "a buffer of a submodule": lambda: Net(deep=torch.zeros(2)),
     "a dtype": lambda: Net().double(),
     "a dtype of the same bytes": lambda: Net(kept=torch.arange(4.0).view(torch.int32)),
     "a shape of the same bytes": lambda: Net(weight=nn.Parameter(WEIGHT.reshape(4, 3))),
     "the class": Other,
-    "a layer within": lambda: Net(layer=nn.Sequential(Net().layer[0], changed_dropout())),
-    "one buffer more": lambda: Net(more=nn.Parameter(torch.zeros(0))),
+    "a submodule": lambda: Net(layer=nn.Sequential(Net().layer[0], changed_dropout())),
+    "an additional parameter": lambda: Net(more=nn.Parameter(torch.zeros(0))),
 }
 
 
-def test_the_same_network_has_the_same_sum():
-    """However its values lie in memory, in training or not, and of whichever object."""
+def test_same_network_has_the_same_fingerprint():
+    """Whatever its memory layout, in training mode or not, and for any copy."""
     one, want = Net(), weights_sha256(Net())
     assert len(want) == 64
     assert set(want) <= set("0123456789abcdef")
@@ -74,11 +74,11 @@ def test_the_same_network_has_the_same_sum():
 
 
 @pytest.mark.parametrize("what", CHANGED)
-def test_any_change_is_seen(what):
+def test_any_change_changes_the_fingerprint(what):
     assert weights_sha256(CHANGED[what]()) != weights_sha256(Net())
 
 
-def test_names_belong_to_it():
+def test_names_count():
     same = torch.ones(2)
     one, other = nn.Module(), nn.Module()
     one.register_buffer("a", same)
@@ -87,8 +87,8 @@ def test_names_belong_to_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64])
-def test_values_of_all_kinds(dtype):
-    """Also of no dimension."""
+def test_all_dtypes(dtype):
+    """Here with tensors of no dimension."""
 
     def net(value):
         made = nn.Module()
@@ -99,7 +99,7 @@ def test_values_of_all_kinds(dtype):
 
 
 class Printed(nn.Module):
-    """It prints where something of it lies in memory."""
+    """Its repr shows an address in memory."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Printed(nn.Module):
         return f"{self.held}, size=3"
 
 
-def test_what_prints_with_its_address_has_the_same_sum():
+def test_addresses_in_a_repr_do_not_count():
     one, other = Printed(), Printed()
     assert repr(one) != repr(other)
     assert weights_sha256(one) == weights_sha256(other)
@@ -117,22 +117,21 @@ def test_what_prints_with_its_address_has_the_same_sum():
     assert weights_sha256(one) != weights_sha256(other)
 
 
-def test_other_processes_find_the_same_sum():
-    code = "from test_identity import Net, weights_sha256; print(weights_sha256(Net()))"
-    told = subprocess.run(
+def test_other_processes_find_the_same_fingerprint():
+    code = "from test_fingerprint import Net, weights_sha256; print(weights_sha256(Net()))"
+    message = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0]
     )
-    assert told.stdout.strip() == weights_sha256(Net())
+    assert message.stdout.strip() == weights_sha256(Net())
 
 
-def test_a_machine_is_what_decides_bits(monkeypatch):
-    """JSON of no more than names and versions."""
+def test_machine_names_the_device_and_the_versions(monkeypatch):
     cpu = machine(torch.device("cpu"))
     assert cpu == {
         "device": f"cpu, {torch.backends.cpu.get_cpu_capability()}",
         "versions": {"fastddpm": __version__, "torch": torch.__version__},
     }
-    assert type(cpu["versions"]["torch"]) is str  # torch's own prints otherwise in JSON's errors
+    assert type(cpu["versions"]["torch"]) is str  # torch's own type has another repr
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(fingerprint, "installed", lambda package: f"{package} 3")
     assert machine(torch.device("cuda", 1)) == {
@@ -166,9 +165,9 @@ def test_installed():
     ],
     ids=str,
 )
-def test_what_differs(before, now, want):
-    given = str((before, now))
+def test_differing_fields(before, now, want):
+    unchanged = str((before, now))
     got = differing(before, now)
     assert got == want
-    assert list(got) == list(want)  # in the order of what was there before
-    assert str((before, now)) == given  # neither is changed
+    assert list(got) == list(want)  # in the order of `before`
+    assert str((before, now)) == unchanged

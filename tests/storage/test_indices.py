@@ -1,4 +1,4 @@
-"""Sample indices as runs: as a plain list, whatever they are made of; small; nothing else is taken for them."""
+"""Sample indices as runs behave as a plain list, need little memory, and refuse anything else."""
 
 import re
 import tracemalloc
@@ -18,7 +18,7 @@ LISTS = RUNS.map(lambda runs: [base + first + i for base, first, length in runs 
 
 
 def assert_like(got, want):
-    """got holds what the list does, in as few runs as there can be."""
+    """got holds the indices of the list, in as few runs as possible."""
     assert list(got) == want
     assert len(got) == len(want)
     assert bool(got) == bool(want)
@@ -30,7 +30,7 @@ def assert_like(got, want):
 
 
 @given(LISTS, LISTS)
-def test_indices_are_as_a_list(one, other):
+def test_indices_behave_as_a_list(one, other):
     indices = Indices.of(one)
     assert_like(indices, one)
     assert_like(Indices.parse(str(indices)), one)
@@ -41,21 +41,21 @@ def test_indices_are_as_a_list(one, other):
             indices[place]
     if one:
         assert indices.largest() == max(one)
-    twice = indices.twice()
-    assert (twice is None) == (len(set(one)) == len(one))
-    assert twice is None or one.count(twice) >= 2
+    duplicate = indices.duplicate()
+    assert (duplicate is None) == (len(set(one)) == len(one))
+    assert duplicate is None or one.count(duplicate) >= 2
     assert list(reversed(indices)) == one[::-1]
 
 
 @given(LISTS, st.data())
-def test_slices_are_as_of_a_list(one, data):
+def test_slices_behave_as_those_of_a_list(one, data):
     place = st.none() | st.integers(-len(one) - 2, len(one) + 2)
     part = slice(data.draw(place), data.draw(place), data.draw(st.sampled_from([None, 1])))
     assert_like(Indices.of(one)[part], one[part])
 
 
 @given(LISTS, st.integers(1, 12))
-def test_shards_are_the_whole(one, size):
+def test_slices_joined_are_the_whole(one, size):
     indices = Indices.of(one)
     parts = [indices[k : k + size] for k in range(0, len(one), size)]
     assert [len(part) for part in parts] == [len(one[k : k + size]) for k in range(0, len(one), size)]
@@ -63,7 +63,7 @@ def test_shards_are_the_whole(one, size):
         assert_like(Indices.joined(parts), one)
 
 
-def test_slices_go_by_one():
+def test_slices_with_steps_are_refused():
     for step in (2, -1):
         assert error_line(lambda step=step: Indices.of(5)[::step]) == f"the step of a slice is {step}; want 1"
 
@@ -92,16 +92,16 @@ def test_slices_go_by_one():
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_samples_may_be(given, want):
+def test_accepted_samples(given, want):
     assert_like(Indices.of(given), want)
 
 
-def test_indices_are_taken_as_they_are():
+def test_indices_are_returned_unchanged():
     indices = Indices.of([3, 1])
     assert Indices.of(indices) is indices
 
 
-def test_all_there_can_be_is_one_run():
+def test_all_possible_indices_are_one_run():
     for every in (Indices.of(LIMIT), Indices.of(range(LIMIT)), Indices.parse(f"0-{LIMIT - 1}")):
         assert (len(every), every.largest(), every[-1], len(every.starts)) == (LIMIT, LIMIT - 1, LIMIT - 1, 1)
         assert list(every[LIMIT - 2 :]) == [LIMIT - 2, LIMIT - 1]
@@ -143,16 +143,16 @@ def test_all_there_can_be_is_one_run():
     ],
     ids=repr,
 )
-def test_what_samples_may_not_be(bad):
-    told = error_line(Indices.of, bad)
-    assert told.startswith("samples are ")
-    assert told.endswith("; want how many, or whole numbers 0 <= index < 2^56")
+def test_refused_samples(bad):
+    message = error_line(Indices.of, bad)
+    assert message.startswith("samples are ")
+    assert message.endswith("; want a count, or whole numbers 0 <= index < 2^56")
 
 
 def test_errors_are_short():
-    told = error_line(Indices.of, [*range(10**5), -1])
-    assert told.startswith("samples are [0, 1, 2, ")
-    assert len(told) < 200
+    message = error_line(Indices.of, [*range(10**5), -1])
+    assert message.startswith("samples are [0, 1, 2, ")
+    assert len(message) < 200
     for text in ("1," * 10**5 + "x", "9" * 10**5, "5-3" + ",1" * 10**5):
         assert len(error_line(Indices.parse, text)) < 200
 
@@ -175,29 +175,29 @@ def test_errors_are_short():
     ],
     ids=lambda text: str(text)[:20],
 )
-def test_text(text, want, again):
+def test_parse(text, want, again):
     assert_like(Indices.parse(text), want)
     assert str(Indices.parse(text)) == again
 
 
-NO_LISTS = ["x", "1,x", "-", "-1", "1-", "1--2", "1-2-3", "1,-2", "1-,2", "5-3", "1,5-3,9", "1 2", " 1", "1\n", "1;2"]
-NO_LISTS += ["+1", "1e5", "0x10", "1_000", "1.5", "٣", "²", "1\0", "nan"]
+NOT_LISTS = ["x", "1,x", "-", "-1", "1-", "1--2", "1-2-3", "1,-2", "1-,2", "5-3", "1,5-3,9", "1 2", " 1", "1\n", "1;2"]
+NOT_LISTS += ["+1", "1e5", "0x10", "1_000", "1.5", "٣", "²", "1\0", "nan"]
 
 
-@pytest.mark.parametrize("bad", NO_LISTS, ids=ascii)
-def test_text_that_is_no_list(bad):
+@pytest.mark.parametrize("bad", NOT_LISTS, ids=ascii)
+def test_parse_refuses_other_text(bad):
     assert error_line(Indices.parse, bad) == f"{bad!r} is not a list of whole numbers like 5,7,100-120"
 
 
 @given(st.text("0123456789,- x", max_size=12))
-def test_hostile_text(text):
-    """It is what it says, by a plain reading, or refused."""
+def test_parse_of_arbitrary_text(text):
+    """It is read as a plain implementation reads it, or refused."""
     texts = [part for part in text.split(",") if part]
     parts = [re.fullmatch("([0-9]+)(?:-([0-9]+))?", part) for part in texts]
     ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
     if len(ends) < len(parts) or any(last < first for first, last in ends):
-        told = error_line(Indices.parse, text)
-        assert told == f"{','.join(texts)!r} is not a list of whole numbers like 5,7,100-120"
+        message = error_line(Indices.parse, text)
+        assert message == f"{','.join(texts)!r} is not a list of whole numbers like 5,7,100-120"
         return
     got = Indices.parse(text)
     assert len(got) == sum(last + 1 - first for first, last in ends)
@@ -209,16 +209,16 @@ def test_hostile_text(text):
     [LIMIT, 10**17 - 1, 2**63 - 1, 2**63, 2**64, 10**30, f"1{'0' * 5000}", f"000{LIMIT}"],
     ids=lambda n: str(n)[:20],
 )
-def test_text_of_too_large_a_number(number):
+def test_parse_refuses_large_numbers(number):
     named = str(number).lstrip("0")
     named = named if len(named) <= 80 else f"{named[:80]} ..."
-    want = f"sample index is {named}; it must be a whole number, 0 <= index < 2^56"
+    want = f"sample index is {named}; want a whole number, 0 <= index < 2^56"
     for text in (f"{number}", f"3,{number},5", f"1-{number}", f"{LIMIT},{number}"):
         assert error_line(Indices.parse, text) == want
 
 
-def test_a_million_at_random_are_24_mb():
-    """A start, a length and an end of eight bytes each; and no more while they are made of text, but for a moment."""
+def test_a_million_in_random_order_need_24_mb():
+    """A start, a length and an end of eight bytes each; little more while they are parsed."""
     order = np.random.default_rng(0).permutation(10**6)
     text = ",".join(map(str, order.tolist()))
     tracemalloc.start()
@@ -233,15 +233,15 @@ def test_a_million_at_random_are_24_mb():
         tracemalloc.stop()
     assert len(indices) == len(row) == 10**6
     assert np.array_equal(np.fromiter(indices, np.int64), order)
-    assert indices.twice() is None
-    assert Indices.joined([indices, Indices.of([77])]).twice() == 77
+    assert indices.duplicate() is None
+    assert Indices.joined([indices, Indices.of([77])]).duplicate() == 77
     places = [0, 1, 499_999, -1]
     assert [indices[place] for place in places] == order[places].tolist()
     assert list(indices[123_456:123_460]) == order[123_456:123_460].tolist()
 
 
 @pytest.mark.parametrize(
-    ("text", "twice"),
+    ("text", "duplicate"),
     [
         ("0-9,20-29,10-19", None),
         ("0-9,9", 9),
@@ -252,5 +252,5 @@ def test_a_million_at_random_are_24_mb():
         ("", None),
     ],
 )
-def test_an_index_that_is_there_twice(text, twice):
-    assert Indices.parse(text).twice() == twice
+def test_duplicate(text, duplicate):
+    assert Indices.parse(text).duplicate() == duplicate

@@ -1,4 +1,4 @@
-"""Folders of samples in one file: numpy's own bytes, or a tar; all of it or nothing; in the memory of a shard."""
+"""Folders of samples merged into one file: numpy's own bytes or a tar, complete or unchanged, one shard in memory."""
 
 import io
 import os
@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastddpm.storage import images
 from fastddpm.storage.merge import merge
-from fastddpm.storage.shards import FORMATS, Store
+from fastddpm.storage.shards import FORMATS, ShardFolder
 from tests.support.check import error_line
 from tests.support.jobs import contents
 
@@ -19,8 +19,8 @@ MANIFEST = {"format": "npz", "samples": "0-10", "shard_size": 4, "class_labels":
 
 
 def written(folder, shape=(3, 2, 1), /, **manifest):
-    """A finished folder, and the samples in it: pictures if there are three sizes, else floats."""
-    store = Store(folder, {**MANIFEST, **manifest})
+    """The samples in a finished folder: images if the shape has three sizes, else floats."""
+    store = ShardFolder(folder, {**MANIFEST, **manifest})
     store.begin()
     random = np.random.default_rng(len(str(folder)))
     n = len(store.samples)
@@ -38,7 +38,7 @@ def merged(out, *folders):
 @pytest.mark.parametrize("shape", [(3, 2, 1), (2, 2, 3), (2, 5), (4,)])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("size", [1, 4, 11, 100])
-def test_an_npz_has_the_bytes_of_save_npz(tmp_path, form, shape, size):
+def test_npz_has_the_bytes_of_save_npz(tmp_path, form, shape, size):
     if form == "png" and len(shape) < 3:
         form = "npz"
     samples = written(tmp_path / "in", shape, format=form, shard_size=size)
@@ -50,7 +50,7 @@ def test_an_npz_has_the_bytes_of_save_npz(tmp_path, form, shape, size):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_labels_are_a_second_array(tmp_path, form):
-    """Of each folder as it repeats them."""
+    """They are repeated within each folder."""
     one = written(tmp_path / "one", format=form, class_labels="2,0,1")
     other = written(tmp_path / "other", samples="20-22", class_labels="7")
     merged(tmp_path / "out.npz", tmp_path / "one", tmp_path / "other")
@@ -61,7 +61,7 @@ def test_labels_are_a_second_array(tmp_path, form):
 
 @pytest.mark.parametrize("order", [("npz", "png", "webdataset"), ("webdataset", "npz", "png")])
 def test_folders_are_joined_in_the_order_given(tmp_path, order):
-    """Whatever their format, their shards and their seed; samples of two seeds may have the same index."""
+    """Whatever their format, shard size and seed; samples of two seeds may have the same index."""
     parts = {
         "npz": written(tmp_path / "npz", format="npz", samples="30-34", shard_size=2),
         "png": written(tmp_path / "png", format="png", samples="9,0-3", shard_size=3, versions={"torch": "1"}),
@@ -75,8 +75,8 @@ def test_folders_are_joined_in_the_order_given(tmp_path, order):
 
 @pytest.mark.parametrize("shape", [(3, 2, 1), (2, 2, 4), (2, 5)])
 @pytest.mark.parametrize("suffix", [".tar", ".TAR"])
-def test_a_tar_is_one_large_shard(tmp_path, shape, suffix):
-    """Names of one width, none twice, of no time; the bytes of a folder's only shard."""
+def test_tar_is_one_large_shard(tmp_path, shape, suffix):
+    """Names have one width and no time; the bytes are those of a folder with a single shard."""
     one = written(tmp_path / "one", shape, class_labels="2,0")
     form = "webdataset" if len(shape) < 3 else "png"
     other = written(tmp_path / "other", shape, format=form, samples="123456,20", class_labels="7")
@@ -100,7 +100,7 @@ def test_a_tar_is_one_large_shard(tmp_path, shape, suffix):
     assert (tmp_path / "again.tar").read_bytes() == (tmp_path / "whole" / "00000.tar").read_bytes()
 
 
-def test_a_tar_without_labels(tmp_path):
+def test_tar_without_labels(tmp_path):
     written(tmp_path / "in", samples="5,3")
     merged(tmp_path / "out.tar", tmp_path / "in")
     with tarfile.open(tmp_path / "out.tar") as tar:
@@ -109,7 +109,7 @@ def test_a_tar_without_labels(tmp_path):
 
 @pytest.fixture
 def kept(tmp_path):
-    """An out.npz and an out.tar that are there before, and must stay as they are."""
+    """A folder with an out.npz and an out.tar, which must not change."""
     for suffix in (".npz", ".tar"):
         (tmp_path / f"out{suffix}").write_bytes(b"before")
     yield tmp_path
@@ -121,59 +121,59 @@ def kept(tmp_path):
 @pytest.mark.parametrize("suffix", [".npz", ".tar"])
 @pytest.mark.parametrize("k", [0, 1, 2])
 @pytest.mark.parametrize("damage", ["unfinished", "damaged"])
-def test_all_or_nothing(kept, suffix, k, damage):
+def test_unfinished_folder_is_refused_and_changes_nothing(kept, suffix, k, damage):
     written(kept / "one")
     written(kept / "other", samples="20-30")
     name = f"0000{k}.npz" if damage == "damaged" else f".shards/0000{k}"
     (kept / "other" / name).unlink()
     before = contents(kept / "one"), contents(kept / "other")
-    told = error_line(merged, kept / f"out{suffix}", kept / "one", kept / "other")
-    what = "is damaged" if damage == "damaged" else "is not there yet"
-    assert told == f"shard {k} of 3 in {kept / 'other'} {what}; the command that wrote the others writes it"
+    message = error_line(merged, kept / f"out{suffix}", kept / "one", kept / "other")
+    what = "is damaged" if damage == "damaged" else "is not written yet"
+    assert message == f"shard {k} of 3 in {kept / 'other'} {what}; run the command that wrote the others again"
     assert (contents(kept / "one"), contents(kept / "other")) == before
 
 
 @pytest.mark.parametrize("name", ["model", "schedule", "sampler", "shape", "precision"])
 def test_samples_of_another_distribution_are_refused(kept, name):
-    """The message tells what differs, and where."""
+    """The message says what differs, and in which folders."""
     written(kept / "one", **{name: {"a": 1, "b": [2]}})
     written(kept / "two", **{name: {"a": 1, "b": [2]}}, samples="20")
     written(kept / "three", **{name: {"a": 1, "b": [3]}}, samples="30")
-    told = error_line(merged, kept / "out.npz", kept / "one", kept / "two", kept / "three")
+    message = error_line(merged, kept / "out.npz", kept / "one", kept / "two", kept / "three")
     there, here = (f'"{name}": {{"b": [{b}]}}' for b in (3, 2))
-    assert told == f"{kept / 'three'} holds samples with {there}, {kept / 'one'} with {here}; merge alike ones"
+    want = f"{kept / 'three'} holds samples with {there}, but {kept / 'one'} with {here}"
+    assert message == f"{want}; merge samples of one distribution"
 
 
-def test_labelled_and_unlabelled_do_not_mix(kept):
+def test_labelled_and_unlabelled_samples_are_refused(kept):
     written(kept / "one", class_labels="1")
     written(kept / "two", samples="20")
-    told = error_line(merged, kept / "out.npz", kept / "one", kept / "two")
-    assert '"labelled": false' in told
-    assert '"labelled": true' in told
+    message = error_line(merged, kept / "out.npz", kept / "one", kept / "two")
+    assert '"labelled": false' in message
+    assert '"labelled": true' in message
 
 
 @pytest.mark.parametrize(
-    ("suffix", "seed", "what"),
+    ("suffix", "seed", "message"),
     [
-        (".npz", 0, "sample 10 of seed 0"),
-        (".tar", 0, "an index 10, by which a tar names it,"),
-        (".tar", 5, "an index 10, by which a tar names it,"),
+        (".npz", 0, "sample 10 of seed 0 occurs twice; merge folders without common samples"),
+        (".tar", 0, "index 10, by which a tar names samples, occurs twice; merge folders without common samples"),
+        (".tar", 5, "index 10, by which a tar names samples, occurs twice; merge folders without common samples"),
     ],
 )
-def test_no_sample_is_there_twice(kept, suffix, seed, what):
+def test_duplicate_samples_are_refused(kept, suffix, seed, message):
     written(kept / "one")
     written(kept / "two", samples="30,40", seed=seed)
     written(kept / "three", samples="20,10", seed=seed)
-    told = error_line(merged, kept / f"out{suffix}", kept / "one", kept / "two", kept / "three")
-    assert told == f"{what} is there twice; merge folders that have none in common"
+    assert error_line(merged, kept / f"out{suffix}", kept / "one", kept / "two", kept / "three") == message
 
 
-def test_a_folder_merged_with_itself(kept):
+def test_folder_merged_with_itself_is_refused(kept):
     written(kept / "one")
-    assert "sample 0 of seed 0 is there twice" in error_line(merged, kept / "out.npz", kept / "one", kept / "one")
+    assert "sample 0 of seed 0 occurs twice" in error_line(merged, kept / "out.npz", kept / "one", kept / "one")
 
 
-def test_what_cannot_be_merged(kept):
+def test_other_paths_are_refused(kept):
     written(kept / "one")
     assert "nothing to merge; name at least one folder" in error_line(merged, kept / "out.npz")
     assert "has no manifest.json" in error_line(merged, kept / "out.npz", kept / "one", kept)
@@ -183,8 +183,8 @@ def test_what_cannot_be_merged(kept):
     (kept / "folder.npz").mkdir()
     assert "it is a folder" in error_line(merged, kept / "folder.npz", kept / "one")
     for inside in (kept / "one" / "x.npz", kept / "one" / "." / "x.tar"):
-        told = error_line(merged, inside, kept / "one")
-        assert told == f"out is {inside}, among the samples of {kept / 'one'}; name another place"
+        message = error_line(merged, inside, kept / "one")
+        assert message == f"out is {inside}, in {kept / 'one'} among its samples; name another place"
         assert not inside.exists()
 
 
@@ -196,14 +196,14 @@ def test_progress_is_shown_or_not(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     (tmp_path / "in" / "00000.npz").unlink()
     error_line(merge, [tmp_path / "in"], tmp_path / "out.npz")
-    assert capsys.readouterr().err == ""  # nothing that the error would be told behind
+    assert capsys.readouterr().err == ""  # no bar before the error message
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".tar"])
-def test_memory_holds_a_shard_at_a_time(tmp_path, suffix):
-    """Forty of them, of a megabyte, in the memory of a few."""
+def test_one_shard_is_in_memory_at_a_time(tmp_path, suffix):
+    """Forty shards of a megabyte are merged in the memory of a few."""
     shard = 1 << 20
-    store = Store(tmp_path / "in", {**MANIFEST, "samples": "0-159"})
+    store = ShardFolder(tmp_path / "in", {**MANIFEST, "samples": "0-159"})
     store.begin()
     for k in range(40):
         store.write(k, np.random.default_rng(k).random((4, shard // 16), np.float32))

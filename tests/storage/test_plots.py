@@ -1,4 +1,4 @@
-"""Pictures of numbers: what is drawn is what was given, and the files are whole."""
+"""Plots: they show the numbers given, and the files are complete."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.storage.plots import bound_terms, loss_curve, measured
+from fastddpm.storage.plots import bound_terms, loss_curve, with_error
 from tests.support import check
 
 T = 1000
@@ -17,7 +17,7 @@ TERMS = np.arange(1, T), 1.2 / np.arange(2, T + 1) ** 1.5 + 2e-5, np.full(T - 1,
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of the last picture."""
+    """The axes of all plots."""
     import matplotlib.figure
 
     axes, add_subplot = [], matplotlib.figure.Figure.add_subplot
@@ -31,7 +31,7 @@ def drawn(monkeypatch):
 
 
 def inked(path):
-    """Whether the PNG holds something in colour."""
+    """Whether the PNG shows something coloured."""
     with Image.open(path) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -39,12 +39,12 @@ def inked(path):
 
 
 def marks(axes):
-    """x, y of the lines that are labelled, by their labels."""
+    """(x, y) of each labelled line, by label."""
     return {line.get_label(): line.get_xydata().T.tolist() for line in axes.lines if line.get_label()[0] != "_"}
 
 
 @pytest.mark.parametrize("n", [1, 2, 9, 3000])
-def test_the_loss_and_its_running_mean_are_drawn(n, tmp_path, drawn):
+def test_loss_and_running_mean_are_plotted(n, tmp_path, drawn):
     generator = np.random.default_rng(0)
     records = [{"step": 5 * i + 5, "loss": float(loss)} for i, loss in enumerate(generator.uniform(0.1, 1, n))]
     loss_curve(reversed(records), tmp_path / "loss.png")
@@ -59,37 +59,31 @@ def test_the_loss_and_its_running_mean_are_drawn(n, tmp_path, drawn):
     assert (drawn[-1].get_xscale(), drawn[-1].get_yscale()) == ("log" if n > 20 else "linear", "log")
 
 
-def test_other_records_and_losses_that_are_not_finite_are_left_out(tmp_path, drawn):
+def test_other_records_and_non_finite_losses_are_skipped(tmp_path, drawn):
     records = [{"step": 0, "loss": 0.5, "learning_rate": 1e-4}, {"step": 1, "loss": math.nan}, {"step": 2}]
     records += [{"step": 3, "loss": math.inf}, {"step": 4, "loss": 0.25}, {"time": 7.0}]
     loss_curve(records, tmp_path / "loss.png")
     assert marks(drawn[-1])["each record"] == [[0, 4], [0.5, 0.25]]
 
 
-def test_a_loss_of_zero_has_a_place(tmp_path, drawn):
+def test_loss_of_zero_is_plotted(tmp_path, drawn):
     loss_curve([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.0}], tmp_path / "loss.png")
     assert drawn[-1].get_yscale() == "linear"
     assert marks(drawn[-1])["each record"] == [[1, 2], [1, 0]]
 
 
 @pytest.mark.parametrize("losses", [[0.030, 0.0305], [2.01, 2.02], [1e-3, 1.0], [1e-9, 1.0]])
-def test_an_axis_has_at_least_two_numbers(losses, tmp_path, drawn):
+def test_axis_shows_at_least_two_numbers(losses, tmp_path, drawn):
     loss_curve([{"step": i, "loss": loss} for i, loss in enumerate(losses)], tmp_path / "loss.png")
     low, high = drawn[-1].get_ylim()
     assert low < min(losses) <= max(losses) < high
     assert sum(low <= tick <= high for tick in drawn[-1].get_yticks()) >= 2
 
 
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        ([], "0 records have a step and a loss, none of them finite; want at least one"),
-        ([{"step": 3}], "0 records have a step and a loss, none of them finite; want at least one"),
-        ([{"step": 3, "loss": math.nan}], "1 records have a step and a loss, none of them finite; want at least one"),
-    ],
-)
-def test_no_loss_is_an_error(records, message, tmp_path):
-    assert check.error_line(loss_curve, records, tmp_path / "loss.png") == message
+@pytest.mark.parametrize("records", [[], [{"step": 3}], [{"loss": 0.5}], [{"step": 3, "loss": math.nan}]], ids=repr)
+def test_records_without_a_finite_loss_are_refused(records, tmp_path):
+    text = check.error_line(loss_curve, records, tmp_path / "loss.png")
+    assert text == "no record has a step and a finite loss; want at least one"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -100,7 +94,7 @@ def terms(path, timesteps, mean, error, **given):
 
 @pytest.mark.parametrize("count", [1, 3, 40, T - 1])
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, np.ndarray.tolist], ids=["numpy", "torch", "list"])
-def test_all_terms_of_the_bound_are_drawn(kind, count, tmp_path, drawn):
+def test_all_terms_of_the_bound_are_plotted(kind, count, tmp_path, drawn):
     rows = np.random.default_rng(0).permutation(T - 1)[:count]
     timesteps, mean, error = (values[rows] for values in TERMS)
     terms(tmp_path / "terms.png", *map(kind, (timesteps, mean, error)))
@@ -121,8 +115,8 @@ def test_all_terms_of_the_bound_are_drawn(kind, count, tmp_path, drawn):
 
 
 @pytest.mark.parametrize("count", [3, 41])
-def test_errors_are_drawn_about_their_terms(count, tmp_path, drawn):
-    """Down to the lower end of the axis; where one is not known, none is."""
+def test_standard_errors_are_plotted_around_their_terms(count, tmp_path, drawn):
+    """Unknown ones are left out."""
     timesteps, mean = np.arange(count, 0, -1), np.linspace(0.1, 0.5, count)
     error = 0.1 * mean
     error[1] = math.nan
@@ -143,7 +137,7 @@ def test_errors_are_drawn_about_their_terms(count, tmp_path, drawn):
 
 
 @pytest.mark.parametrize("count", [3, 41])
-def test_no_error_is_told_where_none_is_known(count, tmp_path, drawn):
+def test_unknown_standard_errors_are_not_mentioned(count, tmp_path, drawn):
     none = np.full(count, math.nan)
     given = dict.fromkeys(("prior", "decoder", "total"), (1.0, math.nan))
     terms(tmp_path / "terms.png", np.arange(1, count + 1), np.ones(count), none, **given)
@@ -153,7 +147,7 @@ def test_no_error_is_told_where_none_is_known(count, tmp_path, drawn):
 
 
 @pytest.mark.parametrize("count", [3, 100])
-def test_zeros_and_errors_larger_than_their_terms_have_a_place(count, tmp_path, drawn):
+def test_zeros_and_errors_larger_than_their_terms_are_plotted(count, tmp_path, drawn):
     mean = np.linspace(0, 0.5, count)
     terms(tmp_path / "terms.png", np.arange(1, count + 1), mean, 2 * mean, prior=(0.0, 0.0), decoder=(0.7, 0.1))
     assert inked(tmp_path / "terms.png")
@@ -165,7 +159,7 @@ def test_zeros_and_errors_larger_than_their_terms_have_a_place(count, tmp_path, 
 
 
 @pytest.mark.parametrize(("T", "scale"), [(40, "linear"), (41, "log")])
-def test_few_timesteps_are_counted_on_a_plain_axis(T, scale, tmp_path, drawn):
+def test_few_timesteps_have_a_linear_axis(T, scale, tmp_path, drawn):
     terms(tmp_path / "terms.png", [1, 2], [0.5, 0.4], [0.1, 0.1], num_train_timesteps=T)
     assert drawn[-1].get_xscale() == scale
 
@@ -181,8 +175,8 @@ def test_few_timesteps_are_counted_on_a_plain_axis(T, scale, tmp_path, drawn):
         (3.45678, math.nan, "3.457"),
     ],
 )
-def test_a_number_has_the_digits_of_its_error(value, error, text):
-    assert measured(value, error) == text
+def test_value_is_rounded_to_the_digits_of_its_error(value, error, text):
+    assert with_error(value, error) == text
 
 
 @pytest.mark.parametrize(
@@ -191,21 +185,21 @@ def test_a_number_has_the_digits_of_its_error(value, error, text):
         (([], [], []), "timesteps, mean, error are (0,), (0,), (0,); want [K] of each, K >= 1"),
         (([1], [1.0, 2.0], [0.1]), "timesteps, mean, error are (1,), (2,), (1,); want [K] of each, K >= 1"),
         ((1, 1.0, 0.1), "timesteps, mean, error are (), (), (); want [K] of each, K >= 1"),
-        (([1], [math.nan], [0.1]), "mean is negative or not finite somewhere; want numbers >= 0, bits/dim of a bound"),
-        (([1], [1.0], [-0.1]), "error is negative or not finite somewhere; want numbers >= 0, bits/dim of a bound"),
+        (([1], [math.nan], [0.1]), "mean holds a negative or non-finite value; want numbers >= 0"),
+        (([1], [1.0], [-0.1]), "error holds a negative or non-finite value; want numbers >= 0"),
         (
             ([1], [1.0], [0], math.inf),
-            "prior is negative or not finite somewhere; want numbers >= 0, bits/dim of a bound",
+            "prior holds a negative or non-finite value; want numbers >= 0",
         ),
     ],
 )
-def test_no_terms_are_an_error(given, message, tmp_path):
+def test_bad_terms_are_refused(given, message, tmp_path):
     prior = ([*given[3:], 0.0][0], 0.0)
     assert check.error_line(terms, tmp_path / "terms.png", *given[:3], prior=prior) == message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_others_set_does_not_matter(tmp_path):
+def test_matplotlib_settings_of_the_caller_do_not_matter(tmp_path):
     import matplotlib
 
     records = [{"step": i, "loss": 1 / i} for i in range(1, 50)]
@@ -216,7 +210,7 @@ def test_what_others_set_does_not_matter(tmp_path):
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
 
 
-def test_pyplot_is_not_touched(tmp_path, monkeypatch):
+def test_pyplot_is_not_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import fails
     loss_curve([{"step": 1, "loss": 1.0}], tmp_path / "loss.png")
     assert inked(tmp_path / "loss.png")

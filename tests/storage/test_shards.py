@@ -1,4 +1,4 @@
-"""Shards: read as written, the same bytes each time, there whole or not at all, and never mixed with other samples."""
+"""Shards: read as written, the same bytes each time, complete or missing, and never mixed with other samples."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastddpm.storage import files
 from fastddpm.storage.indices import LIMIT
-from fastddpm.storage.shards import FORMATS, Store, in_short, is_store
+from fastddpm.storage.shards import FORMATS, ShardFolder, in_short, is_shard_folder
 from tests.support.check import error_line
 from tests.support.jobs import contents
 
@@ -24,7 +24,7 @@ SHAPES = [(form, shape) for form in FORMATS for shape in [*PICTURES, *FLOATS] if
 
 
 def drawn(n, shape, seed=0):
-    """Pictures, or floats of a shape that is none: what a job writes."""
+    """What a job writes: uint8 images, or floats of another shape."""
     random = np.random.default_rng(seed)
     if shape in PICTURES:
         return random.integers(0, 256, (n, *shape), np.uint8)
@@ -32,8 +32,8 @@ def drawn(n, shape, seed=0):
 
 
 def written(folder, shape=(3, 2, 1), **manifest):
-    """A finished folder, and the samples in it."""
-    store = Store(folder, {**MANIFEST, **manifest})
+    """(a finished folder, the samples in it)."""
+    store = ShardFolder(folder, {**MANIFEST, **manifest})
     store.begin()
     samples = drawn(len(store.samples), shape)
     for k in range(len(store)):
@@ -48,10 +48,10 @@ def names(folder, suffix):
 @pytest.mark.parametrize(("form", "shape"), SHAPES)
 @pytest.mark.parametrize("labels", [None, "2,0,1"])
 def test_samples_are_read_as_they_were_written(tmp_path, form, shape, labels):
-    """And always the same bytes: nothing of the time or of the machine is in them."""
+    """The bytes do not depend on the time or the machine."""
     for folder in ("one", "other"):
         store, samples = written(tmp_path / folder, shape, format=form, class_labels=labels)
-    again = Store.open(tmp_path / "one")
+    again = ShardFolder.open(tmp_path / "one")
     assert (len(again), [again.count(k) for k in range(3)]) == (3, [4, 4, 3])
     assert [list(again.indices(k)) for k in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
     for k, part in enumerate(again.arrays()):
@@ -81,8 +81,8 @@ def test_npz_without_labels_has_one_array(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [*PICTURES, *FLOATS])
-def test_tar_is_as_webdataset_reads_it(tmp_path, shape):
-    """Files of one sample follow each other and share their name but for the suffix; no time, no owner."""
+def test_tar_has_the_layout_of_webdataset(tmp_path, shape):
+    """Files of one sample are adjacent and differ only in the suffix; they have no time and no owner."""
     _, samples = written(tmp_path, shape, format="webdataset", samples="7,20-29,3", class_labels="2,0,1")
     indices = [7, *range(20, 30), 3]
     assert names(tmp_path, ".tar") == ["00000.tar", "00001.tar", "00002.tar"]
@@ -106,7 +106,7 @@ def test_tar_is_as_webdataset_reads_it(tmp_path, shape):
 
 
 @pytest.mark.parametrize("shape", PICTURES)
-def test_a_png_is_named_by_its_sample(tmp_path, shape):
+def test_png_is_named_by_its_sample_index(tmp_path, shape):
     _, samples = written(tmp_path, shape, format="png", samples="7,20-22,3")
     assert names(tmp_path, ".png") == ["00003.png", "00007.png", "00020.png", "00021.png", "00022.png"]
     for index, sample in zip((7, 20, 21, 22, 3), samples, strict=True):
@@ -120,7 +120,7 @@ def test_a_png_is_named_by_its_sample(tmp_path, shape):
 )
 @pytest.mark.parametrize("form", FORMATS)
 def test_names_are_as_wide_as_the_largest_index(tmp_path, form, samples, size, digits):
-    store = Store(tmp_path, {**MANIFEST, "format": form, "samples": samples, "shard_size": size})
+    store = ShardFolder(tmp_path, {**MANIFEST, "format": form, "samples": samples, "shard_size": size})
     store.begin()
     last = len(store) - 1
     store.write(last, drawn(store.count(last), (3, 2, 1)))
@@ -137,31 +137,33 @@ def test_names_are_as_wide_as_the_largest_index(tmp_path, form, samples, size, d
 
 
 def test_names_are_as_wide_as_the_number_of_shards():
-    store = Store("folder", {**MANIFEST, "samples": "0-99999," * 3, "shard_size": 2})  # which holds each sample thrice
+    store = ShardFolder(
+        "folder", {**MANIFEST, "samples": "0-99999," * 3, "shard_size": 2}
+    )  # which holds each sample thrice
     assert (len(store), store.digits) == (150_000, 6)
-    assert Store("folder", {**MANIFEST, "samples": "0-99999," * 2, "shard_size": 2}).digits == 5  # 0 to 99999
+    assert ShardFolder("folder", {**MANIFEST, "samples": "0-99999," * 2, "shard_size": 2}).digits == 5  # 0 to 99999
 
 
-def test_labels_go_on_from_shard_to_shard(tmp_path):
-    store = Store(tmp_path, {**MANIFEST, "samples": "50-60", "class_labels": "2,0,1,1,5"})
+def test_labels_continue_from_shard_to_shard(tmp_path):
+    store = ShardFolder(tmp_path, {**MANIFEST, "samples": "50-60", "class_labels": "2,0,1,1,5"})
     labels = [store.labels(k) for k in range(3)]
     assert [part.tolist() for part in labels] == [[2, 0, 1, 1], [5, 2, 0, 1], [1, 5, 2]]
     assert np.array_equal(np.concatenate(labels), store.all_labels())
     assert store.all_labels().dtype == labels[0].dtype == np.int64
-    assert Store(tmp_path, MANIFEST).labels(0) is None
+    assert ShardFolder(tmp_path, MANIFEST).labels(0) is None
 
 
 @pytest.mark.parametrize("samples", ["0-3", "7,3,9-12", f"0-99,{LIMIT - 1}"])
-def test_labels_of_pngs_are_json(tmp_path, samples):
+def test_labels_of_pngs_are_in_dataset_json(tmp_path, samples):
     store, _ = written(tmp_path, format="png", samples=samples, class_labels="2,0,1")
-    told = json.loads((tmp_path / "dataset.json").read_text())
+    labels = json.loads((tmp_path / "dataset.json").read_text())
     want = [[f"{index:0{store.digits}d}.png", (2, 0, 1)[i % 3]] for i, index in enumerate(store.samples)]
-    assert told == {"labels": want}
+    assert labels == {"labels": want}
     assert {name for name, _ in want} == set(names(tmp_path, ".png"))
 
 
 @pytest.mark.parametrize("form", ["npz", "webdataset"])
-def test_shards_hold_their_labels_themselves(tmp_path, form):
+def test_other_formats_have_no_dataset_json(tmp_path, form):
     written(tmp_path, format=form, class_labels="1")
     assert not (tmp_path / "dataset.json").exists()
 
@@ -199,44 +201,44 @@ def garble(path):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("which", ["first file", "last file", "record"])
 @pytest.mark.parametrize("damage", [cut, empty, flip_first, flip_last, lengthen, garble, Path.unlink])
-def test_a_shard_is_done_while_its_checksum_holds(tmp_path, form, which, damage):
+def test_shard_is_done_only_if_its_checksum_holds(tmp_path, form, which, damage):
     store, samples = written(tmp_path, format=form)
     files = [f"0000{i}.png" for i in range(4, 8)] if form == "png" else [f"00001{FORMATS[form]}"]
     path = tmp_path / {"first file": files[0], "last file": files[-1], "record": ".shards/00001"}[which]
     damage(path)
     assert [store.is_done(k) for k in range(3)] == [True, False, True]
-    what = "is not there yet" if (damage, which) == (Path.unlink, "record") else "is damaged"
-    told = error_line(store.read, 1)
-    assert told == f"shard 1 of 3 in {tmp_path} {what}; the command that wrote the others writes it"
-    assert error_line(list, store.arrays()) == told
+    what = "is not written yet" if (damage, which) == (Path.unlink, "record") else "is damaged"
+    message = error_line(store.read, 1)
+    assert message == f"shard 1 of 3 in {tmp_path} {what}; run the command that wrote the others again"
+    assert error_line(list, store.arrays()) == message
     assert np.array_equal(store.read(2), samples[8:])
     store.write(1, samples[4:8])
     assert np.array_equal(np.concatenate(list(store.arrays())), samples)
 
 
-def test_a_shard_of_other_samples_is_not_done(tmp_path):
-    """Whole as it is: a process that another job left behind may write into a folder emptied since."""
+def test_shard_of_another_manifest_is_not_done(tmp_path):
+    """A process that another job left behind may write into a folder that was emptied since."""
     one, _ = written(tmp_path / "one")
     other, _ = written(tmp_path / "other", seed=1)
     for name in ("00000.npz", ".shards/00000"):
-        (other.folder / name).write_bytes((one.folder / name).read_bytes())
+        (other.path / name).write_bytes((one.path / name).read_bytes())
     assert [other.is_done(k) for k in range(3)] == [False, True, True]
-    turned = Store(one.folder, dict(reversed(MANIFEST.items())))  # as JSON may be read and written again
-    assert all(map(turned.is_done, range(3)))
+    reordered = ShardFolder(one.path, dict(reversed(MANIFEST.items())))  # JSON objects have no order
+    assert all(map(reordered.is_done, range(3)))
 
 
-def test_the_record_comes_last(tmp_path, monkeypatch):
-    """Not before all files of the shard have their names; else a crash might leave a record of what is not there."""
+def test_checksum_is_written_last(tmp_path, monkeypatch):
+    """After all files of the shard have their names; otherwise a crash could leave a checksum without files."""
     order = []
     monkeypatch.setattr("fastddpm.storage.shards.write_together", lambda contents: order.append(len(list(contents))))
     monkeypatch.setattr("fastddpm.storage.shards.atomic", lambda path: order.append(path) or nullcontext(io.BytesIO()))
-    Store(tmp_path, {**MANIFEST, "format": "png"}).write(0, drawn(4, (3, 2, 1)))
+    ShardFolder(tmp_path, {**MANIFEST, "format": "png"}).write(0, drawn(4, (3, 2, 1)))
     assert order == [4, tmp_path / ".shards" / "00000"]
 
 
 @pytest.mark.parametrize("n", [3, 5])
-def test_a_shard_has_its_number_of_pngs(tmp_path, n):
-    store = Store(tmp_path, {**MANIFEST, "format": "png"})
+def test_wrong_number_of_samples_is_refused(tmp_path, n):
+    store = ShardFolder(tmp_path, {**MANIFEST, "format": "png"})
     store.begin()
     with pytest.raises(ValueError, match="zip"):
         store.write(0, drawn(n, (3, 2, 1)))
@@ -244,9 +246,9 @@ def test_a_shard_has_its_number_of_pngs(tmp_path, n):
     assert not store.is_done(0)
 
 
-def test_how_much_is_written(tmp_path):
-    store = Store(tmp_path / "out", MANIFEST)
-    assert store.written() == 0  # of no folder, too
+def test_written_counts_samples(tmp_path):
+    store = ShardFolder(tmp_path / "out", MANIFEST)
+    assert store.written() == 0  # also without a folder
     store.begin()
     assert store.written() == 0
     store.write(2, drawn(3, (3, 2, 1)))
@@ -256,7 +258,7 @@ def test_how_much_is_written(tmp_path):
     assert store.written() == 7
 
 
-def test_what_a_kill_left_is_removed(tmp_path):
+def test_begin_deletes_leftovers(tmp_path):
     store, _ = written(tmp_path)
     want = contents(tmp_path)
     ours = [files._resolved(path)[1] for path in (tmp_path / "00000.npz", tmp_path / ".shards" / "00001")]
@@ -270,19 +272,19 @@ def test_what_a_kill_left_is_removed(tmp_path):
     assert contents(tmp_path) == want | theirs
 
 
-def test_to_begin_again_changes_nothing(tmp_path):
+def test_begin_again_changes_nothing(tmp_path):
     for form in FORMATS:
         folder = tmp_path / "deep" / form
         store, _ = written(folder, format=form, class_labels="1,0")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         before = [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths]
-        Store(folder, store.manifest).begin()
+        ShardFolder(folder, store.manifest).begin()
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         assert [(path, path.stat().st_mtime_ns, path.stat().st_ino) for path in paths] == before
         assert json.loads((folder / "manifest.json").read_text()) == store.manifest
 
 
-def test_labels_that_a_kill_prevented_are_written_then(tmp_path):
+def test_begin_writes_missing_labels(tmp_path):
     store, _ = written(tmp_path, format="png", class_labels="1,0")
     want = contents(tmp_path)
     (tmp_path / "dataset.json").unlink()
@@ -292,13 +294,13 @@ def test_labels_that_a_kill_prevented_are_written_then(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_foreign_files_are_refused(tmp_path, form):
-    """Those that shards, or labels, would be mixed with; others may stay beside them."""
-    store = Store(tmp_path, {**MANIFEST, "format": form, "class_labels": "1"})
+    """Files that look like shards or labels; other files may stay."""
+    store = ShardFolder(tmp_path, {**MANIFEST, "format": form, "class_labels": "1"})
     (tmp_path / "notes.txt").write_text("mine")
     for name in (f"holiday{FORMATS[form]}", "dataset.json"):
         (tmp_path / name).write_text("mine")
         before = contents(tmp_path)
-        want = f"{tmp_path} holds {name}, and no manifest.json to tell of what; name another folder"
+        want = f"{tmp_path} holds {name} but no manifest.json; name another folder"
         assert error_line(store.begin) == want
         assert contents(tmp_path) == before
         (tmp_path / name).unlink()
@@ -326,17 +328,17 @@ MODEL = {"class": "UNet2D", "config": {"layers": 1, "norm": "group", "more": {"d
     ],
 )
 def test_other_samples_are_refused(tmp_path, change, there, here):
-    """The message says what differs, down to the field, there and here; and no byte of the folder changes."""
+    """The message names the fields that differ, with both values; the folder does not change."""
     manifest = {**MANIFEST, "model": MODEL}
     written(tmp_path, **manifest)
     (tmp_path / ".00001.npz.77.tmp").touch()  # of a job that may be running
     before = contents(tmp_path)
-    told = error_line(Store(tmp_path, {**manifest, **change}).begin)
-    assert told == f"{tmp_path} holds samples with {there}, not {here}; name another folder"
+    message = error_line(ShardFolder(tmp_path, {**manifest, **change}).begin)
+    assert message == f"{tmp_path} holds samples with {there}, not {here}; name another folder"
     assert contents(tmp_path) == before
 
 
-def test_what_differs_is_told_in_short():
+def test_long_differences_are_shortened():
     assert in_short({"a": 1, "b": "x"}) == '"a": 1, "b": "x"'
     assert in_short({"a": "x" * 193}) == f'"a": "{"x" * 193}"'  # 200 characters
     assert in_short({"a": "x" * 194}) == f'"a": "{"x" * 194} ...'
@@ -369,24 +371,25 @@ def test_what_differs_is_told_in_short():
     + [json.dumps({n: v for n, v in MANIFEST.items() if n != name}).encode() for name in list(MANIFEST)[:4]],
     ids=lambda text: text[:60].decode("latin1"),
 )
-def test_a_damaged_manifest_is_refused(tmp_path, text):
-    """Before a byte changes; a foreign one is no other."""
+def test_damaged_manifest_is_refused(tmp_path, text):
+    """The folder does not change."""
     path = tmp_path / "manifest.json"
     path.write_bytes(text)
-    for told in (error_line(Store.open, tmp_path), error_line(Store(tmp_path, MANIFEST).begin)):
-        assert told.startswith(f"{path} is damaged (")
-        assert told.endswith("); sample into another folder")
-        assert len(told) < len(str(path)) + 300
+    for message in (error_line(ShardFolder.open, tmp_path), error_line(ShardFolder(tmp_path, MANIFEST).begin)):
+        assert message.startswith(f"{path} is damaged (")
+        assert message.endswith("); sample into another folder")
+        assert len(message) < len(str(path)) + 300
     assert contents(tmp_path) == {"manifest.json": text}
-    assert is_store(tmp_path)
+    assert is_shard_folder(tmp_path)
 
 
-def test_what_is_no_folder_of_samples(tmp_path):
+def test_folder_without_a_manifest_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         assert (
-            error_line(Store.open, path) == f"{path} has no manifest.json; want a folder that `fastddpm sample` wrote"
+            error_line(ShardFolder.open, path)
+            == f"{path} has no manifest.json; want a folder that `fastddpm sample` wrote"
         )
-        assert not is_store(path)
+        assert not is_shard_folder(path)
     (tmp_path / "manifest.json").mkdir()
-    assert not is_store(tmp_path)
-    assert "is damaged" in error_line(Store.open, tmp_path)
+    assert not is_shard_folder(tmp_path)
+    assert "is damaged" in error_line(ShardFolder.open, tmp_path)

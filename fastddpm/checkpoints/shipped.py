@@ -1,0 +1,10 @@
+"""The model in the package: a small DDPM of Fashion-MNIST, which draws garments of 28 x 28 pixels."""
+
+from pathlib import Path
+
+SHIPPED_MODEL = "fashion-mnist"
+
+
+def shipped_model() -> Path:
+    """The folder of the model in the package."""
+    return Path(__file__).parents[1] / "models" / SHIPPED_MODEL

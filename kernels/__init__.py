@@ -1,1 +1,1 @@
-"""Triton kernels, one fused operation each; fastddpm.ops checks their arguments and falls back to torch."""
+"""Triton kernels, one fused operation per file. `fastddpm.ops` checks their arguments, and runs torch without a GPU."""

@@ -1,16 +1,18 @@
-"""The training loss and its gradient: read m, and for targets with x_0 in them x_0; eps is made in registers, again.
+"""The training loss and its gradient: both read m, and x_0 if the target contains it; eps is made in registers.
 
-Traffic: forward the element size of m, backward twice that; x_0's besides, in both, where it is part of the target:
-6 bytes per element in bf16 for eps prediction.
+Traffic: the element size of m forward, twice that backward; in both also that of x_0 if the target contains it.
+Together 6 bytes per element for eps prediction in bf16.
 Precision: all arithmetic in fp32 in the written order, sums as a binary tree; the gradient is rounded once.
-Spec: reference/diffusion.py::squared_error of ::target with core/noise.py. Proof: tests/ops/test_eps_loss.py
-(bits, and the gradient against float64), tests/kernels/test_compiled.py.
+Spec: fastddpm/reference/diffusion.py::squared_error of ::target with fastddpm/core/noise.py.
+Proof: tests/ops/test_eps_loss.py (bits, and the gradient against float64), tests/kernels/test_compiled.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .block import block_of_entry
+from .columns import NOISE, NOISING_COLUMNS, SIGNAL
 from .launch import launch
 from .noising import data_units, eps_of
 from .tree import launch_tree_sum, tree_sum
@@ -35,7 +37,7 @@ def _error(
     WITH_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """m less its target, [BLOCK] fp32."""
+    """m - target, [BLOCK] fp32."""
     m = tl.load(m_ptr + at, mask=mask).to(tl.float32)
     t = tl.load(t_ptr + n)
     if PREDICTS == "epsilon":
@@ -44,7 +46,8 @@ def _error(
     if PREDICTS == "sample":
         return m - x_0
     eps = eps_of(n, t, block, address_ptr, STREAM, WITH_T, BLOCK)
-    return m - (tl.load(table_ptr + 2 * t) * eps - tl.load(table_ptr + 2 * t + 1) * x_0)
+    row = table_ptr + t * NOISING_COLUMNS
+    return m - (tl.load(row + SIGNAL) * eps - tl.load(row + NOISE) * x_0)
 
 
 @triton.jit
@@ -61,11 +64,7 @@ def eps_loss_kernel(
     WITH_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
-    block = tl.program_id(1)
-    offs = tl.arange(0, BLOCK)
-    mask = offs < per_sample - block * BLOCK
-    at = n * per_sample + block * BLOCK + offs
+    n, block, at, mask = block_of_entry(per_sample, BLOCK)
     tensors = m_ptr, x_0_ptr, t_ptr, address_ptr, table_ptr
     d = _error(n, block, at, mask, *tensors, PREDICTS, STREAM, WITH_T, BLOCK)
     tl.store(out_ptr + n * tl.num_programs(1) + block, tree_sum(tl.where(mask, d * d, 0.0), BLOCK))
@@ -74,7 +73,7 @@ def eps_loss_kernel(
 @triton.jit
 def eps_loss_backward_kernel(
     out_ptr,  # like m: the gradient
-    grad_ptr,  # [N] fp32: of each entry's loss
+    grad_ptr,  # [N] fp32: the gradient of each entry's loss
     m_ptr,
     x_0_ptr,
     t_ptr,
@@ -86,30 +85,26 @@ def eps_loss_backward_kernel(
     WITH_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    offs = tl.arange(0, BLOCK)
-    mask = offs < per_sample - block * BLOCK
-    at = n * per_sample + block * BLOCK + offs
+    n, block, at, mask = block_of_entry(per_sample, BLOCK)
     tensors = m_ptr, x_0_ptr, t_ptr, address_ptr, table_ptr
     d = _error(n, block, at, mask, *tensors, PREDICTS, STREAM, WITH_T, BLOCK)
     tl.store(out_ptr + at, ((2 * tl.load(grad_ptr + n)) * d).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_eps_loss(m, x_0, t, address, table, *, predicts, stream, with_t):
-    """[N] fp32. Launch only; fastddpm.ops has checked every argument."""
+    """Return [N] fp32. Launches only: fastddpm.ops has checked every argument."""
     per_sample = m.shape[1:].numel()
     blocks = m.new_empty(len(m), triton.cdiv(per_sample, BLOCK), dtype=torch.float32)
-    how = {"PREDICTS": predicts, "STREAM": stream, "WITH_T": with_t, "BLOCK": BLOCK, **OPTIONS}
+    constants = {"PREDICTS": predicts, "STREAM": stream, "WITH_T": with_t, "BLOCK": BLOCK, **OPTIONS}
     with torch.cuda.device_of(m):
-        launch(eps_loss_kernel, tuple(blocks.shape), blocks, m, x_0, t, address, table, per_sample, **how)
+        launch(eps_loss_kernel, tuple(blocks.shape), blocks, m, x_0, t, address, table, per_sample, **constants)
         return launch_tree_sum(blocks)
 
 
 def launch_eps_loss_backward(out, grad, m, x_0, t, address, table, *, predicts, stream, with_t):
-    """Launch only."""
+    """Launches only: fastddpm.ops has checked every argument."""
     per_sample = m.shape[1:].numel()
-    how = {"PREDICTS": predicts, "STREAM": stream, "WITH_T": with_t, "BLOCK": BLOCK, **OPTIONS}
+    constants = {"PREDICTS": predicts, "STREAM": stream, "WITH_T": with_t, "BLOCK": BLOCK, **OPTIONS}
     with torch.cuda.device_of(m):
         grid, tensors = (len(m), triton.cdiv(per_sample, BLOCK)), (out, grad, m, x_0, t, address, table)
-        launch(eps_loss_backward_kernel, grid, *tensors, per_sample, **how)
+        launch(eps_loss_backward_kernel, grid, *tensors, per_sample, **constants)

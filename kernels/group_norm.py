@@ -1,10 +1,10 @@
-"""Fused group norm: silu(normalised(cat([x, skip]) + add) * weight + bias); neither cat nor sum is ever made.
+"""Fused group norm silu(normalised(cat([x, skip]) + add) * weight + bias): reads x, skip and add, writes y.
 
-Traffic: each input element read and y written, 4 bytes per element in bf16, where a program holds its groups in
-registers. Groups too large for that are shared among programs, in two launches, and read twice: 6 bytes.
-Precision: fp32, rounded once. The variance is taken about the mean, in a second pass that also corrects the mean; of
-shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is the fast one and in 16 bits its
-division is, too: nothing here is specified to the bit.
+Traffic: each input element is read once and y is written, 4 bytes per element in bf16, if a program holds its groups in
+registers. Programs share groups that are too large for that, in two launches that read the input twice: 6 bytes.
+Precision: fp32, rounded once. The variance is computed about the mean, in a second pass that also corrects the mean;
+for shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is approximate, and in 16 bits
+its division is too: nothing here is specified to the bit.
 Spec: torch's cat, group_norm, silu. Proof: tests/ops/test_group_norm.py (float64), tests/kernels/test_compiled.py.
 """
 
@@ -19,14 +19,14 @@ from .launch import launch
 
 FULL = 264  # programs that fill a GPU: two for each of the 132 multiprocessors of an H200
 HELD = 16_384  # elements that a program holds: 32 in each thread of 16 warps
-TILE = 4_096  # elements that it reads at once where several share a group: 16 in each thread of 8 warps
-MAX_SLABS = 128  # programs that share a group: each reads what all have found
+TILE = 4_096  # elements that a program reads at once if programs share groups: 16 in each thread of 8 warps
+MAX_SLABS = 128  # programs that share a group: each of them reads the statistics of all
 
 
 class Plan(NamedTuple):
-    """How a launch is cut: a program takes `groups` neighbouring groups and `slab` pixels of a sample, `rows` at once.
+    """How the work is divided: a program takes `groups` adjacent groups and `slab` pixels of a sample, `rows` at once.
 
-    Where rows covers all pixels it holds them, in one launch; otherwise there are two, of the statistics and of y.
+    If rows covers all pixels, one launch holds them in registers; otherwise one launch computes statistics, another y.
     """
 
     groups: int  # a power of two
@@ -36,10 +36,10 @@ class Plan(NamedTuple):
 
 
 def plan(n: int, pixels: int, channels: int, groups: int, itemsize: int) -> Plan:
-    """The plan for n samples of [pixels, channels] in elements of itemsize bytes, from these numbers alone.
+    """The plan for n samples of [pixels, channels] in elements of itemsize bytes. It depends on these numbers alone.
 
-    Few programs are short of time, so each takes one group and has many threads. Where there are enough to fill a GPU
-    they are short of memory traffic, so each takes up to 64 bytes of a pixel: two sectors, which it alone reads.
+    Few programs are limited by latency, so each takes one group and has many threads. Enough programs to fill a GPU
+    are limited by memory traffic, so each takes up to 64 bytes of a pixel: two sectors, which no other program reads.
     """
     width = triton.next_power_of_2(channels // groups)
     rows = triton.next_power_of_2(pixels)
@@ -54,7 +54,7 @@ def plan(n: int, pixels: int, channels: int, groups: int, itemsize: int) -> Plan
 
 
 def candidates(n: int, pixels: int, channels: int, groups: int, itemsize: int) -> list[Plan]:
-    """The plans worth a race, `plan`'s among them."""
+    """The plans worth comparing by measurement; `plan` returns one of them."""
     plans = {plan(n, pixels, channels, groups, itemsize)}
     width = triton.next_power_of_2(channels // groups)
     for take in _takes(channels, groups, itemsize, 128):
@@ -70,7 +70,7 @@ def candidates(n: int, pixels: int, channels: int, groups: int, itemsize: int) -
 
 
 def _takes(channels: int, groups: int, itemsize: int, most: int) -> list[int]:
-    """How many groups a program may take: one, or what fills accesses of 16 bytes, up to `most` bytes of a pixel."""
+    """How many groups a program may take: one, or as many as fill 16-byte accesses, up to `most` bytes of a pixel."""
     group_bytes = channels // groups * itemsize
     aligned = 16 // gcd(16, group_bytes)
     doubled = (aligned << k for k in range(8))
@@ -101,32 +101,32 @@ def held_kernel(
     eps,
     SILU: tl.constexpr,
     PER_GROUP: tl.constexpr,  # channels of a group
-    WIDTH: tl.constexpr,  # the same, padded to a power of two
+    WIDTH: tl.constexpr,  # PER_GROUP, padded to a power of two
     GROUPS: tl.constexpr,  # of a program
-    STRIPES: tl.constexpr,  # programs side by side, for all groups
+    STRIPES: tl.constexpr,  # programs that cover all groups of a pixel
     ROWS: tl.constexpr,  # at least pixels
 ):
-    """y, by programs that hold their groups."""
+    """Compute y by programs that hold their groups."""
     stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES).to(tl.int64)
     row = tl.arange(0, ROWS)
-    flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    flat, exists = _channels_of(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
     column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    c, inside = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
-    mask = (row < pixels)[:, None] & there[None, :]
-    x = _load(x_ptr, skip_ptr, n, row, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
+    c, inside = _channels_of(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    mask = (row < pixels)[:, None] & exists[None, :]
+    x = _load_tile(x_ptr, skip_ptr, n, row, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
     add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
     weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
-    count = _counts(row < pixels, PER_GROUP, WIDTH)
-    centred, _, delta, var = _moments(x, add, count, None, pixels * PER_GROUP)
+    count = _values_per_place(row < pixels, PER_GROUP, WIDTH)
+    centred, _, delta, var = _group_moments(x, add, count, None, pixels * PER_GROUP)
     scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))
     y = centred * scale + (bias - delta * scale)
-    _store(y_ptr, y, n, row, flat, mask, pixels, channels, SILU)
+    _store_tile(y_ptr, y, n, row, flat, mask, pixels, channels, SILU)
 
 
 @triton.jit
 def statistics_kernel(
-    statistics_ptr,  # [N, slabs, 3, groups] fp32: mean, what it lacks, variance
-    x_ptr,  # these as above
+    statistics_ptr,  # [N, slabs, 3, groups] fp32: mean, its correction, variance
+    x_ptr,  # the rest as in held_kernel
     skip_ptr,
     add_ptr,
     pixels,
@@ -139,29 +139,31 @@ def statistics_kernel(
     GROUPS: tl.constexpr,
     STRIPES: tl.constexpr,
     ROWS: tl.constexpr,  # pixels at a time
-    SLAB: tl.constexpr,  # pixels in all
+    SLAB: tl.constexpr,  # pixels of a program
 ):
-    """Statistics of each group over each slab."""
+    """Compute the statistics of each group over each slab."""
     stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES // slabs).to(tl.int64)
     s = tl.program_id(0) // STRIPES % slabs
     row = tl.arange(0, ROWS)
-    flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    flat, exists = _channels_of(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
     column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    c, inside = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    c, inside = _channels_of(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
     add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
 
     rows = tl.minimum(pixels - s * SLAB, SLAB)
     mean = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
     inner = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
-    for i in range(0, SLAB, ROWS):  # every place of the tile on its own: nothing is exchanged in the loop
-        mask = (row < rows - i)[:, None] & there[None, :]
-        x = _load(x_ptr, skip_ptr, n, s * SLAB + i + row, flat, mask, pixels, channels, x_channels)
+    for i in range(
+        0, SLAB, ROWS
+    ):  # each place of the tile accumulates its own values: threads exchange nothing in the loop
+        mask = (row < rows - i)[:, None] & exists[None, :]
+        x = _load_tile(x_ptr, skip_ptr, n, s * SLAB + i + row, flat, mask, pixels, channels, x_channels)
         off = tl.where(mask, x - mean, 0)
         mean += off * (ROWS / (i + ROWS))
         inner += off * (x - mean)
     seen = (rows - row + (ROWS - 1)) // ROWS
     mean, inner = mean.reshape(ROWS, GROUPS, WIDTH), inner.reshape(ROWS, GROUPS, WIDTH)
-    _, mean, delta, var = _moments(mean, add, _counts(seen, PER_GROUP, WIDTH), inner, rows * PER_GROUP)
+    _, mean, delta, var = _group_moments(mean, add, _values_per_place(seen, PER_GROUP, WIDTH), inner, rows * PER_GROUP)
 
     g = stripe * GROUPS + tl.arange(0, GROUPS)
     groups = channels // PER_GROUP
@@ -173,7 +175,7 @@ def statistics_kernel(
 
 @triton.jit
 def apply_kernel(
-    y_ptr,  # these as above
+    y_ptr,  # all as in the kernels above
     x_ptr,
     skip_ptr,
     add_ptr,
@@ -195,13 +197,13 @@ def apply_kernel(
     SLAB: tl.constexpr,
     SLABS: tl.constexpr,  # at least slabs
 ):
-    """y, from the statistics of all slabs."""
+    """Compute y from the statistics of all slabs."""
     stripe, n = tl.program_id(0) % STRIPES, (tl.program_id(0) // STRIPES // slabs).to(tl.int64)
     s = tl.program_id(0) // STRIPES % slabs
     row = tl.arange(0, ROWS)
-    flat, there = _columns(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    flat, exists = _channels_of(tl.arange(0, GROUPS * WIDTH), stripe, channels, PER_GROUP, WIDTH, GROUPS)
     column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    c, inside = _columns(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
+    c, inside = _channels_of(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
     add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
     weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
 
@@ -226,27 +228,27 @@ def apply_kernel(
 
     rows = tl.minimum(pixels - s * SLAB, SLAB)
     for i in range(0, SLAB, ROWS):
-        pixel, mask = s * SLAB + i + row, (row < rows - i)[:, None] & there[None, :]
-        x = _load(x_ptr, skip_ptr, n, pixel, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
-        _store(y_ptr, (x - mean) * scale + offset, n, pixel, flat, mask, pixels, channels, SILU)
+        pixel, mask = s * SLAB + i + row, (row < rows - i)[:, None] & exists[None, :]
+        x = _load_tile(x_ptr, skip_ptr, n, pixel, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
+        _store_tile(y_ptr, (x - mean) * scale + offset, n, pixel, flat, mask, pixels, channels, SILU)
 
 
 @triton.jit
-def _columns(column, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
-    """The channel at each column of a stripe, and whether there is one."""
+def _channels_of(column, stripe, channels, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr):
+    """The channel at each column of a stripe, and whether it exists."""
     first = stripe * (GROUPS * PER_GROUP)
-    if PER_GROUP == WIDTH:  # said plainly, for the compiler to see that neighbours are neighbours
+    if PER_GROUP == WIDTH:  # so the compiler sees that neighbouring columns are neighbouring channels
         channel = first + column
-        there = channel < channels
+        exists = channel < channels
     else:
         channel = first + column // WIDTH * PER_GROUP + column % WIDTH
-        there = (column % WIDTH < PER_GROUP) & (channel < channels)
-    return channel, there
+        exists = (column % WIDTH < PER_GROUP) & (channel < channels)
+    return channel, exists
 
 
 @triton.jit
-def _load(x_ptr, skip_ptr, n, pixel, channel, mask, pixels, channels, x_channels):
-    """[pixels, channels] of sample n, in fp32; 0 where the mask is not."""
+def _load_tile(x_ptr, skip_ptr, n, pixel, channel, mask, pixels, channels, x_channels):
+    """[pixels, channels] of sample n, in fp32; 0 where the mask is false."""
     at = x_ptr + n * pixels * x_channels + (pixel[:, None] * x_channels + channel[None, :])
     if skip_ptr is not None:
         skip_channels = channels - x_channels
@@ -256,7 +258,7 @@ def _load(x_ptr, skip_ptr, n, pixel, channel, mask, pixels, channels, x_channels
 
 
 @triton.jit
-def _store(y_ptr, y, n, pixel, channel, mask, pixels, channels, SILU: tl.constexpr):
+def _store_tile(y_ptr, y, n, pixel, channel, mask, pixels, channels, SILU: tl.constexpr):
     if SILU:
         below = 1 + tl.exp2(y * -1.4426950408889634)  # inf from y = -128 down: y / inf = -0
         y = tl.div_rn(y, below) if y_ptr.dtype.element_ty == tl.float32 else y / below
@@ -266,15 +268,15 @@ def _store(y_ptr, y, n, pixel, channel, mask, pixels, channels, SILU: tl.constex
 
 @triton.jit
 def _centred(add_ptr, at, mask, PER_GROUP: tl.constexpr):
-    """[1, groups, width] of add without each group's mean, which the norm does not see; or None."""
+    """[1, groups, width] of add minus its mean over each group, which cannot change the norm's result; or None."""
     if add_ptr is not None:
         add = tl.load(add_ptr + at, mask=mask, other=0)
         return (add - tl.sum(add, 1)[:, None] / PER_GROUP)[None]
 
 
 @triton.jit
-def _counts(seen, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr):
-    """What each place of a tile stands for, given each row's: [rows, 1, 1 or WIDTH] fp32."""
+def _values_per_place(seen, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """How many values each place of a tile has accumulated, from the number of each row: [rows, 1, 1 or WIDTH] fp32."""
     count = seen.to(tl.float32)[:, None, None]
     if PER_GROUP < WIDTH:
         count *= (tl.arange(0, WIDTH) < PER_GROUP).to(tl.float32)[None, None, :]
@@ -282,11 +284,12 @@ def _counts(seen, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _moments(x, shift, count, inner, size):
-    """Statistics of each group over x + shift, where every x stands for `count` values with squares `inner` about it.
+def _group_moments(x, shift, count, inner, size):
+    """Statistics of each group over x + shift, where each x is the mean of `count` values.
 
-    Args: x: [rows, groups, width]; shift, inner: the like, or None for 0; size: how many values a group has.
-    Returns: x - mean + shift, then [1, groups, 1] each: mean, which is x's, rounded; what it lacks; the variance.
+    Args: x: [rows, groups, width]; shift: like x, or None for 0; inner: like x, the sum of squares of the count values
+        about x, or None for 0; size: how many values a group has.
+    Returns: x - mean + shift; then, [1, groups, 1] each: the rounded mean of x, its correction, and the variance.
     """
     mean = (_total(count * x) / size)[None, :, None]
     centred = x - mean
@@ -308,7 +311,7 @@ def _total(x):
 
 
 def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
-    """Launch only; fastddpm.ops has checked every argument."""
+    """Launches only: fastddpm.ops has checked every argument."""
     n, channels, *spatial = y.shape
     pixels, per_group = prod(spatial), channels // groups
     cut = plan(n, pixels, channels, groups, y.element_size())
@@ -320,8 +323,8 @@ def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
     with torch.cuda.device_of(x):
         if cut.rows >= pixels:
             return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
-        found, grid = torch.empty(n, slabs, 3, groups, device=x.device), (n * stripes * slabs,)
+        statistics, grid = torch.empty(n, slabs, 3, groups, device=x.device), (n * stripes * slabs,)
         tile["SLAB"] = cut.slab
-        launch(statistics_kernel, grid, found, *inputs, *sizes, slabs, **tile)
+        launch(statistics_kernel, grid, statistics, *inputs, *sizes, slabs, **tile)
         tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}
-        launch(apply_kernel, grid, y, *inputs, *affine, found, *sizes, slabs, eps, **tile)
+        launch(apply_kernel, grid, y, *inputs, *affine, statistics, *sizes, slabs, eps, **tile)

@@ -1,4 +1,4 @@
-"""Interleaves the four phases of a polyphase upsampling into one image, and adds the bias.
+"""Interleaves the four phases of a polyphase upsampling into one image, and adds the bias: reads y, writes out.
 
 Traffic: one read and one write per output element: 4 bytes in bf16.
 Precision: the sum in fp32, rounded once; without a bias the bits are copied.
@@ -13,10 +13,7 @@ from .launch import launch
 
 BLOCK = 2048  # elements per program
 MAX_CHANNELS = 64  # per program: 128 bytes in bf16, one cache line
-OPTIONS = {
-    "num_warps": 4,
-    "enable_fp_fusion": False,
-}  # a thread: 16 elements, in bf16 16 bytes from block_channels of 2 pixels
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 16 elements per thread: in bf16 16 bytes of each of 2 pixels
 
 
 @triton.jit(do_not_specialize=["height", "width"])  # compiled once for all resolutions of a network
@@ -52,7 +49,7 @@ def interleave_kernel(
 
 
 def launch_interleave(out, y, bias):
-    """Launch only; fastddpm.ops has checked every argument."""
+    """Launches only: fastddpm.ops has checked every argument."""
     channels, height, width = out.shape[1], y.shape[2] - 1, y.shape[3] - 1
     block_channels = min(MAX_CHANNELS, triton.next_power_of_2(channels))
     tile = {

@@ -1,4 +1,4 @@
-"""How kernels are launched; or, in `compiling`, compiled on all cores for the launches that are to come."""
+"""Launches kernels or, in the context `compiling`, compiles them on all cores for later launches."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +11,7 @@ _compiling = ContextVar("compiling", default=False)
 
 
 def launch(kernel, grid, *args, **kwargs):
+    """kernel[grid](*args, **kwargs), or in `compiling` only its compilation."""
     if _compiling.get():
         kernel.run(*args, grid=grid, warmup=True, **kwargs)
     else:
@@ -19,11 +20,11 @@ def launch(kernel, grid, *args, **kwargs):
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """What is launched in this context is not run but compiled, by the end of the context at the latest.
+    """In this context `launch` compiles a kernel instead of running it. All are compiled when the context ends.
 
-    A kernel takes a core a second, a network has dozens.
+    A kernel takes a core about a second, and a network has dozens.
     """
-    # an error is the launch's to tell: raised here, it would leave the mode on
+    # errors are ignored because the later launch raises them again; raised here, one would leave Triton's mode on
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         token = _compiling.set(True)
         try:

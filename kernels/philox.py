@@ -1,14 +1,18 @@
-"""The noise standard in Triton: standard normals in registers, for use inside kernels. No memory traffic.
+"""The noise standard in Triton: standard normals in registers, for use inside kernels.
+
+Traffic: a seed and a sample index per program.
 
 Precision: 32-bit integers and IEEE binary32 in the written order; launch with enable_fp_fusion=False.
-Spec: core/noise.py, the same text in torch. Proof: tests/kernels/test_kernels.py: the published vectors and random
-addresses, bit for bit.
+Spec: fastddpm/core/noise.py, the same operations in torch.
+Proof: tests/kernels/test_philox.py (the bits of published vectors and of random addresses).
 """
 
 import math
 
 import triton
 import triton.language as tl
+
+STEP_STREAM = tl.constexpr(0)  # fastddpm.core.noise.STEP
 
 _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _ANGLE = tl.constexpr(math.pi / 2 / (1 << 24))
@@ -21,10 +25,17 @@ _LOG = tl.constexpr(
 
 
 @triton.jit
+def entry_normals(n, stream, t, block, address_ptr, BLOCK: tl.constexpr):
+    """`normals` of entry n of a batch. Args: address_ptr: [N, 2] int64, (seed, sample index) of each entry."""
+    seed, sample = tl.load(address_ptr + 2 * n), tl.load(address_ptr + 2 * n + 1)
+    return normals(seed, stream, sample, t, block, BLOCK)
+
+
+@triton.jit
 def normals(seed, stream, sample, t, block, BLOCK: tl.constexpr):
     """Standard normals of one block of BLOCK consecutive elements of a sample: [BLOCK] fp32.
 
-    Args: seed, sample: int64 scalars; stream, t: integer scalars; block: which block of the sample, int32 scalar.
+    Args: seed, sample: int64 scalars; stream, t: integer scalars; block: int32 scalar, which block of the sample.
     """
     quad = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     key = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -41,7 +52,7 @@ def philox(c0, c1, c2, c3, k0, k1):
         if r > 0:
             k0 += 0x9E3779B9
             k1 += 0xBB67AE85
-        p0 = c0.to(tl.uint64) * 0xD2511F53  # one wide multiply gives both halves; umulhi and * make two
+        p0 = c0.to(tl.uint64) * 0xD2511F53  # one wide multiply gives both halves; umulhi and * would take two
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
         c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)

@@ -1,11 +1,11 @@
-"""Fused prediction and reverse step of diffusers' schedulers: reads x, m, if need be v and z, writes x_prev and x_0.
+"""Fused prediction and reverse step of diffusers' schedulers: reads x, m, optionally v and z; writes x_prev and x_0.
 
 Traffic: the element sizes of what is read and written: 16 bytes per element in fp32 with z made in registers, 20 with z
-given. 16-byte accesses where all tensors have one dense order, each with a stride of its own from entry to entry.
-Precision: all arithmetic in fp32 in the written order, exact roundings only; x_prev and x_0 are rounded once.
-Spec: reference/diffusion.py::predict_step with core/noise.py, stream 0. Proof: tests/ops/test_predict_step.py
-(bits; the exponential of learned_range against float64), tests/kernels/test_compiled.py,
-tests/sampling/test_gpu.py.
+given. 16-byte accesses if all tensors have one dense order; each may have its own stride from entry to entry.
+Precision: all arithmetic in fp32 in the written order, each result correctly rounded; x_prev and x_0 are rounded once.
+Spec: fastddpm/reference/diffusion.py::predict_step with fastddpm/core/noise.py, stream 0.
+Proof: tests/ops/test_predict_step.py (bits; the exponential of learned_range against float64),
+tests/kernels/test_compiled.py, tests/sampling/test_gpu.py.
 """
 
 from functools import lru_cache
@@ -16,30 +16,31 @@ import torch
 import triton
 import triton.language as tl
 
+from .columns import LOG_MAX, LOG_MIN, NOISE, NOISY, OF_W, OF_X_0, PREDICT_STEP_COLUMNS, SIGMA, SIGNAL
 from .launch import launch
-from .philox import normals
+from .philox import STEP_STREAM, entry_normals
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 8 elements per thread: 16 bytes of bf16
 
 
-@triton.jit(do_not_specialize=["at"])  # a new row is no new kernel
+@triton.jit(do_not_specialize=["at"])  # compiled once for all rows
 def predict_step_kernel(
     x_prev_ptr,  # [N, C, P] fp32, bf16 or fp16
     x_0_ptr,  # like x_prev, in a dtype of its own
-    x_ptr,  # [N, C, P] in dtypes and strides of their own, as m, v and z
-    m_ptr,  # what the network returned
-    v_ptr,  # what it returned for the variance, or None
+    x_ptr,  # [N, C, P]; x, m, v and z each have their own dtype and strides
+    m_ptr,  # the network's output
+    v_ptr,  # the network's output for the variance, or None
     z_ptr,  # standard normal, or None
-    row_ptr,  # [R, 8] fp32: signal, noise, of_x_0, of_w, sigma, log_min, log_max, noisy
-    at,  # the row, an integer, or where it lies, int64; row i is of timestep i - 1
+    row_ptr,  # [R, 8] fp32: the columns of columns.py
+    at,  # the row: an integer, or a pointer to an int64; row i is of timestep i - 1
     address_ptr,  # [N, 2] int64: (seed, sample index) of each entry, or None
-    clip,  # x_0 is kept within +-clip; or None
+    clip,  # x_0 is clamped to +-clip; or None
     per_sample,
-    inner,  # C or P, whichever is innermost in the order of the elements; None: the order of the memory
-    x_prev_entry,  # strides from entry to entry,
-    x_prev_outer,  # along P or C,
-    x_prev_inner,  # along C or P
+    inner_size,  # C or P, whichever is innermost in the order of the elements; None: elements in the order of memory
+    x_prev_entry,  # strides: from entry to entry,
+    x_prev_outer,  # along the outer of C and P,
+    x_prev_inner,  # along the inner
     x_entry,
     x_outer,
     x_inner,
@@ -63,17 +64,34 @@ def predict_step_kernel(
     mask = offs < per_sample
     if at.dtype.is_ptr():
         at = tl.load(at)
-    row = row_ptr + at.to(tl.int64) * 8
+    row = row_ptr + at.to(tl.int64) * PREDICT_STEP_COLUMNS
 
-    x = tl.load(x_ptr + _place(n, offs, inner, x_entry, x_outer, x_inner), mask=mask, other=0).to(tl.float32)
-    m = tl.load(m_ptr + _place(n, offs, inner, m_entry, m_outer, m_inner), mask=mask, other=0).to(tl.float32)
-    if v_ptr is not None:
-        v = tl.load(v_ptr + _place(n, offs, inner, v_entry, v_outer, v_inner), mask=mask, other=0).to(tl.float32)
-    if z_ptr is not None:
-        z = tl.load(z_ptr + _place(n, offs, inner, z_entry, z_outer, z_inner), mask=mask, other=0).to(tl.float32)
-    signal, noise = tl.load(row), tl.load(row + 1)
+    x = _load_widened(x_ptr, _place(n, offs, inner_size, x_entry, x_outer, x_inner), mask)
+    m = _load_widened(m_ptr, _place(n, offs, inner_size, m_entry, m_outer, m_inner), mask)
+    v = _load_widened(v_ptr, _place(n, offs, inner_size, v_entry, v_outer, v_inner), mask)
+    z = _load_widened(z_ptr, _place(n, offs, inner_size, z_entry, z_outer, z_inner), mask)
+    signal, noise = tl.load(row + SIGNAL), tl.load(row + NOISE)
 
-    if PREDICTS == "epsilon":  # the order of operations is the specification: results are compared bit for bit
+    x_0 = _predicted_x_0(x, m, signal, noise, clip, PREDICTS)
+    place = _place(n, offs, inner_size, x_prev_entry, x_prev_outer, x_prev_inner)
+    tl.store(x_0_ptr + place, x_0.to(x_0_ptr.dtype.element_ty), mask=mask)
+    w = _second_term(x, m, x_0, signal, noise, PREDICTS, SAMPLER)
+    x_prev = tl.load(row + OF_X_0) * x_0 + tl.load(row + OF_W) * w
+
+    if z_ptr is not None or address_ptr is not None:
+        noisy = tl.load(row + NOISY)
+        if noisy != 0:
+            added = z if z_ptr is not None else entry_normals(n, STEP_STREAM, at - 1, block, address_ptr, BLOCK)
+            x_prev += _standard_deviation(row, v, LEARNED) * added
+
+    tl.store(x_prev_ptr + place, x_prev.to(x_prev_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _predicted_x_0(x, m, signal, noise, clip, PREDICTS: tl.constexpr):
+    """x_0 as the scheduler predicts it, clamped if clip is not None."""
+    # here and below the order of operations is the specification: results are compared bit for bit
+    if PREDICTS == "epsilon":
         x_0 = tl.div_rn(x - noise * m, signal)
     elif PREDICTS == "sample":
         x_0 = m
@@ -82,9 +100,12 @@ def predict_step_kernel(
     if clip is not None:
         x_0 = tl.maximum(x_0, -clip, propagate_nan=tl.PropagateNan.ALL)
         x_0 = tl.minimum(x_0, clip, propagate_nan=tl.PropagateNan.ALL)
-    place = _place(n, offs, inner, x_prev_entry, x_prev_outer, x_prev_inner)
-    tl.store(x_0_ptr + place, x_0.to(x_0_ptr.dtype.element_ty), mask=mask)
+    return x_0
 
+
+@triton.jit
+def _second_term(x, m, x_0, signal, noise, PREDICTS: tl.constexpr, SAMPLER: tl.constexpr):
+    """What the mean is made of besides x_0: x for DDPM, eps for DDIM."""
     if SAMPLER == "ddpm":
         w = x
     elif SAMPLER == "ddim_clipped":
@@ -95,39 +116,42 @@ def predict_step_kernel(
         w = tl.div_rn(x - signal * m, noise)
     else:
         w = signal * m + noise * x
-    x_prev = tl.load(row + 2) * x_0 + tl.load(row + 3) * w
-
-    if z_ptr is not None or address_ptr is not None:
-        noisy = tl.load(row + 7)
-        if noisy != 0:
-            if z_ptr is None:
-                seed, sample = tl.load(address_ptr + 2 * n), tl.load(address_ptr + 2 * n + 1)
-                z = normals(seed, 0, sample, at - 1, block, BLOCK)
-            if LEARNED is None:
-                scale = tl.load(row + 4)
-            elif LEARNED == "learned":
-                scale = tl.sqrt_rn(v)
-            else:
-                share = (v + 1) * 0.5
-                log_var = share * tl.load(row + 6) + (1 - share) * tl.load(row + 5)
-                scale = _exp(0.5 * log_var)
-            x_prev += scale * z
-
-    tl.store(x_prev_ptr + place, x_prev.to(x_prev_ptr.dtype.element_ty), mask=mask)
+    return w
 
 
 @triton.jit
-def _place(n, offs, size, entry, outer, inner):
-    """Where the elements of entry n lie, in 64 bits."""
-    if size is None:
+def _standard_deviation(row, v, LEARNED: tl.constexpr):
+    """The factor of z: sigma, or that of the variance which the network returned as v."""
+    if LEARNED is None:
+        sigma = tl.load(row + SIGMA)
+    elif LEARNED == "learned":
+        sigma = tl.sqrt_rn(v)
+    else:
+        share = (v + 1) * 0.5
+        log_var = share * tl.load(row + LOG_MAX) + (1 - share) * tl.load(row + LOG_MIN)
+        sigma = _exp(0.5 * log_var)
+    return sigma
+
+
+@triton.jit
+def _load_widened(x_ptr, place, mask):
+    """Elements in fp32; None if there is no tensor."""
+    if x_ptr is not None:
+        return tl.load(x_ptr + place, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _place(n, offs, inner_size, entry, outer, inner):
+    """Where the elements of entry n lie, int64."""
+    if inner_size is None:
         return n * entry + offs
     else:
-        return n * entry + (offs // size).to(tl.int64) * outer + (offs % size).to(tl.int64) * inner
+        return n * entry + (offs // inner_size).to(tl.int64) * outer + (offs % inner_size).to(tl.int64) * inner
 
 
 @triton.jit
 def _exp(y):
-    """e^y within an ulp (coefficients from Cephes, S. Moshier); tl.exp has an error that grows with y, and flushes."""
+    """e^y within an ulp (coefficients from Cephes, S. Moshier); the error of tl.exp grows with y, and it flushes."""
     y = tl.minimum(tl.maximum(y, -105.0, propagate_nan=tl.PropagateNan.ALL), 90.0, propagate_nan=tl.PropagateNan.ALL)
     k = (y * 1.4426950408889634 + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum is rounded to a whole number
     r = (y - k * 0.693359375) - k * -2.12194440e-4  # the first product is exact
@@ -137,7 +161,7 @@ def _exp(y):
     p = p * r + 1.6666665459e-1
     p = p * r + 5.0000001201e-1
     power = k.to(tl.int32)
-    half = power >> 1  # 2^k in two factors: by itself it may be no normal number
+    half = power >> 1  # 2^k as two factors, because 2^k may be subnormal or infinite
     return ((p * (r * r) + r) + 1.0) * _power_of_2(half) * _power_of_2(power - half)
 
 
@@ -147,28 +171,30 @@ def _power_of_2(k):
 
 
 @lru_cache(maxsize=256)
-def _counted(shape, channels_last, *strides):
-    """How the kernel counts the elements of an entry and finds them: per_sample, inner, then three strides per tensor.
+def _sizes_and_strides(shape, channels_last, *strides):
+    """How the kernel orders the elements of an entry, and where it finds them in each tensor.
 
-    Args: channels_last: whether elements are counted in this order, or in that of the first tensor's memory.
+    Args: channels_last: count the elements in this order; else in the order of the first tensor's memory.
+    Returns: per_sample, inner_size, then three strides per tensor: entry, outer, inner.
     """
     channels, pixels = shape[1], prod(shape[2:])
     if channels_last or pixels == 1 or strides[0][1] < strides[0][-1]:
-        inner, size, outer, others = 1, channels, -1, pixels
+        inner, inner_size, outer, outer_size = 1, channels, -1, pixels
     else:
-        inner, size, outer, others = -1, pixels, 1, channels
-    # what a stride along a dimension of one element is does not matter
-    found = [(s[0], s[outer] if others > 1 else size, s[inner] if size > 1 else 1) for s in strides]
-    if all(rest == [size, 1] for _, *rest in found):
-        size, found = None, [(entry, None, None) for entry, _, _ in found]
-    return channels * pixels, size, *chain.from_iterable(found)
+        inner, inner_size, outer, outer_size = -1, pixels, 1, channels
+    # the stride of a dimension of size 1 does not matter: use that of dense memory
+    triples = [(s[0], s[outer] if outer_size > 1 else inner_size, s[inner] if inner_size > 1 else 1) for s in strides]
+    if all(along == [inner_size, 1] for _, *along in triples):
+        inner_size, triples = None, [(entry, None, None) for entry, _, _ in triples]
+    return channels * pixels, inner_size, *chain.from_iterable(triples)
 
 
 def launch_predict_step(x_prev, x_0, x, m, v, z, rows, at, address, *, predicts, sampler, clip, learned):
-    """Launch only; fastddpm.ops has checked every argument, and x_0 has the strides of x_prev."""
+    """Launches only: fastddpm.ops has checked every argument, and x_0 has the strides of x_prev."""
     strides = [tensor.stride() for tensor in (x_prev, x, m, x if v is None else v, x if z is None else z)]
-    sizes = _counted(x.shape, address is not None, *strides)  # of noise, elements are counted channels-last
-    how = {"PREDICTS": predicts, "SAMPLER": sampler, "LEARNED": learned, "BLOCK": BLOCK}
+    sizes = _sizes_and_strides(x.shape, address is not None, *strides)  # noise is counted channels-last
+    clip = None if clip is None else float(clip)
+    grid, tensors = (len(x), triton.cdiv(sizes[0], BLOCK)), (x_prev, x_0, x, m, v, z, rows, at, address)
+    constants = {"PREDICTS": predicts, "SAMPLER": sampler, "LEARNED": learned, "BLOCK": BLOCK}
     with torch.cuda.device_of(x):
-        grid, tensors = (len(x), triton.cdiv(sizes[0], BLOCK)), (x_prev, x_0, x, m, v, z, rows, at, address)
-        launch(predict_step_kernel, grid, *tensors, None if clip is None else float(clip), *sizes, **how, **OPTIONS)
+        launch(predict_step_kernel, grid, *tensors, clip, *sizes, **constants, **OPTIONS)

@@ -1,7 +1,7 @@
-"""What the compiler makes of each kernel, without a GPU: python -m fastddpm.kernels.report [--json] [--cc 90 ...]
+"""The resources of each compiled kernel, without a GPU: python -m fastddpm.kernels.report [--json] [--cc 90 ...]
 
-Every variant is compiled ahead of time as a launch on aligned tensors compiles it (pointers and elements per sample are
-divisible by 16), and read back with cuobjdump, which ships inside Triton.
+Every variant is compiled ahead of time, as for a launch on aligned tensors (pointers and elements per sample divisible
+by 16). Its machine code is read with cuobjdump, which ships inside Triton.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from . import eps_loss, group_norm, interleave, noising, predict_step, residual,
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
 OPERATION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"  # a line of cuobjdump -sass
-# What the noise standard rules out: fused multiply-add, flush to zero, approximations, other roundings of a float.
+# What the noise standard forbids: fused multiply-add, flush to zero, approximations, other roundings of a float.
 INEXACT = re.compile(r"(?:fma|mad)\.[\w.]*f\d\d|[a-z]\w*\.[\w.]*(?:ftz|approx|full)\b[\w.]*|[a-z]\w*\.r[zmp]\.[\w.]*")
 
 
 class Variant(NamedTuple):
-    """A kernel with the types of its arguments, and the bytes of its tensors that an element reads and writes."""
+    """A kernel, the types of its arguments, and the bytes that it reads and writes per element."""
 
     name: str
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, Any]
-    elements: int  # of a program, at once
+    elements: int  # that a program computes at once
     read: int
     written: int
 
@@ -45,7 +45,7 @@ def step_variant(m: str, copy: str | None, *, clip: bool, bad: bool = True) -> V
     types |= {"address_ptr": "*i64", "copy_ptr": f"*{copy}", "bad_ptr": "*i32", "per_sample": "i32"}
     constants = {"CLIP": clip, "BLOCK": step.BLOCK} | ({} if copy else {"copy_ptr": None})
     constants |= {} if bad else {"bad_ptr": None}
-    name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}{'' if bad else ', unwatched'}"
+    name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}{'' if bad else ', without flags'}"
     written = 4 + (BYTES[copy] if copy else 0)
     return Variant(name, step.step_kernel, types, constants, step.OPTIONS, step.BLOCK, 4 + BYTES[m], written)
 
@@ -62,25 +62,32 @@ def predict_step_variant(
     at: str = "i32",
     ones: str | None = None,
 ) -> Variant:
-    """z: its dtype, "registers" or None; ones: the strides that are 1, "inner" or "outer"; None: one dense order."""
+    """The kernel for dtypes x, m and z.
+
+    Args:
+        z: a dtype, "registers" (made from an address) or None (no noise).
+        ones: which strides are 1, "inner" or "outer"; None: all tensors have one dense order.
+    """
     given, tensors = z not in (None, "registers"), ("x_prev", "x", "m", "v", "z")
     x_prev = x if x == m else "fp32"
     x_0 = m if predicts == "sample" else x_prev
     types = {"x_prev_ptr": f"*{x_prev}", "x_0_ptr": f"*{x_0}", "x_ptr": f"*{x}", "m_ptr": f"*{m}", "v_ptr": f"*{m}"}
     types |= {"z_ptr": f"*{z}", "row_ptr": "*fp32", "at": at, "address_ptr": "*i64", "clip": "fp32"}
-    types |= dict.fromkeys(("per_sample", "inner"), "i32")
+    types |= dict.fromkeys(("per_sample", "inner_size"), "i32")
     types |= {f"{name}_{along}": "i32" for name in tensors for along in ("entry", "outer", "inner")}
     constants = {"PREDICTS": predicts, "SAMPLER": sampler, "LEARNED": learned, "BLOCK": predict_step.BLOCK}
     constants |= {} if clip else {"clip": None}
     absent = {"v_ptr": not learned, "z_ptr": not given, "address_ptr": z != "registers"}
     constants |= {name: None for name, is_absent in absent.items() if is_absent}
     if ones is None:
-        constants |= dict.fromkeys(("inner", *(f"{name}_{along}" for name in tensors for along in ("outer", "inner"))))
+        constants |= dict.fromkeys(
+            ("inner_size", *(f"{name}_{along}" for name in tensors for along in ("outer", "inner")))
+        )
     else:
         constants |= {f"{name}_{ones}": 1 for name in tensors}
-    how = [predicts] * (predicts != "epsilon") + [sampler] * (sampler != "ddpm") + ["clip"] * clip
-    how += [f"{what}{word}" for what, word in (("", learned), ("z ", z), ("1 ", ones)) if word]
-    name = f"predict_step {x}{f' m {m}' * (m != x)}, {', '.join(how)}"
+    parts = [predicts] * (predicts != "epsilon") + [sampler] * (sampler != "ddpm") + ["clip"] * clip
+    parts += [f"{what}{word}" for what, word in (("", learned), ("z ", z), ("1 ", ones)) if word]
+    name = f"predict_step {x}{f' m {m}' * (m != x)}, {', '.join(parts)}"
     read = BYTES[x] + BYTES[m] * (2 if learned else 1) + BYTES.get(z or "", 0)
     kernel, options, elements = predict_step.predict_step_kernel, predict_step.OPTIONS, predict_step.BLOCK
     return Variant(name, kernel, types, constants, options, elements, read, BYTES[x_prev] + BYTES[x_0])
@@ -96,7 +103,7 @@ def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
 
 
 def eps_loss_variant(m: str, x_0: str, predicts: str = "epsilon", *, backward: bool = False) -> Variant:
-    """The sum of a block that the forward kernel stores counts as nothing."""
+    """The bytes leave out the sum that the forward kernel stores per block."""
     types = {"out_ptr": f"*{m}" if backward else "*fp32", "grad_ptr": "*fp32", "m_ptr": f"*{m}", "x_0_ptr": f"*{x_0}"}
     types |= {"t_ptr": "*i64", "address_ptr": "*i64", "table_ptr": "*fp32", "per_sample": "i32"}
     constants = {"PREDICTS": predicts, "STREAM": 2, "WITH_T": False, "BLOCK": eps_loss.BLOCK}
@@ -108,7 +115,7 @@ def eps_loss_variant(m: str, x_0: str, predicts: str = "epsilon", *, backward: b
 
 
 def x_0_error_variant(m: str, x_0: str) -> Variant:
-    """The sum of a block that the kernel stores counts as nothing."""
+    """The bytes leave out the sum that the kernel stores per block."""
     types = {"out_ptr": "*fp32", "m_ptr": f"*{m}", "x_0_ptr": f"*{x_0}", "t_ptr": "*i64", "address_ptr": "*i64"}
     types |= {"table_ptr": "*fp32", "per_sample": "i32"}
     constants = {"STREAM": 3, "WITH_T": True, "BLOCK": x_0_error.BLOCK}
@@ -124,7 +131,7 @@ def tree_sum_variant() -> Variant:
 def group_norm_variants(
     dtype: str, n: int, pixels: int, channels: int, *, skip: bool = False, add: bool = False, silu: bool = True
 ) -> Iterator[Variant]:
-    """The kernels that `group_norm.plan` has launched for n samples of [pixels, channels] in 32 groups."""
+    """The kernels that are launched by `group_norm.plan` for n samples of [pixels, channels] in 32 groups."""
     plan = group_norm.plan(n, pixels, channels, 32, BYTES[dtype])
     width = triton.next_power_of_2(channels // 32)
     types = dict.fromkeys(("y_ptr", "x_ptr", "skip_ptr"), f"*{dtype}") | {"eps": "fp32"}
@@ -153,7 +160,7 @@ def residual_variant(dtype: str, *, bias: bool) -> Variant:
 
 
 def interleave_variant(dtype: str, *, bias: bool) -> Variant:
-    """For 256 channels. A thread loads its bias values once for all of its pixels: two in 16 bits, four in fp32."""
+    """For 256 channels. A thread loads the bias once for all of its pixels: two in 16 bits, four in fp32."""
     types = {"out_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
     types |= dict.fromkeys(("height", "width", "channels"), "i32")
     pixels = interleave.BLOCK // interleave.MAX_CHANNELS
@@ -198,26 +205,30 @@ VARIANTS = (
 
 
 def report(capabilities: Iterable[int] = CAPABILITIES) -> list[dict[str, Any]]:
-    """One record for each variant and compute capability; half a second each, less once Triton has them in its cache.
+    """One record per variant and compute capability. Each takes half a second, less if it is in Triton's cache.
 
     Keys: kernel, cc; registers per thread; spill_bytes per thread; shared_bytes per block; load_bytes and store_bytes,
-    what an element's tensors take, and load_bytes_128 and store_bytes_128, how much of that moves in 16-byte accesses;
-    instructions per element; inexact, the PTX instructions that break the noise standard's arithmetic.
+    what an element needs to read and write, and load_bytes_128 and store_bytes_128, how much of that moves in 16-byte
+    accesses; instructions per element; inexact, the PTX instructions that violate the noise standard's arithmetic.
 
-    Instructions are all of the kernel's machine code but the padding after its end, divided by the elements of a
-    thread: both sides of every branch and the slow path of the square root count, so that less is executed. Of a group
-    norm the loads include the parameters of the channels, which a thread reads once.
+    Instructions count the kernel's machine code without the padding at its end, divided by the elements of a thread.
+    They include both sides of every branch and the slow path of the square root, so fewer are executed. The loads of a
+    group norm include the parameters of the channels, which a thread reads once.
     Raises: RuntimeError: Triton is interpreting (TRITON_INTERPRET), or has no cuobjdump.
     """
     return list(_records(capabilities))
 
 
-def compiled(
+def compile_variant(
     variant: Variant, cc: int, *, aligned: bool = True, constants: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     """Triton's CompiledKernel of a variant.
 
-    Args: aligned: whether pointers and elements per sample are divisible by 16; constants, options: beyond the usual.
+    Args:
+        aligned: whether pointers and elements per sample are divisible by 16.
+        constants: constexpr arguments, in addition to the variant's.
+        options: of the compiler, in addition to the variant's.
+    Raises: RuntimeError: Triton is interpreting (TRITON_INTERPRET).
     """
     if not isinstance(variant.kernel, triton.JITFunction):
         raise RuntimeError("report: Triton is interpreting its kernels; unset TRITON_INTERPRET")
@@ -231,12 +242,12 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=variant.options | options)
 
 
-def measured(variant: Variant, kernel: Any) -> dict[str, Any]:
-    """The record of `report` for one compiled variant, but for its name and target."""
+def resources(variant: Variant, kernel: Any) -> dict[str, Any]:
+    """The record of `report` for one compiled variant, without its name and target."""
     listing = _cuobjdump(kernel.asm["cubin"], "-res-usage", "-sass")
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing))
     code = re.findall(OPERATION, listing, re.MULTILINE)
-    while code[-1] in ("NOP", "BRA"):  # the end of the code is padded
+    while code[-1] in ("NOP", "BRA"):  # padding after the end of the code
         code.pop()
     per_thread = variant.elements / (32 * kernel.metadata.num_warps)
     wide = {op: 16 * sum(name.startswith(f"{op}.E.128") for name in code) / per_thread for op in ("LDG", "STG")}
@@ -256,7 +267,7 @@ def measured(variant: Variant, kernel: Any) -> dict[str, Any]:
 def _records(capabilities: Iterable[int]) -> Iterator[dict[str, Any]]:
     for cc in capabilities:
         for variant in VARIANTS:
-            yield {"kernel": variant.name, "cc": cc} | measured(variant, compiled(variant, cc))
+            yield {"kernel": variant.name, "cc": cc} | resources(variant, compile_variant(variant, cc))
 
 
 def _cuobjdump(cubin: bytes, *options: str) -> str:

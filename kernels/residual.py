@@ -1,4 +1,4 @@
-"""Fused residual: h = h + residual + bias, in place.
+"""Fused residual h = h + residual + bias, in place: reads h and residual, writes h.
 
 Traffic: 3 times the element size: 6 bytes per element in bf16.
 Precision: all arithmetic in fp32 in the written order, rounded once.
@@ -36,7 +36,7 @@ def residual_kernel(
 
 
 def launch_residual(h, residual, bias):
-    """Launch only; fastddpm.ops has checked every argument."""
+    """Launches only: fastddpm.ops has checked every argument."""
     per_sample = h.shape[1:].numel()
     blocks = triton.cdiv(per_sample, BLOCK)
     with torch.cuda.device_of(h):

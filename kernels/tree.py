@@ -1,13 +1,14 @@
-"""Sums whose order is written down: a binary tree over the elements, neighbours first, zeros beyond the end.
+"""Sums in a specified order: a binary tree over the elements, neighbours first, zeros beyond the end.
 
-A block of a power of two is a subtree, so the sums of blocks are summed by the same tree and the size of a block
-changes no bit. Spec: reference/diffusion.py::tree_sum. Proof: tests/ops/test_eps_loss.py (bits),
-tests/kernels/test_compiled.py.
+A block of a power of two is a subtree: the same tree sums the sums of the blocks, and the block size changes no bit.
+Spec: fastddpm/reference/diffusion.py::tree_sum.
+Proof: tests/ops/test_eps_loss.py (bits), tests/kernels/test_compiled.py.
 """
 
 import triton
 import triton.language as tl
 
+from .block import block_of_entry
 from .launch import launch
 
 BLOCK = 1024
@@ -16,10 +17,10 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def tree_sum(x, BLOCK: tl.constexpr):
-    """The sum of [BLOCK], a power of two: a scalar.
+    """The sum of [BLOCK], a scalar; BLOCK is a power of two.
 
-    A level is a reduction of two elements, whose order does not matter: in a thread an addition, between threads a
-    shuffle. By tl.split, Triton 3.6 gave all elements of a block to each thread, and spilled 18 kB.
+    Each level reduces pairs, whose order does not matter: an addition in a thread, a shuffle between threads. With
+    tl.split instead, Triton 3.6 gave every thread all elements of the block, and spilled 18 kB.
     """
     if BLOCK == 1:
         return tl.sum(x, 0)  # of one element
@@ -34,15 +35,13 @@ def tree_sum_kernel(
     count,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    offs = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + n * count + block * BLOCK + offs, mask=offs < count - block * BLOCK, other=0.0)
+    n, block, at, mask = block_of_entry(count, BLOCK)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
     tl.store(out_ptr + n * tl.num_programs(1) + block, tree_sum(x, BLOCK))
 
 
 def launch_tree_sum(x):
-    """[N, count] fp32 contiguous, count >= 1 -> [N]: a launch for each level of blocks, none where count is 1."""
+    """[N, count] fp32 contiguous, count >= 1 -> [N]: one launch per level of blocks, none if count is 1."""
     while x.shape[1] > 1:
         out = x.new_empty(len(x), triton.cdiv(x.shape[1], BLOCK))
         launch(tree_sum_kernel, tuple(out.shape), out, x, x.shape[1], BLOCK=BLOCK, **OPTIONS)

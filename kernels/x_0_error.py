@@ -1,8 +1,8 @@
-"""How far the predicted x_0 is from x_0, a term of the variational bound: reads x_0 and m; x_t and eps are made again.
+"""Squared error of the predicted x_0, for the variational bound: reads x_0 and m; x_t and eps are made in registers.
 
 Traffic: the element sizes of x_0 and m: 3 bytes per element from uint8 with m in bf16.
 Precision: all arithmetic in fp32 in the written order, sums as a binary tree.
-Spec: reference/diffusion.py::squared_error of ::predicted_x_0 and ::add_noise with core/noise.py.
+Spec: fastddpm/reference/diffusion.py::squared_error of ::predicted_x_0 and ::add_noise with fastddpm/core/noise.py.
 Proof: tests/ops/test_x_0_error.py (bits), tests/kernels/test_compiled.py.
 """
 
@@ -10,6 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .block import block_of_entry
+from .columns import (
+    NOISE,
+    PREDICTED_CM,
+    PREDICTED_CX,
+    PREDICTED_HI,
+    PREDICTED_LO,
+    PREDICTED_SCALE,
+    SIGNAL,
+    X_0_ERROR_COLUMNS,
+)
 from .launch import launch
 from .noising import data_units, eps_of
 from .tree import launch_tree_sum, tree_sum
@@ -31,30 +42,26 @@ def x_0_error_kernel(
     WITH_T: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
-    block = tl.program_id(1)
-    offs = tl.arange(0, BLOCK)
-    mask = offs < per_sample - block * BLOCK
-    at = n * per_sample + block * BLOCK + offs
+    n, block, at, mask = block_of_entry(per_sample, BLOCK)
 
     m = tl.load(m_ptr + at, mask=mask).to(tl.float32)
     x_0 = data_units(tl.load(x_0_ptr + at, mask=mask))
     t = tl.load(t_ptr + n)
-    row = table_ptr + t * 7
+    row = table_ptr + t * X_0_ERROR_COLUMNS
     eps = eps_of(n, t, block, address_ptr, STREAM, WITH_T, BLOCK)
-    x_t = tl.load(row) * x_0 + tl.load(row + 1) * eps
-    w = tl.load(row + 2) * x_t + tl.load(row + 3) * m
-    w = tl.maximum(w, tl.load(row + 4), propagate_nan=tl.PropagateNan.ALL)
-    w = tl.minimum(w, tl.load(row + 5), propagate_nan=tl.PropagateNan.ALL)
-    d = tl.load(row + 6) * w - x_0
+    x_t = tl.load(row + SIGNAL) * x_0 + tl.load(row + NOISE) * eps
+    w = tl.load(row + PREDICTED_CX) * x_t + tl.load(row + PREDICTED_CM) * m
+    w = tl.maximum(w, tl.load(row + PREDICTED_LO), propagate_nan=tl.PropagateNan.ALL)
+    w = tl.minimum(w, tl.load(row + PREDICTED_HI), propagate_nan=tl.PropagateNan.ALL)
+    d = tl.load(row + PREDICTED_SCALE) * w - x_0
     tl.store(out_ptr + n * tl.num_programs(1) + block, tree_sum(tl.where(mask, d * d, 0.0), BLOCK))
 
 
 def launch_x_0_error(m, x_0, t, address, table, *, stream, with_t):
-    """[N] fp32. Launch only; fastddpm.ops has checked every argument."""
+    """Return [N] fp32. Launches only: fastddpm.ops has checked every argument."""
     per_sample = m.shape[1:].numel()
     blocks = m.new_empty(len(m), triton.cdiv(per_sample, BLOCK), dtype=torch.float32)
-    how = {"STREAM": stream, "WITH_T": with_t, "BLOCK": BLOCK, **OPTIONS}
+    constants = {"STREAM": stream, "WITH_T": with_t, "BLOCK": BLOCK, **OPTIONS}
     with torch.cuda.device_of(m):
-        launch(x_0_error_kernel, tuple(blocks.shape), blocks, m, x_0, t, address, table, per_sample, **how)
+        launch(x_0_error_kernel, tuple(blocks.shape), blocks, m, x_0, t, address, table, per_sample, **constants)
         return launch_tree_sum(blocks)

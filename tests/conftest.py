@@ -1,4 +1,4 @@
-"""Where the operations are tested: in torch on the CPU, in the Triton interpreter, on a GPU."""
+"""Fixtures that run the operations in torch on the CPU, in the Triton interpreter and on a GPU."""
 
 import os
 import re
@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from fastddpm import ops
+from fastddpm.core import layout
+from tests.support.guards import Guards
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, which reads it
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell has it for what runs in its background
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what the tests start and interrupt would inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores it in background jobs
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests interrupt processes, which inherit the handler
 
-# A machine with a GPU may lack what some tests compare with, and can run all the others.
+# A machine with a GPU may lack packages that some tests compare with. The other tests run there.
 _needs = re.compile(r"^(?:from|import) (diffusers|hypothesis|onnx|onnxruntime|scipy)\b", re.MULTILINE)
 collect_ignore = [
     str(file)
@@ -30,13 +32,13 @@ needs_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(params=["cpu", "interpreter", pytest.param("cuda", marks=needs_gpu)])
 def device(request):
-    """The device to put tensors on, for which `ops` runs in torch, interpreted or compiled."""
+    """The device for tensors: `ops` runs on it in torch, in the interpreter or compiled."""
     return _device(request)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=needs_gpu)])
 def kernel_device(request):
-    """As `device`, but Triton everywhere."""
+    """Like `device`, but only Triton."""
     return _device(request)
 
 
@@ -48,19 +50,26 @@ def _device(request):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels on the CPU, for `ops` too."""
+    """Makes `ops` run the kernels in the interpreter, on the CPU."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     if torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU")
     convert = interpreter._convert_float
 
     def rounded(data, source, target, mode):
-        if (source.name, target.name) == (
-            "fp32",
-            "bf16",
-        ):  # the interpreter truncates; PTX rounds: tests/kernels/test_compiled.py
+        if (source.name, target.name) == ("fp32", "bf16"):
+            # the interpreter truncates; compiled kernels round: tests/kernels/test_compiled.py
             return torch.tensor(data).bfloat16().view(torch.uint16).numpy()
         return convert(data, source, target, mode)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    with ops.forced_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def guards(monkeypatch):
+    """Makes `ops` allocate between guard regions, all filled with NaN."""
+    guards = Guards()
+    monkeypatch.setattr(layout, "empty", guards.empty)
+    return guards

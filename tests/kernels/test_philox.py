@@ -1,4 +1,4 @@
-"""The noise standard in Triton: the published bits, and those of the noise in torch on fresh random addresses."""
+"""The noise standard in Triton: the published bits, and those of `fastddpm.core.noise` at random addresses."""
 
 import json
 from pathlib import Path
@@ -107,14 +107,14 @@ def test_normals_equal_the_vectors(case, kernel_device):
     assert bits(z[0]) == numbers(case["bits"])
 
 
-def test_words_equal_those_in_torch(kernel_device):
+def test_words_equal_those_of_torch(kernel_device):
     drawn = torch.randint(1 << 32, (1000, 6), generator=torch.Generator().manual_seed(1))
     edges = torch.tensor([0, 1, 2**31 - 1, 2**31, 2**32 - 1])[torch.arange(5 * 6).reshape(5, 6) % 5]
     counters = torch.cat([drawn, edges])
     assert torch.equal(words_of(counters, kernel_device), torch.stack(noise.philox(*counters.unbind(1)), 1))
 
 
-def test_box_muller_equals_that_in_torch(kernel_device):
+def test_box_muller_equals_that_of_torch(kernel_device):
     drawn = torch.randint(1 << 32, (1 << 17, 2), generator=torch.Generator().manual_seed(2))
     words = torch.cat([torch.cartesian_prod(torch.tensor(EDGES), torch.tensor(EDGES)), drawn])
     want = torch.stack(noise.box_muller(*words.unbind(1)), 1)
@@ -123,7 +123,7 @@ def test_box_muller_equals_that_in_torch(kernel_device):
 
 @pytest.mark.parametrize("stream", [0, 3, 255])
 @pytest.mark.parametrize("count", [1, 6, 385])
-def test_normals_equal_those_in_torch(count, stream, kernel_device):
+def test_normals_equal_those_of_torch(count, stream, kernel_device):
     drawn = torch.Generator().manual_seed(count + stream)
     address = torch.randint(-(1 << 63), (1 << 63) - 1, (10, 2), generator=drawn)
     address[:, 1] &= (1 << 56) - 1

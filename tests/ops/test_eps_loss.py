@@ -1,4 +1,4 @@
-"""`ops.eps_loss` in torch, in the Triton interpreter and on a GPU: the bits of the reference, and its gradient's."""
+"""`ops.eps_loss` in torch, in the Triton interpreter and on a GPU: it and its gradient have the reference's bits."""
 
 import math
 from contextlib import nullcontext
@@ -7,53 +7,33 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import ops
 from fastddpm.core import layout, noise
 from fastddpm.core.schedule import Schedule
 from fastddpm.reference.diffusion import Diffusion, squared_error, target, tree_sum
+from tests.support.bits import same_bits
 from tests.support.check import assert_as_accurate, error_line
-
-TABLE = Schedule().noising_table()
-# a block is 1024 elements; one, two and three levels of blocks
-SHAPES = [(1, 1, 1, 1), (2, 3, 32, 32), (3, 5, 7, 11), (4, 3, 50), (1, 1024), (1, 1023), (1, 1025), (2, 4, 257)]
-TIMES, SEEDS, SAMPLES = [999, 0, 500, 1], [2**64 - 1, 0, 2**63, 12345], [2**56 - 1, 2**32, 7, 2**32 - 1]
-
-
-def drawn(shape, seed) -> Tensor:
-    return layout.channels_last(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-
-
-def inputs(shape, m_dtype=torch.float32, x_dtype=torch.uint8):
-    """m, and the arguments that follow it, on the CPU."""
-    n, m = shape[0], drawn(shape, 1).to(m_dtype)
-    x_0 = (drawn(shape, 2) * 40 + 128).clamp(0, 255).to(torch.uint8) if x_dtype == torch.uint8 else drawn(shape, 2)
-    address = torch.cat([noise.address(seed, [i]) for seed, i in zip(SEEDS[:n], SAMPLES[:n], strict=True)])
-    return m, x_0.to(x_dtype), torch.tensor(TIMES[:n]), address, TABLE
+from tests.support.draws import numpy_warns
+from tests.support.losses import NOISING_TABLE, SHAPES, inputs, normal_tensor
 
 
 def wanted(m, x_0, t, address, table, predicts="epsilon", stream=noise.TRAIN, dtype=torch.float32):
-    """What m should be, in the dtype in which it is computed of float32 draws."""
+    """The target of m, computed in dtype from float32 draws."""
     value = (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0
     eps = noise.normal(address, m.shape[1:], stream=stream, t=t if stream == noise.LIKELIHOOD else 0)
     return target(value.to(dtype), eps.to(dtype), table[t], predicts)
 
 
-def run(device, m, *others, **how):
+def run(device, m, *others, **options):
     m = m.to(device, copy=True).requires_grad_(True)
-    return m, ops.eps_loss(m, *(a.to(device) for a in others), **how)
-
-
-def same_bits(got: Tensor, want: Tensor) -> bool:
-    kind = {4: torch.int32, 2: torch.int16}[want.element_size()]
-    return got.dtype == want.dtype and torch.equal(got.detach().cpu().view(kind), want.view(kind))
+    return m, ops.eps_loss(m, *(a.to(device) for a in others), **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tree_sum_is_what_its_docstring_says(shape):
-    x = drawn(shape, 0) + 3
+def test_tree_sum_adds_neighbours_first(shape):
+    x = normal_tensor(shape, 0) + 3
     elements = x.movedim(1, -1).flatten(1).tolist()
     want = []
     for sample in elements:
@@ -65,7 +45,7 @@ def test_tree_sum_is_what_its_docstring_says(shape):
     assert_as_accurate(tree_sum(x), x.flatten(1).sum(1), x.double().flatten(1).sum(1))
 
 
-def test_tree_sum_of_nothing():
+def test_tree_sum_of_empty_input():
     assert tree_sum(torch.empty(2, 0, 3)).tolist() == [0, 0]
     assert tree_sum(torch.empty(0, 4)).shape == (0,)
 
@@ -73,22 +53,22 @@ def test_tree_sum_of_nothing():
 @pytest.mark.parametrize("stream", [noise.TRAIN, noise.LIKELIHOOD])
 @pytest.mark.parametrize("predicts", ops.PREDICTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_gradient_are_the_specification(shape, predicts, stream, device):
+def test_loss_and_gradient_equal_specification(shape, predicts, stream, device):
     for m_dtype, x_dtype in product(ops.FLOATS, (torch.uint8, torch.float32)):
         arguments = inputs(shape, m_dtype, x_dtype)
-        goal = wanted(*arguments, predicts, stream)
+        target_of_m = wanted(*arguments, predicts, stream)
         m, loss = run(device, *arguments, predicts=predicts, stream=stream)
-        assert same_bits(loss, squared_error(arguments[0], goal))
-        weights = drawn((shape[0], 1), 3)[:, 0].clone()
+        assert same_bits(loss, squared_error(arguments[0], target_of_m))
+        weights = normal_tensor((shape[0], 1), 3)[:, 0].clone()
         loss.backward(weights.to(device))
         scale = (2 * weights).view(-1, *[1] * (len(shape) - 1))
-        assert same_bits(m.grad, (scale * (arguments[0].float() - goal)).to(m_dtype))
+        assert same_bits(m.grad, (scale * (arguments[0].float() - target_of_m)).to(m_dtype))
         assert layout.is_channels_last(m.grad)
 
 
 @pytest.mark.parametrize("predicts", ops.PREDICTIONS)
 @pytest.mark.parametrize("dtype", ops.FLOATS)
-def test_gradient_is_as_near_to_float64_as_plain_torchs(dtype, predicts, device):
+def test_gradient_is_as_accurate_as_torch(dtype, predicts, device):
     arguments = inputs((3, 5, 7, 11), dtype)
     m, loss = run(device, *arguments, predicts=predicts)
     (loss.sum() / m.numel()).backward()
@@ -99,7 +79,7 @@ def test_gradient_is_as_near_to_float64_as_plain_torchs(dtype, predicts, device)
 
 
 @pytest.mark.parametrize("damage", [lambda g: g * 1.01, lambda g: g.roll(1, 0), lambda g: g * math.nan])
-def test_a_damaged_gradient_is_seen(damage):
+def test_a_damaged_gradient_is_detected(damage):
     arguments = inputs((3, 5, 7, 11), torch.bfloat16)
     m, loss = run("cpu", *arguments)
     loss.sum().backward()
@@ -109,7 +89,7 @@ def test_a_damaged_gradient_is_seen(damage):
         assert_as_accurate(damage(m.grad), exact.bfloat16(), exact)
 
 
-def test_it_is_the_loss_of_algorithm_1(device):
+def test_it_equals_the_loss_of_algorithm_1(device):
     process, (m, x_0, t, address, table) = Diffusion(Schedule().betas), inputs((4, 3, 8, 8))
     value = (x_0.double() - 127.5) / 127.5
     eps = noise.normal(address, (3, 8, 8), stream=noise.TRAIN, t=0)
@@ -125,16 +105,16 @@ def test_x_0_is_not_read_for_eps_prediction(device):
     assert same_bits(run(device, m, x_0 * math.nan, *others)[1], run("cpu", m, x_0, *others)[1].detach())
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+@numpy_warns
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-def test_what_is_not_finite_stays_so(value, device):
+def test_loss_is_not_finite_if_m_is_not(value, device):
     m, *others = inputs((2, 3, 8, 8))
     m[1, 2, 3, 4] = value
     _, loss = run(device, m, *others)
     assert loss.isfinite().tolist() == [True, False]
 
 
-def test_any_memory_of_m(device):
+def test_m_may_be_contiguous(device):
     m, *others = inputs((2, 3, 8, 8))
     want = run("cpu", m, *others)[1].detach()
     contiguous, loss = run(device, m.contiguous(), *others)
@@ -143,10 +123,10 @@ def test_any_memory_of_m(device):
     assert contiguous.grad.shape == m.shape
 
 
-def test_nothing(device):
+def test_empty_input_gives_zero(device):
     for shape in ((0, 3, 4, 4), (2, 0)):
         n = shape[0]
-        others = torch.empty(shape), torch.zeros(n, dtype=torch.int64), noise.address(0, n), TABLE
+        others = torch.empty(shape), torch.zeros(n, dtype=torch.int64), noise.address(0, n), NOISING_TABLE
         m, loss = run(device, torch.empty(shape), *others)
         loss.sum().backward()
         assert loss.tolist() == [0] * n
@@ -154,9 +134,9 @@ def test_nothing(device):
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "message"),
+    ("name", "damage", "message"),
     [
-        ("m", lambda m: m[:1], r"m is (1, 3, 8, 8) torch.float32 on cpu, but x_0 is (2, 3, 8, 8) on cpu; the"),
+        ("m", lambda m: m[:1], "m is (1, 3, 8, 8) torch.float32 on cpu, but x_0 is (2, 3, 8, 8) on cpu; the"),
         (
             "m",
             lambda m: m.double(),
@@ -175,28 +155,28 @@ def test_nothing(device):
         ("stream", lambda _: 0, "stream is 0; want noise.TRAIN (2) or noise.LIKELIHOOD (3)"),
     ],
 )
-def test_it_refuses(name, spoil, message):
+def test_eps_loss_rejects_invalid_arguments(name, damage, message):
     arguments = dict(zip(("m", "x_0", "t", "address", "table"), inputs((2, 3, 8, 8)), strict=True))
-    line = error_line(ops.eps_loss, **arguments | {name: spoil(arguments.get(name))})
+    line = error_line(ops.eps_loss, **arguments | {name: damage(arguments.get(name))})
     assert line.startswith(f"eps_loss: {message}")
 
 
-def test_no_gradient_of_the_gradient():
+def test_second_derivatives_are_rejected():
     m, loss = run("cpu", *inputs((2, 3, 8, 8)))
     line = error_line(torch.autograd.grad, loss.sum(), m, create_graph=True)
     assert line == "eps_loss: it is differentiable once; call backward() or grad() without create_graph"
 
 
-def test_no_gradient_for_x_0():
+def test_x_0_must_not_require_a_gradient():
     m, x_0, *others = inputs((2, 3, 8, 8), x_dtype=torch.float32)
-    assert "x_0 requires a gradient, and eps_loss has none" in error_line(
+    assert "x_0 requires a gradient, but eps_loss is not differentiable in it" in error_line(
         ops.eps_loss, m, x_0.requires_grad_(), *others
     )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_torch_compile_traces_it_and_its_gradient(device, dynamic):
+def test_torch_compile_traces_eps_loss_and_its_gradient(device, dynamic):
     def step(weight, x_0, t, address, table):
         x_t = ops.noising(x_0, t, address, table, dtype=torch.bfloat16)
         return ops.eps_loss(x_t * weight.bfloat16(), x_0, t, address, table, predicts="v_prediction").mean()
@@ -214,7 +194,7 @@ def test_torch_compile_traces_it_and_its_gradient(device, dynamic):
 @pytest.mark.slow
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
-def test_it_is_registered_as_torch_expects(device, predicts, dtype):
+def test_eps_loss_passes_opcheck(device, predicts, dtype):
     m, *others = (a.to(device) for a in inputs((2, 3, 8, 8), dtype))
     torch.library.opcheck(torch.ops.fastddpm.eps_loss.default, (m.requires_grad_(), *others, predicts, noise.TRAIN))
 
@@ -230,7 +210,7 @@ MEMORIES = {
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 4, 4), (4, 3, 50), (2, 7)], ids=str)
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
-def test_traces_see_the_dtype_and_the_layout(dtype, shape, memory):
+def test_fake_tensors_have_the_dtype_and_layout_of_real_ones(dtype, shape, memory):
     seen = []
     for mode in (None, FakeTensorMode()):
         given, *others = inputs(shape, dtype)
@@ -240,6 +220,6 @@ def test_traces_see_the_dtype_and_the_layout(dtype, shape, memory):
             # without autograd, which gives any gradient the strides of m
             with torch.no_grad():
                 gradient = torch.ops.fastddpm.eps_loss_backward(error, m, *others, "epsilon", noise.TRAIN)
-            found = error, gradient, *torch.autograd.grad(error.sum(), m)
-            seen.append([(one.dtype, one.shape, one.stride()) for one in found])
+            results = error, gradient, *torch.autograd.grad(error.sum(), m)
+            seen.append([(one.dtype, one.shape, one.stride()) for one in results])
     assert seen[0] == seen[1]

@@ -1,4 +1,4 @@
-"""`ops.group_norm` in torch, in the Triton interpreter and on a GPU: as near to float64 as plain torch, and no more."""
+"""`ops.group_norm` in torch, in the Triton interpreter and on a GPU: as near to float64 as plain torch."""
 
 import os
 import subprocess
@@ -15,29 +15,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import ops
 from fastddpm.core import layout
-from tests.kernels.test_kernels import Guards, assert_same_bits, drawn
+from tests.support.bits import assert_same_bits
 from tests.support.check import assert_as_accurate, error_line
+from tests.support.draws import generator
 
-# In the interpreter numpy complains of padding, which is computed but not stored, and of NaN.
+# In the interpreter numpy warns of NaN, and of padding, which is computed but not stored.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
-# As far off centre, at a standard deviation of 1, as the numbers of each format still tell apart.
+# Means as far from 0, at a standard deviation of 1, as each format still resolves.
 MEANS = {torch.float32: 1000.0, torch.float16: 100.0, torch.bfloat16: 10.0}
 
 
 class Problem:
-    """Arguments of `ops.group_norm`, and the same by plain torch."""
+    """Arguments of `ops.group_norm`, and the result of plain torch."""
 
     def __init__(self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, silu=True, seed=0):
-        """skip: channels that follow the shape's; rows: of add, 0 for none."""
+        """Args: skip: how many channels to add to those of shape; rows: how many rows add has, 0 for no add."""
         n, channels, *spatial = shape
         channels += skip
-        both = (torch.randn(n, channels, *spatial, generator=drawn(seed)) + mean).to(dtype)
+        both = (torch.randn(n, channels, *spatial, generator=generator(seed)) + mean).to(dtype)
         self.x, self.skip = layout.channels_last(both[:, : channels - skip]), layout.channels_last(both[:, -skip:])
         self.skip = self.skip if skip else None
-        self.weight, self.bias, shifts = torch.randn(3, channels, generator=drawn(seed + 1)).unbind()
+        self.weight, self.bias, shifts = torch.randn(3, channels, generator=generator(seed + 1)).unbind()
         self.table = torch.full((rows, channels + 5), nan)  # add is a slice of its columns
-        self.table[:, 2:-3] = 3 * torch.randn(rows, channels, generator=drawn(seed + 2)) + 5 * shifts
+        self.table[:, 2:-3] = 3 * torch.randn(rows, channels, generator=generator(seed + 2)) + 5 * shifts
         self.groups, self.silu, self.eps = groups, silu, 1e-5
 
     def arguments(self, device="cpu"):
@@ -53,7 +54,7 @@ class Problem:
         return ops.group_norm(*args, **options)
 
     def plain(self, dtype, device="cpu") -> Tensor:
-        """By torch, all in dtype; rounded to x's in the end unless that is float64."""
+        """The result of torch, all in dtype; rounded to x's dtype at the end unless dtype is float64."""
         (x, weight, bias, groups), options = self.arguments(device)
         v = torch.cat([x] if options["skip"] is None else [x, options["skip"]], 1).to(dtype).contiguous()
         if options["add"] is not None:
@@ -71,11 +72,11 @@ class Problem:
 
 SHAPES = [  # shape, channels of skip, groups
     ((2, 16, 4, 4), 0, 4),  # groups of 4
-    ((1, 24, 3, 5), 8, 4),  # 8; the halves of 16 pixels, one missing
-    ((2, 20, 5, 3), 16, 3),  # 12: no power of two; one group lies in both inputs
+    ((1, 24, 3, 5), 8, 4),  # 8; 15 pixels, padded to 16
+    ((2, 20, 5, 3), 16, 3),  # 12, not a power of two; one group has channels of both inputs
     ((2, 32, 2, 2), 0, 2),  # 16
     ((1, 40, 3, 3), 8, 2),  # 24
-    ((2, 5, 2, 3), 7, 3),  # 4, of two inputs that are not aligned
+    ((2, 5, 2, 3), 7, 3),  # 4, of two inputs that are not aligned to 16 bytes
     ((2, 15, 3, 3), 0, 5),  # 3
     ((3, 12, 1, 1), 0, 4),  # one pixel
     ((3, 12), 0, 4),  # no pixels at all
@@ -88,21 +89,13 @@ SHAPES = [  # shape, channels of skip, groups
 
 
 @pytest.fixture
-def guards(monkeypatch):
-    """Puts what `ops` allocates amid guards, all filled with NaN."""
-    guards = Guards()
-    monkeypatch.setattr(layout, "empty", guards.empty)
-    return guards
-
-
-@pytest.fixture
 def kernel():
     return pytest.importorskip("fastddpm.kernels.group_norm")
 
 
 @pytest.fixture
 def planned(monkeypatch, kernel):
-    """Sets the plan of the launches that follow."""
+    """A function that sets the plan of later launches."""
     return lambda plan: monkeypatch.setattr(kernel, "plan", lambda *shape: kernel.Plan(*plan))
 
 
@@ -123,7 +116,7 @@ def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, si
         assert_same_bits(options["skip"], problem.skip)
 
 
-# Groups of 12 channels, one of them in both inputs, over 15 pixels: held, then shared by 4, 2, 15 and 1.
+# Groups of 12 channels, one with channels of both inputs, over 15 pixels: held, then shared by 4, 2, 15 and 1.
 PLANS = [(1, 16, 16, 4), (2, 16, 16, 4), (4, 16, 16, 4), (1, 2, 4, 4), (2, 4, 8, 4), (1, 1, 1, 4), (4, 4, 16, 4)]
 
 
@@ -141,22 +134,27 @@ def test_every_plan_is_as_accurate_as_torch(plan, dtype, kernel_device, guards, 
     [(1, 4, torch.bfloat16), (7, 3, torch.float32), (20, 4, torch.bfloat16), (20, 3, torch.float16)],
 )
 def test_every_candidate_is_as_accurate_as_torch(pixels, groups, dtype, kernel_device, planned, kernel, monkeypatch):
-    for name, value in {"FULL": 4, "HELD": 64, "TILE": 16, "MAX_SLABS": 3}.items():  # the model of a large problem
+    for name, value in {
+        "FULL": 4,
+        "HELD": 64,
+        "TILE": 16,
+        "MAX_SLABS": 3,
+    }.items():  # a small problem then has the plans of a large one
         monkeypatch.setattr(kernel, name, value)
     problem = Problem((1, 3 * groups, pixels), groups, groups, dtype=dtype, mean=MEANS[dtype], rows=1)
     plans = kernel.candidates(1, pixels, 4 * groups, groups, dtype.itemsize)
     if pixels == 20:
         assert {plan.rows < pixels for plan in plans} == {False, True}
         assert len({plan.groups for plan in plans}) > 1
-    if kernel_device == "cpu":  # where there are no warps
+    if kernel_device == "cpu":  # the interpreter has no warps
         plans = {plan[:3]: plan for plan in plans}.values()
     for plan in plans:
         planned(plan)
         problem.check(problem.run(kernel_device))
 
 
-def test_a_group_far_from_zero_is_as_accurate_as_one_about_it(kernel_device):
-    """The second pass corrects the mean, which fp32 tells to a whole number only where neighbours are 2 apart."""
+def test_a_group_far_from_zero_is_as_accurate_as_one_near_zero(kernel_device):
+    """The second pass corrects the mean: around 2^24, neighbouring float32 numbers are 2 apart."""
     near, far = (Problem((2, 16, 64), groups=4, silu=False) for _ in range(2))
     near.x = (near.x * 4).round() * 2
     far.x = near.x + 2**24
@@ -167,14 +165,14 @@ def test_a_group_far_from_zero_is_as_accurate_as_one_about_it(kernel_device):
         assert_as_accurate(far.plain(torch.float32, kernel_device), near_plain, ref)
 
 
-# What an entry depends on
+# Independent entries
 
 HELD_AND_SHARED = [(4, 16, 16, 4), (2, 4, 8, 4)]
 
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_an_entry_depends_on_no_other(rows, plan, device, planned):
+def test_entries_do_not_depend_on_each_other(rows, plan, device, planned):
     planned(plan)
     y = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows).run(device)
     for i in range(2):
@@ -192,7 +190,7 @@ def test_an_entry_depends_on_no_other(rows, plan, device, planned):
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
 @pytest.mark.parametrize("bad", [nan, inf, -inf])
 @pytest.mark.parametrize("where", ["x", "skip", "add"])
-def test_what_is_not_finite_stays_in_its_group(where, bad, plan, device, planned):
+def test_nan_and_inf_stay_in_their_group(where, bad, plan, device, planned):
     problem = Problem((2, 20, 3, 3), 16, 3, rows=2)
     planned(plan)
     y = problem.run(device)
@@ -202,18 +200,18 @@ def test_what_is_not_finite_stays_in_its_group(where, bad, plan, device, planned
         problem.skip[1, 3, 0, 0] = bad
     else:
         problem.table[1, 2 + 20] = bad
-    spoilt = torch.zeros_like(y, dtype=torch.bool)
-    spoilt[1, 12:24] = True  # the group of channels 13 and 23, which are x's and skip's
+    expected_nan = torch.zeros_like(y, dtype=torch.bool)
+    expected_nan[1, 12:24] = True  # the group of channel 13, of x, and channel 23, of skip
     got = problem.run(device)
-    assert torch.equal(got[~spoilt], y[~spoilt])
-    assert got[spoilt].isnan().all()
+    assert torch.equal(got[~expected_nan], y[~expected_nan])
+    assert got[expected_nan].isnan().all()
 
 
 # The time bias
 
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
-def test_one_row_for_all_is_a_row_for_each(plan, device, planned):
+def test_one_row_equals_the_same_row_for_each_entry(plan, device, planned):
     one, each = (Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows) for rows in (1, 2))
     each.table[:] = one.table
     planned(plan)
@@ -233,7 +231,7 @@ def test_a_large_bias_is_as_accurate_as_in_torch(plan, device, planned):
     problem.check(problem.run(device))
 
 
-# The ends of the range
+# Extreme values
 
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
@@ -250,7 +248,7 @@ def test_silu_of_large_numbers(dtype, plan, device, planned):
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1000.0, -3e4])
-def test_a_constant_group_becomes_its_bias(value, plan, kernel_device, planned):
+def test_a_constant_group_gives_its_bias(value, plan, kernel_device, planned):
     problem = Problem((2, 8, 3, 3), groups=2, silu=False)
     problem.x.fill_(value)
     planned(plan)
@@ -259,7 +257,7 @@ def test_a_constant_group_becomes_its_bias(value, plan, kernel_device, planned):
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4), (0, 8)], ids=str)
-def test_nothing_becomes_nothing(shape, device):
+def test_empty_input_gives_empty_output(shape, device):
     problem = Problem(shape, groups=2, rows=1)
     assert problem.run(device).shape == shape
 
@@ -271,11 +269,11 @@ FAR = """
 import sys, torch
 from fastddpm.kernels import group_norm as kernels
 
-device, n, pixels, channels = sys.argv[1], 130, 2, 1 << 23  # a sample of 2^24 elements, of which one group is computed
+device, n, pixels, channels = sys.argv[1], 130, 2, 1 << 23  # 2^24 elements per sample; one group is computed
 assert (n - 1) * pixels * (channels - 4) > 2**31
 tile = {"PER_GROUP": 8, "WIDTH": 8, "GROUPS": 1, "STRIPES": 1, "num_warps": 1}
 
-def far(columns, value=None):  # memory that nothing touches takes no room on a CPU
+def far(columns, value=None):  # on a CPU, untouched memory takes no physical pages
     memory = torch.empty(n * pixels * columns, dtype=torch.float16, device=device)
     group = memory.view(n, pixels, columns)[:, :, :8]
     return memory, group if value is None else group[:, :, : value.shape[2]].copy_(value)
@@ -292,25 +290,25 @@ inputs, sizes = (x, skip, None), (pixels, channels, 4, 0)
 y, group = far(channels)
 kernels.held_kernel[n,](y, *inputs, weight, bias, *sizes, 1e-5, SILU=False, ROWS=2, **tile)
 check(group)
-found = torch.empty(n * 2 * 3 * (channels // 8), device=device)  # 2^31 bytes and more
+statistics = torch.empty(n * 2 * 3 * (channels // 8), device=device)  # 2^31 bytes and more
 tile |= {"ROWS": 1, "SLAB": 1}
 y, group = far(channels)
-kernels.statistics_kernel[2 * n,](found, *inputs, *sizes, 2, **tile)
-kernels.apply_kernel[2 * n,](y, *inputs, weight, bias, found, *sizes, 2, 1e-5, SILU=False, SLABS=2, **tile)
+kernels.statistics_kernel[2 * n,](statistics, *inputs, *sizes, 2, **tile)
+kernels.apply_kernel[2 * n,](y, *inputs, weight, bias, statistics, *sizes, 2, 1e-5, SILU=False, SLABS=2, **tile)
 check(group)
 """
 
 
 @pytest.mark.slow
 def test_offsets_beyond_32_bits(kernel_device):
-    """The first group of each of 130 large samples; a wrong address may well crash the process."""
+    """Computes the first group of 130 large samples, in a subprocess, as a wrong address may crash it."""
     if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16e9:
-        pytest.skip("it reserves 11 GB of memory, though it writes little of it")
+        pytest.skip("needs 16 GB of memory: it reserves 11 GB, though it touches little of it")
     subprocess.run([sys.executable, "-c", FAR, kernel_device], check=True)
 
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
-def test_kernels_are_launched_on_the_device_of_their_data(plan, interpreted, planned, monkeypatch):
+def test_kernels_are_launched_on_the_device_of_x(plan, interpreted, planned, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or nullcontext())
     planned(plan)
@@ -330,7 +328,7 @@ ODD = [(1, 32), (15, 96), (77, 288), (100_000, 32), (3, 32 * 8192)]
 
 
 @pytest.mark.parametrize(("pixels", "channels"), CIFAR + CELEBA + ODD)
-def test_plans_are_sound(pixels, channels, kernel):
+def test_plans_are_valid(pixels, channels, kernel):
     width = channels // 32
     for n, itemsize in product((1, 4, 64, 4096), (2, 4)):
         plans = kernel.candidates(n, pixels, channels, 32, itemsize)
@@ -350,34 +348,38 @@ def test_plans_are_sound(pixels, channels, kernel):
 
 
 @pytest.mark.parametrize(("pixels", "channels"), CIFAR)
-def test_a_small_model_needs_one_launch_per_norm(pixels, channels, kernel):
+def test_norms_of_a_small_model_take_one_launch(pixels, channels, kernel):
     for n, itemsize in product((1, 8, 64, 1024), (2, 4)):
         assert kernel.plan(n, pixels, channels, 32, itemsize).rows >= pixels
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("pixels", "channels"), CELEBA)
-def test_large_groups_are_shared_so_that_one_sample_fills_a_gpu(pixels, channels, itemsize, kernel):
+def test_programs_share_large_groups_so_that_one_sample_fills_a_gpu(pixels, channels, itemsize, kernel):
     plan = kernel.plan(1, pixels, channels, 32, itemsize)
     programs = -(-32 // plan.groups) * -(-pixels // plan.slab)
     assert (programs >= 132) == (pixels * channels > 32 * kernel.HELD)  # an H200's multiprocessors
 
 
-# What is refused
+# Invalid arguments
 
 
-def spoiling(name, spoil):
-    """Arguments of which one is spoilt."""
+def damaged_arguments(name, damage):
+    """Arguments of which one is damaged."""
     names = ("x", "weight", "bias", "groups")
     args, options = Problem((2, 8, 3, 3), 4, 3, rows=2).arguments()
     named = dict(zip(names, args, strict=True)) | options
-    return named | {name: spoil(named[name])}
+    return named | {name: damage(named[name])}
 
 
 BAD = [
     ("x", lambda x: x.double(), "x is (2, 8, 3, 3) torch.float64 on cpu; want [N, C, *spatial] or [N, D] of float32,"),
     ("x", lambda x: x.contiguous(), "x has strides (72, 9, 3, 1), not channels-last; use layout.channels_last(x)"),
-    ("x", lambda x: x.clone().requires_grad_(), "x requires a gradient, and group_norm has none; call it under"),
+    (
+        "x",
+        lambda x: x.clone().requires_grad_(),
+        "x requires a gradient, but group_norm is not differentiable in it; call it under",
+    ),
     (
         "x",
         lambda x: x[:1],
@@ -427,12 +429,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "message"), BAD)
-def test_group_norm_refuses(name, spoil, message):
-    assert error_line(ops.group_norm, **spoiling(name, spoil)).startswith(f"group_norm: {message}")
+@pytest.mark.parametrize(("name", "damage", "message"), BAD)
+def test_group_norm_rejects_invalid_arguments(name, damage, message):
+    assert error_line(ops.group_norm, **damaged_arguments(name, damage)).startswith(f"group_norm: {message}")
 
 
-def test_what_the_kernels_cannot_count_is_refused():
+def test_sizes_beyond_the_kernels_limits_are_rejected():
     def norm(x, groups=1, **options):
         weight = torch.empty(x.shape[1] + (options["skip"].shape[1] if options else 0), device="meta")
         return ops.group_norm(x, weight, weight, groups, eps=1e-5, **options)
@@ -447,7 +449,7 @@ def test_what_the_kernels_cannot_count_is_refused():
     assert "of at most 8192" in error_line(norm, torch.empty(1, (1 << 13) + 1, device="meta"))
 
 
-def test_group_norm_under_no_grad():
+def test_parameters_may_require_gradients_under_no_grad():
     problem = Problem((2, 8, 3, 3), groups=2)
     y = problem.run()
     problem.weight.requires_grad_()
@@ -475,13 +477,13 @@ def test_torch_compile_traces_group_norm(device, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
-def test_group_norm_is_registered_as_torch_expects(full, device):
+def test_group_norm_passes_opcheck(full, device):
     problem = Problem((2, 8, 3, 3), 4 * full, 2, dtype=torch.bfloat16, rows=2 * full)
     args, o = problem.arguments(device)
     torch.library.opcheck(torch.ops.fastddpm.group_norm.default, (*args, 1e-5, o["skip"], o["add"], full))
 
 
-def test_fake_tensors_are_normalised_without_a_gpu():
+def test_group_norm_supports_fake_tensors():
     with FakeTensorMode():
         x, skip = (torch.empty(2, 4, 4, c, dtype=torch.bfloat16, device="cuda").movedim(3, 1) for c in (8, 16))
         weight = torch.empty(24, device="cuda")
@@ -490,21 +492,10 @@ def test_fake_tensors_are_normalised_without_a_gpu():
         assert layout.is_channels_last(y)
 
 
-def test_triton_is_not_imported():
-    code = """
-import sys, torch
-from fastddpm import layout, ops
-x = layout.channels_last(torch.ones(1, 4, 2, 2))
-ops.residual(x, ops.group_norm(x, torch.ones(4), torch.ones(4), 2, eps=1e-5, silu=True), torch.ones(4))
-assert not {"triton", "torch._dynamo"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
-def test_captured_group_norm_follows_what_lies_on_the_device(plan, planned):
+def test_captured_group_norm_reads_current_values(plan, planned):
     planned(plan)
     problem, later = (Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=1, seed=seed) for seed in (0, 10))
     args, options = problem.arguments("cuda")

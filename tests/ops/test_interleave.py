@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import ops
 from fastddpm.core import layout
+from fastddpm.core.precision import arithmetic
 from fastddpm.networks import unet2d
 from fastddpm.networks.unet2d import UNet2D, Upsample
 from fastddpm.reference.unet import UNet
-from fastddpm.sampling.engine import arithmetic
-from tests.kernels.test_kernels import Guards, assert_same_bits, drawn
+from tests.support.bits import assert_same_bits
 from tests.support.check import TINY, assert_as_accurate, error_line
+from tests.support.draws import generator, numpy_warns
 
 # (N, C, H, W) before upsampling. A program of the kernel covers 32 pixels of 64 channels, or more of fewer channels.
 SHAPES = [
@@ -35,18 +36,10 @@ SHAPES = [
 ]
 
 
-@pytest.fixture
-def guards(monkeypatch):
-    """Makes `ops` allocate between guard regions, all filled with NaN."""
-    guards = Guards()
-    monkeypatch.setattr(layout, "empty", guards.empty)
-    return guards
-
-
 def inputs(shape, dtype=torch.float32, bias=True):
     n, c, height, width = shape
-    y = layout.channels_last(torch.randn(n, 4 * c, height + 1, width + 1, generator=drawn(0)).to(dtype))
-    return y, 10 * torch.randn(c, generator=drawn(1)) if bias else None
+    y = layout.channels_last(torch.randn(n, 4 * c, height + 1, width + 1, generator=generator(0)).to(dtype))
+    return y, 10 * torch.randn(c, generator=generator(1)) if bias else None
 
 
 def reference_interleave(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -88,7 +81,7 @@ def test_interleave_rounds_once(dtype, device):
     assert run(device, y, torch.tensor([half * 1.125])).tolist() == [[[[1 + 2 * half] * 2] * 2]]
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # numpy warns in the interpreter
+@numpy_warns
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 def test_nan_and_inf_propagate(dtype, device):
     y, bias = inputs((1, 4, 2, 3), dtype)
@@ -161,7 +154,11 @@ BAD = [
     ("y", lambda y: y.double(), "y is (2, 32, 5, 5) torch.float64 on cpu; want [N, C, *spatial] or [N, D] of float32,"),
     ("y", lambda y: None, "y is NoneType; want [N, C, *spatial] or [N, D] of float32"),
     ("y", lambda y: y.contiguous(), "y has strides (800, 25, 5, 1), not channels-last; use layout.channels_last(y)"),
-    ("y", lambda y: y.clone().requires_grad_(), "y requires a gradient, and interleave has none; call it under"),
+    (
+        "y",
+        lambda y: y.clone().requires_grad_(),
+        "y requires a gradient, but interleave is not differentiable in it; call it under",
+    ),
     ("y", lambda y: y.flatten(2), f"y is (2, 32, 25) torch.float32 on cpu; {WANT}"),
     ("y", lambda y: layout.channels_last(y[:, :30]), f"y is (2, 30, 5, 5) torch.float32 on cpu; {WANT}"),
     ("y", lambda y: layout.channels_last(y[:, :, :1]), f"y is (2, 32, 1, 5) torch.float32 on cpu; {WANT}"),
@@ -296,17 +293,17 @@ def upsamplers(net: UNet2D) -> list[Upsample]:
 @pytest.mark.parametrize("listed", [False, True])
 def test_gpu_upsampling_is_polyphase_only_if_listed(listed, monkeypatch):
     """With parameters on the meta device, which holds no values."""
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
     monkeypatch.setattr(UNet2D, "to_empty", lambda net, device: nn.Module.to_empty(net, device="meta"))
     monkeypatch.setattr(UNet2D, "refresh", lambda net, source: None)
     if listed:
         monkeypatch.setattr(unet2d, "POLYPHASE_DEVICES", (*unet2d.POLYPHASE_DEVICES, "cuda"))
-    net = UNet2D(**TINY).for_inference(torch.bfloat16, "cuda")
-    for upsample in upsamplers(net):
-        own = {name: (tuple(value.shape), value.dtype) for name, value in upsample.named_parameters()}
-        if listed:
-            assert own == {"phases.weight": ((64, 16, 2, 2), torch.bfloat16), "bias": ((16,), torch.float32)}
-        else:
-            assert own == {"conv.weight": ((16, 16, 3, 3), torch.bfloat16), "conv.bias": ((16,), torch.bfloat16)}
-    rows = torch.empty(1, sum(resnet.columns for resnet in net.resnets), device="meta")
-    assert net.denoise(torch.empty(2, 3, 16, 16, dtype=torch.bfloat16, device="meta"), rows).shape == (2, 3, 16, 16)
+    with ops.forced_backend("triton"):
+        net = UNet2D(**TINY).for_inference(torch.bfloat16, "cuda")
+        for upsample in upsamplers(net):
+            own = {name: (tuple(value.shape), value.dtype) for name, value in upsample.named_parameters()}
+            if listed:
+                assert own == {"phases.weight": ((64, 16, 2, 2), torch.bfloat16), "bias": ((16,), torch.float32)}
+            else:
+                assert own == {"conv.weight": ((16, 16, 3, 3), torch.bfloat16), "conv.bias": ((16,), torch.bfloat16)}
+        rows = torch.empty(1, sum(resnet.columns for resnet in net.resnets), device="meta")
+        assert net.denoise(torch.empty(2, 3, 16, 16, dtype=torch.bfloat16, device="meta"), rows).shape == (2, 3, 16, 16)

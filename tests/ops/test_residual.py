@@ -13,8 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastddpm import ops
 from fastddpm.core import layout
-from tests.kernels.test_kernels import Guards, assert_same_bits, drawn
+from tests.support.bits import assert_same_bits
 from tests.support.check import error_line
+from tests.support.draws import generator, numpy_warns
+from tests.support.guards import Guards
 
 # One block of the kernel is 1024 elements.
 SHAPES = [
@@ -30,8 +32,10 @@ SHAPES = [
 
 
 def inputs(shape, dtype=torch.float32, bias=True):
-    h, residual = (layout.channels_last((torch.randn(shape, generator=drawn(i)) * 10**i).to(dtype)) for i in range(2))
-    return h, residual, torch.randn(shape[1], generator=drawn(2)) if bias else None
+    h, residual = (
+        layout.channels_last((torch.randn(shape, generator=generator(i)) * 10**i).to(dtype)) for i in range(2)
+    )
+    return h, residual, torch.randn(shape[1], generator=generator(2)) if bias else None
 
 
 def summed(h: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +51,7 @@ def run(device, h, residual, bias):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_residual_is_the_specification(shape, dtype, bias, device):
+def test_residual_equals_specification(shape, dtype, bias, device):
     h, residual, bias = inputs(shape, dtype, bias)
     guards = Guards()
     held, other = guards.holding(h, device), guards.holding(residual, device)
@@ -61,15 +65,15 @@ def test_residual_is_the_specification(shape, dtype, bias, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_residual_rounds_once(dtype, device):
     half = torch.finfo(dtype).eps / 2
-    h, residual = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), half, dtype=dtype)  # a tie, which goes to 1
+    h, residual = torch.ones(1, 1, dtype=dtype), torch.full((1, 1), half, dtype=dtype)  # a tie, which rounds to even: 1
     assert run(device, h, residual, None).item() == 1
     assert run(device, h, residual, torch.tensor([half / 8])).item() == 1 + 2 * half
     assert run(device, -h, -residual, torch.tensor([-half / 8])).item() == -1 - 2 * half
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+@numpy_warns
 @pytest.mark.parametrize("dtype", ops.FLOATS)
-def test_residual_keeps_what_is_not_finite(dtype, device):
+def test_nan_and_inf_propagate(dtype, device):
     values = torch.tensor([[inf, inf, nan, -0.0, torch.finfo(dtype).max, 1.0]], dtype=dtype)
     others = torch.tensor([[-inf, 1.0, 2.0, -0.0, torch.finfo(dtype).max, nan]], dtype=dtype)
     got, want = run(device, values, others, None).cpu(), summed(values, others, None)
@@ -78,7 +82,7 @@ def test_residual_keeps_what_is_not_finite(dtype, device):
     assert want.isnan().tolist() == [[True, False, True, False, False, True]]
 
 
-def test_memory_that_is_not_aligned(device):
+def test_unaligned_memory(device):
     h, residual, bias = inputs((2, 16, 4, 4), torch.bfloat16)
     memory = [torch.full((h.numel() + 3,), nan, dtype=h.dtype, device=device) for _ in range(2)]
     odd = [a[k:][: h.numel()].view(2, 4, 4, 16).movedim(-1, 1) for k, a in zip((1, 3), memory, strict=True)]
@@ -86,14 +90,14 @@ def test_memory_that_is_not_aligned(device):
     assert_same_bits(got, summed(h, residual, bias))
 
 
-def test_a_tensor_is_added_to_itself(device):
+def test_h_and_residual_may_be_the_same_tensor(device):
     h, _, bias = inputs((2, 8, 4, 4), torch.float16)
     held = h.to(device, copy=True)
     assert_same_bits(ops.residual(held, held, bias.to(device)), summed(h, h, bias))
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 4, 4), (2, 8, 0, 4)], ids=str)
-def test_nothing_stays_nothing(shape, device):
+def test_empty_input_is_unchanged(shape, device):
     assert run(device, *inputs(shape)).shape == shape
 
 
@@ -104,7 +108,7 @@ from fastddpm.kernels.residual import BLOCK, OPTIONS, residual_kernel
 device, n, per_sample = sys.argv[1], 34, 1 << 26
 assert (n - 1) * per_sample > 2**31
 
-def far(value):  # memory that nothing touches takes no room on a CPU
+def far(value):  # on a CPU, untouched memory takes no physical pages
     memory = torch.empty(n * per_sample, dtype=torch.float16, device=device)
     blocks = memory.view(n, per_sample)[:, :BLOCK]
     return memory, blocks.copy_(value)
@@ -119,13 +123,13 @@ assert torch.equal(blocks.cpu(), want)
 
 @pytest.mark.slow
 def test_offsets_beyond_32_bits(kernel_device):
-    """The first block of each of 34 large samples; a wrong address may well crash the process."""
+    """Computes the first block of 34 large samples, in a subprocess, as a wrong address may crash it."""
     if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16e9:
-        pytest.skip("it reserves 9 GB of memory, though it writes little of it")
+        pytest.skip("needs 16 GB of memory: it reserves 9 GB, though it touches little of it")
     subprocess.run([sys.executable, "-c", FAR, kernel_device], check=True)
 
 
-def test_the_kernel_is_launched_on_the_device_of_its_data(interpreted, monkeypatch):
+def test_kernel_is_launched_on_the_device_of_h(interpreted, monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or nullcontext())
     h, residual, bias = inputs((2, 8, 4, 4))
@@ -137,7 +141,11 @@ def test_the_kernel_is_launched_on_the_device_of_its_data(interpreted, monkeypat
 BAD = [
     ("h", lambda h: h.double(), "h is (2, 8, 4, 4) torch.float64 on cpu; want [N, C, *spatial] or [N, D] of float32,"),
     ("h", lambda h: h.contiguous(), "h has strides (128, 16, 4, 1), not channels-last; use layout.channels_last(h)"),
-    ("h", lambda h: h.clone().requires_grad_(), "h requires a gradient, and residual has none; call it under"),
+    (
+        "h",
+        lambda h: h.clone().requires_grad_(),
+        "h requires a gradient, but residual is not differentiable in it; call it under",
+    ),
     (
         "h",
         lambda h: h.half(),
@@ -156,22 +164,22 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "spoil", "message"), BAD)
-def test_residual_refuses(name, spoil, message):
+@pytest.mark.parametrize(("name", "damage", "message"), BAD)
+def test_residual_rejects_invalid_arguments(name, damage, message):
     arguments = dict(zip(("h", "residual", "bias"), inputs((2, 8, 4, 4)), strict=True))
     before = arguments["h"].clone()
-    text = error_line(ops.residual, **arguments | {name: spoil(arguments[name])})
+    text = error_line(ops.residual, **arguments | {name: damage(arguments[name])})
     assert text.startswith(f"residual: {message}")
     assert torch.equal(arguments["h"], before)
 
 
-def test_samples_that_the_kernel_cannot_count_are_refused():
+def test_samples_too_large_for_32_bit_offsets_are_rejected():
     largest, beyond = (layout.empty(1, (1, (1 << 29) + i), dtype=torch.float16, device="meta") for i in range(2))
     assert ops.residual(largest, largest) is largest
     assert "a sample may have at most 536870912 elements" in error_line(ops.residual, beyond, beyond)
 
 
-def test_autograd_sees_what_is_overwritten(device):
+def test_autograd_detects_that_h_was_overwritten(device):
     h, residual, bias = (a.to(device) for a in inputs((2, 8, 4, 4)))
     weight = torch.ones_like(h, requires_grad=True)
     loss = (weight * h).sum()
@@ -203,13 +211,13 @@ def test_torch_compile_traces_residual(device, dynamic):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
-def test_residual_is_registered_as_torch_expects(bias, device):
+def test_residual_passes_opcheck(bias, device):
     h, residual, bias = inputs((2, 8, 4, 4), torch.float16, bias)
     arguments = h.to(device), residual.to(device), None if bias is None else bias.to(device)
     torch.library.opcheck(torch.ops.fastddpm.residual.default, arguments)
 
 
-def test_fake_tensors_are_added_without_a_gpu():
+def test_residual_supports_fake_tensors():
     with FakeTensorMode():
         h, residual = (torch.empty(2, 4, 4, 8, device="cuda").movedim(3, 1) for _ in range(2))
         assert ops.residual(h, residual, torch.empty(8, device="cuda")) is h
@@ -217,7 +225,7 @@ def test_fake_tensors_are_added_without_a_gpu():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_captured_residual_follows_what_lies_on_the_device():
+def test_captured_residual_reads_current_values():
     h, residual, bias = inputs((2, 16, 8, 8), torch.bfloat16)
     held, other, shift = h.cuda(), residual.cuda(), bias.cuda()
     with torch.cuda.stream(torch.cuda.Stream()):

@@ -10,9 +10,11 @@ from fastddpm import ops
 from fastddpm.core import noise
 from fastddpm.core.schedule import Schedule
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error
-from tests.ops.test_eps_loss import SHAPES, same_bits
-from tests.ops.test_eps_loss import inputs as noised
+from tests.support import losses
+from tests.support.bits import same_bits
 from tests.support.check import error_line
+from tests.support.draws import numpy_warns
+from tests.support.losses import SHAPES
 
 
 def table_of(**options):
@@ -30,35 +32,35 @@ TABLES = {
 
 
 def inputs(shape, m_dtype=torch.float32, x_dtype=torch.uint8, table="clipped"):
-    return *noised(shape, m_dtype, x_dtype)[:-1], TABLES[table]
+    return losses.inputs(shape, m_dtype, x_dtype, TABLES[table])
 
 
 def wanted(m, x_0, t, address, table, stream=noise.LIKELIHOOD):
-    """By the specification."""
+    """The specification."""
     x = (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
     eps = noise.normal(address, m.shape[1:], stream=stream, t=t if stream == noise.LIKELIHOOD else 0)
     x_t = add_noise(x, eps, table[t][:, :2])
     return squared_error(predicted_x_0(x_t, m, table[t][:, 2:]), x)
 
 
-def run(device, *arguments, **how):
-    return ops.x_0_error(*(a.to(device) for a in arguments), **how)
+def run(device, *arguments, **options):
+    return ops.x_0_error(*(a.to(device) for a in arguments), **options)
 
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_the_specification(shape, table, device):
+def test_x_0_error_equals_specification(shape, table, device):
     for m_dtype, x_dtype in product(ops.FLOATS, (torch.uint8, torch.float32)):
         arguments = inputs(shape, m_dtype, x_dtype, table)
         assert same_bits(run(device, *arguments), wanted(*arguments))
 
 
-def test_the_noise_of_training(device):
+def test_the_noise_may_be_that_of_training(device):
     arguments = inputs((3, 5, 7, 11))
     assert same_bits(run(device, *arguments, stream=noise.TRAIN), wanted(*arguments, stream=noise.TRAIN))
 
 
-def test_it_is_the_error_of_what_noising_made(device):
+def test_x_t_is_that_of_noising(device):
     m, x_0, t, address, table = inputs((4, 3, 8, 8), table="v")
     x_t = ops.noising(*(a.to(device) for a in (x_0, t, address, table[:, :2].contiguous())), stream=noise.LIKELIHOOD)
     want = squared_error(predicted_x_0(x_t.cpu(), m, table[t][:, 2:]), (x_0.float() - 127.5) * (2 / 255))
@@ -66,20 +68,20 @@ def test_it_is_the_error_of_what_noising_made(device):
     assert same_bits(error, want)
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")  # of numpy, in the interpreter
+@numpy_warns
 @pytest.mark.parametrize("table", ["clipped", "unclipped"])
-def test_what_is_no_number_stays_so(table, device):
+def test_nan_propagates(table, device):
     m, *others = inputs((2, 3, 8, 8), table=table)
     m[1, 2, 3, 4] = math.nan
     assert run(device, m, *others).isnan().tolist() == [False, True]
 
 
-def test_any_memory_of_m(device):
+def test_m_may_be_contiguous(device):
     m, *others = inputs((2, 3, 8, 8))
     assert same_bits(run(device, m.contiguous(), *others), run("cpu", m, *others))
 
 
-def test_nothing(device):
+def test_empty_input_gives_zero(device):
     for shape in ((0, 3, 4, 4), (2, 0)):
         n = shape[0]
         others = torch.empty(shape), torch.zeros(n, dtype=torch.int64), noise.address(0, n), TABLES["clipped"]
@@ -87,10 +89,10 @@ def test_nothing(device):
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "message"),
+    ("name", "damage", "message"),
     [
         ("m", lambda m: m[:1], "m is (1, 3, 8, 8) torch.float32 on cpu, but x_0 is (2, 3, 8, 8) on cpu; the"),
-        ("m", lambda m: m.requires_grad_(), "m requires a gradient, and x_0_error has none"),
+        ("m", lambda m: m.requires_grad_(), "m requires a gradient, but x_0_error is not differentiable in it"),
         ("x_0", lambda x: x.int(), "x_0 is (2, 3, 8, 8) torch.int32 on cpu; want [N, C, *spatial] or [N, D] of"),
         ("t", lambda t: t.int(), "t is (2,) torch.int32 on cpu; want (2,) torch.int64 on cpu"),
         ("address", lambda a: a[:1], "address is (1, 2) torch.int64 on cpu; want (2, 2)"),
@@ -98,19 +100,19 @@ def test_nothing(device):
         ("stream", lambda _: 0, "stream is 0; want noise.TRAIN (2) or noise.LIKELIHOOD (3)"),
     ],
 )
-def test_it_refuses(name, spoil, message):
+def test_x_0_error_rejects_invalid_arguments(name, damage, message):
     arguments = dict(zip(("m", "x_0", "t", "address", "table"), inputs((2, 3, 8, 8)), strict=True))
-    line = error_line(ops.x_0_error, **arguments | {name: spoil(arguments.get(name))})
+    line = error_line(ops.x_0_error, **arguments | {name: damage(arguments.get(name))})
     assert line.startswith(f"x_0_error: {message}")
 
 
 @pytest.mark.slow
-def test_it_is_registered_as_torch_expects(device):
+def test_x_0_error_passes_opcheck(device):
     arguments = tuple(a.to(device) for a in inputs((2, 3, 8, 8)))
     torch.library.opcheck(torch.ops.fastddpm.x_0_error.default, (*arguments, noise.LIKELIHOOD))
 
 
 @pytest.mark.parametrize("damage", [lambda e: e * (1 + 1e-6), lambda e: e.roll(1, 0), lambda e: e * math.nan])
-def test_a_damaged_error_is_seen(damage):
+def test_a_damaged_error_is_detected(damage):
     arguments = inputs((3, 5, 7, 11))
     assert not same_bits(damage(run("cpu", *arguments)), wanted(*arguments))

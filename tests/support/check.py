@@ -1,4 +1,4 @@
-"""What tests of several files ask: is this as near to float64 as plain torch comes, and is this error one line?"""
+"""Checks that several tests share: accuracy relative to plain torch, errors of one line, calls from several threads."""
 
 import math
 import threading
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastddpm.verify.rungs import accuracy, root_mean_square
+from fastddpm.verify.accuracy import accuracy, root_mean_square
 
 __all__ = ["TINY", "assert_as_accurate", "at_once", "error_line", "root_mean_square"]
 
-# a small U-Net's options
+# options of a small U-Net
 TINY = {
     "sample_size": 16,
     "block_out_channels": (8, 16),
@@ -26,12 +26,12 @@ TINY = {
 
 
 def assert_as_accurate(ours: Tensor, plain: Tensor, ref: Tensor) -> None:
-    """ours errs at most twice as much as plain torch, in the largest error and in the root mean square.
+    """Assert that ours errs at most twice as much as plain torch, in the largest error and in the root mean square.
 
     Args:
-        ours: the result to be judged.
-        plain: the same by plain torch in the same dtype; an error below half a unit in the last place counts as one.
-        ref: the same in float64.
+        ours: the result.
+        plain: the result of plain torch in the same dtype; an error below half a unit in the last place counts as that.
+        ref: the result in float64.
     """
     assert ours.shape == plain.shape == ref.shape
     assert ref.dtype == torch.float64
@@ -40,7 +40,7 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, ref: Tensor) -> None:
 
 
 def at_once(*functions: Callable[[], Any], times: int = 3) -> list[list[Any]]:
-    """The results of each, called so many times in a thread of its own; the threads start together."""
+    """The results of each function, called `times` times in its own thread; the threads start together."""
     start = threading.Barrier(len(functions))
 
     def call(function: Callable[[], Any]) -> list[Any]:
@@ -52,7 +52,7 @@ def at_once(*functions: Callable[[], Any], times: int = 3) -> list[list[Any]]:
 
 
 def error_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    """The text of the ValueError that the call must raise, which must be one line."""
+    """The text of the ValueError that the call must raise; asserts that it is one line."""
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers compare the text)
         function(*args, **kwargs)
     text = str(caught.value)

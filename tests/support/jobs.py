@@ -1,4 +1,4 @@
-"""Jobs for tests: a small checkpoint, the command as a process runs it, what it drew, and what is in its folder."""
+"""Jobs for tests: a small checkpoint, the command as a process runs it, the samples it drew, the files it wrote."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from fastddpm import Schedule, UNet2D, checkpoints
 from fastddpm.cli.main import main
 from fastddpm.processes.distributed import ranks
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.shards import Store
+from fastddpm.storage.shards import ShardFolder
 
 __all__ = ["command", "commands", "contents", "drawn", "finished", "note_drawn", "options", "save_tiny", "tiny_unet"]
 
@@ -25,7 +25,7 @@ def tiny_unet(seed: int = 0, **config) -> UNet2D:
 
 
 def save_tiny(folder: Path, seed: int = 0, **config) -> str:
-    """A checkpoint of a random network, 4 x 4 grey, T = 6."""
+    """Save a checkpoint of a random network, 4 x 4 grey, T = 6. Returns: its folder."""
     net = tiny_unet(seed, **config)
     checkpoints.save(folder, net.config, net.state_dict(), Schedule(num_train_timesteps=6))
     return str(folder)
@@ -36,46 +36,46 @@ def options(model: str, out: Path | str, flags: str = "") -> list[str]:
 
 
 def command(arguments: list[str], *hooks: Callable[[], None]) -> int:
-    """`fastddpm`, after looks at, or attempts on, what it will do."""
+    """Run `fastddpm` after the hooks, which may patch it."""
     for hook in hooks:
         hook()
     return main(arguments)
 
 
 def commands(*several: list[str]) -> int:
-    """One after the other, by processes that meet once."""
+    """Run several commands one after the other in a single group of processes."""
     with ranks("cpu"):
         return max(map(main, several))
 
 
 def note_drawn(folder: Path) -> None:
-    """Keep which samples this process draws, a shard a line."""
+    """From now on, record which samples this process draws: a line per shard in a file in folder."""
     sample = Sampler.sample
 
-    def noted(self, samples, **how):
+    def noting(self, samples, **options):
         with (folder / f"drawn-{os.environ.get('RANK', '0')}").open("a") as file:
             file.write(f"{json.dumps(list(samples))}\n")
-        return sample(self, samples, **how)
+        return sample(self, samples, **options)
 
-    Sampler.sample = noted  # type: ignore[method-assign]
+    Sampler.sample = noting  # type: ignore[method-assign]
 
 
 def drawn(folder: Path) -> list[list[int]]:
-    """What each process drew, as it kept it; forgotten with that."""
-    found = []
+    """The samples that each process drew, as recorded by `note_drawn`; deletes the records."""
+    indices = []
     for path in sorted(folder.glob("drawn-*")):
-        found.append([index for line in path.read_text().splitlines() for index in json.loads(line)])
+        indices.append([index for line in path.read_text().splitlines() for index in json.loads(line)])
         path.unlink()
-    return found
+    return indices
 
 
 def contents(folder: Path | str) -> dict[str, bytes | None]:
-    """All that is in a folder: the bytes of files, None for folders."""
+    """All paths in a folder: the bytes of files, None for folders."""
     paths = Path(folder).rglob("*")
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def finished(folder: Path | str) -> set[int]:
-    """The samples of the shards that are done."""
-    store = Store.open(folder)
-    return {index for k in range(len(store)) if store.is_done(k) for index in store.indices(k)}
+    """The indices of the samples in finished shards."""
+    shards = ShardFolder.open(folder)
+    return {index for k in range(len(shards)) if shards.is_done(k) for index in shards.indices(k)}

@@ -1,4 +1,4 @@
-"""The yardstick of the accuracy tests must find damage."""
+"""The checks of the tests themselves fail for damaged results."""
 
 import math
 
@@ -11,7 +11,7 @@ REF = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).doub
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accuracy_of_rounding_is_enough(dtype):
+def test_correctly_rounded_results_pass(dtype):
     rounded = REF.to(dtype)
     check.assert_as_accurate(rounded, rounded, REF)
     check.assert_as_accurate(rounded, rounded, rounded.double())  # errors of 0
@@ -43,7 +43,7 @@ def test_damaged_results_fail(dtype, damage):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_damaged_yardstick_fails(value):
+def test_damaged_results_of_plain_torch_fail(value):
     plain = REF.float()
     plain[0, 0, 0, 0] = value
     with pytest.raises(AssertionError):
@@ -55,7 +55,7 @@ def fail(error: Exception | None) -> None:
         raise error
 
 
-def test_an_error_is_one_line():
+def test_error_line_accepts_only_a_value_error_of_one_line():
     assert check.error_line(fail, ValueError("x is 3; want 4")) == "x is 3; want 4"
     for text in ("", "x is 3\nwant 4"):
         with pytest.raises(AssertionError):

@@ -1,0 +1,87 @@
+"""Checks of tensors that several operations share. Each raises a ValueError that begins with the operation's name."""
+
+import torch
+from torch import Tensor
+
+from fastddpm.core import layout, noise
+from fastddpm.ops.library import FLOATS, MAX_PER_SAMPLE
+
+
+def check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], most: int = MAX_PER_SAMPLE) -> None:
+    """x is [N, C, *spatial] or [N, D] of one of dtypes, channels-last, without a gradient to compute.
+
+    Args: most: how many elements a sample may have.
+    """
+    if not isinstance(x, Tensor) or x.ndim < 2 or x.dtype not in dtypes:
+        raise ValueError(
+            f"{op}: {name} is {tensor_summary(x)}; want [N, C, *spatial] or [N, D] of {dtype_names(dtypes)}"
+        )
+    if not layout.is_channels_last(x):
+        raise ValueError(f"{op}: {name} has strides {x.stride()}, not channels-last; use layout.channels_last({name})")
+    check_no_gradients(op, **{name: x})
+    if x.shape[1:].numel() > most:
+        raise ValueError(f"{op}: {name} is {tensor_summary(x)}; a sample may have at most {most} elements")
+
+
+def check_tensor(
+    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, hint: str
+) -> None:
+    """x has this shape, dtype and device, and is contiguous. Args: hint: what makes such a tensor, or what it holds."""
+    right = isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device
+    if not right or not x.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} is {tensor_summary(x)}; want {tuple(shape)} {dtype} on {device}, contiguous: {hint}"
+        )
+
+
+def check_address(op: str, address: Tensor, n: int, device: torch.device) -> None:
+    """address holds the noise addresses of n entries."""
+    hint = "noise.address(seed, samples, device) makes one"
+    check_tensor(op, "address", address, (n, 2), torch.int64, device, hint)
+
+
+def check_noising(
+    op: str,
+    x_0: Tensor,
+    t: Tensor,
+    address: Tensor,
+    table: Tensor,
+    stream: int,
+    *,
+    columns: int = 2,
+    hint: str = "Schedule.noising_table().to(device)",
+) -> None:
+    """The arguments from which x_t is made are those of `noising`, with a table of so many columns."""
+    check_state(op, "x_0", x_0, (*FLOATS, torch.uint8))
+    check_tensor(op, "t", t, (len(x_0),), torch.int64, x_0.device, "the timestep of each entry of x_0")
+    check_address(op, address, len(x_0), x_0.device)
+    check_tensor(op, "table", table, (*table.shape[:1], columns), torch.float32, x_0.device, hint)
+    if not isinstance(stream, int) or stream not in (noise.TRAIN, noise.LIKELIHOOD):
+        raise ValueError(f"{op}: stream is {stream!r}; want noise.TRAIN (2) or noise.LIKELIHOOD (3)")
+
+
+def check_model_output(op: str, m: Tensor, x_0: Tensor) -> None:
+    """m has a float value for each element of x_0, on the same device."""
+    if not isinstance(m, Tensor) or m.shape != x_0.shape or m.device != x_0.device or m.dtype not in FLOATS:
+        raise ValueError(
+            f"{op}: m is {tensor_summary(m)}, but x_0 is {tuple(x_0.shape)} on {x_0.device}; "
+            f"the network must return one value of {dtype_names(FLOATS)} per element of x_0, on x_0's device"
+        )
+
+
+def check_no_gradients(op: str, **tensors: Tensor | None) -> None:
+    """None of the tensors requires a gradient, or gradients are disabled."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} requires a gradient, but {op} is not differentiable in it; call it under torch.no_grad()"
+            )
+
+
+def tensor_summary(x: object) -> str:
+    """The shape, dtype and device of a tensor; the type of anything else."""
+    return f"{tuple(x.shape)} {x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def dtype_names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

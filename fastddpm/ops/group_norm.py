@@ -1,0 +1,130 @@
+"""Group norm of two inputs and a time bias, with SiLU."""
+
+from math import inf
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastddpm.core import layout
+from fastddpm.ops.backend import backend
+from fastddpm.ops.checks import check_no_gradients, check_state, check_tensor, tensor_summary
+from fastddpm.ops.library import FLOATS, MAX_ACTIVATION, MAX_GROUP, register
+
+
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    *,
+    eps: float,
+    skip: Tensor | None = None,
+    add: Tensor | None = None,
+    silu: bool = False,
+) -> Tensor:
+    """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, with SiLU after it if asked.
+
+    In fp32, rounded once; the kernel stores neither the sum nor the concatenation. An entry's bits do not depend on
+    the other entries, but they depend on the size of the batch, by which the kernel divides its work.
+
+    Args:
+        x: [N, C1, *spatial] fp32/bf16/fp16, channels-last.
+        weight, bias: [C] fp32, C = C1 + C2.
+        groups: how many groups of equally many channels; a group may hold channels of both x and skip.
+        eps: added to the variance.
+        skip: [N, C2, *spatial], the channels that follow x's, like x; or None.
+        add: [1 or N, C] fp32 of any row stride, added before the statistics (the time bias, a slice of a table's
+            columns); or None.
+        silu: whether to return y * sigmoid(y) instead of y.
+    Returns: [N, C, *spatial] like x, new.
+    Raises: ValueError: a shape, dtype, layout or device is not as above, groups do not divide the channels, eps is not
+        positive, or an argument requires a gradient.
+    """
+    channels = _check_inputs(x, skip)
+    if not isinstance(groups, int) or groups < 1 or channels % groups or channels > groups * MAX_GROUP:
+        raise ValueError(
+            f"group_norm: groups is {groups!r}; want a whole number that divides the {channels} channels into groups "
+            f"of at most {MAX_GROUP}"
+        )
+    hint = "one value per channel of the result"
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_tensor("group_norm", name, parameter, (channels,), torch.float32, x.device, hint)
+    if add is not None:
+        _check_add(add, x, channels)
+    if not isinstance(eps, int | float) or not 0 < eps < inf:
+        raise ValueError(f"group_norm: eps is {eps!r}; want a number > 0")
+    check_no_gradients("group_norm", weight=weight, bias=bias, add=add)
+    return torch.ops.fastddpm.group_norm(x, weight, bias, groups, float(eps), skip, add, silu)
+
+
+def _check_inputs(x: Tensor, skip: Tensor | None) -> int:
+    """Check x and skip, and return their number of channels."""
+    check_state("group_norm", "x", x, FLOATS, MAX_ACTIVATION)
+    if skip is None:
+        return x.shape[1]
+    check_state("group_norm", "skip", skip, FLOATS, MAX_ACTIVATION)
+    if len(skip) != len(x) or skip.shape[2:] != x.shape[2:] or skip.dtype != x.dtype or skip.device != x.device:
+        raise ValueError(
+            f"group_norm: skip is {tensor_summary(skip)}, x {tensor_summary(x)}; only their channels may differ"
+        )
+    channels = x.shape[1] + skip.shape[1]
+    if channels * x.shape[2:].numel() > MAX_ACTIVATION:
+        raise ValueError(
+            f"group_norm: x is {tensor_summary(x)} and skip {tensor_summary(skip)}; "
+            f"a sample of both may have at most {MAX_ACTIVATION} elements"
+        )
+    return channels
+
+
+def _check_add(add: Any, x: Tensor, channels: int) -> None:
+    if (
+        not isinstance(add, Tensor)
+        or add.shape not in ((1, channels), (len(x), channels))
+        or add.dtype != torch.float32
+        or add.device != x.device
+        or (add.stride(1) != 1 and channels > 1)
+    ):
+        raise ValueError(
+            f"group_norm: add is {tensor_summary(add)}; want (1 or {len(x)}, {channels}) torch.float32 on {x.device}, "
+            "each row contiguous: one for all entries of x or one for each"
+        )
+
+
+def _group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    skip: Tensor | None,
+    add: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    y = _group_norm_fake(x, weight)
+    if y.numel() == 0:
+        return y
+    if backend(x.device) == "triton":
+        from fastddpm.kernels.group_norm import launch_group_norm  # type: ignore[import-not-found]
+
+        launch_group_norm(y, x, weight, bias, groups, eps, skip, add, silu=silu)
+        return y
+    v = x.float() if skip is None else torch.cat([x, skip], 1).float()
+    if add is not None:
+        v = v + add.view(*add.shape, *[1] * (x.ndim - 2))
+    # contiguous: for channels-last memory torch's CPU kernel computes the variance as E[x^2] - E[x]^2
+    v = torch.group_norm(v.contiguous(), groups, weight, bias, eps)
+    return y.copy_(F.silu(v) if silu else v)
+
+
+def _group_norm_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return layout.empty(len(x), (len(weight), *x.shape[2:]), dtype=x.dtype, device=x.device)
+
+
+register(
+    "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? add, bool silu)"
+    " -> Tensor",
+    _group_norm,
+    _group_norm_fake,
+)

@@ -10,13 +10,14 @@ With Hugging Face diffusers: `from fastddpm.diffusers import DDPMPipeline`, or `
 from pathlib import Path
 from typing import Any
 
-from fastddpm import ops
+from fastddpm import _moved, ops
 from fastddpm._version import __version__
 from fastddpm.core import noise
 from fastddpm.core.schedule import Schedule, StepTable
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.sampler import Sampler
 
+_moved.install()
 if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "philox.py").is_file():
     __path__.append(str(_checkout))  # where fastddpm.kernels lies beside the package, not in it
 

@@ -35,6 +35,7 @@ core: noise schedule layout precision memory checks
 reference: likelihood unet diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox \
          block columns launch
+_moved
 _version
 """
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
@@ -253,6 +254,22 @@ assert not torch.cuda.is_initialized()
         loaded & {"triton", "diffusers", "PIL", "matplotlib", "huggingface_hub", "safetensors", "tqdm", "kernels"}
         == set()
     )
+
+
+@pytest.mark.parametrize(("old", "new"), fastddpm._moved.MOVED.items())
+def test_import_paths_of_version_0_1_still_work(tmp_path, old, new):
+    code = f"""
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import {old} as old
+    import {new} as new
+    from {old} import __name__ as name
+assert old is new and name == new.__spec__.name == "{new}"
+assert [str(w.message) for w in caught if w.category is DeprecationWarning] == ["{old} is now {new}"]
+print("ok")
+"""
+    assert python(code, tmp_path) == "ok"
 
 
 def test_samples_without_triton(tmp_path):

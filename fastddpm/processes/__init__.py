@@ -1,1 +1,1 @@
-"""Several processes: how they meet, agree, show progress and handle signals."""
+"""Several processes that share a job: how they communicate, report progress and handle signals."""

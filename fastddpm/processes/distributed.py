@@ -1,4 +1,4 @@
-"""Several processes at one job, as torchrun starts them; without it, this one alone."""
+"""Several processes that share a job, as torchrun starts them. Without torchrun there is one."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +15,17 @@ _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class AgreedError(ValueError):
-    """What failed on one rank, raised on all of them."""
+    """An error of one rank, raised on all of them."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes at this job.
+    """The processes of a job.
 
     Attributes:
-        rank: of this process, 0 <= rank < size; 0 is the one that writes files and shows progress.
-        size: how many there are.
-        device: what this process computes on: what was asked for, with this rank's number where that is a GPU.
+        rank: of this process, 0 <= rank < size; rank 0 writes files and shows progress.
+        size: the number of processes.
+        device: what this process computes on: the device that was asked for, with an index if each process has a GPU.
     """
 
     rank: int = 0
@@ -33,81 +33,90 @@ class Ranks:
     device: torch.device | str | None = None
 
     def share(self, count: int) -> slice:
-        """This rank's part of `count` things in a row: the ranks' parts follow each other, sizes differ by at most 1.
+        """The part of a sequence of `count` items that belongs to this rank.
 
-        Raises: ValueError: there are fewer things than ranks.
+        The parts follow each other in the order of the ranks; their sizes differ by at most 1.
+
+        Raises: ValueError: there are fewer items than ranks.
         """
         if count < self.size:
-            raise ValueError(f"a batch of {count} does not go round {self.size} processes; enlarge it, or start fewer")
+            raise ValueError(
+                f"a batch of {count} cannot be split among {self.size} processes; enlarge it or start fewer"
+            )
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Make each tensor, in place, its sum over the ranks: the same bits on each. All of one dtype, on `device`."""
+        """Replace each tensor by its sum over the ranks, with the same bits on every rank.
+
+        Args: tensors: of one dtype, on `device`; overwritten.
+        """
         if self.size > 1:
-            together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            dist.all_reduce(together)
-            for tensor, total in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """Go on after the block when all ranks have come through it; if one fails in it, all fail and none waits.
+        """Continue after the block when all ranks have finished it; if one fails in it, all fail and none waits.
 
-        The block may not talk to other ranks. Alone, it is as if it stood without.
+        The block must not communicate with other ranks. With one process this is a no-op.
 
-        Raises: AgreedError: on every rank, the error of the first rank that failed.
+        Raises: AgreedError: on every rank, with the message of the first rank that failed.
         """
-        failed = None
+        failure = None
         try:
             yield
         except Exception as error:
             if self.size == 1:
                 raise
-            failed = error
-        told = self.gather(None if failed is None else one_line(failed))
-        if any(told):
-            raise AgreedError(next(filter(None, told))) from failed
+            failure = error
+        messages = self.gather(None if failure is None else one_line(failure))
+        if any(messages):
+            raise AgreedError(next(filter(None, messages))) from failure
 
     def agree_on(self, facts: Mapping[str, Any]) -> None:
-        """Go on when all ranks know the same facts, of types that pickle knows.
+        """Continue when all ranks have the same facts, which must be picklable.
 
-        Raises: AgreedError: on every rank, if one knows another; it names the first that differs.
+        Raises: AgreedError: on every rank, if the facts differ; it names the first that does.
         """
-        everybodys = self.gather(dict(facts))
-        for rank, other in enumerate(everybodys):
-            for name, value in everybodys[0].items():
+        gathered = self.gather(dict(facts))
+        for rank, other in enumerate(gathered):
+            for name, value in gathered[0].items():
                 if other.get(name) != value:
                     what = f"{name} is {value!s:.200} in process 0, {other.get(name)!s:.200} in process {rank}"
                     raise AgreedError(f"{what}; give all of them the same data, options and folder")
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, of types that pickle knows."""
+        """The values of all ranks, in their order; they must be picklable."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
     def meeting(self) -> Callable[[], Any]:
-        """Arrange, all ranks at once, for a place to wait for each other: for days, if one has more to do than another.
+        """Prepare a barrier that can be polled. All ranks call this at the same time.
 
-        Returns: what a rank calls when it is there. It then calls what this returns until that is True: all are there.
-            That raises RuntimeError if a rank was lost.
+        A rank may wait there for days, because others may have more to do.
+
+        Returns: a function to call on arrival at the barrier. It returns another function to call repeatedly until it
+            returns True: all ranks have arrived. That one raises RuntimeError if a rank was lost.
         """
         if self.size == 1:
             return lambda: lambda: True
-        place = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+        barrier_group = dist.new_group(backend="gloo", timeout=timedelta(days=365))
 
         def arrive() -> Callable[[], bool]:
-            work = dist.barrier(place, async_op=True)
+            work = dist.barrier(barrier_group, async_op=True)
 
-            def all_there() -> bool:
+            def all_arrived() -> bool:
                 if work.is_completed():
                     work.wait()
-                    dist.destroy_process_group(place)
+                    dist.destroy_process_group(barrier_group)
                     return True
                 return False
 
-            return all_there
+            return all_arrived
 
         return arrive
 
@@ -116,12 +125,14 @@ class Ranks:
 def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
     """Join the processes that torchrun started (gloo; nccl between GPUs) until the block ends.
 
-    A process group that is there already is used as it is, and left. After an error that is not agreed upon the group
-    stays until the process ends: nccl would wait for ranks that go on, and they shall not end before it is told.
+    A process group that exists already is used and left open. After an error that the ranks have not agreed on, the
+    group stays open until the process exits: closing nccl would wait for the ranks that continue, and these would exit
+    before the error is printed.
 
     Args:
-        device: cpu, cuda, or None: a GPU where there is one. Of several processes each takes the GPU of its LOCAL_RANK.
-    Raises: ValueError: one GPU was asked for all, there is none for this process, or the others cannot be reached.
+        device: cpu, cuda, or None: a GPU if there is one. Each of several processes takes the GPU of its LOCAL_RANK.
+    Raises: ValueError: one GPU was asked for by several processes, there is no GPU for this process, or the other
+        processes cannot be reached.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -130,11 +141,12 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(device=device)
         return
-    gpu = _gpu(device)
+    gpu = _own_gpu(device)
     if gpu is not None:
         torch.cuda.set_device(gpu)
     try:  # gloo in either case: agree() must not wait for a GPU
-        dist.init_process_group("gloo" if gpu is None else "cpu:gloo,cuda:nccl", device_id=gpu, **_again())
+        backend = "gloo" if gpu is None else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, device_id=gpu, **_rendezvous_after_restart())
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot join the {size} processes of torchrun: {one_line(error)}; start them all") from error
     try:
@@ -145,8 +157,8 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _again() -> dict[str, Any]:
-    """Where processes meet that torchrun has started again: its store keeps the addresses of those before them."""
+def _rendezvous_after_restart() -> dict[str, Any]:
+    """Where processes meet after torchrun has restarted them: its store still holds the addresses of the old ones."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0":
         return {}
@@ -154,19 +166,22 @@ def _again() -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": size}
 
 
-def _gpu(device: torch.device | str | None) -> torch.device | None:
-    """The GPU of this process among several, None for a CPU."""
+def _own_gpu(device: torch.device | str | None) -> torch.device | None:
+    """The GPU of this process among several; None: it computes on the CPU."""
     if not torch.cuda.is_available() or not str(device or "cuda").startswith("cuda"):
         return None
     if str(device or "cuda") != "cuda":
-        raise ValueError(f"device is '{device}'; of several processes each takes a GPU of its own: give 'cuda'")
-    local, count = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+        raise ValueError(f"device is '{device}', but each of several processes needs its own GPU; give 'cuda'")
+    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    count = torch.cuda.device_count()
     if local >= count:
-        raise ValueError(f"process {local} finds no GPU: this machine has {count}; give --nproc-per-node {count}")
+        raise ValueError(
+            f"there is no GPU for process {local}: this machine has {count}; give --nproc-per-node {count}"
+        )
     return torch.device("cuda", local)
 
 
 def one_line(error: BaseException) -> str:
-    """What failed, in one line, as the command line says it."""
+    """The message of an error in one line, with its type if that is not ValueError or OSError."""
     kind = [] if isinstance(error, ValueError | OSError) else [f"{type(error).__name__}:"]
     return " ".join([*kind, *str(error).split()]) or type(error).__name__

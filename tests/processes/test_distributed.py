@@ -1,4 +1,4 @@
-"""Several processes at one job: who takes what, sums with the same bits everywhere, errors that all ranks share."""
+"""Processes that share a job: their shares, sums with the same bits on all ranks, errors that reach all ranks."""
 
 import json
 import os
@@ -24,13 +24,15 @@ def test_shares_follow_each_other_and_are_even(size, count):
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_a_batch_that_does_not_go_round():
-    assert "a batch of 2 does not go round 3 processes; enlarge it" in error_line(Ranks(1, 3).share, 2)
+def test_batch_smaller_than_the_number_of_processes_is_refused():
+    assert "a batch of 2 cannot be split among 3 processes; enlarge it or start fewer" in error_line(
+        Ranks(1, 3).share, 2
+    )
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "not looked at"])
-def test_without_torchrun_there_is_one(device, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")  # as some clusters set it for all that they start
+def test_without_torchrun_there_is_one_process(device, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # some clusters set it for every process
     with ranks(device) as alone:
         assert alone == Ranks(0, 1, device)
         assert not dist.is_initialized()
@@ -42,7 +44,7 @@ def test_without_torchrun_there_is_one(device, monkeypatch):
             raise KeyError("as it is")
 
 
-def test_a_group_that_is_there_is_used_and_left(tmp_path):
+def test_existing_group_is_used_and_left_open(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         with ranks("cpu") as joined:
@@ -54,7 +56,7 @@ def test_a_group_that_is_there_is_used_and_left(tmp_path):
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """As torchrun would start it on one of eight machines of two GPUs; joining is recorded, not done."""
+    """As torchrun starts it on one of eight machines with two GPUs; joining is recorded, not done."""
     for name, value in {"RANK": 9, "WORLD_SIZE": 16, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -77,7 +79,7 @@ def test_each_process_takes_its_gpu(second_of_two, device):
     assert second_of_two[2:] == ["destroy"]
 
 
-def test_a_cpu_is_asked_for_beside_gpus(second_of_two):
+def test_cpu_may_be_asked_for_beside_gpus(second_of_two):
     with ranks("cpu") as joined:
         assert joined == Ranks(9, 16, "cpu")
     assert second_of_two == [("init", ("gloo",), {"device_id": None}), "destroy"]
@@ -85,10 +87,10 @@ def test_a_cpu_is_asked_for_beside_gpus(second_of_two):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("error", [AgreedError, RuntimeError])
-def test_the_group_is_closed_after_an_error_of_all(second_of_two, device, error):
-    """But not after one of this rank alone: nccl would wait for the others, and they would end before it is told."""
-    with pytest.raises(error, match="told"), ranks(device):
-        raise error("told")
+def test_group_is_closed_after_an_agreed_error(second_of_two, device, error):
+    """Not after an error of this rank alone: nccl would wait for the others, which would exit before it is printed."""
+    with pytest.raises(error, match="of all"), ranks(device):
+        raise error("of all")
     assert ("destroy" in second_of_two) == (error is AgreedError)
 
 
@@ -97,15 +99,17 @@ def enter(device):
         pass
 
 
-def test_gpus_that_are_not_to_be_had(second_of_two, monkeypatch):
-    assert "device is 'cuda:0'; of several processes each takes a GPU of its own" in error_line(enter, "cuda:0")
+def test_unavailable_gpus_are_refused(second_of_two, monkeypatch):
+    assert "device is 'cuda:0', but each of several processes needs its own GPU; give 'cuda'" in error_line(
+        enter, "cuda:0"
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    want = "process 1 finds no GPU: this machine has 1; give --nproc-per-node 1"
+    want = "there is no GPU for process 1: this machine has 1; give --nproc-per-node 1"
     assert error_line(enter, "cuda") == want
     assert second_of_two == []
 
 
-def test_others_that_cannot_be_reached(second_of_two, monkeypatch):
+def test_unreachable_processes_are_reported(second_of_two, monkeypatch):
     def refuse(*args, **kwargs):
         raise dist.DistNetworkError("refused\n")
 
@@ -135,17 +139,17 @@ def sums():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_sums_have_the_same_bits_on_every_rank(size, tmp_path):
-    """And those of whole numbers are exact; a channels-last tensor, a number and an empty one among them."""
-    ends, told = run_ranks(tmp_path, size, sums)
-    assert ends == [0] * size, told
-    said, left = zip(*([json.loads(line) for line in text.splitlines()] for text in told), strict=True)
+    """For a channels-last tensor, a number (its sum is exact) and an empty tensor."""
+    ends, outputs = run_ranks(tmp_path, size, sums)
+    assert ends == [0] * size, outputs
+    said, left = zip(*([json.loads(line) for line in text.splitlines()] for text in outputs), strict=True)
     first = {"size": size, "device": "cpu", "same": True, "sums": said[0]["sums"]}
     assert list(said) == [{"rank": rank, **first} for rank in range(size)]
     assert list(left) == [{"left": True}] * size
     total, whole, nothing = said[0]["sums"]
     assert (whole, nothing) == (size * (size + 1) / 2, [])
     parts = [values(rank) for rank in range(size)]
-    orders = torch.stack([sum(parts[i:] + parts[:i]) for i in range(size)])  # whichever rank began
+    orders = torch.stack([sum(parts[i:] + parts[:i]) for i in range(size)])  # for each rank that may come first
     assert (orders == torch.tensor(total)).any(0).all()
 
 
@@ -168,11 +172,11 @@ def agreements():
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_is_everybodys_and_nobody_waits(tmp_path):
-    """Of several that fail, the first one's; then the ranks go on together, in step."""
-    ends, told = run_ranks(tmp_path, 3, agreements)
-    assert ends == [0] * 3, told
-    for rank, text in enumerate(told):
+def test_error_on_one_rank_is_raised_on_all(tmp_path):
+    """If several fail, the error of the first; afterwards the ranks still work together."""
+    ends, outputs = run_ranks(tmp_path, 3, agreements)
+    assert ends == [0] * 3, outputs
+    for rank, text in enumerate(outputs):
         assert json.loads(text)["said"] == [
             ["RuntimeError: two lines", rank == 1],
             ["1", rank in (1, 2)],
@@ -191,14 +195,14 @@ def failure(agreed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("agreed", [True, False])
-def test_a_rank_that_fails_ends_the_others(agreed, tmp_path):
-    """Also where they wait for it in a sum."""
-    ends, told = run_ranks(tmp_path, 3, failure, agreed)
+def test_failing_rank_ends_the_others(agreed, tmp_path):
+    """Also while they wait for it in a sum."""
+    ends, outputs = run_ranks(tmp_path, 3, failure, agreed)
     assert ends == [1] * 3
-    assert [text.splitlines()[-1].endswith("Error: of rank one alone") for text in told] == [agreed, True, agreed]
+    assert [text.splitlines()[-1].endswith("Error: of rank one alone") for text in outputs] == [agreed, True, agreed]
 
 
-def test_alone_one_meets_oneself():
+def test_one_process_meets_and_gathers_alone():
     assert Ranks().meeting()()() is True
     assert Ranks().gather({"any": "thing"}) == [{"any": "thing"}]
 
@@ -209,11 +213,11 @@ def gathered():
 
 
 @pytest.mark.slow
-def test_values_of_all_are_in_order_everywhere(tmp_path):
-    ends, told = run_ranks(tmp_path, 3, gathered)
-    assert ends == [0] * 3, told
+def test_gathered_values_are_in_the_order_of_the_ranks(tmp_path):
+    ends, outputs = run_ranks(tmp_path, 3, gathered)
+    assert ends == [0] * 3, outputs
     want = {"got": [{"rank": rank, "odd": [None] * rank} for rank in range(3)], "none": [None] * 3}
-    assert [json.loads(text) for text in told] == [want] * 3
+    assert [json.loads(text) for text in outputs] == [want] * 3
 
 
 def disagreeing():
@@ -225,21 +229,21 @@ def disagreeing():
 
 
 @pytest.mark.slow
-def test_long_facts_are_told_in_short(tmp_path):
-    ends, told = run_ranks(tmp_path, 2, disagreeing)
-    assert ends == [0] * 2, told
+def test_long_facts_are_shortened_in_errors(tmp_path):
+    ends, outputs = run_ranks(tmp_path, 2, disagreeing)
+    assert ends == [0] * 2, outputs
     what = f"long is {'0' * 200} in process 0, {'1' * 200} in process 1"
     want = f"{what}; give all of them the same data, options and folder"
-    assert [json.loads(text)["said"] for text in told] == [want] * 2
+    assert [json.loads(text)["said"] for text in outputs] == [want] * 2
 
 
-def until(true):
-    while not true():
+def until(condition):
+    while not condition():
         time.sleep(0.01)
 
 
 def meetings(folder):
-    """The second comes when the first has long looked for it: longer than processes wait elsewhere."""
+    """The second rank arrives after the first has waited for longer than the timeout of other operations."""
     store = next(dist.rendezvous("env://"))[0]
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(milliseconds=300))
@@ -262,8 +266,8 @@ def meetings(folder):
 
 
 @pytest.mark.slow
-def test_who_comes_late_is_waited_for(tmp_path):
-    """And nobody goes on before; two meetings do not mix."""
+def test_late_rank_is_waited_for(tmp_path):
+    """No rank continues before; two meetings do not interfere."""
     ends, (first, second) = run_ranks(tmp_path, 2, meetings, tmp_path)
     assert ends == [0, 0], (first, second)
     assert [json.loads(line) for line in first.splitlines()] == [{"early": False}, {"met": [0, 1]}]
@@ -283,11 +287,11 @@ def lost(folder):
             until(there)
         except RuntimeError as error:
             say(lost=type(error).__name__)
-            os._exit(3)  # the group cannot be closed in order any more
+            os._exit(3)  # the group can no longer be closed
 
 
 @pytest.mark.slow
-def test_who_is_lost_is_not_waited_for(tmp_path):
-    ends, told = run_ranks(tmp_path, 2, lost, tmp_path)
-    assert ends == [3, 7], told
-    assert "lost" in json.loads(told[0])
+def test_lost_rank_is_not_waited_for(tmp_path):
+    ends, outputs = run_ranks(tmp_path, 2, lost, tmp_path)
+    assert ends == [3, 7], outputs
+    assert "lost" in json.loads(outputs[0])

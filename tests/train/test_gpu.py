@@ -1,4 +1,4 @@
-"""What only a GPU shows of the trainer: it does not wait, and its gradients are as near to float64 as plain torch's."""
+"""The trainer on a GPU: it does not wait for the GPU, and its gradients are as accurate as plain torch's."""
 
 import dataclasses
 import json
@@ -15,22 +15,23 @@ from fastddpm.core import noise
 from fastddpm.processes.distributed import Ranks
 from fastddpm.reference.diffusion import Diffusion, add_noise
 from fastddpm.reference.unet import UNet
-from fastddpm.sampling.engine import PRECISIONS, arithmetic
+from fastddpm.train import TrainOptions, train
 from fastddpm.train import trainer as training
-from fastddpm.train.trainer import Trainer, TrainOptions, train
+from fastddpm.train.batches import Batch
+from fastddpm.train.trainer import Trainer
 from tests.conftest import needs_gpu
 from tests.support.check import assert_as_accurate
 
 pytestmark = [
     *needs_gpu,
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # of torch, in torch
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # it is a prototype
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # fp32 is not to use them
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # raised by torch itself
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # it is a prototype of torch
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # fp32 must not use them
 ]
 OPTIONS = TrainOptions(
     steps=6,
     batch_size=16,
-    learning_rate=1e-30,  # the weights stay
+    learning_rate=1e-30,  # leaves the weights unchanged
     warmup=0,
     grad_clip=float("inf"),
     flip=True,
@@ -46,8 +47,7 @@ def pictures(n=40):
 
 
 def trainer(folder, **options):
-    made = Trainer(pictures(), None, folder, dataclasses.replace(OPTIONS, **options), Ranks(device="cuda"))
-    return made
+    return Trainer(pictures(), None, folder, dataclasses.replace(OPTIONS, **options), Ranks(device="cuda"))
 
 
 def gradient(net):
@@ -56,27 +56,29 @@ def gradient(net):
 
 @pytest.mark.parametrize("engine", ["eager", "compiled", "compiled+graph"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
-def test_gradients_are_as_near_to_float64_as_plain_torchs(tmp_path, precision, engine):
-    """After steps enough for graphs to be replayed."""
+def test_gradients_are_as_accurate_as_plain_torchs(tmp_path, precision, engine):
+    """After enough steps for CUDA graphs to be replayed."""
     ours, k = trainer(tmp_path, precision=precision, engine=engine), 4
-    network = ours._network()
+    network = ours.wrapped_network()
     for step in range(k + 1):
-        ours._step(network, step)
+        ours.step(network, step)
 
-    x_0, t, address, _ = ours._batch(k)
+    x_0, t, address, _ = ours.batches.of_step(k)
     eps = noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
     exact = UNet2D(**ours.net.config).cuda().double()
     exact.load_state_dict(ours.net.state_dict())
-    process, value = Diffusion(OPTIONS.schedule.betas), (x_0.double() - 127.5) / 127.5
+    process = Diffusion(OPTIONS.schedule.betas)
+    value = (x_0.double() - 127.5) / 127.5
     process.loss(exact, value, t, eps.double()).backward()
 
-    plain, dtype = UNet(**ours.net.config).cuda().to(memory_format=torch.channels_last), PRECISIONS[precision]
+    plain = UNet(**ours.net.config).cuda().to(memory_format=torch.channels_last)
+    dtype = ours.compute.dtype
     plain.load_state_dict(ours.net.state_dict())
     x_t = add_noise(value.float(), eps, ours.table[t])
-    with arithmetic(precision, ours.device):
+    with ours.compute.arithmetic():
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            m = plain(x_t, t)
-        F.mse_loss(m.float(), eps).backward()
+            model_output = plain(x_t, t)
+        F.mse_loss(model_output.float(), eps).backward()
     named = dict(plain.named_parameters())
     of_plain = torch.cat([named[name].grad.flatten() for name, _ in ours.net.named_parameters()])
     assert_as_accurate(gradient(ours.net), of_plain, gradient(exact))
@@ -84,36 +86,36 @@ def test_gradients_are_as_near_to_float64_as_plain_torchs(tmp_path, precision, e
 
 @pytest.mark.parametrize("held", ["on the GPU", "on the host"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_steps_do_not_wait(tmp_path, monkeypatch, held, dropout):
+def test_steps_do_not_wait_for_the_gpu(tmp_path, monkeypatch, held, dropout):
     if held == "on the host":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 30))
     ours = trainer(tmp_path, precision="bf16", engine="eager", dropout=dropout)
-    assert ours.pixels.device.type == ("cpu" if held == "on the host" else "cuda")
-    network = ours._network()
+    assert ours.batches.pixels.device.type == ("cpu" if held == "on the host" else "cuda")
+    network = ours.wrapped_network()
     for k in range(2):
-        ours._step(network, k)
+        ours.step(network, k)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        losses = [ours._step(network, k)[0] for k in range(2, 5)]
+        losses = [ours.step(network, k)[0] for k in range(2, 5)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(loss.item() > 0 for loss in losses)
 
 
-def test_batches_are_those_of_a_cpu(tmp_path):
+def test_batches_equal_those_on_a_cpu(tmp_path):
     on_gpu = trainer(tmp_path / "gpu")
     on_cpu = Trainer(pictures(), None, tmp_path / "cpu", OPTIONS, Ranks(device="cpu"))
     for k in (0, 7):
-        for a, b in zip(on_gpu._batch(k)[:3], on_cpu._batch(k)[:3], strict=True):
+        for a, b in zip(on_gpu.batches.of_step(k)[:3], on_cpu.batches.of_step(k)[:3], strict=True):
             assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
-def test_a_killed_run_goes_on_and_learns(tmp_path, monkeypatch, engine):
+def test_killed_run_resumes_and_learns(tmp_path, monkeypatch, engine):
     options = dataclasses.replace(
         OPTIONS, steps=60, learning_rate=2e-3, engine=engine, log_every=20, save_every=30, sample_every=60
     )
-    average, calls = training._average, []
+    average, calls = training.update_average, []
 
     def killed(*args):
         calls.append(args)
@@ -122,7 +124,7 @@ def test_a_killed_run_goes_on_and_learns(tmp_path, monkeypatch, engine):
         average(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_average", killed)
+        patch.setattr(training, "update_average", killed)
         with pytest.raises(KeyboardInterrupt):
             train(pictures(), tmp_path, options, device="cuda", progress=False)
     train(pictures(), tmp_path, options, device="cuda", progress=False)
@@ -135,27 +137,27 @@ def test_a_killed_run_goes_on_and_learns(tmp_path, monkeypatch, engine):
     value = torch.from_numpy(pictures(16)).movedim(-1, 1).float() / 127.5 - 1
     with torch.no_grad():
         loss = Diffusion(options.schedule.betas).loss(net, value, torch.arange(16) * 6, eps)
-    assert loss < eps.square().mean()  # that of predicting eps = 0
+    assert loss < eps.square().mean()  # the loss of predicting eps = 0
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
-def test_gradients_come_through_nccl(tmp_path, monkeypatch, engine):
-    """A group of one stands for two ranks: their mean is then its own gradient, of its half of the batch."""
+def test_gradients_are_averaged_by_nccl(tmp_path, monkeypatch, engine):
+    """One process plays rank 0 of 2: the mean over the group is its own gradient, of its half of the batch."""
     options = dataclasses.replace(OPTIONS, precision="fp32", engine=engine)
     device = torch.device("cuda", torch.cuda.current_device())
     store = f"file://{tmp_path / 'store'}"
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=0, world_size=1, device_id=device)
     try:
         joined = Trainer(pictures(), None, tmp_path, options, Ranks(0, 2, device))
-        joined._step(joined._network(), 0)
+        joined.step(joined.wrapped_network(), 0)
     finally:
         dist.destroy_process_group()
-    x_0, t, address, _ = joined._batch(0)
+    x_0, t, address, _ = joined.batches.of_step(0)
     eps = noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
     exact = UNet2D(**joined.net.config).cuda().double()
-    exact.load_state_dict(joined.net.state_dict())  # a step of 1e-30 has left the weights
+    exact.load_state_dict(joined.net.state_dict())  # a learning rate of 1e-30 has not changed them
     Diffusion(OPTIONS.schedule.betas).loss(exact, (x_0.double() - 127.5) / 127.5, t, eps.double()).backward()
     single = trainer(tmp_path, precision="fp32", engine="eager", batch_size=8)
-    monkeypatch.setattr(single, "_batch", lambda k: (x_0, t, address, None))
-    single._step(single._network(), 0)
+    monkeypatch.setattr(single.batches, "of_step", lambda k: Batch(x_0, t, address, None))
+    single.step(single.wrapped_network(), 0)
     assert_as_accurate(gradient(joined.net), gradient(single.net), gradient(exact))

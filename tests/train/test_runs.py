@@ -1,4 +1,4 @@
-"""Whole runs as processes: killed and resumed to the bit, and the same steps whatever the number of ranks."""
+"""Whole runs as processes: killed and resumed to the same bits, and the same steps for any number of ranks."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Bright squares on black, somewhere in 8 x 8, and how bright they are as two classes."""
+    """8 x 8 pictures of squares on black, in two classes: dark squares and bright ones."""
     rng = np.random.default_rng(0)
     x = np.zeros((24, 8, 8, 1), np.uint8)
     for image, (i, j) in zip(x, rng.integers(0, 4, (24, 2)), strict=True):
@@ -48,23 +48,25 @@ def arguments(images, out, options=OPTIONS):
 
 
 def command(arguments: list[str], hook: Callable[[], None] | None = None) -> int:
-    """`fastddpm`, after a look at, or an attempt on, what it will do."""
+    """Run `fastddpm`, after a hook that watches or disturbs it."""
     if hook is not None:
         hook()
     return main(arguments)
 
 
 def refuse_writing(event, args):
-    """But for the nameless file that shows whether the folder can be written."""
+    """An audit hook that forbids writing named files of the run; `check_writable` uses a nameless one."""
     opened = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
     if (opened or event == "os.rename") and f"{os.sep}run{os.sep}" in str(args[0]) and Path(args[0]).suffix:
         raise PermissionError(f"rank {os.environ['RANK']} writes {args[0]}")
 
 
 def record_steps(folder: Path, killed: tuple[int, int] | None = None) -> None:
-    """Keep what each step of this rank takes, and what it leaves: steps-RANK.pt; a (rank, step) may be killed in it.
+    """Save the inputs and the resulting weights of each step of this rank in steps-RANK.pt.
 
-    A rank that is not the first may not write into the folder of the run.
+    Ranks other than the first may not write into the folder of the run.
+
+    Args: killed: (rank, step) at which that rank is killed.
     """
     rank, steps, now = int(os.environ["RANK"]), [], {}
     if rank:
@@ -103,7 +105,7 @@ def _parameters(optimizer):
 
 
 def die_before(place: str, operation: int) -> None:
-    """SIGKILL before the process opens, renames or removes a file whose path begins so for so many times."""
+    """SIGKILL before the given operation (open, rename or remove) on paths that start with `place`, counted from 1."""
     left = [operation]
 
     def watch(event, args):
@@ -116,14 +118,14 @@ def die_before(place: str, operation: int) -> None:
 
 
 def die_writing(size: int) -> None:
-    """Die, with no time to clean up, in the middle of the write that makes a file larger than so many bytes."""
+    """Kill this process in the middle of the write that makes a file larger than `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def records(out):
-    """The log but for what the clock says."""
+    """The log without times and rates."""
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
@@ -141,8 +143,8 @@ def assert_same_run(out, want):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(images, tmp_path_factory):
-    out = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
     run = [sys.executable, "-m", "fastddpm", *arguments(images, out)]
     done = subprocess.run(run, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -150,34 +152,34 @@ def undisturbed(images, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_killed_time_and_again_is_the_undisturbed_one(images, undisturbed, tmp_path):
-    """Before operations on its files, of which some and any, in the middle of a write, at any time."""
+def test_run_killed_many_times_equals_uninterrupted_run(images, uninterrupted, tmp_path):
+    """Killed before operations on certain files and on any file, in the middle of writes, and at random times."""
     rng = np.random.default_rng(0)
-    out, told, ends = tmp_path / "run", tmp_path / "told", []
+    out, output, ends = tmp_path / "run", tmp_path / "output", []
     for place, most in (("", 40), ("samples/.step", 2), (".loss", 2), (".training", 2), ("unet/.", 4)):
         size = int(np.exp(rng.uniform(np.log(50), np.log(150_000))))
         before = functools.partial(die_before, f"{out}/{place}", int(rng.integers(1, most, endpoint=True)))
         for hook in (before, functools.partial(die_writing, size), None):
-            process = start(told, command, arguments(images, out), hook)
+            process = start(output, command, arguments(images, out), hook)
             process.join(None if hook else rng.uniform(0.2, 1.0))
             process.kill()
             process.join()
             ends.append(process.exitcode)
     assert {-signal.SIGKILL, -signal.SIGXFSZ} <= set(ends) <= {0, -signal.SIGKILL, -signal.SIGXFSZ}
-    # at last between the state of the last step and the weights; those of the step before were written as it began
+    # finally between the last state and its weights; the weights of the step before were written when it resumed
     once = OPTIONS.replace("--save-every 4", f"--save-every {STEPS}")
-    process = start(told, command, arguments(images, out, once), functools.partial(die_before, f"{out}/unet/.", 5))
+    process = start(output, command, arguments(images, out, once), functools.partial(die_before, f"{out}/unet/.", 5))
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert torch.load(out / "training.pt")["progress"]["step"] == STEPS
-    process = start(told, command, arguments(images, out))
+    process = start(output, command, arguments(images, out))
     process.join()
-    assert (process.exitcode, told.read_text()) == (0, "")
-    assert_same_run(out, undisturbed)
+    assert (process.exitcode, output.read_text()) == (0, "")
+    assert_same_run(out, uninterrupted)
 
 
 def signal_after(step: int, number: int, rank: str | None = None) -> None:
-    """Send this process, or this rank alone, a signal when so many steps are done, before anything is kept of them."""
+    """Send a signal to this process (or only to `rank`) after a step, before anything of the step is saved."""
     left = [step]
 
     def after(optimizer, args, kwargs):
@@ -189,20 +191,20 @@ def signal_after(step: int, number: int, rank: str | None = None) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_keeps_its_last_step(images, undisturbed, tmp_path):
-    out, told = tmp_path / "run", tmp_path / "told"
+def test_interrupted_run_saves_its_last_step(images, uninterrupted, tmp_path):
+    out, output = tmp_path / "run", tmp_path / "output"
     ends = ((signal.SIGTERM, 5, 5, -signal.SIGTERM), (signal.SIGINT, 2, 7, 130), (signal.SIGINT, 5, 12, 130))
-    for number, steps, reached, status in ends:  # in the middle of a stretch of the log, and where all is saved anyway
+    for number, steps, reached, status in ends:  # between lines of the log, and where a save is due anyway
         hook = functools.partial(signal_after, steps, number)
-        process = start(told, command, arguments(images, out, OPTIONS.replace("--quiet", "")), hook)
+        process = start(output, command, arguments(images, out, OPTIONS.replace("--quiet", "")), hook)
         process.join()
         assert process.exitcode == status
         assert torch.load(out / "training.pt")["progress"]["step"] == reached
-        assert f"{out}: stopped after step {reached}; the same command goes on from there" in told.read_text()
-    process = start(told, command, arguments(images, out))
+        assert f"{out}: stopped after step {reached}; the same command resumes the run" in output.read_text()
+    process = start(output, command, arguments(images, out))
     process.join()
     assert process.exitcode == 0
-    assert_same_run(out, undisturbed)
+    assert_same_run(out, uninterrupted)
 
 
 SHARED = (
@@ -214,7 +216,7 @@ SHARED = (
 
 @pytest.fixture(scope="module")
 def shared(images, tmp_path_factory):
-    """{number of ranks: (folder of the run, what each rank took and left in each step)}"""
+    """{number of ranks: (folder of the run, [what `record_steps` saved of each rank])}"""
     found = {}
     for size in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"ranks-{size}")
@@ -230,7 +232,7 @@ def recorded(folder, size):
 
 
 def together(ranks, k, name):
-    """What the ranks took in step k, in the order of their shares."""
+    """An input of step k of all ranks, in the order of their shares."""
     return torch.cat([steps[k][name] for steps in ranks])
 
 
@@ -250,8 +252,8 @@ def assert_same_weights(ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_ranks_take_the_steps_of_one_process(shared, size):
-    """To the bit the same images, flips, classes, timesteps and noise, each rank its share; the same weights after."""
+def test_several_ranks_take_the_steps_of_one_process(shared, size):
+    """Each rank takes its share of the same images, flips, classes, timesteps and noise; all have the same weights."""
     (one, [alone]), (out, ranks) = shared[1], shared[size]
     assert [len(steps) for steps in ranks] == [6] * size
     assert_steps_of_one_process(ranks, alone)
@@ -261,7 +263,7 @@ def test_ranks_take_the_steps_of_one_process(shared, size):
 
 
 def gradients(step, dtype):
-    """Loss and gradients of plain torch at what a step took, after it was reported to the optimiser."""
+    """Loss and gradients of plain torch for the inputs and weights of a recorded step."""
     net = UNet2D(**step["config"])
     with torch.no_grad():
         for value, weights in zip(net.parameters(), step["weights"], strict=True):
@@ -277,8 +279,8 @@ def gradients(step, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_unequal_shares_weigh_as_one_batch(shared, size):
-    """7 images on 2 and 3 ranks: the logged loss and the gradient are of the mean over the batch."""
+def test_unequal_shares_count_as_one_batch(shared, size):
+    """With 7 images on 2 or 3 ranks, the logged loss and the gradient are those of the mean over the batch."""
     out, ranks = shared[size]
     (loss, plain), (exact, ref) = (gradients(shared[1][1][0][0], dtype) for dtype in (torch.float32, torch.float64))
     for steps in ranks:
@@ -287,14 +289,14 @@ def test_unequal_shares_weigh_as_one_batch(shared, size):
 
 
 @pytest.mark.slow
-def test_killed_ranks_go_on_in_another_number(images, shared, tmp_path):
-    """One of two is killed: the other ends with a line. Three go on from the last state, with the steps of one."""
+def test_run_resumes_with_another_number_of_ranks(images, shared, tmp_path):
+    """One rank of two is killed: the other exits with one line. Three ranks resume, with the steps of one process."""
     out, (_, [alone]) = tmp_path / "run", shared[1]
     hook = functools.partial(record_steps, tmp_path, killed=(1, 4))
-    (first, second), (told, _) = run_ranks(tmp_path, 2, command, arguments(images, out, SHARED), hook)
+    (first, second), (output, _) = run_ranks(tmp_path, 2, command, arguments(images, out, SHARED), hook)
     assert (first, second) == (2, -signal.SIGKILL)
-    assert told.startswith("fastddpm: error: RuntimeError: ")
-    assert told.count("\n") == 1
+    assert output.startswith("fastddpm: error: RuntimeError: ")
+    assert output.count("\n") == 1
     (folder := tmp_path / "resumed").mkdir()
     hook = functools.partial(record_steps, folder)
     assert run_ranks(folder, 3, command, arguments(images, out, SHARED), hook) == ([0] * 3, [""] * 3)
@@ -306,8 +308,8 @@ def test_killed_ranks_go_on_in_another_number(images, shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_to_end_ends_all(images, tmp_path):
-    """At the next line of the log, with all that was done till then."""
+def test_signal_to_one_rank_stops_all(images, tmp_path):
+    """At the next line of the log; the steps up to there are saved."""
     out, options = tmp_path / "run", SHARED.replace("--log-every 1 --save-every 2", "--log-every 3 --save-every 6")
     hook = functools.partial(signal_after, 2, signal.SIGTERM, rank="1")
     ends, _ = run_ranks(tmp_path, 2, command, arguments(images, out, options), hook)
@@ -317,33 +319,35 @@ def test_a_rank_that_is_to_end_ends_all(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_all_ranks_is_one_line_of_each(images, tmp_path):
-    """A batch that does not go round: nothing is left, nobody waits."""
-    ends, told = run_ranks(tmp_path, 3, command, arguments(images, tmp_path / "run", SHARED + " --batch-size 2"))
+def test_error_of_all_ranks_is_one_line_each(images, tmp_path):
+    """A batch smaller than the number of ranks: nothing is written, no rank waits."""
+    ends, output = run_ranks(tmp_path, 3, command, arguments(images, tmp_path / "run", SHARED + " --batch-size 2"))
     assert ends == [2, 2, 2]
-    assert set(told) == {"fastddpm: error: a batch of 2 does not go round 3 processes; enlarge it, or start fewer\n"}
+    assert set(output) == {
+        "fastddpm: error: a batch of 2 cannot be split among 3 processes; enlarge it or start fewer\n"
+    }
     assert not (tmp_path / "run").exists()
 
 
-def blind(images: Path) -> None:
-    """One rank cannot read the images."""
+def hide_images(images: Path) -> None:
+    """Make rank 1 unable to read the images."""
     if os.environ["RANK"] == "1":
         os.chdir(images.parent.parent)
 
 
 @pytest.mark.slow
-def test_images_that_one_rank_cannot_read_end_all(images, tmp_path, monkeypatch):
+def test_images_that_one_rank_cannot_read_stop_all(images, tmp_path, monkeypatch):
     monkeypatch.chdir(images.parent)
-    hook = functools.partial(blind, images)
-    ends, told = run_ranks(tmp_path, 2, command, arguments(images.name, tmp_path / "run", SHARED), hook)
+    hook = functools.partial(hide_images, images)
+    ends, output = run_ranks(tmp_path, 2, command, arguments(images.name, tmp_path / "run", SHARED), hook)
     assert ends == [2, 2]
-    assert len(set(told)) == 1
-    assert told[0].startswith(f"fastddpm: error: cannot read {images.name}: No such file or directory; want ")
-    assert told[0].count("\n") == 1
+    assert len(set(output)) == 1
+    assert output[0].startswith(f"fastddpm: error: cannot read {images.name}: No such file or directory; want ")
+    assert output[0].count("\n") == 1
 
 
-def differing(arguments: list[str], others: list[str]) -> int:
-    """The second rank is given other options."""
+def command_with_other_options(arguments: list[str], others: list[str]) -> int:
+    """`command`, with further options on rank 1."""
     return command(arguments + others * (os.environ["RANK"] == "1"))
 
 
@@ -359,16 +363,18 @@ def differing(arguments: list[str], others: list[str]) -> int:
         ),
     ],
 )
-def test_options_of_one_rank_end_all(images, tmp_path, others, line):
-    ends, told = run_ranks(tmp_path, 2, differing, arguments(images, tmp_path / "run", SHARED), others)
+def test_other_options_on_one_rank_stop_all(images, tmp_path, others, line):
+    ends, output = run_ranks(
+        tmp_path, 2, command_with_other_options, arguments(images, tmp_path / "run", SHARED), others
+    )
     assert ends == [2, 2]
-    assert len(set(told)) == 1
-    assert told[0].startswith(f"fastddpm: error: {line}")
+    assert len(set(output)) == 1
+    assert output[0].startswith(f"fastddpm: error: {line}")
 
 
 @pytest.mark.slow
-def test_under_torchrun_itself(tmp_path):
-    """A line from each rank with exit status 2, no traceback but torchrun's own."""
+def test_torchrun_reports_one_line_of_each_rank(tmp_path):
+    """With exit status 2; the only traceback is torchrun's own."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastddpm"]
     done = subprocess.run(
         [*run, *arguments(tmp_path / "absent.npz", tmp_path / "run")],

@@ -1,0 +1,159 @@
+"""The batch of a training step: images, timesteps, noise addresses and labels. It depends on the seed and the step."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastddpm.core import noise
+from fastddpm.core.layout import channels_last
+from fastddpm.core.memory import send
+from fastddpm.processes.distributed import Ranks
+from fastddpm.storage import images
+from fastddpm.train.options import TrainOptions
+
+
+class Draws(NamedTuple):
+    """The random numbers of a step, of a batch of N.
+
+    Attributes:
+        image: [N] int64: the position of each image in the data set.
+        t: [N] int64: their timesteps, 0 <= t < T.
+        mirrored: [N] int64: 1 where an image is mirrored, if the run flips images.
+        address: [N, 2] int64: (seed, sample index) of the noise; the sample index is the running number of the example.
+    """
+
+    image: Tensor
+    t: Tensor
+    mirrored: Tensor
+    address: Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's share of the batch of a step, on its device.
+
+    Attributes:
+        x_0: [N, C, H, W] uint8, channels-last.
+        t: [N] int64: timesteps.
+        address: [N, 2] int64: addresses of the noise.
+        labels: [N] int64, or None.
+    """
+
+    x_0: Tensor
+    t: Tensor
+    address: Tensor
+    labels: Tensor | None
+
+
+class Batches:
+    """Gives this rank's share of the batch of each step.
+
+    Args:
+        data: [N, H, W, C] uint8.
+        labels: [N] integers, or None.
+        options: of the run.
+        group: the processes that share each batch.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        data: np.ndarray,
+        labels: np.ndarray | None,
+        options: TrainOptions,
+        group: Ranks,
+        device: torch.device,
+    ):
+        self.options = options
+        self.group = group
+        self.device = device
+        self.pixels = images_on_device(channels_last(torch.from_numpy(data).movedim(-1, 1)), device)
+        self.labels = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels, np.int64))
+
+    def of_step(self, k: int) -> Batch:
+        """This rank's share of the batch of step k."""
+        share = self.group.share(self.options.batch_size)
+        index, t, mirrored, address = (drawn[share] for drawn in draws(k, len(self.pixels), self.options))
+        labels = [] if self.labels is None else [self.labels[index]]
+        x_0 = self.pixels[index if self.pixels.device.type == "cpu" else send(index, self.device)]
+        x_0 = send(x_0, self.device)
+        numbers = send(torch.stack([t, mirrored, *address.T, *labels]), self.device)  # in one copy
+        t, mirrored, seed, sample, *labels = numbers.unbind()
+        if self.options.flip:
+            x_0 = torch.where(mirrored.bool()[:, None, None, None], x_0.flip(-1), x_0)
+        return Batch(channels_last(x_0), t, torch.stack([seed, sample], 1), labels[0] if labels else None)
+
+
+def draws(k: int, total: int, options: TrainOptions) -> Draws:
+    """The random numbers of step k, for a data set of `total` images: a function of the seed, k and the batch size.
+
+    Every epoch visits each image once, in a new order.
+    """
+    size = options.batch_size
+    examples = np.arange(k * size, (k + 1) * size)
+    epoch, place = np.divmod(examples, total)
+    index = np.empty(size, np.int64)
+    for e in np.unique(epoch).tolist():
+        index[epoch == e] = _epoch_order(options.seed, e, total)[place[epoch == e]]
+    generator = np.random.default_rng((options.seed, 1, k))
+    t = generator.integers(options.schedule.num_train_timesteps, size=size)
+    mirrored = (generator.random(size) < 0.5).astype(np.int64)
+    return Draws(
+        torch.from_numpy(index),
+        torch.from_numpy(t),
+        torch.from_numpy(mirrored),
+        noise.address(options.seed, torch.from_numpy(examples)),
+    )
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
+    """[total] int64: the images in the order in which an epoch visits them."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(total)
+
+
+def images_on_device(pixels: Tensor, device: torch.device) -> Tensor:
+    """The images on the device, or on the host if they would take more than half of the free memory of a GPU."""
+    if device.type == "cuda" and pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return pixels
+    return pixels.to(device)
+
+
+def check_images(data: np.ndarray) -> tuple[int, int, int]:
+    """Height, width and channels. Raises: ValueError: data is not uint8 [N, H, W, C]."""
+    if not isinstance(data, np.ndarray):
+        kind = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+        raise ValueError(f"data is a {kind}; want a numpy array, uint8 [N, H, W, C]")
+    if data.dtype != np.uint8 or data.ndim != 4 or not len(data) or data.shape[3] not in images.CHANNELS:
+        wanted = "uint8 [N, H, W, C] with at least one image and C = 1, 3 or 4"
+        raise ValueError(f"data is {data.dtype} {data.shape}; want {wanted}")
+    return data.shape[1:]
+
+
+def check_labels(labels: np.ndarray | None, data: np.ndarray) -> int | None:
+    """The number of classes; None without labels. Raises: ValueError: labels are not one class for each image."""
+    if labels is None:
+        return None
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != data.shape[:1]:
+        what = f"labels are {labels.dtype} {labels.shape}"
+        raise ValueError(f"{what}; want one whole number for each of the {len(data)} images")
+    classes = np.unique(labels)
+    if classes[0] != 0 or classes[-1] != len(classes) - 1:
+        values = f"{len(classes)} distinct value{'s' * (len(classes) != 1)}"
+        what = f"labels have {values}, from {classes[0]} to {classes[-1]}"
+        way_out = "np.unique(labels, return_inverse=True)[1] renumbers them"
+        raise ValueError(f"{what}; want classes 0, 1, ... without gaps: {way_out}")
+    return len(classes)
+
+
+def check_sides(height: int, width: int, levels: int) -> None:
+    """Raises: ValueError: a U-Net of so many levels cannot halve the sides."""
+    factor = 1 << (levels - 1)
+    if not height or not width or height % factor or width % factor:
+        raise ValueError(
+            f"images are {height} x {width}; with {levels} levels both sides must be multiples of "
+            f"{factor}: crop or resize them, or use fewer levels (channels)"
+        )

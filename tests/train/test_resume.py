@@ -1,0 +1,293 @@
+"""Resuming a run: to the same bits after a kill, only with the same images and options, never over other files."""
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import PIPE, Popen
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from fastddpm import Schedule, checkpoints
+from fastddpm.processes.distributed import Ranks
+from fastddpm.train import TrainOptions, run_folder, trainer
+from fastddpm.train.trainer import Trainer
+from tests.support.check import error_line
+from tests.support.training import SMALL, assert_same, losses, parameters, pictures, run
+
+
+class Killed(BaseException):
+    """Stands for a kill: the trainer must not catch it."""
+
+
+def killed_run(monkeypatch, owner, name, call, out, options=SMALL):
+    """Run until call number `call`, counted from 1, of owner.name raises Killed."""
+    original, calls = getattr(owner, name), []
+
+    def killed(*args, **how):
+        calls.append(args)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            run(out, options)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(trainer, "update_average", 2), (trainer, "update_average", 4), (checkpoints, "save", 1)],
+)
+def test_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, owner, name, call, dropout):
+    options = dataclasses.replace(SMALL, dropout=dropout, log_every=1)
+    whole = run(tmp_path / "whole", options)
+    killed_run(monkeypatch, owner, name, call, tmp_path / "killed", options)
+    again = run(tmp_path / "killed", options)
+    assert_same(parameters(whole), parameters(again))
+    assert losses(whole) == losses(again)
+    assert [step for step, _ in losses(again)] == [1, 2, 3, 4]
+
+
+def test_checkpoint_missed_by_a_kill_is_written_on_resume(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    killed_run(monkeypatch, checkpoints, "save", 2, tmp_path / "killed")
+    assert_same(parameters(whole), parameters(run(tmp_path / "killed")))
+
+
+def test_resume_repairs_the_log_and_adds_up_the_seconds(tmp_path, monkeypatch):
+    killed_run(monkeypatch, trainer, "update_average", 3, tmp_path)
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    done = state["progress"]
+    assert (done["step"], done["seconds"] < 1000, len(done["losses"])) == (2, True, 2)
+    torch.save({**state, "progress": done | {"seconds": 1000.0}}, tmp_path / "training.pt")
+    for name in (".training.pt.1.tmp", "unet/.config.json.23.tmp", ".mine.tmp"):
+        (tmp_path / name).touch()
+    kept = '{"step": 2, "loss": 0.5, "seconds": 1.0}'
+    (tmp_path / "log.jsonl").write_bytes(
+        f'{kept}\n7\n{{"step": 3, "loss": 0.5}}\n{{"step": 4, "lo'.encode() + b"\0\xff"
+    )
+    run(tmp_path)
+    first, last = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert first == kept
+    assert json.loads(last)["step"] == 4
+    assert 1000 < json.loads(last)["seconds"] < 2000
+    assert [path.name for path in tmp_path.rglob(".*.tmp")] == [".mine.tmp"]
+
+
+def test_finished_run_is_not_changed(tmp_path):
+    out = run(tmp_path)
+    before = (out / "training.pt").read_bytes()
+    run(tmp_path)
+    assert (out / "training.pt").read_bytes() == before
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+class Touch:
+    """Unpickling it creates the file `ran`."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncated,
+        lambda path: path.write_text("notes on a training"),
+        lambda path: path.write_bytes(b""),
+        lambda path: torch.save({"step": 2}, path),
+        lambda path: torch.save([torch.zeros(2)], path),
+        lambda path: torch.save({**torch.load(path, weights_only=True), "net": {}}, path),
+        lambda path: torch.save(Touch(), path),
+    ],
+    ids=["truncated", "text", "empty", "another dict", "a list", "no weights", "a pickle that runs code"],
+)
+def test_damaged_state_is_refused(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    out = run(tmp_path / "run", dataclasses.replace(SMALL, steps=1))
+    before = parameters(out)
+    damage(out / "training.pt")
+    line = error_line(run, out, dataclasses.replace(SMALL, steps=1))
+    assert line.startswith(f"{out / 'training.pt'} is damaged, or no run wrote it (")
+    assert line.endswith("train into another folder")
+    assert_same(parameters(out), before)
+    assert not Path("ran").exists()
+
+
+def test_unreadable_state_is_not_reported_as_damaged(tmp_path, monkeypatch):
+    run(tmp_path)
+    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "training.pt"))
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    with pytest.raises(PermissionError):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("held", ["unet/config.json", "model_index.json", "config.json"])
+def test_checkpoint_of_another_origin_is_not_overwritten(tmp_path, held):
+    (tmp_path / held).parent.mkdir(exist_ok=True)
+    (tmp_path / held).write_text("{}")
+    line = error_line(run, tmp_path)
+    assert f"holds a checkpoint ({held.split('/')[0]}) but no training.pt to resume; train into another folder" in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / held]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"iteration": 1}\n',
+        "epoch,loss\n1,0.5\n",
+        "epoch,loss",
+        "[1, 2",
+        '{"step": 1, "accuracy": 1}\n',
+        '{"step": "a", "loss": 1}',
+        '{"step": NaN, "loss": 1}',
+        '{"step": 1, "loss": 0.3}\n{"step": 2, "no\n{"step": 3, "loss": 0.3}\n',
+    ],
+)
+def test_log_of_another_origin_is_not_overwritten(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text)
+    line = error_line(run, tmp_path)
+    assert line == f"{tmp_path} holds a log.jsonl that no run wrote; train into another folder"
+    assert (tmp_path / "log.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("rest", ["", "{", '{"step": 4, "lo', '{"step": 4, "loss": 0.3}\n{"st'])
+def test_incomplete_log_line_is_dropped(tmp_path, rest):
+    (tmp_path / "log.jsonl").write_text(rest)
+    assert [step for step, _ in losses(run(tmp_path))] == [4]
+
+
+def test_temporary_files_of_other_runs_stay(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".training.pt.7.tmp").touch()
+    run(tmp_path)
+    assert (tmp_path / "other" / ".training.pt.7.tmp").exists()
+
+
+def test_full_disk_is_reported(tmp_path, monkeypatch):
+    def full(file, buffer):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    @contextmanager
+    def atomic(path):
+        yield type("File", (), {"write": full})()
+
+    monkeypatch.setattr(run_folder, "atomic", atomic)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path)
+
+
+def test_unwritable_log_is_named(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        run_folder.append_to_log(tmp_path, {"step": 1})
+    assert failed.value.filename == str(tmp_path / "log.jsonl")
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    whole = run(tmp_path / "whole")
+    (tmp_path / "held").mkdir()
+    code = "import sys; from fastddpm.storage.files import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
+    with Popen([sys.executable, "-c", code, tmp_path / "held"], stdin=PIPE, stdout=PIPE) as other:
+        other.stdout.readline()
+        line = error_line(run, tmp_path / "held")
+        other.kill()
+    assert f"{tmp_path / 'held'} is being written by another process; wait until it has ended, or name" in line
+    assert_same(parameters(whole), parameters(run(tmp_path / "held")))
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    run(tmp_path)
+    line = error_line(run, tmp_path, dataclasses.replace(SMALL, learning_rate=1.0))
+    started = '"learning_rate": 0.0005'
+    assert line == f"{tmp_path} holds a run that was started with {started}; use the same, or another folder"
+
+
+FIXED = {  # an option that decides the weights, and another value than in SMALL
+    **{"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "warmup": 1, "ema": 0.5, "weight_decay": 0.0},
+    **{"grad_clip": 2.0, "flip": True, "channels": (8, 8), "layers": 2, "attention": (), "groups": 2},
+    **{"dropout": 0.1, "seed": 1, "schedule": Schedule(num_train_timesteps=21)},
+}
+FREE = {"log_every": 3, "save_every": 3, "sample_every": 3, "precision": "bf16", "engine": "auto"}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_other_options_do_not_resume(tmp_path, name):
+    run(tmp_path, dataclasses.replace(SMALL, steps=1))
+    options = dataclasses.replace(SMALL, steps=1) if name != "steps" else SMALL
+    line = error_line(run, tmp_path, dataclasses.replace(options, **{name: FIXED[name]}))
+    assert f'holds a run that was started with "{name}"' in line
+
+
+def test_options_that_may_change_on_resume(tmp_path):
+    before = parameters(run(tmp_path))
+    assert_same(parameters(run(tmp_path, dataclasses.replace(SMALL, **FREE))), before)
+    fields = {field.name for field in dataclasses.fields(TrainOptions)}
+    assert fields == FIXED.keys() | FREE.keys() | {"init"}
+
+
+def test_default_warmup_may_be_spelled_out(tmp_path):
+    options = dataclasses.replace(SMALL, steps=20, warmup=None, save_every=20)
+    before = parameters(run(tmp_path, options))
+    assert_same(parameters(run(tmp_path, dataclasses.replace(options, warmup=2))), before)
+    assert '"warmup": 2' in error_line(run, tmp_path, dataclasses.replace(options, warmup=0))
+
+
+def test_other_images_do_not_resume(tmp_path):
+    run(tmp_path)
+    other = pictures()
+    other[3, 2, 1] ^= 1
+    assert f'{tmp_path} holds a run that was started with "data": {{"crc32": ' in error_line(run, tmp_path, data=other)
+    assert '"data": {"shape": [7, 8, 8, 1]}' in error_line(run, tmp_path, data=pictures().reshape(7, 4, 16, 1))
+
+
+def test_other_labels_do_not_resume(tmp_path):
+    labels = np.arange(7) % 3
+    run(tmp_path / "with", labels=labels)
+    run(tmp_path / "without")
+    assert 'holds a run that was started with "labels": {"crc32": ' in error_line(run, tmp_path / "with")
+    line = error_line(run, tmp_path / "without", labels=labels)
+    assert 'holds a run that was started with "labels": null; use the same' in line
+    assert '"labels": {"crc32": ' in error_line(run, tmp_path / "with", labels=(labels + 1) % 3)
+
+
+def test_error_names_what_differs_in_the_schedule(tmp_path):
+    run(tmp_path)
+    options = dataclasses.replace(SMALL, schedule=dataclasses.replace(SMALL.schedule, beta_end=0.03))
+    line = error_line(run, tmp_path, options)
+    started = f'"schedule": {{"beta_end": {SMALL.schedule.beta_end}}}'
+    assert line == f"{tmp_path} holds a run that was started with {started}; use the same, or another folder"
+
+
+@pytest.mark.parametrize("before", ["fp32", "bf16"])
+def test_resumed_run_keeps_its_precision(tmp_path, before):
+    run(tmp_path, dataclasses.replace(SMALL, precision=before))
+    for asked, used in (("auto", before), ("fp32", "fp32"), ("bf16", "bf16")):
+        resumed = Trainer(pictures(), None, tmp_path, dataclasses.replace(SMALL, precision=asked), Ranks())
+        resumed.resume()
+        assert resumed.compute.precision == used
+        resumed.run(progress=False)
+        run_folder.save_state(tmp_path, resumed.identity, resumed.parts, resumed.state)
+        assert torch.load(tmp_path / "training.pt")["progress"]["how"]["precision"] == used
+        first = run_folder.RunState(step=4, setup={"precision": before})
+        run_folder.save_state(tmp_path, resumed.identity, resumed.parts, first)
+
+
+def test_precision_of_the_run_may_be_unavailable(tmp_path):
+    first = Trainer(pictures(), None, tmp_path, SMALL, Ranks(device="cpu"))
+    run_folder.save_state(tmp_path, first.identity, first.parts, run_folder.RunState(setup={"precision": "tf32"}))
+    line = error_line(run, tmp_path, dataclasses.replace(SMALL, precision="auto"), device="cpu")
+    why = "its precision is 'tf32', which 'cpu' does not have; use fp32 or bf16"
+    assert line == f"cannot resume the run in {tmp_path}: {why}"

@@ -1,8 +1,8 @@
-"""Hugging Face diffusers' DDPM and DDIM, faster: change one import.
+"""Faster DDPM and DDIM classes of Hugging Face diffusers: change one import.
 
 from fastddpm.diffusers import DDPMPipeline  # instead of: from diffusers import DDPMPipeline
 
-or leave the imports alone: fastddpm.accelerate(pipe).
+Or keep the imports and call fastddpm.accelerate(pipe).
 """
 
 import re

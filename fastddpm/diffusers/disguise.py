@@ -1,23 +1,23 @@
-"""How objects of this package's classes pass for diffusers' own, where those are saved, loaded and compared."""
+"""How objects of this package's classes pass for diffusers' own when they are saved, loaded and compared."""
 
 from typing import Any
 
-THEIRS = "diffusers."
+PACKAGE = "diffusers."
 
-OURS: dict[type, type] = {}  # by diffusers' class of the same name
+OURS: dict[type, type] = {}  # diffusers' class -> ours of the same name
 
 
 class Disguised:
-    """Base, before diffusers' class, of each class that stands for it.
+    """A base class, listed before diffusers' class, of each class that replaces one.
 
-    An instance (not the class, which can be imported and pickled) names the module of diffusers' class: that is what
-    diffusers writes into model_index.json, and so plain diffusers loads what was saved.
+    An instance has the `__module__` of diffusers' class: diffusers writes it into model_index.json, so plain diffusers
+    can load what was saved. The class itself keeps its module, so that it can be imported and pickled.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for base in cls.__bases__:
-            if base.__module__.startswith(THEIRS):
+            if base.__module__.startswith(PACKAGE):
                 OURS[base] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -25,7 +25,7 @@ class Disguised:
 
 
 def adopt(part: Any) -> Any:
-    """The same object, made one of our class if its class is diffusers' own: identity and state stay."""
+    """Turn an object of one of diffusers' classes into one of ours, in place; anything else is returned as it is."""
     if type(part) in OURS:
         part.__class__ = OURS[type(part)]
         _disguise(part)
@@ -33,7 +33,8 @@ def adopt(part: Any) -> Any:
 
 
 def _disguise(instance: Any) -> Any:
-    theirs = {ours: theirs for theirs, ours in OURS.items()}.get(type(instance))  # none for a user's own subclass
-    if theirs is not None:
-        instance.__dict__["__module__"] = theirs.__module__
+    """Give an instance the `__module__` of diffusers' class; not if it is of a user's own subclass."""
+    replaced = {ours: theirs for theirs, ours in OURS.items()}.get(type(instance))
+    if replaced is not None:
+        instance.__dict__["__module__"] = replaced.__module__
     return instance

@@ -1,4 +1,4 @@
-"""diffusers' DDPM and DDIM pipelines, whose network is executed by `fastddpm.networks.unet2d` where it can be."""
+"""diffusers' DDPM and DDIM pipelines; where possible `fastddpm.networks.unet2d` executes their network."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,37 +12,32 @@ from torch import Tensor
 from fastddpm.core import layout
 from fastddpm.core import noise as standard
 from fastddpm.diffusers.disguise import Disguised, adopt
-from fastddpm.diffusers.schedulers import (
-    DDIMParallelScheduler,
-    DDIMScheduler,
-    Generators,
-    Noise,
-    Scheduler,
-    checked,
-    drawn,
-)
+from fastddpm.diffusers.noise_sources import Generators, Noise, checked_noise, draw_normals
+from fastddpm.diffusers.scheduler_base import Scheduler
+from fastddpm.diffusers.schedulers import DDIMParallelScheduler, DDIMScheduler
 from fastddpm.diffusers.tables import CPU
-from fastddpm.diffusers.unet import UNet2DModel, fused
+from fastddpm.diffusers.unet import UNet2DModel, fused_network
 
 StepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
-UNet = Union[diffusers.UNet2DModel, UNet2DModel]  # noqa: UP007 (as `from_pipe`, which compares types, can read it)
+UNet = Union[diffusers.UNet2DModel, UNet2DModel]  # noqa: UP007 (`from_pipe` compares types and cannot read `A | B`)
 
 logger = logging.getLogger(__name__)
 
 
 class Pipeline(Disguised):
-    """What the two have in common: Algorithm 2 of Ho et al. 2020 (arXiv:2006.11239), or its like for DDIM.
+    """What both pipelines share: Algorithm 2 of Ho et al. 2020 (arXiv:2006.11239), or its counterpart for DDIM.
 
-    Where there is no `obstacle`, the network is a fused copy of `unet` with the weights of the time a call begins, and
-    the state is float32 also where the network has 16 bits. Else it is diffusers' own forward, and its dtype.
+    If there is no `obstacle`, the network is a fused copy of `unet` with its weights at the start of the call, and the
+    state is float32 even if the network has 16 bits. Otherwise diffusers' own forward runs, and the state keeps its
+    dtype.
     """
 
     unet: Any
     scheduler: Any
     _callback_tensor_inputs = ("latents", "model_output", "pred_original_sample")
 
-    def _sampled(
+    def _generate(
         self,
         batch_size: int,
         generator: Generators,
@@ -55,20 +50,12 @@ class Pipeline(Disguised):
         noise: Noise | None,
         callback_on_step_end: StepEnd | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
-        how: dict[str, Any],
+        **step_options: Any,
     ) -> Any:
-        """What a call returns; how: more for the scheduler's step."""
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; want some of {known}")
+        """The body of `__call__`; step_options: further keywords of the scheduler's step."""
+        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
         if noise is not None:
-            if not isinstance(self.scheduler, Scheduler):
-                raise ValueError(
-                    f"noise is {noise!r}, but the scheduler is a {type(self.scheduler).__name__}, which draws its own; "
-                    "leave it out, or use a DDPMScheduler or DDIMScheduler"
-                )
-            how["noise"] = checked(noise)
+            step_options["noise"] = self._noise_for_scheduler(noise)
         device: torch.device = self._execution_device  # type: ignore[attr-defined]
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
@@ -76,33 +63,48 @@ class Pipeline(Disguised):
             class_labels = torch.as_tensor(class_labels, device=device)
 
         self.scheduler.set_timesteps(num_inference_steps)
-        x = self._start(shape, generator, device, latents, how.get("noise"))
-        with fused(self.unet, self.scheduler.timesteps, shape, class_labels) as forward:
-            if forward is not None:
+        x = self._starting_state(shape, generator, device, latents, noise)
+        with fused_network(self.unet, self.scheduler.timesteps, shape, class_labels) as network:
+            if network is not None:
                 x = layout.channels_last(x.float())
             for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):  # type: ignore[attr-defined]
-                if forward is not None:
-                    m = forward.at(x, i)
+                if network is not None:
+                    model_output = network(x, i)
                 elif class_labels is None:
-                    m = self.unet(x, t).sample
+                    model_output = self.unet(x, t).sample
                 else:
-                    m = self.unet(x, t, class_labels).sample
-                done = self.scheduler.step(m, t, x, generator=generator, **how)
-                x = done.prev_sample
+                    model_output = self.unet(x, t, class_labels).sample
+                step = self.scheduler.step(model_output, t, x, generator=generator, **step_options)
+                x = step.prev_sample
                 if callback_on_step_end is not None:
                     x = x.contiguous()
-                    tensors = {"latents": x, "model_output": m.contiguous()}
-                    if "pred_original_sample" in done:
-                        tensors["pred_original_sample"] = done.pred_original_sample.contiguous()
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    x = (callback_on_step_end(self, i, t, wanted) or {}).get("latents", x)
+                    tensors = {"latents": x, "model_output": model_output.contiguous()}
+                    if "pred_original_sample" in step:
+                        tensors["pred_original_sample"] = step.pred_original_sample.contiguous()
+                    requested = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    x = (callback_on_step_end(self, i, t, requested) or {}).get("latents", x)
                     if x.shape != shape:
                         raise ValueError(f"callback_on_step_end returned latents of {tuple(x.shape)}; want {shape}")
-        images = self._images(x, output_type)
+        images = self._to_images(x, output_type)
         self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _start(
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; want some of {known}")
+
+    def _noise_for_scheduler(self, noise: Noise) -> Noise:
+        """Return the noise of a call. Raises: ValueError: it is unknown, or the scheduler does not accept it."""
+        if not isinstance(self.scheduler, Scheduler):
+            raise ValueError(
+                f"noise is {noise!r}, but the scheduler is a {type(self.scheduler).__name__}, which draws its own; "
+                "leave it out, or use a DDPMScheduler or DDIMScheduler"
+            )
+        return checked_noise(noise)
+
+    def _starting_state(
         self,
         shape: tuple[int, ...],
         generator: Generators,
@@ -110,36 +112,42 @@ class Pipeline(Disguised):
         latents: Tensor | None,
         noise: Noise | None,
     ) -> Tensor:
-        """x_T: what is given, or noise as diffusers draws it, in the network's dtype, or addressed noise."""
+        """x_T in the network's dtype: the latents, noise drawn as diffusers draws it, or addressed noise."""
         if latents is not None:
             if latents.shape != shape:
-                raise ValueError(f"latents are {tuple(latents.shape)}; want {shape}: batch_size and the unet's samples")
+                raise ValueError(
+                    f"latents are {tuple(latents.shape)}; want {shape}, batch_size samples of the unet's shape"
+                )
             return latents.to(device, self.unet.dtype)
         scheduler = self.scheduler
         if noise is None and isinstance(scheduler, Scheduler):
             noise = scheduler.noise
         if noise in (None, "generator") or noise is False:
-            where = device if device.type in ("cpu", "cuda") else CPU
-            return drawn(shape, generator, where, self.unet.dtype).to(device)
+            drawn_on = device if device.type in ("cpu", "cuda") else CPU
+            return draw_normals(shape, generator, drawn_on, self.unet.dtype).to(device)
         address = scheduler.addresses(shape[0], generator, noise, device)
         x = standard.normal(address, shape[1:], stream=standard.START, t=scheduler.config.num_train_timesteps)
         return x.to(self.unet.dtype)
 
-    def _images(self, x: Tensor, output_type: str | None) -> Any:
-        """[N, C, H, W] in [-1, 1] -> images in [0, 1]: "pt" such a tensor, "pil" a list, else [N, H, W, C] in numpy."""
+    def _to_images(self, x: Tensor, output_type: str | None) -> Any:
+        """Convert [N, C, H, W] in [-1, 1] to images in [0, 1].
+
+        Args:
+            output_type: "pt": a tensor of that shape; "pil": a list of images; anything else: [N, H, W, C] in numpy.
+        """
         images = (x / 2 + 0.5).clamp(0, 1).contiguous()
         if output_type == "pt":
             return images.to(self.unet.dtype)
         if output_type != "pil" and self.unet.dtype != torch.bfloat16:
             images = images.to(self.unet.dtype)
-        if images.dtype == torch.bfloat16:  # which numpy does not have
+        if images.dtype == torch.bfloat16:  # numpy does not have it
             images = images.float()
         arrays = images.cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(arrays) if output_type == "pil" else arrays  # type: ignore[attr-defined]
 
 
 class DDPMPipeline(Pipeline, diffusers.DDPMPipeline):
-    """diffusers' DDPMPipeline; a scheduler of diffusers' own class becomes one of ours."""
+    """diffusers' DDPMPipeline; it turns a scheduler of diffusers' own class into one of ours."""
 
     def __init__(self, unet: UNet, scheduler: diffusers.DDPMScheduler):
         super().__init__(unet=unet, scheduler=adopt(scheduler))
@@ -162,35 +170,35 @@ class DDPMPipeline(Pipeline, diffusers.DDPMPipeline):
         """Sample images. With a generator they are diffusers' own, up to the rounding of the network.
 
         Args:
-            batch_size: N, how many.
-            generator: draws the noise as in diffusers; of a list each that of its image.
+            batch_size: N, the number of images.
+            generator: draws the noise as in diffusers; each of a list draws that of its image.
             num_inference_steps: how many of the timesteps to visit.
             output_type: "pil", "np" ([N, H, W, C] in [0, 1]) or "pt" ([N, C, H, W] on the network's device).
             return_dict: False returns the tuple (images,).
-            latents: x_T, [N, C, H, W], instead of noise.
+            latents: x_T, [N, C, H, W]; None: noise.
             class_labels: [N], for a class-conditional network.
-            noise: where it comes from in this call, see `Scheduler`: "generator", "philox", a seed (image n is then the
-                same in any batch), or False (after x_T none is added, and sampling is deterministic).
+            noise: the source of the noise of this call, see `Scheduler`: "generator", "philox", a seed (image n is then
+                the same in any batch), or False (none is added after x_T, so sampling is deterministic).
             callback_on_step_end: called after each step as callback(pipeline, i, t, tensors), as in diffusers' other
-                pipelines; "latents" in what it returns, if anything, is the state to go on with.
+                pipelines; if it returns a dictionary with "latents", they become the state.
             callback_on_step_end_tensor_inputs: names of the tensors: latents, model_output, pred_original_sample.
         Returns: ImagePipelineOutput(images), or the tuple.
-        Raises: what diffusers' own raises; ValueError: an argument that it does not have is not as above.
+        Raises: what diffusers' own raises; ValueError: an argument that diffusers' does not have is not as above.
         """
-        return self._sampled(
+        return self._generate(
             batch_size, generator, num_inference_steps, output_type, return_dict,
             latents=latents, class_labels=class_labels, noise=noise, callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, how={},
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )  # fmt: skip
 
 
 class DDIMPipeline(Pipeline, diffusers.DDIMPipeline):
-    """diffusers' DDIMPipeline; it keeps a DDIM scheduler of ours, and makes one of the config of any other."""
+    """diffusers' DDIMPipeline; it keeps a DDIM scheduler of ours, and replaces any other by one of the same config."""
 
     def __init__(self, unet: UNet, scheduler: diffusers.DDIMScheduler):
         super().__init__(unet=unet, scheduler=scheduler)
-        own = isinstance(scheduler, DDIMScheduler | DDIMParallelScheduler)
-        self.register_modules(scheduler=scheduler if own else adopt(self.scheduler))  # type: ignore[attr-defined]
+        is_ours = isinstance(scheduler, DDIMScheduler | DDIMParallelScheduler)
+        self.register_modules(scheduler=scheduler if is_ours else adopt(self.scheduler))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def __call__(
@@ -209,19 +217,21 @@ class DDIMPipeline(Pipeline, diffusers.DDIMPipeline):
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """Sample images, as `DDPMPipeline`.
+        """Sample images; otherwise like `DDPMPipeline`.
 
         Args:
             eta: 0 is deterministic, 1 has DDPM's noise.
-            use_clipped_model_output: take the eps that belongs to the clipped x_0.
+            use_clipped_model_output: use the eps that belongs to the clipped x_0.
         """
         if not 0.0 <= eta <= 1.0:
             logger.warning("eta is %s; want 0 (DDIM) to 1 (the noise of DDPM)", eta)
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)} for batch_size {batch_size}; want one for each")
-        return self._sampled(
+            raise ValueError(
+                f"generator is a list of {len(generator)}, but batch_size is {batch_size}; want one for each image"
+            )
+        return self._generate(
             batch_size, generator, num_inference_steps, output_type, return_dict,
             latents=latents, class_labels=class_labels, noise=noise, callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            how={"eta": eta, "use_clipped_model_output": use_clipped_model_output},
+            eta=eta, use_clipped_model_output=use_clipped_model_output,
         )  # fmt: skip

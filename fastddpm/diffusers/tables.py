@@ -1,29 +1,46 @@
-"""The coefficients of all steps, tabulated, and how to tell that they are so still."""
+"""The tables of all steps' coefficients, and snapshots that tell when a table is out of date."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastddpm.core.memory import send
+
 CPU = torch.device("cpu")
 
 
-class Seen:
-    """A tensor as it was, to tell whether it is so still.
+class Snapshot:
+    """A tensor as it was, to detect later changes.
 
-    On a CPU its values are compared, so that no change goes unnoticed; on a GPU, where the host would have to wait for
-    them, torch's count of changes in place, which knows nothing of those through `.data`.
+    On a CPU the values are compared, so every change is detected. On a GPU that would make the host wait, so torch's
+    count of in-place changes is compared; it does not include changes made through `.data`.
     """
 
     def __init__(self, tensor: Tensor):
-        self.tensor, self.version = tensor, _version(tensor)
+        self.tensor = tensor
+        self.version = _version(tensor)
         self.values = tensor.clone() if tensor.device == CPU else None
 
-    def is_(self, tensor: Tensor) -> bool:
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether this is the same tensor, unchanged."""
         if tensor is not self.tensor or _version(tensor) != self.version:
             return False
         return self.values is None or torch.equal(tensor, self.values)
+
+
+class Columns(NamedTuple):
+    """The columns of a table, in the order of `reference.diffusion.predict_step`: one value for each timestep."""
+
+    signal: Tensor  # sqrt(abar_t)
+    noise: Tensor  # sqrt(1 - abar_t)
+    of_x_0: Tensor  # coefficients of the mean
+    of_w: Tensor
+    sigma: Tensor
+    log_min: Tensor  # bounds of the log variance, for learned_range
+    log_max: Tensor
+    noisy: Tensor  # 0: the step adds no noise
 
 
 @dataclass(eq=False)
@@ -31,38 +48,45 @@ class Table:
     """The coefficients of every step.
 
     Attributes:
-        key, made_of: what they were computed of.
-        rows: [2 + len(alphas_cumprod), 8], in its dtype and on its device: that of timestep t is row t + 1, as
-            `reference.diffusion.predict_step` has it; NaN where t is not visited, and in the last.
+        key, sources: the settings and the tensors they were computed from.
+        rows: [2 + len(alphas_cumprod), 8], in its dtype and on its device: row t + 1 holds the `Columns` of timestep t;
+            NaN where t is not visited, and in the last row.
         visited: the timesteps that have a row.
     """
 
     key: tuple[Any, ...]
-    made_of: list[Seen]
+    sources: list[Snapshot]
     rows: Tensor
     visited: frozenset[int]
     copies: dict[torch.device, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, key: tuple[Any, ...], sources: tuple[Tensor, ...], timesteps: list[int], columns: Columns) -> "Table":
+        """Build a table.
+
+        Args:
+            sources: alphas_cumprod first.
+            timesteps: those that the columns are of.
+        """
+        abar = sources[0]
+        rows = torch.full((2 + len(abar), len(Columns._fields)), torch.nan, dtype=abar.dtype, device=abar.device)
+        rows[send(torch.tensor(timesteps, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
+        return cls(key, list(map(Snapshot, sources)), rows, frozenset(timesteps))
+
     def on(self, device: torch.device) -> Tensor:
-        """The rows on a device; on a GPU in float32, which the kernel takes."""
+        """The rows on a device; on a GPU in float32, as the kernel needs them."""
         if device.type == "cpu":
             return self.rows
         if device not in self.copies:
-            with torch.inference_mode(False), torch.no_grad():  # else it would be of no use outside of it
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor would be useless outside that mode
                 self.copies[device] = send(self.rows.float(), device)
         return self.copies[device]
 
-    def is_of(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
-        return self.key == key and all(map(Seen.is_, self.made_of, tensors))
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on a device; the host does not wait for a GPU to take it."""
-    if isinstance(x, Tensor) and x.device.type == "cpu" and device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    def is_current(self, key: tuple[Any, ...], sources: tuple[Tensor, ...]) -> bool:
+        """Whether it was computed from these settings, and these tensors as they are now."""
+        return self.key == key and all(map(Snapshot.matches, self.sources, sources))
 
 
 def _version(x: Tensor) -> int:
-    """Tells changes in place; -1 for a tensor of inference mode, where torch does not count them."""
+    """torch's count of in-place changes; -1 for an inference tensor, for which there is none."""
     return -1 if x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""accelerate: the same objects, made fast; what was replaced, what was left alone, and why."""
+"""accelerate: the objects stay the same and become fast; the report says what was replaced or left alone, and why."""
 
 import copy
 import json
@@ -15,13 +15,14 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastddpm import diffusers as fast
 from fastddpm.diffusers import Accelerated, accelerate
-from tests.support.tiny_pipelines import DOUBLE, KINDS, SINGLE, STEPS, hooked, pipeline, sample, seeded, tiny_unet
+from tests.support.beside_diffusers import DOUBLE, SINGLE
+from tests.support.tiny_pipelines import KINDS, STEPS, hooked, pipeline, sample, seeded, tiny_unet
 
-ONLY = "it is a {}, and only schedulers of DDPM and DDIM and a UNet2DModel are replaced"
+REASON = "it is a {}; only DDPM and DDIM schedulers and a UNet2DModel are replaced"
 
 
 class Walk(diffusers.DiffusionPipeline):
-    """A loop of one's own."""
+    """A custom pipeline with a loop of its own."""
 
     def __init__(self, unet, scheduler):
         super().__init__()
@@ -40,11 +41,11 @@ class Walk(diffusers.DiffusionPipeline):
 
 
 class MyPipeline(diffusers.DDPMPipeline):
-    """A user's own class, which plain diffusers could not load by its name in diffusers."""
+    """A user's class; plain diffusers does not have a class of this name."""
 
 
 class MyScheduler(diffusers.DDPMScheduler):
-    """A user's own class."""
+    """A user's class."""
 
 
 def walk(scheduler="DDPMScheduler", **options):
@@ -57,7 +58,7 @@ def walk(scheduler="DDPMScheduler", **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_objects_stay_and_become_ours(kind):
+def test_parts_stay_the_same_objects_and_become_ours(kind):
     pipe = pipeline(diffusers, kind)
     held = pipe, pipe.unet, pipe.scheduler, pipe.unet.conv_in, pipe.scheduler.betas
     state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
@@ -78,41 +79,41 @@ def test_the_objects_stay_and_become_ours(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_images_by_diffusers_forward_are_its_bits(kind):
+def test_images_by_diffusers_forward_have_its_bits(kind):
     before, after = pipeline(diffusers, kind), pipeline(diffusers, kind)
     accelerate(after)
-    assert not torch.equal(sample(before), sample(after))  # the rounding of the network
+    assert not torch.equal(sample(before), sample(after))  # they round differently
     assert torch.equal(*(sample(pipe) for pipe in hooked(before, after)))
 
 
-def test_the_name_in_the_package():
+def test_accelerate_is_exported():
     assert fastddpm.accelerate is accelerate
     assert str(fastddpm.accelerate(pipeline(diffusers))).count("\n") == 2
 
 
 @pytest.mark.parametrize("make", [pipeline, lambda: pipeline(diffusers), walk], ids=["ours", "diffusers", "walk"])
-def test_twice_is_harmless(make):
+def test_accelerating_twice_changes_nothing(make):
     pipe = make()
     accelerate(pipe)
     images, kind = sample(pipe), type(pipe)
     report = accelerate(pipe)
     assert type(pipe) is kind
     assert report.replaced == {}
-    assert report.left == dict.fromkeys(("unet", "scheduler", "pipeline"), "it is ours already")
-    assert str(report).splitlines()[0].endswith(": left alone (it is ours already)")
+    assert report.left == dict.fromkeys(("unet", "scheduler", "pipeline"), "it is already fastddpm's")
+    assert str(report).splitlines()[0].endswith(": left alone (it is already fastddpm's)")
     assert torch.equal(sample(pipe), images)
 
 
-def test_a_pipeline_that_is_half_ours():
+def test_a_partly_accelerated_pipeline_is_completed():
     pipe = pipeline()
     pipe.register_modules(unet=tiny_unet(diffusers))
     report = accelerate(pipe)
     assert list(report.replaced) == ["unet"]
-    assert report.left == dict.fromkeys(("scheduler", "pipeline"), "it is ours already")
+    assert report.left == dict.fromkeys(("scheduler", "pipeline"), "it is already fastddpm's")
     assert torch.equal(sample(pipe), sample(pipeline()))
 
 
-def test_what_is_held_elsewhere_is_fast_too():
+def test_a_shared_network_is_fast_in_every_pipeline():
     first = pipeline(diffusers)
     unet = first.unet
     second = diffusers.DDIMPipeline(unet, first.scheduler)
@@ -120,29 +121,29 @@ def test_what_is_held_elsewhere_is_fast_too():
     assert second.unet is unet
     assert type(second.unet) is fast.UNet2DModel
     assert type(second.scheduler) is diffusers.DDIMScheduler
-    assert accelerate(second).left == {"unet": "it is ours already"}
+    assert accelerate(second).left == {"unet": "it is already fastddpm's"}
 
 
 def test_a_scheduler_of_another_kind_is_left_alone():
     pipe = pipeline(diffusers)
     pipe.scheduler = scheduler = diffusers.DPMSolverMultistepScheduler()
     report = accelerate(pipe)
-    assert report.left == {"scheduler": ONLY.format("DPMSolverMultistepScheduler")}
+    assert report.left == {"scheduler": REASON.format("DPMSolverMultistepScheduler")}
     assert list(report.replaced) == ["unet", "pipeline"]
     assert type(scheduler) is diffusers.DPMSolverMultistepScheduler
     assert str(report).splitlines()[-1] == f"scheduler: left alone ({report.left['scheduler']})"
 
 
-def test_a_scheduler_of_a_users_own_class_is_left_alone():
+def test_a_scheduler_of_a_user_class_is_left_alone():
     pipe = pipeline(diffusers)
     pipe.scheduler = MyScheduler()
     report = accelerate(pipe)
-    assert report.left == {"scheduler": ONLY.format("MyScheduler")}
+    assert report.left == {"scheduler": REASON.format("MyScheduler")}
     plain = pipeline(diffusers)
     assert torch.equal(*(sample(one) for one in hooked(pipe, plain)))
 
 
-@pytest.mark.parametrize("make", [lambda **how: pipeline(diffusers, **how), walk], ids=["DDPM", "walk"])
+@pytest.mark.parametrize("make", [lambda **options: pipeline(diffusers, **options), walk], ids=["DDPM", "walk"])
 def test_a_network_that_cannot_be_replaced_is_left_alone(make):
     pipe, plain = (make(down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D")) for _ in range(2))
     report = accelerate(pipe)
@@ -157,24 +158,24 @@ def test_a_network_that_cannot_be_replaced_is_left_alone(make):
 
 
 @pytest.mark.parametrize("scheduler", ["DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler"])
-def test_a_loop_of_ones_own(scheduler):
+def test_a_custom_loop_is_accelerated(scheduler):
     pipe, plain = walk(scheduler), walk(scheduler)
     held = pipe.unet, pipe.scheduler
     report = accelerate(pipe)
     assert (pipe.unet, pipe.scheduler) == held
     assert report.left == {}
-    assert report.replaced["pipeline"] == "Walk, whose loop calls the fused network"
+    assert report.replaced["pipeline"] == "Walk, whose loop now calls the fused network"
     assert isinstance(pipe, Walk)
     assert (type(pipe).__name__, type(pipe).__module__, type(pipe).__doc__) == ("Walk", Walk.__module__, Walk.__doc__)
     assert type(pipe).__call__.__doc__ == "Walk."
 
-    assert not torch.equal(sample(pipe), sample(plain))  # the rounding of the network
+    assert not torch.equal(sample(pipe), sample(plain))  # they round differently
     assert torch.equal(*(sample(one) for one in hooked(pipe, plain)))
 
 
-def test_a_loop_of_ones_own_is_as_accurate():
+def test_a_custom_loop_is_as_accurate():
     n = 16
-    pipe, plain, exact = (walk("DDIMScheduler") for _ in range(3))  # deterministic after the start
+    pipe, plain, exact = (walk("DDIMScheduler") for _ in range(3))  # deterministic after x_T
     accelerate(pipe)
     exact.unet.double()
     forward = exact.unet.forward
@@ -186,7 +187,7 @@ def test_a_loop_of_ones_own_is_as_accurate():
     assert_as_accurate(ours, theirs, exact_images)
 
 
-def test_a_loop_that_fails_leaves_the_network_alone():
+def test_a_failing_loop_leaves_the_network_unchanged():
     pipe, plain = walk(), walk()
     accelerate(pipe)
     with pytest.raises(KeyError):
@@ -196,19 +197,19 @@ def test_a_loop_that_fails_leaves_the_network_alone():
         assert torch.equal(pipe.unet(x, 5).sample, plain.unet(x, 5).sample)
 
 
-def test_a_users_subclass_of_diffusers_pipeline_keeps_its_loop():
+def test_a_user_subclass_of_a_pipeline_keeps_its_loop():
     plain = MyPipeline(tiny_unet(diffusers), diffusers.DDPMScheduler())
     pipe = MyPipeline(tiny_unet(diffusers), diffusers.DDPMScheduler())
     for one in (plain, pipe):
         one.set_progress_bar_config(disable=True)
-    assert accelerate(pipe).replaced["pipeline"] == "MyPipeline, whose loop calls the fused network"
+    assert accelerate(pipe).replaced["pipeline"] == "MyPipeline, whose loop now calls the fused network"
     assert isinstance(pipe, MyPipeline)
     assert not torch.equal(sample(pipe), sample(plain))
     assert torch.equal(*(sample(one) for one in hooked(pipe, plain)))
 
 
 @pytest.mark.parametrize("make", [lambda: pipeline(diffusers), walk], ids=["DDPM", "walk"])
-def test_what_is_saved_is_the_same(make, tmp_path):
+def test_saved_files_do_not_change(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "before")
     accelerate(pipe, noise=3)
@@ -227,7 +228,7 @@ def test_what_is_saved_is_the_same(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda: pipeline(diffusers), walk], ids=["DDPM", "walk"])
-def test_another_network_can_be_put_in_its_place(make):
+def test_the_network_can_be_replaced_later(make):
     pipe, plain = make(), make()
     accelerate(pipe)
     pipe.unet = tiny_unet(diffusers)
@@ -235,7 +236,7 @@ def test_another_network_can_be_put_in_its_place(make):
 
 
 @pytest.mark.parametrize("make", [lambda: pipeline(diffusers), walk], ids=["DDPM", "walk"])
-def test_a_copy_is_as_good(make):
+def test_a_deepcopy_is_independent(make):
     pipe = make()
     accelerate(pipe)
     images = sample(pipe)
@@ -252,12 +253,12 @@ def test_a_copy_is_as_good(make):
 
 
 @pytest.mark.parametrize("make", [lambda: pipeline(diffusers), walk], ids=["DDPM", "walk"])
-def test_the_network_can_be_trained_on(make):
+def test_the_network_can_still_be_trained(make):
     x = torch.randn(4, 3, 8, 8, generator=seeded())
-    found, images = [], []
-    for fastened in (True, False):
+    results, images = [], []
+    for accelerated in (True, False):
         pipe = make()
-        if fastened:
+        if accelerated:
             accelerate(pipe)
             images.append(sample(pipe))
         optimizer = torch.optim.AdamW(pipe.unet.parameters(), 1e-2)
@@ -267,22 +268,22 @@ def test_the_network_can_be_trained_on(make):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found.append([loss, *(value.grad for value in pipe.unet.parameters()), *pipe.unet.state_dict().values()])
-        images.append(sample(pipe) if fastened else sample(*hooked(pipe)))
-        if fastened:
+        results.append([loss, *(value.grad for value in pipe.unet.parameters()), *pipe.unet.state_dict().values()])
+        images.append(sample(pipe) if accelerated else sample(*hooked(pipe)))
+        if accelerated:
             images.append(sample(*hooked(pipe)))
-    for ours, theirs in zip(*found, strict=True):
+    for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
     before, after, by_forward, theirs = images
     assert not torch.equal(before, after)
     assert torch.equal(by_forward, theirs)
 
 
-# Noise, and what is refused
+# Noise, and refused arguments
 
 
 @pytest.mark.parametrize("noise", ["philox", 0, 2**64 - 1, False, "generator"], ids=str)
-def test_noise(noise):
+def test_noise_is_set_on_the_scheduler(noise):
     pipe = pipeline(diffusers)
     accelerate(pipe, noise=noise)
     assert pipe.scheduler.noise is noise
@@ -295,16 +296,16 @@ def test_noise(noise):
 
 
 class Another(diffusers.DDPMPipeline):
-    pass
+    """A user's class."""
 
 
 @pytest.mark.parametrize("pipe", [None, nn.Identity(), "google/ddpm-cifar10-32"], ids=["None", "module", "name"])
-def test_what_is_no_pipeline_is_refused(pipe):
+def test_anything_but_a_pipeline_is_refused(pipe):
     text = error_line(accelerate, pipe)
     assert text == f"pipe is a {type(pipe).__name__}; want a pipeline of diffusers, such as a DDPMPipeline"
 
 
-def test_what_is_refused_changes_nothing():
+def test_a_refused_call_changes_nothing():
     pipe = pipeline(diffusers)
     assert error_line(accelerate, pipe, noise=-1).startswith("noise is -1; want ")
     assert type(pipe) is diffusers.DDPMPipeline
@@ -316,7 +317,7 @@ def test_what_is_refused_changes_nothing():
     assert type(pipe.unet) is diffusers.UNet2DModel
 
 
-def test_an_accelerated_pipeline_of_another_kind_can_be_pickled_and_copied():
+def test_a_custom_accelerated_pipeline_can_be_pickled_and_copied():
     pipe = pipeline(diffusers)
     pipe.__class__ = Another
     accelerate(pipe)

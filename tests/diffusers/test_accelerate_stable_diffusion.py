@@ -1,4 +1,4 @@
-"""accelerate beyond UNet2DModel: of Stable Diffusion the scheduler is replaced, and the images are the same bits."""
+"""accelerate on Stable Diffusion: the scheduler is replaced, and the images have the same bits."""
 
 import json
 import logging
@@ -13,12 +13,12 @@ from fastddpm import diffusers as fast
 from fastddpm.diffusers import accelerate
 from tests.support.tiny_pipelines import seeded
 
-LOOP = "the loop of a StableDiffusionPipeline is its own; it calls what was replaced"
-ONLY = "it is {}, and only schedulers of DDPM and DDIM and a UNet2DModel are replaced"
+KEEPS_LOOP = "a StableDiffusionPipeline keeps its own loop, which calls the replaced parts"
+REASON = "it is {}; only DDPM and DDIM schedulers and a UNet2DModel are replaced"
 
 
 def stable_diffusion(folder, scheduler):
-    """A tiny one, of random weights."""
+    """A tiny Stable Diffusion pipeline with random weights."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
@@ -63,9 +63,9 @@ def test_stable_diffusion_has_the_same_images(name, tmp_path, caplog):
     assert pipe.unet is unet
     assert type(scheduler) is getattr(fast, name)
     assert report.replaced == {"scheduler": f"diffusers' {name} is now fastddpm's"}
-    assert report.left["pipeline"] == LOOP
-    assert report.left["unet"] == ONLY.format("a UNet2DConditionModel")
-    assert report.left["safety_checker"] == ONLY.format("None")
+    assert report.left["pipeline"] == KEEPS_LOOP
+    assert report.left["unet"] == REASON.format("a UNet2DConditionModel")
+    assert report.left["safety_checker"] == REASON.format("None")
     assert set(report.left) | set(report.replaced) == {*pipe.components, "pipeline"}
     assert torch.equal(images(), before)
     assert accelerate(pipe, noise=3).replaced == {}

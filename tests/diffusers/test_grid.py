@@ -1,6 +1,6 @@
-"""The schedulers against those of the installed diffusers, bit for bit: a grid of options, and any shape and dtype.
+"""The schedulers against those of the installed diffusers, bit for bit: a grid of options, any shape and dtype.
 
-In half precision: the dtypes and the generator's state of diffusers, and results that are at least as near to float64.
+In half precision: the same dtypes and generator states as diffusers, and results at least as close to float64.
 """
 
 import inspect
@@ -24,13 +24,14 @@ from tests.support.beside_diffusers import (
     DDIM,
     DDPM,
     DOUBLE,
+    HALF,
     PREDICTIONS,
     SINGLE,
     VARIANCES,
     assert_same,
     named,
     outcome,
-    pair,
+    scheduler_pair,
     tensors,
 )
 
@@ -82,10 +83,10 @@ OPTIONS = {
     },
 }
 CALL = {
-    "at": (0, 0.1, 0.5, 0.9, 0.999, 1),  # where in the run: the first timestep ... the last
+    "at": (0, 0.1, 0.5, 0.9, 0.999, 1),  # the position in the run: 0 is the first timestep, 1 the last
     "form": tuple(FORMS),
     "dtypes": tuple(product((SINGLE, DOUBLE), repeat=2)),
-    "generators": (None, 1, [2], [1], [3]),  # torch's own, one, or a list of so many
+    "generators": (None, 1, [2], [1], [3]),  # None: torch's own, 1: one generator, [n]: a list of n
     "layout": ("contiguous", "channels-last", "strided"),
     "values": ("normal", "extreme"),
     "return_dict": (True, False),
@@ -106,14 +107,14 @@ def draw(rng, axes):
 
 
 def cases(kind, schedulers, calls):
-    """So many schedulers, and so many calls of each; always the same."""
+    """A number of schedulers, and a number of calls for each; the same every time."""
     rng = random.Random(kind)
     for _ in range(schedulers):
         yield draw(rng, OPTIONS[kind]), [draw(rng, CALLS[kind]) for _ in range(calls)]
 
 
 def build(name, T, betas, limit, steps, **config):
-    """Our scheduler, diffusers' and the timesteps. The standard of our fixed_large_log is diffusers' fixed_large."""
+    """Our scheduler, diffusers', and the timesteps. Our fixed_large_log is compared with diffusers' fixed_large."""
     chosen = {key: value for key, value in steps.items() if key in ("steps_offset", "timestep_spacing")}
     config |= limit | chosen | {"num_train_timesteps": T}
     if betas == "trained":
@@ -134,22 +135,22 @@ def build(name, T, betas, limit, steps, **config):
 
 
 def step(scheduler, timesteps, learned, at, form, dtypes, generators, layout, values, variance_noise=False, **call):
-    """What scheduler.step gives, and the state of the generators afterwards."""
+    """The result of scheduler.step, and the states of the generators afterwards."""
     x = tensors((2, 3, 4, 4), dtypes[0], layout, values, seed=1)
-    m = tensors((2, 3, 4, 4), dtypes[1], layout, values, seed=2)
+    model_output = tensors((2, 3, 4, 4), dtypes[1], layout, values, seed=2)
     if learned:
-        m = torch.cat([m, m.square()], 1)  # a variance, so not negative
+        model_output = torch.cat([model_output, model_output.square()], 1)  # variances are not negative
     given = [torch.Generator() for _ in range(sum(generators) if isinstance(generators, list) else generators or 0)]
     if variance_noise:
         call["variance_noise"] = tensors((2, 3, 4, 4), dtypes[1], seed=3)
     elif given:
         call["generator"] = given if isinstance(generators, list) else given[0]
     t = FORMS[form](timesteps[round(at * (len(timesteps) - 1))])
-    return outcome(scheduler.step, m, t, x, generators=given, **call)
+    return outcome(scheduler.step, model_output, t, x, generators=given, **call)
 
 
 @pytest.mark.parametrize(("kind", "schedulers", "calls"), [("DDPM", 500, 8), ("DDIM", 300, 8)])
-def test_step_is_that_of_diffusers(kind, schedulers, calls):
+def test_step_equals_diffusers(kind, schedulers, calls):
     errors = 0
     for options, asked in cases(kind, schedulers, calls):
         ours, theirs, timesteps = build(**options)
@@ -165,7 +166,7 @@ def test_step_is_that_of_diffusers(kind, schedulers, calls):
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_the_grid_has_every_two_options_together(kind):
+def test_the_grid_covers_all_pairs_of_options(kind):
     drawn = list(cases(kind, 500 if kind == "DDPM" else 300, 8))
     for axes, chosen in (
         (OPTIONS[kind], [options for options, _ in drawn]),
@@ -173,14 +174,14 @@ def test_the_grid_has_every_two_options_together(kind):
     ):
         for one, two in combinations(axes, 2):
             together = {repr((options[one], options[two])) for options in chosen}
-            assert together == {repr(both) for both in product(axes[one], axes[two])}, (one, two)
+            assert together == {repr(values) for values in product(axes[one], axes[two])}, (one, two)
 
 
-# Half precision: the noise and the dtypes are diffusers', no error is larger than its, and results are rounded once
+# Half precision: noise and dtypes equal diffusers', errors are not larger, and results are rounded once
 
 
 def assert_no_worse(got: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """got errs at most as theirs; in float32, which neither rounds only once, half a unit in the last place is free."""
+    """The error of got is at most that of theirs. In float32, where both round repeatedly, half an ulp is allowed."""
     assert got.dtype == theirs.dtype
     assert got.shape == theirs.shape
     free = torch.finfo(SINGLE).eps / 2 if got.dtype == SINGLE else 0
@@ -189,32 +190,35 @@ def assert_no_worse(got: Tensor, theirs: Tensor, exact: Tensor) -> None:
         assert error <= bound < math.inf, f"the error is {error:.4g}, diffusers' {bound:.4g}"
 
 
-HALF = (torch.float16, torch.bfloat16)
 MIXED = [dtypes for dtypes in product((SINGLE, *HALF), repeat=2) if dtypes != (SINGLE, SINGLE)]
 
 
-def wide_step(dtype, scheduler, m, t, x, z, monkeypatch, **call):
-    """diffusers' step of the same numbers and noise in a wider dtype."""
+def wide_step(dtype, scheduler, model_output, t, x, z, monkeypatch, **call):
+    """diffusers' step with the same inputs and noise in a wider dtype."""
     for part in ("ddpm", "ddpm_parallel", "ddim", "ddim_parallel"):
         module = getattr(diffusers.schedulers, f"scheduling_{part}")
         monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: z.to(dtype))
     try:
-        return scheduler.step(m.to(dtype), t, x.to(dtype), **call)
+        return scheduler.step(model_output.to(dtype), t, x.to(dtype), **call)
     finally:
         monkeypatch.undo()
 
 
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
-def test_a_step_in_half_precision_is_no_less_accurate(name, dtypes, monkeypatch):
-    x_dtype, m_dtype = dtypes
-    x, m = tensors((2, 3, 16, 16), x_dtype, seed=1), tensors((2, 3, 16, 16), m_dtype, seed=2)
+def test_a_half_precision_step_is_as_accurate(name, dtypes, monkeypatch):
+    x_dtype, output_dtype = dtypes
+    x, model_output = tensors((2, 3, 16, 16), x_dtype, seed=1), tensors((2, 3, 16, 16), output_dtype, seed=2)
     ddpm = name == "DDPMScheduler"
     for prediction, limit, variance in product(
         PREDICTIONS, LIMITS[:4], VARIANCES[:3] + VARIANCES[4:6] if ddpm else ("",)
     ):
-        ours, theirs = pair(name, prediction_type=prediction, **limit, **({"variance_type": variance} if ddpm else {}))
-        output = torch.cat([m, tensors(m.shape, m_dtype, seed=4).square()], 1) if variance.startswith("learned") else m
+        ours, theirs = scheduler_pair(
+            name, prediction_type=prediction, **limit, **({"variance_type": variance} if ddpm else {})
+        )
+        output = model_output
+        if variance.startswith("learned"):
+            output = torch.cat([model_output, tensors(model_output.shape, output_dtype, seed=4).square()], 1)
         for call in ({},) if ddpm else ({"eta": 0.0}, {"eta": 1.0, "use_clipped_model_output": True}):
             ours.set_timesteps(50)
             theirs.set_timesteps(50)
@@ -225,7 +229,7 @@ def test_a_step_in_half_precision_is_no_less_accurate(name, dtypes, monkeypatch)
                     outcome(scheduler.step, output, t, x, generators=[generator], **call)
                     for scheduler in (ours, theirs)
                 )
-                z = torch.randn(m.shape, dtype=m_dtype, generator=generator.manual_seed(1))
+                z = torch.randn(model_output.shape, dtype=output_dtype, generator=generator.manual_seed(1))
                 single, exact = (
                     wide_step(dtype, theirs, output, t, x, z, monkeypatch, **call) for dtype in (SINGLE, DOUBLE)
                 )
@@ -247,9 +251,9 @@ NOISED = [
 
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
 @pytest.mark.parametrize("name", [*DDPM, *DDIM])
-def test_noise_is_added_as_by_diffusers(name, method):
+def test_noising_equals_diffusers(name, method):
     schedulers = [
-        pair(name, **config)
+        scheduler_pair(name, **config)
         for config in ({}, {"beta_schedule": "squaredcos_cap_v2"}, {"rescale_betas_zero_snr": True})
     ]
     for (ours, theirs), (shape, timesteps), x_dtype, noise_dtype, kind, layout in product(
@@ -263,8 +267,8 @@ def test_noise_is_added_as_by_diffusers(name, method):
 
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda dtypes: "-".join(str(dtype)[6:] for dtype in dtypes))
-def test_noise_added_in_half_precision_is_no_less_accurate(dtypes, method):
-    ours, theirs = pair("DDPMScheduler")
+def test_half_precision_noising_is_as_accurate(dtypes, method):
+    ours, theirs = scheduler_pair("DDPMScheduler")
     x, eps = (tensors((16, 3, 16, 16), dtype, seed=seed) for seed, dtype in enumerate(dtypes))
     for t in (torch.linspace(0, 999, 16).long(), torch.tensor([999]), torch.tensor(0)):
         got, plain = (getattr(scheduler, method)(x, eps, t) for scheduler in (ours, theirs))
@@ -294,20 +298,22 @@ SHAPES = st.lists(st.integers(0, 4), min_size=1, max_size=5).map(tuple)
     limit=st.sampled_from(LIMITS),
     eta=st.sampled_from((0, 0.0, 0.7, 1)),
 )
-def test_any_step_is_that_of_diffusers(name, shape, dtypes, steps, spacing, t, form, prediction, limit, eta):
-    ours, theirs = pair(name, num_train_timesteps=11, prediction_type=prediction, timestep_spacing=spacing, **limit)
+def test_any_step_equals_diffusers(name, shape, dtypes, steps, spacing, t, form, prediction, limit, eta):
+    ours, theirs = scheduler_pair(
+        name, num_train_timesteps=11, prediction_type=prediction, timestep_spacing=spacing, **limit
+    )
     call = {"eta": eta} if name in DDIM else {}
     if steps:
         ours.set_timesteps(steps)
         theirs.set_timesteps(steps)
-    if isinstance(t, tuple):  # one that is visited
+    if isinstance(t, tuple):  # a visited timestep
         t = theirs.timesteps.tolist()[t[0] % len(theirs.timesteps)]
-    x, m = tensors(shape, dtypes[0], seed=1), tensors(shape, dtypes[1], seed=2)
+    x, model_output = tensors(shape, dtypes[0], seed=1), tensors(shape, dtypes[1], seed=2)
     generator, t = torch.Generator(), FORMS[form](t)
     call["generator"] = generator
     assert_same(
-        outcome(ours.step, m, t, x, generators=[generator], **call),
-        outcome(theirs.step, m, t, x, generators=[generator], **call),
+        outcome(ours.step, model_output, t, x, generators=[generator], **call),
+        outcome(theirs.step, model_output, t, x, generators=[generator], **call),
     )
 
 
@@ -319,14 +325,14 @@ def test_any_step_is_that_of_diffusers(name, shape, dtypes, steps, spacing, t, f
     dtypes=st.tuples(FLOATS, FLOATS),
     t=st.lists(st.integers(-12, 12), max_size=4) | st.integers(-12, 12),
 )
-def test_any_noise_is_added_as_by_diffusers(name, method, shape, dtypes, t):
-    ours, theirs = pair(name, num_train_timesteps=11)
+def test_any_noising_equals_diffusers(name, method, shape, dtypes, t):
+    ours, theirs = scheduler_pair(name, num_train_timesteps=11)
     x, eps = tensors(shape, dtypes[0], seed=1), tensors(shape, dtypes[1], seed=2)
     t = torch.tensor(t, dtype=torch.int64)
     assert_same(outcome(getattr(ours, method), x, eps, t), outcome(getattr(theirs, method), x, eps, t))
 
 
-def test_a_damaged_result_is_seen():
+def test_a_damaged_result_is_detected():
     x = torch.tensor([1.0, math.nan, -0.0, math.inf])
     assert_same((x, "a"), (x.clone(), "a"))
     damaged = (

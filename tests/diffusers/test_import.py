@@ -1,4 +1,4 @@
-"""What importing the drop-in costs and says."""
+"""What importing the drop-in loads, and its errors."""
 
 import subprocess
 import sys
@@ -18,14 +18,14 @@ def test_fastddpm_does_not_import_diffusers():
     assert last_line(code) == "False True accelerate"
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_attribute_error():
     assert last_line("import fastddpm; fastddpm.speed") == (
         "AttributeError: module 'fastddpm' has no attribute 'speed'"
     )
 
 
 @pytest.mark.parametrize("diffusers", ["None", "types.SimpleNamespace(__version__='0.34.0')"])
-def test_without_a_fitting_diffusers_the_error_names_the_way_out(diffusers):
+def test_a_missing_or_old_diffusers_is_reported_with_the_way_out(diffusers):
     line = last_line(f"import sys, types; sys.modules['diffusers'] = {diffusers}; import fastddpm.diffusers")
     assert line.startswith("ImportError: fastddpm.diffusers needs diffusers 0.35 or newer: pip install ")
     assert ("halted; None in sys.modules)" if diffusers == "None" else "(diffusers is 0.34.0)") in line

@@ -1,4 +1,4 @@
-"""Where the schedulers' noise comes from: addressed by a seed or by a run's, or none."""
+"""The sources of the schedulers' noise: a given seed, a seed for each run, or none."""
 
 import inspect
 import math
@@ -12,24 +12,24 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastddpm import diffusers as fast
 from tests.support.beside_diffusers import (
-    BOTH,
     DDIM,
     DDPM,
     DOUBLE,
     NAMES,
+    OUTPUT,
+    OUTPUT_WITH_VARIANCE,
     SINGLE,
     VARIANCES,
-    M,
     X,
     assert_same,
-    both,
     outcome,
-    pair,
+    scheduler_pair,
+    with_steps,
 )
 
 
 def given_noise(monkeypatch, theirs, z, *args, **kwargs):
-    """diffusers' step with this noise."""
+    """diffusers' step with given noise."""
     module = inspect.getmodule(type(theirs))
     with monkeypatch.context() as patch:
         patch.setattr(module, "randn_tensor", lambda shape, dtype, **_: z.to(dtype))
@@ -41,52 +41,57 @@ def addressed(seed, n, t, shape=(3, 4, 4)):
 
 
 def noisy_steps(name):
-    """Pairs of schedulers, what the network said, what else step is to get, and timesteps with noise."""
+    """Pairs of schedulers, the network's output, x, further arguments of step, and timesteps with noise."""
     for dtype in (SINGLE, DOUBLE):
         for variance in VARIANCES[:3] + VARIANCES[4:6] if name in DDPM else ("",):
             config = {"variance_type": variance} if variance else {}
-            scheduler_pair = both(pair(name, **config), lambda scheduler: scheduler.set_timesteps(10))
-            m = (BOTH if variance.startswith("learned") else M).to(dtype)
-            yield scheduler_pair, m, X.to(dtype), {"eta": 0.7} if name in DDIM else {}, (900, 100)
+            schedulers = with_steps(scheduler_pair(name, **config), 10)
+            model_output = (OUTPUT_WITH_VARIANCE if variance.startswith("learned") else OUTPUT).to(dtype)
+            yield schedulers, model_output, X.to(dtype), {"eta": 0.7} if name in DDIM else {}, (900, 100)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", [0, 7, 2**64 - 1])
-def test_noise_of_a_seed_is_the_standard(name, seed, monkeypatch):
-    """Entry n of the batch is sample n; nothing is drawn from torch."""
-    for (ours, theirs), m, x, extra, timesteps in noisy_steps(name):
+def test_seeded_noise_follows_the_standard(name, seed, monkeypatch):
+    """Entry n of the batch is sample n, and nothing is drawn from torch."""
+    for (ours, theirs), model_output, x, extra, timesteps in noisy_steps(name):
         for t in timesteps:
-            want = given_noise(monkeypatch, theirs, addressed(seed, 2, t), m, t, x, **extra)
-            (got, state), untouched = outcome(ours.step, m, t, x, noise=seed, **extra), outcome(lambda: None)[1]
+            want = given_noise(monkeypatch, theirs, addressed(seed, 2, t), model_output, t, x, **extra)
+            (got, state), untouched = (
+                outcome(ours.step, model_output, t, x, noise=seed, **extra),
+                outcome(lambda: None)[1],
+            )
             assert_same(got, want)
             assert_same(state, untouched)
             ours.noise = seed
-            assert_same(ours.step(m, t, x, **extra), want)
+            assert_same(ours.step(model_output, t, x, **extra), want)
             ours.noise = "generator"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_noise_a_step_is_its_mean(name, monkeypatch):
-    for (ours, theirs), m, x, extra, timesteps in noisy_steps(name):
+def test_without_noise_a_step_returns_its_mean(name, monkeypatch):
+    for (ours, theirs), model_output, x, extra, timesteps in noisy_steps(name):
         for t in (*timesteps, 0):
-            want = given_noise(monkeypatch, theirs, torch.zeros(2, 3, 4, 4), m, t, x, **extra)
+            want = given_noise(monkeypatch, theirs, torch.zeros(2, 3, 4, 4), model_output, t, x, **extra)
             generator = torch.Generator()
-            got, states = outcome(ours.step, m, t, x, generators=[generator], generator=generator, noise=False, **extra)
+            got, states = outcome(
+                ours.step, model_output, t, x, generators=[generator], generator=generator, noise=False, **extra
+            )
             assert_same(got, want)
             assert_same(states, outcome(lambda: None, generators=[generator])[1])
 
 
 def philox_run(ours, generator, n=4, timesteps=(900, 500), **extra):
-    """What is added at each step: that with the noise, less the mean."""
-    x, m = torch.zeros(2, n, 3, 4, 4)
+    """The noise that each step adds: with x and the network's output zero, the mean is zero."""
+    x, model_output = torch.zeros(2, n, 3, 4, 4)
     return torch.stack([
-        ours.step(m, t, x, generator=generator, noise="philox", **extra).prev_sample for t in timesteps
+        ours.step(model_output, t, x, generator=generator, noise="philox", **extra).prev_sample for t in timesteps
     ])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_philox_noise_is_of_a_run(name):
-    """One seed for each run, drawn from the generator; a sample is the same in a batch of any size."""
+def test_each_run_has_its_own_philox_noise(name):
+    """The generator draws one seed per run; a sample is the same in a batch of any size."""
     ours = getattr(fast, name)()
     extra = {"eta": 0.7} if name in DDIM else {}
 
@@ -101,9 +106,9 @@ def test_philox_noise_is_of_a_run(name):
     generator = torch.Generator().manual_seed(1)
     runs = [first, run(torch.Generator().manual_seed(2)), *(run(generator) for _ in range(2))]
     assert torch.equal(runs.pop(2), first)
-    values = torch.stack(runs).flatten(0, 2).flatten(1)  # of every run, step and sample
+    values = torch.stack(runs).flatten(0, 2).flatten(1)  # one row for every run, step and sample
     assert len(values.unique(dim=0)) == len(values)
-    assert not torch.equal(philox_run(ours, torch.Generator().manual_seed(3), **extra), runs[-1])  # of the same run
+    assert not torch.equal(philox_run(ours, torch.Generator().manual_seed(3), **extra), runs[-1])  # within one run
     torch.manual_seed(5)
     own = run(None)
     torch.manual_seed(5)
@@ -111,8 +116,8 @@ def test_philox_noise_is_of_a_run(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_philox_noise_of_a_list_of_generators_is_of_each(name):
-    """An entry has the noise of its generator, wherever it stands."""
+def test_each_of_several_generators_seeds_its_entry(name):
+    """An entry has the noise of its generator, at any position in the batch."""
     ours = getattr(fast, name)()
     extra = {"eta": 0.7} if name in DDIM else {}
 
@@ -127,11 +132,11 @@ def test_philox_noise_of_a_list_of_generators_is_of_each(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_seed_can_change_within_a_run(name):
+def test_the_noise_source_can_change_within_a_run(name):
     ours = getattr(fast, name)()
     ours.set_timesteps(10)
     extra = {"eta": 0.7} if name in DDIM else {}
-    step = lambda noise: ours.step(M, 900, X, noise=noise, **extra).prev_sample
+    step = lambda noise: ours.step(OUTPUT, 900, X, noise=noise, **extra).prev_sample
     first = {noise: step(noise) for noise in (7, 8, "philox", False)}
     assert len(torch.stack(list(first.values())).unique(dim=0)) == 4
     for noise in (8, False, 7):
@@ -140,16 +145,16 @@ def test_a_seed_can_change_within_a_run(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("noise", ["philox", 7, False], ids=str)
-def test_other_noise_than_that_of_torch_is_not_replaced_by_it(name, noise):
-    """A step that only diffusers can take is refused then."""
+def test_addressed_noise_is_never_replaced_by_torch_noise(name, noise):
+    """A step that only diffusers can take is refused."""
     ours = getattr(fast, name)()
     ours.set_timesteps(10)
-    for m, t in ((M[:1], 900), (M, torch.tensor([900]))):
-        (result, states), untouched = outcome(ours.step, m, t, X, noise=noise), outcome(lambda: None)[1]
+    for model_output, t in ((OUTPUT[:1], 900), (OUTPUT, torch.tensor([900]))):
+        (result, states), untouched = outcome(ours.step, model_output, t, X, noise=noise), outcome(lambda: None)[1]
         assert result.startswith("ValueError: noise is ")
         assert "\n" not in result
         assert_same(states, untouched)
-        ours.step(m, t, X)
+        ours.step(model_output, t, X)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,7 +165,7 @@ def test_philox_noise_is_drawn_once_and_normal(name):
     generator = torch.Generator()
     states = [generator.get_state()]
     for t in (900, 800, 0):
-        ours.step(M, t, X, generator=generator, **extra)
+        ours.step(OUTPUT, t, X, generator=generator, **extra)
         states.append(generator.get_state())
     assert not torch.equal(states[0], states[1])
     assert torch.equal(states[1], states[2])
@@ -172,7 +177,7 @@ def test_philox_noise_is_drawn_once_and_normal(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_source_of_the_noise_is_no_part_of_the_config(name, tmp_path):
+def test_the_noise_source_is_not_in_the_config(name, tmp_path):
     plain = getattr(diffusers, name)()
     for noise in ("philox", 7, False):
         ours = getattr(fast, name)(noise=noise)
@@ -186,7 +191,7 @@ def test_the_source_of_the_noise_is_no_part_of_the_config(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_scheduler_made_of_a_config_takes_noise_as_the_constructor_does(name, tmp_path):
+def test_from_config_and_from_pretrained_accept_noise(name, tmp_path):
     plain = getattr(diffusers, name)(beta_end=0.03)
     plain.save_pretrained(tmp_path)
     for made in (
@@ -199,22 +204,22 @@ def test_a_scheduler_made_of_a_config_takes_noise_as_the_constructor_does(name, 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("noise", ["gaussian", -1, 2**64, 1.5, True], ids=str)
-def test_an_unknown_source_of_noise_is_refused(name, noise):
+def test_an_unknown_noise_source_is_refused(name, noise):
     ours = getattr(fast, name)()
     ours.set_timesteps(10)
-    for call in (lambda: getattr(fast, name)(noise=noise), lambda: ours.step(M, 900, X, noise=noise)):
+    for call in (lambda: getattr(fast, name)(noise=noise), lambda: ours.step(OUTPUT, 900, X, noise=noise)):
         with pytest.raises(ValueError, match="philox") as caught:
             call()
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_whole_run_has_addressed_noise(name):
-    """Also where the last timestep is -1."""
+def test_a_run_with_addressed_noise_is_finite(name):
+    """Even if the last timestep is -1."""
     ours = getattr(fast, name)(timestep_spacing="trailing")
     ours.set_timesteps(61)
     assert ours.timesteps[-1] == -1
     x = X
     for t in ours.timesteps:
-        x = ours.step(M, t, x, noise=7, **({"eta": 1.0} if name in DDIM else {})).prev_sample
+        x = ours.step(OUTPUT, t, x, noise=7, **({"eta": 1.0} if name in DDIM else {})).prev_sample
     assert x.isfinite().all()

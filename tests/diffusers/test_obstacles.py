@@ -1,4 +1,4 @@
-"""What keeps a network from being executed by us: it is named, and diffusers' own forward taken."""
+"""Obstacles to fusing a network: each is reported, and diffusers' own forward runs."""
 
 import pytest
 import torch
@@ -9,15 +9,15 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from fastddpm import diffusers as fast
-from fastddpm.diffusers.unet import obstacle
-from tests.support.tiny_pipelines import OPTIONS, both_networks, calls, plain_calls, seeded, tiny_unet
+from fastddpm.diffusers.obstacles import obstacle
+from tests.support.tiny_pipelines import OPTIONS, fused_output, network_pair, plain_output, seeded, tiny_unet
 
 X = torch.randn(16, 3, 8, 8, generator=seeded(3))
 T = 321
 
 
 class Scaled(nn.Module):
-    """As LoRA wraps a layer."""
+    """Wraps a layer, as LoRA does."""
 
     def __init__(self, layer):
         super().__init__()
@@ -28,7 +28,7 @@ class Scaled(nn.Module):
 
 
 class Processor(AttnProcessor2_0):
-    """One that is not diffusers'."""
+    """A user's attention processor."""
 
 
 class Network(fast.UNet2DModel):
@@ -59,7 +59,11 @@ OBSTACLES = {
         lambda unet: unet.mid_block.attentions[0].to_q.register_forward_pre_hook(lambda *args: None),
         "mid_block.attentions.0.to_q has hooks",
     ),
-    "forward": ({}, lambda unet: setattr(unet.conv_in, "forward", unet.conv_in.forward), "conv_in has hooks or a forw"),
+    "forward": (
+        {},
+        lambda unet: setattr(unet.conv_in, "forward", unet.conv_in.forward),
+        "conv_in has hooks, or its",
+    ),
     "processor": (
         {},
         lambda unet: unet.mid_block.attentions[0].set_processor(Processor()),
@@ -77,9 +81,9 @@ OBSTACLES = {
 
 
 @pytest.mark.parametrize("reason", OBSTACLES)
-def test_an_obstacle_is_named_and_diffusers_forward_taken(reason):
+def test_an_obstacle_is_reported_and_diffusers_forward_runs(reason):
     options, change, text = OBSTACLES[reason]
-    pair = both_networks(**options)
+    pair = network_pair(**options)
     for unet in pair:
         if change is not None:
             assert obstacle(unet) is None
@@ -88,30 +92,30 @@ def test_an_obstacle_is_named_and_diffusers_forward_taken(reason):
         assert why is not None
         assert text in why
         assert "\n" not in why
-    if reason not in ("mixed", "compiled"):  # the first cannot be called, the second takes seconds
-        found = []
-        for call, unet in zip((calls, plain_calls), pair, strict=True):
+    if reason not in ("mixed", "compiled"):  # the first cannot be called, and the second takes seconds to compile
+        results = []
+        for call, unet in zip((fused_output, plain_output), pair, strict=True):
             torch.manual_seed(1)
-            found.append(call(unet, X.to(unet.dtype), T))
-        assert torch.equal(*found)
+            results.append(call(unet, X.to(unet.dtype), T))
+        assert torch.equal(*results)
 
 
-def test_a_network_of_another_class_has_an_obstacle():
+def test_a_network_of_another_class_is_an_obstacle():
     torch.manual_seed(0)
     unet = Network(**OPTIONS).eval()
-    assert obstacle(unet) == "it is a Network; only a plain UNet2DModel has another execution"
-    assert torch.equal(calls(unet, X, T), plain_calls(tiny_unet(diffusers), X, T))
+    assert obstacle(unet) == "it is a Network; only a plain UNet2DModel can be fused"
+    assert torch.equal(fused_output(unet, X, T), plain_output(tiny_unet(diffusers), X, T))
     assert "ModuleList" in obstacle(nn.ModuleList())
 
 
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
-def test_what_is_no_obstacle(processor):
-    unet, twin = both_networks()
+def test_processors_and_training_mode_are_not_obstacles(processor):
+    unet, twin = network_pair()
     for attention in (module for module in unet.modules() if isinstance(module, Attention)):
         attention.set_processor(processor())
-    unet.train()  # without dropout it changes nothing
+    unet.train()  # has no effect without dropout
     unet.requires_grad_(False)
     unet.to(memory_format=torch.channels_last)
     assert obstacle(unet) is None
     assert obstacle(twin) is None
-    assert not torch.equal(calls(unet, X, T), plain_calls(twin, X, T))
+    assert not torch.equal(fused_output(unet, X, T), plain_output(twin, X, T))

@@ -1,4 +1,4 @@
-"""The pipelines beside diffusers' own: the same arguments and noise, the same images up to the network's rounding."""
+"""The pipelines beside diffusers' own: the same arguments, noise and images, up to the rounding of the network."""
 
 import inspect
 
@@ -11,20 +11,18 @@ from tests.support.check import assert_as_accurate, error_line
 diffusers = pytest.importorskip("diffusers")
 
 from fastddpm import diffusers as fast
+from tests.support.beside_diffusers import DOUBLE, HALF, SINGLE
 from tests.support.tiny_pipelines import (
-    DOUBLE,
     KINDS,
-    LOW,
-    SINGLE,
     STEPS,
-    TENSORS,
-    both,
+    SUPPORTS_PT,
     hooked,
-    of_noise,
+    images_of_noise,
     pipeline,
+    pipeline_pair,
     sample,
     seeded,
-    taken,
+    take_all,
     tiny_unet,
 )
 
@@ -44,15 +42,15 @@ SCHEDULERS = {
 
 @pytest.fixture
 def draws(monkeypatch):
-    """All that torch.randn returns."""
-    found, randn = [], torch.randn
+    """A list of everything that torch.randn returns."""
+    drawn, randn = [], torch.randn
 
     def recording(*args, **kwargs):
-        found.append(randn(*args, **kwargs))
-        return found[-1].clone()
+        drawn.append(randn(*args, **kwargs))
+        return drawn[-1].clone()
 
     monkeypatch.setattr(torch, "randn", recording)
-    return found
+    return drawn
 
 
 def states(generators):
@@ -71,7 +69,7 @@ def assert_equal(got, want):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_parameters_are_those_of_diffusers(kind):
+def test_the_first_parameters_equal_diffusers(kind):
     ours, theirs = (
         list(inspect.signature(getattr(package, f"{kind}Pipeline").__call__).parameters.values())
         for package in (fast, diffusers)
@@ -82,52 +80,52 @@ def test_the_first_parameters_are_those_of_diffusers(kind):
     assert all(one.kind is one.KEYWORD_ONLY for one in ours[len(theirs) :])
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, *HALF], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("kind", "call"), CALLS, ids=IDS)
-def test_the_noise_is_that_of_diffusers(kind, call, source, dtype, draws):
-    found = []
-    for pipe in both(kind, dtype):
+def test_the_noise_equals_diffusers(kind, call, source, dtype, draws):
+    results = []
+    for pipe in pipeline_pair(kind, dtype):
         torch.manual_seed(5)
         generator = SOURCES[source]()
         draws.clear()
         sample(pipe, generator=generator, **call)
-        found.append((taken(draws), states(generator)))
-    for ours, theirs in zip(*found, strict=True):
+        results.append((take_all(draws), states(generator)))
+    for ours, theirs in zip(*results, strict=True):
         assert len(ours) > 0
         assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("kind", "call"), CALLS, ids=IDS)
-def test_images_of_diffusers_forward_are_its_bits(kind, call, source):
-    found = []
-    for pipe in hooked(*both(kind)):
+def test_images_by_diffusers_forward_have_its_bits(kind, call, source):
+    results = []
+    for pipe in hooked(*pipeline_pair(kind)):
         torch.manual_seed(5)
-        found.append(sample(pipe, generator=SOURCES[source](), **call))
-    assert torch.equal(*found)
+        results.append(sample(pipe, generator=SOURCES[source](), **call))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("options", SCHEDULERS)
-def test_images_of_other_schedules_are_the_same_bits(options):
-    assert torch.equal(*(sample(pipe) for pipe in hooked(*both(scheduler=SCHEDULERS[options]))))
+def test_images_of_other_schedules_have_the_same_bits(options):
+    assert torch.equal(*(sample(pipe) for pipe in hooked(*pipeline_pair(scheduler=SCHEDULERS[options]))))
 
 
-@pytest.mark.parametrize("dtype", [SINGLE, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, *HALF], ids=str)
 @pytest.mark.parametrize(("kind", "call"), CALLS, ids=IDS)
-def test_images_are_as_accurate_as_those_of_diffusers(kind, call, dtype, draws, monkeypatch):
-    n = 16  # the largest error of few is one of chance
+def test_images_are_as_accurate(kind, call, dtype, draws, monkeypatch):
+    n = 16  # the largest error of a few images is too random
     ours = sample(pipeline(fast, kind, dtype), n, **call)
-    found = taken(draws)
+    drawn = take_all(draws)
     plain, ref = (
-        of_noise(monkeypatch, found, pipeline(diffusers, kind, dtype), computed, n, **call)
+        images_of_noise(monkeypatch, drawn, pipeline(diffusers, kind, dtype), computed, n, **call)
         for computed in (dtype, DOUBLE)
     )
-    assert ((ref > 0) & (ref < 1)).double().mean() > 0.2  # the others could not be wrong
+    assert ((ref > 0) & (ref < 1)).double().mean() > 0.2  # clamped pixels would hide errors
     assert_as_accurate(ours, plain, ref)
 
 
-def test_the_first_input_of_the_network_is_diffusers_noise(draws):
+def test_the_network_starts_from_diffusers_noise(draws):
     seen = []
     pipe = pipeline()
     sample(
@@ -136,49 +134,49 @@ def test_the_first_input_of_the_network_is_diffusers_noise(draws):
         callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors),
         callback_on_step_end_tensor_inputs=["latents", "model_output"],
     )
-    (start,) = taken(draws)
+    (start,) = take_all(draws)
     assert_as_accurate(
         seen[0]["model_output"],
         *(tiny_unet(diffusers, SINGLE).to(dtype)(start.to(dtype), 0).sample.detach() for dtype in (SINGLE, DOUBLE)),
     )
 
 
-def test_a_network_of_a_learned_variance_is_left_to_diffusers():
-    how = {"out_channels": 6, "scheduler": {"variance_type": "learned_range"}}
-    ours, theirs = (sample(pipe) for pipe in both(**how))
+def test_a_learned_variance_runs_diffusers_forward():
+    options = {"out_channels": 6, "scheduler": {"variance_type": "learned_range"}}
+    ours, theirs = (sample(pipe) for pipe in pipeline_pair(**options))
     assert torch.equal(ours, theirs)
 
 
-def test_dropout_of_a_network_in_training_is_that_of_diffusers():
-    found = []
-    for pipe in both(dropout=0.5):
+def test_dropout_in_training_mode_equals_diffusers():
+    results = []
+    for pipe in pipeline_pair(dropout=0.5):
         pipe.unet.train()
         torch.manual_seed(7)
-        found.append((sample(pipe), torch.get_rng_state()))
+        results.append((sample(pipe), torch.get_rng_state()))
         assert pipe.unet.training
-    assert_equal(*found)
-    assert not torch.equal(found[0][0], sample(pipeline(dropout=0.5)))
+    assert_equal(*results)
+    assert not torch.equal(results[0][0], sample(pipeline(dropout=0.5)))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers, of NumPy
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
-def test_a_scheduler_of_another_kind_works_as_in_diffusers(name, draws, monkeypatch):
-    def with_it(package):
+def test_a_scheduler_of_another_kind_acts_as_in_diffusers(name, draws, monkeypatch):
+    def pipeline_of(package):
         pipe = package.DDPMPipeline(tiny_unet(package), getattr(diffusers, name)())
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    assert torch.equal(*(sample(pipe) for pipe in hooked(with_it(fast), with_it(diffusers))))
+    assert torch.equal(*(sample(pipe) for pipe in hooked(pipeline_of(fast), pipeline_of(diffusers))))
     draws.clear()
-    n, pipe = 64, with_it(fast)
-    ours, found = sample(pipe, n), taken(draws)
-    plain, ref = (of_noise(monkeypatch, found, with_it(diffusers), dtype, n) for dtype in (SINGLE, DOUBLE))
+    n, pipe = 64, pipeline_of(fast)
+    ours, drawn = sample(pipe, n), take_all(draws)
+    plain, ref = (images_of_noise(monkeypatch, drawn, pipeline_of(diffusers), dtype, n) for dtype in (SINGLE, DOUBLE))
     assert_as_accurate(ours, plain, ref)
     text = error_line(sample, pipe, noise=3)
     assert text.startswith(f"noise is 3, but the scheduler is a {name}, which draws its own; leave it out")
 
 
-def test_a_scheduler_that_takes_no_generator_fails_as_in_diffusers():
+def test_a_scheduler_without_a_generator_fails_as_in_diffusers():
     for package in (fast, diffusers):
         pipe = package.DDPMPipeline(tiny_unet(package), diffusers.PNDMScheduler())
         with pytest.raises(TypeError, match="generator"):
@@ -187,27 +185,27 @@ def test_a_scheduler_that_takes_no_generator_fails_as_in_diffusers():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_few_generators_fail_as_in_diffusers(kind):
-    found = []
-    for pipe in both(kind):
+    results = []
+    for pipe in pipeline_pair(kind):
         with pytest.raises((IndexError, ValueError)) as caught:
             sample(pipe, 3, generator=[seeded(1), seeded(2)])
-        found.append(type(caught.value))
-    assert found[0] is found[1]
+        results.append(type(caught.value))
+    assert results[0] is results[1]
 
 
-# What comes back
+# Outputs
 
 
 @pytest.mark.parametrize("size", [8, (8, 16)], ids=str)
-@pytest.mark.parametrize("dtype", [SINGLE, *LOW], ids=str)
+@pytest.mark.parametrize("dtype", [SINGLE, *HALF], ids=str)
 @pytest.mark.parametrize("hook", [False, True], ids=["fused", "hooked"])
 def test_output_types(dtype, size, hook):
-    pipes = both(dtype=dtype, sample_size=size)
+    pipes = pipeline_pair(dtype=dtype, sample_size=size)
     if hook:
         hooked(*pipes)
     height, width = (size, size) if isinstance(size, int) else size
     for kind in ("pt", "np", None, "other", "pil"):
-        served = TENSORS if kind == "pt" else dtype != torch.bfloat16  # by diffusers
+        served = SUPPORTS_PT if kind == "pt" else dtype != torch.bfloat16  # by diffusers
         ours, theirs = (
             None if pipe is pipes[1] and not served else sample(pipe, output_type=kind, num_inference_steps=2)
             for pipe in pipes
@@ -230,23 +228,23 @@ def test_output_types(dtype, size, hook):
             assert 0 <= ours.min() < ours.max() <= 1
 
 
-def test_diffusers_cannot_do_bfloat16_but_as_tensors():
-    """The difference above is one of diffusers."""
+def test_diffusers_supports_bfloat16_only_as_tensors():
+    """So the test above cannot compare these outputs."""
     for kind in ("np", "pil"):
         with pytest.raises(TypeError, match="BFloat16"):
             sample(pipeline(diffusers, dtype=torch.bfloat16), output_type=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_return_dict_a_tuple_comes_back(kind):
-    ours, theirs = (pipe(num_inference_steps=1, return_dict=False) for pipe in both(kind))
+def test_return_dict_false_returns_a_tuple(kind):
+    ours, theirs = (pipe(num_inference_steps=1, return_dict=False) for pipe in pipeline_pair(kind))
     assert type(ours) is type(theirs) is tuple
     assert len(ours) == len(theirs) == 1
     assert type(pipeline(fast, kind)(num_inference_steps=1)) is diffusers.ImagePipelineOutput
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_progress_bar(kind, capfd):
+def test_the_progress_bar_follows_its_config(kind, capfd):
     pipe = pipeline(fast, kind)
     sample(pipe)
     assert capfd.readouterr() == ("", "")
@@ -258,17 +256,17 @@ def test_the_progress_bar(kind, capfd):
     assert f"{STEPS}/{STEPS}" in err
 
 
-# More arguments
+# Arguments that diffusers does not have
 
 
-def test_latents_are_the_start():
+def test_latents_are_the_starting_state():
     pipe, generator = pipeline(), seeded()
     start = torch.randn(2, 3, 8, 8, generator=generator)
     kept = start.clone()
     assert torch.equal(sample(pipe, latents=start, generator=generator), sample(pipe))
     assert torch.equal(start, kept)
     text = error_line(sample, pipe, 3, latents=start)
-    assert text == "latents are (2, 3, 8, 8); want (3, 3, 8, 8): batch_size and the unet's samples"
+    assert text == "latents are (2, 3, 8, 8); want (3, 3, 8, 8), batch_size samples of the unet's shape"
 
 
 LABELS = {
@@ -293,7 +291,7 @@ def test_class_labels(kind, hook):
         callback_on_step_end_tensor_inputs=["latents", "model_output"],
     )
     networks = [tiny_unet(diffusers, dtype, **options).requires_grad_(False) for dtype in (SINGLE, DOUBLE)]
-    if kind == "timestep":  # whose embedding diffusers leaves in float32
+    if kind == "timestep":  # diffusers leaves its embedding in float32
         networks[1].class_embedding.register_forward_pre_hook(lambda module, args: (args[0].double(),))
     x = torch.randn(2, 3, 8, 8, generator=seeded())
     for t, tensors in seen:
@@ -313,7 +311,7 @@ def test_class_labels(kind, hook):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_callback_sees_each_step_and_may_change_it(kind):
+def test_a_callback_sees_and_can_change_each_step(kind):
     pipe = pipeline(fast, kind)
     seen = []
 
@@ -329,7 +327,7 @@ def test_a_callback_sees_each_step_and_may_change_it(kind):
     twin, x, generator = getattr(diffusers, f"{kind}Scheduler")(), torch.randn(2, 3, 8, 8, generator=seeded()), seeded()
     torch.randn(2, 3, 8, 8, generator=generator)
     twin.set_timesteps(STEPS)
-    for _, i, t, tensors in seen:  # the network's outputs, put together by diffusers
+    for _, i, t, tensors in seen:  # diffusers' steps from the same model outputs
         step = twin.step(tensors["model_output"], t, x, generator=generator)
         assert torch.equal(tensors["latents"], step.prev_sample)
         assert torch.equal(tensors["pred_original_sample"], step.pred_original_sample)
@@ -341,20 +339,20 @@ def test_a_callback_sees_each_step_and_may_change_it(kind):
     )
 
 
-def test_latents_of_another_shape_from_a_callback_are_refused():
+def test_a_callback_cannot_change_the_shape_of_the_latents():
     pipe = pipeline()
     text = error_line(pipe, 2, num_inference_steps=2, callback_on_step_end=lambda *a: {"latents": torch.zeros(1)})
     assert text.startswith("callback_on_step_end returned latents of (1,); want (2, ")
 
 
-def test_a_callback_can_change_and_flatten_the_state():
+def test_a_callback_can_modify_the_state_in_place():
     def halve(pipe, i, t, tensors):
         for tensor in tensors.values():
             tensor.view(-1)
         tensors["latents"].mul_(0.5)
 
     pipe = pipeline()
-    how = {"callback_on_step_end_tensor_inputs": ("latents", "model_output", "pred_original_sample")}
-    changed = sample(pipe, callback_on_step_end=halve, **how)
+    names = ("latents", "model_output", "pred_original_sample")
+    changed = sample(pipe, callback_on_step_end=halve, callback_on_step_end_tensor_inputs=names)
     assert torch.equal(changed, sample(pipe, callback_on_step_end=lambda *a: {"latents": a[3]["latents"] * 0.5}))
     assert not torch.equal(changed, sample(pipe))

@@ -1,4 +1,4 @@
-"""The schedulers against those of the installed diffusers: each behaviour beyond the options of a step."""
+"""The schedulers against those of the installed diffusers: everything but the options of a step."""
 
 import copy
 import inspect
@@ -14,22 +14,23 @@ diffusers = pytest.importorskip("diffusers")
 
 from fastddpm import diffusers as fast
 from tests.support.beside_diffusers import (
-    BOTH,
     DDIM,
     DDPM,
     DOUBLE,
     NAMES,
+    OUTPUT,
+    OUTPUT_WITH_VARIANCE,
     SINGLE,
-    M,
     X,
+    apply_to_both,
     assert_same,
     assert_same_outcome,
     assert_same_steps,
-    both,
     named,
     outcome,
-    pair,
+    scheduler_pair,
     tensors,
+    with_steps,
 )
 
 # The constructor and the attributes
@@ -46,8 +47,8 @@ from tests.support.beside_diffusers import (
     ],
     ids=str,
 )
-def test_the_attributes_are_those_of_diffusers(name, config):
-    ours, theirs = pair(name, **config)
+def test_attributes_equal_diffusers(name, config):
+    ours, theirs = scheduler_pair(name, **config)
     configs = [dict(scheduler.config) for scheduler in (ours, theirs)]
     for one in configs:
         one["_use_default_values"] = sorted(one["_use_default_values"])
@@ -69,11 +70,11 @@ def test_the_attributes_are_those_of_diffusers(name, config):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["__init__", "step", "set_timesteps", "add_noise", "get_velocity", "_get_variance"])
-def test_the_parameters_are_those_of_diffusers(name, method):
-    """Pipelines ask by name whether a scheduler takes eta, or timesteps; a caller may count on the order."""
+def test_parameters_equal_diffusers(name, method):
+    """Pipelines check by name whether a scheduler accepts eta or timesteps; callers may rely on the order."""
     ours, theirs = (getattr(getattr(module, name), method, None) for module in (fast, diffusers))
     if theirs is None:
-        pytest.skip("diffusers has none")
+        pytest.skip("diffusers does not have it")
     ours, theirs = (list(inspect.signature(function).parameters.values()) for function in (ours, theirs))
     shape = lambda parameters: [(one.name, one.kind, one.default) for one in parameters]
     assert shape(ours[: len(theirs)]) == shape(theirs)
@@ -86,7 +87,7 @@ def test_the_parameters_are_those_of_diffusers(name, method):
     "config",
     [
         {"beta_schedule": "cubic"},
-        {"beta_schedule": "laplace"},  # DDIM has none
+        {"beta_schedule": "laplace"},  # DDIM does not have it
         {"unknown": 1},
         {"num_train_timesteps": "many"},
         {"num_train_timesteps": 0},
@@ -96,8 +97,8 @@ def test_the_parameters_are_those_of_diffusers(name, method):
     ],
     ids=str,
 )
-def test_a_constructor_fails_as_that_of_diffusers(name, config):
-    """With the same text, but for the name of the class in it."""
+def test_a_constructor_fails_as_in_diffusers(name, config):
+    """With the same text, except for the name of the class."""
     results = [outcome(getattr(module, name), **config)[0] for module in (fast, diffusers)]
     errors = [result if isinstance(result, str) else "none" for result in results]
     assert errors[0].replace(repr(getattr(fast, name)), repr(getattr(diffusers, name))) == errors[1]
@@ -108,10 +109,10 @@ def test_a_constructor_fails_as_that_of_diffusers(name, config):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "another"])
-def test_timesteps_are_those_of_diffusers(name, spacing):
-    """Zero, negative, too many, none, and for trailing one more than was asked for."""
+def test_timesteps_equal_diffusers(name, spacing):
+    """For zero, negative, too many and no steps; trailing spacing can give one more than requested."""
     for offset, T in product((0, 1), (1000, 50)):
-        ours, theirs = pair(name, num_train_timesteps=T, timestep_spacing=spacing, steps_offset=offset)
+        ours, theirs = scheduler_pair(name, num_train_timesteps=T, timestep_spacing=spacing, steps_offset=offset)
         for steps in (1, 7, 10, 61, T - 1, T, T + 1, 0, -5, None, 2.5, "ten", np.int64(5)):
             with named((offset, T, steps)), np.errstate(all="ignore"):
                 assert_same_outcome(ours, theirs, "set_timesteps", steps)
@@ -122,8 +123,8 @@ def test_timesteps_are_those_of_diffusers(name, spacing):
 
 
 @pytest.mark.parametrize("name", DDPM)
-def test_custom_timesteps_are_those_of_diffusers(name):
-    ours, theirs = pair(name)
+def test_custom_timesteps_equal_diffusers(name):
+    ours, theirs = scheduler_pair(name)
     for call in (
         {"timesteps": [999, 500, 3, 0]},
         {"timesteps": [999, 500, 3]},
@@ -146,12 +147,12 @@ def test_custom_timesteps_are_those_of_diffusers(name):
 
 
 @pytest.mark.parametrize("name", DDPM)
-def test_the_previous_timestep_is_that_of_diffusers(name):
-    """A number less by one, or the next element of timesteps; -1 after the last."""
-    ours, theirs = pair(name)
+def test_previous_timestep_equals_diffusers(name):
+    """It is t - 1, or the next element of timesteps; -1 after the last."""
+    ours, theirs = scheduler_pair(name)
     for steps in ({}, {"num_inference_steps": 10}, {"timesteps": [30, 20, 3]}):
         if steps:
-            both((ours, theirs), lambda scheduler, steps=steps: scheduler.set_timesteps(**steps))
+            with_steps((ours, theirs), **steps)
         for t in (0, 30, 3, 900, torch.tensor(20), np.int64(300), 17):
             with named((steps, t)):
                 assert_same_outcome(ours, theirs, "previous_timestep", t)
@@ -162,15 +163,15 @@ def test_the_previous_timestep_is_that_of_diffusers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_of_any_shape(name):
-    """No entry at all, vectors, sequences, videos; the arguments are left as they are."""
-    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
+    """Empty batches, vectors, sequences, videos; the arguments do not change."""
+    ours, theirs = with_steps(scheduler_pair(name), 10)
     for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 5), (2, 3, 7), (2, 3, 2, 4, 4), (1, 1, 1, 1)):
         for dtype in (SINGLE, DOUBLE):
-            x, m = (tensors(shape, dtype, seed=seed).clone() for seed in (1, 2))
+            x, model_output = (tensors(shape, dtype, seed=seed).clone() for seed in (1, 2))
             with named((shape, dtype)):
-                assert_same_steps(ours, theirs, m=m, x=x, timesteps=(900, 0))
+                assert_same_steps(ours, theirs, model_output=model_output, x=x, timesteps=(900, 0))
             assert torch.equal(x, tensors(shape, dtype, seed=1))
-            assert torch.equal(m, tensors(shape, dtype, seed=2))
+            assert torch.equal(model_output, tensors(shape, dtype, seed=2))
 
 
 def leaves(*tensors):
@@ -179,35 +180,33 @@ def leaves(*tensors):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-def test_gradients_are_those_of_diffusers(name, prediction):
-    """To what the network said, to the sample, and to a learned variance."""
+def test_gradients_equal_diffusers(name, prediction):
+    """With respect to the network's output, the sample and a learned variance."""
     ddpm = name in DDPM
     for variance in ("fixed_small", "learned", "learned_range") if ddpm else ("",):
         config = {"variance_type": variance} if ddpm else {}
-        ours, theirs = both(
-            pair(name, prediction_type=prediction, **config), lambda scheduler: scheduler.set_timesteps(10)
-        )
+        ours, theirs = with_steps(scheduler_pair(name, prediction_type=prediction, **config), 10)
         for t, wanted in product((900, 0), ((True, True), (True, False), (False, True))):
             grads = []
             for scheduler in (ours, theirs):
-                m, x = leaves(BOTH if variance.startswith("learned") else M, X)
-                m.requires_grad_(wanted[0])
+                model_output, x = leaves(OUTPUT_WITH_VARIANCE if variance.startswith("learned") else OUTPUT, X)
+                model_output.requires_grad_(wanted[0])
                 x.requires_grad_(wanted[1])
-                result, state = outcome(scheduler.step, m, t, x, **({} if ddpm else {"eta": 0.5}))
+                result, state = outcome(scheduler.step, model_output, t, x, **({} if ddpm else {"eta": 0.5}))
                 (result.prev_sample.square().sum() + result.pred_original_sample.sum()).backward()
-                grads.append((result, state, m.grad, x.grad))
+                grads.append((result, state, model_output.grad, x.grad))
             with named((variance, t, wanted)):
                 assert_same(*grads)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
-def test_gradients_of_noising_are_those_of_diffusers(name, method):
-    ours, theirs = pair(name)
+def test_gradients_of_noising_equal_diffusers(name, method):
+    ours, theirs = scheduler_pair(name)
     for dtype in (SINGLE, DOUBLE):
         grads = []
         for scheduler in (ours, theirs):
-            x, eps = leaves(X.to(dtype), M)
+            x, eps = leaves(X.to(dtype), OUTPUT)
             result = getattr(scheduler, method)(x, eps, torch.tensor([3, 900]))
             result.square().sum().backward()
             grads.append((result, x.grad, eps.grad))
@@ -216,45 +215,50 @@ def test_gradients_of_noising_are_those_of_diffusers(name, method):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_step_of_another_mode_spoils_no_later_one(name, mode):
-    """What was tabulated in inference mode can be trained through."""
-    ours, theirs = pair(name)
+def test_a_step_in_another_mode_does_not_affect_later_ones(name, mode):
+    """Gradients can pass through a table that was made in inference mode."""
+    ours, theirs = scheduler_pair(name)
     with mode():
-        both((ours, theirs), lambda scheduler: scheduler.set_timesteps(10))
+        with_steps((ours, theirs), 10)
         assert_same_steps(ours, theirs)
-        assert_same_outcome(ours, theirs, "add_noise", X, M, torch.tensor([3, 4]))
+        assert_same_outcome(ours, theirs, "add_noise", X, OUTPUT, torch.tensor([3, 4]))
     grads = []
     for scheduler in (ours, theirs):
-        m, x = leaves(M, X)
+        model_output, x = leaves(OUTPUT, X)
         scheduler.step(
-            m, 900, scheduler.add_noise(x, m, torch.tensor([3, 4])), generator=torch.Generator()
+            model_output, 900, scheduler.add_noise(x, model_output, torch.tensor([3, 4])), generator=torch.Generator()
         ).prev_sample.sum().backward()
-        grads.append((m.grad, x.grad))
+        grads.append((model_output.grad, x.grad))
     assert_same(*grads)
 
 
 @pytest.mark.parametrize("name", ["DDPMParallelScheduler", "DDIMParallelScheduler"])
-def test_a_batch_of_timesteps_steps_without_noise_as_in_diffusers(name):
-    ours, theirs = pair(name)
+def test_batch_step_no_noise_equals_diffusers(name):
+    ours, theirs = scheduler_pair(name)
     t = torch.tensor([900, 0])
     for _ in range(2):
         for prediction in ("epsilon", "sample", "v_prediction", "another"):
-            both((ours, theirs), lambda scheduler, to=prediction: setattr(scheduler.config, "prediction_type", to))
-            assert_same_outcome(ours, theirs, "batch_step_no_noise", M, t, X)
-        both((ours, theirs), lambda scheduler: scheduler.set_timesteps(10))
+            apply_to_both(
+                (ours, theirs), lambda scheduler, to=prediction: setattr(scheduler.config, "prediction_type", to)
+            )
+            assert_same_outcome(ours, theirs, "batch_step_no_noise", OUTPUT, t, X)
+        with_steps((ours, theirs), 10)
     assert ours._is_ode_scheduler == theirs._is_ode_scheduler == (name in DDIM)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_output_is_that_of_diffusers(name):
-    """An attribute, an item by name and by number, a tuple."""
-    ours, theirs = both(pair(name), lambda scheduler: scheduler.set_timesteps(10))
-    got, want = ours.step(M, 900, X, generator=torch.Generator()), theirs.step(M, 900, X, generator=torch.Generator())
+def test_outputs_equal_diffusers(name):
+    """Values can be read as attributes, by name, by position and as a tuple."""
+    ours, theirs = with_steps(scheduler_pair(name), 10)
+    got, want = (
+        ours.step(OUTPUT, 900, X, generator=torch.Generator()),
+        theirs.step(OUTPUT, 900, X, generator=torch.Generator()),
+    )
     assert_same(got, want)
     assert_same(dict(got), dict(want))
     assert got[0] is got["prev_sample"] is got.prev_sample is got.to_tuple()[0]
     assert got[1] is got.pred_original_sample
-    assert_same(ours.step(M, 0, X, return_dict=False), theirs.step(M, 0, X, return_dict=False))
+    assert_same(ours.step(OUTPUT, 0, X, return_dict=False), theirs.step(OUTPUT, 0, X, return_dict=False))
 
 
 # Saving and loading
@@ -265,9 +269,9 @@ CONFIG = {"num_train_timesteps": 20, "beta_end": 0.03, "prediction_type": "v_pre
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("config", [{}, CONFIG], ids=["default", "other"])
-def test_saved_files_are_those_of_diffusers(name, config, tmp_path):
-    ours, theirs = pair(name, **config)
-    ours.noise = 3  # is not saved
+def test_saved_files_equal_diffusers(name, config, tmp_path):
+    ours, theirs = scheduler_pair(name, **config)
+    ours.noise = 3  # not saved
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     files = [{file.name: file.read_bytes() for file in (tmp_path / side).iterdir()} for side in ("ours", "theirs")]
@@ -281,8 +285,8 @@ def test_saved_files_are_those_of_diffusers(name, config, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_makes_any_scheduler_of_either_package(name):
-    ours, theirs = pair(name, **CONFIG)
+def test_a_config_works_in_either_package(name):
+    ours, theirs = scheduler_pair(name, **CONFIG)
     for other, source in product((*NAMES, "DPMSolverMultistepScheduler"), (ours, theirs)):
         makers = (fast, diffusers) if hasattr(fast, other) else (diffusers,)
         made = [getattr(module, other).from_config(source.config, beta_start=0.002) for module in makers]
@@ -303,12 +307,12 @@ def test_a_config_makes_any_scheduler_of_either_package(name):
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, copy.copy, lambda s: pickle.loads(pickle.dumps(s))], ids=["deepcopy", "copy", "pickle"]
 )
-def test_a_copy_is_as_good(name, duplicate):
-    """Also one that was made after steps; what is then changed in it changes only it, where diffusers' is so."""
-    ours, theirs = both(pair(name, beta_end=0.03), lambda scheduler: scheduler.set_timesteps(10))
+def test_a_copy_is_independent(name, duplicate):
+    """Even one made after some steps; changes to it affect the original exactly where they do in diffusers."""
+    ours, theirs = with_steps(scheduler_pair(name, beta_end=0.03), 10)
     ours.noise = "philox"
-    assert_same_steps(*pair(name))
-    ours.step(M, 900, X)
+    assert_same_steps(*scheduler_pair(name))
+    ours.step(OUTPUT, 900, X)
     twins = [duplicate(ours), duplicate(theirs)]
     assert type(twins[0]) is type(ours)
     assert twins[0].__module__ == theirs.__module__
@@ -317,7 +321,7 @@ def test_a_copy_is_as_good(name, duplicate):
     for scheduler in (twins[0], ours):
         scheduler.noise = "generator"
     assert_same_steps(*twins, (900, 500, 0))
-    both(twins, lambda scheduler: scheduler.alphas_cumprod.mul_(0.9))
+    apply_to_both(twins, lambda scheduler: scheduler.alphas_cumprod.mul_(0.9))
     assert_same_steps(*twins, (900, 500, 0))
     assert_same_steps(ours, theirs, (900, 500, 0))
 
@@ -325,31 +329,31 @@ def test_a_copy_is_as_good(name, duplicate):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
 @pytest.mark.parametrize("mapped", ["vmap", "jvp"])
-def test_a_step_can_be_mapped_and_derived_forward(name, mapped):
-    x, m, dx, dm = torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = []
+def test_a_step_supports_vmap_and_jvp(name, mapped):
+    x, model_output, dx, dm = torch.randn(4, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    results = []
     for package in (diffusers, fast):
         scheduler = getattr(package, name)()
         scheduler.set_timesteps(10)
-        step = lambda x, m: scheduler.step(m, 0, x, return_dict=False)[0]  # noqa: B023 (called at once)
+        step = lambda x, model_output: scheduler.step(model_output, 0, x, return_dict=False)[0]  # noqa: B023 (called immediately)
         if mapped == "vmap":
-            found.append(torch.func.vmap(step)(x[:, None], m[:, None]))
+            results.append(torch.func.vmap(step)(x[:, None], model_output[:, None]))
         else:
-            found.append(torch.stack(torch.func.jvp(step, (x, m), (dx, dm))))
-    assert torch.equal(*found)
+            results.append(torch.stack(torch.func.jvp(step, (x, model_output), (dx, dm))))
+    assert torch.equal(*results)
 
 
 def test_a_whole_step_can_be_compiled():
-    x, m = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = []
+    x, model_output = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    results = []
     for package in (diffusers, fast):
         torch.manual_seed(1)
         step = torch.compile(package.DDPMScheduler().step, backend="eager", fullgraph=True)
-        found.append(step(m, 500, x, return_dict=False)[0])
-    assert torch.equal(*found)
+        results.append(step(model_output, 500, x, return_dict=False)[0])
+    assert torch.equal(*results)
 
 
-def test_what_was_tabulated_in_inference_mode_serves_outside():
+def test_tables_made_in_inference_mode_can_be_used_outside():
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     scheduler, t = fast.DDPMScheduler(), torch.tensor(5)
     with torch.inference_mode():

@@ -1,6 +1,6 @@
 # Everything runs in .venv, which is created from python3. If python3 already has the packages, PYTHON=python3 uses it
 # instead and installs nothing: make gpu-test PYTHON=python3
-# make bench adds a file of records to OUT; BENCH is more for pytest: make bench BENCH='-m "not compiled"'
+# make bench writes a file of records to OUT; BENCH has more options for pytest: make bench BENCH='-m "not compiled"'
 # make gpu-check writes its results to CHECK (default: OUT if set, else build/gpu-check), with options in GPU_CHECK:
 # make gpu-check GPU_CHECK='--only smoke'. make report CHECK=FOLDER makes records of them
 VENV := .venv
@@ -32,7 +32,7 @@ lint: $(test)
 gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
 
-# Nine minutes on a GPU. .venv is made only if neither it nor a python3 with torch is there: there may be no network
+# Nine minutes on a GPU. Makes .venv only if neither .venv nor a python3 with torch exists: there may be no network
 gpu-check:
 	@python=$(PYTHON); \
 	if [ $$python = $(VENV)/bin/python ] && [ ! -e $(VENV)/bench ]; then \
@@ -43,7 +43,7 @@ gpu-check:
 bench: $(bench)
 	$(PYTHON) -m pytest bench --records $(OUT) $(BENCH)
 
-# Everything that make bench does, at sizes that take no time
+# Everything that make bench does, at tiny sizes
 smoke: $(bench)
 	rm -rf build/smoke
 	BENCH_TINY=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest bench --records build/smoke --benchmark-min-rounds=2 \
@@ -63,7 +63,7 @@ clean:
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 
-# What is installed depends on pyproject.toml alone: the package itself is editable.
+# What is installed depends only on pyproject.toml: the package itself is installed as editable.
 $(VENV)/package: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m pip install --editable .
 	@touch $@

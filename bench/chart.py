@@ -1,7 +1,7 @@
-"""Charts as inline SVG, and the HTML around them.
+"""Charts as inline SVG, and the HTML elements around them.
 
-They take the width there is and keep the size of their text: across, places are percent of the plot, down they are
-pixels, and labels stand in the padding of the box around it. Colours are the style sheet's.
+Charts fill the available width, while their text keeps its size: x positions are percentages of the plot, y positions
+are pixels, and labels are in the padding of the box around the plot. Colours come from the style sheet.
 """
 
 import math
@@ -17,20 +17,20 @@ Places = Sequence[tuple[float, float]]
 
 
 class Markup(str):
-    """Text that is HTML already. All other text is escaped where it becomes a part of some."""
+    """Text that is already HTML. Any other text is escaped when it becomes part of Markup."""
 
     __slots__ = ()
 
 
 def tag(name: str, *content: str | None, **attributes: Any) -> Markup:
-    """An element; None is left out of its content and attributes, `class_` is class and `data_case` data-case."""
+    """Return an element. None is left out of content and attributes; `class_` becomes class, `data_case` data-case."""
     found = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     text = "".join(f' {key}="{escape(str(value))}"' for key, value in found.items())
     return Markup(f"<{name}{text}>{join(content)}</{name}>")
 
 
 def join(parts: Iterable[str | None]) -> Markup:
-    """Some markup of several texts."""
+    """Join texts to Markup."""
     return Markup("".join(part if isinstance(part, Markup) else escape(part) for part in parts if part is not None))
 
 
@@ -43,7 +43,7 @@ Units = Sequence[tuple[float, str]]  # the largest first
 
 
 def figure(value: float, digits: int = 3) -> str:
-    """So many significant digits: 0.0123, 4.50, 1,230; 1.2e-7 where there would be many zeros."""
+    """Format with so many significant digits: 0.0123, 4.50, 1,230; 1.2e-7 instead of many zeros."""
     value = float(f"{value:.{digits - 1}e}")
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
@@ -55,13 +55,13 @@ def figure(value: float, digits: int = 3) -> str:
 
 
 def quantity(value: float, units: Units, digits: int = 3) -> str:
-    """In the unit that makes it 1 to 1000, such as 4.52 ms."""
+    """Format in the unit that makes the number 1 to 1000, such as 4.52 ms."""
     size, unit = _unit(float(f"{value:.{digits - 1}e}"), units)
     return f"{figure(value / size, digits)} {unit}"
 
 
 def percent(share: float) -> str:
-    """<0.01 %, 0.37 %, 4.2 %, 72 %, 108 %."""
+    """Format as <0.01 %, 0.37 %, 4.2 %, 72 % or 108 %."""
     if 0 < share < 5e-5:
         return "<0.01 %"
     return f"{100 * share:,.{0 if share >= 0.0995 else 1 if share >= 0.00995 else 2}f} %"
@@ -76,20 +76,23 @@ def _unit(value: float, units: Units) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis between its first and its last tick."""
+    """An axis from its first to its last tick."""
 
-    ticks: tuple[float, ...]  # two at least, ascending; above 0 where the scale is logarithmic
+    ticks: tuple[float, ...]  # at least two, ascending; positive on a logarithmic axis
     log: bool = False
 
     def at(self, value: float) -> float:
-        """The place of a value: 0 at the first tick, 1 at the last."""
+        """Return the position of a value: 0 at the first tick, 1 at the last."""
         low, high = self.ticks[0], self.ticks[-1]
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low)
 
     def labels(self, units: Units = ((1.0, ""),)) -> list[str]:
-        """Of the ticks: in one unit and with as many decimals as one of them needs; each in its own where it is log."""
+        """Return the labels of the ticks.
+
+        On a linear axis they have one unit and equally many decimals, on a logarithmic axis each has its own unit.
+        """
         if self.log:
             parts = [(tick / size, unit) for tick in self.ticks for size, unit in [_unit(tick, units)]]
             return [f"{_exact(value)} {unit}".rstrip() for value, unit in parts]
@@ -99,12 +102,12 @@ class Scale:
 
 
 def _exact(value: float) -> str:
-    """A round number without needless zeros."""
+    """Format a round number without trailing zeros."""
     return f"{value:,.12f}".rstrip("0").rstrip(".")
 
 
 def linear(low: float, high: float, most: int = 5) -> Scale:
-    """With at most so many ticks (3 or more), multiples of 1, 2 or 5, that enclose low and high."""
+    """Return an axis that encloses low and high, with at most `most` ticks (3 or more) at multiples of 1, 2 or 5."""
     if high - low <= 1e-9 * abs(high):
         low, high = (low - abs(low) / 10, high + abs(high) / 10) if high else (0.0, 1.0)
     exponent = math.floor(math.log10((high - low) / most))
@@ -118,7 +121,10 @@ def linear(low: float, high: float, most: int = 5) -> Scale:
 
 
 def logarithmic(low: float, high: float, most: int = 7) -> Scale:
-    """With at most so many ticks (3 or more) that enclose low and high: 1, 2 and 5, else powers of 10, or some."""
+    """Return a logarithmic axis that encloses low and high, with at most `most` ticks (3 or more).
+
+    The ticks are at 1, 2 and 5 times powers of 10, else at powers of 10, else at every so many powers.
+    """
     every = 1
     while True:
         for factors in ((1, 2, 5), (1,)) if every == 1 else ((1,),):
@@ -141,14 +147,14 @@ def logarithmic(low: float, high: float, most: int = 7) -> Scale:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart with two axes, so many pixels high. Values go in, elements for `svg` come out."""
+    """A chart with two axes and a height in pixels. Its methods turn values into elements for `svg`."""
 
     x: Scale
     y: Scale
     height: int
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """(percent from the left, pixels from the top)."""
+        """Return (percent from the left, pixels from the top)."""
         return round(100 * self.x.at(x), 2), round(self.height * (1 - self.y.at(y)), 2)
 
     def line(self, points: Places, kind: str) -> Markup:
@@ -160,13 +166,13 @@ class Plot:
         return tag("path", class_=f"band {kind}", d=f"{_path(places)}Z")
 
     def upright(self, x: float, kind: str, low: float | None = None, high: float | None = None) -> Markup:
-        """A line from low to high, or over the whole height."""
+        """Return a vertical line from low to high, or over the whole height."""
         low, high = self.y.ticks[0] if low is None else low, self.y.ticks[-1] if high is None else high
         (across, bottom), (_, top) = self.place(x, low), self.place(x, high)
         return tag("line", class_=kind, x1=f"{across}%", x2=f"{across}%", y1=top, y2=bottom)
 
     def mark(self, x: float, y: float, kind: str, title: str, case: str | None = None) -> Markup:
-        """A point with its tooltip; of a kind with "other" a square, with "failed" a cross, else a disc."""
+        """Return a point with a tooltip: a square if the kind contains "other", a cross if "failed", else a disc."""
         across, down = self.place(x, y)
         about = {"class_": f"mark {kind}", "data_case": case}
         if "failed" in kind:
@@ -189,9 +195,9 @@ class Plot:
         x_labels: Iterable[tuple[float, str]],
         y_labels: Iterable[str],
     ) -> Markup:
-        """The whole: lines and bands stretched to the width, marks and text beside them as they are.
+        """Return the chart. Lines and bands are stretched to the width, marks and text are not.
 
-        Args: label: what a screen reader says; x_labels: (value, text); y_labels: of the ticks.
+        Args: label: what a screen reader says; x_labels: (value, text); y_labels: one for each tick.
         """
         grid = []
         for tick, text in zip(self.y.ticks, y_labels, strict=True):
@@ -207,7 +213,7 @@ class Plot:
 
 
 def bar(share: float, kind: str, label: str | None = None, *, limit: float | None = None) -> Markup:
-    """A horizontal bar over a share of the width there is, cut at its end; limit: where the whole would end."""
+    """Return a horizontal bar over a share of the width, at most all of it; limit: the position of 100 %."""
     rect = lambda width, kind: tag("rect", class_=kind, width=f"{round(100 * width, 2)}%", height="100%", rx=2)
     parts = [rect(min(max(share, 0), 1), f"fill {kind}")]
     if limit is not None:
@@ -218,7 +224,7 @@ def bar(share: float, kind: str, label: str | None = None, *, limit: float | Non
 
 
 def stretched(paths: Iterable[Markup], height: int) -> Markup:
-    """Lines and bands, over the whole width."""
+    """Stretch lines and bands over the whole width."""
     box = {"viewBox": f"0 0 100 {height}", "preserveAspectRatio": "none"}
     return tag("svg", *paths, class_="paths", width="100%", height=height, **box)
 

@@ -1,27 +1,26 @@
-"""Did it become slower? Two builds, measured here in turns, or two sets of records: python -m bench.compare --help"""
+"""Is a build slower than another? Measures two builds in turns, or compares records: python -m bench.compare --help"""
 
 import argparse
 import json
 import math
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
 
-from bench import records, trees
+from bench import trees
+from bench.commands import Parser, read_records
 from bench.judge import THRESHOLD, VERDICTS, Case, Comparison, P, Record, compare
 
 EXAMPLES = """
 examples:
   python -m bench.compare main HEAD --select "step or noising"     two git revisions of this repository
   python -m bench.compare ../fastddpm-before . --launches 5        another checkout and this one
-  python -m bench.compare base/ head/ --markdown                   what `pip install --target base/ --no-deps .` made
+  python -m bench.compare base/ head/ --markdown                   folders of `pip install --target base/ --no-deps .`
   python -m bench.compare before.jsonl bench/results/nvidia-h200   stored records of the same device
   python -m bench.compare main HEAD -- -m "not compiled"           more options for pytest
 
@@ -31,11 +30,11 @@ LAUNCHES = 3
 HEADER = ("case", "base", "head", "ratio", "p", "verdict")
 
 
-# Telling
+# Formats
 
 
 def text(found: Comparison) -> str:
-    """Tables of plain text."""
+    """Format as tables of plain text."""
     lines = [*found.about, ""]
     if compared := _with(found, *VERDICTS[:-1]):
         rows = [HEADER, *([case.case, *_figures(case), _verdict(case, str)] for case in compared)]
@@ -52,12 +51,12 @@ def text(found: Comparison) -> str:
 
 
 def as_json(found: Comparison) -> str:
-    """All figures, and the exit status."""
+    """Format all figures and the exit status."""
     return json.dumps(asdict(found) | {"summary": summary(found), "status": found.status}, indent=1)
 
 
 def markdown(found: Comparison) -> str:
-    """A comment of a pull request: what changed in sight, the rest folded."""
+    """Format as a comment for a pull request: changes are visible, the rest is folded."""
     lines = [f"**{summary(found)}**", "", *(f"- {_code(line)}" for line in found.about), ""]
     for problem in found.problems:
         first, *output = problem.splitlines()
@@ -75,14 +74,14 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {"text": text, "json": as_json
 
 
 def summary(found: Comparison) -> str:
-    """One line."""
+    """Return one line that counts the verdicts."""
     counts = Counter(case.verdict for case in found.cases)
     listed = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]) or "no cases"
     return f"{listed} (threshold {100 * found.threshold:g} %, p < {found.p:g})"
 
 
 def readable(seconds: float | None) -> str:
-    """4 digits and a unit."""
+    """Format with 4 digits and a unit."""
     if seconds is None:
         return "-"
     unit, size = next(((u, s) for u, s in (("s", 1), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
@@ -112,27 +111,22 @@ def _folded(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _code(text: str) -> str:
-    """Any text as code, where `[a](b)` is no link, @name tells nobody and <b> is not bold."""
+    """Quote any text as code, in which `[a](b)` is not a link, @name notifies nobody and <b> is not bold."""
     text = " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def _cell(text: str) -> str:
-    """The same in a table, where | would end the cell; with a space after what would escape the escape."""
+    """Quote any text as code in a table cell: escape |, and keep a backslash before it from escaping the escape."""
     return re.sub(r"\\(?=\|)", r"\\ ", _code(text)).replace("|", r"\|")
 
 
 # The command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"bench.compare: error: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status."""
+    """Run the command. Returns: the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
@@ -152,16 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compared(args: argparse.Namespace, options: Sequence[str]) -> Comparison:
     kinds = [trees.kind(name) for name in (args.base, args.head)]
     if kinds.count("records") == 1:
-        raise ValueError(f"base is {kinds[0]}, head is {kinds[1]}: give records twice, or twice a build to measure")
+        raise ValueError(f"base is {kinds[0]}, head is {kinds[1]}; want records for both, or a build for both")
     limits = {"threshold": args.threshold, "p": args.p}
     if kinds[0] == "records":
         if options or args.keep or args.launches:
             raise ValueError(
-                "stored records are not measured: leave out --select, --launches, --keep and what follows --"
+                "stored records are not measured again; leave out --select, --launches, --keep and options after --"
             )
         return compare(_read(args.base), _read(args.head), **limits)
     if args.keep and args.keep.exists():
-        raise ValueError(f"{args.keep} exists; --keep takes a new folder")
+        raise ValueError(f"--keep is {args.keep}, which exists; want a new folder")
     with nullcontext(args.keep) if args.keep else TemporaryDirectory() as folder:
         out, suite = Path(folder).resolve(), args.suite and args.suite.resolve()
         problems = trees.measure(
@@ -171,22 +165,20 @@ def _compared(args: argparse.Namespace, options: Sequence[str]) -> Comparison:
 
 
 def _read(path: str | Path) -> list[Record]:
-    with warnings.catch_warnings(record=True) as skipped:
-        warnings.simplefilter("always")
-        found = records.read([Path(path)])
-    for warning in skipped:
-        print(f"bench.compare: {warning.message}", file=sys.stderr)
-    return found
+    return read_records([Path(path)], "bench.compare")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m bench.compare",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
             "Compare the speed of BASE and HEAD. Both are builds of the package (a folder it is installed in, a\n"
-            "source checkout or a git revision), to be measured here in turns by the benchmarks of this checkout,\n"
-            "or both are stored records (a file or a folder of *.jsonl)."
+            "source checkout or a git revision), which the benchmarks of this checkout measure in turns on this\n"
+            "machine. Or both are stored records (a file or a folder of *.jsonl).\n\n"
+            "The benchmarks of this checkout must be able to import both builds. They cannot import builds from\n"
+            "before the package was divided into folders (fastddpm.core and so on): for such a build, run make\n"
+            "bench in a checkout of each revision, and compare the records."
         ),
         epilog=EXAMPLES,
     )
@@ -194,19 +186,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("head", metavar="HEAD")
     percent = lambda text: _between(text, 0, 1000) / 100
     probability = lambda text: _between(text, 1e-12, 1)
-    how = f"how much larger a median is a regression ({100 * THRESHOLD:g})"
-    parser.add_argument("--threshold", type=percent, default=THRESHOLD, metavar="PERCENT", help=how)
-    how = f"how likely chance makes such a difference at most ({P:g})"
-    parser.add_argument("--p", type=probability, default=P, metavar="P", help=how)
-    parser.add_argument("--select", metavar="EXPR", help="measure only these cases, as pytest -k")
-    parser.add_argument(
-        "--launches", type=_count, default=None, metavar="N", help=f"pairs of processes that measure ({LAUNCHES})"
-    )
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what is measured in this new folder")
+    text = f"ignore differences of medians up to this ({100 * THRESHOLD:g})"
+    parser.add_argument("--threshold", type=percent, default=THRESHOLD, metavar="PERCENT", help=text)
+    text = f"ignore differences with this p-value or a larger one ({P:g})"
+    parser.add_argument("--p", type=probability, default=P, metavar="P", help=text)
+    parser.add_argument("--select", metavar="EXPR", help="measure only these cases, as with pytest -k")
+    parser.add_argument("--launches", type=_count, metavar="N", help=f"pairs of processes to start ({LAUNCHES})")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep records and logs in this new folder")
     parser.add_argument("--suite", type=Path, help=argparse.SUPPRESS)
     formats = parser.add_mutually_exclusive_group()
-    for name, how in (("json", "print JSON"), ("markdown", "print Markdown as GitHub has it")):
-        formats.add_argument(f"--{name}", dest="format", action="store_const", const=name, default="text", help=how)
+    for name, text in (("json", "print JSON"), ("markdown", "print Markdown for GitHub")):
+        formats.add_argument(f"--{name}", dest="format", action="store_const", const=name, default="text", help=text)
     return parser
 
 
@@ -216,13 +206,13 @@ def _between(text: str, least: float, most: float) -> float:
     except ValueError:
         value = math.nan
     if not least <= value < most:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least:g} to {most:g}")
     return value
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their order and time, the ceilings, how each is measured, and the record of it."""
+"""Shared by all benchmarks: their order, the time limit, the ceilings, how a case is timed, and its record."""
 
 import gc
 import json
@@ -15,7 +15,7 @@ from bench import machine, records, turns
 from bench.watch import Watch, gpu_uuid
 
 HERE = Path(__file__).resolve().parent
-# in the order of importance: time may not suffice
+# the most important first: the time may not suffice for all
 FILES = tuple(
     f"test_{what}.py"
     for what in ("kernels", "unet", "sampling", "training", "diffusers", "output", "start", "memory", "races")
@@ -24,13 +24,13 @@ COMPILING = 240  # seconds that torch.compile may take for a network
 MOST_ROUNDS = 200
 BEGAN, CEILINGS, DRIVER = pytest.StashKey[float](), pytest.StashKey[dict](), pytest.StashKey[Any]()
 RECORDS, RUN = pytest.StashKey[Path](), pytest.StashKey[dict]()
-MEASURED = pytest.StashKey[dict]()  # of a case: what it adds to its record
+MEASURED = pytest.StashKey[dict]()  # of a case: the fields that it adds to its record
 
 
 def pytest_addoption(parser):
-    text = f"start no benchmark later, and no compilation {COMPILING} seconds before: what runs has a limit (480)"
+    text = f"start no benchmark after this time, and nothing that compiles in its last {COMPILING} seconds (480)"
     parser.addoption("--seconds", type=float, default=480 if turns.PROCESSES == 1 else math.inf, help=text)
-    parser.addoption("--records", type=Path, default=HERE / "results", help="folder of the records (bench/results)")
+    parser.addoption("--records", type=Path, default=HERE / "results", help="folder for the records (bench/results)")
 
 
 def pytest_configure(config):
@@ -42,12 +42,12 @@ def pytest_collection_modifyitems(items):
     for item in ours:
         if not item.get_closest_marker("benchmark"):
             item.add_marker(pytest.mark.benchmark(timer=machine.clock))
-    if turns.PROCESSES > 1:  # two builds are compared: others are the same in both
+    if turns.PROCESSES > 1:  # two builds are compared: other implementations are the same in both
         rivals = [item for item in ours if rival(params(item))]
         rivals and items[0].config.hook.pytest_deselected(items=rivals)
         ours = [item for item in ours if item not in rivals]
     place = {name: number for number, name in enumerate(FILES)}
-    # torch.compile takes minutes, so what is compiled comes last
+    # compiled cases come last, because torch.compile takes minutes
     ours.sort(key=lambda item: (bool(item.get_closest_marker("compiled")), place.get(item.path.name, len(FILES))))
     items[:] = [item for item in items if item.path.parent != HERE] + ours
 
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     needs = COMPILING if item.get_closest_marker("compiled") else 0
     if time.monotonic() - item.config.stash[BEGAN] + needs > item.config.getoption("seconds"):
-        pytest.skip("--seconds are over, or too few are left to compile")
+        pytest.skip("no time is left of --seconds, or too little to compile")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -87,13 +87,13 @@ def pytest_runtest_makereport(item, call):
         record |= item.stash.get(MEASURED, {}) if report.passed else {"reason": reason(call.excinfo.value)}
         try:
             records.append(item.config.stash[RECORDS], record)
-        except OSError as error:  # the others may still be printed
+        except OSError as error:  # results can still be printed
             report.outcome, report.longrepr = "failed", f"the record could not be written: {error}"
     return report
 
 
 def about(item: pytest.Item) -> dict[str, Any]:
-    """The fields of a record that describe a case; defaults for those that it may fill in later."""
+    """Return the fields of a record that describe a case, with defaults for those that it may fill in later."""
     return records.FIELD_DEFAULTS | {
         "case": f"{item.path.name}::{item.originalname}",
         "name": item.name,
@@ -122,7 +122,7 @@ def reason(error: BaseException) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def run(pytestconfig) -> dict[str, Any]:
-    """What all records of this run have in common, and the file that they go to; the ceilings are measured first."""
+    """The fields that all records of this run share. First measures the ceilings and creates the file of records."""
     with Watch(gpu_uuid(machine.DEVICE), turns.PROCESSES) as watch:
         ceilings = machine.ceilings()
     facts = machine.description() | {"driver": watch.facts["driver"]}
@@ -136,7 +136,7 @@ def run(pytestconfig) -> dict[str, Any]:
     units = {name: f"{rate:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, rate in ceilings.items()}
     machine.say(json.dumps(facts | {f"{name} (ceiling)": rate for name, rate in units.items()}, indent=1))
     for line in watch.invalid:
-        machine.say(f"the ceilings are not to be trusted: {line}")
+        machine.say(f"the ceilings are unreliable: {line}")
     yield common
     machine.say(f"records: {path}\n")
 
@@ -152,7 +152,7 @@ def pytest_benchmark_update_commit_info(commit_info):
 
 @pytest.fixture
 def record(request):
-    """record(**fields): add to the record of this case."""
+    """record(**fields): add fields to the record of this case."""
     request.node.stash[MEASURED] = fields = {}
     return fields.update
 
@@ -162,14 +162,19 @@ def record(request):
 
 @pytest.fixture
 def measure(benchmark, run, record, request):
-    """measure(run, n, ...): time run(), which is n calls, and record and print a call's share of the ceilings.
+    """measure(run, n, ...): time run(), which makes n calls; record and print a call's time and shares of the ceilings.
 
-    Args: group, contender: see `bench.contenders`; bytes_moved, flops, images: of a call; precision: whose ceiling
-        counts; before: called before each round, untimed; cold: whether the caches are emptied then; errors: what the
-        gate found; facts: recorded besides.
-    Returns: the seconds a call takes, the median.
+    Args:
+        group, contender: see `bench.contenders`.
+        bytes_moved, flops, images: of one call.
+        precision: the precision whose ceiling counts.
+        before: called before each round, untimed.
+        cold: whether the caches are emptied before each round.
+        errors: what the gate found.
+        facts: more facts to record.
+    Returns: the median of the seconds per call.
 
-    There are as many rounds as fit into --benchmark-max-time, and at least --benchmark-min-rounds.
+    There are as many rounds as fit into --benchmark-max-time, but at least --benchmark-min-rounds.
     """
 
     def measured(
@@ -209,7 +214,7 @@ def measure(benchmark, run, record, request):
         }
         facts = dict(facts or {})
         energy_j = watch.facts["energy_j"]
-        if images and energy_j is not None and turns.PROCESSES == 1:  # else it is that of both
+        if images and energy_j is not None and turns.PROCESSES == 1:  # else it is the energy of both processes
             facts["energy_per_image_j"] = energy_j / (images * n * len(samples))
         record(
             samples_s=samples, calls=n, clock=clock, cache="cold" if cold else "hot", group=group,

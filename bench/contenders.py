@@ -1,12 +1,12 @@
-"""Who does the same work: fastddpm, its reference, and diffusers, with the same weights.
+"""Implementations of the same work with the same weights: fastddpm, its reference, and diffusers.
 
 A contender is named "who engine precision":
 
-- "fastddpm ...": each `engine` and `precision` of `Sampler`;
+- "fastddpm ...": any `engine` and `precision` of `Sampler`;
 - "reference eager fp32": fastddpm/reference, plain torch that can be read in one sitting;
 - "diffusers eager fp32": diffusers as it comes;
-- "diffusers eager bf16": what its documentation tells to do first, bf16 and channels-last;
-- "diffusers compiled bf16": all that it tells, torch.compile with max-autotune besides.
+- "diffusers eager bf16": what its documentation recommends first, bf16 and channels-last;
+- "diffusers compiled bf16": all that it recommends, including torch.compile with max-autotune.
 """
 
 import time
@@ -24,12 +24,15 @@ from bench.layouts import network
 from bench.machine import DEVICE, Call, judged, wait
 from fastddpm import Schedule
 from fastddpm.core import noise
+from fastddpm.core.precision import PRECISIONS, Compute, arithmetic
 from fastddpm.reference.diffusion import Diffusion, linear_betas, update
 from fastddpm.reference.unet import UNet
-from fastddpm.sampling.engine import PRECISIONS, Engine, Slots, arithmetic
+from fastddpm.sampling.engine import Engine
+from fastddpm.sampling.loop import reverse_process
+from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.sampler import sample_shape
 
-T, MIDDLE = 1000, 500  # steps of the schedule; where a network is judged
+T, MIDDLE = 1000, 500  # number of timesteps; the timestep at which a network is judged
 SCHEDULE = Schedule()
 
 
@@ -40,17 +43,17 @@ class Contender(NamedTuple):
 
     @property
     def ceiling(self) -> str:
-        """The precision of its matrix products: diffusers leaves TF32 to cuDNN, as torch does, on."""
+        """The precision of its matrix products. diffusers leaves TF32 in cuDNN on, as torch does."""
         return "tf32" if self.who == "diffusers" and self.precision == "fp32" else self.precision
 
 
 class Prepared(NamedTuple):
-    """A contender that has been made ready, and judged.
+    """A contender that is ready to run and has passed the gate.
 
     Attributes:
         run: does the work.
-        seconds: from a float32 network on the device to the end of the first call: weights converted, code compiled,
-            a graph captured.
+        seconds: from a float32 network on the device to the end of the first call: converting weights, compiling, and
+            capturing a graph.
         errors: what the gate found.
     """
 
@@ -62,7 +65,7 @@ class Prepared(NamedTuple):
 def contender(name: str) -> Contender:
     found = Contender(*name.split())
     if "compiled" in found.engine:
-        torch.compiler.reset()  # what another case has compiled
+        torch.compiler.reset()  # discard what other cases compiled
     if found.who == "diffusers" and not find_spec("diffusers"):
         pytest.skip("diffusers is not installed")
     return found
@@ -73,13 +76,13 @@ def contender(name: str) -> Contender:
 
 @contextmanager
 def forward(model: str, batch: int, who: Contender) -> Iterator[Prepared]:
-    """A pass of the network alone, over a batch at t = 500; what captures it is who times it."""
+    """Yield a forward pass of the network alone, for a batch at t = 500. The caller may capture it in a graph."""
     net, began = _network_of(who, model), time.perf_counter()
     if who.who == "fastddpm":
         uncaptured = who.engine.replace("compiled+graph", "compiled").replace("graph", "eager")
-        with slots_of(model, batch, who._replace(engine=uncaptured)) as slots:
-            at_the_middle(slots, model)
-            yield _ready(slots.predict, began, model, who)
+        with runner_of(model, batch, who._replace(engine=uncaptured)) as runner:
+            at_the_middle(runner, model)
+            yield _ready(runner.predict, began, model, who)
         return
     x, t = inputs(model, batch).to(PRECISIONS[who.precision]), torch.full((batch,), MIDDLE, device=DEVICE)
     if who.who == "reference":
@@ -102,11 +105,11 @@ def forward(model: str, batch: int, who: Contender) -> Iterator[Prepared]:
 
 @contextmanager
 def loop(model: str, batch: int, steps: int, who: Contender) -> Iterator[Prepared]:
-    """So many of the T steps, from x_T to images on the host."""
+    """Yield a run of so many of the T steps, from x_T to images on the host."""
     net, began = _network_of(who, model), time.perf_counter()
     if who.who == "fastddpm":
-        with slots_of(model, batch, who) as slots:
-            yield _loop_of_slots(slots, model, steps, who, began)
+        with runner_of(model, batch, who) as runner:
+            yield _loop_of_runner(runner, model, steps, who, began)
     elif who.who == "reference":
         with arithmetic("fp32", DEVICE):
             yield _loop_of_the_reference(net, model, batch, steps, who, began)
@@ -114,25 +117,25 @@ def loop(model: str, batch: int, steps: int, who: Contender) -> Iterator[Prepare
         yield _loop_of_diffusers(net, model, batch, steps, who, began)
 
 
-def _loop_of_slots(slots: Slots, model: str, steps: int, who: Contender, began: float) -> Prepared:
-    table, address = SCHEDULE.table(steps), noise.address(0, len(slots.x))
-    slots.load(table, address)
-    slots.advance()
+def _loop_of_runner(runner: Runner, model: str, steps: int, who: Contender, began: float) -> Prepared:
+    table, address = SCHEDULE.table(steps), noise.address(0, len(runner.x))
+    runner.load(table, address)
+    next(reverse_process(runner, steps))
     wait()
     seconds = time.perf_counter() - began
-    errors = judge_a_step(slots, model, who)
+    errors = judge_a_step(runner, model, who)
 
     def run() -> Tensor:
-        slots.load(table, address)
-        for _ in range(steps):
-            slots.advance()
-        return slots.x.cpu()
+        runner.load(table, address)
+        for _ in reverse_process(runner, steps):
+            pass
+        return runner.x.cpu()
 
     return Prepared(run, seconds, errors)
 
 
 def _loop_of_the_reference(net: UNet, model: str, batch: int, steps: int, who: Contender, began: float) -> Prepared:
-    """The last steps, with noise from torch's generator."""
+    """Run the last steps of the schedule, with noise from torch's generator."""
     diffusion, shape = Diffusion(linear_betas(T)), sample_shape(network(model))
 
     @torch.no_grad()
@@ -158,16 +161,16 @@ def _loop_of_diffusers(net: Any, model: str, batch: int, steps: int, who: Conten
     def run(steps: int = steps) -> Tensor:
         return pipeline(batch_size=batch, num_inference_steps=steps, output_type="pt").images.cpu()
 
-    run(3 if who.engine == "compiled" else 1)  # its graphs warm up, are captured, and replayed
+    run(3 if who.engine == "compiled" else 1)  # the warm-up, the capture and a replay of its graphs
     seconds = time.perf_counter() - began
     x = inputs(model, batch).to(PRECISIONS[who.precision])
-    with torch.no_grad():  # as in the pipeline, else it would be compiled again
+    with torch.no_grad():  # as in the pipeline, otherwise it would be compiled again
         result = pipeline.unet(x.contiguous(), torch.tensor(MIDDLE), return_dict=False)[0]
     return Prepared(run, seconds, judge(result, model, who))
 
 
 def _network_of(who: Contender, model: str) -> Any:
-    """In float32 and on the device, as it is before its first use."""
+    """Return the network in float32 on the device, as it is before its first use."""
     if who.who == "fastddpm":
         return network(model)
     if who.who == "reference":
@@ -176,7 +179,7 @@ def _network_of(who: Contender, model: str) -> Any:
 
 
 def theirs(model: str) -> Any:
-    """diffusers' network, in float32 and on the device."""
+    """Return diffusers' network, in float32 on the device."""
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(**network(model).config).eval()
@@ -197,27 +200,29 @@ def _made_fast(unet: Any, who: Contender) -> Any:
 
 
 @contextmanager
-def slots_of(model: str, batch: int, who: Contender) -> Iterator[Slots]:
+def runner_of(model: str, batch: int, who: Contender) -> Iterator[Runner]:
     net = network(model)
-    with Engine(net, sample_shape(net), T, DEVICE, who.precision, who.engine).slots(batch, T) as slots:
-        yield slots
+    engine = Engine(net, sample_shape(net), T, Compute.resolve(DEVICE, who.precision), who.engine)
+    with engine.runner(batch, capture=engine.captures(T)) as runner:
+        yield runner
 
 
-def at_the_middle(slots: Slots, model: str) -> None:
-    """One step from t = 500 to x_0, from the inputs that are judged."""
-    slots.load(Schedule(clip_sample=False).table(timesteps=[MIDDLE]), noise.address(0, len(slots.x)))
-    slots.x.copy_(inputs(model, len(slots.x)))
-    slots.low.copy_(slots.x)
+def at_the_middle(runner: Runner, model: str) -> None:
+    """Prepare one step from t = 500 to x_0, from the inputs that are judged."""
+    runner.load(Schedule(clip_sample=False).table(timesteps=[MIDDLE]), noise.address(0, len(runner.x)))
+    runner.start()
+    runner.x.copy_(inputs(model, len(runner.x)))
+    runner.network.input.copy_(runner.x)
 
 
-def judge_a_step(slots: Slots, model: str, who: Contender) -> dict[str, Any]:
-    """As `judge`, of the whole step."""
-    at_the_middle(slots, model)
-    slots.advance()
+def judge_a_step(runner: Runner, model: str, who: Contender) -> dict[str, Any]:
+    """Like `judge`, for a whole step."""
+    at_the_middle(runner, model)
+    runner.step()
     row = Schedule(clip_sample=False).table(timesteps=[MIDDLE]).to(DEVICE).rows[0]
     x, (plain, ref) = inputs(model, 1), expected(model, who.ceiling)
     theirs, want = update(x, plain, row, None, clip=False), update(x.double(), ref, row, None, clip=False)
-    return _judged_at_the_ends(slots.x, theirs, want)
+    return _judged_at_the_ends(runner.x, theirs, want)
 
 
 # The gate
@@ -230,9 +235,9 @@ def _ready(run: Callable[[], Tensor], began: float, model: str, who: Contender) 
 
 
 def judge(result: Tensor, model: str, who: Contender) -> dict[str, Any]:
-    """No timing of a wrong network: it errs at most twice as much as plain torch in that precision.
+    """Return the errors of a network, which are at most twice those of plain torch in the same precision.
 
-    Raises: AssertionError: it does.
+    Raises: AssertionError: they are larger; a wrong network is not timed.
     """
     return _judged_at_the_ends(result, *expected(model, who.ceiling))
 
@@ -242,7 +247,7 @@ def _judged_at_the_ends(result: Tensor, plain: Tensor, ref: Tensor) -> dict[str,
 
 
 def inputs(model: str, batch: int) -> Tensor:
-    """[batch, C, H, W] float32 that every precision can represent; the first and the last are what is judged."""
+    """Return [batch, C, H, W] float32, exact in all precisions. The first and last sample are equal, and are judged."""
     x = noise.normal(noise.address(0, batch), sample_shape(network(model)), stream=noise.STEP, t=MIDDLE)
     x[-1] = x[0]
     return x.bfloat16().float().to(DEVICE)
@@ -251,7 +256,7 @@ def inputs(model: str, batch: int) -> Tensor:
 @cache
 @torch.no_grad()
 def expected(model: str, precision: str) -> tuple[Tensor, Tensor]:
-    """What plain torch makes of the input that is judged, in that precision, and in float64."""
+    """Return what plain torch computes from the input that is judged, in that precision and in float64."""
     x, t = inputs(model, 1), torch.full((1,), MIDDLE, device=DEVICE)
     with arithmetic(precision, DEVICE):
         plain = reference(model).to(PRECISIONS[precision])(x.to(PRECISIONS[precision]), t)

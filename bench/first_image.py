@@ -1,7 +1,7 @@
-"""Draw one image in this new process and print the seconds since its start, in parts: what test_start.py runs.
+"""Draw one image in this new process, and print the seconds since its start in parts. test_start.py runs this file.
 
-python first_image.py WHO CHECKPOINT DEVICE ENGINE STEPS IMAGE STARTED, where WHO is fastddpm or diffusers, IMAGE the
-.npy file to write, STARTED in seconds since the epoch.
+Usage: python first_image.py WHO CHECKPOINT DEVICE ENGINE STEPS IMAGE STARTED
+WHO is fastddpm or diffusers, IMAGE the .npy file to write, STARTED the time of the start in seconds since the epoch.
 """
 
 import json

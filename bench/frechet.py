@@ -1,11 +1,11 @@
-"""How far samples are from real images: a Fréchet distance of classifier features, next to that of real images.
+"""The Fréchet distance of samples to real images, in the features of a classifier, next to that between real images.
 
     python -m bench.frechet DATA.npz SAMPLES.npz
 
-The idea is that of the FID (Heusel et al. 2017, arXiv:1706.08500) with features that know the data: those that the last
-layer of a small classifier reads, trained on the labelled training images. The one of Fashion-MNIST is in the package,
-and this is how it was trained. A figure means nothing by itself and does not compare with published FIDs; the yardstick
-is the distance between two disjoint sets of real images.
+The idea is that of the FID (Heusel et al. 2017, arXiv:1706.08500), with features that fit the data: the inputs of the
+last layer of a small classifier, which is trained on the labelled training images. The package contains the classifier
+of Fashion-MNIST, which was trained by this command. A distance means little alone, and it does not compare with
+published FIDs: compare it with the distance between two disjoint sets of real images.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from fastddpm.storage.files import atomic
 
 
 def train(images: np.ndarray, labels: np.ndarray, *, epochs: int = 4, batch_size: int = 128) -> Classifier:
-    """Train on uint8 [N, 28, 28] and labels 0..9; one machine and thread count gives the same weights each time."""
+    """Train on uint8 [N, 28, 28] with labels 0..9. One machine and thread count always give the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier().to(memory_format=torch.channels_last).train()
@@ -47,14 +47,14 @@ def train(images: np.ndarray, labels: np.ndarray, *, epochs: int = 4, batch_size
 
 @torch.inference_mode()
 def features(model: Classifier, images: np.ndarray) -> Tensor:
-    """[N, 128] float32 features of uint8 [N, 28, 28] images."""
+    """Return [N, 128] float32 features of uint8 [N, 28, 28] images."""
     starts = tqdm(range(0, len(images), 500), desc="features", leave=False)
     return torch.cat([model.features(_input(images[start : start + 500])) for start in starts])
 
 
 @torch.inference_mode()
 def accuracy(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """The fraction of images that are classified right."""
+    """Return the fraction of images that are classified correctly."""
     return float((model.head(features(model, images)).argmax(1) == torch.from_numpy(labels)).double().mean())
 
 
@@ -64,14 +64,14 @@ def _input(images: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Distances:
-    """One distance for each random choice of real images, every set of the same size."""
+    """One distance for each random choice of real images. All sets have the same size."""
 
-    samples: list[float]  # of the samples to one set of real images
-    real: list[float]  # of that set to a second, disjoint one
+    samples: list[float]  # from the samples to a set of real images
+    real: list[float]  # from that set to a second, disjoint one
 
 
 def compare(samples: Tensor, real: Tensor, *, splits: int = 5, seed: int = 0) -> Distances:
-    """Distances of sample features [n, D] to n real ones and of these to n others, for `splits` random choices.
+    """Return the distances of sample features [n, D] to n real ones and of these to n others, for random choices.
 
     Raises: ValueError: there are fewer than 2n real ones, n < 2 or splits < 1.
     """
@@ -89,9 +89,9 @@ def compare(samples: Tensor, real: Tensor, *, splits: int = 5, seed: int = 0) ->
 
 
 def load_data(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """x_train, y_train, x_test and y_test of an .npz: images uint8 [N, 28, 28], labels [N] 0..9.
+    """Load x_train, y_train, x_test and y_test from an .npz: images uint8 [N, 28, 28], labels [N] 0..9.
 
-    Raises: ValueError: the file or an array in it is not so.
+    Raises: ValueError: the file cannot be loaded, or an array has another shape, dtype or range.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -109,7 +109,7 @@ def load_data(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def load_samples(path: str | os.PathLike[str]) -> np.ndarray:
-    """uint8 [N, 28, 28] of what `fastddpm sample` writes: an .npz with uint8 [N, 28, 28, 1], or a folder of PNGs."""
+    """Load uint8 [N, 28, 28] from the .npz (uint8 [N, 28, 28, 1]) or folder of PNGs of `fastddpm sample`."""
     images = load_images(path)
     if images.shape[1:] != (SIDE, SIDE, 1):
         raise ValueError(f"the samples in {path} are {list(images.shape)}; want grey images [N, {SIDE}, {SIDE}, 1]")
@@ -117,7 +117,7 @@ def load_samples(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def load_or_train(path: str | os.PathLike[str] | None, images: np.ndarray, labels: np.ndarray) -> Classifier:
-    """The classifier in the package, or in a file; where the file does not exist yet, a new one, which is saved there.
+    """Return the package's classifier, or the one in a file. If the file does not exist, train one and save it there.
 
     Raises: ValueError: the file is not such a classifier.
     """
@@ -141,12 +141,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m bench.frechet",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Fréchet feature distance of samples to real images, next to that of two disjoint sets of real images of\n"
-            "the same number. The features are the 128 numbers that the last layer of a small classifier reads: that\n"
-            "of Fashion-MNIST in the package (92 % right), or one that is trained on the training images (a few\n"
-            "minutes on one core).\n\n"
+            "The Fréchet distance of samples to real images, next to that between two disjoint sets of equally many\n"
+            "real images. The features are the 128 inputs of the last layer of a small classifier: the package's for\n"
+            "Fashion-MNIST (92 % right), or one that is trained on the training images (a few minutes on one core).\n\n"
             "Perfect samples are as far from real images as real images are from each other. All distances grow as\n"
-            "the number of images shrinks: compare figures of equal number alone."
+            "the number of images shrinks: compare only distances of equally many images."
         ),
         epilog=(
             "example:\n"
@@ -156,11 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("data", metavar="DATA.npz", help="uint8 x_train, x_test [N, 28, 28]; labels y_train, y_test")
     parser.add_argument("samples", metavar="SAMPLES.npz", help="uint8 [N, 28, 28, 1], at most half as many as x_train")
-    parser.add_argument(
-        "--classifier", metavar="FILE", help="use this one, not the package's; what does not exist is trained first"
-    )
+    text = "use this classifier, not the package's; if the file does not exist, train one and save it there"
+    parser.add_argument("--classifier", metavar="FILE", help=text)
     parser.add_argument("--splits", type=int, default=5, help="random choices of real images to average (default 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of these choices (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of these choices (default 0)")
     args = parser.parse_args(argv)
     try:
         data, samples = load_data(args.data), load_samples(args.samples)
@@ -174,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"classifier: {right:.2%} of {len(data['x_test'])} test images right, {FEATURES} features")
     print(f"{n} samples to {n} real images:     {_spread(distances.samples)}")
     print(f"{n} real images to {n} other ones:  {_spread(distances.real)}")
-    print(f"mean ± standard deviation over {args.splits} choices of real images; compare figures of equal number alone")
+    print(f"mean ± standard deviation over {args.splits} choices of real images; compare only equal numbers of images")
 
 
 def _spread(values: list[float]) -> str:

@@ -119,7 +119,7 @@ def run_stages(out: Path, seconds: float, device: str, stages: Iterable[Stage]) 
 
 
 def _run_stage(stage: Stage, limit_s: float, out: Path, device: str) -> tuple[str, str | None]:
-    """Run one stage and kill what is left of its process group. Returns: (outcome, reason)."""
+    """Run one stage, then kill any remaining processes of its group. Returns: (outcome, reason)."""
     environment = os.environ | {
         gpu_results.FILE_VARIABLE: str((out / gpu_results.FILE).resolve()),
         gpu_results.STAGE_VARIABLE: stage.name,
@@ -161,7 +161,7 @@ def _run_stage(stage: Stage, limit_s: float, out: Path, device: str) -> tuple[st
 
 
 def _shorten(log: Path, start: int) -> str:
-    """Cut what a stage has printed, from `start` on, to MAX_LOG bytes. Returns: what is left of it."""
+    """Shorten what a stage has printed, from `start` on, to MAX_LOG bytes. Returns: the shortened output."""
     whole = log.read_bytes()
     output = whole[start:]
     if len(output) > MAX_LOG:

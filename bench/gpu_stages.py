@@ -1,4 +1,4 @@
-"""The measuring stages of a GPU check; bench.gpu_check runs each in a process of its own.
+"""The measuring stages of a GPU check; bench.gpu_check runs each in its own process.
 
 As in all benchmarks, a network is compared with the reference before it is timed. Each result is written as soon as it
 is known. A result that fails is written with its reason, and the stage goes on with the next.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import kinds, machine, records
-from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, slots_of
+from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, runner_of
 from bench.gpu_results import DEVICE_VARIABLE, LIMIT_VARIABLE, SANITIZER_VARIABLE, write_result
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, Call
@@ -31,7 +31,7 @@ from fastddpm import Sampler, Schedule, ops
 from fastddpm.core import layout, noise
 from fastddpm.networks import unet2d
 from fastddpm.sampling.capture import capture
-from fastddpm.sampling.engine import Slots
+from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.sampler import sample_shape
 
 MODEL, DTYPE = "cifar10-32", torch.bfloat16
@@ -107,18 +107,18 @@ def steps() -> None:
                 with result(f"batch {batch}, {engine}{', cudnn.benchmark' * cudnn_benchmark}") as fields:
                     torch.backends.cudnn.benchmark = cudnn_benchmark
                     fields["params"] = {"batch": batch, "engine": engine, "cudnn_benchmark": cudnn_benchmark}
-                    with slots_of(MODEL, batch, who := Contender("fastddpm", engine, "bf16")) as slots:
-                        fields |= time_steps(slots, who)
+                    with runner_of(MODEL, batch, who := Contender("fastddpm", engine, "bf16")) as runner:
+                        fields |= time_steps(runner, who)
                     fields["group"] += ", cudnn.benchmark" * cudnn_benchmark
     torch.backends.cudnn.benchmark = False
 
 
-def time_steps(slots: Slots, who: Contender) -> dict[str, Any]:
-    errors, batch = judge_a_step(slots, MODEL, who), len(slots.x)
-    load_first_step(slots)
-    seconds = machine.timed(partial(advance, slots, 3)) / 3
+def time_steps(runner: Runner, who: Contender) -> dict[str, Any]:
+    errors, batch = judge_a_step(runner, MODEL, who), len(runner.x)
+    start_at_the_first_step(runner)
+    seconds = machine.timed(partial(take_steps, runner, 3)) / 3
     n = min(T // 2, max(1, math.ceil(ROUND_S / seconds)))
-    return timing_fields(partial(advance, slots, n), n, partial(load_first_step, slots)) | {
+    return timing_fields(partial(take_steps, runner, n), n, partial(start_at_the_first_step, runner)) | {
         "group": f"steps, {MODEL}, batch {batch}",
         "contender": " ".join(who),
         "bytes": moved(MODEL, batch, "bf16"),
@@ -129,14 +129,15 @@ def time_steps(slots: Slots, who: Contender) -> dict[str, Any]:
     }
 
 
-def load_first_step(slots: Slots) -> None:
-    """Load the first step of the full schedule, without clipping: like `judge_a_step`, so that its graph is reused."""
-    slots.load(Schedule(clip_sample=False).table(), noise.address(0, len(slots.x)))
+def start_at_the_first_step(runner: Runner) -> None:
+    """Load the full schedule, without clipping: like `judge_a_step`, so that its graph is reused."""
+    runner.load(Schedule(clip_sample=False).table(), noise.address(0, len(runner.x)))
+    runner.start()
 
 
-def advance(slots: Slots, n: int) -> None:
+def take_steps(runner: Runner, n: int) -> None:
     for _ in range(n):
-        slots.advance()
+        runner.step()
 
 
 def kernels() -> None:
@@ -149,16 +150,16 @@ def kernels() -> None:
 
 def profile(batch: int) -> None:
     who = Contender("fastddpm", TIMED_ENGINES[0], "bf16")
-    with result(f"batch {batch}, {who.engine}") as fields, slots_of(MODEL, batch, who) as slots:
-        fields["facts"] = profile_step(slots)
+    with result(f"batch {batch}, {who.engine}") as fields, runner_of(MODEL, batch, who) as runner:
+        fields["facts"] = profile_step(runner)
 
 
-def profile_step(slots: Slots) -> dict[str, Any]:
+def profile_step(runner: Runner) -> dict[str, Any]:
     """Profile a step: launches and seconds by kind of kernel, microseconds by kernel name."""
     n = 2 if SCALE == "tiny" else 20
-    load_first_step(slots)
+    start_at_the_first_step(runner)
     launches, kinds_s, names_us = Counter(), Counter(), Counter()
-    for name, kind, microseconds in kinds.events(partial(advance, slots, n)):
+    for name, kind, microseconds in kinds.events(partial(take_steps, runner, n)):
         launches[kind] += 1
         kinds_s[kind] += microseconds / n / 1e6
         names_us[name] += microseconds / n
@@ -217,18 +218,18 @@ def convolutions(batch: int) -> Counter[tuple[tuple[int, ...], nn.Conv2d]]:
 
 
 def upsampling() -> None:
-    """Time interpolated and polyphase upsampling alternately; the result decides `unet.POLYPHASE_DEVICES`."""
+    """Time interpolated and polyphase upsampling alternately; the result decides `POLYPHASE_DEVICES`."""
     who = Contender("fastddpm", TIMED_ENGINES[0], "bf16")
     for batch in PROFILED:
         with result(f"batch {batch}, both forms"), ExitStack() as stack:
-            slots_by_form = {}
+            runners = {}
             for name, devices in (("interpolated", ()), ("polyphase", ("cpu", "cuda"))):
                 with patch.object(unet2d, "POLYPHASE_DEVICES", devices):
-                    slots_by_form[name] = stack.enter_context(slots_of(MODEL, batch, who))
-            turns = [*slots_by_form, *(f"{name}, repeated" for name in reversed(slots_by_form))]
+                    runners[name] = stack.enter_context(runner_of(MODEL, batch, who))
+            turns = [*runners, *(f"{name}, repeated" for name in reversed(runners))]
             for turn in turns:
                 with result(f"batch {batch}, {turn}") as fields:
-                    fields |= time_steps(slots_by_form[turn.removesuffix(", repeated")], who)
+                    fields |= time_steps(runners[turn.removesuffix(", repeated")], who)
                     fields |= {"group": f"upsampling, {MODEL}, batch {batch}", "contender": turn}
 
 
@@ -239,7 +240,7 @@ def diffusers() -> None:
     if not find_spec("diffusers"):
         return write_result("diffusers", "skipped", "diffusers is not installed")
     names, batches = RIVALS
-    for name in names:  # what is compiled comes last
+    for name in names:  # compiled ones come last
         for batch in batches:
             who = Contender(*name.split())
             with result(f"batch {batch}, {name}") as fields:

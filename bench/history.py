@@ -1,4 +1,4 @@
-"""What records say: of each device, its cases, and of each case the results of its runs, in order."""
+"""The contents of records: the cases of each device, and the results of each case in the order of its runs."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,13 +16,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """A record, and what it says: seconds per call, or, of a case of memory, the bytes of its peak."""
+    """A record and its meaning: seconds per call or, for a case of memory, the peak in bytes."""
 
     record: Record
 
     @cached_property
     def quartiles(self) -> tuple[float, float, float] | None:
-        """The lower one, the median, the upper one; None where nothing was measured."""
+        """The lower quartile, the median and the upper quartile; None if nothing was measured."""
         samples = self.record["samples_s"] or [self.peak] * (self.peak is not None)
         if self.record["outcome"] != "passed" or not samples:
             return None
@@ -56,14 +56,14 @@ class Result:
 
     @property
     def trouble(self) -> str | None:
-        """Why there is no figure, or none to be trusted."""
+        """Why there is no figure, or no reliable one."""
         if self.record["outcome"] != "passed":
-            return f"{self.record['outcome']}: {self.record['reason'] or 'no reason is told'}"
+            return f"{self.record['outcome']}: {self.record['reason'] or 'no reason given'}"
         return f"invalid: {'; '.join(self.record['invalid'])}" if self.record["invalid"] else None
 
     @property
     def commit(self) -> str:
-        """Short, with a star where the tree had changes."""
+        """The short hash, with a star if the tree had changes."""
         return f"{(self.record['commit'] or 'unknown')[:7]}{'*' * bool(self.record['dirty'])}"
 
     @property
@@ -72,17 +72,18 @@ class Result:
 
     @property
     def images(self) -> float | None:
-        """Per second; None where it makes none, or where its time is that of a start."""
+        """Images per second; None for a case that makes none or that times a start."""
         count = self.record["images"] if self.timed else 0
         first = (self.record["group"] or "").startswith("first image") and self.record["clock"] == "wall"
         return count / self.median if count > 0 and not first else None
 
     def ceiling(self, unit: str) -> str:
-        """Whose ceiling counts for a rate in GB/s or TFLOP/s."""
+        """Return the ceiling that a rate in GB/s or TFLOP/s is compared with."""
         if unit == "GB/s":
             return "copy"
         precision = self.record["precision"] or "matmul"
-        return "fp32" if precision == "tf32" and precision not in self.record["ceilings"] else precision  # of a CPU
+        # a CPU has no TF32
+        return "fp32" if precision == "tf32" and precision not in self.record["ceilings"] else precision
 
     def said(self, digits: int = 3) -> str:
         return quantity(self.median, self.units, digits) if self.quartiles else "–"
@@ -91,7 +92,7 @@ class Result:
         return " – ".join(quantity(value, self.units, 4) for value in self.quartiles[::2]) if self.timed else "–"
 
     def about(self) -> str:
-        """Some lines, for a tooltip."""
+        """Return the lines of a tooltip."""
         lines = [f"{self.commit}, {self.when} UTC"]
         if self.timed:
             rounds = len(self.record["samples_s"])
@@ -107,22 +108,22 @@ class Result:
 
 @dataclass(frozen=True)
 class Case:
-    """All results of one case on one device, in order."""
+    """All results of a case on a device, in order."""
 
     results: list[Result]
 
     @cached_property
     def ran(self) -> list[Result]:
-        """Those that found something: a figure, or a failure."""
+        """The results with a figure or a failure."""
         return [result for result in self.results if result.quartiles or result.state == "failed"]
 
     @property
     def last(self) -> Result:
-        """The last of them, if there is any."""
+        """The last of them, or the last result if there are none."""
         return (self.ran or self.results)[-1]
 
     def of(self, run: str) -> Result | None:
-        """The last result of that run."""
+        """Return the last result of a run."""
         return next((result for result in reversed(self.results) if result.record["run"] == run), None)
 
     @property
@@ -142,17 +143,17 @@ class Case:
         return self._known("contender")
 
     def _known(self, field: str) -> str | None:
-        """A failed case does not tell it: then what it told before."""
+        """Return the latest value of a field, which failed cases do not record."""
         return next((r.record[field] for r in reversed(self.results) if r.record[field]), None)
 
     @property
     def ours(self) -> bool:
-        """Also of what has no others beside it."""
+        """Whether it is fastddpm; a case without contenders is."""
         return (self.contender or "fastddpm").startswith("fastddpm")
 
     @property
     def variant(self) -> str:
-        """Its engine and precision."""
+        """The engine and the precision."""
         return " ".join((self.contender or "").split()[1:])
 
     @property
@@ -161,12 +162,12 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What tells it from the others of its group, or else of its function."""
+        """The name that distinguishes it within its group, or else within its function."""
         return self.contender or self.name.removeprefix("test_")
 
     @property
     def words(self) -> str:
-        """What the filter looks at."""
+        """The text that the filter searches."""
         return " ".join(filter(None, [self.function, self.name, self.group, self.contender])).lower()
 
 
@@ -174,7 +175,7 @@ class Case:
 class Device:
     """What was measured on one device at one scale."""
 
-    cases: list[Case]  # of a function, and in it of a group, one after the other
+    cases: list[Case]  # sorted by function, and within it by group
     latest: Record  # of the latest run
 
     @property
@@ -191,23 +192,23 @@ class Device:
 
     @property
     def run(self) -> str:
-        """The latest one."""
+        """The latest run."""
         return self.latest["run"]
 
 
 def ceilings(record: Record) -> dict[str, float]:
-    """GB/s of a copy, TFLOP/s of a matrix product in each precision."""
+    """Return GB/s of a copy, and TFLOP/s of a matrix product in each precision."""
     return {name: rate for name, rate in record["ceilings"].items() if rate > 0}
 
 
 def doubts(record: Record) -> list[str]:
-    """Why its ceilings are not to be trusted."""
+    """Return why the ceilings of a record are unreliable."""
     found = record.get("ceilings_invalid")
     return [str(reason) for reason in found] if isinstance(found, list) else []
 
 
 def devices(found: Iterable[Record]) -> list[Device]:
-    """Records in order of their runs, sorted into devices and cases; what has a GPU comes first."""
+    """Sort records, given in the order of their runs, into devices and cases. GPUs come first."""
     sorted_: dict[tuple[str, str], dict[tuple[str, str], list[Result]]] = {}
     for record in found:
         place = sorted_.setdefault((record["scale"], record["device"]), {})
@@ -228,7 +229,7 @@ def _device(results: Iterable[list[Result]]) -> Device:
 
 
 def by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[str | None, list[Case]]:
-    """Cases in groups, in the order of their first ones."""
+    """Group cases by a key, in the order of the first case of each group."""
     found: dict[str | None, list[Case]] = {}
     for case in cases:
         found.setdefault(key(case), []).append(case)
@@ -236,5 +237,5 @@ def by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[str | N
 
 
 def when(time: str) -> str:
-    """2026-11-22 21:00"""
+    """Format a time as 2026-11-22 21:00."""
     return time[:16].replace("T", " ")

@@ -1,9 +1,9 @@
-"""Whether head is slower than base: the verdict on each case of two sets of records.
+"""Is head slower than base? The verdict on each case of two sets of records.
 
-A regression is a median that is larger by more than a threshold, in every launch and in all, of samples that differ
-more than chance lets them (Mann-Whitney's U test): what is certain but small does not matter, what is large but noise
-does not count. Nor does what one process has and another of the same build has not: where its memory lies, or its core,
-may make all of its rounds slower.
+A case is slower if its median is larger by more than a threshold, in every launch and in all launches together, and if
+the samples differ by more than chance allows (Mann-Whitney's U test). So a certain but small difference does not count,
+nor does a large one that may be noise, nor one between single processes: the core that a process runs on, or the place
+of its memory, may make all of its rounds slower.
 """
 
 import math
@@ -19,12 +19,12 @@ Record = dict[str, Any]
 Runs = Sequence[Sequence[float]]  # seconds per call, of each process
 VERDICTS = ("broken", "slower", "too few samples", "unchanged", "faster", "not compared")  # the worst first
 THRESHOLD, P = 0.05, 0.002
-EXACT = 2500  # pairs of samples up to which p is exact, in a few ms; asymptotically, 9 and 9 never reach 1e-4
+EXACT = 2500  # pairs of samples up to which p is exact (a few ms); the asymptotic p of 9 and 9 never reaches 1e-4
 
 
 @dataclass(frozen=True)
 class Case:
-    """What became of a case; medians in seconds per call, None where there is none."""
+    """The verdict on a case; medians are seconds per call, or None."""
 
     case: str  # module::name
     verdict: str  # one of VERDICTS
@@ -38,15 +38,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    about: list[str]  # lines: what was compared, where
+    about: list[str]  # lines: what was compared, and where
     cases: list[Case]  # the worst first
     threshold: float
     p: float
-    problems: list[str]  # of a process that died: how, and the end of its output
+    problems: list[str]  # for each process that died: how, and the end of its output
 
     @property
     def status(self) -> int:
-        """Of the command: 1 for a regression, 2 where it cannot be told."""
+        """The exit status of the command: 1 for a regression, 2 if there is no verdict."""
         verdicts = {case.verdict for case in self.cases}
         if verdicts & {"slower", "broken"}:
             return 1
@@ -61,16 +61,14 @@ def compare(
     p: float = P,
     problems: Sequence[str] = (),
 ) -> Comparison:
-    """Judge all cases of two sets of records. Several runs of one case are one set of samples.
+    """Judge all cases of two sets of records. Several runs of a case are pooled.
 
-    Raises: ValueError: they are of different devices.
+    Raises: ValueError: the sets are of different devices.
     """
     devices = [{record["device"] for record in side} for side in (base, head)]
     if all(devices) and not devices[0] & devices[1]:
         one, other = (", ".join(sorted(side)) for side in devices)
-        raise ValueError(
-            f"base was measured on {one}, head on {other}; their times do not compare: measure both on one"
-        )
+        raise ValueError(f"base was measured on {one}, head on {other}; want records of one device: measure both on it")
     one_device = len(devices[0] | devices[1]) == 1
     sides, cases = [_by_case(side) for side in (base, head)], []
     for device, name in dict.fromkeys([*sides[0], *sides[1]]):
@@ -81,9 +79,10 @@ def compare(
 
 
 def judge(case: str, base: Runs, head: Runs, *, threshold: float, p: float) -> Case:
-    """The verdict on the samples of one process or more on each side, which are pairs if there are as many on both.
+    """Return the verdict on the samples of one or more processes per side, in pairs if both sides have equally many.
 
-    Of two equal builds whose processes are equal, p is the probability to call them different, half of it slower.
+    If the builds and their processes are equal, p is the probability of calling them different, and p / 2 of calling
+    head slower.
     """
     pooled = [[seconds for run in side for seconds in run] for side in (base, head)]
     medians = [median(samples) for samples in pooled]
@@ -100,17 +99,18 @@ def judge(case: str, base: Runs, head: Runs, *, threshold: float, p: float) -> C
             verdict = "faster"
     else:
         times = next(times for times in range(2, 1000) if smallest_p(times * n, times * m) < p)
-        verdict, reason = "too few samples", f"{n} and {m} never give p < {p:g}: take {times} runs (--launches {times})"
+        verdict = "too few samples"
+        reason = f"{n} and {m} samples never give p < {p:g}; take {times} runs (--launches {times})"
     return Case(case, verdict, reason, *medians, ratio, found, (n, m))
 
 
 def smallest_p(n: int, m: int) -> float:
-    """The two-sided p of n samples that are all below m others, the most extreme of all orders."""
+    """Return the two-sided p if all n samples are below all m others, the most extreme order."""
     return 2 / math.comb(n + m, n)
 
 
 def _by_case(side: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    """{(device, module::name): its runs}"""
+    """Return {(device, module::name): its runs}."""
     found: dict[tuple[str, str], list[Record]] = {}
     for record in side:
         name = f"{record['case'].partition('::')[0]}::{record['name']}"
@@ -145,7 +145,7 @@ def _compared(case: str, base: list[Record], head: list[Record], threshold: floa
 
 
 def _alike(runs: list[Record]) -> list[Record]:
-    """All of them if they measured the same, else the latest."""
+    """Return all runs if they measured the same, else the latest."""
     kinds = [[run[field] for field in ("hash", "scale", "params")] for run in runs]
     return runs if all(kind == kinds[0] for kind in kinds) else runs[-1:]
 
@@ -163,13 +163,13 @@ def _why_none(runs: list[Record]) -> str:
 
 
 def _about(base: Sequence[Record], head: Sequence[Record]) -> list[str]:
-    """Commits and devices, and what else differs."""
+    """Return lines with the commits and devices, and what else differs."""
     devices = sorted({record["device"] for record in [*base, *head]})
     lines = [f"base {_commits(base)}, head {_commits(head)}, on {', '.join(devices) or 'no device'}"]
     if base and head:
         one, other = base[-1]["machine"], head[-1]["machine"]
         differ = [key for key in {**one, **other} if one.get(key) != other.get(key)]
-        lines += [f"another {key}: {one.get(key)} and {other.get(key)}" for key in differ]
+        lines += [f"{key} differs: {one.get(key)} and {other.get(key)}" for key in differ]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: the profiler's kernels, sorted by name into a few kinds."""
+"""Where the time of a step goes: the kernels of a profile, sorted by name into a few kinds."""
 
 import re
 from collections import Counter
@@ -11,8 +11,8 @@ from bench.machine import DEVICE, Call, wait
 
 OTHER = "copies, other"
 MATMUL = "convolution, matmul"
-# The first that is found in the name of a kernel or an operator. Inductor names a pointwise kernel by all that went
-# into it, such as a convolution, so those come before what multiplies matrices.
+# The first pattern that matches the name of a kernel or an operator decides. Inductor names a pointwise kernel after
+# all operations fused into it, such as a convolution, so its pattern comes before that of matrix products.
 PATTERNS = [
     (MATMUL, r"^triton_tem_"),
     ("attention", r"flash|fmha|sdpa|softmax|attention"),
@@ -24,12 +24,12 @@ PATTERNS = [
 
 
 def kind(name: str) -> str | None:
-    """The kind of a kernel or an operator; None where its name tells none."""
+    """Return the kind of a kernel or an operator; None if the name does not show it."""
     return next((kind for kind, pattern in PATTERNS if re.search(pattern, name, re.IGNORECASE)), None)
 
 
 def microseconds(run: Call) -> dict[str, Counter[str]]:
-    """{kind: {name: microseconds}} of the kernels of a GPU, or the operators of a CPU, that run() executes."""
+    """Return {kind: {name: microseconds}} of the kernels of a GPU, or operators of a CPU, that run() executes."""
     found: dict[str, Counter[str]] = {kind: Counter() for kind, _ in PATTERNS}
     for name, kind, time in events(run):
         found[kind][name] += time
@@ -50,7 +50,7 @@ def events(run: Call) -> list[tuple[str, str, float]]:
 
 
 def _kind_of(event: Any) -> str:
-    """Its own, or that of the nearest operator that called it."""
+    """Return its own kind, or that of the nearest operator that called it."""
     while event is not None:
         if found := kind(event.name):
             return found

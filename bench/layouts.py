@@ -1,10 +1,9 @@
-"""The networks that are measured, with random weights, and what a forward pass of them consists of."""
+"""The networks that are measured, with random weights, and the work of their forward passes."""
 
 import math
 from collections import Counter
 from functools import cache
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -13,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.machine import DEVICE, SCALE
 from fastddpm import UNet2D, checkpoints, ops
 from fastddpm.core import layout
-from fastddpm.networks.unet2d import GroupNorm, silu
-from fastddpm.sampling.engine import PRECISIONS
-from fastddpm.sampling.sampler import sample_shape, shipped_model
+from fastddpm.core.precision import PRECISIONS
+from fastddpm.networks.layers import GroupNorm, silu
+from fastddpm.sampling.sampler import sample_shape
 
 CIFAR10 = {  # google/ddpm-cifar10-32
     "act_fn": "silu",
@@ -38,7 +37,7 @@ CELEBAHQ = {  # google/ddpm-celebahq-256
     "sample_size": 256,
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }
-TINY = {  # of the same kind: for a look at whether everything runs
+TINY = {  # the same kind of network, to check that everything runs
     **CIFAR10,
     "block_out_channels": (16, 32),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
@@ -54,23 +53,23 @@ if SCALE == "tiny":
 
 @cache
 def network(name: str) -> UNet2D:
-    """A layout with random weights, or "shipped", the model in the package; float32, on the device."""
+    """Return a layout with random weights, or "shipped", the model in the package; float32, on the device."""
     torch.manual_seed(0)
     net = UNet2D(**_config(name))
     if name == "shipped":
-        checkpoints.load_into(net, checkpoints.load(shipped_model())[1])
+        checkpoints.load_into(net, checkpoints.load(checkpoints.shipped_model())[1])
     return net.to(DEVICE).eval()
 
 
 def _config(name: str) -> dict[str, Any]:
-    return checkpoints.load(shipped_model())[0] if name == "shipped" else LAYOUTS[name]
+    return checkpoints.load(checkpoints.shipped_model())[0] if name == "shipped" else LAYOUTS[name]
 
 
 class Norm(NamedTuple):
-    """A group norm of the network as it is built for a GPU; shapes are those of one sample."""
+    """A group norm of the network as built for a GPU; shapes are those of one sample."""
 
     shape: tuple[int, ...]
-    skip: tuple[int, ...] | None  # of the second input, where there is one
+    skip: tuple[int, ...] | None  # of the second input, if there is one
     groups: int
     eps: float
     add: bool  # whether the time bias is added
@@ -79,7 +78,7 @@ class Norm(NamedTuple):
 
 @cache
 def norms(name: str) -> Counter[Norm]:
-    """All of one forward pass, in order, and how often there is each."""
+    """Count the group norms of one forward pass, in order."""
     found: Counter[Norm] = Counter()
 
     def record(norm, args, options):
@@ -87,7 +86,7 @@ def norms(name: str) -> Counter[Norm]:
         skip_shape = None if skip is None else tuple(skip.shape[1:])
         found[Norm(tuple(x.shape[1:]), skip_shape, norm.num_groups, norm.eps, add is not None, act is silu)] += 1
 
-    with patch.object(ops, "backend", lambda device: "triton"):
+    with ops.forced_backend("triton"):
         net = _on_meta(name).for_inference(torch.bfloat16, "meta")
     for module in net.modules():
         if isinstance(module, GroupNorm):
@@ -100,10 +99,10 @@ def norms(name: str) -> Counter[Norm]:
 
 @cache
 def flops(name: str) -> int:
-    """Floating-point operations per image and step, a multiplication and an addition counting as two.
+    """Return the floating-point operations per image and step; a multiplication and an addition count as two.
 
-    Convolutions and matrix products, attention's too; not those of a fast path that saves some, and not those of the
-    tables of what depends on t alone.
+    These are the convolutions and matrix products of the plain network, including attention's. Tables that depend on t
+    alone do not count, and a fast path that saves operations does not reduce the number.
     """
     net = _on_meta(name)
     with FlopCounterMode(display=False) as counter:
@@ -113,9 +112,9 @@ def flops(name: str) -> int:
 
 @cache
 def traffic(name: str, batch: int, itemsize: int) -> int:
-    """Bytes that a forward pass moves if each convolution, product and norm reads its input and its weights once and
-    writes its output once, and all else is done on the way: more than a whole fused network would need, less than most
-    that run layer by layer do."""
+    """Return the bytes that a forward pass moves if each convolution, product and norm reads its input and weights once
+    and writes its output once, and everything else is fused into them. A network in one kernel would need less, most
+    networks that run layer by layer need more."""
     elements = {"each": 0, "once": 0}
 
     def count(module: nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
@@ -131,7 +130,7 @@ def traffic(name: str, batch: int, itemsize: int) -> int:
 
 
 def moved(model: str, batch: int, precision: str) -> int:
-    """Bytes of a step: those of the network, and the state's, read and written, with a copy in a lower precision."""
+    """Return the bytes of a step: the network, the state read and written, and its copy in a lower precision."""
     itemsize, state = PRECISIONS[precision].itemsize, batch * math.prod(sample_shape(network(model)))
     return traffic(model, batch, itemsize) + state * (8 + itemsize * (2 if itemsize < 4 else 1))
 

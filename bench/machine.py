@@ -1,4 +1,4 @@
-"""This machine: what it is, how fast it copies and multiplies, and how a call is timed on it."""
+"""This machine: what it is, how fast it copies and multiplies matrices, and how a call is timed on it."""
 
 import gc
 import math
@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
+from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.sampling.capture import capture
-from fastddpm.sampling.engine import PRECISIONS, arithmetic
-from fastddpm.verify.rungs import accuracy, unequal
+from fastddpm.verify.accuracy import accuracy, unequal
 
 Call = Callable[[], object]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SCALE = "tiny" if os.environ.get("BENCH_TINY") else DEVICE.type  # of all sizes; tiny: to see that everything runs
-LAUNCHES = 20  # in one captured graph, at most
+SCALE = "tiny" if os.environ.get("BENCH_TINY") else DEVICE.type  # of all sizes; tiny: to check that everything runs
+LAUNCHES = 20  # at most, in one captured graph
 
 
 @cache
 def description() -> dict[str, Any]:
-    """What a record must tell to be compared with another: device and versions."""
+    """Return what must be equal for two records to be comparable: device and versions."""
     import triton
 
     gpu = torch.cuda.get_device_properties(0) if DEVICE.type == "cuda" else None
@@ -53,7 +53,7 @@ def description() -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Print lines of their own, wherever pytest has left the cursor."""
+    """Print on a new line, wherever pytest left the cursor."""
     print("\n" + text, end="", flush=True)
 
 
@@ -63,7 +63,7 @@ def wait() -> None:
 
 
 class Moment:
-    """A place in the queue of the GPU's current stream; the difference of two waits for the later one."""
+    """A point in the queue of the GPU's current stream. A difference is in seconds and waits for the later point."""
 
     def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
@@ -75,7 +75,7 @@ class Moment:
 
 
 def clock() -> Any:
-    """Now, of which differences are seconds: of the device on a GPU, so that no wait for it counts."""
+    """Return the time now; differences are seconds. On a GPU this is the device's time, so waiting does not count."""
     return Moment() if DEVICE.type == "cuda" else time.perf_counter()
 
 
@@ -91,47 +91,47 @@ def _evicting() -> torch.Tensor:
 
 
 def empty_caches() -> None:
-    """Fill the L2 cache with what no benchmark reads.
+    """Fill the L2 cache with data that no benchmark reads.
 
-    A GPU is meanwhile busy for as long as Python takes to launch what is timed next. The last cache of a server's CPU
-    may be larger, and keep the inputs.
+    This keeps a GPU busy for as long as Python takes to launch what is timed next. The last-level cache of a server's
+    CPU may be larger and keep the inputs.
     """
     _evicting().add_(1)
 
 
 def rotated(calls: Sequence[Call], *, captured: bool) -> tuple[Call, int]:
-    """(run, n): run() makes each of n calls once, so that none finds its inputs in the cache from the one before.
+    """Return (run, n): run() makes each of n calls once, so that none finds its inputs in the cache.
 
-    captured: on a GPU it is the replay of a graph. Launching from Python takes longer than many a kernel.
+    captured: on a GPU run() replays a graph, because launching from Python takes longer than many kernels.
     """
     for call in calls:
-        call()  # what libraries and compilers make once
+        call()  # libraries and compilers do some work once
     if captured and DEVICE.type == "cuda":
         return _captured(calls), len(calls)
     return partial(call_each, calls), len(calls)
 
 
 def repeated(call: Call, seconds: float = 0.01, *, captured: bool = True) -> tuple[Call, int]:
-    """(run, n): run() makes n calls, which take about `seconds`; captured: as above, some calls in each graph.
+    """Return (run, n): run() makes n calls, which take about `seconds`; captured: as in `rotated`, some per graph.
 
-    What a call reads and writes is as hot as its size allows, as it is in a network.
+    Inputs and outputs are as hot as their size allows, as they are in a network.
     """
     call()
-    fit = math.ceil(seconds / max(timed(call), 1e-9))  # a graph of many long ones would run for minutes
+    fit = math.ceil(seconds / max(timed(call), 1e-9))  # a graph of many long calls would run for minutes
     run, calls = rotated([call] * (min(fit, LAUNCHES) if captured and DEVICE.type == "cuda" else 1), captured=captured)
     times = max(1, math.ceil(seconds / max(timed(run), 1e-9)))
     return partial(call_each, [run] * times), times * calls
 
 
 def timed(run: Call) -> float:
-    """Seconds."""
+    """Return the seconds that run() takes."""
     began = clock()
     run()
     return clock() - began
 
 
 def race(contenders: dict[str, Call], *, rounds: int = 5, seconds: float = 0.01) -> dict[str, float]:
-    """Seconds per call of each, the fastest first: medians of rounds in which they take turns."""
+    """Return the seconds per call of each, the fastest first: medians over rounds in which they take turns."""
     runs = {name: repeated(call, seconds) for name, call in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -140,11 +140,11 @@ def race(contenders: dict[str, Call], *, rounds: int = 5, seconds: float = 0.01)
     return dict(sorted(((name, median(values)) for name, values in times.items()), key=lambda item: item[1]))
 
 
-# Gates: what is wrong is not timed
+# Gates: wrong results are not timed
 
 
 def judged(ours: torch.Tensor, plain: torch.Tensor, ref: torch.Tensor) -> dict[str, Any]:
-    """The errors of a result, which are at most twice those of plain torch in the same dtype; ref is float64.
+    """Return the errors of a result, which are at most twice those of plain torch in the same dtype; ref is float64.
 
     Raises: AssertionError: they are larger.
     """
@@ -157,26 +157,26 @@ def judged(ours: torch.Tensor, plain: torch.Tensor, ref: torch.Tensor) -> dict[s
 
 
 def same_bits(ours: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
-    """Raises: AssertionError: some bit differs."""
+    """Compare bit for bit. Raises: AssertionError: some bit differs."""
     assert (wrong := unequal(ours, want)) == 0, f"{wrong:g} of {want.numel()} elements differ"
     return {"bits": "equal"}
 
 
 def right(contenders: dict[str, Call], check: Callable[[Any], object]) -> tuple[dict[str, Call], dict[str, str]]:
-    """Those whose results pass the check, and what is wrong with the others: they are not timed."""
+    """Return the contenders whose results pass the check, and the errors of the others, which are not timed."""
     wrong = {}
     for name, call in contenders.items():
         try:
             check(call())
-        except Exception as error:  # Triton's are of no common kind
+        except Exception as error:  # Triton's errors have no common class
             wrong[name] = str(error).partition("\n")[0]
     return {name: call for name, call in contenders.items() if name not in wrong}, wrong
 
 
 def ceilings() -> dict[str, float]:
-    """copy: GB/s of a device copy, bytes read and written; else TFLOP/s of a matrix product in that precision.
+    """Return the ceilings: "copy" in GB/s read and written, each precision in TFLOP/s of a matrix product.
 
-    The most that was reached in some rounds: what disturbs one of them is no limit of the hardware.
+    Each is the best of several rounds: a disturbance of a round is not a limit of the hardware.
     """
     size = {"cuda": 1 << 30, "cpu": 1 << 28, "tiny": 1 << 16}[SCALE]
     source = torch.empty(size, dtype=torch.uint8, device=DEVICE).random_()  # zeros would be faster than data
@@ -192,7 +192,7 @@ def ceilings() -> dict[str, float]:
 
 
 def _fastest(call: Call, rounds: int = 20, enough_s: float = 1.0) -> float:
-    """Seconds per call in the fastest round; of a slow call, such as emulated 16-bit products on a CPU, one will do."""
+    """Return the seconds per call in the fastest round. A slow call (16-bit products on some CPUs) is timed once."""
     if DEVICE.type == "cpu" and (seconds := timed(call)) > enough_s:
         return seconds
     run, n = repeated(call)
@@ -200,8 +200,8 @@ def _fastest(call: Call, rounds: int = 20, enough_s: float = 1.0) -> float:
 
 
 def peak_bytes(call: Call) -> int:
-    """The most that a call had allocated at one moment, beyond what there was before."""
-    gc.collect()  # else what was there before might go meanwhile
+    """Return the most bytes that a call had allocated at one time, beyond those allocated before."""
+    gc.collect()  # otherwise older garbage could be freed meanwhile
     if DEVICE.type == "cuda":
         wait()
         torch.cuda.reset_peak_memory_stats()
@@ -221,7 +221,7 @@ def _captured(calls: Sequence[Call]) -> Call:
 
     def replay() -> Sequence[Call]:
         graph.replay()
-        return calls  # whose tensors the graph reads: they must live as long
+        return calls  # keeps the tensors alive that the graph reads
 
     return replay
 

@@ -1,4 +1,4 @@
-"""Records of measurements: JSON lines under bench/results, one for each case and run, which nothing ever changes."""
+"""Records of measurements: JSON lines under bench/results, one per case and run, which are never changed."""
 
 import ast
 import inspect
@@ -33,7 +33,7 @@ FIELD_DEFAULTS: dict[str, Any] = {
 
 
 def now() -> str:
-    """The time in UTC, as records have it."""
+    """Return the time in UTC, in the format of records."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -41,15 +41,16 @@ def now() -> str:
 
 
 def device_name(machine: dict[str, Any]) -> str:
-    """The folder of a machine's records: its GPU, or its CPU and the number of threads, as a-z, 0-9 and dashes."""
+    """Return the folder of a machine's records: its GPU, or its CPU and threads, as a-z, 0-9 and dashes."""
     name = machine.get("gpu") or f"{machine.get('cpu') or 'unknown'} {machine.get('threads') or 1} threads"
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """(commit, dirty) of the repository that bench/ lies in, but for bench/results; (None, None) without one.
+    """Return (commit, dirty) of the repository of bench/, ignoring bench/results; (None, None) without a repository.
 
-    The environment's COMMIT wins, for a copy of the tree without its repository: "abc" or, dirty, "abc-dirty".
+    The environment variable COMMIT takes precedence, for a copy of the tree without its repository: "abc" or, if the
+    tree has changes, "abc-dirty".
     """
     if given := os.environ.get("COMMIT"):
         return given.removesuffix("-dirty"), given.endswith("-dirty")
@@ -66,7 +67,7 @@ def _git(*args: str) -> str:
 
 
 def new_file(folder: Path, device: str, run: str, commit: str | None) -> Path:
-    """A new empty file for the records of one run: folder/device/run-commit.jsonl, numbered where that exists."""
+    """Create an empty file for the records of a run: folder/device/run-commit.jsonl, numbered if that exists."""
     (folder / device).mkdir(parents=True, exist_ok=True)
     stem, number = f"{run.replace(':', '')}-{(commit or 'unknown')[:7]}", 1
     while True:
@@ -82,9 +83,9 @@ def new_file(folder: Path, device: str, run: str, commit: str | None) -> Path:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line, in one write, and wait until it is on the disk; NaN and infinity become null.
+    """Append a record as a line in one write, and wait until it is on the disk; NaN and infinity become null.
 
-    Raises: OSError: it cannot be written whole. The next one begins on a line of its own all the same.
+    Raises: OSError: the line was not written completely. The next record starts on a new line nevertheless.
     """
     line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -100,7 +101,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; of unknown things the str()."""
+    """Convert to the types of JSON; other objects become their str()."""
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Integral):
@@ -115,9 +116,9 @@ def _plain(value: Any) -> Any:
 
 
 def read(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The records in files and in all *.jsonl of folders, in order of run and time.
+    """Return the records in files and in all *.jsonl of folders, in order of run and time.
 
-    Lines that are none, such as one that was cut short, are skipped with a warning that tells file, line and why.
+    Invalid lines, such as truncated ones, are skipped with a warning that contains the file, the line and the reason.
 
     Raises: FileNotFoundError: one of the paths does not exist.
     """
@@ -151,7 +152,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _fault(record: Any) -> str | None:
-    """Why it is no record of this schema."""
+    """Return why it is not a record of this schema, or None."""
     if not isinstance(record, dict) or "schema" not in record:
         return "it is not a record of a benchmark"
     if record["schema"] != SCHEMA:
@@ -213,25 +214,26 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def source_hash(function: Callable[..., Any]) -> str:
-    """12 hex digits of what a case measures: cases with different ones do not compare. Never fails.
+    """Return 12 hex digits that identify the source of a case: cases with different ones do not compare. Never fails.
 
-    That is the source of the function and of what it names, directly or not, in its own package: functions, classes and
-    constants in capital letters (numbers, strings; lists, tuples and dicts of what counts). Decorators, and with them
-    parameters, comments, docstrings and formatting do not count. Of the fixtures it takes only `measure` does.
+    The source is that of the function and of everything that it names, directly or indirectly, in its own package:
+    functions, classes and constants in capital letters (numbers, strings; lists, tuples and dicts of what counts).
+    Decorators, and with them parameters, do not count; nor do comments, docstrings and formatting. Of the fixtures only
+    `measure` counts.
     """
     found: dict[object, str] = {}
     package = str(getattr(function, "__module__", "")).partition(".")[0]
-    with suppress(Exception):  # what is found until then has to do
+    with suppress(Exception):  # what was found before the error has to suffice
         _add("", function, package, found)
-    with suppress(Exception):  # there is no such fixture
+    with suppress(Exception):  # there may be no such fixture
         if "measure" in inspect.signature(function).parameters:
             _add("", import_module(f"{package}.conftest").measure, package, found)
     return sha256(repr(sorted(found.values())).encode()).hexdigest()[:12]
 
 
 def _add(name: str, value: Any, package: str, found: dict[object, str]) -> None:
-    """Put into `found` the value of a constant, by its name, or the source of a function or class, by its id."""
-    with suppress(Exception):  # some objects fail at any question
+    """Add to `found` the value of a constant under its name, or the source of a function or class under its id."""
+    with suppress(Exception):  # some objects raise on any access
         value = inspect.unwrap(value)
     if isinstance(value, partial):
         value = [value.func, value.args, value.keywords]
@@ -243,7 +245,7 @@ def _add(name: str, value: Any, package: str, found: dict[object, str]) -> None:
         for number, item in enumerate(value):
             _add(f"{name}[{number}]", item, package, found)
     elif isinstance(value, FunctionType | type) and _counts(value.__module__, package) and id(value) not in found:
-        found[id(value)] = ""  # it may name itself
+        found[id(value)] = ""  # it may refer to itself
         found[id(value)], paths = _source(value)
         for path in paths:
             _follow(path, value, package, found)
@@ -254,12 +256,12 @@ def _counts(module: str | None, package: str) -> bool:
 
 
 def _follow(path: str, value: FunctionType | type, package: str, found: dict[object, str]) -> None:
-    """Add what the dotted name means in a function or class."""
+    """Add the object that a dotted name refers to in a function or class."""
     module = sys.modules.get(value.__module__)
     names = dict(getattr(value, "__globals__", None) or vars(module))
     if isinstance(value, FunctionType):
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with suppress(ValueError):  # it is empty
+            with suppress(ValueError):  # the cell is empty
                 names[name] = cell.cell_contents
     name, *rest = path.split(".")
     item = names.get(name)
@@ -273,7 +275,7 @@ def _follow(path: str, value: FunctionType | type, package: str, found: dict[obj
 
 @cache
 def _foreign(module: ModuleType | None, package: str) -> set[str]:
-    """What it imports from other packages by name."""
+    """Return the names that a module imports from other packages."""
     try:
         nodes = ast.walk(ast.parse(inspect.getsource(module)))
     except (OSError, TypeError, SyntaxError):
@@ -283,7 +285,7 @@ def _foreign(module: ModuleType | None, package: str) -> set[str]:
 
 
 def _source(value: FunctionType | type) -> tuple[str, list[str]]:
-    """The source, normalised, and the dotted names in it that are not local; of what has no source, its bytecode."""
+    """Return the normalised source, or the bytecode if there is none, and its dotted names that are not local."""
     code = getattr(value, "__code__", None)
     try:
         text = inspect.getsource(value)
@@ -297,7 +299,7 @@ def _source(value: FunctionType | type) -> tuple[str, list[str]]:
 
 
 def _dump(node: object) -> str:
-    """A syntax tree as a text, the same in all versions of Python: those of ast.dump and ast.unparse are not."""
+    """Return a syntax tree as text, the same in all versions of Python, which ast.dump and ast.unparse do not give."""
     if isinstance(node, ast.AST):
         fields = (f"{name}={_dump(value)}" for name, value in ast.iter_fields(node) if value not in (None, []))
         return f"{type(node).__name__}({', '.join(fields)})"
@@ -308,7 +310,7 @@ NAME = re.compile(r"\w+(\.\w+)*")
 
 
 class _Bare(ast.NodeTransformer):
-    """Without decorators and docstrings."""
+    """Removes decorators and docstrings."""
 
     def visit(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
@@ -317,5 +319,5 @@ class _Bare(ast.NodeTransformer):
             if ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:]
         elif isinstance(node, ast.JoinedStr):
-            node.values = [part for part in node.values if part.value != ""]  # Python 3.12 has some at the end
+            node.values = [part for part in node.values if part.value != ""]  # Python 3.12 adds empty ones
         return node

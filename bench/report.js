@@ -1,6 +1,6 @@
 "use strict";
 
-// Tooltips: of the point that is nearest to the pointer, or, with the arrow keys, of a chart that has the focus.
+// Tooltips: for the point nearest to the pointer or, with the arrow keys, for the points of the chart that has the focus.
 const tip = document.body.appendChild(document.createElement("div"));
 tip.id = "tip";
 tip.setAttribute("role", "status");
@@ -46,7 +46,7 @@ function nearest(plot, x, y) {
 let rest = "";
 function point(event) {
   const now = `${event.type} ${event.clientX} ${event.clientY}`;
-  if (now === rest) return; // the page moved, by the keyboard, not the pointer
+  if (now === rest) return; // the page scrolled by keyboard; the pointer did not move
   rest = now;
   const plot = event.target.closest("svg.plot");
   const mark = plot && nearest(plot, event.clientX, event.clientY);
@@ -60,7 +60,7 @@ addEventListener("scroll", place, { passive: true });
 addEventListener("resize", place);
 for (const title of document.querySelectorAll(".plot .mark title")) {
   title.parentElement.dataset.tip = title.textContent;
-  title.remove(); // the browser's own would come on top
+  title.remove(); // the browser would show its own tooltip, too
 }
 for (const plot of document.querySelectorAll("svg.plot")) {
   plot.tabIndex = 0;
@@ -76,7 +76,7 @@ for (const plot of document.querySelectorAll("svg.plot")) {
   });
 }
 
-// The filter hides all that is about other cases.
+// The filter hides everything about other cases.
 const label = document.getElementById("filter"), input = label.querySelector("input");
 const count = document.getElementById("count"), about = [...document.querySelectorAll("[data-case]")];
 const boxes = [...document.querySelectorAll(":is(.group, tbody, .card, .trouble):not([data-case])")]

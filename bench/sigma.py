@@ -1,10 +1,10 @@
-"""Why does each reverse step add sigma_t z? What becomes of samples with it, with half of it, and without.
+"""Why does each reverse step add sigma_t z? Compares samples drawn with it, with half of it, and without it.
 
     python -m bench.sigma DATA.npz --num-samples 5000 --samples FOLDER
 
-The samples of all settings start from the same x_T, and where z is added it is the same z. Each set is measured by its
-Fréchet distance to real images (see `bench.frechet`), by its diversity, the mean distance between two of its images,
-and by the classes that the classifier takes the images for.
+The samples of all settings start from the same x_T and, where they add z, add the same z. Each set is measured by its
+Fréchet distance to real images (see `bench.frechet`), by its diversity (the mean distance between two of its images),
+and by the classes that the classifier assigns to the images.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from fastddpm.evaluate.features import CLASSES, SIDE, Classifier
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage import images
 from fastddpm.storage.files import atomic, check_writable
-from fastddpm.storage.plots import STYLE, measured
+from fastddpm.storage.plots import STYLE, with_error
 
-BATCH = 64  # samples in one file; they are drawn together, too
+BATCH = 64  # samples per file, which are drawn together
 SHOWN = 64  # samples in a picture
-# how each set is drawn, by which schedule instead of the model's, and what it is called
+# for each set: arguments of `sample`, changes to the model's schedule, and a title
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "full": ({"noise": 1.0}, {}, "with σ_t z"),
     "half": ({"noise": 0.5}, {}, "with half of σ_t z"),
@@ -49,14 +49,14 @@ class Measured:
     """One set of images: (value, standard error or deviation) of each measure."""
 
     name: str
-    distance: tuple[float, float]  # Fréchet, with the standard deviation over choices of real images
-    in_features: tuple[float, float]  # mean distance of two images, with its standard error
-    in_pixels: tuple[float, float]  # the same; pixels are 0 to 1
-    classes: list[int]  # how many images the classifier takes for each class
+    distance: tuple[float, float]  # Fréchet distance, with its standard deviation over choices of real images
+    in_features: tuple[float, float]  # mean distance between two images, with its standard error
+    in_pixels: tuple[float, float]  # the same, with pixels from 0 to 1
+    classes: list[int]  # number of images that the classifier assigns to each class
 
     @property
     def entropy(self) -> float:
-        """Of the classes, in bits: log2(10) = 3.32 where all are equally frequent."""
+        """Entropy of the classes in bits: log2(10) = 3.32 if all are equally frequent."""
         share = np.array([count for count in self.classes if count]) / sum(self.classes)
         return max(0.0, -float((share * np.log2(share)).sum()))
 
@@ -70,19 +70,19 @@ def draw(
     steps: int | None = None,
     part: tuple[int, int] = (1, 1),
 ) -> None:
-    """Draw what a folder lacks of the samples 0, ..., num_samples - 1 of each setting.
+    """Draw those of the samples 0, ..., num_samples - 1 of each setting that the folder does not have yet.
 
     Args:
-        folder: its files are full/00000-00063.npz and so on.
+        folder: for the files full/00000-00063.npz and so on.
         sampler: of grey images of 28 x 28.
         seed, steps: as `Sampler.batches` takes them.
-        part: (k, n): do the k-th of n equal shares. Several processes may share one folder.
-    Raises: ValueError: the sampler's images have another shape, or the folder holds samples that were drawn otherwise.
+        part: (k, n): draw the k-th of n equal shares. Several processes may share a folder.
+    Raises: ValueError: the sampler's images have another shape, or the folder has samples with other settings.
     """
     if sampler.shape != (1, SIDE, SIDE):
-        raise ValueError(f"the model makes samples {sampler.shape}; want (1, {SIDE}, {SIDE}), as the classifier reads")
-    how = {"model": _fingerprint(sampler), "precision": sampler.precision, "seed": seed, "steps": steps}
-    _agree(Path(folder), how | {"schedule": sampler.schedule.to_config()})
+        raise ValueError(f"the model's samples are {sampler.shape}; want (1, {SIDE}, {SIDE}) for the classifier")
+    settings = {"model": _hash_of_weights(sampler), "precision": sampler.precision, "seed": seed, "steps": steps}
+    _check_settings(Path(folder), settings | {"schedule": sampler.schedule.to_config()})
     files = [file for name in SETTINGS for file in _files(folder, name, num_samples)]
     todo = [(path, samples) for path, samples in files[part[0] - 1 :: part[1]] if not path.exists()]
     for path, samples in tqdm(todo, desc="samples", unit="batch"):
@@ -95,14 +95,14 @@ def draw(
 
 
 def load(folder: str | os.PathLike[str], setting: str, num_samples: int) -> np.ndarray:
-    """uint8 [N, 28, 28]: the samples that `draw` left there."""
+    """Return the samples of a setting that `draw` has written: uint8 [N, 28, 28]."""
     return np.concatenate([load_samples(path) for path, _ in _files(folder, setting, num_samples)])
 
 
 def pairwise(x: Tensor) -> tuple[float, float]:
-    """The mean Euclidean distance of two different rows of [N, D], N >= 2, and its standard error.
+    """Return the mean Euclidean distance between two different rows of [N, D], N >= 2, and its standard error.
 
-    The mean is over all pairs, a U-statistic: its variance is 4/N that of a row's mean distance from all others.
+    The mean over all pairs is a U-statistic: its variance is 4/N times that of a row's mean distance from all others.
     """
     x, n = x.double(), len(x)
     rows = torch.cat([torch.cdist(block, x).sum(1) / (n - 1) for block in x.split(500)])
@@ -110,7 +110,7 @@ def pairwise(x: Tensor) -> tuple[float, float]:
 
 
 def measure(name: str, pictures: np.ndarray, found: Tensor, model: Classifier, distances: Sequence[float]) -> Measured:
-    """All about uint8 images [N, 28, 28], whose features [N, D] and two or more Fréchet distances are known."""
+    """Measure uint8 images [N, 28, 28] with these features [N, D] and two or more Fréchet distances."""
     with torch.inference_mode():
         classes = model.head(found).argmax(1)
     return Measured(
@@ -123,16 +123,16 @@ def measure(name: str, pictures: np.ndarray, found: Tensor, model: Classifier, d
 
 
 def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *, splits: int = 5) -> list[Measured]:
-    """Every set of equally many images, and at the end as many real ones.
+    """Measure every set of images and, at the end, as many real ones.
 
     Args:
-        sets: uint8 [N, 28, 28] of settings.
+        sets: {setting: uint8 [N, 28, 28]}, with the same N.
         real: uint8 [M, 28, 28], M >= 2N.
-        splits: random choices of N real images, to which the distance is measured; at least 2, for its deviation.
+        splits: number of random choices of N real images to compute the distance to; at least 2, for its deviation.
     Raises: ValueError: there are too few real images, or splits < 2.
     """
     if splits < 2:
-        raise ValueError(f"splits is {splits}; want at least 2, as one distance has no deviation")
+        raise ValueError(f"splits is {splits}; want at least 2: a single distance has no standard deviation")
     of_real, found = features(model, real), []
     n = len(next(iter(sets.values())))
     for name, pictures in sets.items():
@@ -144,16 +144,16 @@ def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *
 
 
 def markdown(found: Sequence[Measured]) -> str:
-    """The measures as a table."""
+    """Return the measures as a Markdown table."""
     lines = ["| images | Fréchet distance | distance of two: features | pixels | classes |", "|---|--:|--:|--:|--:|"]
     for one in found:
-        cells = [measured(*pair) for pair in (one.distance, one.in_features, one.in_pixels)]
+        cells = [with_error(*pair) for pair in (one.distance, one.in_features, one.in_pixels)]
         lines.append(f"| {' | '.join([one.name, *cells, f'{one.entropy:.2f} bits'])} |")
     return "\n".join(lines)
 
 
 def picture(grids: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str], *, dpi: int = 100) -> None:
-    """A PNG of some captions, and below each the first 64 of its uint8 images [N, 28, 28], pixel by pixel."""
+    """Write a PNG with some captions and, below each, the first 64 of its uint8 images [N, 28, 28], pixel by pixel."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -174,29 +174,29 @@ def picture(grids: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str
 
 def _caption(one: Measured) -> str:
     name = one.name.replace("σ_t z", r"$σ_t\,z$")
-    return f"{name}\nFréchet distance {measured(*one.distance)}"
+    return f"{name}\nFréchet distance {with_error(*one.distance)}"
 
 
 def _files(folder: str | os.PathLike[str], setting: str, num_samples: int) -> list[tuple[Path, range]]:
-    """Every file of a setting, and which samples it holds."""
+    """Return every file of a setting, and which samples it has."""
     parts = [range(start, min(start + BATCH, num_samples)) for start in range(0, num_samples, BATCH)]
     return [(Path(folder) / setting / f"{part[0]:05d}-{part[-1]:05d}.npz", part) for part in parts]
 
 
-def _agree(folder: Path, how: dict[str, Any]) -> None:
-    """Make sure that all the samples in a folder are drawn in one way, which it remembers."""
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Check that all samples in a folder were drawn with the same settings, which are stored in the folder."""
     path = check_writable(folder, folder=True) / "settings.json"
     if path.exists():
         before = json.loads(path.read_text())
-        other = [name for name, value in how.items() if before.get(name) != value]
+        other = [name for name, value in settings.items() if before.get(name) != value]
         if other:
-            raise ValueError(f"{folder} holds samples of another {', '.join(other)}; name another folder for --samples")
+            raise ValueError(f"{folder} has samples of another {', '.join(other)}; choose another folder for --samples")
     with atomic(path) as file:
-        file.write(json.dumps(how, indent=1).encode())
+        file.write(json.dumps(settings, indent=1).encode())
 
 
-def _fingerprint(sampler: Sampler) -> str:
-    """A hash of the weights."""
+def _hash_of_weights(sampler: Sampler) -> str:
+    """Return a hash of the weights."""
     digest = hashlib.sha256()
     for name, value in sampler.model.state_dict().items():  # type: ignore[union-attr]
         digest.update(name.encode())
@@ -207,19 +207,19 @@ def _fingerprint(sampler: Sampler) -> str:
 def _part(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 1/4, of 1/4, 2/4, 3/4 and 4/4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share K/N with 1 <= K <= N, such as 1/4")
     return int(found[1]), int(found[2])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.sigma",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "What the noise of the reverse step is for: samples with sigma_t z, with half of it, and without (and of\n"
-            "DDIM), of one seed, are compared with real images. Prints a table for docs/sigma.md.\n\n"
-            "Samples that are in FOLDER already are not drawn again: a run that was ended goes on, and several\n"
-            "processes can share the work, each with its --part."
+            "What the noise of the reverse step is for. Samples of one seed, drawn with sigma_t z, with half of it,\n"
+            "without it, and by DDIM, are compared with real images. Prints a table for docs/sigma.md.\n\n"
+            "Samples that FOLDER has already are not drawn again: an interrupted run continues, and several processes\n"
+            "can share the work, each with its own --part."
         ),
         epilog=(
             "example:\n"
@@ -229,44 +229,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     )
     parser.add_argument("data", metavar="DATA.npz", help="uint8 x_train, x_test [N, 28, 28]; labels y_train, y_test")
-    parser.add_argument(
-        "--num-samples", type=int, required=True, help="of each setting; at most half as many as x_train"
-    )
-    parser.add_argument("--samples", metavar="FOLDER", required=True, help="where samples are, and are put")
+    text = "number of samples of each setting; at most half as many as x_train"
+    parser.add_argument("--num-samples", type=int, required=True, help=text)
+    parser.add_argument("--samples", metavar="FOLDER", required=True, help="folder of the samples, old and new")
     parser.add_argument("--part", type=_part, metavar="K/N", help="only draw samples, the K-th of N equal shares")
-    parser.add_argument(
-        "--checkpoint", metavar="FOLDER", help="diffusers checkpoint (default: the model in the package)"
-    )
-    parser.add_argument("--steps", type=int, help="of the sampler (default: all T)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default 0)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--classifier", metavar="FILE", help="not the package's; what does not exist is trained first")
+    text = "diffusers checkpoint (default: the model in the package)"
+    parser.add_argument("--checkpoint", metavar="FOLDER", help=text)
+    parser.add_argument("--steps", type=int, help="steps of the sampler (default: all T)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")
+    text = "use this classifier, not the package's; if the file does not exist, train one and save it there"
+    parser.add_argument("--classifier", metavar="FILE", help=text)
     parser.add_argument("--splits", type=int, default=5, help="random choices of real images to average (default 5)")
     parser.add_argument("--out", metavar="PNG", default="docs/sigma.png", help="the picture (default docs/sigma.png)")
-    parser.add_argument("--json", metavar="FILE", help="the measures (default: beside the picture)")
+    parser.add_argument("--json", metavar="FILE", help="the measures (default: next to the picture)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = _parser()
     args = parser.parse_args(argv)
     try:
         if args.num_samples < 2:
             raise ValueError(f"--num-samples is {args.num_samples}; want at least 2")
         data = load_data(args.data)
         sampler = Sampler.from_pretrained(args.checkpoint, device=args.device)
-        how: dict[str, Any] = {"seed": args.seed, "steps": args.steps}
-        draw(sampler, args.samples, args.num_samples, part=args.part or (1, 1), **how)
+        part = args.part or (1, 1)
+        draw(sampler, args.samples, args.num_samples, seed=args.seed, steps=args.steps, part=part)
         if args.part:
             return
         out = check_writable(args.out)
         numbers = check_writable(args.json or out.with_suffix(".json"))
         if numbers.resolve() == out.resolve():
-            raise ValueError(f"the picture and the measures would both be {out}; name another file for --out or --json")
+            raise ValueError(f"the picture and the measures would both be {out}; choose another --out or --json")
         model = load_or_train(args.classifier, data["x_train"], data["y_train"])
         sets = {name: load(args.samples, name, args.num_samples) for name in SETTINGS}
         found = compared(sets, data["x_train"], model, splits=args.splits)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     picture([(_caption(one), sets[name]) for name, one in zip(SETTINGS, found, strict=False) if name in PICTURED], out)
+    listed = [asdict(one) | {"entropy": one.entropy} for one in found]
+    settings = {"num_samples": args.num_samples, "seed": args.seed, "steps": args.steps}
     with atomic(numbers) as file:
-        listed = [asdict(one) | {"entropy": one.entropy} for one in found]
-        file.write(json.dumps({"num_samples": args.num_samples, **how, "images": listed}, indent=1).encode())
+        file.write(json.dumps({**settings, "images": listed}, indent=1).encode())
     print(markdown(found))
     print(f"\n{args.num_samples} images each; wrote {out} and {numbers}")
 

@@ -1,4 +1,4 @@
-"""The drop-in next to diffusers' own classes: what a step costs the host, and whole pipelines.
+"""The drop-in next to diffusers' own classes: the host time of a step, and whole pipelines.
 
 pytest bench/test_diffusers.py
 """
@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.contenders import T
 from bench.layouts import flops, network
 from bench.machine import DEVICE, SCALE, judged, say, wait
+from fastddpm.core.precision import PRECISIONS
 from fastddpm.reference.diffusion import Diffusion, linear_betas
-from fastddpm.sampling.engine import PRECISIONS
 from fastddpm.sampling.sampler import sample_shape
 
 WHO = ("fastddpm", "diffusers")
@@ -35,7 +35,7 @@ RUNS = {  # model, batch: steps of a run
 
 @pytest.fixture(scope="module")
 def times():
-    """{case: {who: seconds}}, printed side by side when all are done."""
+    """{case: {who: seconds}}, printed side by side at the end."""
     cases: dict[str, dict[str, float]] = {}
     yield cases
     say(f"\n{'':<64}{'fastddpm, us':>14}{'diffusers, us':>15}{'times':>8}")
@@ -45,13 +45,13 @@ def times():
             say(f"{case:<64}{ours:>14.1f}{theirs:>15.1f}{theirs / ours:>8.2f}")
 
 
-@pytest.mark.benchmark(timer=time.perf_counter)  # a GPU is not waited for
+@pytest.mark.benchmark(timer=time.perf_counter)  # host time: does not wait for the GPU
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_step(measure, times, name, batch, place, who):
-    """Host time of `scheduler.step`; on a GPU also how often it launches a kernel and waits for one."""
+    """Host time of `scheduler.step`; on a GPU also its kernel launches and its waits for them."""
     scheduler = made(who, name)
     scheduler.set_timesteps(T, device=place)
     x, m = (torch.randn(batch, 3, 32, 32, device=DEVICE) for _ in range(2))
@@ -69,7 +69,7 @@ def test_step(measure, times, name, batch, place, who):
 
 
 def one_step(name: str, scheduler: Any, t: Tensor, x: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a scheduler, and diffusers' own, make of x with the same noise, and what the textbook does, in float64."""
+    """Return x_{t-1} with the same noise: of a scheduler, of diffusers' own, and of the textbook in float64."""
     theirs = made("diffusers", name)
     theirs.set_timesteps(T)
     results = []
@@ -87,7 +87,7 @@ def one_step(name: str, scheduler: Any, t: Tensor, x: Tensor, m: Tensor) -> tupl
 
 
 def launches_and_waits(run: Callable[[], None]) -> dict[str, float]:
-    """How many kernels and copies a step launches, and how often the host waits for the GPU."""
+    """Count the kernels and copies that a step launches, and its waits for the GPU."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
         wait()
@@ -107,7 +107,7 @@ def launches_and_waits(run: Callable[[], None]) -> dict[str, float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("model", "batch"), RUNS)
 def test_pipeline(measure, times, model, batch, precision, who):
-    """`DDPMPipeline`, from noise of a generator to images on the device."""
+    """`DDPMPipeline`, from the noise of a generator to images on the device."""
     steps = RUNS[model, batch]
     pipeline = pipeline_of(who, model, precision)
     errors = judged(*first_images(pipeline, model, batch, precision))
@@ -131,7 +131,7 @@ def test_pipeline(measure, times, model, batch, precision, who):
 
 
 def first_images(pipeline: Any, model: str, batch: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Images of a single step, at t = 0: a pipeline's, those of diffusers' own, and those in float64."""
+    """Return the images of a single step, at t = 0: of a pipeline, of diffusers' own, and in float64."""
     theirs = pipeline_of("diffusers", model, precision)
     ours, plain = images_of(pipeline, batch, 1), images_of(theirs, batch, 1)
     shape = (batch, *sample_shape(network(model)))
@@ -156,7 +156,7 @@ def pipeline_of(who: str, model: str, precision: str) -> Any:
 
 
 def made(who: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    """An object of diffusers' class of that name, or of ours."""
-    pytest.importorskip("diffusers").logging.set_verbosity_error()  # of casting a network
+    """Return an object of diffusers' class of that name, or of ours."""
+    pytest.importorskip("diffusers").logging.set_verbosity_error()  # warns when a network is cast
     module = importlib.import_module("diffusers" if who == "diffusers" else "fastddpm.diffusers")
     return getattr(module, name)(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Memory rates of the kernels next to that of a device copy, and to plain torch: pytest bench/test_kernels.py
 
-From 64 Mi elements the aim is 90 % of the copy's rate. The smaller shapes are what sampling has. Each call finds the
-caches without its inputs, except where the case says hot.
+The target is 90 % of the copy's rate from 64 Mi elements on. The smaller shapes are those of sampling. No call finds
+its inputs in the caches, except in the "hot" cases.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ SHAPES = {
     "cpu": [(64, 3, 32, 32), (1, 3, 32, 32)],
     "tiny": [(9, 3, 5, 7)],
 }[SCALE]
-ROTATED = 20  # sets of inputs, or two where they are larger than this together
+ROTATED = 20  # sets of inputs; two if all of them together are larger than ENOUGH_BYTES
 ENOUGH_BYTES = 1 << 28
 JUDGED = 8  # samples of a batch
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "uint8": torch.uint8}
@@ -44,12 +44,15 @@ TRAINING = [(f"{who} noising+eps_loss", dtype) for who in ("fastddpm", "referenc
 
 
 class Problem(NamedTuple):
-    """Inputs of a kernel and what to do with them, judged: `call` moves at least so many bytes.
+    """The inputs of a kernel, and a call that has passed the gate.
 
     Attributes:
-        flops: of the formula as it is written; those of the noise depend on how it is made.
-        per_element: bytes that it does move, for each element: the kernels' as their docstrings say, eager torch's
-            counted; None where that is not asked.
+        call: runs the kernel.
+        bytes_moved: the least bytes that it can move.
+        flops: those of the written formula, without the noise, whose cost depends on how it is made.
+        errors: what the gate found.
+        per_element: bytes that it does move per element, by the kernels' docstrings or counted in eager torch; None if
+            that does not matter.
     """
 
     call: Call
@@ -59,7 +62,7 @@ class Problem(NamedTuple):
     per_element: float | None = None
 
 
-# A step of the middle of the schedule, in float32; dtype: the network's
+# A step in the middle of the schedule, in float32; dtype: the network's
 
 
 def step_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
@@ -82,7 +85,7 @@ def _our_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
 
 
 def _reference_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
-    """With noise from torch's generator, and the network's copy of the result."""
+    """With noise from torch's generator, and the result's copy for the network."""
     table = SCHEDULE.table().to(DEVICE)
     row, clip = table.rows[MIDDLE], table.clip
 
@@ -110,7 +113,7 @@ def _diffusers_step(x: Tensor, m: Tensor) -> tuple[Call, dict[str, Any]]:
 
 
 def _textbook_step(x: Tensor, m: Tensor, z: Tensor) -> Tensor:
-    """The paper's step with clipping (eq. 6, 7, 15), all coefficients in the dtype of x, from alphas_cumprod alone."""
+    """Return the paper's clipped step (eq. 6, 7, 15); coefficients in the dtype of x, from alphas_cumprod alone."""
     diffusion = Diffusion(linear_betas(T))
     abar = (1 - linear_betas(T).float().to(x.dtype)).cumprod(0)
     diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev = abar, torch.cat([torch.ones_like(abar[:1]), abar[:-1]])
@@ -120,7 +123,7 @@ def _textbook_step(x: Tensor, m: Tensor, z: Tensor) -> Tensor:
     return diffusion.step(x, m, MIDDLE, z, clip=1)
 
 
-# Noising to bfloat16; dtype: the data's
+# Noising to bfloat16; dtype: that of the data
 
 
 def noising_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
@@ -166,23 +169,23 @@ def _diffusers_noising(x_0: Tensor, t: Tensor) -> tuple[Call, dict[str, Any]]:
 
 
 def _judged_noising(noised: Callable[[Tensor, Tensor, Tensor], Tensor], x_0: Tensor, t: Tensor) -> dict[str, Any]:
-    """In bfloat16, at a given eps."""
+    """Judge in bfloat16, with a given eps."""
     value, t, table = _data(x_0[:JUDGED]), t[:JUDGED], SCHEDULE.noising_table().to(DEVICE)
     eps = torch.randn_like(value)
     ref = add_noise(value.double(), eps.double(), table[t].double())
     return judged(noised(value, eps, t).bfloat16(), add_noise(value, eps, table[t]).bfloat16(), ref)
 
 
-# The loss, |m - eps|^2, and its gradient; dtype: the network's, data in uint8
+# The loss, |m - eps|^2, and its gradient; dtype: the network's, with uint8 data
 
 
 def loss_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
-    """eps is there already for the reference; ours makes it anew."""
+    """The reference is given eps; ours makes it again."""
     return _loss_problem(shape, dtype, who, noised=False)
 
 
 def training_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
-    """The noising besides: all of a training step but the network and its optimiser."""
+    """Noising and loss: all of a training step except the network and its optimizer."""
     return _loss_problem(shape, dtype, who, noised=True)
 
 
@@ -221,7 +224,7 @@ def _our_loss(m: Tensor, x_0: Tensor, t: Tensor, noised: bool) -> tuple[Call, di
 
 
 def _reference_loss(m: Tensor, x_0: Tensor, t: Tensor, noised: bool) -> tuple[Call, dict[str, Any]]:
-    """As it is written in eager torch, with noise from its generator."""
+    """As written in eager torch, with noise from its generator."""
     table, stored = SCHEDULE.noising_table().to(DEVICE), torch.randn_like(m, dtype=torch.float32)
 
     def call() -> tuple[Tensor, Tensor, Tensor | None]:
@@ -240,7 +243,7 @@ def _reference_loss(m: Tensor, x_0: Tensor, t: Tensor, noised: bool) -> tuple[Ca
 
 
 def _data(x_0: Tensor) -> Tensor:
-    """[-1, 1] of uint8 images."""
+    """Return uint8 images in [-1, 1]."""
     return (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
 
 
@@ -268,7 +271,7 @@ def test_eps_loss(measure, shape, name, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("name", "dtype"), TRAINING)
 def test_noising_and_loss(measure, shape, name, dtype):
-    """Of a training step: its aim is a third of the bytes that eager torch moves."""
+    """Part of a training step. The target is a third of the bytes that eager torch moves."""
     timed(measure, training_problem, shape, name, dtype)
 
 
@@ -290,7 +293,7 @@ def timed(
     first = problem(shape, PRECISIONS[dtype], who)
     sets = 2 if first.bytes_moved * ROTATED > ENOUGH_BYTES else ROTATED
     calls = [first.call, *(problem(shape, PRECISIONS[dtype], who).call for _ in range(sets - 1))]
-    captured = who != "diffusers"  # whose scheduler is made to be called from Python
+    captured = who != "diffusers"  # diffusers' scheduler is called from Python in practice
     run, n = rotated(calls, captured=captured)
     group = f"{kernel}, {' x '.join(map(str, shape))}, {dtype}"
     facts: dict[str, Any] = {"captured": captured and DEVICE.type == "cuda"}

@@ -1,4 +1,4 @@
-"""Peak memory of sampling, all that is made for it included, beside the sum of what ours has to hold."""
+"""Peak memory of sampling, with all preparation, next to the sum of what ours has to hold."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from bench.layouts import network
 from bench.machine import DEVICE, SCALE, peak_bytes, say
 from fastddpm import UNet2D, ops
 from fastddpm.core import layout
-from fastddpm.sampling.engine import PRECISIONS, arithmetic
+from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.sampling.sampler import sample_shape
 
 BATCHES = {"cuda": (1, 64), "cpu": (1,), "tiny": (2,)}[SCALE]
@@ -25,7 +25,7 @@ CONTENDERS = [
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_memory(benchmark, record, batch, name):
-    """Of two steps. Theirs has its own float32 network besides, which is where ours takes the weights from."""
+    """Two steps. Theirs also counts its own float32 network; ours takes the weights from one that is there before."""
     who, errors = contender(name), []
 
     def sample():
@@ -34,7 +34,7 @@ def test_memory(benchmark, record, batch, name):
             errors.append(ready.errors)
 
     network("cifar10-32")
-    sample()  # what is made once, and what it is judged by
+    sample()  # makes what is made once, and the results to judge by
     peak = benchmark.pedantic(peak_bytes, args=(sample,))
     held = held_by_the_network(batch, who.precision) if who.who == "fastddpm" else {}
     facts = {"peak_bytes": peak, "held_bytes": held}
@@ -58,7 +58,7 @@ def held_by_the_network(batch: int, precision: str) -> dict[str, int]:
         rows = fast.time_rows(torch.arange(T, device=DEVICE))
         rows = rows if ops.backend(DEVICE) == "triton" else rows.to(x.dtype)
         forward = partial(fast.denoise, x, rows[:1])
-        forward()  # what libraries make once
+        forward()  # libraries do some work once
         activations = peak_bytes(forward)
     state = 4 * batch * math.prod(sample_shape(net))
     return {

@@ -1,4 +1,4 @@
-"""What writing costs a job of many samples: its time beside that of drawing the same samples and dropping them."""
+"""The cost of writing to a job of many samples: its time next to that of drawing the same samples without writing."""
 
 import json
 import time
@@ -23,7 +23,7 @@ MODELS = ["cifar10-32", "trivial"] if DEVICE.type == "cuda" else ["trivial"]
 
 
 class Trivial(nn.Module):
-    """So fast that next to it writing is much."""
+    """So fast that writing dominates."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x / 2
@@ -33,7 +33,7 @@ class Trivial(nn.Module):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("model", MODELS)
 def test_output(benchmark, record, tmp_path, model, format):
-    """Both take turns. A job counts from its first step until all is on the disk."""
+    """Both take turns. The time of a job is from its first step until everything is on the disk."""
     net = network(model) if model != "trivial" else Trivial()
     sampler = Sampler(net, SCHEDULE, shape=(3, 32, 32), device=DEVICE, precision="bf16")
     drawn, written, folders = [], [], (tmp_path / str(k) for k in count())
@@ -49,15 +49,17 @@ def test_output(benchmark, record, tmp_path, model, format):
     def work():
         out = next(folders)
         log = out.with_suffix(".jsonl")
-        how = {"shard_size": SIZE, "batch_size": SIZE, "steps": STEPS, "json_log": log, "progress": False}
-        store = sample_to(out, sampler, SHARDS * SIZE, format=format, **how)
+        store = sample_to(
+            out, sampler, SHARDS * SIZE, format=format, shard_size=SIZE, batch_size=SIZE, steps=STEPS, json_log=log,
+            progress=False,
+        )  # fmt: skip
         written.append(json.loads(log.read_text().splitlines()[-1])["seconds"])
         return store
 
     def turn():
         draw()
 
-    want = draw()  # which also warms up
+    want = draw()  # also warms up
     errors = same_bits(torch.from_numpy(np.concatenate(list(work().arrays()))).int(), want.int())
     del drawn[:], written[:]
     benchmark.pedantic(work, setup=turn, rounds=ROUNDS)

@@ -1,7 +1,7 @@
-"""Candidates side by side on the shapes of the networks: pytest bench/test_races.py
+"""Alternatives side by side on the shapes of the networks: pytest bench/test_races.py
 
-All run hot, many times over the same tensors in one captured graph: in a network the activations come from the kernel
-before and lie in the cache, as far as they fit.
+All run hot, many times over the same tensors in one captured graph: in a network, the kernel before has written the
+activations, which are in the cache as far as they fit.
 """
 
 import math
@@ -31,7 +31,7 @@ DTYPE = torch.bfloat16
 BACKENDS = SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION
 NETWORKS = {
     "cuda": [("cifar10-32", 64), ("cifar10-32", 1), ("celebahq-256", 16), ("celebahq-256", 1)],
-    "cpu": [],  # there the network has torch's own
+    "cpu": [],  # on a CPU the network uses torch's own
     "tiny": [("cifar10-32", 2)],
 }[SCALE]
 ATTENTION = {  # batch, tokens, heads, head dim
@@ -45,7 +45,7 @@ LAUNCHES = [(512, 1), (512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 2), (204
 
 
 def show(what: str, times: dict[str, float], bytes_moved: int = 0) -> None:
-    """The four that are fastest, and the memory rate of the first."""
+    """Print the four fastest, and the memory rate of the first."""
     best = sorted(times.items(), key=lambda item: item[1])[:4]
     rate = f" ({bytes_moved / best[0][1] / 1e9:.0f} GB/s)" if bytes_moved else ""
     say(f"    {what:<32} " + ", ".join(f"{who} {1e6 * time:.1f} us" for who, time in best) + rate)
@@ -54,7 +54,7 @@ def show(what: str, times: dict[str, float], bytes_moved: int = 0) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("batch", "tokens", "heads", "dim"), ATTENTION)
 def test_attention(measure, batch, tokens, heads, dim, dtype):
-    """Self-attention of the U-Net's middle: what torch chooses, and every backend that takes it."""
+    """Self-attention in the middle of the U-Net: torch's choice, and every backend that accepts it."""
     qkv = torch.randn(batch, tokens, 3 * heads * dim, dtype=dtype, device=DEVICE).chunk(3, -1)
     q, k, v = (part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in qkv)  # as one product makes them
     attention = partial(F.scaled_dot_product_attention, q, k, v)
@@ -64,7 +64,7 @@ def test_attention(measure, batch, tokens, heads, dim, dtype):
             return attention()
 
     def check(y: Tensor) -> dict[str, Any]:
-        few = [part[:2] for part in (q, k, v)]  # in float64 the whole batch would be slow
+        few = [part[:2] for part in (q, k, v)]  # the whole batch would be slow in float64
         return judged(y[:2], plain_attention(*few), plain_attention(*(part.double() for part in few)))
 
     contenders, wrong = right({backend.name: partial(by, backend) for backend in BACKENDS}, check)
@@ -85,7 +85,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kernel", ["step", "noising"])
 def test_launches(measure, kernel):
-    """The kernel's own block size and number of warps, and others, from 64 Mi elements."""
+    """The kernel's own block size and number of warps next to others, from 64 Mi elements on."""
     if ops.backend(DEVICE) != "triton":
         pytest.skip("the kernels run on a GPU")
     module = import_module(f"fastddpm.kernels.{kernel}")
@@ -102,7 +102,7 @@ def test_launches(measure, kernel):
 
 
 class NormProblem:
-    """The inputs of a group norm, off centre, and who can compute it."""
+    """The inputs of a group norm, off-centre, and ways to compute it."""
 
     def __init__(self, norm: Norm, batch: int):
         self.norm = norm
@@ -111,21 +111,23 @@ class NormProblem:
         channels = sum(shape[0] for shape in parts)
         self.weight, self.bias = torch.rand(channels, device=DEVICE) + 0.5, torch.randn(channels, device=DEVICE)
         self.add = torch.randn(batch, 2 * channels, device=DEVICE)[:, :channels] if norm.add else None
-        self.flops = 10 * batch * channels * self.x.shape[2:].numel()  # of a textbook's norm, with its SiLU
+        self.flops = 10 * batch * channels * self.x.shape[2:].numel()  # of a textbook norm with SiLU
         self.bytes_moved = 2 * sum(part.nbytes for part in (self.x, self.skip) if part is not None)
 
     def ours(self) -> Tensor:
-        how = {"eps": self.norm.eps, "skip": self.skip, "add": self.add, "silu": self.norm.silu}
-        return ops.group_norm(self.x, self.weight, self.bias, self.norm.groups, **how)
+        norm = self.norm
+        return ops.group_norm(
+            self.x, self.weight, self.bias, norm.groups, eps=norm.eps, skip=self.skip, add=self.add, silu=norm.silu
+        )
 
     def plain(self, dtype: torch.dtype = DTYPE, norm: Callable[..., Tensor] | None = None) -> Call:
-        """By `plain_norm`, or what it was compiled to, all in dtype."""
+        """Return a call of `plain_norm`, or of its compiled form, with all inputs in dtype."""
         inputs = self.x, self.skip, self.add, self.weight, self.bias
         cast = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
         return partial(norm or plain_norm, *cast, self.norm.groups, self.norm.eps, self.norm.silu)
 
     def check(self) -> Callable[[Tensor], dict[str, Any]]:
-        """Of a result: it errs at most twice as much as plain torch's."""
+        """Return a check of a result: it errs at most twice as much as plain torch's."""
         return partial(judged, plain=self.plain()(), ref=self.plain(torch.float64)())
 
     @staticmethod
@@ -134,7 +136,7 @@ class NormProblem:
 
 
 def plain_norm(x, skip, add, weight, bias, groups, eps, silu):
-    """Plain torch from channels-last to channels-last; compiled, it is Inductor's."""
+    """Plain torch, channels-last in and out; compiled, it is Inductor's."""
     if skip is not None:
         x = torch.cat([x, skip], 1)
     if add is not None:
@@ -147,7 +149,7 @@ def plain_norm(x, skip, add, weight, bias, groups, eps, silu):
 @pytest.mark.parametrize("rival", ["torch", *(pytest.param(who, marks=pytest.mark.compiled) for who in COMPILED)])
 @pytest.mark.parametrize(("name", "batch"), NETWORKS)
 def test_norms(measure, name, batch, rival):
-    """All group norms of a forward pass as the product runs them, and each of them beside its rivals."""
+    """All group norms of a forward pass as the product runs them, and each of them next to its rivals."""
     problems = {norm: NormProblem(norm, batch) for norm in norms(name)}
     if rival == "plans":
         if ops.backend(DEVICE) != "triton":
@@ -157,7 +159,7 @@ def test_norms(measure, name, batch, rival):
     for (norm, problem), count in zip(problems.items(), norms(name).values(), strict=True):
         rivals = plans(problem) if rival == "plans" else {rival: problem.plain()}
         if rival == "inductor":
-            torch._dynamo.reset()  # after eight versions of a function it would no longer be compiled
+            torch._dynamo.reset()  # torch stops compiling a function after eight versions
             rivals = {rival: problem.plain(norm=torch.compile(plain_norm, fullgraph=True, dynamic=False))}
         contenders, wrong = right({"ours": problem.ours} | rivals, problem.check())
         assert "ours" not in wrong, wrong["ours"]
@@ -186,7 +188,7 @@ def test_norms(measure, name, batch, rival):
 
 
 def plans(problem: NormProblem) -> dict[str, Call]:
-    """By every plan that the kernel could have chosen; its own is "ours"."""
+    """Return a call for every plan that the kernel could have chosen, except its own."""
     from fastddpm.kernels import group_norm
 
     n, channels = len(problem.x), len(problem.weight)
@@ -196,7 +198,7 @@ def plans(problem: NormProblem) -> dict[str, Call]:
 
 
 def compile_ahead(problems: dict[Norm, NormProblem], processes: int | None = None) -> None:
-    """Fill Triton's cache from all cores: a kernel takes one of them a second or two, and there are hundreds."""
+    """Fill Triton's cache from all cores: a kernel takes a core one or two seconds, and there are hundreds."""
     tasks = [(norm, len(problem.x), who) for norm, problem in problems.items() for who in plans(problem)]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         list(pool.map(_run_plan, *zip(*tasks, strict=True)))
@@ -204,5 +206,5 @@ def compile_ahead(problems: dict[Norm, NormProblem], processes: int | None = Non
 
 def _run_plan(norm: Norm, batch: int, who: str) -> None:
     call = plans(NormProblem(norm, batch))[who]
-    with suppress(Exception):  # the race will tell
+    with suppress(Exception):  # the race reports errors
         call()

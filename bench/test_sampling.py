@@ -1,7 +1,7 @@
 """Whole sampling next to the reference and diffusers' pipeline, same weights and batch: pytest bench/test_sampling.py
 
-Runs take fewer than the 1000 steps where those would take long. Every step is the same work, so images/s are scaled to
-1000. What is done once before the steps (weights converted, code compiled, a graph captured) is the column "prepare".
+Runs have fewer than 1000 steps where those would take long. All steps are the same work, so images/s are scaled to
+1000. The column "prepare" is the work before the steps: converting weights, compiling code, capturing a graph.
 """
 
 import math
@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from bench import kinds
-from bench.contenders import SCHEDULE, Contender, T, contender, judge_a_step, loop, slots_of
+from bench.contenders import SCHEDULE, Contender, T, contender, judge_a_step, loop, runner_of
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, same_bits, say
 from fastddpm import Sampler
@@ -24,8 +24,8 @@ STEPS = {  # of a run: a second or two at most
     "cpu": {("cifar10-32", 1): 20, ("cifar10-32", 16): 4, ("shipped", 1): 50, ("shipped", 16): 20},
     "tiny": {("cifar10-32", 2): 3},
 }[SCALE]  # fmt: skip
-SLOW = 20  # steps at most of what takes many milliseconds for each
-CONTENDERS = {  # and the batches, the most important first
+SLOW = 20  # the most steps of contenders that take many milliseconds per step
+CONTENDERS = {  # {contender: batches}, the most important first
     "cuda": {
         "fastddpm graph bf16": (1, 64, 16, 256, 512),
         "diffusers eager fp32": (1, 64),
@@ -60,7 +60,7 @@ CONTENDERS = {  # and the batches, the most important first
         (2,),
     ),
 }[SCALE]
-LARGE = ("fastddpm graph bf16", "diffusers eager fp32", "diffusers eager bf16")  # of 256 px, eager
+LARGE = ("fastddpm graph bf16", "diffusers eager fp32", "diffusers eager bf16")  # at 256 pixels
 CASES = [
     pytest.param(model, batch, name, marks=[pytest.mark.compiled] * ("compiled" in name))
     for name, batches in CONTENDERS.items()
@@ -72,7 +72,7 @@ BATCHES = {"cuda": (1, 64), "cpu": (1,), "tiny": (2,)}[SCALE]
 
 @pytest.fixture(scope="session")
 def times(run):
-    """{case: {contender: (seconds per step, prepare)}}, printed side by side when all are done."""
+    """{case: {contender: (seconds per step, prepare)}}, printed side by side at the end."""
     cases = {}
     yield cases
     say(
@@ -90,8 +90,8 @@ def times(run):
             say(row + "".join(times_as_fast) + f"{prepare:>12.2f}")
     ceilings = ", ".join(f"{name} {rate:.3g}" for name, rate in run["ceilings"].items() if name != "copy")
     say(
-        f"images/s: with all {T} steps; x GFLOP: times those of an image's steps, in TFLOP/s (ceilings: {ceilings});\n"
-        "shipped, fastest: times as fast as diffusers as it comes, and as torch.compile makes it"
+        f"images/s: with all {T} steps; x GFLOP: images/s x GFLOP of an image, in TFLOP/s (ceilings: {ceilings});\n"
+        "shipped, fastest: speed relative to diffusers as shipped, and to diffusers with torch.compile"
     )
 
 
@@ -118,7 +118,7 @@ def test_steps(measure, times, model, batch, name):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_sampler(measure, batch):
-    """All that a call of the public interface does, with weights where `Sampler.from_pretrained` puts them."""
+    """All that a call of the public interface does, with the weights where `Sampler.from_pretrained` puts them."""
     sampler = Sampler(network("cifar10-32"), SCHEDULE, device=DEVICE, precision="bf16")
     steps = STEPS["cifar10-32", batch]
     with loop("cifar10-32", batch, steps, Contender("fastddpm", "eager", "bf16")) as judged:
@@ -141,17 +141,21 @@ def test_sampler(measure, batch):
 @pytest.mark.parametrize("engine", ["graph", "eager"] if DEVICE.type == "cuda" else ["eager"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_kinds_of_kernels(measure, record, batch, engine):
-    """Where the time of a step goes. Gaps are what is left of it without a profiler: nothing runs."""
+    """Where the time of a step goes. "gaps" is what is left of its time without a profiler: nothing runs."""
     steps = {"cuda": 50, "cpu": 3, "tiny": 2}[SCALE]
     who = Contender("fastddpm", engine, "bf16")
-    with slots_of("cifar10-32", batch, who) as slots:
-        errors = judge_a_step(slots, "cifar10-32", who)
+    with runner_of("cifar10-32", batch, who) as runner:
+        errors = judge_a_step(runner, "cifar10-32", who)
+
+        def start():
+            runner.load(SCHEDULE.table(), noise.address(0, batch))
+            runner.start()
 
         def run():
             for _ in range(steps):
-                slots.advance()
+                runner.step()
 
-        start, work = partial(slots.load, SCHEDULE.table(), noise.address(0, batch)), batch * flops("cifar10-32")
+        work = batch * flops("cifar10-32")
         bytes_moved = moved("cifar10-32", batch, "bf16")
         seconds = measure(
             run, steps, bytes_moved=bytes_moved, flops=work, precision="bf16", before=start, errors=errors

@@ -1,4 +1,4 @@
-"""How long it takes until the first image: of a new process, and of a network in one that runs."""
+"""The time until the first image: in a new process, and with a new network in a running process."""
 
 import inspect
 import json
@@ -37,9 +37,9 @@ wall = pytest.mark.benchmark(timer=time.perf_counter)
     [(f"fastddpm {BEST} bf16", "warm"), (f"fastddpm {BEST} bf16", "cold"), ("diffusers eager fp32", "warm")],
 )
 def test_first_image(benchmark, record, tmp_path, name, triton_cache):
-    """A new process, from its start to the first image of a checkpoint; warm: its kernels have been compiled before.
+    """From the start of a new process to the first image of a checkpoint; warm: its kernels were compiled before.
 
-    Ours is judged: it is the image that this process draws.
+    Ours is judged: it equals the image that this process draws.
     """
     who, net, found = contender(name), network("cifar10-32"), []
     checkpoints.save(tmp_path / "model", net.config, net.state_dict(), SCHEDULE)
@@ -54,7 +54,7 @@ def test_first_image(benchmark, record, tmp_path, name, triton_cache):
         found.append(json.loads(done.stdout.splitlines()[-1]))
 
     warm = triton_cache == "warm" and who.who == "fastddpm" and DEVICE.type == "cuda"
-    rounds = ROUNDS if who.who == "fastddpm" else 1  # theirs takes half a minute on a GPU
+    rounds = ROUNDS if who.who == "fastddpm" else 1  # diffusers takes half a minute on a GPU
     benchmark.pedantic(draw, rounds=rounds, warmup_rounds=warm)
     errors = None
     if who.who == "fastddpm":
@@ -83,7 +83,7 @@ def test_first_image(benchmark, record, tmp_path, name, triton_cache):
 @wall
 @pytest.mark.parametrize("name", PREPARED)
 def test_prepare(benchmark, record, name):
-    """From a float32 network to the end of a first step: weights converted, code compiled, a graph captured."""
+    """From a float32 network to the end of a first step: converting weights, compiling code, capturing a graph."""
     who, seconds = contender(name), []
 
     def prepare():

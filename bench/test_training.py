@@ -1,10 +1,10 @@
-"""Training beside the matmul ceiling and the way of diffusers' example: pytest bench/test_training.py
+"""Training next to the matmul ceiling and diffusers' example: pytest bench/test_training.py
 
-A step is all of it: a batch, noise, forward, loss, backward, clipping, AdamW and the moving average of the weights. One
-follows another, as in a run. Images are random, and on the device; nothing is dropped out.
+A step is everything: a batch, noise, forward, loss, backward, clipping, AdamW and the moving average of the weights.
+Steps follow each other as in a run. The images are random and on the device; there is no dropout.
 
-"diffusers" is what its unconditional example does, in bf16 by autocast, but for what that waits for: its images are
-floats already, and the loss is not printed.
+"diffusers" is its unconditional example, in bf16 by autocast, without what the example waits for: its images are floats
+already, and the loss is not printed.
 """
 
 import time
@@ -27,11 +27,13 @@ from bench.layouts import flops, network
 from bench.machine import DEVICE, SCALE, Call, judged, repeated, say, wait
 from fastddpm import checkpoints, ops
 from fastddpm.core import noise
+from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.processes.distributed import Ranks
 from fastddpm.reference.diffusion import Diffusion
-from fastddpm.sampling.engine import PRECISIONS, arithmetic
 from fastddpm.sampling.sampler import sample_shape
-from fastddpm.train.trainer import Trainer, TrainOptions, draws
+from fastddpm.train import TrainOptions
+from fastddpm.train.batches import draws
+from fastddpm.train.trainer import Trainer
 
 BATCHES = {
     "cuda": {"cifar10-32": (128, 512), "shipped": (128,)},
@@ -53,7 +55,7 @@ CONTENDERS = {
         *["fastddpm compiled+graph bf16"] * (DEVICE.type == "cuda"),
     ],
 }[SCALE]  # fmt: skip
-COMPILED = 128  # the largest batch for which all that can be compiled is; beyond, ours without graphs
+COMPILED = 128  # the largest batch for which everything is compiled; above it, only ours without graphs
 CASES = [
     pytest.param(model, batch, name, marks=[pytest.mark.compiled] * ("compiled" in name))
     for name in CONTENDERS
@@ -64,10 +66,10 @@ CASES = [
 MEMORY = {"fastddpm": torch.channels_last, "diffusers": torch.contiguous_format}  # of images and weights
 PROCESS = Diffusion(SCHEDULE.betas)
 IMAGES = 1024
-CLIP = TrainOptions().grad_clip  # which is the example's, too
+CLIP = TrainOptions().grad_clip  # the example's, too
 PART = 32  # images
 WARM_UP = 3  # steps until graphs are replayed
-SECONDS = 0.01 if SCALE == "tiny" else 0.5  # of steps in a row: a GPU is waited for at the end alone
+SECONDS = 0.01 if SCALE == "tiny" else 0.5  # of steps in a row, with one wait for the GPU at their end
 
 
 @pytest.mark.parametrize(("model", "batch", "name"), CASES)
@@ -80,7 +82,7 @@ def test_training(measure, model, batch, name):
         n,
         group=f"training, {model}, batch {batch}",
         contender=name,
-        flops=3 * batch * flops(model),  # backward is two products for each of forward's
+        flops=3 * batch * flops(model),  # backward makes two products for each of forward
         images=batch,
         precision=who.ceiling,
         errors=ready.errors,
@@ -91,7 +93,7 @@ def test_training(measure, model, batch, name):
 
 
 class Ready(NamedTuple):
-    """A contender that has taken some steps: `step` takes another; `errors`: what the gate found; `facts` of those."""
+    """A contender after some steps. step: takes another; errors: what the gate found; facts: of those steps."""
 
     step: Call
     errors: dict[str, Any]
@@ -99,11 +101,11 @@ class Ready(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What is judged, of the first batch's loss; in the loss itself, a sum, errors would cancel by chance.
+    """The gradients of the first batch's loss, which are judged: in the loss itself, a sum, errors may cancel.
 
     Attributes:
-        returned: [N, C, H, W], in what the network returned.
-        weights: [P], in all of its P weights, in the order of their names, clipped: what the optimizer is given.
+        returned: [N, C, H, W], with respect to the network's output.
+        weights: [P], with respect to all of its P weights, in the order of their names, and clipped.
     """
 
     returned: Tensor
@@ -111,7 +113,7 @@ class Gradients(NamedTuple):
 
 
 def training(model: str, batch: int, who: Contender) -> Ready:
-    """Judged by both gradients of its first batch.
+    """Return a contender that is judged by both gradients of its first batch.
 
     Raises: AssertionError: one of them errs more than twice as much as plain torch's.
     """
@@ -129,7 +131,7 @@ def training(model: str, batch: int, who: Contender) -> Ready:
     except AssertionError as error:
         raise AssertionError(f"gradient of weights: {error}") from None
     errors |= {f"{name} of weights": error for name, error in of_weights.items()}
-    del found  # else it would count as memory of a step
+    del found  # otherwise it would count as memory of a step
     began += time.perf_counter() - ready
     for _ in range(WARM_UP):
         step()
@@ -143,7 +145,7 @@ def training(model: str, batch: int, who: Contender) -> Ready:
     return Ready(step, errors, facts)
 
 
-Made = tuple[Callable[[], Gradients], Call]  # what returns the gradients, and what takes a step
+Made = tuple[Callable[[], Gradients], Call]  # a function that returns the gradients, and one that takes a step
 
 
 def _ours(model: str, batch: int, who: Contender) -> Made:
@@ -154,10 +156,10 @@ def _ours(model: str, batch: int, who: Contender) -> Made:
         checkpoints.save(init, net.config, net.state_dict(), SCHEDULE)
         options = TrainOptions(batch_size=batch, precision=who.precision, engine=who.engine, init=str(init))
         trainer = Trainer(pictures(model), None, Path(folder) / "run", options, Ranks(device=DEVICE))
-    trained, numbers = trainer._network(), count()
+    trained, numbers = trainer.wrapped_network(), count()
 
     def step() -> object:
-        return trainer._step(trained, next(numbers))
+        return trainer.step(trained, next(numbers))
 
     def eps_loss(m: Tensor, *others: Any, **how: Any) -> Tensor:
         m.register_hook(seen.append)
@@ -172,7 +174,7 @@ def _ours(model: str, batch: int, who: Contender) -> Made:
 
 
 def _theirs(model: str, batch: int, who: Contender) -> Made:
-    """Options are those of the example."""
+    """Uses the options of the example."""
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
@@ -191,7 +193,7 @@ def _theirs(model: str, batch: int, who: Contender) -> Made:
 
     def gradients() -> Gradients:
         x_0, t, eps = first_batch(model, batch)
-        x_t = PROCESS.noised(x_0.float(), t, eps)  # the scheduler's own coefficients are less exact
+        x_t = PROCESS.noised(x_0.float(), t, eps)  # the coefficients of the scheduler are less exact
         found = gradients_of(predicted, unet, x_t.contiguous(), t, eps)
         optimizer.zero_grad()
         return found
@@ -211,7 +213,7 @@ def _theirs(model: str, batch: int, who: Contender) -> Made:
 
 @cache
 def expected(model: str, batch: int, precision: str, memory: torch.memory_format) -> Gradients:
-    """Plain torch's, in that precision; of either memory the sums have an order of their own, and other errors."""
+    """Return plain torch's gradients in that precision. Each memory format has its own order of sums, and errors."""
     (x_0, t, eps), net, dtype = (
         first_batch(model, batch),
         reference(model).to(memory_format=memory),
@@ -229,7 +231,7 @@ def expected(model: str, batch: int, precision: str, memory: torch.memory_format
 
 @cache
 def exact(model: str, batch: int) -> Gradients:
-    """In float64, in parts: of a large batch a GPU would not hold what the backward pass needs."""
+    """Return the float64 gradients, in parts: a GPU could not hold the backward pass of a large batch."""
     (x_0, t, eps), net = first_batch(model, batch), reference(model).double()
     return gradients_of(net, net, PROCESS.noised(x_0, t, eps.double()), t, eps.double(), part=PART)
 
@@ -237,9 +239,13 @@ def exact(model: str, batch: int) -> Gradients:
 def gradients_of(
     predicted: Callable[[Tensor, Tensor], Tensor], net: nn.Module, *batch: Tensor, part: int | None = None
 ) -> Gradients:
-    """Of the mean squared error of what `predicted`, which is of net, makes of x_t and t, from eps.
+    """Return the gradients of the mean squared error between eps and what `predicted` computes from x_t and t.
 
-    batch: x_t, t and eps, of N images; part: how many of them at a time, all by default.
+    Args:
+        predicted: the network, perhaps in another form.
+        net: the network.
+        batch: x_t, t and eps, of N images.
+        part: how many of them at a time; by default all.
     """
     seen, total = [], batch[-1].numel()
     for x_t, t, eps in zip(*(each.split(part or len(each)) for each in batch), strict=True):
@@ -252,18 +258,18 @@ def gradients_of(
 
 
 def in_weights(net: nn.Module) -> Tensor:
-    """The gradient of all weights in one: a copy."""
+    """Return the gradients of all weights as one tensor, a copy."""
     return torch.cat([weight.grad.flatten() for _, weight in sorted(net.named_parameters())])
 
 
 def first_batch(model: str, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x_0 in float64, t and eps of our first step."""
+    """Return x_0 in float64, t and eps of our first step."""
     index, t, _, address = (drawn.to(DEVICE) for drawn in draws(0, IMAGES, TrainOptions(batch_size=batch)))
     x_0 = torch.from_numpy(pictures(model)).to(DEVICE).movedim(-1, 1)[index]
     return (x_0.double() - 127.5) / 127.5, t, noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0)
 
 
 def pictures(model: str) -> np.ndarray:
-    """Random: [N, H, W, C] uint8."""
+    """Return random images: [N, H, W, C] uint8."""
     channels, *sides = sample_shape(network(model))
     return np.random.default_rng(0).integers(256, size=(IMAGES, *sides, channels), dtype=np.uint8)

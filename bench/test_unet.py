@@ -1,6 +1,6 @@
-"""Forward passes of the U-Net beside the matmul ceiling and other implementations: pytest bench/test_unet.py
+"""Forward passes of the U-Net next to the matmul ceiling and other implementations: pytest bench/test_unet.py
 
-One pass follows another, as in sampling: weights and activations are as hot as their size allows.
+Passes follow each other as in sampling: weights and activations are as hot as their size allows.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import pytest
 from bench.contenders import contender, forward
 from bench.layouts import flops, traffic
 from bench.machine import DEVICE, SCALE, repeated
-from fastddpm.sampling.engine import PRECISIONS
+from fastddpm.core.precision import PRECISIONS
 
 BATCHES = {
     "cuda": {"cifar10-32": (1, 16, 64, 256), "celebahq-256": (1, 16, 64, 256)},
@@ -30,8 +30,8 @@ CONTENDERS = {
         "diffusers eager fp32", "reference eager fp32",
     ],
 }[SCALE]  # fmt: skip
-LARGE = 64  # images of 256 px: only ours and diffusers as it comes, in bf16
-COMPILED = {"cuda": 64, "cpu": 1, "tiny": 2}[SCALE]  # the batch for which minutes of compilation are spent
+LARGE = 64  # at 256 pixels only ours and eager diffusers, in bf16
+COMPILED = {"cuda": 64, "cpu": 1, "tiny": 2}[SCALE]  # the batch that is worth minutes of compilation
 CASES = [
     pytest.param(model, batch, name, marks=[pytest.mark.compiled] * ("compiled" in name))
     for name in CONTENDERS

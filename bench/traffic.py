@@ -1,4 +1,4 @@
-"""What eager torch moves: the bytes that its operations read and write."""
+"""The bytes that the operations of eager torch read and write."""
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,9 +6,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Bytes(TorchDispatchMode):
-    """Counts, in `moved`, the inputs and the outputs of each of torch's operations, but for views.
+    """Counts in `moved` the bytes of the inputs and outputs of each torch operation, except views.
 
-    What is made like another tensor does not read that one.
+    Operations such as `randn_like` do not read their input.
     """
 
     moved = 0

@@ -1,8 +1,8 @@
 """Two processes that take turns, one timed round each, so that both see the machine in the same state.
 
-A process runs only while it has the turn: from its start to its first `over`, and from the return of that call to the
-next one; when it ends, the other goes on. It is pytest with this module as a plugin, which tells the order of its
-cases. Who waits does so in a read of a socket: a thread that spins would disturb the other.
+A process runs only while it has the turn: from its start to its first `over`, and from the return of each `over` to the
+next one. When a process ends, the other continues. A process is pytest with this module as a plugin, which reports the
+order of its cases. A waiting process reads from a socket: a thread that spins would disturb the other.
 """
 
 import json
@@ -19,17 +19,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-PROCESSES = 2 if "BENCH_TURNS" in os.environ else 1  # of ours, that may have work on the device
+PROCESSES = 2 if "BENCH_TURNS" in os.environ else 1  # processes of ours that may use the device
 
 # In the measured process
 
 
 def over(case: str) -> None:
-    """Give up the turn before a timed round of the case, a pytest node id, and wait to get it back.
+    """Give up the turn before a timed round of a case (a pytest node id), and wait to get it back.
 
-    What a GPU still computes must have ended. Returns at once where there is no partner.
+    The GPU must have finished all work. Returns at once if there is no partner.
 
-    Raises: KeyboardInterrupt: who hands over is gone.
+    Raises: KeyboardInterrupt: the process that gives turns has ended.
     """
     if (link := _link()) is not None:
         _tell(case)
@@ -49,7 +49,7 @@ def _link() -> socket.socket | None:
         return None
     link = socket.socket(fileno=int(os.environ["BENCH_TURNS"]))
     link.set_inheritable(False)
-    os.register_at_fork(after_in_child=link.close)  # else a child that outlives this process would hold its turn
+    os.register_at_fork(after_in_child=link.close)  # otherwise a child that outlives this process would keep its turn
     return link
 
 
@@ -63,17 +63,17 @@ def _tell(message: str | list[str]) -> None:
 
 
 class Side:
-    """One of the two: a command that is started with its first turn. Its output is appended to a file."""
+    """One of the two: a command that is started at its first turn. Its output is appended to a file."""
 
     def __init__(self, command: Sequence[str], *, cwd: Path, env: dict[str, str], log: Path) -> None:
         self.command, self.cwd, self.env, self.log = command, cwd, env, log
         self.process: subprocess.Popen[bytes] | None = None
-        self.status: int | None = None  # when it has ended; -N by signal N
-        self.cases: list[str] = []  # in its order
-        self.case, self.round = "", 0  # what it waits to do next
+        self.status: int | None = None  # once it has ended; -N after signal N
+        self.cases: list[str] = []  # in the order in which it runs them
+        self.case, self.round = "", 0  # that it is waiting to measure
 
     def turn(self) -> None:
-        """Let it run until it gives up the turn, or ends."""
+        """Let it run until it gives up the turn or ends."""
         if self.process is None:
             self._start()
         else:
@@ -87,7 +87,7 @@ class Side:
         self._end()
 
     def kill(self) -> None:
-        """End it, and what it has started, if it still runs."""
+        """Kill it and its children, if it is still running."""
         if self.process is not None and self.status is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -105,7 +105,7 @@ class Side:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C comes here alone
+                start_new_session=True,  # Ctrl-C reaches only this process
             )
 
     def _end(self) -> None:
@@ -114,7 +114,7 @@ class Side:
         self.link.close()
 
     def _hear(self) -> Any:
-        """A case, all cases, or None at the end."""
+        """Return a case, the list of all cases, or None at the end."""
         with suppress(ConnectionError):
             if (line := self.lines.readline()).endswith("\n"):
                 return json.loads(line)
@@ -122,10 +122,10 @@ class Side:
 
 
 def alternate(sides: Sequence[Side], title: str) -> None:
-    """Run both to their ends. Rounds of the same case alternate, A B B A A B B A, from the first of `sides` on.
+    """Run both to the end. Rounds of the same case alternate, A B B A A B B A, starting with the first of `sides`.
 
-    A side that is behind, in the order of the cases or in the rounds of a case, runs until it has caught up: either may
-    skip cases, fail in them, or take fewer rounds.
+    A side that is behind, in the order of the cases or in the rounds of a case, runs until it has caught up: either
+    side may skip cases, fail in them, or take fewer rounds.
     """
     try:
         with tqdm(desc=title, unit=" cases") as bar:
@@ -149,7 +149,7 @@ def alternate(sides: Sequence[Side], title: str) -> None:
 
 
 def merged(cases: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Both in one order, the first one's; what only the other has stands where it has it."""
+    """Merge two lists of cases in the order of the first; a case that only the other has keeps its place there."""
     order, place = list(cases), 0
     for case in others:
         if case not in order:

@@ -1,4 +1,4 @@
-"""What the machine did while something was timed: clocks, power, heat and other work, from NVML and /proc/stat."""
+"""What the machine did during a measurement: clocks, power, temperature and other work, from NVML and /proc/stat."""
 
 import os
 from collections.abc import Iterable
@@ -28,18 +28,18 @@ REASONS = {  # bits of NVML's clocks event reasons
     0x80: "HW power brake",
     0x100: "display clocks",
 }
-# Application clocks and sync boost are how somebody has set this machine: slower than it could be, but the same in the
-# next run. So is the power cap at full load, unless the limit was lowered.
+# Application clocks and sync boost are settings of this machine, which make it slower, but equally so in the next run.
+# So does the power cap at full load, unless the limit was lowered.
 THROTTLED = "HW slowdown", "SW thermal slowdown", "HW thermal slowdown", "HW power brake"
 BESIDE_TORCH = 2 << 30  # bytes that the driver, a context and its libraries may take
-PATIENCE = 5  # seconds to wait for an NVML that hangs, as with a GPU that is being lost
+PATIENCE = 5  # seconds to wait for an NVML that hangs, as it does when a GPU is lost
 STAT = Path("/proc/stat")
-SHORT = 0.5  # seconds: in a shorter time /proc/stat, which counts hundredths, tells nothing
+SHORT = 0.5  # seconds; /proc/stat counts hundredths, which is too coarse for a shorter time
 
 
 def gpu_uuid(device: torch.device | str | int) -> str | None:
-    """The name NVML has for torch's device, "GPU-..."; None for a CPU and where torch does not tell."""
-    with suppress(Exception):  # whatever torch has against it
+    """Return NVML's name of torch's device, "GPU-..."; None for a CPU, or if torch does not know it."""
+    with suppress(Exception):  # torch may raise many errors
         if (device := torch.device(device)).type == "cuda":
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
@@ -47,18 +47,18 @@ def gpu_uuid(device: torch.device | str | int) -> str | None:
 
 
 class Watch:
-    """A context around what is timed; afterwards it tells what the machine did meanwhile. It never raises.
+    """A context around a measurement, which then reports what the machine did meanwhile. It never raises.
 
     Args:
-        uuid: of the GPU, as `gpu_uuid` has it; None: there is only the CPU to watch.
+        uuid: of the GPU, from `gpu_uuid`; None: watch only the CPU.
         processes: how many processes of ours may use the device at a time.
         interval_s: seconds between two samples; there is one more at each end.
 
     `facts`: {name: value} of all FACTS, None where unknown. nvml: why it is missing; *_mhz, power_w, temperature_c,
         utilisation (0 to 1): their min, median and max; energy_j: of the whole device; throttle: {reason: share of the
-        samples}; other_processes: at most; cpu_others: cores' worth of work, on the CPUs this process may use, that
-        neither it nor its children did.
-    `invalid`: why the measurement is not to be trusted, a line each.
+        samples}; other_processes: the most at one time; cpu_others: work of other processes, in cores, on the CPUs
+        that this process may use.
+    `invalid`: why the measurement is unreliable, one line for each reason.
     """
 
     def __init__(self, uuid: str | None, processes: int = 1, interval_s: float = 0.1) -> None:
@@ -89,7 +89,7 @@ class Watch:
             self._sampler.end()
             self.facts |= self._sampler.facts(seconds, self._processes)
             self.invalid = list(self._throttled()) + list(self._shared_gpu())
-        elif self._processes == 1:  # the turns of another process of ours are other work too
+        elif self._processes == 1:  # when two builds take turns, each is other work to the other
             self.invalid = list(self._shared_cpu())
 
     def _throttled(self) -> Iterable[str]:
@@ -107,7 +107,7 @@ class Watch:
         if others := self.facts["other_processes"]:
             yield f"shared: {others} other process{'es' * (others > 1)} on the GPU"
             return
-        # In a container NVML names nobody, or only those of the container.
+        # In a container NVML lists no processes, or only those of the container.
         used = max(self._sampler.memory_at_the_ends(), default=0)
         if used > self._processes * (max(self._held) + BESIDE_TORCH):
             yield f"shared: {used / 1e9:.1f} GB of the GPU's memory are used, torch has {max(self._held) / 1e9:.1f} GB"
@@ -119,7 +119,7 @@ class Watch:
 
 
 class Sampler(Thread):
-    """All that is asked of NVML, in a thread of its own: a call may take long, and releases the interpreter."""
+    """A thread that queries NVML: a call may take long, and releases the interpreter lock."""
 
     def __init__(self, uuid: str, interval_s: float) -> None:
         super().__init__(name="NVML", daemon=True)
@@ -160,7 +160,7 @@ class Sampler(Thread):
         try:
             return self._nvml.nvmlDeviceGetHandleByUUID(self._uuid)
         except Exception:
-            with suppress(Exception):  # torch does not tell that it is a part of a GPU
+            with suppress(Exception):  # torch names a part of a GPU (MIG) like a whole one
                 return self._nvml.nvmlDeviceGetHandleByUUID(f"MIG-{self._uuid.removeprefix('GPU-')}")
             raise
 
@@ -199,13 +199,13 @@ class Sampler(Thread):
                 "utilisation": None if rates is None else rates.gpu / 100,
                 "memory": None if memory is None else memory.used,
                 "reasons": ask("CurrentClocksThrottleReasons") if reasons is None else reasons,  # its old name
-                # not of graphics: a desktop is always there, and mostly idle
+                # compute only: a desktop's graphics are always there, and mostly idle
                 "processes": None if processes is None else len(processes),
             }
         )
 
     def _ask(self, what: str, *args: int) -> Any:
-        """What nvmlDeviceGet... returns, None where it fails."""
+        """Return what nvmlDeviceGet... returns, or None if it fails."""
         try:
             return getattr(self._nvml, f"nvmlDeviceGet{what}")(self._handle, *args)
         except Exception as error:  # NVMLError; the function may be missing in this version, the library half unloaded
@@ -227,7 +227,7 @@ class Sampler(Thread):
             facts["throttle"] = {
                 REASONS.get(bit, f"{bit:#x}"): fmean(bool(reason & bit) for reason in reasons) for bit in sorted(bits)
             }
-        if any(counts := found.get("processes", [])):  # where nobody is listed, not even we are
+        if any(counts := found.get("processes", [])):  # an empty list lacks even this process: NVML shows none here
             facts["other_processes"] = max(max(counts) - processes, 0)
         if len(self._energy) == 2 and self._energy[0] is not None:
             if self._energy[1] is not None and self._energy[1] >= self._energy[0]:
@@ -237,7 +237,7 @@ class Sampler(Thread):
         return facts
 
     def memory_at_the_ends(self) -> list[int]:
-        """Bytes in use, at the times when torch was asked for its own."""
+        """Return the bytes in use at the times when torch was asked for its own."""
         return _known(sample["memory"] for sample in (self._samples[:1] + self._samples[-1:]))
 
 
@@ -260,7 +260,7 @@ def _reason(error: Exception) -> str:
 
 
 def _held_by_torch() -> int:
-    """Bytes of the GPU's memory that torch has taken, in use or not; it does not wait for the GPU."""
+    """Return the bytes of the GPU's memory that torch has reserved, in use or not. Does not wait for the GPU."""
     with suppress(Exception):
         if torch.cuda.is_initialized():
             return sum(torch.cuda.memory_reserved(device) for device in range(torch.cuda.device_count()))
@@ -268,18 +268,18 @@ def _held_by_torch() -> int:
 
 
 def _cpus() -> set[int]:
-    with suppress(Exception):  # there is no such call everywhere
+    with suppress(Exception):  # not every system has this call
         return os.sched_getaffinity(0)
     return set()
 
 
 def _busy(cpus: set[int]) -> float | None:
-    """Seconds that these CPUs have worked or were taken by other machines, since some time; None where unknown."""
-    with suppress(Exception):  # not Linux, or a sandbox with another idea of the file
+    """Return the seconds that these CPUs worked or were taken by other machines, from some time on; None if unknown."""
+    with suppress(Exception):  # not Linux, or a sandbox with another format
         ticks = 0
         for name, *counts in map(str.split, STAT.read_text().splitlines()):
             if name[:3] == "cpu" and name[3:].isdigit() and int(name[3:]) in cpus:
                 user, nice, system, _idle, _iowait, *more = map(int, counts[:8])  # irq, softirq, steal
                 ticks += user + nice + system + sum(more)
-        return ticks / os.sysconf("SC_CLK_TCK") or None  # some sandboxes have zeros
+        return ticks / os.sysconf("SC_CLK_TCK") or None  # some sandboxes show zeros
     return None

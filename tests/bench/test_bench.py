@@ -1,4 +1,4 @@
-"""The benchmarks run, and measure what they say: all of them at a tiny size, their gates with damaged results."""
+"""The benchmarks run and measure what they claim: all of them at a tiny size, their gates with damaged results."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from fastddpm.train.trainer import Trainer
 from tests.conftest import needs_gpu
 from tests.support.check import TINY
 
-pytest.importorskip("pytest_benchmark")  # bench has it
+pytest.importorskip("pytest_benchmark")  # bench needs it
 
 from bench import (
     conftest,
@@ -99,7 +99,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """bench looks for a GPU when it is imported; its parts are tested where each machine has them."""
+    """bench selects the device when it is imported; its parts are tested on the CPU of any machine."""
     for module in (machine, contenders, layouts, kinds, *CASES):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"), raising=False)  # not all ask for it
     monkeypatch.setattr(layouts, "LAYOUTS", {"tiny": TINY})
@@ -117,7 +117,7 @@ def on_the_cpu(monkeypatch):
 
 
 def bench(*options, device="cpu", **environment):
-    """pytest bench at a tiny size, nothing compiled."""
+    """Run pytest bench at a tiny size, without compiling."""
     code = "import pytest, sys, torch; torch.compile = lambda f, **how: f; sys.exit(pytest.main(sys.argv[1:]))"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET", "COMMIT", "BENCH"))}
     kept |= {"BENCH_TINY": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}) | environment
@@ -151,7 +151,7 @@ def test_every_benchmark_runs_at_a_tiny_size(device, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_run_adds_to_the_first(tmp_path):
+def test_second_run_writes_another_file(tmp_path):
     first, second = (
         (bench(f"--records={tmp_path}", "-k", "noising and uint8"), sorted(tmp_path.rglob("*.jsonl"))) for _ in range(2)
     )
@@ -161,8 +161,8 @@ def test_a_second_run_adds_to_the_first(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_a_record_without_a_time(tmp_path):
-    """The kernel errs by a bit: the case is red, and the run goes on."""
+def test_wrong_result_is_recorded_without_a_time(tmp_path):
+    """The kernel errs by a bit: the case fails, and the run continues."""
     plugin = tmp_path / "damage.py"
     plugin.write_text(
         "from fastddpm import ops\n"
@@ -187,7 +187,7 @@ def test_what_is_wrong_is_a_record_without_a_time(tmp_path):
 
 @pytest.mark.slow
 def test_two_builds_are_measured_in_turns(tmp_path):
-    """Only what is ours, at its real size: the tiny one has not all of the cases."""
+    """Only our own cases, at their real size: the tiny one lacks some."""
     compare = [sys.executable, "-m", "bench.compare", ".", ".", "--launches=1", f"--keep={tmp_path / 'kept'}", "--json"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET", "COMMIT", "BENCH"))}
     run = [*compare, "--select", "hot and (step or noising)", "--", "--benchmark-max-time=0"]
@@ -200,7 +200,7 @@ def test_two_builds_are_measured_in_turns(tmp_path):
 
 
 @pytest.mark.slow
-def test_pytest_benchmarks_options_hold(tmp_path):
+def test_options_of_pytest_benchmark_apply(tmp_path):
     select = "-k", "noising and fastddpm and uint8 and not hot"
     assert bench(f"--records={tmp_path}", *select, "--benchmark-min-rounds=7").returncode == 0
     assert [len(record["samples_s"]) for record in records.read([tmp_path])] == [7]
@@ -209,7 +209,7 @@ def test_pytest_benchmarks_options_hold(tmp_path):
     assert [record["samples_s"] for record in records.read([tmp_path / "off"])] == [[]]
 
 
-def test_the_time_ends_before_the_command_does():
+def test_no_case_starts_after_the_time_limit():
     def begins(after, seconds, *marks):
         config = SimpleNamespace(stash={conftest.BEGAN: time.monotonic() - after}, getoption={"seconds": seconds}.get)
         item = SimpleNamespace(name="a case", config=config, get_closest_marker=lambda name: name in marks)
@@ -226,20 +226,20 @@ def test_the_time_ends_before_the_command_does():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_kernels_are_of_a_kind(name):
+def test_kind_of_a_kernel(name):
     assert (kinds.kind(name) or kinds.OTHER) == KINDS[name]
 
 
 @pytest.mark.parametrize(
     ("module", "kind"), [("group_norm", "norm, SiLU"), ("residual", "copies, other"), ("step", "update")]
 )
-def test_the_packages_kernels_are_of_a_kind(module, kind):
+def test_kinds_of_the_kernels_of_the_package(module, kind):
     names = [name for name in vars(import_module(f"fastddpm.kernels.{module}")) if name.endswith("_kernel")]
     assert names
     assert {kinds.kind(name) for name in names} == {kind}
 
 
-def test_an_operator_is_of_the_kind_of_what_called_it():
+def test_operator_has_the_kind_of_its_caller():
     x = layout.channels_last(torch.randn(2, 8, 16, 16))
     norm = nn.GroupNorm(2, 8)
 
@@ -255,7 +255,7 @@ def test_an_operator_is_of_the_kind_of_what_called_it():
     assert all(time >= 0 for names in found.values() for time in names.values())
 
 
-def test_a_repeated_call_is_made_as_often_as_is_said():
+def test_repeated_makes_n_calls():
     calls = []
     run, n = machine.repeated(lambda: calls.append(time.sleep(0.001)), seconds=0.01)
     calls.clear()
@@ -264,22 +264,22 @@ def test_a_repeated_call_is_made_as_often_as_is_said():
     assert 1 < n <= 10
 
 
-def test_a_race_is_won_by_the_fastest():
+def test_race_sorts_by_time():
     times = machine.race({"slow": lambda: time.sleep(0.004), "fast": lambda: time.sleep(0.001)}, rounds=3)
     assert list(times) == ["fast", "slow"]
     assert times["fast"] >= 0.001
     assert times["slow"] >= 0.004
 
 
-def test_the_peak_is_what_lives_at_one_moment():
+def test_peak_bytes_are_those_allocated_at_one_time():
     x = torch.ones(1 << 18)
     assert machine.peak_bytes(lambda: x * x + x) == 2 * x.nbytes
     assert machine.peak_bytes(lambda: (x * x).mul_(x) * x) == 2 * x.nbytes
     assert machine.peak_bytes(lambda: None) == 0
 
 
-def test_the_work_of_a_step_is_counted_as_for_the_plain_network():
-    """Without the part that depends on t alone: a linear layer is two operations for each weight."""
+def test_flops_are_those_of_the_plain_network():
+    """Without the part that depends on t alone: a linear layer is two operations per weight."""
     with torch.device("meta"):
         plain, t = UNet(**TINY), torch.zeros(1)
         with FlopCounterMode(display=False) as counter:
@@ -289,15 +289,15 @@ def test_the_work_of_a_step_is_counted_as_for_the_plain_network():
     assert layouts.flops("tiny") == counter.get_total_flops() - sum(2 * layer.weight.numel() for layer in linear)
 
 
-def test_the_work_of_the_public_layouts(monkeypatch):
-    """DESIGN's figures: 12.1 without attention's products, 0.34 of them; 497."""
+def test_flops_of_the_public_layouts(monkeypatch):
+    """The figures of DESIGN: 12.1 without attention's products, which are 0.34; and 497."""
     monkeypatch.setattr(layouts, "LAYOUTS", {"cifar10-32": layouts.CIFAR10, "celebahq-256": layouts.CELEBAHQ})
     assert round(layouts.flops("cifar10-32") / 1e9, 2) == 12.44
     assert round(layouts.flops("celebahq-256") / 1e9) == 497
 
 
-def test_all_norms_are_found():
-    """Those of the plain network, which concatenates."""
+def test_norms_are_those_of_the_plain_network():
+    """The plain network concatenates the skip connections."""
     plain, found = UNet(**TINY).to("meta"), Counter()
     for module in plain.modules():
         if isinstance(module, nn.GroupNorm):
@@ -317,7 +317,7 @@ def test_all_norms_are_found():
 
 
 @pytest.mark.parametrize("damage", [lambda y: y + 0.02, lambda y: y * 1.05, lambda y: y.fill_(torch.nan)])
-def test_a_wrong_norm_is_not_timed(damage):
+def test_wrong_norm_is_not_timed(damage):
     torch.manual_seed(0)
     problem = test_races.NormProblem(NORM, 2)
     contenders = {"ours": problem.ours, "plain": problem.plain(), "damaged": lambda: damage(problem.ours())}
@@ -327,7 +327,7 @@ def test_a_wrong_norm_is_not_timed(damage):
 
 
 @pytest.mark.parametrize("problem", [test_kernels.step_problem, test_kernels.noising_problem])
-def test_a_wrong_bit_is_not_timed(problem, monkeypatch):
+def test_wrong_bit_is_not_timed(problem, monkeypatch):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if problem is test_kernels.step_problem else torch.uint8
     found = problem((2, 3, 5, 7), dtype)
@@ -349,7 +349,7 @@ def test_a_wrong_bit_is_not_timed(problem, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["noising", "eps_loss"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_wrong_bit_of_training_is_not_timed(dtype, damage, monkeypatch):
+def test_wrong_bit_of_training_is_not_timed(dtype, damage, monkeypatch):
     torch.manual_seed(0)
     shape, right = (2, 3, 5, 7), getattr(ops, damage)
     assert test_kernels.training_problem(shape, dtype).errors == {"bits": "equal"}
@@ -366,7 +366,7 @@ def test_a_wrong_bit_of_training_is_not_timed(dtype, damage, monkeypatch):
 
 
 @pytest.mark.parametrize("problem", [test_kernels.loss_problem, test_kernels.training_problem])
-def test_a_wrong_gradient_is_not_timed(problem, monkeypatch):
+def test_wrong_gradient_is_not_timed(problem, monkeypatch):
     torch.manual_seed(0)
     right = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: [1.01 * right(*args)[0]])
@@ -375,7 +375,7 @@ def test_a_wrong_gradient_is_not_timed(problem, monkeypatch):
             problem((2, 3, 5, 7), torch.float32, who)
 
 
-def test_bytes_are_counted():
+def test_bytes_counts_inputs_and_outputs():
     x = torch.ones(1000)
     with Bytes() as count:
         (x.view(10, 100) * 2).sum()
@@ -384,8 +384,8 @@ def test_bytes_are_counted():
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 9), (torch.float32, 17)])
-def test_training_moves_a_third_of_what_eager_torch_does(dtype, least):
-    """Per element; what the kernels' docstrings say beside what is counted of eager torch."""
+def test_training_moves_a_third_of_the_bytes_of_eager_torch(dtype, least):
+    """Per element: what the kernels' docstrings say, and what is counted in eager torch."""
     ours, theirs = (test_kernels.training_problem((8, 3, 64, 64), dtype, who) for who in ("fastddpm", "reference"))
     assert ours.per_element == least
     assert ours.bytes_moved == theirs.bytes_moved == least * 8 * 3 * 64 * 64
@@ -395,8 +395,8 @@ def test_training_moves_a_third_of_what_eager_torch_does(dtype, least):
 
 @pytest.mark.parametrize("who", ["reference", "diffusers"])
 @pytest.mark.parametrize("problem", [test_kernels.step_problem, test_kernels.noising_problem])
-def test_others_do_the_same_work(problem, who):
-    """Their results pass the gate, and are nothing that was there before."""
+def test_other_implementations_do_the_same_work(problem, who):
+    """Their results pass the gate, and each call computes a new one."""
     pytest.importorskip("diffusers")
     found = problem((2, 3, 5, 7), torch.float32, who)
     assert found.errors["rms"]["error"] <= found.errors["rms"]["bound"]
@@ -408,7 +408,7 @@ def test_others_do_the_same_work(problem, who):
 
 @pytest.mark.parametrize("name", ["fastddpm eager fp32", "fastddpm eager bf16", "reference eager fp32"])
 @pytest.mark.parametrize("work", ["forward", "loop"])
-def test_a_wrong_network_is_not_timed(name, work):
+def test_wrong_network_is_not_timed(name, work):
     who = contenders.contender(name)
     prepared = partial(contenders.forward, "tiny", 3) if work == "forward" else partial(contenders.loop, "tiny", 3, 2)
     with prepared(who) as ready:
@@ -439,11 +439,11 @@ def test_wrong_training_is_not_timed(name):
     ("layer", "damage"),
     [("conv_in", lambda g: 1.05 * g), ("conv_out", lambda g: g.flip(0)), ("time_embedding.linear_1", lambda g: 0 * g)],
 )
-def test_a_wrong_gradient_of_weights_is_not_timed(name, layer, damage, monkeypatch):
-    """That of what the network returned is right."""
+def test_wrong_gradient_of_weights_is_not_timed(name, layer, damage, monkeypatch):
+    """The gradient of the network's output is right."""
     pytest.importorskip("diffusers")
     who = contenders.contender(name)
-    trained = (Trainer, "_network") if who.who == "fastddpm" else (test_training, "theirs")
+    trained = (Trainer, "wrapped_network") if who.who == "fastddpm" else (test_training, "theirs")
     right = getattr(*trained)
 
     def damaged(maker):
@@ -458,8 +458,8 @@ def test_a_wrong_gradient_of_weights_is_not_timed(name, layer, damage, monkeypat
         test_training.training("tiny", 4, who)
 
 
-def test_the_work_of_training_is_that_of_both_passes(monkeypatch):
-    """Of every image; a thousandth of it is the first layer's gradient, which nobody asks for, and t's layers."""
+def test_flops_of_training_are_those_of_both_passes(monkeypatch):
+    """For every image. A thousandth is the first layer's input gradient, which is not needed, and the layers of t."""
     monkeypatch.setattr(layouts, "LAYOUTS", {"cifar10-32": layouts.CIFAR10})
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         UNet(**layouts.CIFAR10)(torch.empty(1, 3, 32, 32), torch.zeros(1)).sum().backward()
@@ -472,7 +472,7 @@ def test_the_work_of_training_is_that_of_both_passes(monkeypatch):
     assert (how["images"], how["precision"], how["errors"], how["facts"]) == (7, "bf16", ready.errors, ready.facts)
 
 
-def test_training_on_other_noise_is_not_timed(monkeypatch):
+def test_training_with_other_noise_is_not_timed(monkeypatch):
     def noising(x_0, t, address, *others, **how):
         return right(x_0, t, address + 1, *others, **how)
 
@@ -482,7 +482,7 @@ def test_training_on_other_noise_is_not_timed(monkeypatch):
         test_training.training("tiny", 4, contenders.contender("fastddpm eager bf16"))
 
 
-def test_a_network_is_judged_by_a_sample_that_every_batch_has():
+def test_judged_sample_is_in_every_batch():
     assert torch.equal(contenders.inputs("tiny", 1), contenders.inputs("tiny", 5)[:1])
     x = contenders.inputs("tiny", 2)
     assert torch.equal(x.bfloat16().float(), x)
@@ -501,7 +501,7 @@ def test_each_set_of_inputs_is_used_once():
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_gpu)])
-def test_a_gpus_time_is_that_between_two_events(device, monkeypatch):
+def test_gpu_time_is_between_two_events(device, monkeypatch):
     monkeypatch.setattr(machine, "DEVICE", torch.device(device))
     x = torch.randn(1 << 20, device=device)
     run, n = machine.rotated([x.sin] * 50, captured=True)
@@ -514,7 +514,7 @@ def test_a_gpus_time_is_that_between_two_events(device, monkeypatch):
 # Kernels in the interpreter
 
 
-def test_every_plan_of_the_norm_is_raced(interpreted):
+def test_every_plan_of_the_norm_is_timed(interpreted):
     torch.manual_seed(0)
     problem = test_races.NormProblem(LARGE, 2)
     plans = test_races.plans(problem)
@@ -523,8 +523,8 @@ def test_every_plan_of_the_norm_is_raced(interpreted):
 
 
 @pytest.mark.slow
-def test_plans_are_compiled_by_other_processes(monkeypatch):
-    """What does not arrive there, or fails, is an error here."""
+def test_compile_ahead_compiles_in_other_processes(monkeypatch):
+    """Tasks that cannot be sent there, or fail there, raise here."""
     problems = {norm: test_races.NormProblem(norm, 1) for norm in (NORM, LARGE)}
     test_races.compile_ahead(problems, processes=1)
     monkeypatch.setattr(test_races, "plans", lambda problem: {"no such plan": problem.ours})
@@ -533,7 +533,7 @@ def test_plans_are_compiled_by_other_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["step", "noising"])
-def test_other_launches_are_raced(interpreted, monkeypatch, kernel):
+def test_other_launches_are_timed(interpreted, monkeypatch, kernel):
     module, seen = import_module(f"fastddpm.kernels.{kernel}"), set()
     launched = getattr(module, f"{kernel}_kernel")
 

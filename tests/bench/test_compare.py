@@ -1,4 +1,4 @@
-"""Did it become slower? The judge on simulated clocks, turns with small processes, the command with small builds."""
+"""Comparisons of builds: the judge on simulated clocks, turns with small processes, the command with small builds."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-pytest.importorskip("pytest_benchmark")  # bench has it
+pytest.importorskip("pytest_benchmark")  # bench needs it
 
 from bench import compare, judge, trees, turns
 from bench.judge import Case, Comparison
@@ -29,7 +29,7 @@ LIMITS = {"threshold": 0.05, "p": 0.002}
 
 
 def clock(seconds, rounds, rng, drift=lambda t: 1.0, *, interleaved=True):
-    """Samples of two equal builds on a machine that is noisy, sometimes interrupted, and drifts."""
+    """Return samples of two equal builds on a machine that is noisy, sometimes interrupted, and drifts."""
     order = np.tile([0, 1, 1, 0], rounds)[: 2 * rounds] if interleaved else np.repeat([0, 1], rounds)
     samples = [], []
     for now, side in enumerate(order):
@@ -44,7 +44,7 @@ def verdict(samples, slower=1.0, **limits):
 
 
 @pytest.mark.parametrize(("rounds", "least"), [(10, 85), (20, 99), (50, 100)])
-def test_a_planted_slow_down_is_found(rounds, least):
+def test_planted_slowdown_is_found(rounds, least):
     rng = np.random.default_rng(rounds)
     for slower, want in ((1.1, "slower"), (1 / 1.1, "faster")):
         found = [verdict(clock(0.01, rounds, rng), slower) for _ in range(100)]
@@ -62,8 +62,8 @@ DRIFTS = {
 
 @pytest.mark.parametrize("drift", DRIFTS)
 @pytest.mark.parametrize("rounds", [7, 20])
-def test_equal_builds_differ_no_more_often_than_chance_makes_them(drift, rounds):
-    """Threshold 0, so that p alone has to hold them; 0.05 has more to count."""
+def test_equal_builds_differ_no_more_often_than_by_chance(drift, rounds):
+    """The threshold is 0, so that only p decides; p = 0.05 gives more differences to count."""
     rng = np.random.default_rng(rounds)
     runs = [clock(1e-4, rounds, rng, DRIFTS[drift]) for _ in range(1000)]
     for p in (0.002, 0.05):
@@ -77,14 +77,14 @@ def test_equal_builds_differ_no_more_often_than_chance_makes_them(drift, rounds)
 
 
 def launches(number, effect, rng, drift=lambda t: 1.0):
-    """Of two equal builds whose processes differ in all of their rounds, on a machine that has become another since."""
+    """Return samples of two equal builds whose processes differ in all of their rounds, on a machine that drifts."""
     runs = [clock(0.01 * drift(launch / number), 10, rng) for launch in range(number)]
     return [[np.multiply(run[side], rng.lognormal(0, effect)) for run in runs] for side in (0, 1)]
 
 
 @pytest.mark.parametrize("drift", DRIFTS)
-def test_a_process_that_is_slow_by_nature_is_no_regression(drift):
-    """Samples of one process are not independent of each other: p alone would be fooled, as it is by one launch."""
+def test_slow_process_is_not_a_regression(drift):
+    """Samples of one process are not independent of each other, so one launch with p alone is deceived."""
     rng = np.random.default_rng(1)
 
     def count(number, effect, slower=1.0):
@@ -98,7 +98,7 @@ def test_a_process_that_is_slow_by_nature_is_no_regression(drift):
         assert count(3, 0.01, slower=1.1) > 950
 
 
-def test_runs_that_are_no_pairs_are_compared_each_with_each():
+def test_unpaired_runs_are_compared_each_with_each():
     rng = np.random.default_rng(0)
     base, slow, equal = (rng.lognormal(0, 0.01, (3, 20)) * factor for factor in (1, 1.1, 1))
     assert judge.judge("a case", base, slow[:2], **LIMITS).verdict == "slower"
@@ -106,13 +106,13 @@ def test_runs_that_are_no_pairs_are_compared_each_with_each():
     assert judge.judge("a case", slow, base[:2], **LIMITS).verdict == "faster"
 
 
-def test_without_turns_drift_is_a_difference():
+def test_without_turns_drift_looks_like_a_difference():
     rng = np.random.default_rng(0)
     runs = [clock(0.01, 20, rng, DRIFTS["warming up"], interleaved=False) for _ in range(20)]
     assert [verdict(run) for run in runs] == ["slower"] * 20
 
 
-def test_small_but_certain_and_large_but_noise_do_not_count():
+def test_small_differences_and_noise_do_not_count():
     steady, rng = np.linspace(1, 1.001, 20), np.random.default_rng(0)
     assert verdict((steady, 1.04 * steady)) == "unchanged"
     assert verdict((steady, 1.06 * steady)) == "slower"
@@ -125,7 +125,7 @@ def test_small_but_certain_and_large_but_noise_do_not_count():
 
 
 @pytest.mark.parametrize(("p", "n", "m"), [(0.002, 7, 7), (0.002, 5, 9), (0.05, 4, 4), (0.05, 3, 5), (1e-4, 9, 9)])
-def test_too_few_samples_are_those_that_never_suffice(p, n, m):
+def test_too_few_samples_can_never_reach_p(p, n, m):
     base, head = list(range(1, n + 1)), list(range(100, 100 + m))
     found = judge.judge("a case", [base], [head], threshold=0.05, p=p)
     assert found.verdict == "slower"
@@ -135,7 +135,7 @@ def test_too_few_samples_are_those_that_never_suffice(p, n, m):
     assert "--launches 2" in few.reason
 
 
-def test_the_number_of_launches_suffices():
+def test_suggested_number_of_launches_suffices():
     few = judge.judge("a case", [[1.0, 2.0]], [[3.0, 4.0]], **LIMITS)
     assert re.search(r"2 and 2 .*--launches 4", few.reason)
     assert judge.smallest_p(8, 8) < 0.002 <= judge.smallest_p(6, 6)
@@ -195,13 +195,13 @@ def only(base, head, **limits):
         ),
     ],
 )
-def test_what_is_not_compared_has_a_reason(base, head, reason):
+def test_cases_that_are_not_compared_have_a_reason(base, head, reason):
     assert only([record("a", TEN, **base)], [record("a", SLOW, **head)]) == Case(
         "test_kernels.py::a", "not compared", reason
     )
 
 
-def test_what_is_on_one_side_alone_is_not_compared():
+def test_cases_of_one_side_are_not_compared():
     found = judge.compare([record("a", TEN), record("b", TEN)], [record("b", TEN), record("c", TEN)])
     assert [(case.case[-1], case.verdict, case.reason) for case in found.cases] == [
         ("b", "unchanged", None),
@@ -211,7 +211,7 @@ def test_what_is_on_one_side_alone_is_not_compared():
 
 
 @pytest.mark.parametrize("samples", [TEN, []])
-def test_a_case_that_worked_and_fails_is_broken(samples):
+def test_case_that_fails_in_head_is_broken(samples):
     failed = record("a", outcome="failed", reason="rms error is 1, twice plain torch's 0.1")
     found = judge.compare([record("a", samples)], [failed])
     assert (found.cases[0].verdict, found.status) == ("broken", 1)
@@ -219,7 +219,7 @@ def test_a_case_that_worked_and_fails_is_broken(samples):
     assert only([record("a", TEN)], [record("a", TEN), failed]).verdict == "broken", "even if not in each run"
 
 
-def test_a_case_for_which_memory_no_longer_suffices_is_broken():
+def test_case_that_runs_out_of_memory_in_head_is_broken():
     short = record("a", outcome="skipped", reason="out of memory: CUDA out of memory. Tried to allocate 2 GiB")
     found = judge.compare([record("a", TEN)], [short])
     assert (found.cases[0].verdict, found.status) == ("broken", 1)
@@ -228,7 +228,7 @@ def test_a_case_for_which_memory_no_longer_suffices_is_broken():
     assert only([short], [record("a", TEN)]).verdict == "not compared"
 
 
-def test_cases_of_two_modules_are_two():
+def test_equal_names_in_two_modules_are_two_cases():
     other = {"case": "test_races.py::a"}
     found = judge.compare([record("a", TEN), record("a", TEN, **other)], [record("a", TEN), record("a", SLOW, **other)])
     assert [(case.case, case.verdict) for case in found.cases] == [
@@ -237,7 +237,7 @@ def test_cases_of_two_modules_are_two():
     ]
 
 
-def test_runs_are_pooled_if_they_measure_the_same():
+def test_runs_of_the_same_case_are_pooled():
     later = {"run": "2026-11-22T22:00:00Z"}
     few = [record("a", TEN[:4]), record("a", TEN[:4], **later)], [record("a", SLOW[:4]), record("a", SLOW[:4], **later)]
     found = only(*few)
@@ -250,11 +250,11 @@ def test_runs_are_pooled_if_they_measure_the_same():
     assert (found.verdict, found.samples) == ("unchanged", (10, 10)), "the valid alone"
 
 
-def test_another_device_is_an_error(tmp_path, capsys):
+def test_records_of_different_devices_are_rejected(tmp_path, capsys):
     files = [write(tmp_path / f"{n}.jsonl", record("a", TEN, device=n)) for n in ("gpu-a", "gpu-b")]
     assert failure(files, capsys) == (
-        "bench.compare: error: base was measured on gpu-a, head on gpu-b; their times do not compare: measure both on "
-        "one (see python -m bench.compare --help)"
+        "bench.compare: error: base was measured on gpu-a, head on gpu-b; want records of one device: measure both on "
+        "it (see python -m bench.compare --help)"
     )
 
 
@@ -271,7 +271,7 @@ def test_only_common_devices_are_compared():
 
 
 def failure(argv, capsys):
-    """The one line on stderr of a command that fails with status 2."""
+    """Return the one line on stderr of a command that fails with status 2."""
     with pytest.raises(SystemExit) as end:
         compare.main([str(word) for word in argv])
     assert end.value.code == 2
@@ -359,12 +359,12 @@ def test_markdown(stored, capsys):
         ("a``b", "``` a``b ```"),
     ],
 )
-def test_any_text_is_code(text, code):
+def test_any_text_is_quoted_as_code(text, code):
     assert compare._code(text) == code
     assert compare._cell(text) == code
 
 
-def test_a_cell_has_no_bar():
+def test_bars_are_escaped_in_cells():
     assert compare._code(r"a|b\|c") == r"`a|b\|c`"
     assert compare._cell(r"a|b\|c") == r"`a\|b\ \|c`"
 
@@ -394,7 +394,7 @@ def test_exit_status(verdicts, problems, status):
     assert Comparison([], cases, **LIMITS, problems=problems).status == status
 
 
-def test_a_line_cut_short_is_told_and_skipped(tmp_path, capsys):
+def test_truncated_line_is_reported_and_skipped(tmp_path, capsys):
     base, head = (write(tmp_path / name, record("a", TEN)) for name in ("base.jsonl", "head.jsonl"))
     with Path(head).open("a") as file:
         file.write('{"schema": 1, "ru')
@@ -407,20 +407,20 @@ def test_a_line_cut_short_is_told_and_skipped(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["{file}", "{tree}"], "base is records, head is installed: give records twice, or twice a build to measure"),
-        (["HEAD~0", "{file}"], "base is revision, head is records: give records twice, or twice a build to measure"),
-        (["{file}", "nowhere"], "nowhere is neither records (a file or folder of *.jsonl) nor a build of the package"),
+        (["{file}", "{tree}"], "base is records, head is installed; want records for both, or a build for both"),
+        (["HEAD~0", "{file}"], "base is revision, head is records; want records for both, or a build for both"),
+        (["{file}", "nowhere"], "nowhere is neither records nor a build of the package; want a file or folder"),
         (["{file}", "{empty}"], "{empty} is neither records"),
-        (["{file}", "{file}", "--launches", "2"], "stored records are not measured: leave out --select, --launches"),
-        (["{file}", "{file}", "--", "-x"], "stored records are not measured"),
-        (["{tree}", "{tree}", "--keep", "{empty}"], "{empty} exists; --keep takes a new folder"),
-        (["{file}", "{file}", "--threshold", "-1"], "argument --threshold: '-1' is no number from 0 to 1000"),
-        (["{file}", "{file}", "--p", "nan"], "argument --p: 'nan' is no number from 1e-12 to 1"),
-        (["{file}", "{file}", "--launches", "0"], "argument --launches: '0' is not 1 or more"),
+        (["{file}", "{file}", "--launches", "2"], "stored records are not measured again; leave out --select"),
+        (["{file}", "{file}", "--", "-x"], "stored records are not measured again"),
+        (["{tree}", "{tree}", "--keep", "{empty}"], "--keep is {empty}, which exists; want a new folder"),
+        (["{file}", "{file}", "--threshold", "-1"], "argument --threshold: '-1' is not a number from 0 to 1000"),
+        (["{file}", "{file}", "--p", "nan"], "argument --p: 'nan' is not a number from 1e-12 to 1"),
+        (["{file}", "{file}", "--launches", "0"], "argument --launches: '0' is not a whole number of 1 or more"),
         (["{file}", "{file}", "--json", "--markdown"], "argument --markdown: not allowed with argument --json"),
     ],
 )
-def test_refusals(tmp_path, capsys, monkeypatch, argv, message):
+def test_invalid_arguments_are_rejected(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.setattr(trees, "kind", lambda name, kind=trees.kind: "revision" if name == "HEAD~0" else kind(name))
     places = {"file": write(tmp_path / "a.jsonl", record("a", TEN)), "empty": tmp_path / "empty"}
     places |= {"tree": build(tmp_path / "tree", "")}
@@ -458,7 +458,10 @@ note("stops")
 
 
 def play(tmp_path, *plans):
-    """(what the two did, in order, their exit statuses): each is a list of cases with rounds, or code to run there."""
+    """Run two processes in turns; a plan is a list of cases with their rounds, or with code to run there.
+
+    Returns: (what the two did, in order; their exit statuses).
+    """
     log, environment = tmp_path / "log", ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     sides = [
         turns.Side(
@@ -472,7 +475,7 @@ def play(tmp_path, *plans):
 
 
 def rounds(events):
-    """Like "A:x0", each of which was done alone."""
+    """Return the rounds, like "A:x0", after checking that each ran alone."""
     timed = [event for event in events if event[1] in ("begins", "ends")]
     begun, ended = timed[::2], timed[1::2]
     assert [[name, *rest] for name, _, *rest in begun] == [[name, *rest] for name, _, *rest in ended]
@@ -500,7 +503,7 @@ def test_rounds_alternate(tmp_path):
         ([("x", 2), ("x", "sys.exit(3)"), ("y", 2)], [("x", 2), ("y", 1)], "A:x0 B:x0 B:x1 A:x1 B:y0"),
     ],
 )
-def test_who_is_behind_catches_up(tmp_path, one, other, want):
+def test_side_that_is_behind_catches_up(tmp_path, one, other, want):
     events, statuses = play(tmp_path, one, other)
     assert " ".join(rounds(events)) == want
     assert statuses == [3 if "sys.exit(3)" in str(one) else 0, 0]
@@ -524,7 +527,7 @@ OUTLIVED = "os.fork() or (time.sleep(4), note('outlives'), os._exit(0)); os._exi
         ([("x", 1), ("x", "os.close(int(os.environ['BENCH_TURNS'])); raise SystemExit")], [("x", 3)], [0, 0]),
     ],
 )
-def test_who_dies_leaves_the_turn_to_the_other(tmp_path, one, other, statuses):
+def test_other_side_continues_when_one_dies(tmp_path, one, other, statuses):
     events, found = play(tmp_path, one, other)
     assert found == statuses
     assert "outlives" not in [event[1] for event in events], "nobody waits for a child of the dead"
@@ -532,7 +535,7 @@ def test_who_dies_leaves_the_turn_to_the_other(tmp_path, one, other, statuses):
     assert done == [f"B:x{number}" for _, n in other if isinstance(n, int) for number in range(n)]
 
 
-def test_who_waits_does_not_compute(tmp_path):
+def test_waiting_takes_no_cpu_time(tmp_path):
     note = "began = time.process_time(), time.monotonic(); turns.over('x'); "
     note += "note('waited', time.process_time() - began[0], time.monotonic() - began[1])"
     events, _ = play(tmp_path, [("x", 1), ("x", "time.sleep(0.4)"), ("x", 1)], [("x", note)])
@@ -541,12 +544,12 @@ def test_who_waits_does_not_compute(tmp_path):
     assert cpu < 0.1
 
 
-def test_without_a_partner_nobody_waits(monkeypatch):
+def test_over_returns_at_once_without_a_partner(monkeypatch):
     monkeypatch.delenv("BENCH_TURNS", raising=False)
     turns.over("a case")
 
 
-def test_without_who_hands_over_it_ends():
+def test_process_ends_when_its_parent_has_ended():
     ours, theirs = socket.socketpair()
     with theirs:
         environment = ENVIRONMENT | {"BENCH_TURNS": str(theirs.fileno()), "PYTHONPATH": str(ROOT)}
@@ -571,7 +574,7 @@ def test_without_who_hands_over_it_ends():
         ("ab", "ba", "ab"),
     ],
 )
-def test_one_order_of_two(one, other, want):
+def test_two_orders_of_cases_are_merged(one, other, want):
     assert "".join(turns.merged(one, other)) == want
 
 
@@ -579,7 +582,7 @@ def test_one_order_of_two(one, other, want):
 
 
 def build(folder, source):
-    """An installed package of this source."""
+    """Return an installed package of this source."""
     (folder / "fastddpm" / "kernels").mkdir(parents=True)
     (folder / "fastddpm" / "__init__.py").write_text(source)
     (folder / "fastddpm" / "kernels" / "__init__.py").write_text("")
@@ -696,7 +699,7 @@ def suite(tmp_path):
 
 
 def command(suite, *argv, events=None):
-    """The running command."""
+    """Start the command. Returns: its process."""
     run = [sys.executable, "-m", "bench.compare", *map(str, argv)]
     run[run.index("--") if "--" in run else len(run) : 0] = ["--suite", str(suite)]
     environment = ENVIRONMENT | {"EVENTS": str(events or suite / "events")}
@@ -707,8 +710,8 @@ def events_of(suite):
     return [line.split() for line in (suite / "events").read_text().splitlines()]
 
 
-def test_a_slower_build_is_found(tmp_path, suite):
-    """It is slower in one case, wrong in another, lacks a third and dies in a fourth; what it can do is compared."""
+def test_slower_build_is_found(tmp_path, suite):
+    """It is slower in one case, wrong in another, lacks a third and dies in a fourth; the others are compared."""
     base = build(tmp_path / "before", BUILD + "\nnew = True\n")
     damage = "SECONDS, RIGHT = 0.03, False\ndef crash():\n    print('goodbye', flush=True), os.kill(os.getpid(), 9)\n"
     head = build(tmp_path / "after", BUILD + damage)
@@ -747,8 +750,8 @@ def test_a_slower_build_is_found(tmp_path, suite):
 
 
 @pytest.mark.slow
-def test_a_build_is_as_fast_as_itself(tmp_path, suite):
-    """Two launches, of which the other side begins the second; pytest's own options choose the cases."""
+def test_build_is_as_fast_as_itself(tmp_path, suite):
+    """Two launches, of which the second starts with the other side; pytest's options select the cases."""
     seeded = "import random\nnoise = random.Random(os.getpid() % 2)\n"
     seeded += "def wait(seconds):\n    return seconds * noise.lognormvariate(0, 0.02)\n"
     tree = build(tmp_path / "tree", BUILD + seeded)
@@ -763,7 +766,7 @@ def test_a_build_is_as_fast_as_itself(tmp_path, suite):
     assert len([event for event in events_of(suite) if event[1] == "begins"]) == 2 * 2 * (8 + 12)
 
 
-def test_two_launches_begin_with_either(tmp_path, suite, monkeypatch):
+def test_launches_alternate_the_first_side(tmp_path, suite, monkeypatch):
     started = []
     monkeypatch.setattr(trees, "alternate", lambda sides, title: started.append([side.log.name for side in sides]))
     monkeypatch.setattr(trees, "ENDED", (None,))
@@ -772,7 +775,7 @@ def test_two_launches_begin_with_either(tmp_path, suite, monkeypatch):
     assert started == [["base.log", "head.log"], ["head.log", "base.log"], ["base.log", "head.log"]]
 
 
-def test_nothing_to_compare_is_an_error(tmp_path, suite):
+def test_nothing_to_compare_is_status_2(tmp_path, suite):
     tree = build(tmp_path / "tree", BUILD)
     running = command(suite, tree, tree, "--select", "and")
     out, err = running.communicate()
@@ -783,7 +786,7 @@ def test_nothing_to_compare_is_an_error(tmp_path, suite):
 
 
 def alive(pid):
-    """Whether it runs; a zombie does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -792,7 +795,7 @@ def alive(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it takes /proc to see who lives")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_both_end_with_the_command(tmp_path, suite, how):
+def test_both_processes_end_with_the_command(tmp_path, suite, how):
     tree = build(tmp_path / "tree", BUILD + "\nSECONDS = 0.2\n")
     running = command(suite, tree, tree, "--select", "planted")
     while not (suite / "events").exists() or sum(event[1] == "begins" for event in events_of(suite)) < 3:
@@ -820,14 +823,23 @@ def test_both_end_with_the_command(tmp_path, suite, how):
             "__file__ = '/elsewhere/fastddpm/__init__.py'",
             "python imports /elsewhere/fastddpm/__init__.py, not what is in",
         ),
-        ("kernels", "python imports None, not what is in {tree}; is that a whole installation?"),
+        ("kernels", "python imports None, not what is in {tree}; is that installation complete?"),
     ],
 )
-def test_what_is_not_imported_is_not_measured(tmp_path, capsys, damage, message):
+def test_build_that_cannot_be_imported_is_rejected(tmp_path, capsys, damage, message):
     tree = build(tmp_path / "tree", damage if damage != "kernels" else "")
     if damage == "kernels":
         (tree / "fastddpm" / "kernels" / "__init__.py").unlink()
     with pytest.raises(ValueError, match=re.escape(message.format(tree=tree))):
+        trees.measure(str(tree), str(tree), tmp_path / "out")
+
+
+def test_build_that_the_benchmarks_cannot_import_is_rejected(tmp_path):
+    """Such as one from before the package was divided into folders."""
+    tree = build(tmp_path / "tree", BUILD)
+    message = f"the benchmarks of this checkout cannot measure {re.escape(str(tree))}: importing it failed: "
+    reason = r"ModuleNotFoundError: No module named 'fastddpm\.\w+'; want a build with the modules"
+    with pytest.raises(ValueError, match=message + reason):
         trees.measure(str(tree), str(tree), tmp_path / "out")
 
 
@@ -842,7 +854,7 @@ def git(folder, *command):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A checkout of two commits, the first of which is called old, with a build's leavings."""
+    """A checkout with two commits, the first with the tag "old", and with leftovers of a build."""
     folder = build(tmp_path / "checkout", "SECONDS = 1")
     (folder / "fastddpm" / "kernels").rename(folder / "kernels")
     (folder / "pyproject.toml").write_text(
@@ -864,13 +876,13 @@ def repository(tmp_path):
     return folder
 
 
-def test_what_is_compared_is_recognised(tmp_path, repository):
+def test_records_and_builds_are_recognised(tmp_path, repository):
     assert trees.kind("old", repository) == trees.kind("HEAD~1", repository) == "revision"
     assert trees.kind(str(repository)) == "checkout"
     assert trees.kind(str(build(tmp_path / "tree", ""))) == "installed"
     assert trees.kind(write(tmp_path / "results" / "a.jsonl", record("a"))) == "records"
     assert trees.kind(str(tmp_path / "results")) == "records"
-    with pytest.raises(ValueError, match=f"new is neither .* or a git revision of {re.escape(str(repository))}"):
+    with pytest.raises(ValueError, match=f"new is neither .*, or a git revision of {re.escape(str(repository))}"):
         trees.kind("new", repository)
 
 
@@ -892,7 +904,7 @@ def test_revisions_and_checkouts_are_installed(tmp_path, repository):
     assert trees.kind(str(tmp_path / "new")) == "installed"
 
 
-def test_what_a_checkout_is_called(tmp_path, repository):
+def test_name_of_a_checkout(tmp_path, repository):
     head = git(repository, "rev-parse", "HEAD")
     assert trees._commit(repository) == head
     (repository / "bench" / "results").mkdir(parents=True)
@@ -904,7 +916,7 @@ def test_what_a_checkout_is_called(tmp_path, repository):
     assert trees._commit(repository) == "checkout"
 
 
-def test_what_cannot_be_installed_is_told(tmp_path, repository):
+def test_build_that_cannot_be_installed_is_rejected(tmp_path, repository):
     (repository / "pyproject.toml").write_text("[project")
     with pytest.raises(ValueError, match=r"installing .*checkout failed: "):
         trees.install(str(repository), tmp_path / "new")

@@ -1,4 +1,4 @@
-"""Records are never lost, changed or misread, and know which source they are of."""
+"""Records are not lost, changed or misread, and identify the source of their case."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("pytest_benchmark")  # bench has it
+pytest.importorskip("pytest_benchmark")  # bench needs it
 
 from bench import records
 
@@ -71,11 +71,11 @@ def record(**changes):
         ({}, "unknown-1-threads"),
     ],
 )
-def test_a_device_is_a_folder(machine, name):
+def test_folder_name_of_a_device(machine, name):
     assert records.device_name(machine) == name
 
 
-def test_a_file_is_new_each_time(tmp_path):
+def test_every_run_gets_a_new_file(tmp_path):
     name = partial(records.new_file, tmp_path / "results", "nvidia-h200", "2026-11-22T21:00:00Z")
     first = name("0123456789abcdef")
     assert first == tmp_path / "results/nvidia-h200/2026-11-22T210000Z-0123456.jsonl"
@@ -89,7 +89,7 @@ def test_a_file_is_new_each_time(tmp_path):
 # Lines
 
 
-def test_what_is_appended_is_read(tmp_path):
+def test_appended_records_are_read(tmp_path):
     first, second = record(), record(time="2026-11-22T21:04:00Z")
     records.append(tmp_path / "a.jsonl", first)
     written = (tmp_path / "a.jsonl").read_bytes()
@@ -98,7 +98,7 @@ def test_what_is_appended_is_read(tmp_path):
     assert records.read([tmp_path / "a.jsonl"]) == [first, second]
 
 
-def test_a_line_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+def test_line_is_one_write_and_flushed_to_disk(tmp_path, monkeypatch):
     done = []
     for name in ("write", "fsync", "close"):
         real = getattr(os, name)
@@ -111,7 +111,7 @@ def test_a_line_is_whole_and_on_the_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rest", [b'{"schema": 1, "run', b"\xff\x00", b"\n\n"])
-def test_a_line_is_of_its_own_after_one_that_was_cut_short(tmp_path, rest):
+def test_record_after_a_truncated_line_is_on_a_new_line(tmp_path, rest):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"{}\n" + rest)
     records.append(file, record())
@@ -119,7 +119,7 @@ def test_a_line_is_of_its_own_after_one_that_was_cut_short(tmp_path, rest):
     assert json.loads(file.read_bytes().splitlines()[-1]) == record()
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_full_disk_is_reported(tmp_path, monkeypatch):
     file, write = tmp_path / "a.jsonl", os.write
     monkeypatch.setattr(records.os, "write", lambda fd, data: write(fd, data[:10]))
     with pytest.raises(OSError, match=r"10 of the record's .* is the disk full"):
@@ -130,13 +130,13 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         assert records.read([file]) == [record()]
 
 
-def test_many_write_to_one_file(tmp_path):
+def test_concurrent_appends(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: records.append(tmp_path / "a.jsonl", record(calls=n)), range(100)))
     assert sorted(found["calls"] for found in records.read([tmp_path])) == list(range(100))
 
 
-def test_what_json_does_not_have(tmp_path):
+def test_values_that_json_lacks_are_converted(tmp_path):
     facts = {"nan": math.nan, "list": (math.inf, -math.inf, 1.5), ("a", 1): np.float32(0.5), 7: np.int64(3), "no": True}
     records.append(tmp_path / "a.jsonl", record(facts=facts | {"path": Path("x"), "numpy nan": np.float64("nan")}))
     [found] = records.read([tmp_path])
@@ -176,7 +176,7 @@ def line(**changes):
         (line(run="2026-13-41T21:00:00Z"), "run is '2026-13-41T21:00:00Z'; want"),
     ],
 )
-def test_foreign_lines_are_skipped(tmp_path, foreign, why):
+def test_invalid_lines_are_skipped(tmp_path, foreign, why):
     file = tmp_path / "a.jsonl"
     file.write_bytes(line(calls=1) + b"\n\n" + foreign + b"\n" + line(calls=2))
     with pytest.warns(UserWarning, match="skipped") as warned:
@@ -217,14 +217,14 @@ def test_every_field_is_checked(tmp_path, field):
     assert len(warned) == 1 + len(wrong)
 
 
-def test_more_fields_and_nulls_are_fine(tmp_path):
+def test_more_fields_and_nulls_are_accepted(tmp_path):
     nulls = dict.fromkeys(["group", "contender", "reason", "clock", "cache", "precision", "errors", "commit", "dirty"])
     full = record(samples_s=[], shares={}, ceilings={}, invalid=[], params={}, later="more", **nulls)
     records.append(tmp_path / "a.jsonl", full)
     assert records.read([tmp_path]) == [full]
 
 
-def test_files_and_folders_in_order_of_time(tmp_path):
+def test_records_of_files_and_folders_are_in_order_of_time(tmp_path):
     def put(name, *times):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         for run, time in times:
@@ -241,14 +241,14 @@ def test_files_and_folders_in_order_of_time(tmp_path):
     assert days == [("01", "08"), ("01", "09"), ("02", "03"), ("02", "05"), ("03", "03")]
 
 
-def test_a_file_that_vanishes_is_skipped(tmp_path):
+def test_file_that_vanishes_is_skipped(tmp_path):
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     records.append(tmp_path / "here.jsonl", record())
     with pytest.warns(UserWarning, match=r"gone\.jsonl: skipped, No such file"):
         assert records.read([tmp_path]) == [record()]
 
 
-def test_a_path_that_does_not_exist_is_an_error(tmp_path):
+def test_missing_path_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist; want a file or folder of records"):
         records.read([tmp_path / "nowhere"])
 
@@ -258,7 +258,7 @@ def test_a_path_that_does_not_exist_is_an_error(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """git(...) in a repository with bench/ in it, where records.py is made to believe to lie."""
+    """git(...) in a repository that contains bench/, where records.py seems to be."""
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     for name, value in {
@@ -279,7 +279,7 @@ def repository(tmp_path, monkeypatch):
     return lambda *args: run(["git", *args]).stdout.strip()
 
 
-def test_a_commit_and_whether_all_is_in_it(repository):
+def test_commit_and_dirty(repository):
     assert records.commit() == (None, None), "there is no repository yet"
     repository("init", "-q")
     assert records.commit() == (None, None), "there is no commit yet"
@@ -306,12 +306,12 @@ def test_a_commit_and_whether_all_is_in_it(repository):
 @pytest.mark.parametrize(
     ("given", "found"), [("abc", ("abc", False)), ("abc-dirty", ("abc", True)), ("", (None, None))]
 )
-def test_the_environment_names_the_commit_of_a_copy(repository, monkeypatch, given, found):
+def test_environment_variable_sets_the_commit(repository, monkeypatch, given, found):
     monkeypatch.setenv("COMMIT", given)
     assert records.commit() == found
 
 
-def test_without_git_there_is_no_commit(repository, monkeypatch):
+def test_no_commit_without_git(repository, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert records.commit() == (None, None)
 
@@ -463,7 +463,7 @@ def counted(data):
 
 @pytest.fixture
 def hashed(tmp_path, monkeypatch):
-    """hashed(file, old, new): the hash of the case, in a package of which one file is changed."""
+    """hashed(file, old, new): the hash of the case, in a package with one changed file."""
 
     def hash_of(*change):
         folder = tmp_path / str(next(DIRECTORIES))  # where nothing is cached
@@ -515,7 +515,7 @@ def write(folder, file="test_it.py", old="", new=""):
         ("conftest.py", "@pytest.fixture\ndef measure", "@pytest.fixture(scope='function')\ndef measure"),
     ],
 )
-def test_what_does_not_change_a_measurement_does_not_change_its_hash(hashed, file, old, new):
+def test_hash_ignores_changes_that_do_not_affect_a_measurement(hashed, file, old, new):
     assert hashed(file, old, new) == hashed()
 
 
@@ -548,12 +548,12 @@ def test_what_does_not_change_a_measurement_does_not_change_its_hash(hashed, fil
         ("conftest.py", "121", "122"),
     ],
 )
-def test_what_changes_a_measurement_changes_its_hash(hashed, file, old, new):
+def test_hash_changes_with_the_measurement(hashed, file, old, new):
     assert hashed(file, old, new) != hashed()
 
 
-def test_a_hash_is_the_same_in_every_process_and_python(hashed, tmp_path):
-    """The one from 3.10 to 3.13."""
+def test_hash_is_the_same_in_every_process_and_python(hashed, tmp_path):
+    """The literal is the one from 3.10 to 3.13."""
     write(tmp_path)
     code = "from bench.records import source_hash; from cases.test_it import test_it; print(source_hash(test_it))"
     found = {
@@ -567,7 +567,7 @@ def test_a_hash_is_the_same_in_every_process_and_python(hashed, tmp_path):
     assert found == {hashed()} == {"43aaa49e22f3"}
 
 
-def test_what_has_no_source_has_a_hash():
+def test_objects_without_source_have_a_hash():
     functions = {}
     exec("def one(x):\n    return len(x)\ndef two(x):\n    return sum(x)\ndef three(x):\n    return two(x)", functions)
     one, two, three = (functions[name] for name in ("one", "two", "three"))
@@ -579,7 +579,7 @@ def test_what_has_no_source_has_a_hash():
     assert len({records.source_hash(function) for function in (one, two, three)}) == 3
 
 
-def test_the_cases_of_the_suite_are_different():
+def test_all_cases_have_different_hashes():
     found = {}
     for file in sorted((ROOT / "bench").glob("test_*.py")):
         module = import_module(f"bench.{file.stem}")

@@ -1,4 +1,4 @@
-"""The page of all records: its numbers, its axes, and what a browser makes of it."""
+"""The HTML page of all records: its numbers, its axes, and how a browser shows it."""
 
 import json
 import math
@@ -20,14 +20,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("pytest_benchmark")  # bench has it
+pytest.importorskip("pytest_benchmark")  # bench needs it
 
-from bench import records, report
+from bench import records, report, report_parts
 from bench.chart import BYTES, SECONDS, Markup, figure, linear, logarithmic, percent, quantity, tag
 
 ROOT = Path(__file__).parents[2]
 
-# Records as a benchmark makes them
+# Records like those of the benchmarks
 
 EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>\ud800 & \"quoted\""
 H200 = {
@@ -53,7 +53,7 @@ WATCH = NO_WATCH | {
 
 
 def record(**fields):
-    """One that passed, of nothing in particular."""
+    """Return a record that passed."""
     plain = {
         "schema": 1, "run": "2026-11-22T21:00:00Z", "time": "2026-11-22T21:03:00Z", "params": {}, "hash": "a1b2c3",
         "case": "test_kernels.py::test_step", "name": "test_step[a]", "group": None, "contender": None,
@@ -66,13 +66,13 @@ def record(**fields):
 
 
 def failed(why, **fields):
-    """What a failed case tells."""
+    """Return the record of a failed case."""
     nothing = {"samples_s": [], "shares": {}, "group": None, "contender": None}
     return record(**fields) | {"outcome": "failed", "reason": why} | nothing
 
 
 def cases(device):
-    """{(case, name): (share of the ceilings, what all of its records say)}."""
+    """Return {(case, name): (share of the ceilings, fields of all its records)}."""
     gpu, found = device == "nvidia-h200", {}
     for batch in (1, 64, 21846) if gpu else (1, 64):
         for who, share in (("fastddpm", 0.91), ("reference", 0.22), ("diffusers", 0.11)):
@@ -104,7 +104,7 @@ def cases(device):
 
 
 def timed(fields, share, ceilings, noise):
-    """Samples and shares of what a case moves and computes, at that share of the nearer ceiling."""
+    """Return samples and shares of a case that runs at this share of the nearer ceiling."""
     amounts = {"GB/s": (fields.get("bytes", 0) / 1e9, ceilings["copy"])}
     amounts["TFLOP/s"] = fields.get("flops", 0) / 1e12, ceilings.get(fields.get("precision"), 1)
     seconds = max(amount / ceiling for amount, ceiling in amounts.values()) / share
@@ -114,7 +114,7 @@ def timed(fields, share, ceilings, noise):
 
 
 def synthetic(folder, commits=12):
-    """Records of two devices, with all that may happen to a case."""
+    """Write records of two devices with everything that may happen to a case."""
     rng = random.Random(0)
     hashes = [f"{rng.getrandbits(160):040x}" for _ in range(commits)]
     for device, machine in (("nvidia-h200", H200), ("xeon-2-threads", XEON)):
@@ -184,7 +184,7 @@ def write(path, lines):
         (logarithmic(3e-4, 4e-2, 4).labels(SECONDS), ["100 µs", "1 ms", "10 ms", "100 ms"]),
     ],
 )
-def test_numbers_are_said_shortly(text, want):
+def test_numbers_are_short(text, want):
     assert text == want
 
 
@@ -194,7 +194,7 @@ AMOUNTS = st.floats(1e-12, 1e12)
 
 
 @given(low=AMOUNTS, width=st.floats(1e-3, 1e6), most=st.integers(3, 9))
-def test_a_linear_axis_has_a_few_round_ticks_around_the_values(low, width, most):
+def test_linear_axis_has_a_few_round_ticks_around_the_values(low, width, most):
     high = low * (1 + width)
     scale = linear(low, high, most)
     steps = [after - before for before, after in zip(scale.ticks, scale.ticks[1:], strict=False)]
@@ -209,7 +209,7 @@ def test_a_linear_axis_has_a_few_round_ticks_around_the_values(low, width, most)
 
 
 @given(low=AMOUNTS, width=st.floats(0, 1e12), most=st.integers(3, 9))
-def test_a_logarithmic_axis_has_a_few_round_ticks_around_the_values(low, width, most):
+def test_logarithmic_axis_has_a_few_round_ticks_around_the_values(low, width, most):
     high = low * (1 + width)
     scale = logarithmic(low, high, most)
     assert 2 <= len(scale.ticks) <= most
@@ -221,7 +221,7 @@ def test_a_logarithmic_axis_has_a_few_round_ticks_around_the_values(low, width, 
 
 
 @given(low=st.floats(1e-6, 1e6), high=st.floats(1e-6, 1e6), log=st.booleans())
-def test_the_labels_of_an_axis_are_its_ticks(low, high, log):
+def test_labels_of_an_axis_are_its_ticks(low, high, log):
     scale = (logarithmic if log else linear)(min(low, high), max(low, high))
     assert [float(label.replace(",", "")) for label in scale.labels()] == pytest.approx(
         scale.ticks, rel=1e-5, abs=1e-12
@@ -229,7 +229,7 @@ def test_the_labels_of_an_axis_are_its_ticks(low, high, log):
 
 
 @pytest.mark.parametrize("value", [0, 1, 5e-3])
-def test_an_axis_of_one_value_has_a_width(value):
+def test_axis_of_one_value_has_a_width(value):
     for high in (value, value * (1 + 1e-15)):
         ticks = linear(value, high).ticks
         assert ticks[0] <= value <= high <= ticks[-1]
@@ -241,7 +241,7 @@ def test_an_axis_of_one_value_has_a_width(value):
 
 
 class Reader(HTMLParser):
-    """Its tags, all closed in order, and its text."""
+    """The tags, which must be closed in order, and the text of a page."""
 
     def __init__(self, html):
         super().__init__()
@@ -268,7 +268,7 @@ def read(*found):
     return Reader(report.page(list(found)))
 
 
-def test_text_is_escaped_wherever_it_comes_from():
+def test_all_text_is_escaped():
     assert (
         tag("p", "<b>", Markup("<i></i>"), None, class_='"', data_case=None) == '<p class="&quot;">&lt;b&gt;<i></i></p>'
     )
@@ -285,21 +285,21 @@ def test_text_is_escaped_wherever_it_comes_from():
     assert sum("onerror" in text for text in found.text) > 10
 
 
-# What the page makes of records
+# How the page shows records
 
 
 def marks(found):
-    """Kinds of the points of all histories and rooflines."""
+    """Return the kinds of the points of all histories and rooflines."""
     return [about["class"] for about in found.with_class("mark") if "data-case" not in about][3:]  # the legend's
 
 
 def lines(found):
-    """How many points each line of the histories joins."""
+    """Return the number of points that each line of the histories joins."""
     return [about["d"].count(" ") for about in found.with_class("line") if "roof" not in about["class"]][1:]
 
 
 def runs(*changes, **fields):
-    """One case, a run a month."""
+    """Return the records of one case, one run a month."""
     return [record(run=f"2026-{month:02}-01T00:00:00Z", **fields | change) for month, change in enumerate(changes, 1)]
 
 
@@ -314,7 +314,7 @@ def runs(*changes, **fields):
         ([{}], []),
     ],
 )
-def test_a_line_breaks_where_the_case_changed(changes, joined):
+def test_line_breaks_where_the_case_changed(changes, joined):
     found = read(*runs(*changes))
     assert lines(found) == joined
     hashes = [change.get("hash") for change in changes]
@@ -322,7 +322,7 @@ def test_a_line_breaks_where_the_case_changed(changes, joined):
     assert len(marks(found)) == len(changes)
 
 
-def test_points_tell_what_became_of_a_run():
+def test_points_show_the_outcome_of_a_run():
     changes = {}, {"invalid": ["throttled: hot"]}, {"outcome": "failed", "samples_s": [], "reason": "it is wrong"}
     found = read(*runs(*changes, {"outcome": "skipped", "samples_s": [], "reason": "no time"}, {"samples_s": []}))
     assert marks(found) == ["mark ours passed", "mark ours invalid", "mark ours failed"]
@@ -332,7 +332,7 @@ def test_points_tell_what_became_of_a_run():
     assert "skipped: no time" in text
 
 
-def test_a_case_is_known_by_what_it_was_before_it_failed():
+def test_failed_case_keeps_its_group_and_contender():
     about = {"group": "a step", "contender": "diffusers eager fp32"}
     first, second = runs(about, {})
     found = read(first, failed("it is wrong", **second))
@@ -340,18 +340,18 @@ def test_a_case_is_known_by_what_it_was_before_it_failed():
     assert "diffusers eager fp32" in found.text
 
 
-def test_runs_of_one_commit_are_points_of_their_own():
+def test_runs_of_one_commit_are_separate_points():
     found = read(*runs({"dirty": True}, {"dirty": False}, {"commit": None, "dirty": None}))
     assert len(marks(found)) == 3
     assert {"abcdef0*", "abcdef0", "unknown"} <= set(found.text)
 
 
-def test_a_long_history_is_cut():
+def test_long_history_is_cut():
     found = read(*(record(run=f"2026-01-01T00:{n // 60:02}:{n % 60:02}Z") for n in range(70)))
-    assert len(marks(found)) == report.LONGEST
+    assert len(marks(found)) == report_parts.LONGEST
 
 
-def test_devices_and_scales_do_not_mix():
+def test_devices_and_scales_are_separate():
     gpu = {"device": "nvidia-h200", "scale": "cuda", "machine": H200}
     found = read(record(), record(scale="tiny"), record(name="test_step[b]", **gpu))
     assert len(found.with_class("device")) == 3
@@ -362,7 +362,7 @@ def test_devices_and_scales_do_not_mix():
 
 
 def contenders(run, **times):
-    """The records of a group in one run."""
+    """Return the records of a group in one run."""
     return [
         record(
             run=run, name=f"test_step[{who}]", contender=who.replace("_", " "), group="a step", samples_s=[seconds] * 3
@@ -376,7 +376,7 @@ def rows_of_the_race(found):
     return re.findall(race, "|".join(found.text))
 
 
-def test_contenders_of_one_run_race():
+def test_contenders_of_one_run_are_compared():
     old = contenders("2026-01-01T00:00:00Z", fastddpm=0.001, diffusers=0.001, reference=0.004)
     new = contenders("2026-02-01T00:00:00Z", fastddpm=0.002, fastddpm_eager=0.003, diffusers=0.005)
     found = read(*old, *new)
@@ -388,7 +388,7 @@ def test_contenders_of_one_run_race():
     assert "fastddpm is 2.50 × as fast as diffusers, the fastest other" in "".join(found.text)
 
 
-def test_an_invalid_contender_wins_no_race():
+def test_invalid_contender_is_not_the_fastest():
     found = contenders("2026-01-01T00:00:00Z", fastddpm=0.001, fastddpm_eager=0.002, diffusers=0.001, reference=0.004)
     for one in (found[0], found[2]):
         one["invalid"] = ["throttled"]
@@ -397,7 +397,7 @@ def test_an_invalid_contender_wins_no_race():
     assert [text for text in page.text if text.endswith(" × as fast")] == ["our eager is 2.00 × as fast"]
 
 
-def test_a_roofline_has_what_is_valid_at_its_median():
+def test_roofline_shows_valid_medians():
     work = {"flops": 6e9, "bytes": 3e6}
     found = read(
         record(**work),
@@ -410,7 +410,7 @@ def test_a_roofline_has_what_is_valid_at_its_median():
     assert any(text.startswith("test_step[a]\n3.00 TFLOP/s at 2,000 FLOP/byte\n") for text in found.text)
 
 
-def test_memory_races_too():
+def test_peak_memory_is_compared():
     found = contenders("2026-01-01T00:00:00Z", fastddpm=1, diffusers=1)
     for one, peak in zip(found, (2e8, 4e8), strict=True):
         one.update(samples_s=[], facts={"peak_bytes": peak})
@@ -420,7 +420,7 @@ def test_memory_races_too():
     assert [about["width"] for about in page.with_class("fill")] == ["50.0%", "100.0%"]
 
 
-def test_a_race_is_of_the_latest_run_with_both_sides_and_says_who_is_slower():
+def test_comparison_uses_the_latest_run_with_both_sides():
     both = contenders("2026-01-01T00:00:00Z", fastddpm_eager_fp32=0.005, diffusers_eager_fp32=0.004)
     page = read(*both, *contenders("2026-02-01T00:00:00Z", fastddpm_eager_fp32=0.001))
     assert rows_of_the_race(page)[0] == ("diffusers eager fp32", "4.00 ms", "our eager fp32 is 0.800 × as fast")
@@ -428,18 +428,18 @@ def test_a_race_is_of_the_latest_run_with_both_sides_and_says_who_is_slower():
     assert "fastddpm eager fp32 is 0.800 × as fast as diffusers eager fp32" in "".join(page.text)
 
 
-def test_each_is_compared_with_its_own_kind():
+def test_contender_is_compared_with_the_same_engine_and_precision():
     times = {"fastddpm_eager_bf16": 0.001, "fastddpm_eager_fp32": 0.002, "diffusers_eager_fp32": 0.003}
     page = read(*contenders("2026-01-01T00:00:00Z", **times))
     assert rows_of_the_race(page)[2] == ("diffusers eager fp32", "3.00 ms", "our eager fp32 is 1.50 × as fast")
     assert "fastddpm eager bf16 is 3.00 × as fast as diffusers eager fp32" in "".join(page.text)
 
 
-def test_doubts_about_the_ceilings_are_told():
-    assert "not to be trusted: throttled" not in "".join(read(record()).text)
+def test_unreliable_ceilings_are_reported():
+    assert "unreliable: throttled" not in "".join(read(record()).text)
     work = {"flops": 6e9, "bytes": 3e6, "shares": {"GB/s": {"rate": 1.5, "share": 0.07}}}
     text = "".join(read(record(ceilings_invalid=["throttled"], **work)).text)
-    assert text.count("The ceilings of this run are not to be trusted: throttled.") == 3
+    assert text.count("The ceilings of this run are unreliable: throttled.") == 3
 
 
 def test_tiles_count_the_latest_run():
@@ -450,7 +450,7 @@ def test_tiles_count_the_latest_run():
     assert "not in the latest run; failed: wrong" in page.text
 
 
-def test_a_first_image_has_no_rate():
+def test_first_image_has_no_rate():
     kinds = {"sampling": ["2.00"], "first image of a process": []}
     for group, want in kinds.items():
         page = read(record(group=group, images=0.004))
@@ -458,7 +458,7 @@ def test_a_first_image_has_no_rate():
         assert [text for text in row if text == "2.00"] == want
 
 
-def test_a_roofline_is_of_one_run():
+def test_roofline_shows_one_run():
     work, old = {"flops": 6e9, "bytes": 3e6}, "2026-01-01T00:00:00Z"
     page = read(record(run=old, name="b", **work), record(**work), record(run="2026-12-01T00:00:00Z", name="c"))
     assert [about["data-case"].split()[-1] for about in page.with_class("mark") if "data-case" in about] == [
@@ -467,16 +467,16 @@ def test_a_roofline_is_of_one_run():
     assert "has a valid time" in "".join(read(record(invalid=["hot"], **work)).text)
 
 
-def test_lists_of_parts_are_told_by_their_medians():
+def test_lists_of_parts_are_shown_as_medians():
     page = read(record(facts={"parts_s": [{"load": 1.0}, {"load": 2.0}, {"load": 4.0}]}))
     assert "parts, medians: load 2.00 s" in page.text
 
 
-def test_a_single_contender_races_with_nobody():
+def test_single_contender_is_not_compared():
     assert not read(*contenders("2026-01-01T00:00:00Z", fastddpm=0.001)).with_class("race")
 
 
-def test_the_older_run_of_a_race_is_named():
+def test_older_run_of_a_comparison_is_named():
     old = contenders("2026-01-01T00:00:00Z", fastddpm=0.001, diffusers=0.001)
     assert "abcdef0, 2026-01-01 00:00 UTC" in read(*old, record(run="2026-03-01T00:00:00Z")).text
 
@@ -501,11 +501,11 @@ def test_the_older_run_of_a_race_is_named():
         [failed("it is wrong", name="b", group="g"), record(group="g")],
     ],
 )
-def test_any_record_makes_a_page(found):
+def test_every_record_makes_a_page(found):
     assert read(*found).with_class("device")
 
 
-def test_the_tables_tell_all_numbers():
+def test_tables_show_all_numbers():
     errors = {"max": {"error": 1.2e-7, "bound": 3e-7}, "bits": "equal"}
     facts = {"prepare_s": 1.234, "held_bytes": {"weights": 5e6}, "steps": 20, "note": "fine", "energy_per_image_j": 2.5}
     shares = {"GB/s": {"rate": 12.3, "share": 0.45}, "TFLOP/s": {"rate": 0.678, "share": 0.089}}
@@ -526,7 +526,7 @@ def command(*arguments):
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_command_writes_a_page_and_says_where(tmp_path):
+def test_command_writes_a_page_and_prints_its_path(tmp_path):
     file = write(tmp_path / "one/run.jsonl", [record()])
     file.write_text(file.read_text() + '{"schema": 1, "run')
     done = command(tmp_path, "--out", tmp_path / "new/page.html")
@@ -546,7 +546,7 @@ def test_the_command_writes_a_page_and_says_where(tmp_path):
         (["--frob"], "unrecognized arguments: --frob"),
     ],
 )
-def test_an_error_is_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+def test_error_is_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write(tmp_path / "one/run.jsonl", [record()])
@@ -558,14 +558,14 @@ def test_an_error_is_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     assert says in err
 
 
-def test_the_records_of_this_checkout_are_the_default(tmp_path, monkeypatch, capsys):
+def test_records_of_this_checkout_are_the_default(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     write(tmp_path / "one/run.jsonl", [record()])
     assert report.main([]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_page_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("the last one")
 
@@ -626,7 +626,7 @@ return found;
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A page of synthetic records, served from here: its address, its records, and the paths that were asked for."""
+    """A served page of synthetic records: its address, its records, and the paths that were requested."""
     folder, asked = tmp_path_factory.mktemp("site"), []
     synthetic(folder / "records")
     assert report.main([str(folder / "records"), "--out", str(folder / "report.html")]) == 0
@@ -661,7 +661,7 @@ def chromium(tmp_path_factory):
 
 @pytest.fixture
 def visit(chromium, site):
-    """visit(width, scheme, script=True): the browser, which shows the page that way."""
+    """visit(width, scheme, script=True): the browser, showing the page that way."""
     from selenium.webdriver.support.wait import WebDriverWait
 
     def visited(width=1280, scheme="light", *, script=True):
@@ -680,7 +680,7 @@ def visit(chromium, site):
 
 
 def axis(labels, along):
-    """Pixels to the value, from the texts and places of two ticks; log where along is."""
+    """Return a function from values to pixels, from two labels; `along` is math.log10 for a logarithmic axis."""
     number = lambda text: (
         float(text.split()[0].replace(",", "")) * dict(map(reversed, SECONDS)).get(text.split()[-1], 1)
     )
@@ -688,7 +688,7 @@ def axis(labels, along):
     return lambda value: low + (along(value) - first) / (second - first) * (high - low)
 
 
-def test_points_of_a_history_stand_where_the_records_say(visit, site):
+def test_positions_of_points_of_a_history(visit, site):
     browser, name = visit(), "test_steps[cifar10-32-64-fastddpm graph bf16]"
     plot = browser.find_element("css selector", f"svg.plot[aria-label^='{name}: ']")
     found = browser.execute_script(PLOT, plot)
@@ -709,7 +709,7 @@ def test_points_of_a_history_stand_where_the_records_say(visit, site):
         assert across == pytest.approx(places.get(commit, across), abs=1)
 
 
-def test_points_of_a_roofline_stand_where_the_records_say(visit, site):
+def test_positions_of_points_of_a_roofline(visit, site):
     browser = visit()
     found = browser.execute_script(PLOT, browser.find_element("css selector", ".roofline svg.plot"))
     x = axis([(text, across) for text, across, _, _ in found["x"]], math.log10)
@@ -726,7 +726,7 @@ def test_points_of_a_roofline_stand_where_the_records_say(visit, site):
         assert down == pytest.approx(y(one["flops"] / median(one["samples_s"]) / 1e12), abs=1)
 
 
-def test_a_point_tells_its_value(visit):
+def test_tooltip_shows_the_value_of_a_point(visit):
     from selenium.webdriver import ActionChains, Keys
 
     browser = visit()
@@ -751,7 +751,7 @@ def test_a_point_tells_its_value(visit):
     assert not tip.is_displayed()
 
 
-def test_the_filter_leaves_what_it_names(visit):
+def test_filter_hides_other_cases(visit):
     browser, kinds = visit(), [".cards .card", ".race", ".latest tbody tr", ".shares tbody tr", ".roofline .mark"]
     count = (
         "return arguments[0].map((s) => [...document.querySelectorAll(s)].filter((e) => e.checkVisibility()).length)"
@@ -767,7 +767,7 @@ def test_the_filter_leaves_what_it_names(visit):
     assert browser.find_element("id", "count").text == ""
 
 
-def test_the_page_asks_nothing_of_the_network(visit, site):
+def test_page_loads_nothing_from_the_network(visit, site):
     site.asked.clear()
     browser = visit()
     assert site.asked == ["/report.html"]
@@ -781,7 +781,7 @@ def test_the_page_asks_nothing_of_the_network(visit, site):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_all_text_can_be_read(visit, width, scheme):
+def test_all_text_is_legible(visit, width, scheme):
     browser = visit(width, scheme)
     texts = browser.execute_script(TEXTS)
     assert len(texts) > 5000
@@ -804,7 +804,7 @@ def test_dark_mode_is_dark(visit):
     assert dark < 40
 
 
-def test_everything_is_there_without_a_script(visit):
+def test_page_is_complete_without_its_script(visit):
     browser = visit(script=False)
     assert browser.find_elements("id", "tip") == []
     assert not browser.find_element("id", "filter").is_displayed()

@@ -1,4 +1,4 @@
-"""The experiment about sigma_t z, with a tiny network and made-up data: what is drawn, measured and shown."""
+"""The experiment about sigma_t z, with a tiny network and synthetic data: drawing, measuring and showing."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def classifier():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where samples go, four to a file."""
+    """The folder of the samples, four per file."""
     monkeypatch.setattr(sigma, "BATCH", 4)
     return tmp_path / "drawn"
 
@@ -60,7 +60,7 @@ def pictures(n, seed=0):
 # Drawing
 
 
-def test_the_samples_of_every_setting_are_drawn_once(tiny, folder):
+def test_samples_of_every_setting_are_drawn_once(tiny, folder):
     drawer = sampler(tiny)
     sigma.draw(drawer, folder, N, seed=3, steps=3)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.npz")}
@@ -87,7 +87,7 @@ def test_the_samples_of_every_setting_are_drawn_once(tiny, folder):
     assert np.array_equal(sigma.load(folder, "none", N), drawn[2])
 
 
-def test_parts_make_a_whole(tiny, folder):
+def test_parts_make_up_all_samples(tiny, folder):
     made = []
     for k in (1, 2, 3):
         sigma.draw(sampler(tiny), folder, N, part=(k, 3))
@@ -98,7 +98,7 @@ def test_parts_make_a_whole(tiny, folder):
         assert np.array_equal(sigma.load(folder, name, N), sigma.load(folder.with_name("alone"), name, N))
 
 
-def test_samples_that_were_drawn_otherwise_are_refused(tiny, folder, tmp_path):
+def test_samples_with_other_settings_are_rejected(tiny, folder, tmp_path):
     sigma.draw(sampler(tiny), folder, 1)
     other = saved(tmp_path / "other", seed=1)
     for drawer, how, what in (
@@ -108,21 +108,21 @@ def test_samples_that_were_drawn_otherwise_are_refused(tiny, folder, tmp_path):
         (Sampler.from_pretrained(tiny, device="cpu", precision="bf16"), {}, "precision"),
     ):
         message = check.error_line(sigma.draw, drawer, folder, 1, **how)
-        assert message == f"{folder} holds samples of another {what}; name another folder for --samples"
+        assert message == f"{folder} has samples of another {what}; choose another folder for --samples"
     sigma.draw(sampler(tiny), folder, 1)
 
 
-def test_a_model_of_other_images_is_refused(tmp_path, folder):
+def test_model_with_another_shape_is_rejected(tmp_path, folder):
     drawer = sampler(saved(tmp_path / "other", sample_size=16))
     message = check.error_line(sigma.draw, drawer, folder, 1)
-    assert message == "the model makes samples (1, 16, 16); want (1, 28, 28), as the classifier reads"
+    assert message == "the model's samples are (1, 16, 16); want (1, 28, 28) for the classifier"
     assert not folder.exists()
 
 
 # Measuring
 
 
-def test_the_mean_distance_is_that_of_all_pairs():
+def test_mean_distance_is_over_all_pairs():
     x = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
     value, error = sigma.pairwise(x)
     assert abs(value - float(torch.pdist(x.double()).mean())) <= 1e-6 * value
@@ -131,15 +131,15 @@ def test_the_mean_distance_is_that_of_all_pairs():
     assert sigma.pairwise(torch.ones(5, 3))[0] <= 1e-6
 
 
-def test_the_standard_error_is_that_of_repeated_draws():
-    """Its estimate from 400 sets is off by 1/28 in one standard deviation; the mean of the errors by far less."""
+def test_standard_error_matches_repeated_draws():
+    """The estimate from 400 sets has a relative standard deviation of 1/28; the mean of the errors far less."""
     generator = torch.Generator().manual_seed(0)
     found = torch.tensor([sigma.pairwise(torch.randn(100, 8, generator=generator)) for _ in range(400)])
     spread, error = float(found[:, 0].std()), float(found[:, 1].mean())
     assert abs(error / spread - 1) <= 5 / math.sqrt(2 * 399)
 
 
-def test_entropy_is_that_of_the_classes():
+def test_entropy_of_the_classes():
     def of(classes):
         return Measured("", (0, 0), (0, 0), (0, 0), classes).entropy
 
@@ -148,7 +148,7 @@ def test_entropy_is_that_of_the_classes():
     assert abs(of([1, 3]) - (2 - 0.75 * math.log2(3))) <= 1e-12
 
 
-def test_every_set_is_measured_as_the_real_images_are(classifier):
+def test_every_set_is_measured_like_the_real_images(classifier):
     real = pictures(40)
     same = np.repeat(real[:1], 9, 0)
     full, none, last = sigma.compared({"full": pictures(9, 1), "none": same}, real, classifier, splits=3)
@@ -170,7 +170,7 @@ def test_every_set_is_measured_as_the_real_images_are(classifier):
 # Showing
 
 
-def test_the_table_is_markdown():
+def test_table_is_markdown():
     one = Measured("with σ_t z", (12.345, 0.67), (8.0, 0.0123), (0.5, 0.0), [4, 4])
     other = Measured("real images", (1234.5, 67.8), (8.0, 9.9), (0.5, 0.1), [8])
     assert sigma.markdown([one, other]).splitlines() == [
@@ -182,7 +182,7 @@ def test_the_table_is_markdown():
 
 
 @pytest.mark.parametrize("n", [1, 64, 70])
-def test_the_picture_shows_the_images_pixel_by_pixel(n, tmp_path):
+def test_picture_shows_the_images_pixel_by_pixel(n, tmp_path):
     sets = [("one", pictures(n)), ("two\nlines $σ_t$", pictures(n, 1))]
     sigma.picture(sets, tmp_path / "grids.png")
     with Image.open(tmp_path / "grids.png") as image:
@@ -212,7 +212,7 @@ def files(tmp_path, monkeypatch, classifier):
     return tmp_path
 
 
-def test_the_command_draws_measures_and_shows(tiny, files, capsys):
+def test_command_draws_measures_and_shows(tiny, files, capsys):
     run = ["data.npz", "--num-samples", str(N), "--samples", "drawn", "--checkpoint", tiny, "--steps", "2"]
     evaluate = ["--classifier", "classifier.pt", "--out", "docs/sigma.png", "--splits", "2", "--device", "cpu"]
     sigma.main([*run, *evaluate, "--part", "1/2"])
@@ -245,14 +245,14 @@ def test_the_command_draws_measures_and_shows(tiny, files, capsys):
         (["data.npz", "--num-samples", "1"], "--num-samples is 1; want at least 2"),
         (["data.npz", "--num-samples", "11"], "there are 11 samples; want 2 to 10, half of the 20 real images"),
         (["data.npz", "--steps", "5"], "steps is 5; want a whole number from 1 to 4"),
-        (["data.npz", "--splits", "1"], "splits is 1; want at least 2, as one distance has no deviation"),
-        (["data.npz", "--out", "a.json"], "the picture and the measures would both be a.json; name another file for"),
-        (["data.npz", "--part", "3/2"], "'3/2' is not a share such as 1/4, of 1/4, 2/4, 3/4 and 4/4"),
-        (["data.npz", "--part", "half"], "'half' is not a share such as 1/4, of 1/4, 2/4, 3/4 and 4/4"),
+        (["data.npz", "--splits", "1"], "splits is 1; want at least 2: a single distance has no standard deviation"),
+        (["data.npz", "--out", "a.json"], "the picture and the measures would both be a.json; choose another"),
+        (["data.npz", "--part", "3/2"], "'3/2' is not a share K/N with 1 <= K <= N, such as 1/4"),
+        (["data.npz", "--part", "half"], "'half' is not a share K/N with 1 <= K <= N, such as 1/4"),
         (["data.npz", "--checkpoint", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(arguments, message, tiny, files, capsys):
+def test_invalid_input_is_one_line_and_exit_status_2(arguments, message, tiny, files, capsys):
     given = {"--num-samples": "2", "--samples": "drawn", "--checkpoint": tiny, "--classifier": "classifier.pt"}
     defaults = [part for name, value in given.items() if name not in arguments for part in (name, value)]
     with pytest.raises(SystemExit) as exit_:
@@ -263,10 +263,10 @@ def test_bad_input_is_one_line_and_exit_status_2(arguments, message, tiny, files
     assert message in error
 
 
-def test_help_teaches(capsys):
+def test_help_explains_the_options(capsys):
     with pytest.raises(SystemExit) as exit_:
         sigma.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for taught in ("--part K/N", "--samples FOLDER", "example:", "goes on"):
+    for taught in ("--part K/N", "--samples FOLDER", "example:", "continues"):
         assert taught in text

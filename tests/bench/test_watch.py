@@ -1,4 +1,4 @@
-"""What the machine did during a measurement, told by an NVML that plays every trick, and by a /proc/stat."""
+"""What the machine did during a measurement, as reported by fake NVML and /proc/stat that fail in many ways."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark")  # bench has it
+pytest.importorskip("pytest_benchmark")  # bench needs it
 
 from bench import watch
 from bench.watch import Watch, gpu_uuid
@@ -23,8 +23,8 @@ IDLE, APPLICATION, CAP, HW, SYNC, SW_HEAT, HW_HEAT, BRAKE, DISPLAY = (1 << bit f
 class Nvml(ModuleType):
     """pynvml with its own errors and constants, and functions that answer from `gpus`.
 
-    A list is of successive answers, the last of which stays; an error is raised. `gone`: (sample, error): from this
-    sample on every question raises it.
+    A list gives successive answers, of which the last stays; an error is raised. `gone`: (sample, error): from this
+    sample on, every query raises the error.
     """
 
     def __init__(self, real: ModuleType, gpus: dict[str, dict]):
@@ -55,7 +55,7 @@ class Nvml(ModuleType):
             raise AttributeError(name)
 
         def ask(gpu, *args):
-            self.samples += what == "MemoryInfo"  # asked once for each
+            self.samples += what == "MemoryInfo"  # queried once per sample
             self._check()
             answer = gpu[what][args] if args else gpu[what]
             if isinstance(answer, list):
@@ -106,7 +106,7 @@ def nvml(monkeypatch):
 
 @pytest.fixture
 def held(monkeypatch):
-    """Bytes of the GPU that torch has, to be changed."""
+    """Bytes of the GPU's memory that torch has reserved; tests may change them."""
     memory = {0: 0}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
@@ -115,15 +115,15 @@ def held(monkeypatch):
 
 
 def watched(uuid=UUID, **how):
-    """A watch of an instant: two samples, one at each end."""
+    """Watch an instant, with two samples, one at each end."""
     with Watch(uuid, **{"interval_s": 60} | how) as found:
         pass
     assert tuple(found.facts) == watch.FACTS
-    assert "NVML" not in [thread.name for thread in threading.enumerate()], "the thread goes on"
+    assert "NVML" not in [thread.name for thread in threading.enumerate()], "the thread still runs"
     return found
 
 
-def test_all_is_told(nvml):
+def test_all_facts_are_reported(nvml):
     found = watched()
     seconds, others = found.facts.pop("seconds"), found.facts.pop("cpu_others")
     assert 0 < seconds < 60
@@ -152,7 +152,7 @@ def test_all_is_told(nvml):
     assert nvml.users == 0, "NVML was not shut down"
 
 
-def test_the_first_sample_is_taken_before(nvml, monkeypatch):
+def test_first_sample_is_taken_before_the_measurement(nvml, monkeypatch):
     ask = nvml.nvmlDeviceGetName
     monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda handle: time.sleep(0.05) or ask(handle), raising=False)
     with Watch(UUID, interval_s=60) as found:
@@ -160,7 +160,7 @@ def test_the_first_sample_is_taken_before(nvml, monkeypatch):
     assert found.facts["samples"] == 2
 
 
-def test_samples_are_taken_meanwhile(nvml):
+def test_samples_are_taken_during_the_measurement(nvml):
     with Watch(UUID, interval_s=0.001) as found:
         deadline = time.monotonic() + 30
         while nvml.samples < 5:
@@ -169,16 +169,16 @@ def test_samples_are_taken_meanwhile(nvml):
     assert found.facts["samples"] == nvml.samples >= 6
     taken = nvml.samples
     time.sleep(0.02)
-    assert nvml.samples == taken, "it goes on after the end"
+    assert nvml.samples == taken, "it samples after the end"
 
 
-def test_an_error_of_the_case_is_not_held_back(nvml):
+def test_error_of_the_case_propagates(nvml):
     with pytest.raises(KeyError, match="of the case"), Watch(UUID) as found:
         raise KeyError("of the case")
     assert found.facts["samples"] >= 2
 
 
-def test_facts_are_there_before_and_json_after(nvml):
+def test_facts_are_null_before_and_json_after(nvml):
     new = Watch(UUID)
     assert new.facts == dict.fromkeys(watch.FACTS)
     assert new.invalid == []
@@ -219,14 +219,14 @@ def test_throttling(nvml, reasons, throttle, invalid):
         ([0, CAP], 750_000, []),
     ],
 )
-def test_a_lowered_power_limit(nvml, reasons, limit, invalid):
+def test_lowered_power_limit(nvml, reasons, limit, invalid):
     nvml.gpus[UUID] = gpu(CurrentClocksEventReasons=reasons, EnforcedPowerLimit=limit)
     found = watched()
     assert found.facts["power_limit_w"] == limit / 1000
     assert found.invalid == invalid
 
 
-def test_reasons_by_their_old_name(nvml):
+def test_old_name_of_the_throttle_reasons(nvml):
     nvml.gpus[UUID] = gpu(CurrentClocksThrottleReasons=[0, HW_HEAT])
     del nvml.gpus[UUID]["CurrentClocksEventReasons"]
     assert watched().facts["throttle"] == {"HW thermal slowdown": 0.5}
@@ -252,7 +252,7 @@ ASKED = {
 
 @pytest.mark.parametrize("error", ["NO_PERMISSION", "NOT_SUPPORTED", "UNKNOWN", "FUNCTION_NOT_FOUND", None])
 @pytest.mark.parametrize("what", ASKED)
-def test_what_cannot_be_asked_is_null_alone(nvml, what, error):
+def test_only_failed_queries_are_null(nvml, what, error):
     everything = watched().facts
     nvml.samples = 0
     nvml.gpus[UUID][what] = refused = nvml.NVMLError(getattr(nvml, f"NVML_ERROR_{error}")) if error else None
@@ -268,7 +268,7 @@ def test_what_cannot_be_asked_is_null_alone(nvml, what, error):
     assert found.invalid == []
 
 
-def test_all_is_forbidden(nvml):
+def test_all_queries_are_forbidden(nvml):
     forbidden = nvml.NVMLError(nvml.NVML_ERROR_NO_PERMISSION)
     nvml.gpus[UUID] = {
         name: dict.fromkeys([(0,), (1,), (2,)], forbidden) if isinstance(value, dict) else forbidden
@@ -292,7 +292,7 @@ def test_energy_without_a_counter(nvml):
 
 
 @pytest.mark.parametrize("energy", [[5000, 4000], [5000, "lost"]])
-def test_a_counter_that_is_reset_or_lost_tells_nothing(nvml, energy):
+def test_reset_or_lost_energy_counter_is_null(nvml, energy):
     if energy[1] == "lost":
         energy = [5000, nvml.NVMLError(nvml.NVML_ERROR_UNKNOWN)]
     nvml.gpus[UUID] = gpu(TotalEnergyConsumption=energy)
@@ -305,7 +305,7 @@ def test_names_as_bytes(nvml):
 
 
 @pytest.mark.parametrize("error", ["UNINITIALIZED", "DRIVER_NOT_LOADED", "UNKNOWN"])
-def test_a_driver_that_goes_away(nvml, error):
+def test_driver_that_goes_away(nvml, error):
     nvml.gone = 2, getattr(nvml, f"NVML_ERROR_{error}")
     found = watched()
     assert found.facts["nvml"].startswith("NVMLError_")
@@ -316,7 +316,7 @@ def test_a_driver_that_goes_away(nvml, error):
 
 
 @pytest.mark.parametrize(("error", "words"), [("GPU_IS_LOST", "GPU is lost"), ("RESET_REQUIRED", "requires restart")])
-def test_a_gpu_that_is_lost(nvml, error, words):
+def test_lost_gpu_is_invalid(nvml, error, words):
     nvml.gone = 2, getattr(nvml, f"NVML_ERROR_{error}")
     found = watched()
     assert len(found.invalid) == 1
@@ -325,7 +325,7 @@ def test_a_gpu_that_is_lost(nvml, error, words):
 
 
 def unwatched(found):
-    """Why there is no NVML; nothing else is told but what needs none."""
+    """Check that everything that needs NVML is null. Returns: why there is no NVML."""
     told = {name for name, value in found.facts.items() if value is not None}
     assert told - {"cpu_others"} == {"nvml", "seconds"}
     assert found.invalid == []
@@ -361,7 +361,7 @@ def test_no_thread(nvml, monkeypatch):
 
 
 @pytest.mark.parametrize("hangs", ["nvmlInit", "nvmlDeviceGetMemoryInfo"])
-def test_an_nvml_that_hangs_is_not_waited_for(nvml, monkeypatch, hangs):
+def test_hanging_nvml_is_not_waited_for(nvml, monkeypatch, hangs):
     monkeypatch.setattr(watch, "PATIENCE", 0.05)
     goes_on = threading.Event()
     monkeypatch.setattr(nvml, hangs, lambda *args: goes_on.wait(30), raising=False)
@@ -382,8 +382,8 @@ def test_an_nvml_that_hangs_is_not_waited_for(nvml, monkeypatch, hangs):
 # Which GPU, and whose
 
 
-def test_the_gpu_is_found_by_its_name(nvml, monkeypatch):
-    """The first that torch sees may be any of the machine's."""
+def test_gpu_is_found_by_its_uuid(nvml, monkeypatch):
+    """The first device of torch may be any of the machine's GPUs."""
     nvml.gpus = {OTHER: gpu(Name="the first", UUID=OTHER), UUID: gpu(Name="the second")}
     visible = [UUID, OTHER]
     properties = lambda device: SimpleNamespace(uuid=visible[device.index or 0].removeprefix("GPU-"))
@@ -396,12 +396,12 @@ def test_the_gpu_is_found_by_its_name(nvml, monkeypatch):
 
 
 @pytest.mark.parametrize("uuid", [UUID, "MIG-11111111-2222-3333-4444-555555555555"])
-def test_names_that_torch_gives_whole(monkeypatch, uuid):
+def test_complete_uuids_are_kept(monkeypatch, uuid):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuid))
     assert gpu_uuid("cuda") == uuid
 
 
-def test_no_name(monkeypatch):
+def test_no_uuid(monkeypatch):
     assert gpu_uuid("cpu") is None
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="an old torch"))
     assert gpu_uuid("cuda") is None
@@ -413,8 +413,8 @@ def test_no_name(monkeypatch):
     assert gpu_uuid("cuda") is None
 
 
-def test_a_part_of_a_gpu(nvml):
-    """Where torch names it as a GPU; it has no clocks, power, utilisation and processes of its own."""
+def test_mig_instance(nvml):
+    """torch names it like a GPU; it has no clocks, power, utilisation and processes of its own."""
     refused = nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
     name = f"MIG-{UUID.removeprefix('GPU-')}"
     own = {"Name", "UUID", "MemoryInfo"}
@@ -459,8 +459,8 @@ def test_other_processes(nvml, pids, allowed, others, invalid):
         ([4 * GIB, 13 * GIB], 4 * GIB, 2, True),
     ],
 )
-def test_memory_that_is_not_ours(nvml, held, listed, used, reserved, allowed, shared):
-    """In a container nobody is listed, or only who is in it."""
+def test_memory_of_other_processes(nvml, held, listed, used, reserved, allowed, shared):
+    """In a container NVML lists no processes, or only those of the container."""
     held[0] = reserved
     changes = {} if listed else {"ComputeRunningProcesses": ()}
     nvml.gpus[UUID] = gpu(MemoryInfo=[SimpleNamespace(used=size) for size in used], **changes)
@@ -470,12 +470,12 @@ def test_memory_that_is_not_ours(nvml, held, listed, used, reserved, allowed, sh
     )
 
 
-def test_who_is_told_once(nvml):
+def test_shared_gpu_is_reported_once(nvml):
     nvml.gpus[UUID] = gpu(ComputeRunningProcesses=processes(1, 2), MemoryInfo=SimpleNamespace(used=9 * GIB))
     assert watched().invalid == ["shared: 1 other process on the GPU"]
 
 
-def test_memory_that_torch_takes_or_gives_back_meanwhile(nvml, held):
+def test_memory_that_torch_allocates_meanwhile_is_ours(nvml, held):
     nvml.gpus[UUID] = gpu(MemoryInfo=[SimpleNamespace(used=1 * GIB), SimpleNamespace(used=20 * GIB)])
     with Watch(UUID, interval_s=60) as found:
         held[0] = 19 * GIB
@@ -487,7 +487,7 @@ def test_memory_that_torch_takes_or_gives_back_meanwhile(nvml, held):
 
 @pytest.fixture
 def stat(monkeypatch, tmp_path):
-    """stat(lines, own): what /proc/stat has, in hundredths of a second, and the seconds that we have worked."""
+    """stat(lines, own): the content of /proc/stat, in hundredths of a second, and the seconds of our own work."""
     file, now = tmp_path / "stat", {"own": (0, 0, 0, 0, 0)}
     fake = {"times": lambda: now["own"], "sched_getaffinity": lambda pid: {0, 2}, "sysconf": {"SC_CLK_TCK": 100}.get}
     monkeypatch.setattr(watch, "os", SimpleNamespace(**fake))
@@ -501,7 +501,7 @@ def stat(monkeypatch, tmp_path):
 
 
 def cpu(stat, monkeypatch, after, own, seconds=10.0, uuid=None, **how):
-    """A watch of `seconds` in which the CPUs 0 and 2 may be used."""
+    """Watch the CPUs 0 and 2 for `seconds`."""
     clock = iter([100.0, 100.0 + seconds])
     monkeypatch.setattr(watch, "perf_counter", lambda: next(clock))
     stat(["cpu 9 9 9 9 9 9 9 9", *(f"cpu{n} 100 100 100 100 100 100 100 100 100 100" for n in range(3)), "intr 1 2"])
@@ -510,9 +510,9 @@ def cpu(stat, monkeypatch, after, own, seconds=10.0, uuid=None, **how):
     return found
 
 
-def test_other_work_is_that_of_others(stat, monkeypatch):
-    """10 s of two CPUs: 4 + 3.5 s of work and 0.5 s stolen, of which 5 are ours; waiting is none, a guest's is counted
-    as a user's, and the CPU in between is not for us."""
+def test_cpu_others_excludes_own_work(stat, monkeypatch):
+    """10 s of two CPUs: 4 + 3.5 s of work and 0.5 s stolen, of which 5 are ours. Waiting is not work, a guest's time is
+    part of a user's, and the CPU in between is not ours to use."""
     after = [
         "cpu0 300 200 200 900 900 100 100 100 300 100",
         "cpu1 1100 100 100 100 100 100 100 100 100 100",
@@ -530,15 +530,15 @@ def test_other_work_is_that_of_others(stat, monkeypatch):
     ("others", "seconds", "allowed", "invalid"),
     [(1.9, 10, 1, False), (2.1, 10, 1, True), (2.1, 10, 2, False), (0.3, 0.4, 1, False), (0.3, 0.6, 1, True)],
 )
-def test_a_tenth_of_the_cores_is_too_much(stat, monkeypatch, others, seconds, allowed, invalid):
-    """Of two; not in too short a time, and not where another process of ours takes turns."""
+def test_more_than_a_tenth_of_the_cores_is_invalid(stat, monkeypatch, others, seconds, allowed, invalid):
+    """Of two cores; not in too short a time, and not if another process of ours takes turns."""
     after = [f"cpu{n} {100 + 50 * (others + 3):.0f} 100 100 100 100 100 100 100 100 100" for n in (0, 2)]
     found = cpu(stat, monkeypatch, after, (3, 0, 0, 0), seconds, processes=allowed)
     assert found.facts["cpu_others"] == pytest.approx(others / seconds)
     assert bool(found.invalid) is invalid
 
 
-def test_less_work_than_ours_is_none_of_others(stat, monkeypatch):
+def test_cpu_others_is_not_negative(stat, monkeypatch):
     after = ["cpu0 150 100 100 100 100 100 100 100 100 100", "cpu2 100 100 100 100 100 100 100 100 100 100"]
     assert cpu(stat, monkeypatch, after, (9, 0, 0, 0)).facts["cpu_others"] == 0
 
@@ -546,13 +546,13 @@ def test_less_work_than_ours_is_none_of_others(stat, monkeypatch):
 @pytest.mark.parametrize(
     "lines", [["cpu0 0 0 0 0 0 0 0 0 0 0", "cpu2 0 0 0 0 0 0 0 0 0 0"], ["nonsense"], ["cpu0 x y"]]
 )
-def test_a_stat_that_tells_nothing(stat, monkeypatch, lines):
+def test_unusable_proc_stat_is_null(stat, monkeypatch, lines):
     found = cpu(stat, monkeypatch, lines, (1, 1, 0, 0))
     assert found.facts["cpu_others"] is None
     assert found.invalid == []
 
 
-def test_no_stat(monkeypatch, tmp_path):
+def test_no_proc_stat(monkeypatch, tmp_path):
     monkeypatch.setattr(watch, "STAT", tmp_path / "none")
     assert unwatched(watched(None)) == "there is no GPU to watch"
     monkeypatch.setattr(watch, "STAT", watch.Path("/proc/stat"))
@@ -560,7 +560,7 @@ def test_no_stat(monkeypatch, tmp_path):
     assert watched(None).facts["cpu_others"] is None
 
 
-def test_work_on_a_cpu_does_not_make_a_gpu_shared(nvml, stat, monkeypatch):
+def test_cpu_work_does_not_invalidate_a_gpu(nvml, stat, monkeypatch):
     after = [f"cpu{n} 1100 100 100 100 100 100 100 100 100 100" for n in (0, 2)]
     found = cpu(stat, monkeypatch, after, (0, 0, 0, 0), uuid=UUID)
     assert found.facts["cpu_others"] == 2

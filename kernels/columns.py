@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-# A row of a step table: the columns of fastddpm.core.schedule.COLUMNS, in their order.
+# A row of a step table: the columns of fastddpm.core.table.COLUMNS, in their order.
 CX = tl.constexpr(0)
 CM = tl.constexpr(1)
 LO = tl.constexpr(2)

@@ -1,6 +1,7 @@
-"""Channels-last for any rank: [N, C, *spatial] logical, [N, *spatial, C] physical; element index = physical position.
+"""Channels-last memory for tensors of any rank: [N, C, *spatial] by index, [N, *spatial, C] in memory.
 
-torch's memory formats know ranks 4 and 5 only; sequences [N, C, L] and vectors [N, D] follow the same rule here.
+Elements are numbered in the order of memory. torch's memory formats exist only for ranks 4 and 5; here sequences
+[N, C, L] and vectors [N, D] follow the same rule.
 """
 
 from collections.abc import Sequence
@@ -10,24 +11,25 @@ from torch import Tensor
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return x with channels-last memory and strides; a view of x where its memory is so already.
+    """Return x with channels-last memory and strides; a view of x if it has such memory already.
 
-    Strides are those of a fresh tensor, also where a dimension of size 1 would allow others: torch chooses by them.
+    Strides are those of a new tensor, even where a dimension of size 1 would allow others: torch's kernels
+    depend on them.
     """
     n, c, *spatial = x.shape
     return x.movedim(1, -1).reshape(-1).view(n, *spatial, c).movedim(-1, 1)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether [N, C, *spatial] x lies in memory as a dense [N, *spatial, C]."""
+    """Whether x, [N, C, *spatial], is a dense [N, *spatial, C] in memory."""
     return x.movedim(1, -1).is_contiguous()
 
 
 def empty(n: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | str | None = None) -> Tensor:
-    """Uninitialised [n, *shape] with channels-last memory; shape is that of one sample, channels first."""
+    """An uninitialised [n, *shape] with channels-last memory. Args: shape: of one sample, channels first."""
     return torch.empty((n, *shape[1:], shape[0]), dtype=dtype, device=device).movedim(-1, 1)
 
 
-def is_strided(x: Tensor) -> bool:
-    """Whether three strides (entry, channel, pixel) address x: its spatial dimensions are dense among themselves."""
+def has_one_pixel_stride(x: Tensor) -> bool:
+    """Whether three strides (entry, channel, pixel) address x, because one stride serves all spatial dimensions."""
     return all(x.shape[i] == 1 or x.stride(i) == x.stride(-1) * x.shape[i + 1 :].numel() for i in range(2, x.ndim - 1))

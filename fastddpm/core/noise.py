@@ -1,17 +1,19 @@
 """The noise standard, version 1: z is a pure function of (seed, stream, sample, t, element), the same bits everywhere.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives the words, Box-Muller with
-fixed polynomials (coefficients from Cephes, S. Moshier) the normals. Every operation has the value of one IEEE
-binary32 or 32-bit integer operation, in the written order: `fastddpm.kernels.philox` gives the same bits in Triton.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives random words;
+Box-Muller with fixed polynomials (coefficients from Cephes, S. Moshier) turns them into normals. Every operation has
+the value of one IEEE binary32 or 32-bit integer operation, in the written order. So `fastddpm.kernels.philox` gives the
+same bits in Triton.
 """
 
 import math
-import numbers
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+from fastddpm.core import checks
+from fastddpm.core.checks import is_whole, whole
 
 STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
 
@@ -24,37 +26,32 @@ _LOG = (
 
 
 def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
-    """Addresses of some samples of one seed: [N, 2] int64 of (seed, sample index).
+    """The addresses of samples of one seed: [N, 2] int64 of (seed, sample index).
 
     Args:
         seed: 0 <= seed < 2^64; stored in two's complement.
-        samples: how many (0, 1, ...), or their indices, each 0 <= index < 2^56.
+        samples: how many (0, 1, ... are their indices), or the indices, each 0 <= index < 2^56.
     Raises: ValueError: seed or an index is out of range or not a whole number.
     """
-    if not _whole(seed) or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 <= seed < 2^64")
-    if _whole(samples):
+    seed = checks.seed(seed)
+    if is_whole(samples):
         if samples < 0:
-            raise ValueError(f"samples is {samples}; want how many (0 or more), or the indices themselves")
+            raise ValueError(f"samples is {samples}; want how many (0 or more), or a list of their indices")
         samples = range(samples)
     if isinstance(samples, bool | str) or not isinstance(samples, Iterable):
-        raise ValueError(f"samples is {samples!r}; want how many (a whole number), or their indices")
+        raise ValueError(f"samples is {samples!r}; want how many (a whole number), or a list of their indices")
     if isinstance(samples, Tensor):
         if samples.ndim != 1 or samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool:
             raise ValueError(f"sample indices are {tuple(samples.shape)} {samples.dtype}; want [N] whole numbers")
         samples = samples.tolist()
     indices = list(samples)
     for index in indices:
-        if not _whole(index) or not 0 <= index < 1 << 56:
-            raise ValueError(f"sample index is {index!r}; it must be a whole number, 0 <= index < 2^56")
+        if not is_whole(index) or not 0 <= index < 1 << 56:
+            raise ValueError(f"sample index is {index!r}; want a whole number, 0 <= index < 2^56")
     out = torch.empty(len(indices), 2, dtype=torch.int64, device="cpu")
-    out[:, 0] = int(seed) - (1 << 64) if seed >> 63 else int(seed)
+    out[:, 0] = seed - (1 << 64) if seed >> 63 else seed
     out[:, 1] = torch.tensor(indices, dtype=torch.int64, device="cpu")
     return out.to(device)
-
-
-def _whole(value: object) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tensor) -> Tensor:
@@ -62,26 +59,25 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
 
     Args:
         address: [N, 2] int64: (seed, sample index) of each; the unsigned 64-bit seed in two's complement,
-            0 <= index < 2^56 (unchecked: reading it would sync).
+            0 <= index < 2^56. Unchecked: reading it would sync.
         shape: of one sample, channels first: (C, H, W), (C, L) or (D,).
-        stream: 0..255, what the noise is for (STEP, START, TRAIN, LIKELIHOOD; 128..255 are free for users).
-        t: timestep, an int or [N] integers; 0 <= t < 2^32.
+        stream: 0 to 255, the purpose of the noise: STEP, START, TRAIN or LIKELIHOOD; 128 to 255 are free for users.
+        t: timestep, an int or [N] integers; 0 <= t < 2^32. Unchecked in a tensor: reading it would sync.
     Returns: float32 [N, *shape] on address's device, channels-last in memory.
     Raises: ValueError: an argument is not as above.
     """
     if address.ndim != 2 or address.shape[1] != 2 or address.dtype != torch.int64:
         raise ValueError(f"address is {tuple(address.shape)} {address.dtype}; want [N, 2] int64 (seed, sample index)")
-    if not _whole(stream) or not 0 <= stream < 256:
-        raise ValueError(f"stream is {stream}; want a whole number, 0..255 (128..255 are free for users)")
-    if not len(shape) or not all(_whole(size) and size >= 0 for size in shape):
+    whole("stream", stream, 0, 255)
+    if not len(shape) or not all(is_whole(size) and size >= 0 for size in shape):
         raise ValueError(f"shape is {tuple(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
     n, count = len(address), math.prod(shape)
     if isinstance(t, Tensor):
         if t.shape not in ((n,), (1,), ()) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; want an int, or [{n}] integers like address")
         t = t.to(address.device, torch.int64).reshape(-1, 1) & _MASK
-    elif not _whole(t) or not 0 <= t < 1 << 32:
-        raise ValueError(f"t is {t}; want a whole number, 0 <= t < 2^32")
+    elif not is_whole(t) or not 0 <= t < 1 << 32:
+        raise ValueError(f"t is {t!r}; want a whole number, 0 <= t < 2^32")
     seed, sample = address[:, :1], address[:, 1:]
     words = philox(
         torch.arange((count + 3) // 4, device=address.device),
@@ -97,18 +93,25 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
 
 
 def philox(c0, c1, c2, c3, k0, k1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four words of each counter under its key; unsigned 32-bit values held in int64, broadcast."""
+    """Philox4x32-10: four random words for each counter (c0 to c3) and key (k0, k1).
+
+    All are unsigned 32-bit values in int64; the arguments are broadcast.
+    """
     for r in range(10):
         if r:
             k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-        # int64 products wrap, but their 64 bits are those of the unsigned product
+        # int64 products may wrap, but their 64 bits are those of the unsigned product
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
     return c0, c1, c2, c3
 
 
 def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Two words (unsigned 32-bit values in int64) -> (r cos a, r sin a) in float32."""
+    """Two random words, unsigned 32-bit values in int64, -> two normals (r cos a, r sin a) in float32.
+
+    r = sqrt(-2 ln((u + 0.5) / 2^32)); a = (q + f) pi/2, where q is the upper two bits of v, and f the other 30
+    bits as a signed fraction.
+    """
     f = u.float() + 0.5
     i = f.view(torch.int32) - _SQRT_HALF_BITS
     e = (i >> 23) - 32
@@ -119,8 +122,8 @@ def box_muller(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         p = p * m + k
     ln = ((p * m) * z - 0.5 * z) + m
     ln = ln + e.float() * 0.6931471805599453
-    # torch's roots on a CPU can be a unit off, in float32 and in float64; but the root of a float32 number is never so
-    # near to the middle between two others that a float64 root, a unit off, would round to the wrong one
+    # torch's square roots on a CPU can be one unit off, in float32 and in float64. But the root of a float32 number is
+    # never so close to the midpoint of two float32 numbers that a float64 root, one unit off, rounds to the wrong one
     r = (-2 * ln).double().sqrt().float()
 
     q = v >> 30

@@ -79,7 +79,7 @@ def predict_step(
 
 def _fits_kernel(tensors: list[Tensor]) -> bool:
     return (
-        all(tensor.dtype in FLOATS and layout.is_strided(tensor) for tensor in tensors)
+        all(tensor.dtype in FLOATS and layout.has_one_pixel_stride(tensor) for tensor in tensors)
         and 0 < tensors[0].shape[1:].numel() <= MAX_PER_SAMPLE
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
     )

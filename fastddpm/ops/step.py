@@ -12,7 +12,7 @@ from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import update
 
 if TYPE_CHECKING:
-    from fastddpm.core.schedule import StepTable
+    from fastddpm.core.table import StepTable
 
 
 def step(

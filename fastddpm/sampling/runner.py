@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fastddpm import ops
 from fastddpm.core import layout, noise
 from fastddpm.core.precision import arithmetic
-from fastddpm.core.schedule import COLUMNS, StepTable
+from fastddpm.core.table import COLUMNS, StepTable
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder, capture
 from fastddpm.sampling.model import PreparedModel

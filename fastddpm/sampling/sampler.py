@@ -19,7 +19,8 @@ from fastddpm.core import layout
 from fastddpm.core.checks import is_whole, whole
 from fastddpm.core.noise import address as noise_address  # `noise` is an argument where this is called
 from fastddpm.core.precision import Compute
-from fastddpm.core.schedule import Schedule, StepTable
+from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import StepTable
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.batches import (
     PIXELS_PER_BATCH,

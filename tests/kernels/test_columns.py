@@ -3,7 +3,7 @@
 import pytest
 
 from fastddpm.core import noise
-from fastddpm.core.schedule import COLUMNS
+from fastddpm.core.table import COLUMNS
 
 pytest.importorskip("triton")
 

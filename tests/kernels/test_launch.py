@@ -10,6 +10,7 @@ import torch
 
 from fastddpm import ops
 from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import x_0_rows
 from tests.support.draws import addresses, positions, step_inputs
 
 NOISING_TABLE = Schedule().noising_table()
@@ -21,6 +22,7 @@ from fastddpm import noise, ops
 from fastddpm.kernels import eps_loss, noising, step, tree, x_0_error
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error, target, tree_sum, update
 from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import x_0_rows
 
 device, n, per_sample, block = sys.argv[1], 34, ops.MAX_PER_SAMPLE, 1024
 assert (n - 1) * per_sample > 2**31
@@ -65,10 +67,10 @@ assert torch.equal(out.cpu(), squared_error(given, want))
 gradient, gradient_blocks = far(torch.float16)
 eps_loss.eps_loss_backward_kernel[n, 1](gradient, torch.ones_like(out), m, x_0, *arguments, per_sample, **v)
 assert torch.equal(gradient_blocks.cpu(), (2 * (given - want)).half())
-rows = torch.cat([noising_table, table.rows[:, :4], table.scale[:, None]], 1)
-arguments[-1] = rows.to(device)
+of_x_0 = x_0_rows(table.rows, table.scale)
+arguments[-1] = torch.cat([noising_table, of_x_0], 1).to(device)
 x_0_error.x_0_error_kernel[n, 1](out, m, x_0, *arguments, per_sample, **constants, **x_0_error.OPTIONS)
-assert torch.equal(out.cpu(), squared_error(predicted_x_0(noised, given, rows[pos, 2:]), values[1].float()))
+assert torch.equal(out.cpu(), squared_error(predicted_x_0(noised, given, of_x_0[pos]), values[1].float()))
 """
 
 
@@ -93,7 +95,7 @@ def test_kernels_are_launched_on_the_device_of_their_data(operation, interpreted
         m = m.requires_grad_()
         torch.autograd.grad(ops.eps_loss(m, x, t, addresses(2), NOISING_TABLE).sum(), m)
     else:
-        rows = torch.cat([NOISING_TABLE, table.rows[:, :4], table.scale[:, None]], 1)
+        rows = torch.cat([NOISING_TABLE, x_0_rows(table.rows, table.scale)], 1)
         ops.x_0_error(m, x, t, addresses(2), rows)
     first = x if operation in ("step", "noising") else m
     assert [one.data_ptr() for one in seen] == [first.data_ptr()] * (2 if operation == "eps_loss" else 1)

@@ -12,7 +12,8 @@ from bench.layouts import CIFAR10
 from fastddpm import checkpoints, ops
 from fastddpm.core import layout
 from fastddpm.core.schedule import Schedule
-from fastddpm.networks.unet2d import GroupNorm, UNet2D
+from fastddpm.networks.layers import GroupNorm
+from fastddpm.networks.unet2d import UNet2D
 from fastddpm.reference.unet import timestep_embedding
 from tests.reference.test_unet import TrueTime
 from tests.support import check

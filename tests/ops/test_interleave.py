@@ -17,7 +17,8 @@ from fastddpm import ops
 from fastddpm.core import layout
 from fastddpm.core.precision import arithmetic
 from fastddpm.networks import unet2d
-from fastddpm.networks.unet2d import UNet2D, Upsample
+from fastddpm.networks.layers import Upsample
+from fastddpm.networks.unet2d import UNet2D
 from fastddpm.reference.unet import UNet
 from tests.support.bits import assert_same_bits
 from tests.support.check import TINY, assert_as_accurate, error_line
@@ -238,7 +239,7 @@ def test_captured_interleave_reads_current_values():
 def polyphase(plain: Upsample, dtype: torch.dtype, device: str) -> Upsample:
     """Build a polyphase `Upsample` from a float32 one, as `UNet2D.for_inference` does."""
     kernels = ops.backend(device) == "triton"
-    made, weights = Upsample(plain.conv.in_channels), dict(plain.fused())
+    made, weights = Upsample(plain.conv.in_channels), dict(plain.fused_parameters())
     made.fuse(kernels)
     made.phases.kernels = kernels
     made.phases.to(dtype)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from math import inf, isfinite, nan, prod
+from math import inf, nan, prod
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.core import layout, noise
-from fastddpm.core.schedule import COLUMNS, Schedule
+from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import StepColumns
 from fastddpm.reference.diffusion import update
 from tests.support.bits import assert_same_bits
 from tests.support.draws import POSITIONS, addresses, generator, numpy_warns, positions, step_inputs
@@ -26,7 +27,8 @@ def specified(x, m, table, pos, address) -> Tensor:
     out = []
     for i, p in enumerate(pos.tolist()):
         row, t = table.rows[p], int(table.timesteps[p])
-        z = noise.normal(address[i : i + 1], x.shape[1:], stream=noise.STEP, t=t) if row[-1] != 0 else None
+        noisy = StepColumns.of(row).S != 0
+        z = noise.normal(address[i : i + 1], x.shape[1:], stream=noise.STEP, t=t) if noisy else None
         out.append(update(x[i : i + 1], m[i : i + 1], row, z, clip=table.clip))
     return torch.cat(out)
 
@@ -186,7 +188,7 @@ def test_an_overflow_in_the_update_sets_the_flag(device):
     x, m = step_inputs((2, 3, 8, 8))
     x[1, 0, 0, 0] = m[1, 0, 0, 0] = 3e38  # -B x overflows, both inputs are finite
     rows = TABLES[False].rows.clone()
-    rows[:, COLUMNS.index("B")] = 2
+    StepColumns.of(rows).B.fill_(2)
     assert flags_after(device, x, m, positions(9, 9), [-1, -1], replace(TABLES[False], rows=rows)) == [-1, 9]
 
 
@@ -226,11 +228,12 @@ def test_a_nan_inside_the_clamp_propagates(device):
     x, m = step_inputs((1, 3, 8, 8))
     x[0, 1, 2, 3], m[0, 1, 2, 3] = 1e37, 1e37
     pos, address, table = positions(999), addresses(1), replace(TABLES[True], rows=TABLES[True].rows.clone())
-    table.rows[999, :2] *= 1e3  # cx x + cm m = inf - inf, while B x and C m are finite
-    cx, cm, _, _, _, B, C, _ = (table.rows[999] * 1e37).tolist()
-    assert (cx, cm) == (inf, -inf)
-    assert isfinite(B)
-    assert isfinite(C)
+    for column in (table.columns.cx, table.columns.cm):
+        column[999] *= 1e3  # cx x + cm m = inf - inf, while B x and C m are finite
+    row = StepColumns.of(table.rows[999] * 1e37)
+    assert (row.cx, row.cm) == (inf, -inf)
+    assert row.B.isfinite()
+    assert row.C.isfinite()
     got = run_step(device, x, m, table, pos, address).cpu()
     assert got.isnan().nonzero().tolist() == [[0, 1, 2, 3]]
 

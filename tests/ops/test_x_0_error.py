@@ -9,6 +9,7 @@ import torch
 from fastddpm import ops
 from fastddpm.core import noise
 from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import x_0_rows
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error
 from tests.support import losses
 from tests.support.bits import same_bits
@@ -20,7 +21,7 @@ from tests.support.losses import SHAPES
 def table_of(**options):
     schedule = Schedule(**options)
     table = schedule.table()
-    return torch.cat([schedule.noising_table(), table.rows[:, :4], table.scale[:, None]], 1)
+    return torch.cat([schedule.noising_table(), x_0_rows(table.rows, table.scale)], 1)
 
 
 TABLES = {

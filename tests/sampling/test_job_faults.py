@@ -554,7 +554,7 @@ def test_torchrun_forwards_a_signal(tiny, tmp_path):
     process.terminate()
     _, told = process.communicate(timeout=120)
     assert process.returncode not in (0, -signal.SIGKILL)
-    assert len(re.findall(r"fastddpm: stopped: \d+ of 100000 samples are done; the same command goes on", told)) == 1
+    assert len(re.findall(r"fastddpm: stopped: \d+ of 100000 samples are done; the same command resumes the job", told)) == 1
     with locked(out):  # nobody is left that writes there
         done = finished(out)
         assert only_whole_files(out)

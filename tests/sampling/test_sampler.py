@@ -261,8 +261,8 @@ def test_kept_buffers_are_freed_before_the_batch_is_halved(monkeypatch):
     sampler.sample(2, steps=2, progress=False)
     kept, model = dict(sampler.engine._idle), hungry(8)
     network = lambda x, t: model(torch.cat([x, x]) if sampler.engine._idle else x, t)[: len(x)]
-    monkeypatch.setattr(sampler.engine, "model", network)
-    monkeypatch.setattr(sampler.engine, "network", network)
+    monkeypatch.setattr(sampler.engine.prepared, "model", network)
+    monkeypatch.setattr(sampler.engine.prepared, "forward", network)
     assert kept
     assert len(sampler.sample(6, steps=2, batch_size=6, progress=False)) == 6  # and no warning
 

@@ -1,0 +1,45 @@
+"""The named schedules of betas, the variances of the forward process, in float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+
+
+def named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
+    """The betas of one of BETA_SCHEDULES: [T] float64. The cosine and the Laplace schedule have no start and no end."""
+
+    def linspace(start: float, end: float) -> Tensor:
+        return torch.linspace(start, end, T, dtype=torch.float64)
+
+    if name == "linear":
+        return linspace(beta_start, beta_end)
+    if name == "scaled_linear":
+        return linspace(math.sqrt(beta_start), math.sqrt(beta_end)) ** 2
+    if name == "sigmoid":
+        return linspace(-6, 6).sigmoid() * (beta_end - beta_start) + beta_start
+    abar = cosine_abar if name == "squaredcos_cap_v2" else laplace_abar
+    return torch.tensor([min(1 - abar((t + 1) / T) / abar(t / T), 0.999) for t in range(T)], dtype=torch.float64)
+
+
+def cosine_abar(u: float) -> float:
+    """abar at the fraction u = t/T: Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 17."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def laplace_abar(u: float) -> float:
+    """abar at the fraction u = t/T: diffusers' Laplace schedule (after Hang et al. 2024, arXiv:2407.03297)."""
+    snr = math.exp(-0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6))
+    return math.sqrt(snr / (1 + snr))
+
+
+def rescale_zero_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(abar) so that it ends at 0 and keeps its first value: [T] betas -> [T] betas.
+
+    Lin et al. 2023 (arXiv:2305.08891), algorithm 1.
+    """
+    root = (1 - betas).cumprod(0).sqrt()
+    abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - torch.cat([abar[:1], abar[1:] / abar[:-1]])

@@ -1,0 +1,321 @@
+"""The layers of a `UNet2D`: parameters with diffusers' names, and fused forms of them for sampling.
+
+`fuse` changes the parameters of a module to those of its fused form, without values. `fused_parameters`, of a module
+that is not fused, computes the values.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastddpm import ops
+from fastddpm.core.layout import channels_last
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU, which overwrites x where gradients are disabled."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+ACTIVATIONS: dict[str, Activation] = {"silu": silu, "swish": silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+IDENTITY = nn.Identity()
+CACHED_ELEMENTS = 1 << 18  # float32, 1 MB: fits a core's second-level cache
+
+
+class Resnet(nn.Module):
+    """A residual block: two convolutions with norm and activation before each, the time embedding between them.
+
+    Args:
+        embed_width: of the time embedding.
+        scale_shift: whether the time embedding scales and shifts the second norm's output, or is added to its input.
+        scale: what the sum of the block and its input is divided by.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        embed_width: int,
+        groups: int,
+        eps: float,
+        act: str,
+        scale_shift: bool,
+        dropout: float,
+        scale: float,
+    ):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, c_in, eps)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
+        self.columns = 2 * c_out if scale_shift else c_out
+        self.time_emb_proj = nn.Linear(embed_width, self.columns)
+        self.norm2 = GroupNorm(groups, c_out, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
+        self.bias: nn.Parameter | None = None  # of the residual sum, if a kernel adds it
+        self.scale_shift, self.scale = scale_shift, scale
+        self.kernels = False
+        self.act: Activation = ACTIVATIONS[act]
+
+    def time_projection(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of this block's columns of the time rows.
+
+        Without scale_shift, the bias includes that of the first convolution; neither is rounded before their sum.
+        """
+        weight, bias = self.time_emb_proj.weight, self.time_emb_proj.bias
+        return weight, bias if self.scale_shift or self.conv1.bias is None else bias + self.conv1.bias
+
+    def fuse(self, kernels: bool) -> None:
+        """Let the network project for all blocks at once; if kernels, one adds the biases."""
+        del self.time_emb_proj
+        self.kernels = kernels
+        if not self.scale_shift:
+            self.conv1.bias = None
+        if kernels:
+            self.bias = nn.Parameter(torch.empty(self.conv2.out_channels))
+            self.conv2.bias = None
+            if self.conv_shortcut is not None:
+                self.conv_shortcut.bias = None
+
+    def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        bias = cast(Tensor, self.conv2.bias)
+        yield "bias", bias if self.conv_shortcut is None else bias + cast(Tensor, self.conv_shortcut.bias)
+
+    def forward(self, x: Tensor, columns: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Args: columns: [1 or N, self.columns] of the time rows; skip: channels that follow those of x."""
+        if skip is not None and not self.kernels:
+            x, skip = torch.cat([x, skip], 1), None
+        h = self.norm1(x, self.act, skip=skip)
+        if self.scale_shift:
+            scale, shift = columns.to(h.dtype)[:, :, None, None].chunk(2, 1)
+            h = self.act(self.norm2(self.conv1(h)) * (1 + scale) + shift)
+        elif self.kernels:
+            h = self.norm2(self.conv1(h), self.act, add=columns)
+        else:
+            h = self.norm2(self.conv1(h, columns), self.act)
+        h = self.conv2(self.dropout(h))
+        if self.kernels:
+            h = ops.residual(h, self._shortcut(x, skip), self.bias)
+        else:
+            h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h if self.scale == 1 else h / self.scale
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        """The input, projected if widths differ: x and skip by a matrix product each, so that they need no joining."""
+        if self.conv_shortcut is None:
+            return x if skip is None else torch.cat([x, skip], 1)
+        inputs = [x] if skip is None else [x, skip]
+        weights = self.conv_shortcut.weight.flatten(1).split([part.shape[1] for part in inputs], 1)
+        y = F.linear(_pixels(x), weights[0])
+        if skip is not None:
+            y.addmm_(_pixels(skip), weights[1].t())
+        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with a residual."""
+
+    def __init__(self, width: int, head_dim: int, groups: int | None, eps: float, scale: float):
+        super().__init__()
+        self.group_norm = GroupNorm(groups, width, eps) if groups else None
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.qkv: nn.Linear | None = None
+        self.bias: nn.Parameter | None = None  # of the residual sum, if a kernel adds it
+        self.head_dim, self.scale = head_dim, scale
+
+    def fuse(self, kernels: bool) -> None:
+        """Compute queries, keys and values by one matrix product; if kernels, one adds the last bias."""
+        width = self.to_q.in_features
+        self.qkv = nn.Linear(width, 3 * width)
+        del self.to_q, self.to_k, self.to_v
+        if kernels:
+            self.bias = nn.Parameter(torch.empty(width))
+            cast(Any, self.to_out[0]).bias = None
+
+    def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        parts = self.to_q, self.to_k, self.to_v
+        yield "qkv.weight", torch.cat([part.weight for part in parts])
+        yield "qkv.bias", torch.cat([part.bias for part in parts])
+        yield "bias", cast(Tensor, self.to_out[0].bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = _pixels(h).view(n, height * width, c)
+        if self.qkv is not None:
+            q, k, v = self.qkv(h).chunk(3, -1)
+        else:
+            q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
+        h = self.to_out[0](h).view(n, height, width, c).permute(0, 3, 1, 2)
+        h = h + x if self.bias is None else ops.residual(h, x, self.bias)
+        return h if self.scale == 1 else h / self.scale
+
+
+class Block(nn.Module):
+    """The layers of one resolution: only a container, which gives the parameters diffusers' names."""
+
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]):
+        super().__init__()
+        self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
+        self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+
+    def layers(self) -> Iterator[tuple[Any, Any]]:
+        """Pairs of a residual block and what follows it: attention, or the identity."""
+        return zip_longest(self.resnets, self.attentions, fillvalue=IDENTITY)
+
+
+class Downsample(nn.Module):
+    """Half the size, by a 3 x 3 convolution of stride 2. Padding 0 pads below and on the right, as in diffusers."""
+
+    def __init__(self, width: int, padding: int):
+        super().__init__()
+        self.conv = Conv2d(width, width, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+
+
+class Upsample(nn.Module):
+    """Twice the size, by nearest neighbours, then a 3 x 3 convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = Conv2d(width, width, 3, padding=1)
+        self.phases: Conv2d | None = None
+        self.bias: nn.Parameter | None = None  # if a kernel adds it: `phases` then has none
+
+    def fuse(self, kernels: bool) -> None:
+        """Use polyphase upsampling: convolve before the pixels are repeated. If kernels, one adds the bias.
+
+        A 3 x 3 window of the upsampled image covers only 2 x 2 different input pixels. Which taps fall on the same
+        input pixel depends only on the parity of the row and the column. So four 2 x 2 convolutions with summed taps,
+        one per parity, give the result with half of the multiplications: 181 -> 60 ms in fp32, 25 -> 18 ms in bf16, for
+        16 x 256 x 16 x 16 on a core of a Xeon with AMX, 2026-11-22. oneDNN adds the bias within the convolution; cuDNN
+        would need a separate pass.
+        """
+        width = self.conv.in_channels
+        self.phases = Conv2d(width, 4 * width, 2, padding=1, bias=not kernels)
+        if kernels:
+            self.bias = nn.Parameter(torch.empty(width))
+        del self.conv
+
+    def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        width, tap, bias = self.conv.in_channels, self.conv.weight, cast(Tensor, self.conv.bias)
+        meets = tap.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, input pixel, tap]
+        yield "phases.weight", torch.einsum("apk,bql,oikl->aboipq", meets, meets, tap).reshape(4 * width, width, 2, 2)
+        yield "phases.bias", bias.repeat(4)
+        yield "bias", bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.phases is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return ops.interleave(channels_last(self.phases(x)), self.bias)
+
+
+class TimeMLP(nn.Module):
+    """[N, width] sinusoids -> [N, embed_width]: two linear layers with SiLU between them."""
+
+    def __init__(self, width: int, embed_width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, embed_width)
+        self.linear_2 = nn.Linear(embed_width, embed_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose bias can come with the call, and whose weight can be kept in oneDNN's own layout.
+
+    A packed weight need not be reordered in every call: 237 -> 118 us for 256 channels at 16 x 16 and batch 1 in bf16,
+    842 -> 736 us in fp32 (two cores of a Xeon with AMX, 2026-11-22).
+
+    Attributes:
+        kernels: whether the output goes to kernels, which need channels-last memory.
+        pack: whether to pack the weight.
+        packed: ((x's shape, version), packed weight), made by the first call with such an x.
+        version: of the weight; to change the weight in place, increase it.
+    """
+
+    kernels = False
+    pack = False
+    packed: tuple[object, Tensor] | None = None
+    version = 0
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Args: bias: [1 or N, C_out], used instead of the module's own."""
+        if bias is not None and len(bias) > 1:
+            return self._convolve(x, None) + bias.to(x.dtype)[:, :, None, None]
+        return self._convolve(x, self.bias if bias is None else bias[0].to(x.dtype))
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.pack:
+            y = F.conv2d(x, self.weight, bias, self.stride, cast("tuple[int, int]", self.padding))
+            return channels_last(y) if self.kernels else y  # torch promises no memory format
+        geometry = self.padding, self.stride, self.dilation, self.groups
+        packed, key = self.packed, (x.shape, self.version)  # read once: other threads may change both
+        if packed is None or packed[0] != key:
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+            self.packed = packed = key, reorder(self.weight.to_mkldnn(), *geometry, x.shape)
+        return torch.ops.mkldnn._convolution_pointwise(x, packed[1], bias, *geometry, "none", [], "")
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm and activation in x's dtype, with statistics in float32."""
+
+    kernels = False  # whether a kernel computes it
+
+    def forward(
+        self, x: Tensor, act: Activation | None = None, *, skip: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """Args: skip: channels that follow those of x; add: [1 or N, C], added to x first. Both need kernels."""
+        if self.kernels:
+            y = ops.group_norm(
+                x, self.weight, self.bias, self.num_groups, eps=self.eps, skip=skip, add=add, silu=act is silu
+            )
+            return y if act is None or act is silu else act(y)
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            y = _two_pass_group_norm(self, x)
+        else:
+            # torch's CPU kernel for 16 bits is slow below 1024 pixels: 2.0 ms for 16 x 256 x 16 x 16, against 0.9 ms in
+            # float32 with both conversions (two cores of a Xeon with AMX, 2026-11-22), which is also more accurate
+            widen = on_cpu and x.dtype in (torch.bfloat16, torch.float16) and x.shape[2:].numel() < 1024
+            y = F.group_norm(x.float() if widen else x, self.num_groups, self.weight, self.bias, self.eps)
+        return (y if act is None else act(y)).to(x.dtype)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] channels-last -> [N * H * W, C], a view."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _two_pass_group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
+    """Group norm with the variance taken about the mean.
+
+    torch's CPU kernel for channels-last takes E[x^2] - E[x]^2, whose error grows with (mean / std)^2. It is good enough
+    for 16-bit inputs, whose own rounding costs more. Only one new tensor has the size of x: the squares are summed in
+    parts that stay in the cache (27.7 -> 15 ms for 1 x 128 x 256 x 256, two cores of a Xeon, 2026-11-22).
+    """
+    n, c = x.shape[:2]
+    pixels = x.shape[2:].numel()
+    mean = x.mean((2, 3), keepdim=True)
+    centred = x - mean
+    parts = _pixels(centred).view(n, pixels, c).split(max(1, CACHED_ELEMENTS // (n * c)), 1)
+    variances = sum((part.square().sum(1) for part in parts), torch.zeros(n, c)) / pixels
+    means = mean.view(n, norm.num_groups, -1).double()  # rounded, a group's mean would double the error
+    offset = (means - means.mean(2, keepdim=True)).float()  # of each channel from its group
+    variance = (variances.view_as(offset) + offset.square()).mean(2, keepdim=True)
+    scale = (variance + norm.eps).rsqrt() * norm.weight.view(offset.shape[1:])
+    shift = norm.bias.view(offset.shape[1:]) + offset * scale
+    return centred.mul_(scale.view(n, c, 1, 1)).add_(shift.view(n, c, 1, 1))

@@ -5,8 +5,7 @@ import json
 from dataclasses import asdict
 
 from fastddpm.cli.options import add_batch_size, add_device, add_seed
-from fastddpm.evaluate.features import SCALES
-from fastddpm.evaluate.features import SHIPPED as SHIPPED_CLASSIFIER
+from fastddpm.evaluate.features import SCALES, SHIPPED_CLASSIFIER
 from fastddpm.evaluate.fid import Fid, fid
 
 SUMMARY = "measure the Fréchet distance between two sets of images"
@@ -17,8 +16,8 @@ examples:
   fastddpm fid cifar10-stats.npz samples/ --features inception.onnx  published mean and covariance
 
 A and B are each an .npz, an MNIST-format file, a folder of images, or a folder written by `fastddpm sample`; an .npz
-with mu and sigma holds statistics. Statistics computed from images are cached, and the output says where: the next
-time the network does not run. From an .npz the array x_train, x, arr_0 or images is read, unless :NAME names another.
+with mu and sigma holds statistics. Statistics computed from images are cached, and the output says where; the
+network does not run again for the same images. From an .npz the array x_train, x, arr_0 or images is read, unless :NAME names another.
 
 The distance is biased upwards, and more so for fewer images: compare distances of equally many images, usually 50,000
 against the training images. Its standard error is the standard deviation over sets resampled from A and B with

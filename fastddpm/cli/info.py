@@ -122,7 +122,7 @@ def kernel_report(capabilities: Sequence[int], *options: str) -> str | None:
     A new process compiles the kernels, because in this one Triton may be set to interpret them.
 
     Args:
-        capabilities: compute capabilities; empty: those of the GPUs here, or without a GPU all that are reported on.
+        capabilities: compute capabilities; empty: those of the GPUs here, or without a GPU the report's default.
         options: of `python -m fastddpm.kernels.report`.
     Raises: RuntimeError: the report failed; the message has the reason.
     """

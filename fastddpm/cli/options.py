@@ -65,7 +65,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def index_list(text: str) -> Indices:
-    """An argument such as 5,7,100-120, as Indices; they may be a million."""
+    """Parse an argument such as 5,7,100-120. A million consecutive indices take no memory."""
     try:
         return Indices.parse(text)
     except ValueError as error:
@@ -73,7 +73,7 @@ def index_list(text: str) -> Indices:
 
 
 def number_list(text: str) -> tuple[int, ...]:
-    """An argument such as 5,7,100-103, as a tuple: (5, 7, 100, 101, 102, 103)."""
+    """Parse an argument such as 5,7,100-103: (5, 7, 100, 101, 102, 103)."""
     return tuple(index_list(text))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastddpm.cli.options import add_batch_size, add_checkpoint, add_device, add_network, add_seed, index_list
-from fastddpm.core.schedule import SAMPLERS
+from fastddpm.core.table import SAMPLERS
 from fastddpm.processes.distributed import Ranks, ranks
 from fastddpm.sampling import job
 from fastddpm.sampling.sampler import Sampler

@@ -7,7 +7,7 @@ from fastddpm.cli.options import add_checkpoint, add_device, json_text
 from fastddpm.verify.ladder import verify
 from fastddpm.verify.table import table
 
-SUMMARY = "prove that this machine computes what the reference does"
+SUMMARY = "check that this machine computes what the reference does"
 EPILOG = """
 examples:
   fastddpm verify                                          the bundled model: a minute or two on two cores

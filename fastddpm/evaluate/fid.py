@@ -1,7 +1,7 @@
-"""`fastddpm fid`: how far two sets of images are from each other, by their Fréchet distance, with its standard error.
+"""`fastddpm fid`: the Fréchet distance between two sets of images, with its standard error.
 
-Heusel et al. 2017 (arXiv:1706.08500). With the features of the Inception network it is the FID. Statistics of features
-are kept in a file for each set and extractor, so that the images go through the network once.
+Heusel et al. 2017 (arXiv:1706.08500); with the features of the Inception network it is the FID. The statistics of each
+set's features are kept in a file for each extractor, so that the images go through the network once.
 """
 
 import hashlib
@@ -19,28 +19,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.evaluate.features import SHIPPED, Extractor, check_batch_size, extract, load_extractor
+from fastddpm.core import checks
+from fastddpm.evaluate.features import SHIPPED_CLASSIFIER, Extractor, extract, load_extractor
 from fastddpm.evaluate.frechet import bootstrap, gaussian_distance, moments
 from fastddpm.storage import datasets, shards
 from fastddpm.storage.files import atomic
 
-_ZIP = (zipfile.BadZipFile, zlib.error)
-_AHEAD = 256  # images of a set in memory, or as many as a batch
-_FORMAT = "fastddpm fid 1"  # a new number wherever the same images would get other statistics
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
+_IMAGES_READ = 256  # images of a set that are in memory at once, by default
+_FORMAT = "fastddpm fid 1"  # change the number whenever the same images would get other statistics
 
 
 @dataclass(frozen=True)
 class Fid:
-    """The distance of two sets.
+    """The distance between two sets.
 
     Attributes:
-        distance: squared Fréchet distance of the Gaussians fitted to their features, float64.
-        error: its standard error by bootstrap; None: not asked for, or neither set can be resampled.
-        counts: images in each set; None: not known.
-        dimension: D, of the features.
-        extractor: what the features are of; None: both sets are statistics.
-        statistics: the file of each set's statistics; None: they were not kept.
-        notes: what limits the figures.
+        distance: squared Fréchet distance between the Gaussians fitted to their features, in float64.
+        error: its standard error by the bootstrap; None: not asked for, or neither set can be resampled.
+        counts: images in each set; None: unknown.
+        dimension: D, the number of features of an image.
+        extractor: the name of the extractor; None: both sets are statistics.
+        statistics: the file with each set's statistics; None: they are not in a file.
+        notes: what limits the accuracy of the distance.
     """
 
     distance: float
@@ -54,13 +55,15 @@ class Fid:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the features of one set are like: mu [D] and sigma [D, D] float64, its mean and covariance over N - 1.
+    """The statistics of one set's features.
 
     Attributes:
-        count: N, where it is known.
-        features: [N, D] float32; None: they are not known, and the set cannot be resampled.
-        extractor: `Extractor.identity`, where it is known.
-        path: the file they are in, if there is one.
+        mu: [D] float64, the mean.
+        sigma: [D, D] float64, the covariance, over N - 1.
+        count: N; None: unknown.
+        features: [N, D] float32; None: unknown, and the set cannot be resampled.
+        extractor: `Extractor.identity`; None: unknown.
+        path: the file that holds the statistics; None: they are not in a file.
     """
 
     mu: Tensor
@@ -72,17 +75,17 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
-        """From an .npz with mu and sigma, as `save`, pytorch-fid and EDM write it.
+        """Load an .npz with mu and sigma, as `save`, pytorch-fid and EDM write it.
 
-        Raises: ValueError: it has none, or they are not finite, or of wrong shapes.
+        Raises: ValueError: they are missing, not finite, or of wrong shapes.
         """
         try:
-            with open(path, "rb") as whole, np.load(whole, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 mu, sigma = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
                 features = torch.from_numpy(file["features"]) if "features" in file.files else None
                 count = int(file["count"]) if "count" in file.files else None
                 extractor = str(file["extractor"]) if "extractor" in file.files else None
-        except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, *_ZIP) as error:
+        except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, *_ZIP_ERRORS) as error:
             raise ValueError(f"cannot load {path}: {error}; want statistics, an .npz with mu and sigma") from error
         if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.isfinite().all() and sigma.isfinite().all()):
             raise ValueError(
@@ -90,10 +93,10 @@ class Statistics:
             )
         if not torch.allclose(sigma, sigma.T, rtol=1e-6, atol=0) or (sigma.diag() < 0).any():
             raise ValueError(
-                f"{path} has a sigma that is no covariance: it is not symmetric, or has a variance below 0"
+                f"{path} has a sigma that is not a covariance: it is not symmetric, or has a variance below 0"
             )
         if count is not None and count < 2:
-            raise ValueError(f"{path} has count {count}; want that of its images, at least 2")
+            raise ValueError(f"{path} has count {count}; want the number of images, at least 2")
         if features is not None and not features.isfinite().all():
             raise ValueError(f"{path} has features that are not finite")
         if features is not None and features.shape != (count, len(mu)):
@@ -101,7 +104,7 @@ class Statistics:
         return cls(mu, sigma, count, features, extractor, Path(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz: mu, sigma, and as far as they are known count, features and extractor."""
+        """Write an .npz with mu, sigma, and if known count, features and extractor."""
         named = {name: getattr(self, name) for name in ("mu", "sigma", "count", "features", "extractor")}
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in named.items() if value is not None}
         with atomic(path) as file:
@@ -112,7 +115,7 @@ def fid(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     *,
-    features: str | os.PathLike[str] = SHIPPED,
+    features: str | os.PathLike[str] = SHIPPED_CLASSIFIER,
     input_size: int | None = None,
     scale: str | None = None,
     device: torch.device | str | None = None,
@@ -122,144 +125,159 @@ def fid(
     cache: str | os.PathLike[str] | bool = True,
     progress: bool = True,
 ) -> Fid:
-    """The Fréchet distance of two sets of images, and its standard error.
+    """The Fréchet distance between two sets of images, and its standard error.
 
-    It is biased upwards, the more the fewer the images are: compare figures of equal number. Resampling adds to the
-    bias, so the distance is that of the sets themselves, and the bootstrap gives its error alone.
+    The distance is biased upwards, and the more so the fewer the images are: compare only distances of equally many
+    images. Resampling adds to the bias, so the distance is that of the sets themselves; the bootstrap gives only its
+    standard error.
 
     Args:
-        a, b: each one of
-            what `data.load_images` takes: an .npz, an MNIST-format file or a folder of images;
-            "PATH.npz:ARRAY": another array of it;
-            a folder that `fastddpm sample` has written;
-            statistics, an .npz with mu and sigma. Without its features such a set is taken as exactly known.
+        a, b: each is one of
+            what `datasets.load_images` takes: an .npz, an MNIST-format file or a folder of images;
+            "PATH.npz:ARRAY": another array of an .npz;
+            a folder that `fastddpm sample` wrote;
+            statistics: an .npz with mu and sigma. Without features such a set is taken as exactly known.
         features, input_size, scale, device: as `load_extractor` takes them.
         batch_size: as `extract` takes it.
-        replicates: of the bootstrap, K; 0: no error.
+        replicates: K of the bootstrap; 0: no standard error.
         seed: of the bootstrap, 0 <= seed < 2^64.
-        cache: the folder in which statistics are kept, with their features; True: `cache_folder()`; False: nowhere.
+        cache: the folder that keeps statistics with their features; True: `cache_folder()`; False: keep none.
         progress: show bars.
-    Raises: ValueError: an argument is not as above, a set cannot be read, is still being written or has less than 2
-        images, or the sets have features of different extractors.
+    Raises: ValueError: an argument is not as above, a set cannot be read, is incomplete or has less than 2 images, or
+        the sets have features of different extractors.
     """
-    if type(replicates) is not int or replicates < 0 or replicates == 1:
+    if not checks.is_whole(replicates) or replicates < 0 or replicates == 1:
         raise ValueError(f"replicates is {replicates!r}; want 0, or at least 2, which have a standard deviation")
-    if type(seed) is not int or not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed!r}; want a whole number, 0 <= seed < 2^64")
-    check_batch_size(batch_size)
-    sets = [_parsed(source) for source in (a, b)]
+    seed = checks.seed(seed)
+    if batch_size is not None:
+        batch_size = checks.whole("batch_size", batch_size, 1)
+    sources = [_Source.parse(a), _Source.parse(b)]
     extractor = None
-    if not all(_is_statistics(*one) for one in sets):
+    if not all(source.is_statistics() for source in sources):
         extractor = load_extractor(features, device=device, input_size=input_size, scale=scale)
     folder = (cache_folder() if cache else None) if isinstance(cache, bool) else Path(cache)
-    known = [
-        Statistics.load(path)
-        if extractor is None or _is_statistics(path, array)
-        else _of_images(path, array, extractor, folder, batch_size, progress)
-        for path, array in sets
-    ]
-    _check_alike(known, [str(a), str(b)], extractor)
-    distance = gaussian_distance(known[0].mu, known[0].sigma, known[1].mu, known[1].sigma)
+    sets = []
+    for source in sources:
+        if extractor is None or source.is_statistics():
+            sets.append(Statistics.load(source.path))
+        else:
+            sets.append(_statistics_of_images(source, extractor, folder, batch_size, progress))
+    _check_comparable(sets, [str(a), str(b)], extractor)
+    return _compare(sets[0], sets[1], extractor, replicates, seed, progress)
+
+
+def _compare(
+    a: Statistics, b: Statistics, extractor: Extractor | None, replicates: int, seed: int, progress: bool
+) -> Fid:
     error = None
-    if replicates and any(one.features is not None for one in known):
-        resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in known]
+    if replicates and (a.features is not None or b.features is not None):
+        resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in (a, b)]
         error = float(bootstrap(*resampled, replicates=replicates, seed=seed, progress=progress).std())
     return Fid(
-        distance,
-        error,
-        (known[0].count, known[1].count),
-        len(known[0].mu),
-        None if extractor is None else extractor.name,
-        (known[0].path, known[1].path),
-        tuple(note for name, one in zip("AB", known, strict=True) for note in _notes(name, one)),
+        distance=gaussian_distance(a.mu, a.sigma, b.mu, b.sigma),
+        error=error,
+        counts=(a.count, b.count),
+        dimension=len(a.mu),
+        extractor=None if extractor is None else extractor.name,
+        statistics=(a.path, b.path),
+        notes=(*_accuracy_notes("A", a), *_accuracy_notes("B", b)),
     )
 
 
 def cache_folder() -> Path:
-    """Where statistics are kept unless told otherwise: fastddpm/fid in $XDG_CACHE_HOME or ~/.cache."""
+    """The default folder for statistics: fastddpm/fid in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastddpm" / "fid"
 
 
-def _parsed(source: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """A path, and an array of it where one is named."""
-    if not os.fspath(source):
-        raise ValueError("a set is named ''; name its images, or an .npz of statistics")
-    found = re.fullmatch(r"(.+\.npz):([^:/\\]+)", os.fspath(source))
-    return (Path(found[1]), found[2]) if found and not Path(source).exists() else (Path(source), None)
+@dataclass(frozen=True)
+class _Source:
+    """A path, and the array of it that was named, if any."""
+
+    path: Path
+    array: str | None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> "_Source":
+        if not os.fspath(text):
+            raise ValueError("a set is named ''; name its images, or an .npz of statistics")
+        match = re.fullmatch(r"(.+\.npz):([^:/\\]+)", os.fspath(text))
+        return cls(Path(match[1]), match[2]) if match and not Path(text).exists() else cls(Path(text), None)
+
+    def is_statistics(self) -> bool:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                return self.array is None and {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
+            return False
 
 
-def _is_statistics(path: Path, array: str | None) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return array is None and {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
-        return False
-
-
-def _of_images(
-    path: Path, array: str | None, extractor: Extractor, folder: Path | None, batch_size: int | None, progress: bool
+def _statistics_of_images(
+    source: _Source, extractor: Extractor, folder: Path | None, batch_size: int | None, progress: bool
 ) -> Statistics:
-    """From the cache, or computed, and put there."""
-    kept, fingerprint = None, ""
+    """Take the statistics from the cache, or compute them and put them there. Args: folder: of the cache, or None."""
+    path, file, fingerprint = source.path, None, ""
     _check_finished(path)
     if folder is not None:
-        fingerprint = _fingerprint(path, array, extractor)
-        kept = folder / f"{fingerprint[:32]}.npz"
+        fingerprint = _fingerprint(source, extractor)
+        file = folder / f"{fingerprint[:32]}.npz"
         try:
-            return Statistics.load(kept)
-        except ValueError:  # not there, or damaged
+            return Statistics.load(file)
+        except ValueError:  # missing or damaged
             pass
-    count, batches = _images(path, array, batch_size or _AHEAD)
-    found = extract(extractor, batches, count, batch_size=batch_size, progress=progress)
-    if len(found) < 2:
-        raise ValueError(f"{path} holds {len(found)} image; want at least 2, better thousands")
-    known = Statistics(*moments(found), len(found), found, extractor.identity)
-    if kept is None:
-        return known
-    if _fingerprint(path, array, extractor) != fingerprint:
-        raise ValueError(f"{path} was changed while it was read; compare it again when it stays as it is")
+    count, batches = _open_images(source, batch_size or _IMAGES_READ)
+    features = extract(extractor, batches, count, batch_size=batch_size, progress=progress)
+    if len(features) < 2:
+        raise ValueError(f"{path} holds {len(features)} image; want at least 2, better thousands")
+    statistics = Statistics(*moments(features), len(features), features, extractor.identity)
+    if file is None:
+        return statistics
+    if _fingerprint(source, extractor) != fingerprint:
+        raise ValueError(f"{path} was changed while it was read; compare again once it no longer changes")
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        known.save(kept)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        statistics.save(file)
     except OSError as error:
         warnings.warn(
             f"the statistics of {path} are not kept: {error}; name another folder for the cache", stacklevel=3
         )
-        return known
-    return replace(known, path=kept)
+        return statistics
+    return replace(statistics, path=file)
 
 
 def _check_finished(path: Path) -> None:
-    """Refuse a job that has not drawn all its samples yet, at once, and one among other images at all."""
-    if shards.is_store(path):
-        opened = shards.Store.open(path)
+    """Raises: ValueError: path is an unfinished job of `fastddpm sample`, or a folder with a job's folder inside."""
+    if shards.is_shard_folder(path):
+        opened = shards.ShardFolder.open(path)
         if opened.written() < len(opened.samples):
             done = f"{opened.written()} of its {len(opened.samples)} samples"
-            raise ValueError(f"{path} holds {done}; the command that wrote them draws the others")
+            raise ValueError(f"{path} holds {done}; rerun the command that wrote them to draw the others")
     elif path.is_dir():
-        below = {file.parent for file in datasets.image_files(path)}
-        if found := next(filter(shards.is_store, sorted(below)), None):
-            raise ValueError(f"{path} holds a folder that `fastddpm sample` wrote, {found}; name that one")
+        folders = {file.parent for file in datasets.image_files(path)}
+        if job := next(filter(shards.is_shard_folder, sorted(folders)), None):
+            raise ValueError(f"{path} holds a folder that `fastddpm sample` wrote, {job}; name that one")
 
 
-def _images(path: Path, array: str | None, batch: int) -> tuple[int, Iterator[np.ndarray]]:
-    if array is not None or not shards.is_store(path):
-        return datasets.stream_images(path, array=array, batch=batch)
-    opened = shards.Store.open(path)
+def _open_images(source: _Source, batch: int) -> tuple[int, Iterator[np.ndarray]]:
+    """The number of images, and the images: uint8 [n, H, W, C], at most `batch` at a time, or a shard at a time."""
+    if source.array is not None or not shards.is_shard_folder(source.path):
+        return datasets.stream_images(source.path, array=source.array, batch=batch)
+    opened = shards.ShardFolder.open(source.path)
 
     def pictures() -> Iterator[np.ndarray]:
         for shard in opened.arrays():
             if shard.dtype != np.uint8 or shard.ndim != 4:
-                raise ValueError(f"{path} holds {list(shard.shape[1:])} {shard.dtype}; want pictures, uint8 [H, W, C]")
+                came = f"{list(shard.shape[1:])} {shard.dtype}"
+                raise ValueError(f"{source.path} holds {came}; want pictures, uint8 [H, W, C]")
             yield shard
 
     return len(opened.samples), pictures()
 
 
-def _fingerprint(path: Path, array: str | None, extractor: Extractor) -> str:
-    """SHA-256 of all that statistics depend on: the files' names and bytes, which array, the extractor."""
+def _fingerprint(source: _Source, extractor: Extractor) -> str:
+    """SHA-256 of all that statistics depend on: the names and bytes of the files, the array, the extractor."""
+    path, array = source.path, source.array
     digest = hashlib.sha256(f"{_FORMAT}\0{extractor.identity}".encode())
-    if shards.is_store(path):
+    if shards.is_shard_folder(path):
         files = sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
     else:
         files = datasets.image_files(path)
@@ -272,20 +290,22 @@ def _fingerprint(path: Path, array: str | None, extractor: Extractor) -> str:
     return digest.hexdigest()
 
 
-def _check_alike(known: list[Statistics], names: list[str], extractor: Extractor | None) -> None:
-    (a, b), way_out = known, "compare sets by one extractor"
+def _check_comparable(sets: list[Statistics], names: list[str], extractor: Extractor | None) -> None:
+    """Raises: ValueError: the sets have features of different extractors, as far as that is known."""
+    (a, b), way_out = sets, "compare sets by one extractor"
     if len(a.mu) != len(b.mu):
         raise ValueError(f"{names[0]} has {len(a.mu)} features, {names[1]} has {len(b.mu)}; {way_out}")
-    for one, name in zip(known, names, strict=True):
+    for one, name in zip(sets, names, strict=True):
         if extractor is not None and one.extractor not in (None, extractor.identity):
             raise ValueError(
                 f"{name} has features of another extractor than {extractor.name}, or of other options; {way_out}"
             )
-    if len({one.extractor for one in known} - {None}) > 1:
+    if len({one.extractor for one in sets} - {None}) > 1:
         raise ValueError(f"{names[0]} and {names[1]} have features of different extractors; {way_out}")
 
 
-def _notes(name: str, one: Statistics) -> Iterator[str]:
+def _accuracy_notes(name: str, one: Statistics) -> Iterator[str]:
+    """What about a set limits the accuracy of the distance."""
     dimension = len(one.mu)
     if one.count is not None and one.count <= dimension:
         yield (

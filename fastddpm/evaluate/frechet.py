@@ -1,7 +1,7 @@
-"""How far two sets of samples are from each other: the Fréchet distance of Gaussians fitted to features of them.
+"""The Fréchet distance between two sets of samples: that of Gaussians fitted to their features.
 
-The idea of the FID (Heusel et al. 2017, arXiv:1706.08500). A figure means nothing by itself: it depends on the features
-and on how many there are. The yardstick is the distance of two sets that are known to be alike.
+It is the idea of the FID (Heusel et al. 2017, arXiv:1706.08500). A value means little alone: it depends on the features
+and on the number of samples. Compare it with the distance between two sets of one distribution.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,9 @@ WIDTHS = (16, 24)  # channels of the random network's two layers
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet distance between the Gaussians fitted to two sets of features, in float64.
 
-    Args: a, b: [N, D] and [M, D], N, M >= 2. It is biased upwards, the more the fewer they are: compare equal N and M.
+    It is biased upwards, and the more so the fewer the features are: compare only distances of equal N and M.
+
+    Args: a, b: [N, D] and [M, D], N, M >= 2.
     Raises: ValueError: the shapes are not as above.
     """
     a, b = (torch.as_tensor(x).double() for x in (a, b))
@@ -34,12 +36,14 @@ def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tens
 
 
 def moments(x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D], over N - 1, in float64, of features [N, D].
+    """Mean [D] and covariance [D, D] over N - 1, in float64.
 
-    Args: counts: [N] integers, how often each of them counts; None: once.
+    Args:
+        x: [N, D] features.
+        counts: [N] integers, how often each row counts; None: once.
     """
     counts = torch.ones(len(x), dtype=torch.int64) if counts is None else counts
-    n, rows = counts.sum(), counts.nonzero().flatten()  # a resampling leaves 1/e of them out
+    n, rows = counts.sum(), counts.nonzero().flatten()  # a resampling leaves out 1/e of the rows
     mean, cov = x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(2 * x.shape[1:], dtype=torch.float64)
     for part in rows.split(BLOCK):
         mean += counts[part].double() @ x[part].double() / n
@@ -57,24 +61,27 @@ def bootstrap(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """Distances [K] float64 of sets that are drawn from a and from b, independently and with replacement.
+    """Distances between sets that are drawn from a and from b, independently and with replacement: [K] float64.
 
-    Their standard deviation estimates the standard error of the distance of a and b (Efron 1979), to a relative
-    1 / sqrt(2 (K - 1)). Their mean estimates nothing: resampling adds to the bias that the distance of few has anyway.
-    Where a and b are of one distribution, the distance is quadratic in their noise and the estimate too large.
+    Their standard deviation estimates the standard error of the distance between a and b (Efron 1979), with a relative
+    error of 1 / sqrt(2 (K - 1)). Their mean is not an estimate: resampling adds to the bias of a small set. If a and b
+    are of one distribution, the distance is quadratic in their noise, and the estimate is too large.
 
     Args:
-        a, b: features [N, D], N >= 2, or the mean [D] and the covariance [D, D] of what is not resampled.
-        seed: the same one gives the same distances.
+        a, b: features [N, D], N >= 2; or (mean [D], covariance [D, D]) of a set that is not resampled.
+        replicates: K.
+        seed: 0 <= seed < 2^64; equal seeds give equal distances.
+        progress: show a bar.
     """
     from tqdm import tqdm
 
     generator = torch.Generator().manual_seed(seed)
 
-    def drawing(x: Tensor | tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def resampler(x: Tensor | tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """A function that returns the mean and the root of the covariance of a new draw."""
         if not isinstance(x, Tensor):
-            known = x[0], _root(x[1])
-            return lambda: known
+            fixed = x[0], _root(x[1])
+            return lambda: fixed
 
         def draw() -> tuple[Tensor, Tensor]:
             mean, cov = moments(x, torch.randint(len(x), (len(x),), generator=generator).bincount(minlength=len(x)))
@@ -82,17 +89,18 @@ def bootstrap(
 
         return draw
 
-    draw_a, draw_b = drawing(a), drawing(b)
+    draw_a, draw_b = resampler(a), resampler(b)
     steps = tqdm(range(replicates), desc="bootstrap", disable=not progress, leave=False)
     return torch.tensor([_distance(draw_a(), draw_b()) for _ in steps], dtype=torch.float64)
 
 
 def random_features(images: Tensor) -> Tensor:
-    """Features that need no training: what a fixed random convolutional network sees.
+    """Features that need no training: those of a fixed random convolutional network.
+
+    The network has two 3 x 3 convolutions of stride 2 with ReLU, and weights from the noise standard.
 
     Args: images: [N, C, H, W], floating point.
-    Returns: [N, 24] float64: the mean activations of two layers of 3 x 3 convolutions of stride 2 with ReLU, their
-        weights from the noise standard.
+    Returns: [N, 24] float64: the mean activations of the second layer.
     """
     h = images.double()
     for layer, width in enumerate(WIDTHS):
@@ -104,15 +112,16 @@ def random_features(images: Tensor) -> Tensor:
 
 
 def _distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """Of two means and roots of covariances."""
-    # the eigenvalues of cov_a cov_b are the squared singular values of the product of the symmetric roots, which unlike
-    # the product of the covariances loses no digits of the small ones
+    """The squared distance of two Gaussians, each given by its mean and the symmetric root of its covariance."""
+    # The eigenvalues of cov_a cov_b are the squared singular values of root_a root_b. Unlike the product of the
+    # covariances, that of the roots does not lose digits of the small ones.
     (mean_a, root_a), (mean_b, root_b) = a, b
     overlap = torch.linalg.svdvals(root_a @ root_b).sum()
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * overlap
-    return max(float(distance), 0.0)  # rounding can leave -1e-15 in place of 0; NaN stays
+    return max(float(distance), 0.0)  # rounding can leave -1e-15 in place of 0; NaN remains NaN
 
 
 def _root(cov: Tensor) -> Tensor:
+    """The symmetric square root of a covariance."""
     values, vectors = torch.linalg.eigh(cov)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # as above, of eigenvalues
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding can leave -1e-15 in place of 0

@@ -1,5 +1,7 @@
-"""`fastddpm verify`: is what runs on this machine the same function as the reference?"""
+"""`fastddpm verify`: does this machine compute the same function as the reference?"""
 
-from fastddpm.verify.ladder import table, verify
+from fastddpm.verify.accuracy import Record
+from fastddpm.verify.ladder import verify
+from fastddpm.verify.table import table
 
-__all__ = ["table", "verify"]
+__all__ = ["Record", "table", "verify"]

@@ -1,4 +1,4 @@
-"""The commands in --help, README.md and docs/ are valid, and the Python snippets of README.md run."""
+"""The commands in --help, README.md and docs/ are valid, and the Python snippets of README.md and the guide run."""
 
 import re
 import shlex
@@ -63,10 +63,11 @@ def test_documented_command_is_valid(line):
     command_parser().parse_args(shlex.split(line))
 
 
-def test_python_in_readme_runs(tiny, monkeypatch):
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/gpu.md"])
+def test_python_runs(page, tiny, monkeypatch):
     monkeypatch.setattr("fastddpm.checkpoints.shipped_model", lambda: tiny)
     names: dict = {}
-    blocks = code_blocks((ROOT / "README.md").read_text(), ("python",))
+    blocks = code_blocks((ROOT / page).read_text(), ("python",))
     assert blocks
     for code in blocks:
         if "diffusers" in code and not find_spec("diffusers"):

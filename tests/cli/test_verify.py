@@ -7,7 +7,7 @@ import pytest
 
 from fastddpm.cli import verify as command
 from fastddpm.cli.main import main
-from fastddpm.verify.ladder import Record
+from fastddpm.verify import Record
 from tests.support.command_line import error_line
 
 

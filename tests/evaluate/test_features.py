@@ -1,4 +1,4 @@
-"""Extractors of features: what the network is given, to the bit, what may come back, and each misuse's error."""
+"""Extractors: the bits that a network is given, what it may return, and the errors."""
 
 import hashlib
 import subprocess
@@ -29,7 +29,7 @@ def saved(net: nn.Module, path: Path) -> Path:
 
 
 class AsGiven(nn.Module):
-    """Returns all it is given."""
+    """Returns its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1).float()
@@ -41,7 +41,7 @@ class Shape(nn.Module):
 
 
 class Returns(nn.Module):
-    """[N, 2, 1, 1] behind one of the shapes that networks return it in."""
+    """Returns [N, 2, 1, 1], or another shape, dtype or value of it."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -89,7 +89,7 @@ class Nvidia(nn.Module):
 
 
 class Trained(nn.Module):
-    """Normalises by its batch, and forgets, in training."""
+    """Depends on its batch and on chance while it is in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class Trained(nn.Module):
         return self.dropout(self.norm(x)).mean((2, 3))
 
 
-def loaded(net, tmp_path, **how):
-    return load_extractor(saved(net, tmp_path / "net.pt"), device="cpu", **{"input_size": 0} | how)
+def loaded(net, tmp_path, *, input_size=0, scale=None):
+    return load_extractor(saved(net, tmp_path / "net.pt"), device="cpu", input_size=input_size, scale=scale)
 
 
 # Resizing
@@ -124,7 +124,7 @@ def by_definition(x: np.ndarray, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(4, 6), (7, 5), (1, 1), (9, 3), (3, 9), (1, 8)])
 @pytest.mark.parametrize("size", [(4, 6), (11, 13), (3, 2), (1, 1)])
-def test_resizing_is_tensorflows_to_the_bit(shape, size, dtype):
+def test_resize_has_the_bits_of_tensorflow(shape, size, dtype):
     x = (np.random.default_rng(1).random((2, 3, *shape)) * 255).astype(dtype)
     want = np.stack([[by_definition(channel, *size) for channel in image] for image in x])
     got = resize(torch.from_numpy(x), *size)
@@ -132,13 +132,13 @@ def test_resizing_is_tensorflows_to_the_bit(shape, size, dtype):
     assert np.array_equal(got.numpy(), want)
 
 
-def test_pixels_are_not_shifted_and_the_last_goes_on():
+def test_resize_does_not_shift_or_smooth_and_repeats_the_last_pixel():
     x = torch.tensor([[0.0, 1.0]])
     assert resize(x, 1, 4).tolist() == [[0, 0.5, 1, 1]]
     assert resize(torch.arange(8.0)[None], 1, 2).tolist() == [[0, 4]]  # no smoothing
 
 
-# What the network is given
+# The input of the network
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_pixels_are_not_shifted_and_the_last_goes_on():
     ],
 )
 @pytest.mark.parametrize("c", [1, 3, 4])
-def test_the_network_is_given_three_scaled_channels(scale, formula, c, tmp_path):
+def test_network_gets_three_scaled_channels(scale, formula, c, tmp_path):
     images = pictures(c=c)
     got = loaded(AsGiven(), tmp_path, scale=scale)(images)
     want = formula((np.repeat(images, 3, axis=3) if c == 1 else images[..., :3]).astype(np.float32))
@@ -160,7 +160,7 @@ def test_the_network_is_given_three_scaled_channels(scale, formula, c, tmp_path)
     assert np.array_equal(got.numpy(), want.transpose(0, 3, 1, 2).reshape(5, -1))
 
 
-def test_bytes_are_given_as_uint8(tmp_path):
+def test_scale_bytes_gives_uint8(tmp_path):
     class Kind(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.full((len(x), 2), float(x.dtype == torch.uint8))
@@ -179,7 +179,7 @@ def test_images_are_resized_before_they_are_scaled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "shape"),
+    ("options", "shape"),
     [
         ({}, [3, 299, 299]),
         ({"scale": "bytes"}, [3, 4, 6]),
@@ -188,8 +188,8 @@ def test_images_are_resized_before_they_are_scaled(tmp_path):
         ({"input_size": 5, "scale": "bytes"}, [3, 5, 5]),
     ],
 )
-def test_images_are_of_inceptions_size_unless_told_otherwise(how, shape, tmp_path):
-    extractor = load_extractor(saved(Shape(), tmp_path / "net.pt"), device="cpu", **how)
+def test_images_are_resized_to_299_by_default(options, shape, tmp_path):
+    extractor = load_extractor(saved(Shape(), tmp_path / "net.pt"), device="cpu", **options)
     assert extractor(pictures(2)).tolist() == [shape, shape]
 
 
@@ -202,11 +202,11 @@ def test_the_network_evaluates_without_gradients(tmp_path):
     assert not got.requires_grad
 
 
-# What it returns
+# The output of the network
 
 
 @pytest.mark.parametrize("net", [Returns("flat"), Returns("square"), Returns("double"), Pair(), Listed(), Nvidia()])
-def test_features_come_in_several_shapes(net, tmp_path):
+def test_networks_may_return_features_in_several_shapes(net, tmp_path):
     got = loaded(net, tmp_path, scale="bytes" if isinstance(net, Nvidia) else "unit")(pictures())
     want = torch.from_numpy(pictures()[:, 0, 0, :2]).float()
     assert got.dtype == torch.float32
@@ -214,7 +214,7 @@ def test_features_come_in_several_shapes(net, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("net", "found"),
+    ("net", "message"),
     [
         (Returns("map"), "returns [5, 3, 4, 6] float32 for 5 images; want features [5, D]"),
         (Returns("one"), "returns [5] float32 for 5 images; want features [5, D]"),
@@ -225,12 +225,12 @@ def test_features_come_in_several_shapes(net, tmp_path):
         (Returns("inf"), "returns NaN or infinity; see --scale, or name another extractor"),
     ],
 )
-def test_what_is_no_features_is_refused(net, found, tmp_path):
+def test_output_that_is_not_features_raises(net, message, tmp_path):
     extractor = loaded(net, tmp_path)
-    assert error_line(extractor, pictures()) == f"{tmp_path / 'net.pt'} {found}"
+    assert error_line(extractor, pictures()) == f"{tmp_path / 'net.pt'} {message}"
 
 
-def test_a_network_that_fails_tells_what_it_was_given(tmp_path):
+def test_error_of_a_network_names_its_input(tmp_path):
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.view(7, 7)
@@ -241,10 +241,10 @@ def test_a_network_that_fails_tells_what_it_was_given(tmp_path):
     assert line.endswith("; see --input-size and --scale")
 
 
-# Which extractor it is
+# Loading
 
 
-def test_the_classifier_in_the_package_sees_garments_in_its_own_scale():
+def test_bundled_classifier_uses_its_own_scale():
     images = pictures(3, 28, 28, 1)
     extractor = load_extractor(device="cpu")
     with torch.inference_mode():
@@ -255,8 +255,8 @@ def test_the_classifier_in_the_package_sees_garments_in_its_own_scale():
     assert (extractor.name, extractor.scale, extractor.size) == ("fashion-mnist", "signed", None)
 
 
-def test_the_classifier_in_the_package_is_the_one_that_was_measured():
-    """bench.frechet trained it, and by it the figures of docs/sigma.md were computed."""
+def test_bundled_classifier_is_the_one_that_was_measured():
+    """bench.frechet trained it, and the distances in docs/sigma.md were computed with it."""
     model = shipped_classifier()
     assert not model.training
     path = Path(features.__file__).parents[1] / "models/fashion-mnist-classifier/classifier.safetensors"
@@ -268,35 +268,35 @@ def test_the_classifier_in_the_package_is_the_one_that_was_measured():
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 3), (32, 32, 1), (28, 32, 1), (28, 28, 4)])
-def test_the_classifier_takes_garments_alone(shape):
+def test_bundled_classifier_takes_only_grey_28x28(shape):
     line = error_line(load_extractor(device="cpu"), pictures(2, *shape))
     h, w, c = shape
     assert line == (
-        f"fashion-mnist takes grey images of 28x28, these are {w}x{h} with {min(c, 3)} channels; name the file of "
+        f"fashion-mnist takes grey images of 28x28, but these are {w}x{h} with {min(c, 3)} channels; name the file of "
         "another extractor, such as FID's Inception network, with --features"
     )
 
 
-def test_equal_identities_are_equal_features(tmp_path):
+def test_identity_depends_on_the_network_and_the_preparation(tmp_path):
     one, copy = saved(AsGiven(), tmp_path / "one.pt"), tmp_path / "copy.pt"
     copy.write_bytes(one.read_bytes())
     other = saved(Shape(), tmp_path / "other.pt")
-    found = [load_extractor(one, device="cpu", **how).identity for how in ({}, {"scale": "fid"}, {"input_size": 299})]
-    assert len({*found, load_extractor(copy, device="cpu").identity}) == 1
-    changed = [
-        load_extractor(one, device="cpu", **how) for how in ({"scale": "unit"}, {"input_size": 0}, {"input_size": 298})
-    ]
-    different = [*changed, load_extractor(other, device="cpu"), load_extractor(device="cpu")]
-    assert len({found[0], *(extractor.identity for extractor in different)}) == 6
+    same = [load_extractor(one, device="cpu", **options) for options in ({}, {"scale": "fid"}, {"input_size": 299})]
+    same.append(load_extractor(copy, device="cpu"))
+    assert len({extractor.identity for extractor in same}) == 1
+    changes = ({"scale": "unit"}, {"input_size": 0}, {"input_size": 298})
+    different = [load_extractor(one, device="cpu", **options) for options in changes]
+    different += [same[0], load_extractor(other, device="cpu"), load_extractor(device="cpu")]
+    assert len({extractor.identity for extractor in different}) == 6
 
 
 @pytest.mark.parametrize(
-    ("source", "how", "message"),
+    ("source", "options", "message"),
     [
         (
             "absent.pt",
             {},
-            "there is no file absent.pt; name a TorchScript or ONNX file, or fashion-mnist, in the package",
+            "there is no file absent.pt; name a TorchScript or ONNX file, or fashion-mnist, which is bundled",
         ),
         (".", {}, "there is no file .;"),
         ("text.pt", {}, "cannot load text.pt as TorchScript ("),
@@ -309,19 +309,19 @@ def test_equal_identities_are_equal_features(tmp_path):
         ("net.pt", {"device": "abacus"}, "device is 'abacus'"),
     ],
 )
-def test_what_is_no_extractor_is_refused(source, how, message, tmp_path, monkeypatch):
+def test_wrong_sources_and_options_raise(source, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved(AsGiven(), tmp_path / "net.pt")
     (tmp_path / "text.pt").write_text("no network")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights.pt")
-    assert message in error_line(load_extractor, source, **{"device": "cpu"} | how)
+    assert message in error_line(load_extractor, source, **{"device": "cpu"} | options)
 
 
 # Many images
 
 
 class Counted:
-    """An extractor that notes its batches, and has memory for so many images."""
+    """An extractor that records the sizes of its batches, and has memory for `fits` images."""
 
     device, fits = torch.device("cpu"), 1000
 
@@ -338,7 +338,7 @@ class Counted:
         return torch.from_numpy(images[:, 0, 0, :2]).float()
 
 
-def test_batches_are_as_large_as_the_network_takes():
+def test_batches_are_split_to_the_batch_size():
     images = pictures(15)
     extractor = Counted()
     got = extract(extractor, [images[:9], images[9:10], images[10:]], 15, progress=False)
@@ -358,12 +358,16 @@ def test_batches_are_as_large_as_the_network_takes():
         RuntimeError("onnxruntime: Failed to allocate memory for requested buffer"),
     ],
 )
-def test_without_enough_memory_the_batch_is_halved_for_good(error):
+def test_batch_size_is_halved_for_good_when_memory_runs_out(error):
     images, extractor = pictures(16), Counted(error)
     extractor.fits = 3
-    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+    with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
         got = extract(extractor, [images[:12], images[12:]], 16, batch_size=10, progress=False)
-    assert [str(each.message)[-1] for each in warned] == ["5", "3"]
+    failure = " ".join(str(error).split())
+    assert [str(each.message) for each in warned] == [
+        f"out of memory; continuing with batches of {size}. {failure}" for size in (5, 3)
+    ]
+    assert {each.filename for each in warned} == {__file__}
     assert extractor.sizes == [3, 3, 3, 3, 3, 1]
     assert torch.equal(got, torch.from_numpy(images[:, 0, 0, :2]).float())
     extractor.fits = 0
@@ -371,14 +375,14 @@ def test_without_enough_memory_the_batch_is_halved_for_good(error):
         extract(extractor, [images], 16, batch_size=2, progress=False)
 
 
-def test_other_errors_are_no_want_of_memory():
+def test_other_errors_do_not_halve_the_batch_size():
     extractor = Counted(RuntimeError("broken"))
     extractor.fits = 1
     with pytest.raises(RuntimeError, match="broken"):
         extract(extractor, [pictures()], 5, progress=False)
 
 
-def test_an_extractor_out_of_memory_is_not_taken_for_broken():
+def test_out_of_memory_is_not_reported_as_a_broken_network():
     def network(x):
         raise torch.OutOfMemoryError("out of memory")
 
@@ -386,7 +390,7 @@ def test_an_extractor_out_of_memory_is_not_taken_for_broken():
         features.Extractor("net", "", network, 3, None, "fid", torch.device("cpu"))(pictures())
 
 
-def test_a_batch_is_as_many_pixels_whatever_their_shape(tmp_path):
+def test_default_batch_size_is_a_number_of_pixels(tmp_path):
     extractor = loaded(AsGiven(), tmp_path, input_size=299)
     assert extractor.batch_size(pictures()) == 8
     as_they_are = loaded(AsGiven(), tmp_path)
@@ -394,7 +398,7 @@ def test_a_batch_is_as_many_pixels_whatever_their_shape(tmp_path):
     assert as_they_are.batch_size(np.empty((1, 5000, 5000, 3))) == 1
 
 
-def test_images_are_counted_as_they_are_done(capfd, monkeypatch):
+def test_bar_counts_images(capfd, monkeypatch):
     updates = []
     monkeypatch.setattr(tqdm, "update", lambda bar, n: updates.append((bar.total, n)))
     extract(Counted(), [pictures(5), pictures(5)], 10)
@@ -405,20 +409,20 @@ def test_images_are_counted_as_they_are_done(capfd, monkeypatch):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.0, True])
-def test_wrong_batch_sizes(batch_size):
+def test_wrong_batch_sizes_raise(batch_size):
     line = error_line(extract, Counted(), [pictures()], 5, batch_size=batch_size, progress=False)
     assert line == f"batch_size is {batch_size!r}; want a whole number, at least 1"
 
 
 @pytest.mark.parametrize("images", [[], [pictures(3)]])
-def test_fewer_images_than_were_promised(images):
+def test_fewer_images_than_announced_raise(images):
     line = error_line(extract, Counted(), images, 5, progress=False)
     assert line == f"there are {sum(map(len, images))} images, not 5; they changed while they were read"
 
 
 @pytest.mark.slow
 def test_features_do_not_fragment_the_memory():
-    """The small tensors of each batch, kept, would pin the large ones of its images: 2 GB here."""
+    """If the small features of each batch were kept, they would pin the memory of its images: 2 GB here."""
     code = """
 import resource, sys
 import numpy as np, torch
@@ -435,5 +439,5 @@ print(peak() - before)
     assert int(done.stdout) <= 10 * 128 * 256 * 256 * 3
 
 
-def test_the_scales_are_those_of_the_help():
+def test_help_lists_the_scales():
     assert list(SCALES) == ["fid", "unit", "signed", "bytes"]

@@ -1,4 +1,4 @@
-"""fastddpm fid: each kind of set, what is kept and when it is used again, and what the command prints."""
+"""fastddpm fid: every kind of set, the cache, statistics, and what the command prints."""
 
 import gzip
 import json
@@ -57,9 +57,16 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def measure(a="a.npz", b="b.npz", **how):
+def measure(a="a.npz", b="b.npz", *, features="net.pt", input_size=0, replicates=0, **options):
     return fid(
-        a, b, **{"features": "net.pt", "input_size": 0, "device": "cpu", "progress": False, "replicates": 0} | how
+        a,
+        b,
+        features=features,
+        input_size=input_size,
+        device="cpu",
+        progress=False,
+        replicates=replicates,
+        **options,
     )
 
 
@@ -69,11 +76,11 @@ def kept(folder="cached/fastddpm/fid"):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How many images went through a network, for each set that did."""
+    """The number of images of each set that went through a network."""
     counts, extract = [], module.extract
 
-    def counted(*args, **how):
-        found = extract(*args, **how)
+    def counted(*args, **kwargs):
+        found = extract(*args, **kwargs)
         counts.append(len(found))
         return found
 
@@ -81,7 +88,7 @@ def runs(monkeypatch):
     return counts
 
 
-# The figure
+# The distance
 
 
 def test_the_distance_is_that_of_the_features(here):
@@ -97,7 +104,7 @@ def test_the_distance_is_that_of_the_features(here):
     assert found.notes == ()
 
 
-def test_the_classifier_in_the_package_is_the_default(here):
+def test_bundled_classifier_is_the_default(here):
     garments = [pictures(3, seed, (28, 28, 1)) for seed in (0, 1)]
     for name, images in zip("ab", garments, strict=True):
         np.savez(f"{name}.npz", images)
@@ -109,12 +116,12 @@ def test_the_classifier_in_the_package_is_the_default(here):
     assert "net.pt" in line
 
 
-def test_a_set_is_no_distance_from_itself(here):
+def test_distance_of_a_set_to_itself_is_0(here):
     assert measure("a.npz", "a.npz").distance <= 1e-12
     assert measure("a.npz", "a.npz").distance >= 0
 
 
-def test_every_kind_of_set(here):
+def test_every_kind_of_set_gives_the_same_distance(here):
     want = measure().distance
     np.savez("both.npz", x_train=A, x_test=B)
     shutil.copy("both.npz", "with:colon.npz")
@@ -132,16 +139,17 @@ def test_every_kind_of_set(here):
 
 
 @pytest.mark.parametrize("kind", ["npz", "png", "webdataset"])
-def test_what_sample_has_written_is_a_set_when_it_is_finished(kind, here, monkeypatch):
+def test_a_finished_job_is_a_set(kind, here, monkeypatch):
     manifest = {"format": kind, "samples": f"0-{M - 1}", "shard_size": 8, "class_labels": None}
-    samples = shards.Store("samples", manifest)
+    samples = shards.ShardFolder("samples", manifest)
     samples.begin()
     parts = [B[start : start + 8] for start in range(0, M, 8)]
     for k, part in enumerate(parts[:-1]):
         samples.write(k, part)
-    want = f"samples holds {M - len(parts[-1])} of its {M} samples; the command that wrote them draws the others"
+    done = f"{M - len(parts[-1])} of its {M} samples"
+    want = f"samples holds {done}; rerun the command that wrote them to draw the others"
     with monkeypatch.context() as patched:
-        patched.setattr(module, "extract", None)  # it is told before a network sees the first image
+        patched.setattr(module, "extract", None)  # the error comes before a network sees an image
         assert error_line(measure, "samples") == want
     samples.write(len(parts) - 1, parts[-1])
     assert measure(b="samples").distance == pytest.approx(measure().distance, rel=1e-4)
@@ -151,19 +159,19 @@ def test_what_sample_has_written_is_a_set_when_it_is_finished(kind, here, monkey
     assert "is damaged" in error_line(measure, b="samples")
 
 
-def test_samples_below_the_folder_that_is_named_are_not_half_read(here):
-    samples = shards.Store("all/run", {"format": "png", "samples": "0-3", "shard_size": 2, "class_labels": None})
+def test_a_job_inside_the_named_folder_raises(here):
+    samples = shards.ShardFolder("all/run", {"format": "png", "samples": "0-3", "shard_size": 2, "class_labels": None})
     samples.begin()
     samples.write(0, B[:2])
     want = "all holds a folder that `fastddpm sample` wrote, all/run; name that one"
     assert error_line(measure, b="all") == want
 
 
-def test_a_set_that_changes_while_it_is_read_is_not_kept(here, monkeypatch):
+def test_a_set_that_changes_meanwhile_raises_and_is_not_cached(here, monkeypatch):
     extract = module.extract
 
-    def changing(*args, **how):
-        found = extract(*args, **how)
+    def changing(*args, **kwargs):
+        found = extract(*args, **kwargs)
         np.savez("b.npz", B[::-1])
         return found
 
@@ -177,24 +185,30 @@ def test_a_set_that_changes_while_it_is_read_is_not_kept(here, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [7, None])
-def test_the_network_gets_batches_of_the_size_asked_for(here, monkeypatch, size):
-    sizes, stream = [], module.data.stream_images
-    monkeypatch.setattr(module.data, "stream_images", lambda *a, **how: sizes.append(how["batch"]) or stream(*a, **how))
+def test_images_are_read_in_batches(here, monkeypatch, size):
+    sizes = []
+    stream = module.datasets.stream_images
+
+    def noting(*args, batch, **options):
+        sizes.append(batch)
+        return stream(*args, batch=batch, **options)
+
+    monkeypatch.setattr(module.datasets, "stream_images", noting)
     measure(batch_size=size)
     assert sizes == [size or 256] * 2
 
 
-def test_samples_that_are_no_pictures_are_refused(here):
-    samples = shards.Store("samples", {"format": "npz", "samples": "0-2", "shard_size": 3, "class_labels": None})
+def test_samples_that_are_not_pictures_raise(here):
+    samples = shards.ShardFolder("samples", {"format": "npz", "samples": "0-2", "shard_size": 3, "class_labels": None})
     samples.begin()
     samples.write(0, np.zeros((3, 2), np.float32))
     assert error_line(measure, b="samples") == "samples holds [2] float32; want pictures, uint8 [H, W, C]"
 
 
-# What is kept
+# The cache
 
 
-def test_the_network_sees_a_set_once(here, runs):
+def test_network_sees_a_set_only_once(here, runs):
     first = measure(replicates=3)
     assert runs == [N, M]
     assert kept() == sorted(path.relative_to(here) for path in first.statistics)
@@ -205,10 +219,10 @@ def test_the_network_sees_a_set_once(here, runs):
     assert runs == [N, M]
 
 
-def test_nothing_stale_is_served(here, runs):
+def test_cache_depends_on_options_and_content(here, runs):
     first = measure()
-    for how in ({"scale": "unit"}, {"input_size": 9}):
-        assert measure(**how).distance != first.distance
+    for options in ({"scale": "unit"}, {"input_size": 9}):
+        assert measure(**options).distance != first.distance
     assert runs == [N, M] * 3
     changed = A.copy()
     changed[-1, -1, -1] ^= 255
@@ -221,8 +235,8 @@ def test_nothing_stale_is_served(here, runs):
     assert runs[7:] == [N, N]
 
 
-def test_pictures_that_change_places_are_another_set(here, runs):
-    """The features are kept in order, and the file that is added or renamed counts."""
+def test_pictures_in_another_order_are_another_set(here, runs):
+    """Features are kept in the order of the files, so a file that is added or renamed counts."""
     module.Path("folder").mkdir()
     for i in range(3):
         Image.fromarray(A[i]).save(f"folder/{i}.png")
@@ -248,7 +262,7 @@ def test_another_network_of_the_same_name_is_another_extractor(here, runs):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "text", "other"])
-def test_what_is_kept_and_damaged_is_computed_again(here, runs, damage):
+def test_damaged_statistics_are_computed_again(here, runs, damage):
     first = measure()
     path = first.statistics[0]
     whole = path.read_bytes()
@@ -264,7 +278,7 @@ def test_what_is_kept_and_damaged_is_computed_again(here, runs, damage):
     assert runs == [N, M, N]
 
 
-def test_the_cache_is_where_it_is_told_to_be(here, runs, monkeypatch):
+def test_cache_folder_can_be_chosen(here, runs, monkeypatch):
     found = measure(cache="elsewhere")
     assert [module.Path("elsewhere") / path.name for path in found.statistics] == list(found.statistics)
     assert len(kept("elsewhere")) == 2
@@ -279,7 +293,7 @@ def test_the_cache_is_where_it_is_told_to_be(here, runs, monkeypatch):
     assert module.cache_folder() == here / "home" / ".cache" / "fastddpm" / "fid"
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(here, runs):
+def test_a_cache_that_cannot_be_written_warns(here, runs):
     module.Path("taken").touch()
     with pytest.warns(
         UserWarning, match=r"^the statistics of [ab]\.npz are not kept: .*; name another folder"
@@ -293,7 +307,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(here, runs):
 # Statistics
 
 
-def test_statistics_are_as_others_write_them(here):
+def test_statistics_have_the_usual_names(here):
     found = measure()
     mu, sigma = moments(seen(A))
     with np.load(found.statistics[0], allow_pickle=False) as file:
@@ -304,7 +318,7 @@ def test_statistics_are_as_others_write_them(here):
         assert file["count"] == N
 
 
-def test_statistics_without_features_are_known_exactly(here):
+def test_statistics_without_features_are_taken_as_exact(here):
     mu, sigma = moments(seen(A))
     np.savez("stats.npz", mu=mu, sigma=sigma)
     found = measure("stats.npz", replicates=4)
@@ -329,7 +343,7 @@ def test_statistics_of_two_files_need_no_network(here, monkeypatch):
     assert (again.distance, again.error, again.counts) == (found.distance, found.error, (N, M))
 
 
-def test_features_of_different_extractors_are_not_compared(here):
+def test_sets_of_different_extractors_raise(here):
     one, other = measure().statistics, measure(scale="unit").statistics
     line = error_line(fid, str(one[0]), str(other[1]), progress=False)
     assert line.endswith("have features of different extractors; compare sets by one extractor")
@@ -349,16 +363,16 @@ def test_features_of_different_extractors_are_not_compared(here):
         ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "cannot load stats.npz: "),
         ({"mu": np.array([{}]), "sigma": np.eye(1)}, "cannot load stats.npz: "),
         ({"mu": np.zeros(3), "sigma": np.eye(3), "features": np.zeros((4, 3))}, "has features [4, 3]; want [None, 3]"),
-        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "has a sigma that is no covariance"),
-        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "has a sigma that is no covariance"),
-        ({"mu": np.zeros(3), "sigma": np.eye(3), "count": -5}, "has count -5; want that of its images, at least 2"),
+        ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "has a sigma that is not a covariance"),
+        ({"mu": np.zeros(3), "sigma": np.triu(np.ones((3, 3)))}, "has a sigma that is not a covariance"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3), "count": -5}, "has count -5; want the number of images, at least 2"),
         (
             {"mu": np.zeros(1), "sigma": np.eye(1), "count": 2, "features": np.full((2, 1), np.nan)},
             "has features that are not finite",
         ),
     ],
 )
-def test_what_is_no_statistics(here, arrays, message):
+def test_wrong_statistics_raise(here, arrays, message):
     np.savez("stats.npz", **arrays)
     assert message in error_line(measure, "stats.npz", "stats.npz")
 
@@ -376,11 +390,11 @@ def test_a_singular_covariance_is_noted(here):
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("options", "message"),
     [
         ({"a": "one.npz"}, "one.npz holds 1 image; want at least 2, better thousands"),
         ({"a": "absent.npz"}, "cannot read absent.npz: No such file or directory"),
-        ({"a": "a.npz:x_test"}, "cannot load a.npz as .npz: it holds arr_0, and no x_test"),
+        ({"a": "a.npz:x_test"}, "cannot load a.npz as .npz: it holds arr_0, but no x_test"),
         ({"replicates": 1}, "replicates is 1; want 0, or at least 2, which have a standard deviation"),
         ({"replicates": -2}, "replicates is -2; want 0, or at least 2"),
         ({"seed": -1}, "seed is -1; want a whole number, 0 <= seed < 2^64"),
@@ -389,9 +403,9 @@ def test_a_singular_covariance_is_noted(here):
         ({"batch_size": 0}, "batch_size is 0; want a whole number, at least 1"),
     ],
 )
-def test_misuse_is_one_line(here, how, message):
+def test_wrong_arguments_raise(here, options, message):
     np.savez("one.npz", A[:1])
-    assert message in error_line(measure, **how)
+    assert message in error_line(measure, **options)
 
 
 # The command
@@ -400,12 +414,12 @@ def test_misuse_is_one_line(here, how, message):
 COMMAND = ["fid", "a.npz", "b.npz", "--features", "net.pt", "--input-size", "0", "--device", "cpu"]
 
 
-def test_the_command_prints_what_the_function_finds(here, capsys):
+def test_command_prints_the_result(here, capsys):
     want = measure(replicates=20)
     assert main([*COMMAND, "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        f"Fréchet distance {want.distance:.6g} ± {want.error:.2g}, the standard error by 20 replicates",
+        f"Fréchet distance {want.distance:.6g} ± {want.error:.2g} (standard error, 20 replicates)",
         f"A: {N} images of a.npz, statistics in {want.statistics[0]}",
         f"B: {M} images of b.npz, statistics in {want.statistics[1]}",
         "features: 5 of net.pt",
@@ -415,7 +429,7 @@ def test_the_command_prints_what_the_function_finds(here, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"Fréchet distance {want.distance:.6g}"
 
 
-def test_the_command_passes_every_option(here, capsys):
+def test_command_passes_every_option(here, capsys):
     options = ["--scale", "unit", "--bootstrap", "3", "--seed", "7", "--batch-size", "9", "--cache", "other", "--quiet"]
     assert main([*COMMAND, *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -439,7 +453,7 @@ def test_the_command_passes_every_option(here, capsys):
     assert "statistics in" not in capsys.readouterr().out
 
 
-def test_the_command_tells_what_limits_the_figure(here, capsys):
+def test_command_prints_notes(here, capsys):
     mu, sigma = moments(seen(A))
     np.savez("a.npz", mu=mu, sigma=sigma)
     np.savez("b.npz", B[:4])
@@ -449,26 +463,28 @@ def test_the_command_tells_what_limits_the_figure(here, capsys):
     assert [line.split()[1] for line in lines if line.startswith("note: ")] == ["A", "B"]
 
 
-def test_the_command_shows_progress_unless_told_not_to(here, capfd):
+def test_command_shows_progress(here, capfd):
     assert main(COMMAND) == 0
     err = capfd.readouterr().err
     assert "image/s" in err
     assert "bootstrap" in err
 
 
-def test_errors_of_the_command_are_one_line(here, capsys):
+def test_command_errors_are_one_line(here, capsys):
     assert main(["fid", "a.npz", "b.npz", "--quiet"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("fastddpm: error: fashion-mnist takes grey images of 28x28, these are 5x6 with 3 channels")
+    assert line.startswith(
+        "fastddpm: error: fashion-mnist takes grey images of 28x28, but these are 5x6 with 3 channels"
+    )
     with pytest.raises(SystemExit):
         main(["fid", "a.npz", "b.npz", "--cache", "x", "--no-cache"])
     with pytest.raises(SystemExit):
         main(["fid", "a.npz", "b.npz", "--scale", "half"])
 
 
-def test_the_extractor_of_the_command_is_the_default_one(here, capsys):
+def test_help_names_the_default_extractor(here, capsys):
     with pytest.raises(SystemExit):
         main(["fid", "--help"])
     text = capsys.readouterr().out
-    assert f"default: {features.SHIPPED}, the classifier in the package" in " ".join(text.split())
+    assert f"default: {features.SHIPPED_CLASSIFIER}, the bundled classifier" in " ".join(text.split())
     assert "The distance is biased upwards" in text

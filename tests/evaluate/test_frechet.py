@@ -1,4 +1,4 @@
-"""The Fréchet feature distance: the formula against scipy and closed forms, and the command on tiny images."""
+"""The Fréchet distance against scipy and closed forms, the bootstrap, and bench.frechet on tiny images."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench import frechet
 from fastddpm.evaluate import features
-from fastddpm.evaluate import frechet as core
+from fastddpm.evaluate import frechet as module
 from fastddpm.evaluate.frechet import bootstrap, frechet_distance, gaussian_distance, moments, random_features
 
 
@@ -24,7 +24,7 @@ def assert_close(got: float, want: float) -> None:
     assert abs(got - want) <= 1e-9 * abs(want)
 
 
-def test_a_damaged_distance_is_not_close():
+def test_assert_close_rejects_damage():
     assert_close(1 + 1e-10, 1.0)
     for damaged in (1 + 2e-9, float("nan"), -1.0):
         with pytest.raises(AssertionError):
@@ -32,14 +32,14 @@ def test_a_damaged_distance_is_not_close():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_distance_of_gaussians_is_that_of_scipy(seed):
+def test_distance_of_gaussians_is_that_of_scipy(seed):
     (mean_a, cov_a), (mean_b, cov_b) = gaussian(seed), gaussian(seed + 100)
     overlap = scipy.linalg.sqrtm((cov_a @ cov_b).numpy()).real.trace()
     want = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace()) - 2 * overlap
     assert_close(gaussian_distance(mean_a, cov_a, mean_b, cov_b), want)
 
 
-def test_the_distance_of_diagonal_gaussians_is_their_closed_form():
+def test_distance_of_diagonal_gaussians_has_its_closed_form():
     (mean_a, _), (mean_b, _) = gaussian(0), gaussian(1)
     sigma_a, sigma_b = torch.logspace(-3, 2, 24, dtype=torch.float64), torch.linspace(0, 9, 24, dtype=torch.float64)
     want = float((mean_a - mean_b).square().sum() + (sigma_a - sigma_b).square().sum())
@@ -47,12 +47,12 @@ def test_the_distance_of_diagonal_gaussians_is_their_closed_form():
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-def test_a_gaussian_is_no_distance_from_itself(rank):
+def test_distance_of_a_gaussian_to_itself_is_0(rank):
     mean, cov = gaussian(0, rank=rank)
     assert abs(gaussian_distance(mean, cov, mean, cov)) <= 1e-9 * cov.trace()
 
 
-def test_features_that_are_shifted_or_scaled():
+def test_shifted_and_scaled_features_have_closed_forms():
     a = torch.randn(500, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     shift = torch.arange(6.0, dtype=torch.float64)
     assert_close(frechet_distance(a, a + shift), 55.0)
@@ -61,13 +61,13 @@ def test_features_that_are_shifted_or_scaled():
     assert_close(frechet_distance(a[:200], a[200:]), frechet_distance(a[200:], a[:200]))
 
 
-def test_the_distance_is_float64_whatever_comes():
+def test_distance_is_computed_in_float64():
     a, b = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(0)) + 1000
     assert frechet_distance(a, b) == frechet_distance(a.double(), b.double())
 
 
-def test_fewer_features_are_further_apart():
-    """The bias that the documentation warns of: 40 draws per size, means 30 standard errors apart."""
+def test_fewer_features_are_farther_apart():
+    """The documented bias: over 40 draws for each size, the means are 30 standard errors apart."""
     generator = torch.Generator().manual_seed(0)
     small, large = (
         torch.tensor([frechet_distance(*torch.randn(2, n, 8, generator=generator)) for _ in range(40)])
@@ -77,14 +77,14 @@ def test_fewer_features_are_further_apart():
 
 
 @pytest.mark.parametrize("shapes", [((5, 3), (5, 4)), ((5,), (5,)), ((1, 3), (5, 3)), ((5, 3), (0, 3))])
-def test_features_of_wrong_shapes(shapes):
+def test_wrong_shapes_raise(shapes):
     with pytest.raises(ValueError, match=r"features are \[.*\] and \[.*\]; want \[N, D\] and \[M, D\], N, M >= 2"):
         frechet_distance(*map(torch.zeros, shapes))
 
 
 @pytest.mark.parametrize("count", [3, 24, 25])
-def test_covariances_without_full_rank(count):
-    """N features span N - 1 dimensions: within them the closed form of scaled sets holds."""
+def test_singular_covariances(count):
+    """N features span N - 1 dimensions, in which the closed form of scaled sets holds."""
     a = torch.randn(count, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     want = float(4 * (a.mean(0).square().sum() + a.var(0).sum()))
     assert_close(frechet_distance(a, 3 * a), want)
@@ -96,7 +96,7 @@ def test_one_dimension():
     assert_close(gaussian_distance(*(torch.full(shape, 4.0).double() for shape in ((1,), (1, 1), (1,), (1, 1)))), 0.0)
 
 
-def test_a_distance_is_never_negative_and_nan_is_not_hidden():
+def test_distance_is_never_negative_and_nan_propagates():
     for seed in range(20):
         mean, cov = gaussian(seed, rank=5)
         assert gaussian_distance(mean, cov, mean, cov) >= 0
@@ -105,7 +105,7 @@ def test_a_distance_is_never_negative_and_nan_is_not_hidden():
 
 @pytest.mark.parametrize("block", [1, 7, 8192])
 def test_moments_are_those_of_repeated_features(block, monkeypatch):
-    monkeypatch.setattr(core, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 5, generator=generator) * 3 + 1000  # off-centre: float32 would lose the covariance
     counts = torch.randint(0, 4, (20,), generator=generator)
@@ -119,7 +119,7 @@ def test_moments_are_those_of_repeated_features(block, monkeypatch):
 # The bootstrap
 
 
-def test_the_bootstrap_draws_both_sets_anew():
+def test_bootstrap_resamples_both_sets():
     a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(5)
     draw = lambda x: x[torch.randint(len(x), (len(x),), generator=generator)]
@@ -131,7 +131,7 @@ def test_the_bootstrap_draws_both_sets_anew():
     assert not torch.isin(got, bootstrap(a, b, replicates=3, seed=6, progress=False)).any()
 
 
-def test_a_set_that_is_known_exactly_is_not_resampled():
+def test_bootstrap_does_not_resample_statistics():
     a, b = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(5)
     draws = [a[torch.randint(30, (30,), generator=generator)] for _ in range(3)]
@@ -144,11 +144,11 @@ def test_a_set_that_is_known_exactly_is_not_resampled():
     assert both.unique().tolist() == [both[0]]
 
 
-def test_the_bootstrap_finds_the_deviation_of_independent_draws():
-    """400 independent pairs of sets have a variance, known to 1/sqrt(200); of 40 of them 20 replicates estimate it.
+def test_bootstrap_estimates_the_deviation_of_independent_draws():
+    """The variance over 400 independent pairs of sets, against that of 20 replicates of each of 40 pairs.
 
-    Both are averages of many draws: they may differ by four of their standard errors. The mean of the replicates lies
-    above the distance: resampling adds to the bias.
+    The first is known to 1/sqrt(200), the second is an average: they may differ by four of their standard errors. The
+    mean of the replicates lies above the distance, since resampling adds to the bias.
     """
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([1.0, 1.5, 0.5])
@@ -189,7 +189,7 @@ def test_random_features_are_a_fixed_function(shape):
 
 
 def test_random_features_tell_distributions_apart():
-    """Equal in mean and variance, other in what neighbouring pixels have to do with one another."""
+    """Also a distribution of equal mean and variance in which neighbouring pixels are not correlated."""
     one, other = (random_features(images(400, seed)) for seed in range(2))
     alike = frechet_distance(one, other)
     for strange in (images(400, 2, correlated=False), images(400, 2) * 1.2, images(400, 2) + 0.3):
@@ -225,34 +225,34 @@ def files(tmp_path_factory):
     return folder
 
 
-def measured(files, name: str, capsys) -> tuple[float, float, float]:
+def printed_distances(files, name: str, capsys) -> tuple[float, float, float]:
     """What the command prints: accuracy, distance of the samples, distance of real halves."""
     frechet.main([str(files / "data.npz"), str(files / name), "--classifier", str(files / "classifier.pt")])
     classifier, samples, real, note = capsys.readouterr().out.splitlines()
     assert samples.startswith("100 samples to 100 real images: ")
     assert real.startswith("100 real images to 100 other ones: ")
-    assert note.startswith("mean ± standard deviation over 5 choices of real images; compare figures of equal number")
+    assert note.startswith("mean ± standard deviation over 5 choices of real images; compare only equal numbers")
     return float(classifier.split()[1].rstrip("%")), *(
         float(line.split(": ")[1].split()[0]) for line in (samples, real)
     )
 
 
-def test_good_samples_are_as_near_as_real_images_and_noise_is_not(files, capsys):
-    accuracy, good, real = measured(files, "good.npz", capsys)
+def test_good_samples_are_near_and_noise_is_not(files, capsys):
+    accuracy, good, real = printed_distances(files, "good.npz", capsys)
     assert accuracy > 90
     assert real > 0
     assert good <= 1.5 * real
-    _, noise, real_again = measured(files, "noise.npz", capsys)
+    _, noise, real_again = printed_distances(files, "noise.npz", capsys)
     assert real_again == real
     assert noise >= 10 * real
 
 
-def test_a_classifier_in_a_file_is_used_and_not_trained(files, capsys, monkeypatch):
+def test_a_classifier_in_a_file_is_not_trained_again(files, capsys, monkeypatch):
     monkeypatch.setattr(frechet, "train", None)
-    assert measured(files, "good.npz", capsys) == measured(files, "good.npz", capsys)
+    assert printed_distances(files, "good.npz", capsys) == printed_distances(files, "good.npz", capsys)
 
 
-def test_the_classifier_in_the_package_is_used_where_none_is_named(files, capsys, monkeypatch):
+def test_bundled_classifier_is_the_default(files, capsys, monkeypatch):
     monkeypatch.setattr(frechet, "train", None)
     frechet.main([str(files / "data.npz"), str(files / "good.npz")])
     [line, *_] = capsys.readouterr().out.splitlines()
@@ -261,7 +261,7 @@ def test_the_classifier_in_the_package_is_used_where_none_is_named(files, capsys
     assert line == f"classifier: {right:.2%} of 100 test images right, 128 features"
 
 
-def test_training_is_deterministic_and_leaves_the_global_generator_alone():
+def test_training_is_deterministic_and_keeps_the_global_generator():
     images, labels = garments(200, 1)
     state = torch.random.get_rng_state()
     one, two = (frechet.train(images, labels, epochs=1).state_dict() for _ in range(2))
@@ -312,10 +312,15 @@ def test_bad_input_is_one_line_and_exit_status_2(files, arguments, message, caps
     assert message in error
 
 
-def test_help_teaches(capsys):
+def test_help_explains_the_comparison_with_an_example(capsys):
     with pytest.raises(SystemExit) as exit_:
         frechet.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for taught in ("compare figures of equal number alone", "--classifier FILE", "example:", "fastddpm sample"):
-        assert taught in text
+    for text_in_help in (
+        "compare only distances of equally many images",
+        "--classifier FILE",
+        "example:",
+        "fastddpm sample",
+    ):
+        assert text_in_help in text

@@ -1,12 +1,12 @@
-"""What only a GPU shows of the bound: by the replay of a graph, in each precision, with classes, in unequal batches."""
+"""The bound on a GPU: by replays of a CUDA graph, in each precision, with classes, in batches of unequal use."""
 
 import pytest
 import torch
 
 from fastddpm import Sampler, Schedule, UNet2D
+from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.reference.unet import UNet
-from fastddpm.sampling.engine import PRECISIONS, arithmetic
 from tests.conftest import needs_gpu
 from tests.evaluate.test_likelihood import OPTIONS, SMALL, T, by_reference, images
 from tests.support.check import assert_as_accurate
@@ -17,7 +17,7 @@ LABELS = torch.arange(16) % 3
 
 
 def networks(variance):
-    """The network, and the reference's with its weights by precision, which takes and returns tensors on the CPU."""
+    """A network, and a function that makes the reference of a precision: a model that works on tensors on the CPU."""
     config = {**SMALL, "out_channels": 2 if variance == "learned_range" else 1, "num_class_embeds": 3}
     torch.manual_seed(0)
     net = UNet2D(**config).eval()
@@ -36,17 +36,17 @@ def networks(variance):
     return net, plain
 
 
-def found(net, schedule, precision, engine, **how):
+def gpu_bound(net, schedule, precision, engine, **options):
     sampler = Sampler(net, schedule, device=DEVICE, precision=precision, engine=engine)
-    return bound(sampler, images(), seed=3, class_labels=LABELS, progress=False, **how)
+    return bound(sampler, images(), seed=3, class_labels=LABELS, progress=False, **options)
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
-def test_terms_are_as_near_to_float64_as_plain_torchs(variance, precision, engine):
+def test_terms_are_as_accurate_as_plain_torch(variance, precision, engine):
     (net, plain), schedule = networks(variance), Schedule(**OPTIONS, variance_type=variance)
-    ours = found(net, schedule, precision, engine, batch_size=7)
+    ours = gpu_bound(net, schedule, precision, engine, batch_size=7)
     (their_prior, theirs), (prior, exact) = (
         by_reference(plain(kind), schedule, images(), dtype)
         for kind, dtype in ((precision, torch.float32), ("fp64", torch.float64))
@@ -56,16 +56,19 @@ def test_terms_are_as_near_to_float64_as_plain_torchs(variance, precision, engin
     assert_as_accurate(terms, (theirs / exact).float(), torch.ones_like(terms))
 
 
-def test_a_subset_has_the_terms_of_the_whole():
+def test_subset_has_the_same_terms():
     (net, _), schedule = networks("fixed_small"), Schedule(**OPTIONS)
-    whole, part = (found(net, schedule, "fp32", "graph", batch_size=16, terms=K) for K in (None, 4))
+    whole, part = (gpu_bound(net, schedule, "fp32", "graph", batch_size=16, terms=K) for K in (None, 4))
     assert part.timesteps.shape == (16, 4)
     torch.testing.assert_close(part.terms, whole.terms.gather(1, part.timesteps - 1), rtol=1e-4, atol=0)
     assert whole.timesteps.tolist() == [list(range(1, T))] * 16
 
 
-def test_a_model_on_the_cpu_takes_images_from_the_gpu():
+def test_images_on_the_gpu_work_with_a_model_on_the_cpu():
     (net, _), schedule = networks("fixed_small"), Schedule(**OPTIONS)
     sampler = Sampler(net, schedule, device="cpu", precision="fp32", engine="eager")
-    how = {"seed": 3, "class_labels": LABELS, "progress": False, "terms": 2}
-    assert torch.equal(bound(sampler, images().to(DEVICE), **how).rate, bound(sampler, images(), **how).rate)
+    rates = [
+        bound(sampler, data, seed=3, class_labels=LABELS, progress=False, terms=2).rate
+        for data in (images().to(DEVICE), images())
+    ]
+    assert torch.equal(*rates)

@@ -1,4 +1,4 @@
-"""The bound by the fast path: the reference's terms, closed forms, unbiased subsets, errors of one line."""
+"""The bound by the fast path: the reference's terms, closed forms, unbiased subsets, memory and errors."""
 
 import math
 import weakref
@@ -14,7 +14,7 @@ from fastddpm.evaluate.likelihood import bound, systematic
 from fastddpm.reference.diffusion import Diffusion, linear_betas
 from fastddpm.reference.likelihood import prior_kl, term
 from fastddpm.reference.unet import UNet
-from fastddpm.sampling.engine import Forward
+from fastddpm.sampling.runner import BatchNetwork
 from tests.reference.test_likelihood import MU, VAR, expected_term
 from tests.support.check import TINY, assert_as_accurate, error_line
 
@@ -23,12 +23,12 @@ OPTIONS = {"num_train_timesteps": T, "beta_start": 0.01, "beta_end": 0.3}
 SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
 
 
-def own(x, t):
+def custom_model(x, t):
     return (x * 0.8 + 0.01 * t.view(-1, *[1] * (x.ndim - 1))).sin()
 
 
-def own_learned(x, t):
-    m = own(x, t)
+def custom_learned(x, t):
+    m = custom_model(x, t)
     return torch.cat([m, m * 0.2 + 0.5], 1)
 
 
@@ -42,30 +42,33 @@ def vectors(n=16):
     return torch.randn(n, 5, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
-def evaluated(model, schedule, data, shape=None, **how):
+def evaluated(model, schedule, data, shape=None, **options):
     sampler = Sampler(model, schedule, shape=shape, device="cpu", precision="fp32", engine="eager")
-    return bound(sampler, data, progress=False, **how)
+    return bound(sampler, data, progress=False, **options)
 
 
 def by_reference(model, schedule, data, dtype):
-    """(prior [N], terms [N, T]) of the specification with the same noise, computed in dtype of float32 draws."""
-    last = 1 - 2**-53  # in place of 1, where no signal is left: as good as it in either dtype
+    """(prior [N], terms [N, T]) by the specification with the same noise, in a dtype."""
+    last = 1 - 2**-53  # in place of 1, where no signal is left: equally good in either dtype
     process, n = Diffusion(schedule.betas.clamp(max=last)), len(data)
     discrete = data.dtype == torch.uint8
     x_0 = ((data.to(dtype) - 127.5) / 127.5).movedim(-1, 1) if discrete else data.to(dtype)
-    how = {"predicts": schedule.prediction_type, "discrete": discrete}
-    how |= {"clip": schedule.clip_sample_range if schedule.clip_sample else None}
-    how |= {"variance_type": schedule.variance_type.removesuffix("_log")}
-    found = []
+    options = {
+        "predicts": schedule.prediction_type,
+        "discrete": discrete,
+        "clip": schedule.clip_sample_range if schedule.clip_sample else None,
+        "variance_type": schedule.variance_type.removesuffix("_log"),
+    }
+    terms = []
     for t in range(schedule.num_train_timesteps):
         at = torch.full((n,), t)
         eps = noise.normal(noise.address(3, n), x_0.shape[1:], stream=noise.LIKELIHOOD, t=t).to(dtype)
         with torch.no_grad():
-            found.append(term(process, model, x_0, at, eps, **how))
-    return prior_kl(process, x_0), torch.stack(found, 1)
+            terms.append(term(process, model, x_0, at, eps, **options))
+    return prior_kl(process, x_0), torch.stack(terms, 1)
 
 
-def assert_is_the_reference(model, schedule, data, plain, exact, shape=None):
+def assert_matches_the_reference(model, schedule, data, plain, exact, shape=None):
     found = evaluated(model, schedule, data, shape, seed=3)
     assert found.timesteps.tolist() == [list(range(1, schedule.num_train_timesteps))] * len(data)
     ours = torch.cat([found.decoder[:, None], found.terms], 1)
@@ -79,7 +82,7 @@ def assert_is_the_reference(model, schedule, data, plain, exact, shape=None):
     assert_as_accurate(ours[:, 0], terms32[:, 0], terms64[:, 0])
     if schedule.num_train_timesteps == 1:
         return
-    # relative to each term, as they are of all sizes
+    # relative to each term, since they differ in size
     ours, plain = ours[:, 1:] / terms64[:, 1:], (terms32[:, 1:] / terms64[:, 1:]).float()
     assert_as_accurate(ours, plain, torch.ones_like(ours))
 
@@ -87,25 +90,27 @@ def assert_is_the_reference(model, schedule, data, plain, exact, shape=None):
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
-def test_an_own_model_has_the_terms_of_the_reference(predicts, clip, variance):
+def test_custom_model_has_the_terms_of_the_reference(predicts, clip, variance):
     schedule = Schedule(**OPTIONS, prediction_type=predicts, clip_sample=clip, variance_type=variance)
-    assert_is_the_reference(own, schedule, vectors(), own, own, (5,))
-    assert_is_the_reference(own, schedule, images(channels=2), own, own, (2, 8, 8))
+    assert_matches_the_reference(custom_model, schedule, vectors(), custom_model, custom_model, (5,))
+    assert_matches_the_reference(custom_model, schedule, images(channels=2), custom_model, custom_model, (2, 8, 8))
     floats = torch.randn(16, 2, 4, 3, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
-    assert_is_the_reference(own, schedule, floats, own, own, (2, 4, 3))
+    assert_matches_the_reference(custom_model, schedule, floats, custom_model, custom_model, (2, 4, 3))
 
 
 @pytest.mark.parametrize("variance", ["learned", "learned_range"])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
-def test_a_learned_variance_has_the_terms_of_the_reference(predicts, clip, variance):
+def test_learned_variance_has_the_terms_of_the_reference(predicts, clip, variance):
     schedule = Schedule(**OPTIONS, prediction_type=predicts, clip_sample=clip, variance_type=variance)
-    assert_is_the_reference(own_learned, schedule, images(channels=2), own_learned, own_learned, (2, 8, 8))
-    assert_is_the_reference(own_learned, schedule, vectors(), own_learned, own_learned, (5,))
+    assert_matches_the_reference(
+        custom_learned, schedule, images(channels=2), custom_learned, custom_learned, (2, 8, 8)
+    )
+    assert_matches_the_reference(custom_learned, schedule, vectors(), custom_learned, custom_learned, (5,))
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
-def test_a_unet_has_the_terms_of_the_reference(variance):
+def test_unet_has_the_terms_of_the_reference(variance):
     config = {**SMALL, "out_channels": 2 if variance == "learned_range" else 1}
     torch.manual_seed(0)
     net = UNet2D(**config).eval()
@@ -113,11 +118,11 @@ def test_a_unet_has_the_terms_of_the_reference(variance):
     for reference in (plain, exact):
         reference.load_state_dict(net.state_dict())
         reference.eval()
-    assert_is_the_reference(net, Schedule(**OPTIONS, variance_type=variance), images(), plain, exact.double())
+    assert_matches_the_reference(net, Schedule(**OPTIONS, variance_type=variance), images(), plain, exact.double())
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_gaussian_data_has_its_closed_form_within_the_error_bars(variance):
+def test_gaussian_data_matches_the_closed_form(variance):
     betas = linear_betas(T, 0.01, 0.3)
     process, n = Diffusion(betas), 4000
     generator = torch.Generator().manual_seed(1)
@@ -143,8 +148,8 @@ def test_gaussian_data_has_its_closed_form_within_the_error_bars(variance):
 
 
 @pytest.mark.parametrize(("population", "count"), [(11, 1), (11, 4), (11, 10), (7, 7), (1, 1), (50, 20)])
-def test_a_timestep_stands_for_as_many_as_it_is_rare(population, count, monkeypatch):
-    """Over starts that divide the unit evenly: its share of them is its probability, to within one of them."""
+def test_weights_are_inverse_probabilities(population, count, monkeypatch):
+    """Among starts that divide [0, 1) evenly, a timestep's share is its probability, to within one start."""
     n = 4000
 
     class Even:
@@ -169,7 +174,7 @@ def test_a_timestep_stands_for_as_many_as_it_is_rare(population, count, monkeypa
 
 
 @pytest.mark.parametrize("count", [1, 4, 10])
-def test_timesteps_differ_wherever_they_begin(count, monkeypatch):
+def test_timesteps_of_an_image_are_distinct(count, monkeypatch):
     for u in (0.0, np.nextafter(1, 0)):
         monkeypatch.setattr("numpy.random.default_rng", lambda seeds, u=u: SimpleNamespace(random=lambda: u))
         found, _ = systematic(11, count, 0, 1)
@@ -180,14 +185,14 @@ def test_timesteps_differ_wherever_they_begin(count, monkeypatch):
 
 def test_float64_is_computed_in_float32():
     schedule = Schedule(**OPTIONS)
-    one, other = (evaluated(own, schedule, data, (5,)) for data in (vectors().double(), vectors()))
+    one, other = (evaluated(custom_model, schedule, data, (5,)) for data in (vectors().double(), vectors()))
     assert torch.equal(one.per_image, other.per_image)
 
 
-def test_data_may_be_as_large_as_the_clip_and_no_larger():
+def test_data_must_lie_within_the_clip_range():
     schedule = Schedule(**OPTIONS, clip_sample_range=2.0)
-    assert evaluated(own, schedule, 2 * vectors(), (5,)).per_image.isfinite().all()
-    assert error_line(evaluated, own, schedule, -2.5 * vectors().abs().clamp(min=0.9), (5,)).startswith(
+    assert evaluated(custom_model, schedule, 2 * vectors(), (5,)).per_image.isfinite().all()
+    assert error_line(evaluated, custom_model, schedule, -2.5 * vectors().abs().clamp(min=0.9), (5,)).startswith(
         "data reaches -2.5"
     )
 
@@ -200,16 +205,16 @@ def test_dropout_is_off():
     assert net.training
 
 
-def test_a_subset_has_the_terms_of_the_whole():
+def test_subset_has_the_same_terms():
     schedule = Schedule(**OPTIONS)
-    whole = evaluated(own, schedule, vectors(), (5,))
-    part = evaluated(own, schedule, vectors(), (5,), terms=4)
+    whole = evaluated(custom_model, schedule, vectors(), (5,))
+    part = evaluated(custom_model, schedule, vectors(), (5,), terms=4)
     assert torch.equal(part.terms, whole.terms.gather(1, part.timesteps - 1))
     assert torch.equal(part.decoder, whole.decoder)
     assert (part.weights.min(), part.weights.max() > 11 / 4) == (1, True)
     assert torch.equal(part.rate, part.prior + (part.terms * part.weights).sum(1))
     assert torch.equal(whole.weights, torch.ones_like(whole.terms))
-    assert torch.equal(evaluated(own, schedule, vectors(), (5,), terms=T - 1).terms, whole.terms)
+    assert torch.equal(evaluated(custom_model, schedule, vectors(), (5,), terms=T - 1).terms, whole.terms)
     t, mean, error = part.per_timestep()
     for at, value, spread in zip(t.tolist(), mean, error, strict=True):
         terms = part.bits(part.terms[part.timesteps == at])
@@ -220,48 +225,51 @@ def test_a_subset_has_the_terms_of_the_whole():
             torch.testing.assert_close(spread, terms.std() / len(terms) ** 0.5, rtol=1e-12, atol=0)
 
 
-def test_the_error_of_a_subset_is_the_spread_of_its_draws():
-    """Over 200 seeds, whose standard deviation is known to 1/20; the images are alike, so that timesteps differ."""
+def test_standard_error_is_the_spread_over_seeds():
+    """Over 200 seeds, which give a standard deviation to 1/20. All images are equal, so that only the draws differ."""
     data = images(1).expand(16, -1, -1, -1)
-    found = [evaluated(own, Schedule(**OPTIONS), data, (1, 8, 8), terms=3, seed=seed).summary() for seed in range(200)]
+    found = [
+        evaluated(custom_model, Schedule(**OPTIONS), data, (1, 8, 8), terms=3, seed=seed).summary()
+        for seed in range(200)
+    ]
     for name in ("total", "rate"):
         value, error = torch.tensor([each[name] for each in found], dtype=torch.float64).unbind(1)
         assert abs(float(error.square().mean().sqrt() / value.std()) - 1) <= 5 / math.sqrt(2 * 199)
 
 
-def test_batches_change_nothing_and_seeds_do():
+def test_result_depends_on_the_seed_but_not_on_the_batch_size():
     schedule = Schedule(**OPTIONS)
-    want = evaluated(own, schedule, images(), (1, 8, 8), terms=5)
+    want = evaluated(custom_model, schedule, images(), (1, 8, 8), terms=5)
     for size in (1, 3, 7, 1000):
-        got = evaluated(own, schedule, images(), (1, 8, 8), terms=5, batch_size=size)
+        got = evaluated(custom_model, schedule, images(), (1, 8, 8), terms=5, batch_size=size)
         assert torch.equal(got.per_image, want.per_image)
-    fewer = evaluated(own, schedule, images()[:2], (1, 8, 8), terms=5)
+    fewer = evaluated(custom_model, schedule, images()[:2], (1, 8, 8), terms=5)
     assert torch.equal(fewer.per_image, want.per_image[:2])
-    other = evaluated(own, schedule, images(), (1, 8, 8), terms=5, seed=1)
+    other = evaluated(custom_model, schedule, images(), (1, 8, 8), terms=5, seed=1)
     assert (other.decoder != want.decoder).all()
     assert not torch.equal(other.timesteps, want.timesteps)
 
 
 def failing(fails):
-    """`own`, without memory where fails(batch size, number of the call)."""
+    """The model `custom_model`, which runs out of memory if fails(batch size, number of the call)."""
     calls = []
 
     def model(x, t):
         calls.append(len(x))
         if fails(len(x), len(calls)):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
-        return own(x, t)
+        return custom_model(x, t)
 
     return model, calls
 
 
-def test_without_memory_the_batch_is_halved(capsys):
-    """L_0 has 16 pairs; memory falls short twice in the 80 of the other terms, and what was done is not done again."""
+def test_batch_size_is_halved_when_memory_runs_out(capsys):
+    """L_0 has 16 pairs. Memory runs out twice in the 80 pairs of the other terms; no finished pair is repeated."""
     schedule = Schedule(**OPTIONS)
-    want = evaluated(own, schedule, images(), (1, 8, 8), terms=5)
+    want = evaluated(custom_model, schedule, images(), (1, 8, 8), terms=5)
     model, calls = failing(lambda size, call: (size > 8 and call > 3) or (size > 4 and call > 5))
     sampler = Sampler(model, schedule, shape=(1, 8, 8), device="cpu", precision="fp32")
-    with pytest.warns(UserWarning, match="out of memory; going on with batches of") as warned:
+    with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
         found = bound(sampler, images(), terms=5, batch_size=16)
     assert torch.equal(found.decoder, want.decoder)
     assert torch.equal(found.terms, want.terms)
@@ -271,23 +279,23 @@ def test_without_memory_the_batch_is_halved(capsys):
     assert "96/96" in capsys.readouterr().err
 
 
-def test_what_did_not_fit_is_let_go_before_the_batch_is_halved(monkeypatch):
-    made, alive, init = [], [], Forward.__init__
+def test_buffers_that_did_not_fit_are_freed_first(monkeypatch):
+    made, alive, init = [], [], BatchNetwork.__init__
 
-    def noted(forward, *args):
+    def noted(network, *args, **options):
         alive.append([len(x) for x in (ref() for ref in made) if x is not None])
-        init(forward, *args)
-        made.append(weakref.ref(forward.x))
+        init(network, *args, **options)
+        made.append(weakref.ref(network.input))
 
-    monkeypatch.setattr(Forward, "__init__", noted)
+    monkeypatch.setattr(BatchNetwork, "__init__", noted)
     model, _ = failing(lambda size, call: size > 4)
     with pytest.warns(UserWarning, match="out of memory"):
         evaluated(model, Schedule(**OPTIONS), images(), (1, 8, 8), batch_size=16)
     assert alive[:3] == [[]] * 3  # made for 16, 8 and 4
 
 
-def test_kept_buffers_are_given_up_before_the_batch_is_halved():
-    """The first bound leaves buffers; the second fails once, and goes on with the size it had, and no warning."""
+def test_kept_buffers_are_freed_before_the_batch_size_is_halved():
+    """A first run leaves buffers. The bound fails once and continues with the same batch size, without a warning."""
     model, calls = failing(lambda size, call: call == 2)
     sampler = Sampler(model, Schedule(**OPTIONS), shape=(1, 8, 8), device="cpu", precision="fp32")
     sampler.sample(4, steps=1, progress=False)
@@ -295,7 +303,7 @@ def test_kept_buffers_are_given_up_before_the_batch_is_halved():
     assert calls == [4, 16, 16, 16]
 
 
-def test_without_memory_for_one():
+def test_error_if_not_even_one_pair_fits():
     model, calls = failing(lambda size, call: True)
     with pytest.warns(UserWarning, match="batches of 1"), pytest.raises(torch.OutOfMemoryError) as caught:
         evaluated(model, Schedule(**OPTIONS), images(), (1, 8, 8), batch_size=2)
@@ -303,36 +311,36 @@ def test_without_memory_for_one():
     assert calls == [2, 1]
 
 
-def test_what_is_reported_is_the_sum_in_bits():
-    found = evaluated(own, Schedule(**OPTIONS), images(), (1, 8, 8))
+def test_summary_is_the_sum_in_bits():
+    found = evaluated(custom_model, Schedule(**OPTIONS), images(), (1, 8, 8))
     summary = found.summary()
     want = (found.prior + found.terms.sum(1) + found.decoder) / (64 * math.log(2))
     assert torch.equal(found.per_image, want)
     assert summary["total"] == (float(want.mean()), float(want.std() / 4))
     assert summary["total"][0] == pytest.approx(summary["rate"][0] + summary["distortion"][0], rel=1e-14)
-    assert math.isnan(evaluated(own, Schedule(**OPTIONS), images(1), (1, 8, 8)).summary()["total"][1])
+    assert math.isnan(evaluated(custom_model, Schedule(**OPTIONS), images(1), (1, 8, 8)).summary()["total"][1])
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_one_step_has_the_terms_of_the_reference(variance):
-    model = own_learned if variance == "learned_range" else own
+def test_one_timestep_has_the_terms_of_the_reference(variance):
+    model = custom_learned if variance == "learned_range" else custom_model
     schedule = Schedule(num_train_timesteps=1, beta_start=0.3, variance_type=variance)
-    assert_is_the_reference(model, schedule, images(), model, model, (1, 8, 8))
+    assert_matches_the_reference(model, schedule, images(), model, model, (1, 8, 8))
     found = evaluated(model, schedule, images(), (1, 8, 8))
     assert found.terms.shape == (16, 0)
     assert found.per_timestep()[0].shape == (0,)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_no_signal_at_the_end_has_the_terms_of_the_reference(variance):
-    model = own_learned if variance == "learned_range" else own
-    how = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "variance_type": variance}
-    assert_is_the_reference(model, Schedule(**OPTIONS, **how), images(), model, model, (1, 8, 8))
-    line = error_line(evaluated, own, Schedule(**OPTIONS, rescale_betas_zero_snr=True), images(), (1, 8, 8))
+def test_zero_terminal_snr_has_the_terms_of_the_reference(variance):
+    model = custom_learned if variance == "learned_range" else custom_model
+    schedule = Schedule(**OPTIONS, rescale_betas_zero_snr=True, prediction_type="v_prediction", variance_type=variance)
+    assert_matches_the_reference(model, schedule, images(), model, model, (1, 8, 8))
+    line = error_line(evaluated, custom_model, Schedule(**OPTIONS, rescale_betas_zero_snr=True), images(), (1, 8, 8))
     assert line.startswith("prediction_type is 'epsilon', but abar is 0 at t=11")
 
 
-def test_classes_are_those_of_the_images():
+def test_each_image_gets_its_class_label():
     torch.manual_seed(0)
     net = UNet2D(**SMALL, num_class_embeds=3).eval()
     data, labels, schedule = images(4), [0, 2, 1, 1], Schedule(**OPTIONS)
@@ -343,88 +351,101 @@ def test_classes_are_those_of_the_images():
     assert error_line(evaluated, net, schedule, data).startswith("the model is class-conditional; pass class_labels")
 
 
-def spoilt(x, t):
-    m = own(x, t)
+def nan_at_5(x, t):
+    m = custom_model(x, t)
     return torch.where(t.view(-1, 1, 1, 1) == 5, math.nan, m)
 
 
 @pytest.mark.parametrize(
-    ("model", "variance", "how", "message"),
+    ("model", "variance", "options", "message"),
     [
-        (own, "fixed_small", {"data": images().int()}, "data is (16, 8, 8, 1) torch.int32; want uint8 [N, H, W, C] or"),
         (
-            own,
+            custom_model,
+            "fixed_small",
+            {"data": images().int()},
+            "data is (16, 8, 8, 1) torch.int32; want uint8 [N, H, W, C] or",
+        ),
+        (
+            custom_model,
             "fixed_small",
             {"data": images(size=6)},
             "data is (16, 6, 6, 1) torch.uint8; want [N, 8, 8, 1] with N >=",
         ),
-        (own, "fixed_small", {"data": images(0)}, "data is (0, 8, 8, 1) torch.uint8; want [N, 8, 8, 1] with N >= 1"),
-        (own, "fixed_small", {"data": torch.full((2, 1, 8, 8), math.inf)}, "data of sample 0 is not finite"),
         (
-            own,
+            custom_model,
+            "fixed_small",
+            {"data": images(0)},
+            "data is (0, 8, 8, 1) torch.uint8; want [N, 8, 8, 1] with N >= 1",
+        ),
+        (custom_model, "fixed_small", {"data": torch.full((2, 1, 8, 8), math.inf)}, "data of sample 0 is not finite"),
+        (
+            custom_model,
             "fixed_small",
             {"data": torch.full((2, 1, 8, 8), -255.0)},
             "data reaches -255, but the schedule clips x_0 to [-1, 1]; scale the data, or set clip_sample",
         ),
-        (own, "fixed_small", {"terms": 0}, "terms is 0; want a whole number from 1 to T - 1 = 11, or None: all"),
-        (own, "fixed_small", {"terms": T}, "terms is 12; want a whole number from 1 to T - 1 = 11"),
-        (own, "fixed_small", {"batch_size": 0}, "batch_size is 0; want a whole number, at least 1"),
-        (own, "fixed_small", {"seed": -1}, "seed is -1; it must be a whole number"),
-        (own, "fixed_small", {"class_labels": [0] * 16}, "class_labels were given, but the model is not a class-cond"),
         (
-            own,
+            custom_model,
+            "fixed_small",
+            {"terms": 0},
+            "terms is 0; want a whole number from 1 to T - 1 = 11, or None: all",
+        ),
+        (custom_model, "fixed_small", {"terms": T}, "terms is 12; want a whole number from 1 to T - 1 = 11"),
+        (custom_model, "fixed_small", {"batch_size": 0}, "batch_size is 0; want a whole number, at least 1"),
+        (custom_model, "fixed_small", {"seed": -1}, "seed is -1; want a whole number"),
+        (
+            custom_model,
+            "fixed_small",
+            {"class_labels": [0] * 16},
+            "class_labels were given, but the model is not a class-cond",
+        ),
+        (
+            custom_model,
             "learned",
             {},
             "variance_type is 'learned', for which the network must return 2 channels, but it returns 1",
         ),
         (
-            own_learned,
+            custom_learned,
             "fixed_small",
             {},
             "variance_type is 'fixed_small', for which the network must return 1 channels",
         ),
         (
-            spoilt,
+            nan_at_5,
             "fixed_small",
             {},
-            "the term of image 0 at t = 5 is nan, for which the network returned NaN or",
+            "the term of image 0 at t = 5 is nan: the network returned NaN or",
         ),
         (
-            lambda x, t: -own_learned(x, t),
+            lambda x, t: -custom_learned(x, t),
             "learned",
             {},
-            "the term of image 0 at t = 0 is nan, for which the network returned NaN, infinity or a variance",
+            "the term of image 0 at t = 0 is nan: the network returned NaN, infinity or a variance",
         ),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(model, variance, how, message):
+def test_wrong_arguments_and_models_raise(model, variance, options, message):
     schedule = Schedule(**OPTIONS, variance_type=variance)
-    line = error_line(
-        evaluated,
-        model,
-        schedule,
-        how.get("data", images()),
-        (1, 8, 8),
-        **{k: v for k, v in how.items() if k != "data"},
-    )
-    assert line.startswith(message)
+    options = {"data": images(), "shape": (1, 8, 8)} | options
+    assert error_line(evaluated, model, schedule, **options).startswith(message)
 
 
 @pytest.mark.parametrize(("t", "most"), [(0, 1), (1, 5)])
-def test_a_term_that_is_not_finite_ends_it_at_once(t, most):
+def test_a_term_that_is_not_finite_raises_at_once(t, most):
     calls = []
 
     def model(x, at):
         calls.append(at)
-        return torch.where(at.view(-1, 1, 1, 1) == t, math.inf, own(x, at))
+        return torch.where(at.view(-1, 1, 1, 1) == t, math.inf, custom_model(x, at))
 
     line = error_line(evaluated, model, Schedule(**OPTIONS, clip_sample=False), images(), (1, 8, 8), batch_size=4)
     assert line.startswith(f"the term of image 0 at t = {t} is ")
     assert len(calls) <= most + 3  # of 48
 
 
-def test_learned_variances_are_not_sampled_with():
-    sampler = Sampler(own_learned, Schedule(**OPTIONS, variance_type="learned"), shape=(1, 8, 8), device="cpu")
+def test_sampling_with_learned_variances_raises():
+    sampler = Sampler(custom_learned, Schedule(**OPTIONS, variance_type="learned"), shape=(1, 8, 8), device="cpu")
     assert error_line(sampler.sample, 1).startswith(
         "variance_type is 'learned'; sampling with learned variances is not"
     )

@@ -1,0 +1,172 @@
+"""What a rung compares: a schedule on a device, perhaps with a network, and inputs that are equal on every machine."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm import ops
+from fastddpm.core import noise
+from fastddpm.core.precision import PRECISIONS, arithmetic
+from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import StepColumns, StepTable
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.reference.diffusion import update
+from fastddpm.reference.unet import UNet
+from fastddpm.sampling.sampler import Sampler
+
+FREE_STREAM = 128  # of the noise standard, for inputs
+SHAPE = (3, 20, 20)  # of a sample in the rungs of kernels: more than one block of a kernel, and not a multiple of one
+DAMAGE = 1 + 1e-4  # factor on damaged coefficients
+FEW_STEPS = 20  # of runs that need not be complete
+# implementations of `ops`
+COMPILED, INTERPRETED, TORCH = "the kernel", "the interpreted kernel", "torch"
+
+
+@dataclass
+class Case:
+    """What the rungs without a network need.
+
+    Attributes:
+        schedule: the schedule under test.
+        device: where `ops` computes.
+        implementation: what `ops` runs there: COMPILED, INTERPRETED or TORCH.
+    """
+
+    schedule: Schedule
+    device: torch.device
+    implementation: str
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """The dtypes of results that can be compared: Triton's interpreter truncates to bfloat16 and does not round."""
+        return [dtype for dtype in ops.FLOATS if dtype != torch.bfloat16 or self.implementation != INTERPRETED]
+
+
+@dataclass
+class NetworkCase(Case):
+    """What the rungs with a network need.
+
+    Attributes:
+        net: the network, in float32.
+        shape: of a sample.
+        steps: of the trajectory; None: all T.
+        progress: show bars.
+        plain_networks: the reference U-Nets that `plain_output` has built, by dtype.
+    """
+
+    net: UNet2D
+    shape: tuple[int, ...]
+    steps: int | None = None
+    progress: bool = False
+    plain_networks: dict[torch.dtype, UNet] = field(default_factory=dict)
+
+    @property
+    def precisions(self) -> list[str]:
+        return [name for name in PRECISIONS if name != "tf32" or self.device.type == "cuda"]
+
+    @property
+    def few_steps(self) -> int:
+        """The number of steps of runs that need not be complete."""
+        T = self.schedule.num_train_timesteps
+        return min(FEW_STEPS, self.steps or T, T)
+
+    def network(self, damage: bool) -> UNet2D:
+        """The network; if damaged, a copy in which the largest weight of the first convolution is off by 1 %."""
+        if not damage:
+            return self.net
+        net = copy.deepcopy(self.net)
+        weight = net.conv_in.weight
+        weight[tuple((weight.abs() == weight.abs().max()).nonzero()[0])] *= 1.01
+        return net
+
+    def sampler(
+        self, *, precision: str = "auto", engine: str = "auto", batch_invariant: bool = False, damage: bool = False
+    ) -> Sampler:
+        return Sampler(
+            self.network(damage),
+            self.schedule,
+            shape=self.shape,
+            device=self.device,
+            precision=precision,
+            engine=engine,
+            batch_invariant=batch_invariant,
+        )
+
+    def labels(self, samples: Iterable[int]) -> Tensor | None:
+        """A class label for each sample index; None if the network is not class-conditional."""
+        if self.net.class_embedding is None:
+            return None
+        classes = torch.tensor(list(samples)) % (self.net.config["num_class_embeds"] or 10)
+        if self.net.config["class_embed_type"] != "identity":
+            return classes
+        return classes[:, None].expand(-1, self.net.time_embedding.linear_2.out_features) / 10
+
+    def plain_output(self, precision: str, x: Tensor, t: int, labels: Tensor | None) -> Tensor:
+        """The output for x at t of the reference U-Net in plain torch, with channels-last weights.
+
+        Args: precision: one of PRECISIONS, or "fp64".
+        """
+        dtype = PRECISIONS.get(precision, torch.float64)
+        if dtype not in self.plain_networks:
+            with torch.device("meta"):
+                network = UNet(**self.net.config)
+            network.to_empty(device=self.device).load_state_dict(self.net.state_dict())
+            network.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.plain_networks[dtype] = network.eval()
+        if labels is not None:
+            labels = labels.to(self.device, dtype if labels.is_floating_point() else None)
+        with arithmetic(precision, self.device):
+            return self.plain_networks[dtype](x.to(dtype), torch.full((len(x),), t, device=self.device), labels)
+
+    def reference_trajectory(
+        self, precision: str, table: StepTable, rows: Tensor, samples: Iterable[int]
+    ) -> Iterator[Tensor]:
+        """Sample by the reference loop with seed 0, and yield x after each step.
+
+        Args:
+            precision: of the network, as `plain_output` takes it.
+            rows: the coefficients of table's steps; x is computed in their dtype.
+            samples: sample indices.
+        """
+        address = noise.address(0, samples, self.device)
+        labels = self.labels(address[:, 1].tolist())
+        x = noise.normal(address, self.shape, stream=noise.START, t=table.num_train_timesteps).to(rows.dtype)
+        for row, t in zip(rows.to(self.device).flip(0), table.timesteps.flip(0).tolist(), strict=True):
+            z = noise.normal(address, self.shape, stream=noise.STEP, t=t).to(rows.dtype)
+            x = update(x, self.plain_output(precision, x, t, labels), row, z, clip=table.clip)
+            yield x
+
+    def bar(self, steps: Iterable[Any], what: str) -> Iterable[Any]:
+        from tqdm import tqdm
+
+        return tqdm(steps, desc=what, leave=False, disable=not self.progress)
+
+
+def extreme_addresses() -> Tensor:
+    """[4, 2]: the largest seed and sample indices, and two ordinary ones."""
+    both = ((2**64 - 1, [2**56 - 1, 2**32 - 1]), (12345, [7, 2**40 + 17]))
+    return torch.cat([noise.address(seed, samples) for seed, samples in both])
+
+
+def key_timesteps(schedule: Schedule) -> Tensor:
+    """[4] int64: the first step taken, the middle, the last step that adds noise, and the last step."""
+    T = schedule.num_train_timesteps
+    return torch.tensor([T - 1, T // 2, min(1, T - 1), 0])
+
+
+def normal_inputs(n: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """[n, *shape] float32 standard normals, channels-last."""
+    return noise.normal(noise.address(seed, n), shape, stream=FREE_STREAM, t=0)
+
+
+def step_table(table: StepTable, *, damage: bool) -> StepTable:
+    """A copy of the table; if damaged, the coefficients of x_0, x and m are slightly wrong."""
+    rows = table.rows.clone()
+    columns = StepColumns.of(rows)
+    for column in (columns.A, columns.B, columns.C):
+        column *= DAMAGE if damage else 1
+    return replace(table, rows=rows)

@@ -12,9 +12,10 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 package := $(VENV)/package
 test := $(VENV)/test
 bench := $(VENV)/bench
+docs := $(VENV)/docs
 endif
 
-.PHONY: sample test lint gpu-test gpu-check bench smoke report clean
+.PHONY: sample test lint docs gpu-test gpu-check bench smoke report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -28,6 +29,10 @@ lint: $(test)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
+
+# The documentation, in build/docs; a warning is an error
+docs: $(docs)
+	$(PYTHON) -m sphinx -W --keep-going -q -E docs build/docs
 
 gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
@@ -68,6 +73,6 @@ $(VENV)/package: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m pip install --editable .
 	@touch $@
 
-$(VENV)/test $(VENV)/bench: pyproject.toml | $(VENV)/bin/python
+$(VENV)/test $(VENV)/bench $(VENV)/docs: pyproject.toml | $(VENV)/bin/python
 	$(PYTHON) -m pip install --editable '.[$(@F)]'
 	@touch $@

@@ -1,8 +1,9 @@
-"""fastddpm: the fastest exact DDPM sampler for PyTorch.
+"""fastddpm: exact sampling of denoising diffusion models (DDPM) in PyTorch.
 
-from fastddpm import Sampler
-sampler = Sampler.from_pretrained("google/ddpm-cifar10-32")  # a folder, a hub id, or nothing: the model in the package
-images = sampler.sample(16, seed=0, output="uint8")  # [16, 32, 32, 3]
+    from fastddpm import Sampler
+
+    sampler = Sampler.from_pretrained("google/ddpm-cifar10-32")  # a folder or a hub id; nothing: the bundled model
+    images = sampler.sample(16, seed=0, output="uint8")  # [16, 32, 32, 3]
 
 With Hugging Face diffusers: `from fastddpm.diffusers import DDPMPipeline`, or `fastddpm.accelerate(pipe)`.
 """
@@ -13,7 +14,8 @@ from typing import Any
 from fastddpm import _moved, ops
 from fastddpm._version import __version__
 from fastddpm.core import noise
-from fastddpm.core.schedule import Schedule, StepTable
+from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import StepTable
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.sampler import Sampler
 

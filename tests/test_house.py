@@ -21,17 +21,17 @@ ROOT = Path(__file__).parents[1]
 ORDER = """
 __main__
 cli: main sample merge train likelihood fid verify info options
-verify: table ladder sampling_rungs kernel_rungs case accuracy
+verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
 train: trainer initial batches run_folder updates options
 | evaluate: likelihood terms fid features frechet
 | diffusers: accelerating pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
 sampling: job manifest sampler loop watch batches engine runner model capture
 checkpoints: loading diffusers reading parameters shipped
-networks: unet2d
+networks: unet2d config layers
 processes: progress displays distributed signals
 storage: merge shards images plots datasets image_folder npz idx data_checks fingerprint indices files
 ops: eps_loss x_0_error group_norm interleave noising predict_step residual step checks library backend
-core: noise schedule layout precision memory checks
+core: noise schedule table betas layout precision memory checks
 reference: likelihood unet diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox \
          block columns launch
@@ -329,7 +329,7 @@ def test_version_has_one_source():
 def test_ci_runs_the_tests_and_the_benchmarks():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().endswith("\nexec make test smoke\n")
+    assert script.read_text().endswith("\nexec make test docs smoke\n")
 
 
 @pytest.fixture
@@ -387,6 +387,14 @@ def test_make_uses_another_python_as_it_is(make):
     assert not (make.project / ".venv").exists()
 
 
+def test_make_docs_treats_warnings_as_errors(make):
+    setup = ["tools/python3 -m venv .venv", ".venv/bin/python -m pip install --editable .[docs]"]
+    (make.project / "docs").mkdir()  # a folder of the target's name does not keep make from building
+    work = [".venv/bin/python -m sphinx -W --keep-going -q -E docs build/docs"]
+    assert make("docs") == setup + work
+    assert make("docs") == work
+
+
 def test_make_bench_takes_more_options_and_writes_where_it_is_told(make):
     pytest_ = "tools/python3 -m pytest bench --records "
     assert make("bench", "PYTHON=python3") == [pytest_ + "bench/results"]
@@ -416,3 +424,39 @@ def test_make_starts_over_after_a_failed_setup(make):
         make("sample")
     (make.project / "no-pip").unlink()
     assert make("sample")[0] == "tools/python3 -m venv .venv"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub and Sphinx make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page):
+    """The local links and pictures of a page that lead nowhere."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield link
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_local_links_lead_somewhere(page):
+    assert list(broken_links(page)) == []
+
+
+def test_a_broken_link_is_seen(tmp_path):
+    (tmp_path / "there.md").write_text("# One, two\n```text\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text("[a](there.md) [b](there.md#one-two) [c](gone.md) ![d](there.md#no-heading) [e](https://x.org/y)\n")
+    assert list(broken_links(page)) == ["gone.md", "there.md#no-heading"]

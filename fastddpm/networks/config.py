@@ -111,11 +111,8 @@ def _checked_levels(config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 def _check_divisors(config: dict[str, Any]) -> None:
     """Check that the widths divide into groups of the norms, and into heads where there is attention."""
     widths = config["block_out_channels"]
-    down, up = (
-        zip(config["down_block_types"], widths, strict=True),
-        zip(config["up_block_types"], widths[::-1], strict=True),
-    )
-    attended = {width for kind, width in [*down, *up] if HAS_ATTENTION[kind]}
+    kinds = (*config["down_block_types"], *config["up_block_types"])
+    attended = {width for kind, width in zip(kinds, (*widths, *reversed(widths)), strict=True) if HAS_ATTENTION[kind]}
     if config["mid_block_type"] is not None and config["add_attention"]:
         attended.add(widths[-1])
     divisors = (("norm_num_groups", widths), ("attention_head_dim", attended), ("attn_norm_num_groups", widths[-1:]))

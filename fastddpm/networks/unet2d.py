@@ -69,7 +69,7 @@ class UNet2D(nn.Module):
         return None if c["num_class_embeds"] is None else nn.Embedding(c["num_class_embeds"], self._embed_width)
 
     def _down_blocks(self, skips: list[int]) -> Iterable[Block]:
-        """Append the channels of each skip to skips."""
+        """The blocks of the way down. They append the channels of their skips to skips."""
         c, widths = self.config, self.config["block_out_channels"]
         last = len(widths) - 1
         for i, (kind, width) in enumerate(zip(c["down_block_types"], widths, strict=True)):
@@ -91,7 +91,7 @@ class UNet2D(nn.Module):
         return Block([self._resnet(width, width, scale) for _ in range(2)], attentions)
 
     def _up_blocks(self, skips: list[int]) -> Iterable[Block]:
-        """Remove the channels of each skip from skips."""
+        """The blocks of the way up. They remove the channels of their skips from skips."""
         c, widths = self.config, self.config["block_out_channels"]
         below = widths[-1]
         for i, (kind, width) in enumerate(zip(c["up_block_types"], reversed(widths), strict=True)):

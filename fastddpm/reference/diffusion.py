@@ -1,9 +1,9 @@
 """The specification: "Denoising diffusion probabilistic models" (Ho et al. 2020, arXiv:2006.11239) in eager torch.
 
-Everything fast in this package is tested against this file, in float64 or bit for bit. Timesteps count from 0: index t
-here is the paper's t + 1, so x_t holds the noise of steps 0..t, and step 0 returns x_0. Coefficients are computed in
-float64 and rounded once, to the dtype of the state. States, eps and z are [N, ...] of any rank; t is an int, or [N]
-integers with the timestep of each entry.
+Everything fast in this package is tested against this file, in float64 or bit for bit. Timesteps count from 0: t here
+is t + 1 in the paper, so x_t contains the noise of steps 0..t, and the reverse step at t = 0 returns x_0. Coefficients
+are computed in float64 and rounded once, to the dtype of the state. States, eps and z are [N, ...] of any rank; t is an
+int, or [N] integers with the timestep of each entry.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,26 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Model = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t, t [N] int64) -> eps like x_t
-VarianceType = Literal["fixed_small", "fixed_large"]  # sigma_t^2 = the posterior's variance, or beta_t
+VarianceType = Literal["fixed_small", "fixed_large"]  # sigma_t^2 is the posterior's variance, or beta_t
 
 
 def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -> Tensor:
     """Take one step of any sampler, as an affine update of the state in the written order of operations.
 
-    Each product and each sum is rounded on its own: every implementation of the step returns the bits of this one.
+    Each product and each sum is rounded separately: every implementation of the step returns the same bits as this one.
 
     Args:
         x: [N, ...] state, floating point.
-        m: like x, of any float dtype (widened, or rounded, to that of x first): what the network returned.
-        row: [8], or [N, 8] with one row for each entry: cx cm lo hi A B C S.
-        z: like x, standard normal; None adds nothing, as S = 0 does.
-        clip: whether the row is for a clamped x_0, or has it folded into B and C.
+        m: like x, of any float dtype (converted to that of x first): the network's output.
+        row: [8], or [N, 8] with one row for each entry: cx, cm, lo, hi, A, B, C, S.
+        z: like x, standard normal; None adds nothing, nor does S = 0.
+        clip: whether the row is for a clamped x_0; without, the x_0 is folded into B and C.
     Returns: the next state, like x.
     """
-    *_, A, B, C, S = _columns(row, x)
+    cx, cm, lo, hi, A, B, C, S = _broadcast_columns(row, x)
     m = m.to(x.dtype)
-    of_x = A * _clamped(x, m, row[..., :4]) + B * x if clip else B * x
-    mean = of_x + C * m
+    if clip:
+        w = torch.minimum(torch.maximum(cx * x + cm * m, lo), hi)  # x_0 / scale: A contains the scale
+        mean = (A * w + B * x) + C * m
+    else:
+        mean = B * x + C * m
     return mean if z is None else torch.where(S == 0, mean, mean + S * z)
 
 
@@ -49,20 +52,22 @@ def predict_step(
     learned: str | None = None,
     z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Predict x_0 and take one step, in the order of operations of diffusers' schedulers; `update` is the same, folded.
+    """Predict x_0 and take one step, in the order of operations of diffusers' schedulers.
 
-    Each product, quotient and sum is rounded on its own, to the dtype that torch promotes its operands to.
+    `update` is the same function, with coefficients that are combined in float64. Here each product, quotient and sum
+    is rounded separately, to the dtype that torch promotes its operands to.
 
     Args:
         x: [N, ...] state, floating point.
-        m: like x: what the network returned.
-        row: signal, noise (sqrt(abar_t), sqrt(1 - abar_t)), of_x_0, of_w (coefficients of the mean), sigma, log_min,
-            log_max (of the variance, for learned_range), noisy (whether this step adds noise): [8], or as many numbers.
+        m: like x: the network's output.
+        row: 8 numbers, or [8]: signal and noise, sqrt(abar_t) and sqrt(1 - abar_t); of_x_0 and of_w, the coefficients
+            of the mean; sigma; log_min and log_max of the variance, for learned_range; noisy, whether the step adds
+            noise.
         predicts: whether m is "epsilon", "sample" (x_0) or "v_prediction".
-        sampler: "ddpm", whose mean is of x_0 and x (eq. 7), or "ddim", of x_0 and eps (arXiv:2010.02502, eq. 12), or
-            "ddim_clipped", with the eps that belongs to the clipped x_0.
-        clip: clamp x_0 to +-clip, or what else bounds it; None: nothing.
-        v: like x: what the network returned for the variance.
+        sampler: "ddpm", whose mean is a sum of x_0 and x (eq. 7); "ddim", of x_0 and eps (arXiv:2010.02502, eq. 12);
+            "ddim_clipped", with the eps that corresponds to the clipped x_0.
+        clip: clamp x_0 to +-clip, or apply this function to it; None: do not change it.
+        v: like x: the network's output for the variance.
         learned: None, "learned" (v is the variance) or "learned_range" (arXiv:2102.09672, eq. 15).
         z: like x, standard normal; None adds nothing.
     Returns: (next state, predicted x_0).
@@ -102,36 +107,30 @@ def predict_step(
 
 
 def add_noise(x_0: Tensor, eps: Tensor, row: Tensor) -> Tensor:
-    """Eq. 4 in the written order: x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, two products and one sum.
+    """Eq. 4: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, two products and one sum, each rounded separately.
 
     Args:
         x_0, eps: [N, ...] of one dtype.
         row: [2], or [N, 2] with one row for each entry: sqrt(abar_t), sqrt(1 - abar_t).
     """
-    signal, noise = _columns(row, x_0)
+    signal, noise = _broadcast_columns(row, x_0)
     return signal * x_0 + noise * eps
 
 
 def predicted_x_0(x_t: Tensor, m: Tensor, row: Tensor) -> Tensor:
-    """The x_0 that the network's output gives, in the written order: scale clamp(cx x_t + cm m, lo, hi).
+    """x_0 = scale clamp(cx x_t + cm m, lo, hi), in the written order.
 
     Args:
         x_t: [N, ...].
-        m: like x_t, of any float dtype (widened, or rounded, to that of x_t first): what the network returned.
+        m: like x_t, of any float dtype (converted to that of x_t first): the network's output.
         row: [5], or [N, 5] with one row for each entry: cx, cm, lo, hi, scale.
     """
-    *_, scale = _columns(row, x_t)
-    return scale * _clamped(x_t, m.to(x_t.dtype), row[..., :4])
-
-
-def _clamped(x: Tensor, m: Tensor, row: Tensor) -> Tensor:
-    """x_0 / scale, of which the step has the scale in A."""
-    cx, cm, lo, hi = _columns(row, x)
-    return torch.minimum(torch.maximum(cx * x + cm * m, lo), hi)
+    cx, cm, lo, hi, scale = _broadcast_columns(row, x_t)
+    return scale * torch.minimum(torch.maximum(cx * x_t + cm * m.to(x_t.dtype), lo), hi)
 
 
 def target(x_0: Tensor, eps: Tensor, row: Tensor, predicts: str) -> Tensor:
-    """What the network is to return, in the written order.
+    """The output that the network is trained for, in the written order.
 
     Args:
         x_0, eps: [N, ...] of one dtype.
@@ -140,19 +139,19 @@ def target(x_0: Tensor, eps: Tensor, row: Tensor, predicts: str) -> Tensor:
     """
     if predicts != "v_prediction":
         return eps if predicts == "epsilon" else x_0
-    signal, noise = _columns(row, x_0)
+    signal, noise = _broadcast_columns(row, x_0)
     return signal * eps - noise * x_0
 
 
 def squared_error(m: Tensor, target: Tensor) -> Tensor:
-    """|m - target|^2 of each entry, in the written order: [N]; m is widened, or rounded, to target's dtype first."""
+    """|m - target|^2 of each entry, in the written order: [N]; m is converted to target's dtype first."""
     return tree_sum((m.to(target.dtype) - target).square())
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """The sum of each entry's elements, as a binary tree: neighbours first, zeros beyond the end.
+    """The sum of each entry's elements by a binary tree: neighbours are added first, missing ones count as zero.
 
-    Args: x: [N, C, *spatial] or [N, D]; the order of the elements is channels-last.
+    Args: x: [N, C, *spatial] or [N, D]; its elements are taken in channels-last order.
     Returns: [N].
     """
     x = x.movedim(1, -1).flatten(1)
@@ -163,19 +162,19 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def linear_betas(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
-    """The variances of the forward process that the paper chose (section 4): [T] float64."""
+    """The paper's variances of the forward process (section 4): [T] float64."""
     return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
 
 
 class Posterior(NamedTuple):
-    """q(x_{t-1} | x_t, x_0), a normal distribution (eq. 6): mean like x_t, one variance for each entry."""
+    """The normal distribution q(x_{t-1} | x_t, x_0), eq. 6: its mean, like x_t, and one variance for each entry."""
 
     mean: Tensor
     var: Tensor
 
 
 class Diffusion:
-    """The forward process of some betas, its posterior, the training loss (Algorithm 1) and the sampler (Algorithm 2).
+    """The forward process with given betas, its posterior, the training loss (Algorithm 1), the sampler (Algorithm 2).
 
     Args:
         betas: [T], each 0 < beta < 1: variances of the forward steps.
@@ -201,11 +200,11 @@ class Diffusion:
         return len(self.betas)
 
     def diffuse(self, x_prev: Tensor, t: int | Tensor, z: Tensor) -> Tensor:
-        """One step of the chain q(x_t | x_{t-1}), eq. 2: variance beta_t is added, the signal shrinks to make room."""
-        return _at(self.alphas.sqrt(), t, x_prev) * x_prev + _at(self.betas.sqrt(), t, x_prev) * z
+        """q(x_t | x_{t-1}), eq. 2: x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, one step of the forward process."""
+        return _coefficient(self.alphas.sqrt(), t, x_prev) * x_prev + _coefficient(self.betas.sqrt(), t, x_prev) * z
 
     def noised(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
-        """q(x_t | x_0), eq. 4: in one shot what steps 0..t of the chain give, in distribution."""
+        """q(x_t | x_0), eq. 4: has the distribution that steps 0..t of the forward process give."""
         rows = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()], -1)
         return add_noise(x_0, eps, rows.to(x_0.device)[t])
 
@@ -213,20 +212,20 @@ class Diffusion:
         """q(x_{t-1} | x_t, x_0), eq. 6 and 7."""
         of_x_0 = self.alphas_cumprod_prev.sqrt() * self.betas / (1 - self.alphas_cumprod)
         of_x_t = self.alphas.sqrt() * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        mean = _at(of_x_0, t, x_t) * x_0 + _at(of_x_t, t, x_t) * x_t
-        return Posterior(mean, _at(self.posterior_var, t, x_t))
+        mean = _coefficient(of_x_0, t, x_t) * x_0 + _coefficient(of_x_t, t, x_t) * x_t
+        return Posterior(mean, _coefficient(self.posterior_var, t, x_t))
 
     def predicted_x_0(self, x_t: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """Eq. 15: eq. 4 solved for x_0."""
-        noise = _at((1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
-        return (x_t - noise) / _at(self.alphas_cumprod.sqrt(), t, x_t)
+        noise = _coefficient((1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
+        return (x_t - noise) / _coefficient(self.alphas_cumprod.sqrt(), t, x_t)
 
     def loss(self, model: Model, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """L_simple, eq. 14, at given draws: the squared error of the predicted noise, averaged over all elements."""
+        """L_simple, eq. 14, at given t and eps: the squared error of the predicted noise, averaged over elements."""
         return (eps - model(self.noised(x_0, t, eps), t)).square().mean()
 
     def training_loss(self, model: Model, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Algorithm 1, lines 3 to 5: the loss at a uniform t and a normal eps drawn for each entry of x_0."""
+        """The loss of Algorithm 1, lines 3 to 5: a uniform t and a normal eps are drawn for each entry of x_0."""
         t = torch.randint(self.T, x_0.shape[:1], generator=generator, device=x_0.device)
         eps = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
         return self.loss(model, x_0, t, eps)
@@ -262,14 +261,14 @@ class Diffusion:
             eps: like x_t, of any float dtype: what the network predicted.
             z: like x_t, standard normal; None leaves out sigma_t z (sigma_0 is 0).
             variance_type: see `sigmas`.
-            clip: take the posterior's mean at the predicted x_0 clamped to [-clip, clip]; None: eq. 11 as it stands.
+            clip: clamp the predicted x_0 to [-clip, clip], and take the posterior's mean (eq. 7) there; None: eq. 11.
         """
         if clip is None:
-            shift = _at(self.betas / (1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
-            mean = (x_t - shift) / _at(self.alphas.sqrt(), t, x_t)
+            shift = _coefficient(self.betas / (1 - self.alphas_cumprod).sqrt(), t, x_t) * eps.to(x_t.dtype)
+            mean = (x_t - shift) / _coefficient(self.alphas.sqrt(), t, x_t)
         else:
             mean = self.posterior(self.predicted_x_0(x_t, t, eps).clamp(-clip, clip), x_t, t).mean
-        return mean if z is None else mean + _at(self.sigmas(variance_type), t, x_t) * z
+        return mean if z is None else mean + _coefficient(self.sigmas(variance_type), t, x_t) * z
 
     def sample(
         self,
@@ -285,23 +284,23 @@ class Diffusion:
         Args:
             model: eps_theta(x_t, t), t [N] int64.
             x_T: [N, ...] standard normal.
-            noise: z of the step at t, like x_T, asked for at T-1..1; None: sampling without sigma_t z.
+            noise: returns z of the step at t, like x_T; called with T-1, ..., 1. None: without sigma_t z.
             variance_type, clip: see `step`.
         Returns: x_0, like x_T.
         """
         x = x_T
-        for t in reversed(range(self.T)):
+        for t in reversed(range(self.T)):  # line 2
             eps = model(x, torch.full(x.shape[:1], t, device=x.device))
-            z = noise(t) if noise and t else None
-            x = self.step(x, eps, t, z, variance_type=variance_type, clip=clip)
+            z = noise(t) if noise and t else None  # line 3
+            x = self.step(x, eps, t, z, variance_type=variance_type, clip=clip)  # line 4
         return x
 
 
-def _at(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-    """values[t] in the dtype of x, to be broadcast over the elements of each entry."""
-    return _columns(values.to(x.device)[t].unsqueeze(-1), x)[0]
+def _coefficient(values: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """values[t] in the dtype of x, broadcastable over the elements of each entry."""
+    return _broadcast_columns(values.to(x.device)[t].unsqueeze(-1), x)[0]
 
 
-def _columns(row: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The columns of [K] or [N, K] in the dtype of x, each to be broadcast over the elements of each entry."""
+def _broadcast_columns(row: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """The K columns of row, [K] or [N, K], in the dtype of x, broadcastable over the elements of each entry."""
     return row.to(x.dtype).reshape(-1, row.shape[-1], *[1] * (x.ndim - 1)).unbind(1)

@@ -1,9 +1,13 @@
-"""The specification of the bound on -log p(x_0): Ho et al. 2020 (arXiv:2006.11239), eq. 5.
+"""The specification of the variational bound on -log p(x_0).
 
-    -log p(x_0) <= KL(q(x_T | x_0) || p(x_T)) + sum of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) - log p(x_0 | x_1)
+Ho et al. 2020 (arXiv:2006.11239), eq. 3 and 5:
 
-All in nats, in the dtype of x_0; timesteps count from 0, as in `fastddpm.reference.diffusion`. States are [N, ...] of
-any rank; `bound` draws nothing: it is told the noise.
+    -log p(x_0) <= E_q[ KL(q(x_T | x_0) || p(x_T))                                          L_T, `prior_kl`
+                      + sum over t > 1 of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))     L_{t-1}, `term` at t > 0
+                      - log p(x_0 | x_1) ]                                                  L_0, `term` at t = 0
+
+These are the paper's timesteps, 1 to T; in the code they count from 0, as in `fastddpm.reference.diffusion`. All is in
+nats, in the dtype of x_0. States are [N, ...] of any rank.
 """
 
 import math
@@ -18,28 +22,28 @@ VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 def normal_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
-    """KL(N(mean_q, var_q) || N(mean_p, var_p)) of each element, in nats; the arguments are broadcast."""
+    """KL(N(mean_q, var_q) || N(mean_p, var_p)) for each element, in nats; the arguments are broadcast."""
     ratio = log_var_q - log_var_p
     return (ratio.expm1() - ratio + (mean_q - mean_p).square() * torch.exp(-log_var_p)) / 2
 
 
 def normal_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """-log of the density of N(mean, var) at x, of each element, in nats."""
+    """-log of the density of N(mean, var) at x, for each element, in nats."""
     return (math.log(2 * math.pi) + log_var + (x - mean).square() * torch.exp(-log_var)) / 2
 
 
 def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """-log of the probability that N(mean, var) gives to the bin of x, of each element, in nats: eq. 13.
+    """-log of the probability that N(mean, var) assigns to the bin of x, for each element, in nats: eq. 13.
 
-    The 256 bins are 2/255 wide, centred at -1, -1 + 2/255, ..., 1; the first and the last go on for ever. Finite
-    wherever the mean is: the logarithm of the difference of two tails is taken of their logarithms.
+    The 256 bins are 2/255 wide, with centres -1, -1 + 2/255, ..., 1; the first and the last are unbounded. The result
+    is finite wherever the mean is: the difference of two tails is computed from their logarithms.
 
-    Args: x: bytes as (u - 127.5) / 127.5, floating point; mean, log_var: broadcast to it.
+    Args: x: bytes u as (u - 127.5) / 127.5, floating point; mean, log_var: broadcast to it.
     """
     scale = torch.exp(-log_var / 2)
     low = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) * scale)
     high = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) * scale)
-    right = low + high > 0  # there the lower tails are close to 1: the mirrored bin has the same probability
+    right = low + high > 0  # where the lower tails are close to 1: the mirrored bin has the same probability
     low, high = torch.where(right, -high, low), torch.where(right, -low, high)
     log_high = torch.special.log_ndtr(high)
     drop = torch.special.log_ndtr(low) - log_high
@@ -49,23 +53,24 @@ def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def prior_kl(process: Diffusion, x_0: Tensor) -> Tensor:
-    """L_T = KL(q(x_T | x_0) || N(0, I)) of each entry: [N]."""
+    """L_T = KL(q(x_T | x_0) || N(0, I)) for each entry: [N]."""
     abar = process.alphas_cumprod[-1].to(x_0)
     zero = torch.zeros_like(abar)
     return normal_kl(abar.sqrt() * x_0, torch.log1p(-abar), zero, zero).flatten(1).sum(1)
 
 
 def log_variance(process: Diffusion, t: Tensor, variance_type: str, v: Tensor | None, like: Tensor) -> Tensor:
-    """log of the variance of p(x_{t-1} | x_t), to be broadcast over like.
+    """log of the variance of p(x_{t-1} | x_t), broadcastable over like.
 
-    At t = 0, where the posterior's variance is 0, the fixed ones are the posterior's at t = 1, as in the authors' code
-    (with T = 1, beta_0).
+    At t = 0, where the posterior's variance is 0, the fixed variances are the posterior's at t = 1, as in the authors'
+    code (if T = 1, beta_0).
 
     Args:
         t: [N].
-        variance_type: fixed_small, the posterior's (eq. 7); fixed_large, beta_t; learned, which v is; learned_range,
-            between both, geometrically, as v goes from -1 to 1 (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
-        v: like `like`, what the network returned for the variance.
+        variance_type: fixed_small: the posterior's (eq. 7); fixed_large: beta_t; learned: v; learned_range: from the
+            first at v = -1 to the second at v = 1, interpolated in the logarithm (Nichol & Dhariwal 2021,
+            arXiv:2102.09672, eq. 15).
+        v: like `like`: the network's output for the variance.
     """
     first = process.posterior_var[1:2] if process.T > 1 else process.betas
     small = torch.cat([first, process.posterior_var[1:]]).log().to(like)
@@ -82,7 +87,10 @@ def log_variance(process: Diffusion, t: Tensor, variance_type: str, v: Tensor | 
 def predicted_x_0(
     process: Diffusion, x_t: Tensor, t: Tensor, m: Tensor, predicts: str = "epsilon", clip: float | None = None
 ) -> Tensor:
-    """x_0 of the network's output m, which is "epsilon", "sample" (x_0) or "v_prediction"; clamped to +-clip."""
+    """The x_0 that the network's output m predicts, clamped to +-clip.
+
+    Args: predicts: whether m is "epsilon", "sample" (x_0) or "v_prediction".
+    """
     if predicts == "epsilon":
         x_0 = process.predicted_x_0(x_t, t, m)
     elif predicts == "sample":
@@ -106,17 +114,17 @@ def term(
 ) -> Tensor:
     """One term of the bound for each entry: [N], in nats.
 
-    Where t > 0, L_{t-1} in the paper's count plus one: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), with p's mean the
-    posterior's at the predicted x_0. Where t = 0, L_0 = -log p(x_0 | x_1), which has the predicted x_0 as its mean.
+    Where t > 0: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), where the mean of p is the posterior's at the predicted
+    x_0. Where t = 0: -log p(x_0 | x_t), where the mean of p is the predicted x_0.
 
     Args:
-        model: (x_t, t [N]) -> what it predicts, like x_t; for a learned variance with twice the channels.
+        model: (x_t, t [N]) -> its output, like x_t; with twice the channels for a learned variance.
         x_0: [N, C, ...] clean samples in data units.
         t: [N] int64.
-        eps: like x_0, standard normal: x_t's noise.
+        eps: like x_0, standard normal: the noise in x_t.
         predicts, clip: see `predicted_x_0`.
         variance_type: see `log_variance`.
-        discrete: x_0 are bytes, (u - 127.5) / 127.5, of which L_0 has the probability; else it has the density of x_0.
+        discrete: whether x_0 are bytes u, as (u - 127.5) / 127.5: L_0 then has their probability, else the density.
     Raises: ValueError: variance_type is unknown.
     """
     if variance_type not in VARIANCE_TYPES:
@@ -133,14 +141,34 @@ def term(
     return torch.where(t > 0, kl.flatten(1).sum(1), nll.flatten(1).sum(1))
 
 
-def bound(process: Diffusion, model: Model, x_0: Tensor, noise: Callable[[int], Tensor], **how) -> Tensor:
-    """The bound on -log p(x_0) of each entry, in nats: [N]; divided by the elements of an entry and log 2, bits/dim.
+def bound(
+    process: Diffusion,
+    model: Model,
+    x_0: Tensor,
+    noise: Callable[[int], Tensor],
+    *,
+    predicts: str = "epsilon",
+    variance_type: str = "fixed_small",
+    clip: float | None = None,
+    discrete: bool = True,
+) -> Tensor:
+    """The bound on -log p(x_0) for each entry, in nats: [N]. Divided by log 2 and an entry's elements, it is bits/dim.
 
     Args:
-        noise: eps of x_t, like x_0, asked for at 0..T-1.
-        model, x_0, **how: as of `term`.
+        noise: returns the eps of x_t, like x_0; called with 0, ..., T-1.
+        model, x_0, predicts, variance_type, clip, discrete: see `term`.
     """
     total = prior_kl(process, x_0)
     for t in range(process.T):
-        total = total + term(process, model, x_0, torch.full((len(x_0),), t, device=x_0.device), noise(t), **how)
+        total = total + term(
+            process,
+            model,
+            x_0,
+            torch.full((len(x_0),), t, device=x_0.device),
+            noise(t),
+            predicts=predicts,
+            variance_type=variance_type,
+            clip=clip,
+            discrete=discrete,
+        )
     return total

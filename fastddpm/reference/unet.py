@@ -2,8 +2,8 @@
 
 A PixelCNN++ backbone (a U-Net of Wide ResNet blocks) with group normalisation, SiLU, self-attention at chosen
 resolutions, and a sinusoidal embedding of t that enters every residual block. Plain and slow: NCHW, any float dtype. It
-takes the configuration of diffusers' UNet2DModel and has its parameter names, so that its checkpoints load: in float64
-this is what the fast U-Net is judged by.
+takes the configuration of diffusers' UNet2DModel and has its parameter names, so it loads diffusers' checkpoints. In
+float64 it is the reference of the fast U-Net.
 """
 
 import functools
@@ -24,16 +24,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def timestep_embedding(t: Tensor, width: int, *, flip_sin_to_cos: bool = False, freq_shift: float = 0) -> Tensor:
-    """Sines, then cosines (or flipped), of t times width // 2 frequencies from 1 down to about 1/10000.
+    """Sines, then cosines, of t times width // 2 frequencies that fall geometrically from 1 to about 1/10000.
 
     Args:
         t: [N], whole or fractional.
-        freq_shift: with 1 the last frequency is 1/10000, with 0 the one after the last would be.
-    Returns: [N, width] float64; an odd width ends in a column of zeros.
+        flip_sin_to_cos: whether the cosines come first.
+        freq_shift: with 1 the last frequency is 1/10000; with 0 it is one geometric step larger.
+    Returns: [N, width] float64; if width is odd, the last column is zero.
     """
     half = width // 2
-    places = torch.arange(half, dtype=torch.float64, device=t.device) / (half - freq_shift)
-    angles = t[:, None] * torch.exp(-math.log(10000) * places)
+    exponents = torch.arange(half, dtype=torch.float64, device=t.device) / (half - freq_shift)
+    angles = t[:, None] * torch.exp(-math.log(10000) * exponents)
     waves = [angles.cos(), angles.sin()] if flip_sin_to_cos else [angles.sin(), angles.cos()]
     return F.pad(torch.cat(waves, 1), (0, width % 2))
 
@@ -51,9 +52,9 @@ class EmbeddingMLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """[N, channels, H, W], embedding [N, emb_width] -> [N, out, H, W]: two normalised convolutions beside a shortcut.
+    """[N, channels, H, W], embedding [N, emb_width] -> [N, out, H, W]: two normalised convolutions and a shortcut.
 
-    The embedding is added between the convolutions; with scale_shift it scales and shifts what the second norm returns.
+    The embedding is added between the convolutions; with scale_shift it scales and shifts the second norm's output.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """[N, channels, H, W] -> the same: each pixel attends to all, in channels // head_dim heads, beside a shortcut."""
+    """[N, channels, H, W] -> the same: each pixel attends to all, with channels // head_dim heads, and a shortcut."""
 
     def __init__(self, channels: int, *, head_dim: int | None, groups: int | None, eps: float, rescale: float = 1):
         super().__init__()
@@ -109,7 +110,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [N, H W, channels]
-        q, k, v = (self._heads(to(pixels)) for to in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (self._heads(project(pixels)) for project in (self.to_q, self.to_k, self.to_v))
         weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[3]), 3)  # [N, heads, H W, H W]
         h = self.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
         return (x + h.transpose(1, 2).reshape(x.shape)) / self.rescale
@@ -120,7 +121,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """[N, C, H, W] -> [N, C, H/2, W/2]: a convolution of stride 2; padding 0 still pads below and on the right."""
+    """[N, C, H, W] -> [N, C, H/2, W/2]: a convolution of stride 2. Padding 0 pads below and on the right."""
 
     def __init__(self, channels: int, padding: int):
         super().__init__()
@@ -132,7 +133,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[N, C, H, W] -> [N, C, 2H, 2W]: every pixel four times, then a convolution."""
+    """[N, C, H, W] -> [N, C, 2H, 2W]: repeats every pixel four times, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -154,7 +155,7 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList(downsamplers)
 
     def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
-        """Return what goes on to the next block; append to skips what goes across to the way up."""
+        """Return the input of the next block; append to skips the inputs of the way up."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             h = attention(resnet(h, embedding))
             skips.append(h)
@@ -178,7 +179,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resolution on the way up: as on the way down, but each residual block reads a skip too; then an Upsample."""
+    """One resolution on the way up: residual blocks, which also take a skip, each with its attention; an Upsample."""
 
     def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], upsamplers: Iterable[nn.Module]):
         super().__init__()
@@ -187,7 +188,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, h: Tensor, embedding: Tensor, skips: list[Tensor]) -> Tensor:
-        """Return what goes on to the next block; pop from skips, the last first."""
+        """Return the input of the next block; pop from skips, the last first."""
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             h = attention(resnet(torch.cat([h, skips.pop()], 1), embedding))
         for upsample in self.upsamplers:
@@ -198,15 +199,16 @@ class UpBlock(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t). The arguments are the configuration of diffusers' UNet2DModel, with its defaults.
 
-    Names that start with "_" are notes, and ignored.
-    Raises: ValueError: an option, or a value of one, that this network does not know.
+    Options that start with "_" are ignored.
+
+    Raises: ValueError: an option, or a value of one, is unknown or not supported.
     """
 
     def __init__(
         self,
         *,
-        sample_size: object = None,  # any H and W will do that halve evenly at each level
-        num_train_timesteps: object = None,  # and any t
+        sample_size: object = None,  # unused: H and W may be any multiples of 2^(levels - 1)
+        num_train_timesteps: object = None,  # unused: t may be any number
         in_channels: int = 3,
         out_channels: int = 3,
         center_input_sample: bool = False,
@@ -236,22 +238,24 @@ class UNet(nn.Module):
         **others: object,
     ):
         super().__init__()
-        _check("time_embedding_type", [time_embedding_type], ["positional"])
-        _check("down_block_types", down_block_types, ["DownBlock2D", "AttnDownBlock2D"])
-        _check("mid_block_type", [mid_block_type], ["UNetMidBlock2D", None])
-        _check("up_block_types", up_block_types, ["UpBlock2D", "AttnUpBlock2D"])
-        _check("downsample_padding", [downsample_padding], [0, 1])
-        _check("downsample_type", [downsample_type], ["conv"])
-        _check("upsample_type", [upsample_type], ["conv"])
-        _check("act_fn", [act_fn], [*ACTIVATIONS])
-        _check("resnet_time_scale_shift", [resnet_time_scale_shift], ["default", "scale_shift"])
-        _check("class_embed_type", [class_embed_type], [None, "timestep", "identity"])
+        _check_known("time_embedding_type", [time_embedding_type], ["positional"])
+        _check_known("down_block_types", down_block_types, ["DownBlock2D", "AttnDownBlock2D"])
+        _check_known("mid_block_type", [mid_block_type], ["UNetMidBlock2D", None])
+        _check_known("up_block_types", up_block_types, ["UpBlock2D", "AttnUpBlock2D"])
+        _check_known("downsample_padding", [downsample_padding], [0, 1])
+        _check_known("downsample_type", [downsample_type], ["conv"])
+        _check_known("upsample_type", [upsample_type], ["conv"])
+        _check_known("act_fn", [act_fn], [*ACTIVATIONS])
+        _check_known("resnet_time_scale_shift", [resnet_time_scale_shift], ["default", "scale_shift"])
+        _check_known("class_embed_type", [class_embed_type], [None, "timestep", "identity"])
         for name, value in others.items():
             if not name.startswith("_"):
-                raise ValueError(f"{name} is {value!r}, but this network has no such option; leave it out")
+                raise ValueError(f"{name} is {value!r}, but there is no such option; leave it out")
         levels = len(block_out_channels)
         if not levels == len(down_block_types) == len(up_block_types):
-            raise ValueError(f"block_out_channels has {levels} levels; want as many down_ and up_block_types")
+            raise ValueError(
+                f"block_out_channels has {levels} levels; want as many entries in down_block_types and up_block_types"
+            )
 
         channels, bottom = block_out_channels[0], block_out_channels[-1]
         emb_width = time_embedding_dim or 4 * channels
@@ -284,7 +288,7 @@ class UNet(nn.Module):
 
         self.center_input_sample = center_input_sample
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        skips = [channels]  # the channels of each tensor that goes across
+        skips = [channels]  # channels of the tensors that the way down passes to the way up
         self.down_blocks = nn.ModuleList()
         for level, (kind, out) in enumerate(zip(down_block_types, block_out_channels, strict=True), 1):
             resnets = [resnet(c, out) for c in [channels, *[out] * (layers_per_block - 1)]]
@@ -317,18 +321,18 @@ class UNet(nn.Module):
         Args:
             x: [N, in_channels, H, W] in the dtype of the parameters; H and W are multiples of 2^(levels - 1).
             t: one timestep, or [N].
-            class_labels: [N] classes; [N, embedding width] where class_embed_type is "identity".
+            class_labels: [N] classes; [N, embedding width] if class_embed_type is "identity".
         Returns: [N, out_channels, H, W].
-        Raises: ValueError: class_labels are missing, or given to a network without classes.
+        Raises: ValueError: class_labels are missing, or were given to a network without classes.
         """
         embedding = self.time_embedding(self.embed(torch.as_tensor(t, device=x.device).expand(len(x))).to(x.dtype))
         if self.class_embedding is not None:
             if class_labels is None:
-                raise ValueError("class_labels are missing; this network wants those of all entries of x")
+                raise ValueError("class_labels are missing; this network wants one for each entry of x")
             labels = self.embed(class_labels).to(x.dtype) if self.class_embed_type == "timestep" else class_labels
             embedding = embedding + self.class_embedding(labels)
         elif class_labels is not None:
-            raise ValueError("class_labels are given, but this network has no classes; leave them out")
+            raise ValueError("class_labels were given, but this network has no classes; leave them out")
 
         h = self.conv_in(2 * x - 1 if self.center_input_sample else x)
         skips = [h]
@@ -341,7 +345,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
 
-def _check(name: str, values: Iterable, known: list) -> None:
+def _check_known(name: str, values: Iterable, known: list) -> None:
     for value in values:
         if value not in known:
-            raise ValueError(f"{name} has {value!r}, which this network does not know; want {known}")
+            raise ValueError(f"{name} has {value!r}; want one of {', '.join(map(str, known))}")

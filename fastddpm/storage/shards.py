@@ -36,11 +36,12 @@ class ShardFolder:
     Args:
         path: the folder, which need not exist yet.
         manifest: a description of the samples that JSON can hold. These fields decide which file holds each sample:
-            "format": npz (arr_0 [n, ...], and arr_1 [n] for labels), png, or webdataset (for each sample index a .png,
-                or a .npy if the sample is not an image, and a .cls for its label);
-            "samples": the sample indices in order, as `Indices` writes them;
-            "shard_size": samples per shard; the last may hold fewer;
-            "class_labels": class labels, written like indices and repeated over the samples in order; None: no labels.
+
+            - "format": npz (arr_0 [n, ...], and arr_1 [n] for labels), png, or webdataset (for each sample index a
+              .png, or a .npy if the sample is not an image, and a .cls for its label);
+            - "samples": the sample indices in order, as `Indices` writes them;
+            - "shard_size": samples per shard; the last may hold fewer;
+            - "class_labels": class labels, written like indices and repeated over the samples; None: no labels.
 
     Attributes:
         samples: the sample indices.

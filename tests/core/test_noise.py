@@ -1,4 +1,4 @@
-"""The noise standard in torch: published bits, what an address means, and the statistics of what comes out."""
+"""The noise standard in torch: published bits, what an address means, and the statistics of the noise."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def words(*hexadecimal: str) -> list[Tensor]:
     return [torch.tensor([int(word, 16)]) for word in hexadecimal]
 
 
-def philox_by_hand(counter: list[int], key: list[int]) -> list[int]:
+def philox_of_integers(counter: list[int], key: list[int]) -> list[int]:
     """Philox4x32-10 in Python's unbounded integers."""
     (a, b, c, d), (k, m) = counter, key
     for _ in range(10):
@@ -56,16 +56,16 @@ def test_normals_equal_the_vectors(case):
     assert bits(noise.normal(address, (case["count"],), stream=case["stream"], t=case["t"])[0]) == case["bits"]
 
 
-def test_words_equal_arithmetic_in_whole_numbers():
+def test_words_equal_philox_of_unbounded_integers():
     edges = [0, 1, 2**31 - 1, 2**31, MASK]
     drawn = torch.randint(0, 1 << 32, (200, 6), generator=torch.Generator().manual_seed(1)).tolist()
     cases = [[edge] * 6 for edge in edges] + drawn
     got = torch.stack(noise.philox(*torch.tensor(cases).T), -1)
-    assert got.tolist() == [philox_by_hand(case[:4], case[4:]) for case in cases]
+    assert got.tolist() == [philox_of_integers(case[:4], case[4:]) for case in cases]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_address_goes_where_the_standard_says(seed):
+def test_counter_and_key_have_the_standards_places(seed):
     stream, t = 255, 2**32 - 1
     samples = [0, 1, 2**32 - 1, 2**32, 2**40 + 17, 2**56 - 1]
     got = noise.normal(noise.address(seed, samples), (10,), stream=stream, t=t)
@@ -73,7 +73,7 @@ def test_address_goes_where_the_standard_says(seed):
         want = []
         for quad in range(3):
             counter = [quad, t, sample % 2**32, stream * 2**24 + sample // 2**32]
-            u, v, u2, v2 = torch.tensor(philox_by_hand(counter, [seed % 2**32, seed // 2**32])).unsqueeze(1)
+            u, v, u2, v2 = torch.tensor(philox_of_integers(counter, [seed % 2**32, seed // 2**32])).unsqueeze(1)
             want += [*noise.box_muller(u, v), *noise.box_muller(u2, v2)]
         assert torch.equal(z, torch.cat(want)[:10])
 
@@ -81,7 +81,7 @@ def test_address_goes_where_the_standard_says(seed):
 # What an address means
 
 
-def test_seed_is_kept_in_twos_complement():
+def test_seed_is_stored_in_twos_complement():
     want = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, -(2**63), -1]
     assert [int(noise.address(seed, [5])[0, 0]) for seed in SEEDS] == want
     assert noise.address(7, 3).tolist() == [[7, 0], [7, 1], [7, 2]]
@@ -89,7 +89,7 @@ def test_seed_is_kept_in_twos_complement():
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 1), (3, 5, 7), (4, 6), (5, 3), (1,), (13,)])
-def test_elements_are_counted_in_channels_last_order(shape):
+def test_elements_are_numbered_in_channels_last_order(shape):
     address = noise.address(3, 4)
     z = noise.normal(address, shape, stream=noise.STEP, t=17)
     assert z.shape == (4, *shape)
@@ -129,7 +129,7 @@ def test_one_t_for_all_equals_the_same_t_for_each():
         assert torch.equal(noise.normal(address, (2, 3), stream=noise.START, t=t), want)
 
 
-def test_nothing_asked_is_nothing_returned():
+def test_no_samples_or_elements_give_empty_noise():
     assert noise.normal(noise.address(0, 0), (3, 4, 4), stream=noise.STEP, t=0).shape == (0, 3, 4, 4)
     assert noise.normal(noise.address(0, 2), (3, 0, 4), stream=noise.STEP, t=0).shape == (2, 3, 0, 4)
 
@@ -154,8 +154,8 @@ def test_bits_do_not_depend_on_the_device():
     assert torch.equal(noise.normal(address.cuda(), (3, 64, 64), stream=noise.STEP, t=5).cpu(), want)
 
 
-def test_the_root_is_correctly_rounded():
-    """Every significand at both parities of the exponent: all roots that float32 has, but for powers of 4."""
+def test_square_root_by_float64_is_correctly_rounded():
+    """For every significand and both parities of the exponent: all float32 numbers, up to powers of 4."""
     for bits in torch.arange(0x3F800000, 0x40800000, dtype=torch.int32).split(1 << 22):
         value = bits.view(torch.float32)
         ours = value.double().sqrt().float()
@@ -212,31 +212,31 @@ def test_normal_rejects(arguments, message):
         noise.normal(**{"address": noise.address(0, 2), "shape": (4,), "stream": 0, "t": 0, **arguments})
 
 
-# How near the fixed polynomials come to Box-Muller
+# The accuracy of the fixed polynomials
 
 
 def box_muller_float64(f: Tensor, v: Tensor) -> Tensor:
-    """f: u + 0.5 in float64; the angle is a quadrant and a signed fraction of one, as the standard has it."""
+    """Box-Muller in float64. Args: f: u + 0.5; v: the angle, a quadrant and a signed fraction of one."""
     turn = (v >> 30) + (v << 34 >> 34).double() / 2**30
     angle, r = turn * (math.pi / 2), (-2 * (f / 2**32).log()).sqrt()
     return torch.stack([r * angle.cos(), r * angle.sin()])
 
 
 def radius_words() -> Tensor:
-    """Values of u: both ends, all scales between them, and a random sample."""
+    """Values of u: both ends, all powers of 2, and a random sample."""
     near = torch.arange(1 << 16)
     powers = (1 << torch.arange(32)).unsqueeze(1) + torch.arange(-64, 64)
     drawn = torch.randint(0, 1 << 32, (1 << 20,), generator=torch.Generator().manual_seed(3))
     return torch.cat([near, MASK - near, powers.flatten().clamp(0, MASK), drawn])
 
 
-def test_box_muller_is_near_float64():
+def test_box_muller_is_close_to_float64():
     u = radius_words()
     v = torch.randint(0, 1 << 32, u.shape, generator=torch.Generator().manual_seed(4))
     got = torch.stack(noise.box_muller(u, v)).double()
-    # the standard rounds u + 0.5 to binary32: what is left is the error of the polynomials
+    # the standard rounds u + 0.5 to binary32; the other errors are those of the polynomials
     assert (got - box_muller_float64((u.float() + 0.5).double(), v)).abs().max() <= 1.4e-5
-    # where u is near 2^32 that rounding moves the radius, which is next to 0 there
+    # where u is close to 2^32, that rounding changes the radius, which is close to 0
     exact = (got - box_muller_float64(u + 0.5, v)).abs().amax(0)
     assert exact[u <= 2**32 - 2**14].max() <= 1.4e-5
     assert exact.max() <= math.sqrt(-2 * math.log1p(-128 / 2**32))
@@ -244,21 +244,21 @@ def test_box_muller_is_near_float64():
 
 def test_largest_magnitude():
     u = radius_words()
-    v = torch.arange(len(u)) % 4 << 30  # on the axes, where one of the two is the radius itself
+    v = torch.arange(len(u)) % 4 << 30  # on the axes, where one of the two normals is the radius
     magnitude = torch.stack(noise.box_muller(u, v)).abs().amax(0)
     assert magnitude.max() == magnitude[u == 0].max()
     assert f"{float(magnitude.max()):.2f}" == "6.76"
 
 
-# Statistics. The seeds are fixed, so a test passes always or never. The bounds are such that right noise at a fresh
-# seed would fail a test about once in 1 / ALPHA times: ALPHA is shared out among the test's comparisons (Bonferroni).
+# Statistics. The seeds are fixed, so a test passes always or never. With another seed, correct noise would fail a test
+# with probability ALPHA, which is divided among the test's comparisons (Bonferroni).
 
 ALPHA = 1e-3
 N = 1 << 20
 
 
 def assert_normal_moments(*samples: Tensor) -> None:
-    """The first four moments are those of N(0, 1); x^k has the variance E x^2k - (E x^k)^2."""
+    """Assert that the first four moments are those of N(0, 1); x^k has the variance E x^2k - (E x^k)^2."""
     limit = stats.norm.isf(ALPHA / (4 * len(samples)) / 2)
     for x in samples:
         for k, (mean, variance) in enumerate(((0, 1), (1, 2), (0, 15), (3, 96)), 1):
@@ -266,14 +266,14 @@ def assert_normal_moments(*samples: Tensor) -> None:
             assert score <= limit, f"moment {k} is {score:.1f} standard errors off"
 
 
-def assert_normal_law(*samples: Tensor) -> None:
-    """The empirical distribution is that of N(0, 1), by Kolmogorov-Smirnov."""
+def assert_normal_distribution(*samples: Tensor) -> None:
+    """Assert that the distribution is N(0, 1), by Kolmogorov-Smirnov."""
     for x in samples:
         assert stats.kstest(x.flatten().numpy(), "norm", method="asymp").pvalue >= ALPHA / len(samples)
 
 
 def assert_uncorrelated(*pairs: tuple[Tensor, Tensor]) -> None:
-    """Neither the values of a pair nor their squares are correlated: over n right values r tends to N(0, 1/n)."""
+    """Assert that neither values nor squares of a pair are correlated: for n correct values, r tends to N(0, 1/n)."""
     limit = stats.norm.isf(ALPHA / (2 * len(pairs)) / 2)
     for x, y in pairs:
         for power in (1, 2):
@@ -288,7 +288,7 @@ def drawn(address: Tensor, count: int, stream: int = noise.STEP, t: int | Tensor
 
 
 def neighbours(kind: str) -> Tensor:
-    """[64, N / 64]: the rows are neighbours of the given kind, everything else is equal."""
+    """[64, N / 64]: the addresses of the rows differ only in what kind names."""
     count, one = N // 64, noise.address(2024, [7])
     if kind == "samples":
         return drawn(noise.address(2024, 64), count)
@@ -312,16 +312,16 @@ def many() -> Tensor:
 
 @pytest.fixture(scope="module")
 def quads(many) -> Tensor:
-    """[4, N / 4]: what one Philox call makes, row by row."""
+    """[4, N / 4]: each column is from one Philox call."""
     return many.view(-1, 4).T
 
 
-def test_moments_are_those_of_the_normal_law(many, quads):
+def test_moments_are_normal(many, quads):
     assert_normal_moments(many, *quads)
 
 
-def test_distribution_is_the_normal_law(many, quads):
-    assert_normal_law(many, *quads)
+def test_distribution_is_normal(many, quads):
+    assert_normal_distribution(many, *quads)
 
 
 def test_the_four_normals_of_a_call_are_uncorrelated(quads):
@@ -336,8 +336,7 @@ def test_neighbours_are_uncorrelated(kind):
     assert_uncorrelated(*((z[:-lag], z[lag:]) for lag in (1, 2, 3, 4, 5, 8, 16, 32)))
 
 
-def test_every_bit_of_an_address_counts():
-    """Noise at two addresses that differ in one bit is as unrelated as any other."""
+def test_addresses_that_differ_in_one_bit_are_uncorrelated():
     count = 1 << 15
     here = drawn(noise.address(2**63 + 5, [9]), count, t=500)[0]
     seeds = [drawn(noise.address((2**63 + 5) ^ 1 << bit, [9]), count) for bit in range(64)]
@@ -377,9 +376,9 @@ def test_moments_of_damaged_noise_fail(many, damage):
     ],
     ids=["shifted", "scaled", "skewed", "rounded to 0", "uniform", "one NaN"],
 )
-def test_law_of_damaged_noise_fails(many, damage):
+def test_distribution_of_damaged_noise_fails(many, damage):
     with pytest.raises(AssertionError):
-        assert_normal_law(damage(many))
+        assert_normal_distribution(damage(many))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The fast U-Net is diffusers' UNet2DModel: the same parameters, the same function, the same checkpoints."""
+"""The fast U-Net equals diffusers' UNet2DModel: the same parameters, the same function, the same checkpoints."""
 
 import json
 import math
@@ -84,7 +84,7 @@ BUTTERFLIES = {  # johnowhitaker/ddpm-butterflies-32px
 
 
 class Case:
-    """diffusers' network and ours with the same parameters, and an input that bfloat16 can hold."""
+    """diffusers' network and ours with the same parameters, and an input whose values bfloat16 can represent."""
 
     def __init__(self, config: dict, n: int = 2, one_t: bool = False):
         generator = torch.Generator().manual_seed(1)
@@ -92,7 +92,7 @@ class Case:
         self.config, self.n = config, n
         self.theirs = UNet2DModel(**config).eval().requires_grad_(False)
         for parameter in self.theirs.parameters():
-            if parameter.ndim == 1:  # norms and biases begin as 0, 1 or next to nothing
+            if parameter.ndim == 1:  # norms and biases begin as 0, 1 or nearly 0
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         self.ours = UNet2D(**config).eval()
         checkpoints.load_into(self.ours, self.theirs.state_dict())
@@ -108,16 +108,16 @@ class Case:
             self.labels = torch.randint(0, 10, (n,), generator=generator)
 
     def diffusers(self, dtype: torch.dtype) -> Tensor:
-        """By diffusers, in the memory format of ours: plain torch's kernels for that format are the yardstick.
+        """diffusers' result in channels-last, because ours is compared with plain torch's kernels for that format.
 
-        On a CPU their convolutions round otherwise than those for NCHW: at the cifar10-32 layout, diffusers' own rms
+        On a CPU their convolutions are less accurate than those for NCHW: at the cifar10-32 layout, diffusers' own rms
         error in float32 is 5.5e-7 in channels-last and 2.1e-7 in NCHW (a Xeon with AMX, 2026-11-22).
         """
         net = UNet2DModel(**self.config).eval().requires_grad_(False)
         net.load_state_dict(self.theirs.state_dict())
         if dtype == torch.float64:
             net.time_proj = TrueTime(net.config)
-        # without this a class embedding as of t works in float32 alone
+        # without this, class_embed_type "timestep" works only in float32
         net.time_proj.register_forward_hook(lambda module, args, waves: waves.to(dtype))
         for parameter in net.parameters():
             parameter.data = parameter.to(dtype)
@@ -126,10 +126,10 @@ class Case:
         return net(layout.channels_last(self.x.to(dtype)), self.t.expand(self.n), labels).sample
 
     def fast(self, dtype: torch.dtype) -> Tensor:
-        """As in the loop of the sampler: a table of rows, where t is all they depend on."""
+        """Our result as in the sampling loop: with a table of rows, if they depend on t alone."""
         net = self.ours.for_inference(dtype)
-        each = self.labels is not None
-        rows = net.time_rows(self.t, self.labels) if each else net.time_rows(torch.arange(1000))[self.t]
+        labelled = self.labels is not None
+        rows = net.time_rows(self.t, self.labels) if labelled else net.time_rows(torch.arange(1000))[self.t]
         kernels = ops.backend(self.x.device) == "triton"
         return net.denoise(self.x.to(dtype), rows if kernels else rows.to(dtype))
 
@@ -141,12 +141,12 @@ class Case:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_is_the_function_of_diffusers(option):
+def test_every_option_is_as_accurate_as_diffusers(option):
     Case({**TINY, **OPTIONS[option]}, one_t=True).assert_as_accurate_as_diffusers()
 
 
 @pytest.mark.parametrize("option", ["defaults", "three levels", "scale_shift", "class embedding", "no middle"])
-def test_each_sample_may_have_its_own_t(option):
+def test_each_entry_may_have_its_own_t(option):
     Case({**TINY, **OPTIONS[option]}).assert_as_accurate_as_diffusers()
 
 
@@ -155,22 +155,22 @@ def test_each_sample_may_have_its_own_t(option):
     "defaults", "two layers", "downsample_padding 0", "odd width", "mish", "scale_shift", "mid_block_scale_factor",
     "channels", "class embedding"
 ])  # fmt: skip
-def test_with_the_kernels_of_a_gpu(option, interpreted):
-    """Concat-free skips, projections as matrix products, biases with the norms and the residuals."""
+def test_execution_with_kernels_is_as_accurate_as_diffusers(option, interpreted):
+    """Skips without concatenation, shortcuts as matrix products, biases added in the norms and the residuals."""
     Case({**TINY, "sample_size": 8, **OPTIONS[option]}, one_t=option == "defaults").assert_as_accurate_as_diffusers()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [CIFAR10, CELEBAHQ, BUTTERFLIES], ids=["cifar10-32", "celebahq-256", "butterflies"])
-def test_public_layouts_are_the_function_of_diffusers(config):
+def test_public_layouts_are_as_accurate_as_diffusers(config):
     Case(config, n=1, one_t=True).assert_as_accurate_as_diffusers()
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1, 1), (2, 12, 5, 7), (2, 32, 16, 16), (1, 8, 33, 33)])
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("mean", [0, 1000])
-def test_the_norm_is_right_far_from_zero(shape, groups, mean):
-    """Against torch's NCHW kernel, which takes the variance about the mean."""
+def test_group_norm_is_accurate_far_from_zero(shape, groups, mean):
+    """Compared with torch's NCHW kernel, which takes the variance about the mean."""
     torch.manual_seed(0)
     x = layout.channels_last(torch.randn(shape) + mean)
     norm = GroupNorm(groups, shape[1], 1e-6).requires_grad_(False)
@@ -180,7 +180,7 @@ def test_the_norm_is_right_far_from_zero(shape, groups, mean):
         check.assert_as_accurate(norm(x), plain, ref)
 
 
-def test_the_norm_of_one_pass_would_be_seen():
+def test_group_norm_in_one_pass_fails():
     torch.manual_seed(0)
     x = layout.channels_last(torch.randn(2, 32, 16, 16) + 1000)
     norm = torch.nn.GroupNorm(4, 32).requires_grad_(False)
@@ -191,7 +191,7 @@ def test_the_norm_of_one_pass_would_be_seen():
         check.assert_as_accurate(damaged, plain, ref)
 
 
-def test_a_wrong_option_would_be_seen():
+def test_a_wrong_option_fails():
     case = Case(TINY)
     ref, plain = case.diffusers(torch.float64), case.diffusers(torch.float32)
     for change in ({"norm_eps": 2e-5}, {"freq_shift": 1}, {"attention_head_dim": 4}, {"act_fn": "mish"}):
@@ -219,20 +219,21 @@ def test_public_layouts_have_the_parameters_of_diffusers(config):
         assert sum(shape.numel() for shape in ours.values()) == 35_746_307
 
 
-def test_the_configuration_is_complete_and_that_of_diffusers():
+def test_configuration_is_completed_as_diffusers_does():
     assert {key: value for key, value in UNet2DModel(**TINY).config.items() if key[0] != "_"} == UNet2D(**TINY).config
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
 @pytest.mark.parametrize("options", [{}, {"flip_sin_to_cos": False, "freq_shift": 1}], ids=str)
-def test_waves_are_exact_but_for_one_rounding(options, dtype):
-    """Of angles up to 4000, where float32 has a step of 2.4e-4."""
+def test_sinusoids_are_rounded_once(options, dtype):
+    """Even of angles up to 4000, where the spacing of float32 numbers is 2.4e-4."""
     net, t = UNet2D(**{**TINY, **options}), torch.arange(0, 4000, 7).to(dtype)
-    how = {key: net.config[key] for key in ("flip_sin_to_cos", "freq_shift")}
-    assert torch.equal(net._sinusoid(t), timestep_embedding(t, 8, **how).float())
+    flip, shift = net.config["flip_sin_to_cos"], net.config["freq_shift"]
+    want = timestep_embedding(t, 8, flip_sin_to_cos=flip, freq_shift=shift)
+    assert torch.equal(net._sinusoid(t), want.float())
 
 
-def test_gradients_are_those_of_diffusers():
+def test_gradients_equal_diffusers():
     case = Case({**TINY, "freq_shift": 0})
     theirs, ours = case.theirs.double().requires_grad_(), case.ours.double().train()
     theirs.time_proj = TrueTime(theirs.config)
@@ -244,14 +245,14 @@ def test_gradients_are_those_of_diffusers():
         assert (got[name] - want[name]).norm() <= 1e-12 * scale, name
 
 
-def test_one_t_may_come_in_any_form():
+def test_one_t_may_be_an_int_or_a_tensor():
     case = Case(TINY, n=3)
     want = case.ours(case.x, torch.tensor([7]))
     for t in (7, torch.tensor(7), torch.tensor([7], dtype=torch.int32)):
         assert torch.equal(case.ours(case.x, t), want)
 
 
-def test_the_result_is_channels_last_whatever_the_input_is():
+def test_result_is_channels_last_for_any_input_layout():
     case = Case(TINY)
     for net in (case.ours, case.ours.for_inference(torch.float32), case.ours.for_inference(torch.bfloat16)):
         x = case.x.to(net.conv_in.weight.dtype)
@@ -262,7 +263,7 @@ def test_the_result_is_channels_last_whatever_the_input_is():
         assert y.dtype == z.dtype == x.dtype
 
 
-def test_inference_copies_the_network():
+def test_for_inference_does_not_change_the_network():
     case = Case({**TINY, "dropout": 0.5})
     before = {name: value.clone() for name, value in case.ours.state_dict().items()}
     net = case.ours.train().for_inference(torch.bfloat16)
@@ -276,7 +277,7 @@ def test_inference_copies_the_network():
         assert torch.equal(value, before[name])
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_only_in_training_mode():
     case = Case({**TINY, "dropout": 0.5})
     want = case.ours.eval()(case.x, 3)
     assert torch.equal(case.ours(case.x, 3), want)
@@ -284,7 +285,7 @@ def test_dropout_is_for_training():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_network_takes_inputs_of_many_shapes(dtype):
+def test_one_network_serves_inputs_of_many_shapes(dtype):
     case = Case(TINY)
     net = case.ours.for_inference(dtype)
     for n, height, width in ((1, 16, 16), (2, 16, 16), (1, 8, 24), (3, 2, 2), (1, 16, 16)):
@@ -296,7 +297,7 @@ def test_one_network_takes_inputs_of_many_shapes(dtype):
 
 
 @pytest.mark.parametrize("option", ["defaults", "scale_shift", "class embedding", "one level", "sample_size"])
-def test_diffusers_loads_what_was_trained_here(option, tmp_path):
+def test_diffusers_loads_our_checkpoints(option, tmp_path):
     case = Case({**TINY, **OPTIONS[option]})
     checkpoints.save(tmp_path, case.ours.config, case.ours.state_dict(), Schedule(variance_type="fixed_large"))
     loaded = DDPMPipeline.from_pretrained(tmp_path)
@@ -308,7 +309,7 @@ def test_diffusers_loads_what_was_trained_here(option, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["defaults", "scale_shift", "class embedding", "one level", "sample_size"])
-def test_what_diffusers_trained_is_loaded_here(option, tmp_path):
+def test_we_load_diffusers_checkpoints(option, tmp_path):
     case = Case({**TINY, **OPTIONS[option]})
     DDPMPipeline(case.theirs, DDPMScheduler()).save_pretrained(tmp_path)
     config, parameters, _ = checkpoints.load(tmp_path)
@@ -318,7 +319,7 @@ def test_what_diffusers_trained_is_loaded_here(option, tmp_path):
     assert torch.equal(net(case.x, case.t, case.labels), case.ours(case.x, case.t, case.labels))
 
 
-# What is refused
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -340,7 +341,7 @@ def test_what_diffusers_trained_is_loaded_here(option, tmp_path):
         {"cross_attention_dim": 768},
     ],
 )
-def test_an_option_that_is_not_supported_is_named(option):
+def test_errors_name_the_unsupported_option(option):
     ((key, value),) = option.items()
     text = check.error_line(UNet2D, **{**TINY, **option})
     assert text.startswith("UNet2D: ")
@@ -370,19 +371,19 @@ def test_an_option_that_is_not_supported_is_named(option):
         ({"block_out_channels": 8}, "block_out_channels is 8; want a list with one entry per level"),
     ],
 )
-def test_options_that_do_not_fit_each_other(option, want):
+def test_bad_options(option, want):
     assert want in check.error_line(UNet2D, **{**TINY, **option})
 
 
 @pytest.mark.parametrize(
     "shape", [(3, 16, 16), (1, 2, 3, 16, 16), (2, 4, 16, 16), (2, 3, 15, 16), (2, 3, 16, 17), (2, 3, 0, 16)]
 )
-def test_an_input_of_the_wrong_shape(shape):
+def test_input_of_a_wrong_shape_is_rejected(shape):
     want = f"x is {shape}; want [N, 3, H, W] with H and W multiples of 2 for this network"
     assert check.error_line(Case(TINY).ours, torch.zeros(shape), 0) == want
 
 
-def test_as_many_t_as_samples():
+def test_wrong_numbers_of_timesteps_or_labels_are_rejected():
     net = Case(TINY).ours
     assert check.error_line(net, torch.zeros(2, 3, 16, 16), torch.zeros(3)).startswith(
         "t has length 3 for a batch of 2"
@@ -393,7 +394,7 @@ def test_as_many_t_as_samples():
     )
 
 
-def test_a_network_of_16_bits_samples_in_32():
+def test_a_bf16_network_is_widened_before_it_is_fused():
     case = Case(TINY, one_t=True)
     want = UNet2D(**TINY).eval()
     want.load_state_dict({name: value.bfloat16().float() for name, value in case.ours.state_dict().items()})
@@ -402,11 +403,11 @@ def test_a_network_of_16_bits_samples_in_32():
     assert torch.equal(net.denoise(case.x, net.time_rows(case.t)), fast.denoise(case.x, fast.time_rows(case.t)))
 
 
-def test_inference_is_in_floats_of_16_or_32_bits():
+def test_for_inference_rejects_float64():
     assert check.error_line(UNet2D(**TINY).for_inference, torch.float64).startswith("dtype is torch.float64; want")
 
 
-def test_class_labels_go_with_class_embeddings():
+def test_class_labels_are_for_networks_with_classes():
     x, labels = torch.zeros(2, 3, 16, 16), torch.tensor([1, 2])
     assert check.error_line(UNet2D(**TINY), x, 0, labels).startswith("class_labels were given")
     assert check.error_line(UNet2D(**TINY, num_class_embeds=10), x, 0).startswith("this network is class-conditional")

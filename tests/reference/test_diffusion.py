@@ -1,6 +1,6 @@
-"""The specification: its closed forms, a data set whose best eps-model is known, and diffusers in float64.
+"""The specification against closed forms, data whose optimal eps-model is known, and diffusers in float64.
 
-Statistical bounds are `DEVIATIONS` standard errors of the estimate's own sampling distribution, with fixed seeds.
+Statistical bounds are `DEVIATIONS` standard errors of the estimate, with fixed seeds.
 """
 
 import ast
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from fastddpm import reference
-from fastddpm.core.schedule import Schedule, step_rows
+from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import step_rows, x_0_rows
 from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, predicted_x_0, target, update
 
-DEVIATIONS = 5  # a normal deviate leaves this range once in 1.7 million draws
+DEVIATIONS = 5  # one of 1.7 million normal draws is outside of this range
 PAPER = Diffusion(linear_betas())
 SHORT = Diffusion(linear_betas(50, 0.002, 0.4))
 VARIANCE_TYPES = ["fixed_small", "fixed_large"]
@@ -31,7 +32,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    """The largest error of an entry, relative to the largest value in it; NaN where got has one."""
+    """The largest error of an entry, relative to its largest value; NaN if got has one."""
     assert got.shape == want.shape
     assert got.dtype == want.dtype == torch.float64
     difference, size = ((x.reshape(len(x), -1)).abs().amax(1) for x in (got - want, want))
@@ -48,7 +49,7 @@ def test_a_damaged_result_has_an_error():
             error(damage, want)
 
 
-def test_the_specification_needs_torch_alone():
+def test_specification_imports_only_torch():
     files = list(Path(reference.__file__).parent.glob("*.py"))
     assert len(files) == 4
     for node in itertools.chain.from_iterable(ast.walk(ast.parse(file.read_text())) for file in files):
@@ -58,10 +59,10 @@ def test_the_specification_needs_torch_alone():
         assert others <= {"torch", *sys.stdlib_module_names}
 
 
-# Schedules
+# Betas and their products
 
 
-def test_linear_betas_are_the_papers():
+def test_linear_betas_equal_the_paper():
     betas = linear_betas()
     assert betas.shape == (1000,)
     assert betas.dtype == torch.float64
@@ -70,7 +71,7 @@ def test_linear_betas_are_the_papers():
     assert error(betas.diff(), torch.full((999,), (0.02 - 1e-4) / 999, dtype=torch.float64)) <= 1e-12
 
 
-def test_schedules_are_running_products():
+def test_alphas_cumprod_is_the_running_product():
     alphas = [1 - beta for beta in PAPER.betas.tolist()]
     abar = torch.tensor(list(itertools.accumulate(alphas, lambda a, b: a * b)), dtype=torch.float64)
     assert PAPER.T == 1000
@@ -80,13 +81,13 @@ def test_schedules_are_running_products():
     assert PAPER.alphas_cumprod_prev[0] == 1
 
 
-def test_schedules_are_in_float64_whatever_the_betas():
+def test_products_are_float64_for_float32_betas():
     betas = linear_betas().float()
     assert torch.equal(Diffusion(betas).alphas_cumprod, Diffusion(betas.double()).alphas_cumprod)
 
 
 @pytest.mark.parametrize("betas", [[0.1, 0.0], [1.0], [math.nan], 0.1, [[0.5, 0.5], [0.5, 0.5]]])
-def test_impossible_betas_are_refused(betas):
+def test_bad_betas_are_rejected(betas):
     message = r"^betas are \([\d, ]*\), \d not in 0 < beta < 1; want \[T\], all of them in it$"
     with pytest.raises(ValueError, match=message):
         Diffusion(torch.tensor(betas))
@@ -95,8 +96,8 @@ def test_impossible_betas_are_refused(betas):
 # The forward process, eq. 2 and 4
 
 
-def test_chain_has_the_one_shot_marginals():
-    """Mean and variance of x_t given x_0, carried through the 1000 steps of eq. 2, are those of eq. 4 at every t."""
+def test_steps_of_eq_2_give_the_moments_of_eq_4():
+    """The mean and the variance of x_t given x_0 at every t of 1000 steps."""
     nothing, one = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
     mean, var = one, nothing
     for t in range(PAPER.T):
@@ -106,11 +107,11 @@ def test_chain_has_the_one_shot_marginals():
         assert error(PAPER.noised(nothing, t, one).square(), var) <= 1e-12
 
 
-def test_chain_samples_like_one_shot_noising():
-    """Data of two points, +1 and -1/2: 100,000 runs of the chain and as many one-shot draws have, at each t, the same
-    distribution by the two-sample Kolmogorov-Smirnov distance, at a significance of one in a million."""
+def test_steps_of_eq_2_give_the_distribution_of_eq_4():
+    """Data of two points, +1 and -1/2: 100,000 draws by the steps and as many directly have the same distribution, by
+    the two-sample Kolmogorov-Smirnov distance at a significance of one in a million."""
     n = 100_000
-    limit = math.sqrt(math.log(2 / 1e-6) / n)  # of the distance of two samples of n each, asymptotically
+    limit = math.sqrt(math.log(2 / 1e-6) / n)  # asymptotic, for two samples of n each
     x_0 = torch.tensor([1.0, -0.5]).double().repeat(n // 2)[:, None]
     generator = torch.Generator().manual_seed(1)
     draw = lambda: torch.randn(x_0.shape, generator=generator, dtype=torch.float64)
@@ -123,7 +124,7 @@ def test_chain_samples_like_one_shot_noising():
 
 
 def ks_distance(a: Tensor, b: Tensor) -> float:
-    """Largest distance of the distribution functions of two samples of the same size."""
+    """The largest distance of the distribution functions of two samples of the same size."""
     values, of_a = torch.cat([a.flatten(), b.flatten()]).sort().indices, a.numel()
     return (torch.where(values < of_a, 1.0, -1.0).cumsum(0).abs().max() / of_a).item()
 
@@ -131,7 +132,7 @@ def ks_distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_noising_is_two_products_and_a_sum_in_float32(shape, layout):
-    """Bit for bit, coefficients rounded once from float64, one timestep for each entry; memory layout is kept."""
+    """Bit for bit, with coefficients rounded once from float64, a timestep for each entry, either memory layout."""
     x_0, eps = randn(*shape, dtype=torch.float32), randn(*shape, seed=1, dtype=torch.float32)
     if layout == "channels_last":
         x_0 = x_0.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -147,7 +148,7 @@ def test_noising_is_two_products_and_a_sum_in_float32(shape, layout):
     assert torch.equal(add_noise(x_0, eps, rows[2])[2], want[2])
 
 
-def test_a_timestep_for_each_entry_is_that_timestep():
+def test_each_entry_may_have_its_own_timestep():
     x, other, t = randn(6, 3, 4, 4), randn(6, 3, 4, 4, seed=1), torch.tensor([0, 1, 7, 20, 48, 49])
     for method in (SHORT.diffuse, SHORT.noised):
         want = torch.cat([method(x[i : i + 1], int(t[i]), other[i : i + 1]) for i in range(6)])
@@ -164,8 +165,8 @@ def test_a_timestep_for_each_entry_is_that_timestep():
 
 
 def test_posterior_follows_from_bayes_rule():
-    """As a function of x_{t-1}, q(x_t | x_{t-1}) q(x_{t-1} | x_0) is a product of two Gaussians: precisions add up, and
-    the mean is their mean weighted by precision."""
+    """As a function of x_{t-1}, q(x_t | x_{t-1}) q(x_{t-1} | x_0) is a product of two Gaussians: the precisions are
+    added, and the mean is that of the means, weighted by precision."""
     t = torch.arange(1, PAPER.T)
     x_0, x_t = randn(999, 1), randn(999, 1, seed=1)
     alpha, beta, abar_prev = (x[t, None] for x in (PAPER.alphas, PAPER.betas, PAPER.alphas_cumprod_prev))
@@ -184,8 +185,8 @@ def test_posterior_of_the_last_step_is_x_0():
     assert (var == 0).all()
 
 
-def test_posterior_is_the_chains_conditional():
-    """Of 400,000 chains, regress x_{t-1} on x_0 and x_t: coefficients and residual variance are eq. 7's."""
+def test_posterior_is_the_conditional_distribution_of_the_forward_process():
+    """Over 400,000 draws, regress x_{t-1} on x_0 and x_t: the coefficients and the residual variance are eq. 7's."""
     n, t = 400_000, 10
     x_0, x_prev = randn(n, 1, seed=1), SHORT.noised(randn(n, 1, seed=1), t - 1, randn(n, 1, seed=2))
     x_t = SHORT.diffuse(x_prev, t, randn(n, 1, seed=3))
@@ -203,7 +204,7 @@ def test_posterior_is_the_chains_conditional():
 # Algorithm 1
 
 
-def test_loss_is_the_mean_square_of_what_is_missed():
+def test_loss_is_the_mean_squared_error_of_eps():
     x_0, eps, t = randn(6, 3, 4, 4), randn(6, 3, 4, 4, seed=1), torch.tensor([0, 1, 7, 20, 48, 49])
     abar = SHORT.alphas_cumprod[t].reshape(-1, 1, 1, 1)
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * eps
@@ -215,7 +216,7 @@ def test_loss_is_the_mean_square_of_what_is_missed():
 
 
 def test_training_loss_draws_t_uniformly_and_eps_normally():
-    """What the model sees: counts of t by chi-square, the implied eps by its first four moments."""
+    """As the model sees them: counts of t by chi-square, the eps that x_t implies by its first four moments."""
     n, seen = 100_000, []
     x_0 = randn(n, 2)
     loss = SHORT.training_loss(lambda x, t: seen.append((x, t)) or x, x_0, torch.Generator().manual_seed(1))
@@ -235,15 +236,15 @@ def test_training_loss_draws_t_uniformly_and_eps_normally():
     assert error(loss[None], (eps - x_t).square().mean()[None]) <= 1e-12
 
 
-def test_training_loss_follows_its_generator():
+def test_training_loss_depends_on_its_generator_alone():
     x_0 = randn(8, 3)
     loss = lambda seed: SHORT.training_loss(lambda x, t: x, x_0, torch.Generator().manual_seed(seed))
     assert loss(1) == loss(1) != loss(2)
 
 
-def test_training_loss_has_its_minimum_at_the_known_model():
-    """For data from N(0, v) the best eps-model is x_t sqrt(1 - abar) / (abar v + 1 - abar), with the loss's mean at
-    1 - (1 - abar) / (abar v + 1 - abar); scaled by c it is larger by (c - 1)^2 (1 - abar) / (abar v + 1 - abar)."""
+def test_training_loss_has_its_minimum_at_the_optimal_model():
+    """For data from N(0, v) the optimal eps-model is x_t sqrt(1 - abar) / (abar v + 1 - abar). Its expected loss is
+    1 - (1 - abar) / (abar v + 1 - abar); a factor c adds (c - 1)^2 (1 - abar) / (abar v + 1 - abar)."""
     n, v = 400_000, 0.25
     share = (1 - SHORT.alphas_cumprod) / (SHORT.alphas_cumprod * v + 1 - SHORT.alphas_cumprod)
     x_0 = math.sqrt(v) * randn(n, 1)
@@ -261,9 +262,9 @@ def test_training_loss_has_its_minimum_at_the_known_model():
 
 
 class Gaussian:
-    """Data from N(mean, cov), where all there is to know about DDPM is linear algebra.
+    """Data from N(mean, cov), for which DDPM is linear algebra.
 
-    x_t is from N(sqrt(abar) mean, V_t), V_t = abar cov + (1 - abar) I, and the best eps-model is the conditional mean
+    x_t is from N(sqrt(abar) mean, V_t), V_t = abar cov + (1 - abar) I, and the optimal eps-model is
     E[eps | x_t] = sqrt(1 - abar) V_t^-1 (x_t - sqrt(abar) mean).
     """
 
@@ -287,7 +288,7 @@ class Gaussian:
         return eps_model
 
     def sampled(self, diffusion: Diffusion, variance_type: str, noise: bool = True) -> tuple[Tensor, Tensor]:
-        """Exact mean and covariance of what Algorithm 2 returns: `step` is affine here, so carry them through it."""
+        """The exact mean and covariance of samples by Algorithm 2, carried through `step`, which is affine here."""
         model, d = self.model(diffusion), len(self.mean)
         mean, cov = torch.zeros(d).double(), torch.eye(d).double()
         probes = torch.cat([torch.zeros(1, d), torch.eye(d)]).double()
@@ -305,7 +306,7 @@ class Gaussian:
         return mean, cov
 
     def closed_form(self, diffusion: Diffusion, variance_type: str, noise: bool = True) -> tuple[Tensor, Tensor]:
-        """The same, summed by hand: steps t..0 together multiply by sqrt(abar_t) cov V_t^-1, a telescoping product."""
+        """The same in closed form: steps t..0 multiply by sqrt(abar_t) cov V_t^-1, a telescoping product."""
         sigma = diffusion.sigmas(variance_type) * noise
         abar, prev = diffusion.alphas_cumprod[-1], diffusion.alphas_cumprod_prev[1:]
         whole, rest = (torch.linalg.solve(self.var_t(a), self.cov) for a in (abar, prev))
@@ -327,8 +328,8 @@ def test_sampling_a_gaussian_has_its_closed_form(variance_type, noise):
 
 
 def test_large_sigma_is_exact_for_unit_data_and_small_sigma_for_a_point():
-    """Section 3.2. Large: N(0, I) is kept by every step but the last, which adds no noise: 1 - beta_0 is left. Small:
-    all x_T lead to the point itself."""
+    """Section 3.2. Large: every step keeps N(0, I) except the last, which adds no noise and leaves a variance of
+    1 - beta_0. Small: every x_T leads to the point itself."""
     _, cov = Gaussian([1.0, 1.0], [0.0, 0.0]).sampled(PAPER, "fixed_large")
     assert error(cov[None], (1 - PAPER.betas[0]) * torch.eye(2).double()[None]) <= 1e-12
     point = Gaussian([0.0, 0.0], [1.0, -2.0])
@@ -338,8 +339,8 @@ def test_large_sigma_is_exact_for_unit_data_and_small_sigma_for_a_point():
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_sampling_returns_the_data_as_T_grows(variance_type):
-    """The mean is off only by what is left of the data at T, abar_T cov V_T^-1 mean. The covariance is off by O(1/T):
-    the rate log2(error(T) / error(2T)) draws nearer to 1 with each doubling."""
+    """The mean is off only by what x_T contains of the data, abar_T cov V_T^-1 mean. The covariance is off by O(1/T):
+    the rate log2(error(T) / error(2T)) approaches 1 with each doubling of T."""
     errors = []
     for T in (250, 500, 1000, 2000, 4000, 8000):
         diffusion = Diffusion(linear_betas(T, 0.1 / T, 20 / T))  # T = 1000: the paper's
@@ -347,7 +348,7 @@ def test_sampling_returns_the_data_as_T_grows(variance_type):
         mean, cov = DATA.closed_form(diffusion, variance_type)
         left = abar * DATA.cov @ torch.linalg.solve(DATA.var_t(abar), DATA.mean)
         assert error((mean + left)[None], DATA.mean[None]) <= 1e-12
-        assert abar < math.exp(-10)  # minus the integral of the betas
+        assert abar < math.exp(-10)  # the exponent is minus the integral of the betas
         errors.append(torch.linalg.matrix_norm(cov - DATA.cov).item())
     rates = [math.log2(coarse / fine) for coarse, fine in itertools.pairwise(errors)]
     distances = [abs(rate - 1) for rate in rates]
@@ -357,8 +358,9 @@ def test_sampling_returns_the_data_as_T_grows(variance_type):
 
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
 def test_sampling_returns_the_data_by_monte_carlo(variance_type):
-    """10,000 draws, 1000 steps. Against the exact moments: by their sampling distribution (mean: cov / N; covariance of
-    entries i, j: (C_ij^2 + C_ii C_jj) / N). Against the data's: by that and the exact bias of T = 1000."""
+    """10,000 samples in 1000 steps. The exact moments are met within the standard errors of the estimates (squared, of
+    the mean: cov / N; of the covariance C_ij: (C_ij^2 + C_ii C_jj) / N), the data's within these plus the exact bias
+    at T = 1000."""
     n = 10_000
     generator = torch.Generator().manual_seed(1)
     draw = lambda *_: torch.randn(n, 3, generator=generator, dtype=torch.float64)
@@ -370,11 +372,11 @@ def test_sampling_returns_the_data_by_monte_carlo(variance_type):
     assert ((x_0.T.cov() - cov).abs() <= DEVIATIONS * cov_error).all()
     assert ((x_0.mean(0) - DATA.mean).abs() <= DEVIATIONS * mean_error + (mean - DATA.mean).abs()).all()
     assert ((x_0.T.cov() - DATA.cov).abs() <= DEVIATIONS * cov_error + (cov - DATA.cov).abs()).all()
-    assert ((cov - DATA.cov).abs() <= 2 * cov_error).all()  # the bias is no hiding place
+    assert ((cov - DATA.cov).abs() <= 2 * cov_error).all()  # the bias is too small to hide an error
 
 
 def test_without_sigma_z_the_variance_collapses():
-    """What is left, abar_T (cov V_T^-1)^2, is in no direction a thousandth of the data's; the mean is unharmed."""
+    """The rest, abar_T (cov V_T^-1)^2, is below a thousandth of the data's in every direction; the mean is right."""
     mean, cov = DATA.closed_form(PAPER, "fixed_small", noise=False)
     x_T = randn(50, 3)
     x_0 = PAPER.sample(DATA.model(PAPER), x_T, None)
@@ -389,7 +391,7 @@ def test_without_sigma_z_the_variance_collapses():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_dtype_stays_itself(dtype):
+def test_results_have_the_dtype_of_the_state(dtype):
     x, eps, t = randn(2, 3).to(dtype), randn(2, 3, seed=1).to(dtype), torch.tensor([3, 40])
     results = [
         SHORT.diffuse(x, t, eps),
@@ -406,7 +408,7 @@ def test_every_dtype_stays_itself(dtype):
     assert all(result.isfinite().all() for result in results)
 
 
-def test_sigmas_are_zero_at_the_end_alone():
+def test_sigma_is_zero_at_the_last_step_alone():
     for variance_type, want in [("fixed_small", PAPER.posterior_var), ("fixed_large", PAPER.betas)]:
         sigmas = PAPER.sigmas(variance_type)
         assert sigmas[0] == 0
@@ -417,8 +419,8 @@ def test_sigmas_are_zero_at_the_end_alone():
         PAPER.sigmas("learned")
 
 
-def test_coefficients_are_rounded_once():
-    """The step in float32, bit for bit."""
+def test_step_rounds_its_coefficients_once():
+    """In float32, bit for bit."""
     x, eps, z = (randn(1000, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     beta, alpha, abar, sigma = PAPER.betas, PAPER.alphas, PAPER.alphas_cumprod, PAPER.sigmas()
     of_eps, of_x, of_z = (v[:, None].float().numpy() for v in (beta / (1 - abar).sqrt(), alpha.sqrt(), sigma))
@@ -426,22 +428,24 @@ def test_coefficients_are_rounded_once():
     assert torch.equal(PAPER.step(x, eps, torch.arange(1000), z), torch.from_numpy(want))
 
 
-def test_x_0_comes_back_from_the_true_noise():
+def test_predicted_x_0_of_the_true_noise_is_x_0():
     x_0, eps, t = randn(1000, 4), randn(1000, 4, seed=1), torch.arange(1000)
     x_t = PAPER.noised(x_0, t, eps)
-    condition = 1 / PAPER.alphas_cumprod.sqrt()[:, None]  # how much the division enlarges the rounding of x_t
+    condition = (
+        1 / PAPER.alphas_cumprod.sqrt()[:, None]
+    )  # the factor by which the division enlarges the rounding of x_t
     got = PAPER.predicted_x_0(x_t, t, eps)
     assert error((got - x_0) / condition + x_0, x_0) <= 1e-12
 
 
-def test_clipping_out_of_reach_changes_nothing():
+def test_a_clip_that_nothing_reaches_changes_nothing():
     """Eq. 7 at the x_0 of eq. 15 is eq. 11."""
     x, eps, t = randn(1000, 4), randn(1000, 4, seed=1), torch.arange(1000)
     assert error(PAPER.step(x, eps, t, clip=1e6), PAPER.step(x, eps, t)) <= 1e-12
 
 
-def test_clipping_is_of_x_0():
-    """Where the prediction is outside, the step is the posterior's mean at the border."""
+def test_clip_clamps_the_predicted_x_0():
+    """The step is then the posterior's mean at the clamped x_0."""
     x, eps, t = randn(1000, 4), randn(1000, 4, seed=1), torch.arange(1000)
     x_0 = PAPER.predicted_x_0(x, t, eps)
     want = PAPER.posterior(x_0.clamp(-0.5, 0.5), x, t).mean
@@ -452,7 +456,7 @@ def test_clipping_is_of_x_0():
     assert x_0.abs().max() <= 0.5 * (1 + 1e-12)
 
 
-def test_loop_visits_every_step_once_in_order():
+def test_sample_visits_every_step_once_in_order():
     asked, seen = [], []
     model = lambda x, t: seen.append(t) or torch.zeros_like(x)
     SHORT.sample(model, randn(2, 3), lambda t: asked.append(t) or torch.zeros(2, 3).double())
@@ -461,7 +465,7 @@ def test_loop_visits_every_step_once_in_order():
     assert {t.dtype for t in seen} == {torch.int64}
 
 
-def test_loop_is_the_steps_one_after_another():
+def test_sample_takes_one_step_after_another():
     model = lambda x, t: torch.tanh(x + t[:, None] / 50)
     x = x_T = randn(4, 3)
     for t in range(49, -1, -1):
@@ -471,18 +475,18 @@ def test_loop_is_the_steps_one_after_another():
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v_prediction"])
-def test_what_the_network_is_to_return_gives_x_0_back(predicts):
-    """As the rows of the sampler see it, the same in DDPM and DDIM, whose tests know the papers' formulas."""
+def test_predicted_x_0_of_the_target_is_x_0(predicts):
+    """With the rows of a step table, which tests/core/test_table.py compares with the papers' formulas."""
     schedule, t = Schedule(prediction_type=predicts, clip_sample=False), torch.tensor([0, 1, 500, 998, 999])
     x_0, eps = randn(5, 3, 4), randn(5, 3, 4, seed=1)
     noising = torch.stack([PAPER.alphas_cumprod, 1 - PAPER.alphas_cumprod], 1).sqrt()[t]
     (rows, scale), x_t = step_rows(schedule, t), add_noise(x_0, eps, noising)
-    given = predicted_x_0(x_t, target(x_0, eps, noising, predicts), torch.cat([rows[:, :4], scale[:, None]], 1))
-    assert error(given, x_0) <= 1e-11
+    got = predicted_x_0(x_t, target(x_0, eps, noising, predicts), x_0_rows(rows, scale))
+    assert error(got, x_0) <= 1e-11
 
 
-def test_the_velocity_is_that_of_diffusers():
-    """In float32: the same two products and their difference."""
+def test_target_of_v_prediction_equals_diffusers():
+    """In float32, bit for bit: the same two products and their difference."""
     scheduler, t = diffusers.DDPMScheduler(), torch.tensor([0, 1, 500, 998, 999])
     x_0, eps = (randn(5, 3, 4, 4, seed=seed, dtype=torch.float32) for seed in range(2))
     signal = scheduler.alphas_cumprod[t].sqrt()
@@ -494,7 +498,7 @@ def test_the_velocity_is_that_of_diffusers():
 
 
 def rows(diffusion: Diffusion, variance_type: str, clip: float | None) -> Tensor:
-    """[T, 8] float64: the textbook's coefficients as cx cm lo hi A B C S."""
+    """[T, 8] float64: the paper's coefficients as cx, cm, lo, hi, A, B, C, S."""
     beta, alpha, abar, prev = diffusion.betas, diffusion.alphas, diffusion.alphas_cumprod, diffusion.alphas_cumprod_prev
     nothing = torch.zeros_like(beta)
     limit = (clip or 0) * abar.sqrt()
@@ -508,7 +512,7 @@ def rows(diffusion: Diffusion, variance_type: str, clip: float | None) -> Tensor
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_update_is_the_textbook_step(variance_type, clip):
+def test_update_equals_the_papers_step(variance_type, clip):
     x, m, z, t = randn(1000, 5), randn(1000, 5, seed=1), randn(1000, 5, seed=2), torch.arange(1000)
     table = rows(PAPER, variance_type, clip)
     want = PAPER.step(x, m, t, z, variance_type=variance_type, clip=clip)
@@ -518,7 +522,7 @@ def test_update_is_the_textbook_step(variance_type, clip):
 
 
 def by_hand(x, m, row, z, clip):
-    """In numpy, whose every operation rounds once; row [8] of numpy floats."""
+    """The update in numpy, which rounds every operation once. Args: row: [8] numpy floats."""
     cx, cm, lo, hi, A, B, C, S = row
     if clip:
         w = np.minimum(np.maximum(cx * x + cm * m, lo), hi)
@@ -529,10 +533,12 @@ def by_hand(x, m, row, z, clip):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_update_rounds_in_the_written_order(shape, clip):
-    """Bit for bit in float32, with a row for each entry and with one row, in either memory layout."""
+    """Bit for bit in float32, with a row for each entry or for all, in either memory layout."""
     x, m, z = (randn(*shape, seed=seed, dtype=torch.float32) for seed in range(3))
     table = randn(6, 8, seed=3, dtype=torch.float32)
-    table[:, 2:4] = torch.tensor([-0.7, 0.6])
+    _, _, lo, hi, *_ = table.unbind(1)
+    lo.fill_(-0.7)
+    hi.fill_(0.6)
     want = np.stack([by_hand(*(v[i].numpy() for v in (x, m, table, z)), clip) for i in range(6)])
     got = update(x, m, table, z, clip=clip)
     assert torch.equal(got, torch.from_numpy(want))
@@ -544,12 +550,12 @@ def test_update_rounds_in_the_written_order(shape, clip):
 
     cx, cm, lo, hi, A, B, C, S = table.reshape(6, 8, *[1] * (len(shape) - 1)).unbind(1)
     w = (cx * x + cm * m).clamp(lo, hi) if clip else torch.zeros_like(x)
-    assert not torch.equal(A * clip * w + (B * x + (C * m + S * z)), got)  # another order shows
+    assert not torch.equal(A * clip * w + (B * x + (C * m + S * z)), got)  # another order gives other bits
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_update_widens_what_the_network_returned(dtype, clip):
+def test_update_widens_the_networks_output(dtype, clip):
     x, m, z = (randn(6, 3, 4, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     table = rows(SHORT, "fixed_small", 1.0 if clip else None)[:6].float()
     got = update(x, m.to(dtype), table, z, clip=clip)
@@ -559,8 +565,8 @@ def test_update_widens_what_the_network_returned(dtype, clip):
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_update_adds_nothing_where_s_is_zero(clip):
-    """Not even 0 * inf; in one batch with entries that do get noise."""
+def test_update_adds_no_noise_where_s_is_zero(clip):
+    """Not even 0 * inf, in a batch with entries that get noise."""
     x, m = randn(6, 3), randn(6, 3, seed=1)
     table = rows(SHORT, "fixed_small", 1.0 if clip else None)[[0, 3, 0, 5, 0, 7]]
     z = torch.full_like(x, math.inf)
@@ -570,7 +576,7 @@ def test_update_adds_nothing_where_s_is_zero(clip):
     assert torch.equal(update(x, m, table[0], z, clip=clip), update(x, m, table[0], None, clip=clip))
 
 
-def test_update_does_not_hide_a_broken_network():
+def test_update_propagates_nan():
     table = rows(SHORT, "fixed_small", 1.0)[7]
     m = torch.tensor([[0.1, math.nan, 0.2]]).double()
     assert update(randn(1, 3), m, table, None, clip=True).isnan().tolist() == [[False, True, False]]
@@ -580,7 +586,7 @@ def test_update_does_not_hide_a_broken_network():
 
 
 def scheduler(diffusion: Diffusion, variance_type: str, clip: float | None) -> diffusers.DDPMScheduler:
-    """In float64: diffusers makes its schedules in float32."""
+    """diffusers' scheduler with float64 betas; it makes its own in float32."""
     made = diffusers.DDPMScheduler(
         trained_betas=diffusion.betas.tolist(),
         variance_type=variance_type,
@@ -606,8 +612,8 @@ def test_every_step_equals_diffusers(variance_type, clip):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("variance_type", VARIANCE_TYPES)
-def test_whole_loop_equals_diffusers(variance_type, clip):
-    """1000 steps with the same noise, from a model that is not linear."""
+def test_sample_equals_diffusers(variance_type, clip):
+    """1000 steps with the same noise and a nonlinear model."""
     theirs = scheduler(PAPER, variance_type, clip)
     model = lambda x, t: torch.sin(x + 0.3 * x.roll(1, -1)) + 0.1 * torch.cos(t / 100).reshape(-1, 1, 1, 1)
     x = x_T = randn(2, 3, 4, 4)
@@ -620,6 +626,6 @@ def test_whole_loop_equals_diffusers(variance_type, clip):
     assert error(got, x) <= 1e-12
 
 
-def test_noising_equals_diffusers():
+def test_noised_equals_diffusers():
     x_0, eps, t = randn(1000, 4), randn(1000, 4, seed=1), torch.arange(1000)
     assert error(PAPER.noised(x_0, t, eps), scheduler(PAPER, "fixed_small", None).add_noise(x_0, eps, t)) <= 1e-12

@@ -1,4 +1,4 @@
-"""The specification of the bound against closed forms: Gaussian data with the optimal model, and the decoder's bins."""
+"""The bound of the specification: closed forms for Gaussian data with the optimal model, and the decoder's bins."""
 
 import math
 
@@ -32,7 +32,7 @@ def corners(mu=MU, var=VAR):
 
 
 def expected_term(process, t, variance_type, var=VAR):
-    """E of the term at t by the optimal model: the mean errs by A_t times the spread of x_0 given x_t."""
+    """The expected term at t of the optimal model, whose mean is off by A_t times the spread of x_0 given x_t."""
     abar, previous, beta = process.alphas_cumprod[t], process.alphas_cumprod_prev[t], process.betas[t]
     spread = var * (1 - abar) / (abar * var + 1 - abar)
     small = process.posterior_var[1] if t == 0 else process.posterior_var[t]
@@ -45,15 +45,14 @@ def expected_term(process, t, variance_type, var=VAR):
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("t", range(20))
-def test_every_term_of_gaussian_data_is_its_closed_form(t, variance_type):
+def test_every_term_of_gaussian_data_has_its_closed_form(t, variance_type):
     x_0, eps = corners()
     at = torch.full((len(x_0),), t)
-    how = {"variance_type": variance_type, "discrete": False}
-    found = term(PROCESS, optimal(PROCESS), x_0, at, eps, **how).mean()
-    torch.testing.assert_close(found, expected_term(PROCESS, t, variance_type), rtol=1e-11, atol=1e-12)
+    got = term(PROCESS, optimal(PROCESS), x_0, at, eps, variance_type=variance_type, discrete=False).mean()
+    torch.testing.assert_close(got, expected_term(PROCESS, t, variance_type), rtol=1e-11, atol=1e-12)
 
 
-def test_the_prior_is_its_closed_form():
+def test_prior_kl_has_its_closed_form():
     x_0, _ = corners()
     abar = PROCESS.alphas_cumprod[-1]
     want = (abar * (VAR + MU**2) - abar - (1 - abar).log()).sum() / 2
@@ -61,8 +60,8 @@ def test_the_prior_is_its_closed_form():
 
 
 @pytest.mark.parametrize("T", [1, 2, 20, 80])
-def test_the_bound_of_the_true_reverse_process_is_the_entropy(T):
-    """But for the prior, to which x_T tends. A fixed variance, the same for all elements, is above it."""
+def test_bound_of_the_true_reverse_process_is_the_entropy(T):
+    """Apart from L_T, which tends to 0. A fixed variance, equal for all elements, gives a larger bound."""
     process = Diffusion(linear_betas(T, 0.02, min(0.9, 12 / T)))
     abar = process.alphas_cumprod
     spread = VAR * (1 - abar[:, None]) / (abar[:, None] * VAR + 1 - abar[:, None])
@@ -76,15 +75,15 @@ def test_the_bound_of_the_true_reverse_process_is_the_entropy(T):
     exact = bound(process, model, x_0, lambda t: eps, variance_type="learned", discrete=False).mean()
     torch.testing.assert_close(exact, entropy + left, rtol=1e-10, atol=1e-11)
     for fixed in ("fixed_small", "fixed_large"):
-        how = {"variance_type": fixed, "discrete": False}
-        assert bound(process, optimal(process), x_0, lambda t: eps, **how).mean() > entropy + left
+        loose = bound(process, optimal(process), x_0, lambda t: eps, variance_type=fixed, discrete=False).mean()
+        assert loose > entropy + left
     if T == 80:
         assert left < 1e-3
 
 
 @pytest.mark.parametrize("log_var", [-9.0, -2.0, 3.0])
 @pytest.mark.parametrize("mean", [-1.7, -1.0, 0.003, 0.9])
-def test_the_bins_of_the_decoder_are_a_distribution(mean, log_var):
+def test_probabilities_of_the_decoders_bins_sum_to_one(mean, log_var):
     x = (torch.arange(256, dtype=torch.float64) - 127.5) / 127.5
     nll = decoder_nll(x, torch.tensor(mean, dtype=torch.float64), torch.tensor(log_var, dtype=torch.float64))
     assert nll.isfinite().all()
@@ -92,7 +91,7 @@ def test_the_bins_of_the_decoder_are_a_distribution(mean, log_var):
 
 
 @pytest.mark.parametrize("sigma", [0.003, 0.1, 2.0])
-def test_the_decoder_far_from_the_mean_is_what_scipy_says(sigma):
+def test_decoder_far_from_the_mean_equals_scipy(sigma):
     x = (np.arange(256) - 127.5) / 127.5
     for mean in (-3.0, -0.4, 1.2):
         low, high = (x - 1 / 255 - mean) / sigma, (x + 1 / 255 - mean) / sigma
@@ -106,14 +105,14 @@ def test_the_decoder_far_from_the_mean_is_what_scipy_says(sigma):
         np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-12)
 
 
-def test_the_decoder_far_out_is_finite_in_float32():
+def test_decoder_is_finite_in_float32_far_from_the_mean():
     x = (torch.arange(256).float() - 127.5) / 127.5
     assert decoder_nll(x, torch.tensor(5.0), torch.tensor(-10.0)).isfinite().all()
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("discrete", [True, False])
-def test_a_learned_variance_that_is_the_fixed_one_is_it(variance_type, discrete):
+def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, discrete):
     generator = torch.Generator().manual_seed(0)
     t = torch.arange(20)
     x_0 = (torch.randint(0, 256, (20, 3), generator=generator).double() - 127.5) / 127.5
@@ -133,33 +132,34 @@ def test_a_learned_variance_that_is_the_fixed_one_is_it(variance_type, discrete)
         assert (off != fixed).all()
 
 
-def test_what_the_network_predicts_changes_nothing():
+def test_all_prediction_types_give_the_same_terms():
     x_0, eps = corners()
     t = torch.arange(len(x_0)) % 20
     signal, noise = (PROCESS.alphas_cumprod[t].sqrt()[:, None], (1 - PROCESS.alphas_cumprod[t]).sqrt()[:, None])
-    said = optimal(PROCESS)
-    x_hat = lambda x, t: (x - noise * said(x, t)) / signal
-    models = {"epsilon": said, "sample": x_hat, "v_prediction": lambda x, t: signal * said(x, t) - noise * x_hat(x, t)}
+    eps_hat = optimal(PROCESS)
+    x_hat = lambda x, t: (x - noise * eps_hat(x, t)) / signal
+    v_hat = lambda x, t: signal * eps_hat(x, t) - noise * x_hat(x, t)
+    models = {"epsilon": eps_hat, "sample": x_hat, "v_prediction": v_hat}
     for clip in (None, 0.5):
         want, *others = (term(PROCESS, model, x_0, t, eps, predicts=kind, clip=clip) for kind, model in models.items())
         for other in others:
             torch.testing.assert_close(other, want, rtol=1e-10, atol=1e-12)
 
 
-def test_one_step():
+def test_bound_of_a_process_of_one_step():
     process = Diffusion(torch.tensor([0.3]))
     x_0, eps = corners()
-    found = bound(process, optimal(process), x_0, lambda t: eps, discrete=False)
+    got = bound(process, optimal(process), x_0, lambda t: eps, discrete=False)
     abar = 1 - process.betas[0]
     mean = (
         process.noised(x_0, 0, eps)
         - process.betas[0].sqrt() * optimal(process)(process.noised(x_0, 0, eps), torch.zeros(64, dtype=torch.int64))
     ) / abar.sqrt()
     nll = normal_nll(x_0, mean, process.betas[0].log()).sum(1)
-    torch.testing.assert_close(found, nll + prior_kl(process, x_0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, nll + prior_kl(process, x_0), rtol=1e-12, atol=1e-12)
 
 
-def test_normals():
+def test_normal_kl_and_nll_equal_torch_and_scipy():
     a, b = torch.distributions.Normal(0.3, 0.7), torch.distributions.Normal(-1.0, 1.9)
     log_vars = (2 * torch.tensor([0.7, 1.9], dtype=torch.float64).log()).unbind()
     one, other = torch.tensor([0.3, -1.0], dtype=torch.float64).unbind()
@@ -170,7 +170,7 @@ def test_normals():
     assert float(normal_kl(one, log_vars[0], one, log_vars[0])) == 0
 
 
-def test_an_unknown_variance_is_refused():
+def test_unknown_variance_type_is_rejected():
     x_0, eps = corners()
     line = error_line(
         term, PROCESS, optimal(PROCESS), x_0, torch.zeros(64, dtype=torch.int64), eps, variance_type="big"

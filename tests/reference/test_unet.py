@@ -1,4 +1,4 @@
-"""The plain U-Net: diffusers' UNet2DModel in float64, with every option, its parameters' names, and its rounding."""
+"""The plain U-Net equals diffusers' UNet2DModel in float64, with every option, and has its parameter names."""
 
 import math
 
@@ -29,7 +29,7 @@ OPTIONS = {  # what differs from SMALL and from diffusers' defaults
     "classes_identity": {"class_embed_type": "identity"},
     "center": {"center_input_sample": True, "norm_eps": 1e-2},
     "channels": {"in_channels": 1, "out_channels": 2, "layers_per_block": 1, "norm_num_groups": 4},
-    "heads": {"attention_head_dim": 5},  # 24 = 4 heads of 5, and 4 channels over
+    "heads": {"attention_head_dim": 5},  # 24 = 4 heads of 5, and 4 channels that no head gets
     "no_mid": {"mid_block_type": None},
     "no_mid_attention": {"add_attention": False, "mid_block_scale_factor": math.sqrt(2)},
     "mid_scale": {"mid_block_scale_factor": math.sqrt(2)},
@@ -98,7 +98,7 @@ def test_a_damaged_result_has_an_error():
 
 
 class TrueTime(nn.Module):
-    """diffusers computes the sinusoids in float32 even in a float64 network: give it ours."""
+    """Our sinusoids for diffusers, which computes its own in float32 even in a float64 network."""
 
     def __init__(self, config):
         super().__init__()
@@ -110,7 +110,7 @@ class TrueTime(nn.Module):
 
 
 def diffusers_unet(seed: int = 0, **config) -> diffusers.UNet2DModel:
-    """In float64, with all parameters away from their zeros and ones."""
+    """A float64 network in which no parameter is still 0 or 1."""
     torch.manual_seed(seed)
     net = diffusers.UNet2DModel(**config).double().eval()
     net.time_proj = TrueTime(net.config)
@@ -126,7 +126,7 @@ def plain_unet(net: diffusers.UNet2DModel) -> UNet:
 
 
 def inputs(net: diffusers.UNet2DModel, height: int = 8, width: int = 8) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, t and the class labels that the network wants."""
+    """x, t, and class labels if the network takes them."""
     config = net.config
     x = torch.randn(2, config.in_channels, height, width, dtype=torch.float64)
     labels = {
@@ -140,7 +140,7 @@ def inputs(net: diffusers.UNet2DModel, height: int = 8, width: int = 8) -> tuple
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @torch.no_grad()
 def test_equals_diffusers_in_float64(options):
-    """Yardstick: what diffusers' own network loses by summing in another order (channels-last)."""
+    """Within twice the error that diffusers' own network has when it sums in another order (channels-last)."""
     theirs = diffusers_unet(**{**SMALL, **options})
     x, t, labels = inputs(theirs, height=16)
     ours = plain_unet(theirs)(x, t, labels)
@@ -148,19 +148,19 @@ def test_equals_diffusers_in_float64(options):
     other = theirs.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t, labels)
     assert 0 < error(other.sample, want) <= 1e-13
     assert error(ours, want) <= 2 * error(other.sample, want)
-    assert want.std() > 0.1  # the output is alive
+    assert want.std() > 0.1  # the output is not just a bias
 
 
 @pytest.mark.parametrize("name", ["attention_at_the_ends", "scale_shift_norm", "classes", "classes_timestep"])
 @torch.no_grad()
 def test_every_parameter_matters(name):
-    """Else the comparison above could not see a parameter that went to the wrong place."""
+    """Otherwise the comparison above could not detect a parameter in the wrong place."""
     theirs = diffusers_unet(**{**SMALL, **OPTIONS[name]})
     net = plain_unet(theirs)
     x, t, labels = inputs(theirs)
     want = net(x, t, labels)
     for name, parameter in net.named_parameters():
-        if name.endswith("to_k.bias"):  # adds the same to all scores of a query, which softmax takes out again
+        if name.endswith("to_k.bias"):  # adds a constant to all scores of a query, which softmax ignores
             continue
         kept = parameter.clone()
         parameter += torch.randn_like(parameter)
@@ -183,12 +183,12 @@ def test_gradients_equal_diffusers_in_float64():
 
 
 @torch.no_grad()
-def test_dropout_falls_where_diffusers_drops(monkeypatch):
+def test_dropout_is_where_diffusers_drops(monkeypatch):
     theirs = diffusers_unet(**SMALL, dropout=0.25)
     ours = plain_unet(theirs)
     x, t, _ = inputs(theirs)
     kept = ours(x, t)
-    # what falls depends on the memory layout too: put a mark there instead
+    # which elements are dropped depends on the memory layout too, so mark all of them instead
     monkeypatch.setattr(F, "dropout", lambda h, p, training, inplace: h.cos() if training and p == 0.25 else h)
     assert torch.equal(ours(x, t), kept)
     want = theirs.train()(x, t).sample
@@ -197,7 +197,7 @@ def test_dropout_falls_where_diffusers_drops(monkeypatch):
 
 
 @torch.no_grad()
-def test_t_may_be_one_for_all():
+def test_one_t_serves_the_whole_batch():
     net = plain_unet(diffusers_unet(**SMALL))
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     want = net(x, torch.tensor([7, 7]))
@@ -222,8 +222,8 @@ def test_is_as_accurate_as_diffusers_in_other_dtypes(dtype):
     ("config", "millions"), [(CIFAR10, 35.7), (CELEBAHQ, 113.7), (BUTTERFLIES, 18.5), ({}, 274.1)],
     ids=["cifar10", "celebahq", "butterflies", "defaults"],
 )  # fmt: skip
-def test_public_checkpoints_fit(config, millions):
-    """Same names, same shapes as diffusers' network; the configuration goes in as it lies in config.json."""
+def test_public_configs_give_the_parameters_of_diffusers(config, millions):
+    """The same names and shapes, from a configuration as config.json has it."""
     with torch.device("meta"):
         ours = UNet(**config).state_dict()
         theirs = diffusers.UNet2DModel(**{k: v for k, v in config.items() if not k.startswith("_")}).state_dict()
@@ -237,7 +237,7 @@ def test_public_checkpoints_fit(config, millions):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("width", [8, 9])
-def test_timestep_embedding_is_the_formula(width, flip, shift):
+def test_timestep_embedding_equals_its_formula(width, flip, shift):
     t = torch.tensor([0, 1, 500, 999, 12.5], dtype=torch.float64)
     got = timestep_embedding(t, width, flip_sin_to_cos=flip, freq_shift=shift)
     angles = [[each * 10000 ** (-i / (4 - shift)) for i in range(4)] for each in t.tolist()]
@@ -249,9 +249,9 @@ def test_timestep_embedding_is_the_formula(width, flip, shift):
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("flip", [False, True])
-def test_timestep_embedding_is_diffusers_rounded(flip, shift):
-    """diffusers' float32: the exponent e = -log(10000) i / (half - shift) takes three roundings of 2^-24, so that its
-    exponential is off by 3 |e| 2^-24, and by two ulps of its own; times t is one more; then two ulps of a sine.
+def test_timestep_embedding_equals_diffusers_within_its_rounding(flip, shift):
+    """In diffusers' float32, the exponent e = -log(10000) i / (half - shift) is rounded three times by 2^-24, so its
+    exponential is off by 3 |e| 2^-24 and by two ulps of its own; the product with t adds one, the sine two.
     """
     width, t = 128, torch.arange(1000)
     got = timestep_embedding(t, width, flip_sin_to_cos=flip, freq_shift=shift)
@@ -283,14 +283,14 @@ def test_timestep_embedding_is_diffusers_rounded(flip, shift):
         ({"cross_attention_dim": 8}, "cross_attention_dim is 8"),
     ],
 )
-def test_an_unknown_option_is_named(config, message):
+def test_errors_name_the_unknown_option(config, message):
     with pytest.raises(ValueError, match=f"^{message}.*(want|leave)[^\n]*$"):
         UNet(**{**SMALL, **config})
 
 
-def test_class_labels_must_fit_the_network():
+def test_class_labels_are_for_networks_with_classes():
     x = torch.randn(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"^class_labels are missing[^\n]*$"):
         UNet(**SMALL, num_class_embeds=5)(x, 0)
-    with pytest.raises(ValueError, match=r"^class_labels are given[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^class_labels were given[^\n]*$"):
         UNet(**SMALL)(x, 0, torch.tensor([0, 1]))

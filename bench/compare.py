@@ -33,39 +33,39 @@ HEADER = ("case", "base", "head", "ratio", "p", "verdict")
 # Formats
 
 
-def text(found: Comparison) -> str:
+def text(comparison: Comparison) -> str:
     """Format as tables of plain text."""
-    lines = [*found.about, ""]
-    if compared := _with(found, *VERDICTS[:-1]):
+    lines = [*comparison.about, ""]
+    if compared := _with(comparison, *VERDICTS[:-1]):
         rows = [HEADER, *([case.case, *_figures(case), _verdict(case, str)] for case in compared)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
         for case, *figures, verdict in rows:
             aligned = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:-1], strict=True)]
             lines.append("  ".join([f"{case:<{widths[0]}}", *aligned, verdict]))
         lines.append("")
-    if others := _with(found, "not compared"):
+    if others := _with(comparison, "not compared"):
         lines += ["not compared:", *(f"  {case.case}: {case.reason}" for case in others), ""]
-    for problem in found.problems:
+    for problem in comparison.problems:
         lines += [problem, ""]
-    return "\n".join([*lines, summary(found)])
+    return "\n".join([*lines, summary(comparison)])
 
 
-def as_json(found: Comparison) -> str:
+def as_json(comparison: Comparison) -> str:
     """Format all figures and the exit status."""
-    return json.dumps(asdict(found) | {"summary": summary(found), "status": found.status}, indent=1)
+    return json.dumps(asdict(comparison) | {"summary": summary(comparison), "status": comparison.status}, indent=1)
 
 
-def markdown(found: Comparison) -> str:
+def markdown(comparison: Comparison) -> str:
     """Format as a comment for a pull request: changes are visible, the rest is folded."""
-    lines = [f"**{summary(found)}**", "", *(f"- {_code(line)}" for line in found.about), ""]
-    for problem in found.problems:
+    lines = [f"**{summary(comparison)}**", "", *(f"- {_code(line)}" for line in comparison.about), ""]
+    for problem in comparison.problems:
         first, *output = problem.splitlines()
         lines += [f"**{_code(first)}**", "", *(f"    {line}" for line in output), ""]
-    if changed := _with(found, "broken", "slower", "too few samples", "faster"):
+    if changed := _with(comparison, "broken", "slower", "too few samples", "faster"):
         lines += _table(changed)
-    if unchanged := _with(found, "unchanged"):
+    if unchanged := _with(comparison, "unchanged"):
         lines += _folded(f"{len(unchanged)} unchanged", _table(unchanged))
-    if others := _with(found, "not compared"):
+    if others := _with(comparison, "not compared"):
         lines += _folded(f"{len(others)} not compared", [f"- {_code(c.case)}: {_code(c.reason)}" for c in others])
     return "\n".join(lines)
 
@@ -73,11 +73,11 @@ def markdown(found: Comparison) -> str:
 FORMATS: dict[str, Callable[[Comparison], str]] = {"text": text, "json": as_json, "markdown": markdown}
 
 
-def summary(found: Comparison) -> str:
+def summary(comparison: Comparison) -> str:
     """Return one line that counts the verdicts."""
-    counts = Counter(case.verdict for case in found.cases)
+    counts = Counter(case.verdict for case in comparison.cases)
     listed = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict]) or "no cases"
-    return f"{listed} (threshold {100 * found.threshold:g} %, p < {found.p:g})"
+    return f"{listed} (threshold {100 * comparison.threshold:g} %, p < {comparison.p:g})"
 
 
 def readable(seconds: float | None) -> str:
@@ -88,8 +88,8 @@ def readable(seconds: float | None) -> str:
     return f"{seconds / size:.4g} {unit}"
 
 
-def _with(found: Comparison, *verdicts: str) -> list[Case]:
-    return [case for case in found.cases if case.verdict in verdicts]
+def _with(comparison: Comparison, *verdicts: str) -> list[Case]:
+    return [case for case in comparison.cases if case.verdict in verdicts]
 
 
 def _figures(case: Case) -> list[str]:
@@ -133,17 +133,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[:end])
     options = argv[end + 1 :] + (["-k", args.select] if args.select else [])
     try:
-        found = _compared(args, options)
+        comparison = _comparison_of(args, options)
     except KeyboardInterrupt:
         print("\nbench.compare: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(FORMATS[args.format](found))
-    return found.status
+    print(FORMATS[args.format](comparison))
+    return comparison.status
 
 
-def _compared(args: argparse.Namespace, options: Sequence[str]) -> Comparison:
+def _comparison_of(args: argparse.Namespace, options: Sequence[str]) -> Comparison:
     kinds = [trees.kind(name) for name in (args.base, args.head)]
     if kinds.count("records") == 1:
         raise ValueError(f"base is {kinds[0]}, head is {kinds[1]}; want records for both, or a build for both")

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: their order, the time limit, the ceilings, how a case is timed, and its record."""
+"""What all benchmarks share: their order, the time limit, the ceilings, the timing of a case, and its record."""
 
 import gc
 import json
@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.benchmark(timer=machine.clock))
     if turns.PROCESSES > 1:  # two builds are compared: other implementations are the same in both
         rivals = [item for item in ours if rival(params(item))]
-        rivals and items[0].config.hook.pytest_deselected(items=rivals)
+        if rivals:
+            items[0].config.hook.pytest_deselected(items=rivals)
         ours = [item for item in ours if item not in rivals]
     place = {name: number for number, name in enumerate(FILES)}
     # compiled cases come last, because torch.compile takes minutes
@@ -122,7 +123,7 @@ def reason(error: BaseException) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def run(pytestconfig) -> dict[str, Any]:
-    """The fields that all records of this run share. First measures the ceilings and creates the file of records."""
+    """The fields that all records of this run share. Measures the ceilings first, and creates the file of records."""
     with Watch(gpu_uuid(machine.DEVICE), turns.PROCESSES) as watch:
         ceilings = machine.ceilings()
     facts = machine.description() | {"driver": watch.facts["driver"]}
@@ -169,8 +170,8 @@ def measure(benchmark, run, record, request):
         bytes_moved, flops, images: of one call.
         precision: the precision whose ceiling counts.
         before: called before each round, untimed.
-        cold: whether the caches are emptied before each round.
-        errors: what the gate found.
+        cold: whether to empty the caches before each round.
+        errors: those that the gate measured.
         facts: more facts to record.
     Returns: the median of the seconds per call.
 

@@ -4,7 +4,7 @@ A contender is named "who engine precision":
 
 - "fastddpm ...": any `engine` and `precision` of `Sampler`;
 - "reference eager fp32": fastddpm/reference, plain torch that can be read in one sitting;
-- "diffusers eager fp32": diffusers as it comes;
+- "diffusers eager fp32": diffusers with its defaults;
 - "diffusers eager bf16": what its documentation recommends first, bf16 and channels-last;
 - "diffusers compiled bf16": all that it recommends, including torch.compile with max-autotune.
 """
@@ -54,7 +54,7 @@ class Prepared(NamedTuple):
         run: does the work.
         seconds: from a float32 network on the device to the end of the first call: converting weights, compiling, and
             capturing a graph.
-        errors: what the gate found.
+        errors: those that the gate measured.
     """
 
     run: Call
@@ -105,7 +105,7 @@ def forward(model: str, batch: int, who: Contender) -> Iterator[Prepared]:
 
 @contextmanager
 def loop(model: str, batch: int, steps: int, who: Contender) -> Iterator[Prepared]:
-    """Yield a run of so many of the T steps, from x_T to images on the host."""
+    """Yield a run of `steps` of the T steps, from x_T to images on the host."""
     net, began = _network_of(who, model), time.perf_counter()
     if who.who == "fastddpm":
         with runner_of(model, batch, who) as runner:
@@ -120,14 +120,14 @@ def loop(model: str, batch: int, steps: int, who: Contender) -> Iterator[Prepare
 def _loop_of_runner(runner: Runner, model: str, steps: int, who: Contender, began: float) -> Prepared:
     table, address = SCHEDULE.table(steps), noise.address(0, len(runner.x))
     runner.load(table, address)
-    next(reverse_process(runner, steps))
+    next(reverse_process(runner))
     wait()
     seconds = time.perf_counter() - began
     errors = judge_a_step(runner, model, who)
 
     def run() -> Tensor:
         runner.load(table, address)
-        for _ in reverse_process(runner, steps):
+        for _ in reverse_process(runner):
             pass
         return runner.x.cpu()
 

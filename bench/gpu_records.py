@@ -89,7 +89,8 @@ def readme_table(found: Sequence[Record]) -> str:
     rows = []
     for batch in sorted({batch for batch, _, _ in steps}):
         results = [rivals.get(f"diffusers: batch {batch}, diffusers eager bf16")]
-        results += [steps.get((batch, *how)) for how in (("eager", False), ("graph", False), ("graph", True))]
+        columns = (("eager", False), ("graph", False), ("graph", True))
+        results += [steps.get((batch, engine, cudnn_benchmark)) for engine, cudnn_benchmark in columns]
         best = min((r for r in results[2:] if r and r.timed), key=lambda r: r.median, default=None)
         share = best and best.record["shares"].get("TFLOP/s")
         cells = [figure(1e3 * r.median) if r and r.timed else "–" for r in results]

@@ -1,7 +1,7 @@
 """The measuring stages of a GPU check; bench.gpu_check runs each in its own process.
 
 As in all benchmarks, a network is compared with the reference before it is timed. Each result is written as soon as it
-is known. A result that fails is written with its reason, and the stage goes on with the next.
+is known. A result that fails is written with its reason, and the stage continues with the next.
 """
 
 import faulthandler

@@ -85,7 +85,7 @@ class Result:
         # a CPU has no TF32
         return "fp32" if precision == "tf32" and precision not in self.record["ceilings"] else precision
 
-    def said(self, digits: int = 3) -> str:
+    def median_text(self, digits: int = 3) -> str:
         return quantity(self.median, self.units, digits) if self.quartiles else "–"
 
     def spread(self) -> str:
@@ -98,7 +98,7 @@ class Result:
             rounds = len(self.record["samples_s"])
             lines.insert(0, f"quartiles {self.spread()}, {rounds} round{'s' * (rounds != 1)}")
         if self.quartiles:
-            lines.insert(0, self.said(4))
+            lines.insert(0, self.median_text(4))
         lines += [
             f"{figure(of['rate'])} {unit}, {percent(of['share'])} of {self.ceiling(unit)}"
             for unit, of in self.record["shares"].items()
@@ -188,7 +188,7 @@ class Device:
 
     @property
     def functions(self) -> dict[str | None, list[Case]]:
-        return by(attrgetter("function"), self.cases)
+        return group_by(attrgetter("function"), self.cases)
 
     @property
     def run(self) -> str:
@@ -228,8 +228,8 @@ def _device(results: Iterable[list[Result]]) -> Device:
     return Device(cases, latest)
 
 
-def by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[str | None, list[Case]]:
-    """Group cases by a key, in the order of the first case of each group."""
+def group_by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[str | None, list[Case]]:
+    """Return {key: its cases}, in the order of the first case of each key."""
     found: dict[str | None, list[Case]] = {}
     for case in cases:
         found.setdefault(key(case), []).append(case)

@@ -2,8 +2,8 @@
 
 A case is slower if its median is larger by more than a threshold, in every launch and in all launches together, and if
 the samples differ by more than chance allows (Mann-Whitney's U test). So a certain but small difference does not count,
-nor does a large one that may be noise, nor one between single processes: the core that a process runs on, or the place
-of its memory, may make all of its rounds slower.
+nor does a large one that may be noise, nor one that shows in some launches only: the core that a process runs on, or
+the location of its memory, may make all of its rounds slower.
 """
 
 import math
@@ -73,7 +73,7 @@ def compare(
     sides, cases = [_by_case(side) for side in (base, head)], []
     for device, name in dict.fromkeys([*sides[0], *sides[1]]):
         runs = [side.get((device, name), []) for side in sides]
-        cases.append(_compared(name if one_device else f"{name} on {device}", *runs, threshold, p))
+        cases.append(_judge_case(name if one_device else f"{name} on {device}", *runs, threshold, p))
     cases.sort(key=lambda case: (VERDICTS.index(case.verdict), -(case.ratio or 0)))
     return Comparison(_about(base, head), cases, threshold, p, list(problems))
 
@@ -118,10 +118,10 @@ def _by_case(side: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
     return found
 
 
-def _compared(case: str, base: list[Record], head: list[Record], threshold: float, p: float) -> Case:
+def _judge_case(case: str, base: list[Record], head: list[Record], threshold: float, p: float) -> Case:
     if not base or not head:
         return Case(case, "not compared", f"only in {'base' if base else 'head'}")
-    base, head = _alike(base), _alike(head)
+    base, head = _of_one_kind(base), _of_one_kind(head)
     for field, differs in (
         ("hash", "the case itself differs"),
         ("scale", "scales differ"),
@@ -144,7 +144,7 @@ def _compared(case: str, base: list[Record], head: list[Record], threshold: floa
     return judge(case, *samples, threshold=threshold, p=p)
 
 
-def _alike(runs: list[Record]) -> list[Record]:
+def _of_one_kind(runs: list[Record]) -> list[Record]:
     """Return all runs if they measured the same, else the latest."""
     kinds = [[run[field] for field in ("hash", "scale", "params")] for run in runs]
     return runs if all(kind == kinds[0] for kind in kinds) else runs[-1:]

@@ -37,7 +37,7 @@ CELEBAHQ = {  # google/ddpm-celebahq-256
     "sample_size": 256,
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
 }
-TINY = {  # the same kind of network, to check that everything runs
+TINY = {  # a small network of the same kind, to check that everything runs
     **CIFAR10,
     "block_out_channels": (16, 32),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),

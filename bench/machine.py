@@ -1,4 +1,4 @@
-"""This machine: what it is, how fast it copies and multiplies matrices, and how a call is timed on it."""
+"""This machine: its description, its rates of copies and matrix products, and the timing of calls on it."""
 
 import gc
 import math

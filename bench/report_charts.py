@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from bench.chart import SECONDS, Markup, Plot, Scale, bar, figure, linear, logarithmic, percent, tag
-from bench.history import Case, Device, Result, by, ceilings
+from bench.history import Case, Device, Result, ceilings, group_by
 from bench.report_parts import DASHED, LONGEST, doubts_note, folded_cases, html_table, legend_entry, trouble_note
 
 WIDE = ("fp32", "tf32")  # hollow points of a roofline
@@ -43,13 +43,13 @@ def _card(case: Case) -> Markup:
     if before and last.valid:
         percents = round(100 * (last.median / before.median - 1), 1)
         change = f"{percents:+} %".replace("-", "−") if percents else "0 %"
-    head = tag("div", tag("h5", case.title), tag("b", last.said()), class_="ends")
+    head = tag("div", tag("h5", case.title), tag("b", last.median_text()), class_="ends")
     about = tag("div", tag("span", case.group or ""), tag("span", change), class_="ends soft")
     return tag("article", head, about, trouble_note(last), _timeline(case, points), class_="card", data_case=case.words)
 
 
 def _timeline(case: Case, points: Sequence[Result]) -> Markup:
-    n = len(points)
+    n, last = len(points), points[-1]
     values = [value for r in points if r.quartiles for value in (r.quartiles if r.valid else (r.median,))]
     low, high = (min(values), max(values)) if values else (0, 1)
     if high - low < 0.2 * high:  # noise must not fill the chart
@@ -74,7 +74,7 @@ def _timeline(case: Case, points: Sequence[Result]) -> Markup:
         plot.svg(
             paths,
             marks,
-            label=f"{case.name}: {n} run{'s' * (n != 1)}, the latest {points[-1].said(4)} at {points[-1].commit}",
+            label=f"{case.name}: {n} run{'s' * (n != 1)}, the latest {last.median_text(4)} at {last.commit}",
             x_labels=[(at, points[at].commit) for at in range(n - 1, -1, -math.ceil(n / 4))],
             y_labels=y.labels(units) if values else [""] * len(y.ticks),
         ),
@@ -90,11 +90,11 @@ def shares(device: Device) -> list[Markup]:
     if not shown:
         return [tag("p", "No case has its bytes or operations counted.", class_="soft")]
     groups = []
-    for function, cases in by(attrgetter("function"), shown).items():
+    for function, cases in group_by(attrgetter("function"), shown).items():
         found = {unit: of["share"] for case in cases for unit, of in case.last.record["shares"].items()}
         units, bodies = [unit for unit in ("GB/s", "TFLOP/s") if unit in found], []
         limit = 1 / min(max(1, *(of["share"] for case in cases for of in case.last.record["shares"].values())), 1.5)
-        for group, members in by(attrgetter("group"), cases).items():
+        for group, members in group_by(attrgetter("group"), cases).items():
             heading = tag("th", group, colspan=1 + len(units), scope="rowgroup", class_="soft")
             rows = [_share(case, units, limit) for case in members]
             bodies.append([tag("tr", heading), *rows] if group else rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import records
 from bench.chart import BYTES, SECONDS, Markup, bar, figure, percent, quantity, tag
-from bench.history import Case, Device, Result, by
+from bench.history import Case, Device, Result, group_by
 from bench.report_parts import DASHED, LONGEST, html_table, trouble_note
 
 Entry = tuple[Case, Result]
@@ -23,7 +23,7 @@ RACES = (
 
 
 def races(device: Device) -> list[Markup]:
-    groups = by(attrgetter("group"), (case for case in device.cases if case.group))
+    groups = group_by(attrgetter("group"), (case for case in device.cases if case.group))
     found = [race for group, cases in groups.items() if (race := _race(group, cases, device.run))]
     found.sort(key=lambda race: not race[0])
     if not found:
@@ -90,7 +90,7 @@ def _contender(case: Case, result: Result, most: float, beside: str, *, images: 
     cells = [
         tag("th", case.title, scope="row"),
         tag("td", bar(result.median / most, kind) if result.quartiles else None, trouble_note(result)),
-        tag("td", result.said() if result.quartiles else "", class_="time"),
+        tag("td", result.median_text() if result.quartiles else "", class_="time"),
         tag("td", figure(result.images) if result.images else "", data_unit="images/s") if images else None,
         None if memory else tag("td", share, data_unit="ceiling"),
         tag("td", beside, class_="beside"),
@@ -153,7 +153,7 @@ def _numbers(case: Case, run: str) -> Markup:
     return _row(
         case,
         case.contender or "",
-        f"{result.said(4)}{'' if result.state == 'passed' else f', {result.state}'}",
+        f"{result.median_text(4)}{'' if result.state == 'passed' else f', {result.state}'}",
         result.spread(),
         f"{len(record['samples_s'])} × {record['calls']}" if result.timed else "",
         *(text for one in of for text in ((figure(one["rate"]), percent(one["share"])) if one else ("", ""))),
@@ -170,7 +170,7 @@ def _numbers(case: Case, run: str) -> Markup:
 
 def _past(case: Case, result: Result) -> Markup:
     rounds = f"{len(result.record['samples_s'])}" if result.timed else ""
-    about = result.commit, result.when, result.record["hash"], result.said(4), result.spread(), rounds
+    about = result.commit, result.when, result.record["hash"], result.median_text(4), result.spread(), rounds
     return _row(case, *about, result.trouble or "")
 
 

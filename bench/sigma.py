@@ -109,7 +109,9 @@ def pairwise(x: Tensor) -> tuple[float, float]:
     return float(rows.mean()), 2 * float(rows.std()) / n**0.5
 
 
-def measure(name: str, pictures: np.ndarray, found: Tensor, model: Classifier, distances: Sequence[float]) -> Measured:
+def measure_set(
+    name: str, pictures: np.ndarray, found: Tensor, model: Classifier, distances: Sequence[float]
+) -> Measured:
     """Measure uint8 images [N, 28, 28] with these features [N, D] and two or more Fréchet distances."""
     with torch.inference_mode():
         classes = model.head(found).argmax(1)
@@ -122,7 +124,7 @@ def measure(name: str, pictures: np.ndarray, found: Tensor, model: Classifier, d
     )
 
 
-def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *, splits: int = 5) -> list[Measured]:
+def measure_all(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *, splits: int = 5) -> list[Measured]:
     """Measure every set of images and, at the end, as many real ones.
 
     Args:
@@ -138,9 +140,9 @@ def compared(sets: dict[str, np.ndarray], real: np.ndarray, model: Classifier, *
     for name, pictures in sets.items():
         of_these = features(model, pictures)
         distances = compare(of_these, of_real, splits=splits)
-        found.append(measure(SETTINGS[name][-1], pictures, of_these, model, distances.samples))
+        found.append(measure_set(SETTINGS[name][-1], pictures, of_these, model, distances.samples))
     chosen = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:n]
-    return [*found, measure("real images", real[chosen.numpy()], of_real[chosen], model, distances.real)]
+    return [*found, measure_set("real images", real[chosen.numpy()], of_real[chosen], model, distances.real)]
 
 
 def markdown(found: Sequence[Measured]) -> str:
@@ -233,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-samples", type=int, required=True, help=text)
     parser.add_argument("--samples", metavar="FOLDER", required=True, help="folder of the samples, old and new")
     parser.add_argument("--part", type=_part, metavar="K/N", help="only draw samples, the K-th of N equal shares")
-    text = "diffusers checkpoint (default: the model in the package)"
+    text = "diffusers checkpoint (default: the bundled model)"
     parser.add_argument("--checkpoint", metavar="FOLDER", help=text)
     parser.add_argument("--steps", type=int, help="steps of the sampler (default: all T)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
@@ -264,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"the picture and the measures would both be {out}; choose another --out or --json")
         model = load_or_train(args.classifier, data["x_train"], data["y_train"])
         sets = {name: load(args.samples, name, args.num_samples) for name in SETTINGS}
-        found = compared(sets, data["x_train"], model, splits=args.splits)
+        found = measure_all(sets, data["x_train"], model, splits=args.splits)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     picture([(_caption(one), sets[name]) for name, one in zip(SETTINGS, found, strict=False) if name in PICTURED], out)

@@ -49,10 +49,10 @@ class Problem(NamedTuple):
     Attributes:
         call: runs the kernel.
         bytes_moved: the least bytes that it can move.
-        flops: those of the written formula, without the noise, whose cost depends on how it is made.
-        errors: what the gate found.
-        per_element: bytes that it does move per element, by the kernels' docstrings or counted in eager torch; None if
-            that does not matter.
+        flops: those of the written formula, without the noise, whose cost depends on the generator.
+        errors: those that the gate measured.
+        per_element: the bytes that it actually moves per element, from the kernels' docstrings or counted in eager
+            torch; None if that does not matter.
     """
 
     call: Call
@@ -180,7 +180,7 @@ def _judged_noising(noised: Callable[[Tensor, Tensor, Tensor], Tensor], x_0: Ten
 
 
 def loss_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
-    """The reference is given eps; ours makes it again."""
+    """The reference gets eps as an input; ours computes it again."""
     return _loss_problem(shape, dtype, who, noised=False)
 
 

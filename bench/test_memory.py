@@ -1,4 +1,4 @@
-"""Peak memory of sampling, with all preparation, next to the sum of what ours has to hold."""
+"""Peak memory of sampling, with all preparation, next to the sum of what fastddpm has to hold."""
 
 import math
 from functools import partial
@@ -25,7 +25,7 @@ CONTENDERS = [
 @pytest.mark.parametrize("name", CONTENDERS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_memory(benchmark, record, batch, name):
-    """Two steps. Theirs also counts its own float32 network; ours takes the weights from one that is there before."""
+    """Two steps. Theirs also counts its own float32 network; ours takes its weights from one that exists before."""
     who, errors = contender(name), []
 
     def sample():
@@ -34,7 +34,7 @@ def test_memory(benchmark, record, batch, name):
             errors.append(ready.errors)
 
     network("cifar10-32")
-    sample()  # makes what is made once, and the results to judge by
+    sample()  # does all one-time work, and computes the results to judge by
     peak = benchmark.pedantic(peak_bytes, args=(sample,))
     held = held_by_the_network(batch, who.precision) if who.who == "fastddpm" else {}
     facts = {"peak_bytes": peak, "held_bytes": held}

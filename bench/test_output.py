@@ -23,7 +23,7 @@ MODELS = ["cifar10-32", "trivial"] if DEVICE.type == "cuda" else ["trivial"]
 
 
 class Trivial(nn.Module):
-    """So fast that writing dominates."""
+    """A network so fast that writing dominates."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x / 2
@@ -33,7 +33,7 @@ class Trivial(nn.Module):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("model", MODELS)
 def test_output(benchmark, record, tmp_path, model, format):
-    """Both take turns. The time of a job is from its first step until everything is on the disk."""
+    """Drawing and jobs take turns. The time of a job is from its first step until everything is on the disk."""
     net = network(model) if model != "trivial" else Trivial()
     sampler = Sampler(net, SCHEDULE, shape=(3, 32, 32), device=DEVICE, precision="bf16")
     drawn, written, folders = [], [], (tmp_path / str(k) for k in count())

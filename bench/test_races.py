@@ -1,7 +1,7 @@
 """Alternatives side by side on the shapes of the networks: pytest bench/test_races.py
 
-All run hot, many times over the same tensors in one captured graph: in a network, the kernel before has written the
-activations, which are in the cache as far as they fit.
+All run hot, many times over the same tensors in one captured graph: in a network, the previous kernel has just written
+the activations, which are in the cache as far as they fit.
 """
 
 import math

@@ -81,7 +81,7 @@ def times(run):
     )
     for (model, batch), found in cases.items():
         theirs = {name: step for name, (step, _) in found.items()}
-        rivals = [theirs.get(f"diffusers {how}", math.nan) for how in ("eager fp32", "compiled bf16")]
+        rivals = [theirs.get(f"diffusers {setting}", math.nan) for setting in ("eager fp32", "compiled bf16")]
         for name, (step, prepare) in found.items():
             rate = batch / step / T
             row = f"{f'{model}, batch {batch}':<24}{name:<30}{1e3 * step:>9.3f}{rate:>10.4g}"

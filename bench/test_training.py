@@ -93,7 +93,7 @@ def test_training(measure, model, batch, name):
 
 
 class Ready(NamedTuple):
-    """A contender after some steps. step: takes another; errors: what the gate found; facts: of those steps."""
+    """A contender after some steps. step: takes another; errors: those at the gate; facts: of those steps."""
 
     step: Call
     errors: dict[str, Any]
@@ -245,7 +245,7 @@ def gradients_of(
         predicted: the network, perhaps in another form.
         net: the network.
         batch: x_t, t and eps, of N images.
-        part: how many of them at a time; by default all.
+        part: the number of images at a time; by default all.
     """
     seen, total = [], batch[-1].numel()
     for x_t, t, eps in zip(*(each.split(part or len(each)) for each in batch), strict=True):

@@ -15,7 +15,7 @@ from bench.turns import Side, alternate
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-# an editable installation of this checkout would supply the modules that a build lacks
+# otherwise an editable installation of this checkout would supply the modules that a build lacks
 ONLY_THE_BUILD = (
     "import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if '_Editable' not in str(finder)]; "
 )
@@ -63,9 +63,8 @@ def install(name: str, folder: Path, repository: Path = ROOT) -> tuple[Path, str
             shutil.unpack_archive(archive, source)
         else:
             commit = _commit(path)
-            shutil.copytree(
-                path, source, ignore=LEFT_OUT
-            )  # setuptools would write to the checkout, or use its stale files
+            # a copy: setuptools would write to the checkout, or use its stale files
+            shutil.copytree(path, source, ignore=LEFT_OUT)
         options = ["--quiet", "--target", str(folder), "--no-deps", "--no-build-isolation"]
         _run([sys.executable, "-m", "pip", "install", *options, str(source)], f"installing {name}")
     return folder, commit
@@ -81,7 +80,7 @@ def measure(
         options: more options for pytest.
         suite: the folder of other benchmarks.
     Returns: for each process that died, how it died and the end of its output.
-    Raises: ValueError: a build cannot be installed, or not be imported by these benchmarks.
+    Raises: ValueError: a build cannot be installed, or these benchmarks cannot import it.
     """
     with TemporaryDirectory() as temporary:
         work = Path(temporary).resolve()
@@ -102,7 +101,7 @@ def measure(
             }
             order = list(sides.values())
             alternate(order if launch % 2 == 0 else order[::-1], f"launch {launch + 1} of {launches}")
-            if problems := [_obituary(name, side) for name, side in sides.items() if side.status not in ENDED]:
+            if problems := [_failure_report(name, side) for name, side in sides.items() if side.status not in ENDED]:
                 return problems
     return []
 
@@ -131,7 +130,7 @@ def _check_benchmarks(name: str, here: Path, environment: dict[str, str]) -> Non
         ) from None
 
 
-def _obituary(name: str, side: Side) -> str:
+def _failure_report(name: str, side: Side) -> str:
     lines = side.log.read_text(errors="replace").splitlines()[-TAIL:]
     cause = f"with status {side.status}" if side.status >= 0 else f"by signal {-side.status}"
     where = f" in or after {side.case}" if side.case else " before its first case"

@@ -47,7 +47,7 @@ def gpu_uuid(device: torch.device | str | int) -> str | None:
 
 
 class Watch:
-    """A context around a measurement, which then reports what the machine did meanwhile. It never raises.
+    """A context around a measurement; at its end it reports what the machine did meanwhile. It never raises.
 
     Args:
         uuid: of the GPU, from `gpu_uuid`; None: watch only the CPU.
@@ -65,7 +65,7 @@ class Watch:
         self.facts: dict[str, Any] = dict.fromkeys(FACTS)
         self.invalid: list[str] = []
         self._uuid, self._processes = uuid, processes
-        self._sampler = Sampler(uuid, interval_s) if uuid else None
+        self._sampler = NvmlThread(uuid, interval_s) if uuid else None
 
     def __enter__(self) -> "Watch":
         self._held = [_held_by_torch()]
@@ -118,7 +118,7 @@ class Watch:
             yield f"shared: other work took {others:.1f} of {cores} core{'s' * (cores > 1)}"
 
 
-class Sampler(Thread):
+class NvmlThread(Thread):
     """A thread that queries NVML: a call may take long, and releases the interpreter lock."""
 
     def __init__(self, uuid: str, interval_s: float) -> None:
@@ -237,7 +237,7 @@ class Sampler(Thread):
         return facts
 
     def memory_at_the_ends(self) -> list[int]:
-        """Return the bytes in use at the times when torch was asked for its own."""
+        """Return the GPU's bytes in use at both ends, where torch's own are measured too."""
         return _known(sample["memory"] for sample in (self._samples[:1] + self._samples[-1:]))
 
 
@@ -274,7 +274,7 @@ def _cpus() -> set[int]:
 
 
 def _busy(cpus: set[int]) -> float | None:
-    """Return the seconds that these CPUs worked or were taken by other machines, from some time on; None if unknown."""
+    """Return the seconds that these CPUs have worked or were taken by other machines since boot; None if unknown."""
     with suppress(Exception):  # not Linux, or a sandbox with another format
         ticks = 0
         for name, *counts in map(str.split, STAT.read_text().splitlines()):

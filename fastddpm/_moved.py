@@ -28,9 +28,10 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return module
 
     def exec_module(self, module: Any) -> None:
-        """The module has been executed; give it back its own spec."""
+        """Restore the spec of the module, which has been executed already."""
         module.__spec__ = module.__spec__.loader_state
 
 
 def install() -> None:
+    """Make the old import paths work."""
     sys.meta_path.append(MovedModules())

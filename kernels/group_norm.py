@@ -5,7 +5,7 @@ registers. Programs share groups that are too large for that, in two launches th
 Precision: fp32, rounded once. The variance is computed about the mean, in a second pass that also corrects the mean;
 for shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is approximate, and in 16 bits
 its division is too: nothing here is specified to the bit.
-Spec: torch's cat, group_norm, silu. Proof: tests/ops/test_group_norm.py (float64), tests/kernels/test_compiled.py.
+Spec: cat, group_norm and silu of torch. Proof: tests/ops/test_group_norm.py (float64), tests/kernels/test_compiled.py.
 """
 
 from math import gcd, prod
@@ -60,7 +60,7 @@ def candidates(n: int, pixels: int, channels: int, groups: int, itemsize: int) -
     for take in _takes(channels, groups, itemsize, 128):
         rows = triton.next_power_of_2(pixels)
         if rows * width * take <= 2 * HELD:
-            plans |= {Plan(take, rows, rows, _warps(rows * width * take, each)) for each in (8, 16, 32)}
+            plans |= {Plan(take, rows, rows, _warps(rows * width * take, per_thread)) for per_thread in (8, 16, 32)}
         rows = max(1, TILE // (width * take))
         if rows < pixels:
             for programs in (FULL, 2 * FULL, 4 * FULL):
@@ -77,8 +77,8 @@ def _takes(channels: int, groups: int, itemsize: int, most: int) -> list[int]:
     return sorted({1} | {take for take in doubled if take <= groups and take * group_bytes <= most})
 
 
-def _warps(elements: int, each: int) -> int:
-    return min(16, max(1, elements // (32 * each)))
+def _warps(elements: int, per_thread: int) -> int:
+    return min(16, max(1, elements // (32 * per_thread)))
 
 
 def _slab(pixels: int, rows: int, slabs: int) -> int:
@@ -153,9 +153,8 @@ def statistics_kernel(
     rows = tl.minimum(pixels - s * SLAB, SLAB)
     mean = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
     inner = tl.zeros((ROWS, GROUPS * WIDTH), tl.float32)
-    for i in range(
-        0, SLAB, ROWS
-    ):  # each place of the tile accumulates its own values: threads exchange nothing in the loop
+    # each place of the tile accumulates its own values: threads exchange nothing in the loop
+    for i in range(0, SLAB, ROWS):
         mask = (row < rows - i)[:, None] & exists[None, :]
         x = _load_tile(x_ptr, skip_ptr, n, s * SLAB + i + row, flat, mask, pixels, channels, x_channels)
         off = tl.where(mask, x - mean, 0)
@@ -314,17 +313,17 @@ def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
     """Launches only: fastddpm.ops has checked every argument."""
     n, channels, *spatial = y.shape
     pixels, per_group = prod(spatial), channels // groups
-    cut = plan(n, pixels, channels, groups, y.element_size())
-    stripes, slabs = triton.cdiv(groups, cut.groups), triton.cdiv(pixels, cut.slab)
+    division = plan(n, pixels, channels, groups, y.element_size())
+    stripes, slabs = triton.cdiv(groups, division.groups), triton.cdiv(pixels, division.slab)
     inputs, affine = (x, skip, add), (weight, bias)
     sizes = (pixels, channels, x.shape[1], 0 if add is None or len(add) == 1 else add.stride(0))
-    tile = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "GROUPS": cut.groups}
-    tile |= {"STRIPES": stripes, "ROWS": cut.rows, "num_warps": cut.warps}
+    tile = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "GROUPS": division.groups}
+    tile |= {"STRIPES": stripes, "ROWS": division.rows, "num_warps": division.warps}
     with torch.cuda.device_of(x):
-        if cut.rows >= pixels:
+        if division.rows >= pixels:
             return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
         statistics, grid = torch.empty(n, slabs, 3, groups, device=x.device), (n * stripes * slabs,)
-        tile["SLAB"] = cut.slab
+        tile["SLAB"] = division.slab
         launch(statistics_kernel, grid, statistics, *inputs, *sizes, slabs, **tile)
         tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}
         launch(apply_kernel, grid, y, *inputs, *affine, statistics, *sizes, slabs, eps, **tile)

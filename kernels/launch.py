@@ -11,7 +11,7 @@ _compiling = ContextVar("compiling", default=False)
 
 
 def launch(kernel, grid, *args, **kwargs):
-    """kernel[grid](*args, **kwargs), or in `compiling` only its compilation."""
+    """Call kernel[grid](*args, **kwargs); in `compiling`, only compile the kernel."""
     if _compiling.get():
         kernel.run(*args, grid=grid, warmup=True, **kwargs)
     else:
@@ -24,7 +24,7 @@ def compiling() -> Iterator[None]:
 
     A kernel takes a core about a second, and a network has dozens.
     """
-    # errors are ignored because the later launch raises them again; raised here, one would leave Triton's mode on
+    # errors are ignored because the later launch raises them again; one raised here would leave Triton in this mode
     with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         token = _compiling.set(True)
         try:

@@ -1,7 +1,6 @@
 """The noise standard in Triton: standard normals in registers, for use inside kernels.
 
 Traffic: a seed and a sample index per program.
-
 Precision: 32-bit integers and IEEE binary32 in the written order; launch with enable_fp_fusion=False.
 Spec: fastddpm/core/noise.py, the same operations in torch.
 Proof: tests/kernels/test_philox.py (the bits of published vectors and of random addresses).

@@ -27,7 +27,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # 8 elements per thread: 
 @triton.jit(do_not_specialize=["at"])  # compiled once for all rows
 def predict_step_kernel(
     x_prev_ptr,  # [N, C, P] fp32, bf16 or fp16
-    x_0_ptr,  # like x_prev, in a dtype of its own
+    x_0_ptr,  # like x_prev, but its dtype may differ
     x_ptr,  # [N, C, P]; x, m, v and z each have their own dtype and strides
     m_ptr,  # the network's output
     v_ptr,  # the network's output for the variance, or None
@@ -105,7 +105,7 @@ def _predicted_x_0(x, m, signal, noise, clip, PREDICTS: tl.constexpr):
 
 @triton.jit
 def _second_term(x, m, x_0, signal, noise, PREDICTS: tl.constexpr, SAMPLER: tl.constexpr):
-    """What the mean is made of besides x_0: x for DDPM, eps for DDIM."""
+    """The second term of the mean, besides x_0: x for DDPM, eps for DDIM."""
     if SAMPLER == "ddpm":
         w = x
     elif SAMPLER == "ddim_clipped":
@@ -135,7 +135,7 @@ def _standard_deviation(row, v, LEARNED: tl.constexpr):
 
 @triton.jit
 def _load_widened(x_ptr, place, mask):
-    """Elements in fp32; None if there is no tensor."""
+    """Load elements as fp32; None if there is no tensor."""
     if x_ptr is not None:
         return tl.load(x_ptr + place, mask=mask, other=0).to(tl.float32)
 
@@ -174,7 +174,7 @@ def _power_of_2(k):
 def _sizes_and_strides(shape, channels_last, *strides):
     """How the kernel orders the elements of an entry, and where it finds them in each tensor.
 
-    Args: channels_last: count the elements in this order; else in the order of the first tensor's memory.
+    Args: channels_last: number the elements in this order; otherwise in the first tensor's memory order.
     Returns: per_sample, inner_size, then three strides per tensor: entry, outer, inner.
     """
     channels, pixels = shape[1], prod(shape[2:])
@@ -192,7 +192,7 @@ def _sizes_and_strides(shape, channels_last, *strides):
 def launch_predict_step(x_prev, x_0, x, m, v, z, rows, at, address, *, predicts, sampler, clip, learned):
     """Launches only: fastddpm.ops has checked every argument, and x_0 has the strides of x_prev."""
     strides = [tensor.stride() for tensor in (x_prev, x, m, x if v is None else v, x if z is None else z)]
-    sizes = _sizes_and_strides(x.shape, address is not None, *strides)  # noise is counted channels-last
+    sizes = _sizes_and_strides(x.shape, address is not None, *strides)  # noise is numbered channels-last
     clip = None if clip is None else float(clip)
     grid, tensors = (len(x), triton.cdiv(sizes[0], BLOCK)), (x_prev, x_0, x, m, v, z, rows, at, address)
     constants = {"PREDICTS": predicts, "SAMPLER": sampler, "LEARNED": learned, "BLOCK": BLOCK}

@@ -65,7 +65,7 @@ def predict_step_variant(
     """The kernel for dtypes x, m and z.
 
     Args:
-        z: a dtype, "registers" (made from an address) or None (no noise).
+        z: a dtype, "registers" (the kernel draws z from an address) or None (no noise).
         ones: which strides are 1, "inner" or "outer"; None: all tensors have one dense order.
     """
     given, tensors = z not in (None, "registers"), ("x_prev", "x", "m", "v", "z")
@@ -208,8 +208,8 @@ def report(capabilities: Iterable[int] = CAPABILITIES) -> list[dict[str, Any]]:
     """One record per variant and compute capability. Each takes half a second, less if it is in Triton's cache.
 
     Keys: kernel, cc; registers per thread; spill_bytes per thread; shared_bytes per block; load_bytes and store_bytes,
-    what an element needs to read and write, and load_bytes_128 and store_bytes_128, how much of that moves in 16-byte
-    accesses; instructions per element; inexact, the PTX instructions that violate the noise standard's arithmetic.
+    the bytes to read and write per element, and load_bytes_128 and store_bytes_128, those of them in 16-byte accesses;
+    instructions per element; inexact, the PTX instructions that violate the noise standard's arithmetic.
 
     Instructions count the kernel's machine code without the padding at its end, divided by the elements of a thread.
     They include both sides of every branch and the slow path of the square root, so fewer are executed. The loads of a

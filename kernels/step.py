@@ -3,7 +3,7 @@
 Traffic: 8 bytes per element for x, plus the element sizes of m and of the copy: 10 bytes with m in bf16.
 Precision: all arithmetic in fp32 in the written order; the copy is rounded once.
 Faults: bad[n] keeps the highest position at which entry n got a value that is not finite. This costs a maximum per
-element, and an atomic per 16 elements of which one is not finite; no barrier and no synchronisation.
+element, and an atomic for each 16 elements that hold such a value, but no barrier and no synchronisation.
 Spec: fastddpm/reference/diffusion.py::update with fastddpm/core/noise.py, stream 0.
 Proof: tests/ops/test_step.py (bits), tests/kernels/test_compiled.py.
 """

@@ -1,6 +1,6 @@
 """Sums in a specified order: a binary tree over the elements, neighbours first, zeros beyond the end.
 
-A block of a power of two is a subtree: the same tree sums the sums of the blocks, and the block size changes no bit.
+A block of 2^k elements is a subtree: the same tree adds up the sums of the blocks, so the block size changes no bit.
 Spec: fastddpm/reference/diffusion.py::tree_sum.
 Proof: tests/ops/test_eps_loss.py (bits), tests/kernels/test_compiled.py.
 """

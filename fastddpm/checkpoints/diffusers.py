@@ -24,16 +24,16 @@ _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# attention's parameters in 2022, and the names they have today
+# the names of attention's parameters in 2022, and the current ones
 _LEGACY = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def load(folder: Path, variant: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor], Schedule]:
+def read(folder: Path, variant: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor], Schedule]:
     """Read a checkpoint of diffusers: see `fastddpm.checkpoints.load`.
 
     Weights are read from safetensors, one file or several under an index, or else from a `.bin`, whose pickle may hold
-    nothing but tensors. Attention parameters with their names of 2022 are renamed.
+    nothing but tensors. Attention parameters that have their names of 2022 get the current ones.
     """
     unet, config = _read_config(folder, "unet", _CONFIG)
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
@@ -115,7 +115,7 @@ def save(
 
 
 def _weight_files(variant: str | None) -> tuple[str, str, str, str]:
-    """Names of the single safetensors file, the index of several, a pattern of those several, and the pickle."""
+    """Names of the single safetensors file, of the index of several, a pattern for those several, and of the pickle."""
     dot = f".{variant}" if variant else ""
     return (
         f"{_WEIGHTS}{dot}.safetensors",
@@ -126,7 +126,7 @@ def _weight_files(variant: str | None) -> tuple[str, str, str, str]:
 
 
 def _read_config(folder: Path, part: str, name: str) -> tuple[Path, dict[str, Any]]:
-    """(the folder it is in, its content) of a configuration file in folder/part or else in folder."""
+    """(its folder, its content) of a configuration file in folder/part or else in folder."""
     for place in (folder / part, folder):
         if (place / name).is_file():
             return place, read_json(place / name)
@@ -165,7 +165,7 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(key: str) -> str:
-    """The name that a parameter has today."""
+    """The current name of a parameter."""
     legacy = _LEGACY.fullmatch(key)
     return f"{legacy[1]}.{_RENAMED[legacy[2]]}.{legacy[3]}" if legacy else key
 

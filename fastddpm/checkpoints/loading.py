@@ -1,4 +1,4 @@
-"""Loads a checkpoint of any format: finds or downloads it, recognises its format and calls that format's file."""
+"""Loads a checkpoint of any format: finds or downloads it, recognises its format and calls that format's module."""
 
 import os
 from pathlib import Path
@@ -27,4 +27,4 @@ def load(
     folder = Path(source)
     if not folder.is_dir():
         folder = diffusers.download(os.fspath(source), variant)
-    return diffusers.load(folder, variant)  # the only format so far; its errors name the files that it looked for
+    return diffusers.read(folder, variant)  # the only format so far; its errors name the files that it looked for

@@ -21,10 +21,9 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         "unexpected": state_dict.keys() - own.keys(),
         "of the wrong shape": reshaped,
     }
-    if told := [f"{len(names)} {problem} ({first_few(names)})" for problem, names in problems.items() if names]:
-        raise ValueError(
-            f"the parameters do not fit the network: {', '.join(told)}; build it from the config they were saved with"
-        )
+    if misfits := [f"{len(names)} {problem} ({first_few(names)})" for problem, names in problems.items() if names]:
+        way_out = "build it from the config they were saved with"
+        raise ValueError(f"the parameters do not fit the network: {', '.join(misfits)}; {way_out}")
     module.load_state_dict(state_dict)
 
 

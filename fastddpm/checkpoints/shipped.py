@@ -1,4 +1,4 @@
-"""The model in the package: a small DDPM of Fashion-MNIST, which draws garments of 28 x 28 pixels."""
+"""The bundled model: a small DDPM of Fashion-MNIST, which draws garments of 28 x 28 pixels."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ SHIPPED_MODEL = "fashion-mnist"
 
 
 def shipped_model() -> Path:
-    """The folder of the model in the package."""
+    """The folder of the bundled model."""
     return Path(__file__).parents[1] / "models" / SHIPPED_MODEL

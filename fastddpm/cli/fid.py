@@ -17,7 +17,8 @@ examples:
 
 A and B are each an .npz, an MNIST-format file, a folder of images, or a folder written by `fastddpm sample`; an .npz
 with mu and sigma holds statistics. Statistics computed from images are cached, and the output says where; the
-network does not run again for the same images. From an .npz the array x_train, x, arr_0 or images is read, unless :NAME names another.
+network does not run again for the same images. From an .npz the array x_train, x, arr_0 or images is read, unless
+:NAME names another.
 
 The distance is biased upwards, and more so for fewer images: compare distances of equally many images, usually 50,000
 against the training images. Its standard error is the standard deviation over sets resampled from A and B with

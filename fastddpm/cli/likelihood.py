@@ -18,6 +18,7 @@ from fastddpm.cli.options import (
     json_text,
     number_list,
 )
+from fastddpm.core.checks import whole
 from fastddpm.core.schedule import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
 from fastddpm.evaluate.likelihood import Bound, bound
 from fastddpm.networks.unet2d import UNet2D
@@ -104,8 +105,8 @@ def _check_before_loading(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is {path}; want a {suffix} file")
         if path is not None:
             check_writable(path)
-    if args.num_images is not None and args.num_images < 1:
-        raise ValueError(f"--num-images is {args.num_images}; want a whole number, at least 1")
+    if args.num_images is not None:
+        whole("--num-images", args.num_images, 1)
 
 
 def _load_with_variance_type(args: argparse.Namespace) -> Sampler:

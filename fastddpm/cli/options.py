@@ -65,7 +65,7 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 
 def index_list(text: str) -> Indices:
-    """Parse an argument such as 5,7,100-120. A million consecutive indices take no memory."""
+    """Parse an argument such as 5,7,100-120. A range such as 0-999999 takes little memory."""
     try:
         return Indices.parse(text)
     except ValueError as error:

@@ -102,7 +102,7 @@ def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group:
     """The sampler; a folder that is continued keeps its precision unless --precision is given."""
     precision = args.precision
     if into_folder and precision == "auto":
-        precision = job.previous(out).get("precision", precision)
+        precision = job.previous_manifest(out).get("precision", precision)
     return Sampler.from_pretrained(
         args.checkpoint,
         variant=args.variant,

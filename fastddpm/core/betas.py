@@ -9,7 +9,7 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "la
 
 
 def named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
-    """The betas of one of BETA_SCHEDULES: [T] float64. The cosine and the Laplace schedule have no start and no end."""
+    """The betas of one of BETA_SCHEDULES: [T] float64. squaredcos_cap_v2 and laplace ignore start and end."""
 
     def linspace(start: float, end: float) -> Tensor:
         return torch.linspace(start, end, T, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms share. An error says what came and what was wanted."""
+"""Checks of arguments that several rooms share. An error names the argument, its value and what was wanted."""
 
 import math
 import numbers
@@ -7,17 +7,17 @@ from typing import Any, TypeGuard
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether value is a whole number, of Python or numpy; a bool is not."""
+    """Whether value is a whole number of Python or numpy; a bool is not one."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> TypeGuard[float]:
-    """Whether value is a finite number, of Python or numpy; a bool is not."""
+    """Whether value is a finite number of Python or numpy; a bool is not one."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def whole(name: str, value: Any, low: int, high: float = math.inf) -> int:
-    """Return value as an int. Raises: ValueError: it is not a whole number, low <= value <= high."""
+    """Return value as an int. Raises: ValueError: it is not a whole number from low to high."""
     if not is_whole(value) or not low <= value <= high:
         span = f", at least {low}" if high == math.inf else f" from {low} to {high}"
         raise ValueError(f"{name} is {value!r}; want a whole number{span}")

@@ -1,6 +1,6 @@
 """Channels-last memory for tensors of any rank: [N, C, *spatial] by index, [N, *spatial, C] in memory.
 
-Elements are numbered in the order of memory. torch's memory formats exist only for ranks 4 and 5; here sequences
+Elements are numbered in memory order. torch's memory formats exist only for ranks 4 and 5; here sequences
 [N, C, L] and vectors [N, D] follow the same rule.
 """
 
@@ -31,5 +31,5 @@ def empty(n: int, shape: Sequence[int], *, dtype: torch.dtype, device: torch.dev
 
 
 def has_one_pixel_stride(x: Tensor) -> bool:
-    """Whether three strides (entry, channel, pixel) address x, because one stride serves all spatial dimensions."""
+    """Whether three strides (entry, channel, pixel) suffice to address x: one stride serves all spatial dimensions."""
     return all(x.shape[i] == 1 or x.stride(i) == x.stride(-1) * x.shape[i + 1 :].numel() for i in range(2, x.ndim - 1))

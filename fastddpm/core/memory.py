@@ -14,7 +14,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 class HostCopy:
-    """A copy of a tensor on the host, started behind the work that is under way on a GPU; `wait` returns it."""
+    """A copy of a tensor on the host, queued behind the work that a GPU is doing; `wait` returns it."""
 
     def __init__(self, x: Tensor):
         self.event: torch.cuda.Event | None = None
@@ -31,15 +31,17 @@ class HostCopy:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device ran out of memory, also where TorchScript or ONNX Runtime raise an error of their own."""
+    """Whether an error means that a device ran out of memory; TorchScript and ONNX Runtime raise their own types."""
     texts = ("out of memory", "can't allocate memory", "not enough memory", "Failed to allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def halved(size: int, failure: str, *, stacklevel: int) -> int:
-    """Return the batch size to try after one of `size`, at least 2, ran out of memory; warns of it.
+    """Return the batch size to try after a batch of `size`, at least 2, ran out of memory; issues a warning.
 
-    Args: stacklevel: of the warning, as `warnings.warn` counts it from the caller.
+    Args:
+        failure: a text about the failure, with which the warning ends.
+        stacklevel: of the warning, as `warnings.warn` counts it from the caller.
     """
     size = (size + 1) // 2
     warnings.warn(f"out of memory; continuing with batches of {size}. {failure}", stacklevel=stacklevel + 1)

@@ -2,8 +2,8 @@
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives random words;
 Box-Muller with fixed polynomials (coefficients from Cephes, S. Moshier) turns them into normals. Every operation has
-the value of one IEEE binary32 or 32-bit integer operation, in the written order. So `fastddpm.kernels.philox` gives the
-same bits in Triton.
+the result of one IEEE binary32 or 32-bit integer operation, in the written order, so `fastddpm.kernels.philox` gives
+the same bits in Triton.
 """
 
 import math
@@ -30,16 +30,16 @@ def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.devi
 
     Args:
         seed: 0 <= seed < 2^64; stored in two's complement.
-        samples: how many (0, 1, ... are their indices), or the indices, each 0 <= index < 2^56.
+        samples: their number N (the indices are then 0 to N - 1), or the indices, each 0 <= index < 2^56.
     Raises: ValueError: seed or an index is out of range or not a whole number.
     """
     seed = checks.seed(seed)
     if is_whole(samples):
         if samples < 0:
-            raise ValueError(f"samples is {samples}; want how many (0 or more), or a list of their indices")
+            raise ValueError(f"samples is {samples}; want a number of samples, 0 or more, or a list of sample indices")
         samples = range(samples)
     if isinstance(samples, bool | str) or not isinstance(samples, Iterable):
-        raise ValueError(f"samples is {samples!r}; want how many (a whole number), or a list of their indices")
+        raise ValueError(f"samples is {samples!r}; want a whole number of samples, or a list of sample indices")
     if isinstance(samples, Tensor):
         if samples.ndim != 1 or samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool:
             raise ValueError(f"sample indices are {tuple(samples.shape)} {samples.dtype}; want [N] whole numbers")

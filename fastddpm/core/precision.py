@@ -31,7 +31,7 @@ class Compute:
 
     @classmethod
     def resolve(cls, device: torch.device | str | None = None, precision: str = "auto") -> "Compute":
-        """Choose what is left open.
+        """Choose a device or a precision that is left open, and check the other.
 
         Args:
             device: None: the GPU if there is one, else the CPU.
@@ -74,10 +74,10 @@ def has_native_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """In this context float32 on a GPU is IEEE float32, or TF32 if that is the precision; then torch's settings return.
+    """In this context float32 on a GPU is IEEE float32, or TF32 if that is the precision.
 
-    By default cuDNN rounds the inputs of convolutions to TF32. The settings are those of the whole process, so one
-    thread at a time holds them.
+    The end of the context restores torch's settings. By default cuDNN rounds the inputs of convolutions to TF32. The
+    settings are those of the whole process, so one thread at a time holds them.
     """
     if device.type != "cuda":
         yield

@@ -4,8 +4,8 @@ Equation numbers are those of Ho et al. 2020 (arXiv:2006.11239) unless another p
 and meanings are those of diffusers' DDPMScheduler and DDIMScheduler, with these deliberate differences:
 
 - The last step returns the mean: S = 0 in the row of the earliest visited timestep. diffusers adds noise there unless
-  it is t = 0, as it is not with trailing spacing or an offset (sigma_t = 0.321 at the end of 10 trailing steps with
-  fixed_large).
+  that timestep is 0, which it is not with trailing spacing or an offset (sigma_t = 0.321 at the end of 10 trailing
+  steps with fixed_large).
 - The previous timestep is the next one visited, for DDIM too; diffusers' DDIM subtracts T // steps from t instead.
 - Trailing spacing visits exactly `steps` timesteps; diffusers adds t = -1 for 62 of the 1000 step counts at T = 1000.
 - fixed_large_log has sigma_t = sqrt(beta_t), like fixed_large; diffusers takes the root of log(beta_t), which is NaN.
@@ -45,9 +45,9 @@ class Schedule:
         beta_schedule: one of BETA_SCHEDULES.
         trained_betas: the T betas themselves instead of a named schedule: a sequence, an array or a tensor.
         variance_type: of the DDPM sampler: fixed_small is the posterior's (eq. 7), fixed_large is beta_t, and `_log`
-            changes nothing. Only for `likelihood`, a network with twice the channels may return, as its second half,
-            the variance itself (learned) or an interpolation (learned_range, arXiv:2102.09672, eq. 15); `table` raises
-            ValueError for these two.
+            changes nothing. With learned and learned_range, the network has twice the channels, and the second half
+            of its output is the variance or an interpolation (arXiv:2102.09672, eq. 15); only `likelihood` supports
+            these two, `table` raises ValueError.
         clip_sample, clip_sample_range: clip the predicted x_0 to +-range.
         prediction_type: what the network returns: epsilon, sample (x_0) or v_prediction (arXiv:2202.00512).
         timestep_spacing, steps_offset: which timesteps fewer than T steps visit; only leading spacing uses the offset.
@@ -88,7 +88,7 @@ class Schedule:
             raise ValueError(f"{source} give beta {self.betas[t]:g} at t={t}; want 0 < beta < 1 (the last may be 1)")
 
     def _check_options(self) -> None:
-        """Check all options but trained_betas; numbers of numpy become Python's, which JSON can hold."""
+        """Check all options but trained_betas; numpy's numbers become Python's, which JSON can hold."""
         for name, low in (("num_train_timesteps", 1), ("steps_offset", 0)):
             self._set(name, whole(name, getattr(self, name), low))
         for name in ("beta_start", "beta_end", "clip_sample_range"):
@@ -152,7 +152,7 @@ class Schedule:
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network also returns the variance of the reverse process, in as many channels again."""
+        """Whether the network also returns the variance of the reverse process, in a second half of its channels."""
         return self.variance_type in LEARNED_VARIANCE_TYPES
 
     @cached_property
@@ -221,7 +221,8 @@ class Schedule:
         Args:
             steps: how many of the T timesteps to visit (None: all); timestep_spacing says which.
             sampler: "ddpm" (Algorithm 2; with fewer steps alpha_t is abar_t/abar_prev) or "ddim" (arXiv:2010.02502).
-            eta: of DDIM: 0 is deterministic, 1 has DDPM's noise. More than 1 works while sigma_t^2 <= 1 - abar_prev.
+            eta: for DDIM: 0 is deterministic, 1 has DDPM's noise. More than 1 is allowed while
+                sigma_t^2 <= 1 - abar_prev.
             timesteps: visit exactly these, strictly descending, instead of `steps`.
             noise: a factor of sigma_t z; with False (or 0) every step returns its mean.
         Raises: ValueError: an argument is not as above, the network predicts epsilon where abar_t = 0, or variances are

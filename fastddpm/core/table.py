@@ -1,4 +1,4 @@
-"""The table with one row of eight float32 numbers per reverse step, and the formulas of these coefficients.
+"""The step table: one row of eight float32 coefficients per reverse step, and the formulas of these coefficients.
 
 Every supported sampler is an affine update of the state, so samplers differ only in their rows. With x the state, m
 the network's output and z standard normal (specification: `fastddpm.reference.diffusion.update`):
@@ -56,7 +56,7 @@ class StepTable:
             infinite.
         scale: [S] float32.
         timesteps: [S] int32, ascending, each 0 <= t < num_train_timesteps.
-        clip: whether x_0 is clipped: which of the two forms of the update the rows are for.
+        clip: whether x_0 is clipped, which decides for which of the two forms of the update the rows are.
         num_train_timesteps: T.
     """
 
@@ -132,7 +132,7 @@ def step_rows(
         if not (direction_var >= 0).all():
             t = int(timesteps[int((direction_var >= 0).long().argmin())])
             raise ValueError(f"eta is {eta}, so that sigma_t^2 > 1 - abar_prev at t={t}; use 0 <= eta <= 1")
-        A = abar_prev.sqrt()  # arXiv:2010.02502, eq. 12; eps is that of the unclipped x_0
+        A = abar_prev.sqrt()  # arXiv:2010.02502, eq. 12, with the eps of the unclipped x_0
         B = direction_var.sqrt() * ex
         C = direction_var.sqrt() * em
         S = eta * posterior_var.sqrt()  # eq. 16
@@ -146,7 +146,7 @@ def step_rows(
 
 
 def x_0_rows(rows: Tensor, scale: Tensor) -> Tensor:
-    """The columns that the predicted x_0 = scale clamp(cx x + cm m, lo, hi) takes: cx, cm, lo, hi, scale.
+    """The columns that define the predicted x_0 = scale clamp(cx x + cm m, lo, hi): cx, cm, lo, hi, scale.
 
     Args: rows: [S, 8] step rows; scale: [S].
     Returns: [S, 5].

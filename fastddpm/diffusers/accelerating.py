@@ -86,7 +86,7 @@ def _reason_to_leave(part: Any) -> str | None:
 
 
 def _replacement(part: Any) -> str:
-    """What a report says of a part that is now ours."""
+    """The report's text for a part that is now ours."""
     return f"diffusers' {type(part).__name__} is now fastddpm's"
 
 

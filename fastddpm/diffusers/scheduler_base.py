@@ -32,8 +32,8 @@ class Levels(NamedTuple):
     """The signal and noise levels of all timesteps, for `add_noise`.
 
     Attributes:
-        abar: alphas_cumprod as they were computed from it.
-        dtype: of the samples they serve.
+        abar: alphas_cumprod, from which they were computed.
+        dtype: of the samples that they are for.
         signal, noise: sqrt(abar_t) and sqrt(1 - abar_t), [len(alphas_cumprod)].
     """
 
@@ -47,7 +47,7 @@ class HostTimesteps(NamedTuple):
     """A copy of a scheduler's `timesteps` on the host.
 
     Attributes:
-        source: `timesteps` as they were copied.
+        source: `timesteps` when they were copied.
         values: the copy.
     """
 
@@ -56,7 +56,7 @@ class HostTimesteps(NamedTuple):
 
 
 class Scheduler(Disguised):
-    """Base of the four schedulers, before diffusers' class.
+    """Base class of the four schedulers, listed before diffusers' class.
 
     Attributes:
         noise: where z comes from. "generator": from torch, drawn as diffusers draws it. "philox": addressed noise, see
@@ -217,7 +217,7 @@ class Scheduler(Disguised):
         )
 
     def _can_tabulate(self, sources: tuple[Any, ...], device: torch.device) -> bool:
-        """Whether a table can be made of alphas_cumprod and these, for samples on a device."""
+        """Whether a table can be computed from alphas_cumprod and `sources`, for samples on a device."""
         abar = self.alphas_cumprod
         tensors = abar, *sources
         return (
@@ -256,7 +256,7 @@ class Scheduler(Disguised):
         return self._host_timesteps.values
 
     def _current_table(self, key: tuple[Any, ...], sources: tuple[Tensor, ...]) -> Table:
-        """The table of these settings and tensors, made anew if any of them changed."""
+        """The table of these settings and tensors, computed again if any of them changed."""
         tensors = self.alphas_cumprod, *sources
         table = self._table
         if table is None or not table.is_current(key, tensors):

@@ -2,7 +2,7 @@
 
 Each class inherits from diffusers' own. An overridden method takes a fast path in the ordinary cases and calls the
 inherited one in all others, so bad input raises diffusers' own errors. Equation numbers are those of Ho et al. 2020
-(arXiv:2006.11239) unless another paper is named.
+(arXiv:2006.11239) unless another paper is named; numbers such as #14569 are issues of huggingface/diffusers.
 """
 
 import numbers
@@ -27,7 +27,9 @@ _in_inherited_step: ContextVar[bool] = ContextVar("in_inherited_step", default=F
 
 
 class DDPM(Scheduler):
-    one: Tensor  # abar before the first step
+    """What both DDPM schedulers override."""
+
+    one: Tensor  # abar_prev at t = 0
     variance_type: str
     custom_timesteps: bool
     num_inference_steps: int | None
@@ -46,7 +48,7 @@ class DDPM(Scheduler):
 
         On a CPU float32 and float64 give diffusers' bits; 16-bit tensors are widened to float32 and the results rounded
         once. On a GPU this launches one kernel besides drawing the noise, and the host does not wait for it. If
-        `timestep` is on the GPU and not an element of `timesteps`, noise is drawn even where it is 0, and then not
+        `timestep` is on the GPU and not an element of `timesteps`, noise is drawn even at t = 0, where it is not
         added.
 
         Args:
@@ -108,9 +110,8 @@ class DDPM(Scheduler):
         follows = {t: t - 1 for t in range(-1, len(abar))}
         if custom_timesteps or num_inference_steps:
             ascending = self._visited_timesteps()[::-1]
-            follows = dict(
-                zip(ascending, [-1, *ascending], strict=False)
-            )  # of equal timesteps the first visited counts
+            # of equal timesteps the first visited counts
+            follows = dict(zip(ascending, [-1, *ascending], strict=False))
         follows = {t: prev for t, prev in follows.items() if -1 <= t < len(abar) and prev < len(abar)}
         t, prev = (send(torch.tensor(list(side)).long(), abar.device) for side in (follows, follows.values()))
         abar_t = abar[t]
@@ -138,6 +139,8 @@ class DDPM(Scheduler):
 
 
 class DDIM(Scheduler):
+    """What both DDIM schedulers override."""
+
     final_alpha_cumprod: Tensor
     num_inference_steps: int | None
 

@@ -1,4 +1,4 @@
-"""diffusers' `UNet2DModel`; while one samples, `fastddpm.networks.unet2d` executes it."""
+"""diffusers' `UNet2DModel`, executed by `fastddpm.networks.unet2d` while it samples."""
 
 import threading
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.runner import BatchNetwork
 
-DEFAULT_T = 1000  # timesteps that a network is prepared for if its configuration does not say
+DEFAULT_T = 1000  # of a network whose configuration has no num_train_timesteps
 
 _active: "dict[tuple[int, int], FusedCalls]" = {}  # contexts of `sampling`, by thread and id of the network
 _engines: "WeakKeyDictionary[nn.Module, tuple[Any, Engine]]" = WeakKeyDictionary()
@@ -37,9 +37,9 @@ class UNet2DModel(Disguised, diffusers.UNet2DModel):
                     x = scheduler.step(unet(x, t).sample, t, x).prev_sample
 
         The copy has the weights at the first call in the context. diffusers' own forward serves calls that need a
-        gradient, that pass timesteps as a one-dimensional tensor or beyond those the network was trained for (1000, if
-        it does not say), and whatever else the copy cannot do (see `obstacle`). The host waits for a timestep on a GPU
-        in each call; one on the host avoids that.
+        gradient, that pass a one-dimensional tensor of timesteps or a timestep outside the training range (of 1000, if
+        the configuration does not say), and whatever else the copy cannot do (see `obstacle`). In each call the host
+        waits for a timestep on a GPU; one on the host avoids that.
         """
         key = threading.get_ident(), id(self)
         if key in _active or obstacle(self) is not None:

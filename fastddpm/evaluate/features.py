@@ -26,7 +26,7 @@ SHIPPED_CLASSIFIER = "fashion-mnist"
 SIDE, CLASSES, FEATURES = 28, 10, 128  # of the bundled classifier
 INPUT_SIZE = 299  # of Inception
 # in a batch by default: on one core of a Xeon, Inception takes 10 images/s in batches of 8, and 8 in batches of 64
-PIXELS_PER_BATCH = {"cpu": 8 * INPUT_SIZE**2, "cuda": 256 * INPUT_SIZE**2}
+PIXELS_PER_EXTRACTION = {"cpu": 8 * INPUT_SIZE**2, "cuda": 256 * INPUT_SIZE**2}
 # how pixels 0..255 are scaled for the network
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "fid": lambda x: (x - 128) / 128,
@@ -89,7 +89,7 @@ class Extractor:
     def batch_size(self, images: np.ndarray) -> int:
         """The default batch size for such images."""
         height, width = self.size or images.shape[1:3]
-        return max(1, PIXELS_PER_BATCH[self.device.type] // (height * width))
+        return max(1, PIXELS_PER_EXTRACTION[self.device.type] // (height * width))
 
     def prepare(self, images: np.ndarray) -> Tensor:
         """Convert uint8 images [n, H, W, C] to the network's input: float32, or uint8 for the scale bytes."""

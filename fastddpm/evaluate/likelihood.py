@@ -170,7 +170,7 @@ class _PairEvaluator:
         self.x_0, self.terms, self.size, self.bar = x_0, terms, size, bar
         self.addresses = addresses.to(self.device)
         self.labels = None if labels is None else labels.to(self.device)
-        self.watch = Watch(self._judge, behind=2)
+        self.watch = Watch(behind=2)
 
     def evaluate(self, term: Term, timesteps: Tensor) -> Tensor:
         """Evaluate a term for each pair. Args: timesteps: [N, K] int64. Returns: [N, K] float64, on the CPU."""
@@ -183,13 +183,15 @@ class _PairEvaluator:
                 with self._network() as network:
                     while done < out.numel():
                         values = self._batch(network, t, term, out, done)
-                        self.watch.look(values.isfinite().all(), values, done, timesteps)
+                        for due in self.watch.look(values.isfinite().all(), values, done, timesteps):
+                            self._judge(*due)
                         done += self.size
             except torch.OutOfMemoryError as error:
                 failure = str(error).splitlines()[0]  # not the error: its traceback would keep tensors alive
             if failure:
                 self.size = size_after_failure(self.engine, self.size, failure)
-        self.watch.finish()
+        for due in self.watch.finish():
+            self._judge(*due)
         return out.cpu()
 
     @contextmanager

@@ -1,7 +1,7 @@
-"""The layers of a `UNet2D`: parameters with diffusers' names, and fused forms of them for sampling.
+"""The layers of a `UNet2D`: with diffusers' names of the parameters, and in fused forms for sampling.
 
-`fuse` changes the parameters of a module to those of its fused form, without values. `fused_parameters`, of a module
-that is not fused, computes the values.
+`fuse` replaces the parameters of a module with those of its fused form, which have no values yet. `fused_parameters`
+computes these values from a module that is not fused.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +34,7 @@ class Resnet(nn.Module):
     Args:
         embed_width: of the time embedding.
         scale_shift: whether the time embedding scales and shifts the second norm's output, or is added to its input.
-        scale: what the sum of the block and its input is divided by.
+        scale: the divisor of the sum of the block and its input.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class Resnet(nn.Module):
     def time_projection(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of this block's columns of the time rows.
 
-        Without scale_shift, the bias includes that of the first convolution; neither is rounded before their sum.
+        Without scale_shift, the bias includes that of the first convolution; the two are added before any rounding.
         """
         weight, bias = self.time_emb_proj.weight, self.time_emb_proj.bias
         return weight, bias if self.scale_shift or self.conv1.bias is None else bias + self.conv1.bias
 
     def fuse(self, kernels: bool) -> None:
-        """Let the network project for all blocks at once; if kernels, one adds the biases."""
+        """Let the network project the time for all blocks at once. kernels: whether a kernel adds the biases."""
         del self.time_emb_proj
         self.kernels = kernels
         if not self.scale_shift:
@@ -108,7 +108,7 @@ class Resnet(nn.Module):
         return h if self.scale == 1 else h / self.scale
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """The input, projected if widths differ: x and skip by a matrix product each, so that they need no joining."""
+        """The input, projected if widths differ: x and skip by a matrix product each, without concatenating them."""
         if self.conv_shortcut is None:
             return x if skip is None else torch.cat([x, skip], 1)
         inputs = [x] if skip is None else [x, skip]
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.head_dim, self.scale = head_dim, scale
 
     def fuse(self, kernels: bool) -> None:
-        """Compute queries, keys and values by one matrix product; if kernels, one adds the last bias."""
+        """Compute queries, keys and values by one matrix product. kernels: whether a kernel adds the last bias."""
         width = self.to_q.in_features
         self.qkv = nn.Linear(width, 3 * width)
         del self.to_q, self.to_k, self.to_v
@@ -175,7 +175,7 @@ class Block(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size, by a 3 x 3 convolution of stride 2. Padding 0 pads below and on the right, as in diffusers."""
+    """Halves the size by a 3 x 3 convolution of stride 2. Padding 0 pads below and on the right, as in diffusers."""
 
     def __init__(self, width: int, padding: int):
         super().__init__()
@@ -186,7 +186,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, by nearest neighbours, then a 3 x 3 convolution."""
+    """Doubles the size by nearest neighbours, followed by a 3 x 3 convolution."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -195,7 +195,7 @@ class Upsample(nn.Module):
         self.bias: nn.Parameter | None = None  # if a kernel adds it: `phases` then has none
 
     def fuse(self, kernels: bool) -> None:
-        """Use polyphase upsampling: convolve before the pixels are repeated. If kernels, one adds the bias.
+        """Use polyphase upsampling: convolve before the pixels are repeated. kernels: whether a kernel adds the bias.
 
         A 3 x 3 window of the upsampled image covers only 2 x 2 different input pixels. Which taps fall on the same
         input pixel depends only on the parity of the row and the column. So four 2 x 2 convolutions with summed taps,
@@ -235,7 +235,7 @@ class TimeMLP(nn.Module):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose bias can come with the call, and whose weight can be kept in oneDNN's own layout.
+    """A convolution that accepts a bias per call, and can keep its weight in oneDNN's own layout.
 
     A packed weight need not be reordered in every call: 237 -> 118 us for 256 channels at 16 x 16 and batch 1 in bf16,
     842 -> 736 us in fp32 (two cores of a Xeon with AMX, 2026-11-22).
@@ -244,7 +244,7 @@ class Conv2d(nn.Conv2d):
         kernels: whether the output goes to kernels, which need channels-last memory.
         pack: whether to pack the weight.
         packed: ((x's shape, version), packed weight), made by the first call with such an x.
-        version: of the weight; to change the weight in place, increase it.
+        version: of the weight; increase it after changing the weight in place.
     """
 
     kernels = False
@@ -313,7 +313,7 @@ def _two_pass_group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     centred = x - mean
     parts = _pixels(centred).view(n, pixels, c).split(max(1, CACHED_ELEMENTS // (n * c)), 1)
     variances = sum((part.square().sum(1) for part in parts), torch.zeros(n, c)) / pixels
-    means = mean.view(n, norm.num_groups, -1).double()  # rounded, a group's mean would double the error
+    means = mean.view(n, norm.num_groups, -1).double()  # a rounded mean of a group would double the error
     offset = (means - means.mean(2, keepdim=True)).float()  # of each channel from its group
     variance = (variances.view_as(offset) + offset.square()).mean(2, keepdim=True)
     scale = (variance + norm.eps).rsqrt() * norm.weight.view(offset.shape[1:])

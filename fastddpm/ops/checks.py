@@ -8,9 +8,9 @@ from fastddpm.ops.library import FLOATS, MAX_PER_SAMPLE
 
 
 def check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], most: int = MAX_PER_SAMPLE) -> None:
-    """x is [N, C, *spatial] or [N, D] of one of dtypes, channels-last, without a gradient to compute.
+    """Check that x is [N, C, *spatial] or [N, D] of one of dtypes, channels-last, and needs no gradient.
 
-    Args: most: how many elements a sample may have.
+    Args: most: the largest number of elements that a sample may have.
     """
     if not isinstance(x, Tensor) or x.ndim < 2 or x.dtype not in dtypes:
         raise ValueError(
@@ -26,7 +26,7 @@ def check_state(op: str, name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], 
 def check_tensor(
     op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, hint: str
 ) -> None:
-    """x has this shape, dtype and device, and is contiguous. Args: hint: what makes such a tensor, or what it holds."""
+    """Check that x is contiguous and has this shape, dtype and device. hint: what makes or describes such a tensor."""
     right = isinstance(x, Tensor) and x.shape == shape and x.dtype == dtype and x.device == device
     if not right or not x.is_contiguous():
         raise ValueError(
@@ -35,7 +35,7 @@ def check_tensor(
 
 
 def check_address(op: str, address: Tensor, n: int, device: torch.device) -> None:
-    """address holds the noise addresses of n entries."""
+    """Check that address holds the noise addresses of n entries."""
     hint = "noise.address(seed, samples, device) makes one"
     check_tensor(op, "address", address, (n, 2), torch.int64, device, hint)
 
@@ -51,7 +51,7 @@ def check_noising(
     columns: int = 2,
     hint: str = "Schedule.noising_table().to(device)",
 ) -> None:
-    """The arguments from which x_t is made are those of `noising`, with a table of so many columns."""
+    """Check the arguments that determine x_t, as `noising` takes them; the table has `columns` columns."""
     check_state(op, "x_0", x_0, (*FLOATS, torch.uint8))
     check_tensor(op, "t", t, (len(x_0),), torch.int64, x_0.device, "the timestep of each entry of x_0")
     check_address(op, address, len(x_0), x_0.device)
@@ -61,7 +61,7 @@ def check_noising(
 
 
 def check_model_output(op: str, m: Tensor, x_0: Tensor) -> None:
-    """m has a float value for each element of x_0, on the same device."""
+    """Check that m has a float value for each element of x_0, on the same device."""
     if not isinstance(m, Tensor) or m.shape != x_0.shape or m.device != x_0.device or m.dtype not in FLOATS:
         raise ValueError(
             f"{op}: m is {tensor_summary(m)}, but x_0 is {tuple(x_0.shape)} on {x_0.device}; "
@@ -70,7 +70,7 @@ def check_model_output(op: str, m: Tensor, x_0: Tensor) -> None:
 
 
 def check_no_gradients(op: str, **tensors: Tensor | None) -> None:
-    """None of the tensors requires a gradient, or gradients are disabled."""
+    """Check that none of the tensors requires a gradient, unless gradients are disabled."""
     for name, x in tensors.items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(

@@ -27,14 +27,14 @@ def eps_loss(
 ) -> Tensor:
     """Squared error of the network's output, of each sample: |m - eps|^2 (Ho et al. 2020, eq. 14).
 
-    eps is made again from its address; the kernels store neither it nor the images as floats. Bit for bit
+    eps is computed again from its address; the kernels store neither eps nor the images as floats. Bit for bit
     `reference.diffusion.squared_error` of `target` in fp32, a sum over the sample's elements. Differentiable in m,
-    once: the gradient is ((2 g) (m - target)) in fp32, rounded once to m's dtype.
+    but only once: the gradient is ((2 g) (m - target)) in fp32, rounded once to m's dtype.
 
     Args:
         m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: the network's output.
         x_0: of m's shape, as `noising` takes it. Not read for eps prediction.
-        t, address, table, stream: those from which `noising` made x_t.
+        t, address, table, stream: the ones that `noising` got for x_t.
         predicts: what m predicts: "epsilon", "sample" (x_0), or "v_prediction", sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
             (arXiv:2202.00512).
     Returns: [N] fp32; divided by N and the elements of a sample, its sum is L_simple.
@@ -95,12 +95,14 @@ def _setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise ValueError("eps_loss: it is differentiable once; call backward() or grad() without create_graph")
+        raise ValueError("eps_loss is differentiable only once; call backward() or grad() without create_graph")
     m = torch.ops.fastddpm.eps_loss_backward(grad, *ctx.saved_tensors, ctx.predicts, ctx.stream)
     return m, *[None] * 6
 
 
-_NOISED = "Tensor x_0, Tensor t, Tensor address, Tensor table, str predicts, int stream"
-register(f"eps_loss(Tensor m, {_NOISED}) -> Tensor", _eps_loss, _eps_loss_fake)
-register(f"eps_loss_backward(Tensor grad, Tensor m, {_NOISED}) -> Tensor", _eps_loss_backward, _eps_loss_backward_fake)
+_ARGUMENTS = "Tensor x_0, Tensor t, Tensor address, Tensor table, str predicts, int stream"
+register(f"eps_loss(Tensor m, {_ARGUMENTS}) -> Tensor", _eps_loss, _eps_loss_fake)
+register(
+    f"eps_loss_backward(Tensor grad, Tensor m, {_ARGUMENTS}) -> Tensor", _eps_loss_backward, _eps_loss_backward_fake
+)
 torch.library.register_autograd("fastddpm::eps_loss", _backward, setup_context=_setup_context, lib=LIBRARY)

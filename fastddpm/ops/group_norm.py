@@ -24,15 +24,15 @@ def group_norm(
     add: Tensor | None = None,
     silu: bool = False,
 ) -> Tensor:
-    """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, with SiLU after it if asked.
+    """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, followed by SiLU if `silu`.
 
     In fp32, rounded once; the kernel stores neither the sum nor the concatenation. An entry's bits do not depend on
-    the other entries, but they depend on the size of the batch, by which the kernel divides its work.
+    the other entries, but on the size of the batch, by which the kernel decides how to divide its work.
 
     Args:
         x: [N, C1, *spatial] fp32/bf16/fp16, channels-last.
         weight, bias: [C] fp32, C = C1 + C2.
-        groups: how many groups of equally many channels; a group may hold channels of both x and skip.
+        groups: the number of groups of equally many channels; a group may hold channels of both x and skip.
         eps: added to the variance.
         skip: [N, C2, *spatial], the channels that follow x's, like x; or None.
         add: [1 or N, C] fp32 of any row stride, added before the statistics (the time bias, a slice of a table's

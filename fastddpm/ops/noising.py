@@ -28,7 +28,7 @@ def noising(
         x_0: [N, C, *spatial] or [N, D], channels-last: fp16/bf16/fp32 in data units, or uint8, which becomes
             (u - 127.5) * (2 / 255) in fp32: 0..255 -> [-1, 1].
         t: [N] int64 on x_0's device, 0 <= t < T. Unchecked: reading it would sync.
-        address: [N, 2] int64 on x_0's device; (seed, sample index), for TRAIN the running number of the example seen.
+        address: [N, 2] int64 on x_0's device; (seed, sample index); for TRAIN the index counts the training examples.
         table: [T, 2] fp32 on x_0's device: sqrt(abar_t), sqrt(1 - abar_t), from `Schedule.noising_table`.
         stream: noise.TRAIN or noise.LIKELIHOOD.
         dtype: of the result, fp32/bf16/fp16.

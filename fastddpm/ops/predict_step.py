@@ -31,20 +31,20 @@ def predict_step(
 ) -> tuple[Tensor, Tensor]:
     """Predict x_0 and take one reverse step, x_t -> x_{t-1}, as diffusers' schedulers do, into new tensors.
 
-    `reference.diffusion.predict_step` in float32 (float64 if x or m is): 16-bit values are widened before it, and the
-    results are rounded once after it. On a GPU it is one kernel with the same bits, except for the roots and
+    `reference.diffusion.predict_step` in float32 (float64 if x or m is): 16-bit values are widened first, and the
+    results are rounded once at the end. On a GPU one kernel computes the same bits, except for the roots and
     exponentials of a learned variance. If `clip` is a function, or a gradient is needed, torch's operations run
-    instead, and these are differentiable. The host never waits for the device. It is not an operator of its own, and
-    not for torch.compile.
+    instead, and these are differentiable. The host never waits for the device. This is not a torch.library operator,
+    and does not support torch.compile.
 
     Args:
         x: [N, C, *spatial] or [N, D], fp16/bf16/fp32/fp64, any strides.
-        m: like x, with a dtype and strides of its own: the network's output.
+        m: like x, though its dtype and strides may differ: the network's output.
         rows: [R, 8] fp32 or fp64 on x's device: row i, of timestep i - 1, as `reference.diffusion.predict_step` has it.
-        at: the row, an int or a 0-dim int64 tensor on x's device.
-        predicts, sampler, clip, learned: as there.
+        at: the row, 0 <= at < R, an int or a 0-dim int64 tensor on x's device. Unchecked: reading it would sync.
+        predicts, sampler, clip, learned: as `reference.diffusion.predict_step` takes them.
         v: like m, for a learned variance.
-        z: like m, standard normal; or
+        z: like m, standard normal; not together with address.
         address: [N, 2] int64 on x's device, (seed, sample index) of each entry: z is `noise.normal(address, ...,
             stream=noise.STEP, t=at - 1)`. Without z and address no noise is added.
     Returns: (x_prev in the dtype that x and m promote to, x_0 in the same; in m's dtype where predicts is "sample").
@@ -52,8 +52,9 @@ def predict_step(
     """
     given = [tensor for tensor in (x, m, v, z) if tensor is not None]
     if any(tensor.shape != x.shape or tensor.device != x.device for tensor in given) or x.ndim < 2:
-        came = ", ".join(map(tensor_summary, given))
-        raise ValueError(f"predict_step: x, m, v and z are {came}; want [N, C, *spatial] or [N, D], all alike")
+        summaries = ", ".join(map(tensor_summary, given))
+        wanted = "want [N, C, *spatial] or [N, D], all of one shape on one device"
+        raise ValueError(f"predict_step: x, m, v and z are {summaries}; {wanted}")
     if rows.ndim != 2 or rows.shape[1] != 8 or rows.device != x.device or not rows.is_contiguous():
         raise ValueError(f"predict_step: rows are {tensor_summary(rows)}; want [R, 8] on {x.device}, contiguous")
     if address is not None:
@@ -67,8 +68,9 @@ def predict_step(
         from fastddpm.kernels.predict_step import launch_predict_step  # type: ignore[import-not-found]
 
         x_prev, x_0 = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=x_0_dtype)
-        options = {"predicts": predicts, "sampler": sampler, "clip": clip, "learned": learned}
-        launch_predict_step(x_prev, x_0, x, m, v, z, rows, at, address, **options)
+        launch_predict_step(
+            x_prev, x_0, x, m, v, z, rows, at, address, predicts=predicts, sampler=sampler, clip=clip, learned=learned
+        )
         return x_prev, x_0
     if address is not None:
         z = _addressed_noise(address, x, at, dtype)
@@ -95,7 +97,7 @@ def _addressed_noise(address: Tensor, x: Tensor, at: int | Tensor, dtype: torch.
 
 
 def _coefficients(rows: Tensor, at: int | Tensor) -> Any:
-    """The eight coefficients: as numbers on a CPU, where that is faster, but on a GPU as tensors, which do not wait."""
+    """The eight coefficients: numbers on a CPU, where that is faster; tensors on a GPU, so the host does not wait."""
     row = rows[at] if isinstance(at, int) else rows.index_select(0, at.reshape(1))[0]
     return row.tolist() if rows.device.type == "cpu" else row.unbind()
 
@@ -118,14 +120,13 @@ def _in_torch(
     usual = predicts == "epsilon" and sampler != "ddim_clipped" and learned is None
     if usual and not callable(clip) and _can_write_into_buffers(x, m, z):
         return _predict_step_of_eps(x, m, row, z, x if sampler == "ddpm" else m, clip)
-    options: dict[str, Any] = {"predicts": predicts, "sampler": sampler, "clip": clip, "learned": learned}
-    return diffusion.predict_step(x, m, row, v=v, z=z, **options)
+    return diffusion.predict_step(x, m, row, predicts=predicts, sampler=sampler, clip=clip, v=v, learned=learned, z=z)
 
 
 def _predict_step_of_eps(
     x: Tensor, m: Tensor, row: list[float], z: Tensor | None, w: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.diffusion.predict_step` of the usual case, without memory for each intermediate result.
+    """`reference.diffusion.predict_step` for the usual case, without allocating memory for each intermediate result.
 
     A step of 64 x 3 x 32 x 32: DDPM 1224 -> 1099 us, of which the noise takes 508, DDIM 491 -> 424 us (a core of a
     Xeon, 2026-11-23).
@@ -143,7 +144,7 @@ def _predict_step_of_eps(
 
 
 def _can_write_into_buffers(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether all are on the CPU in one dtype and one order of memory, and no derivative or vmap is being taken."""
+    """Whether all are on the CPU with one dtype and the same strides, and no derivative or vmap is being computed."""
     return (
         x.device.type == "cpu"
         and all(

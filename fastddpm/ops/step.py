@@ -1,24 +1,20 @@
 """The reverse step x_t -> x_{t-1}, in place."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from fastddpm.core import layout, noise
+from fastddpm.core.table import COLUMNS, StepColumns, StepTable
 from fastddpm.ops.backend import backend
 from fastddpm.ops.checks import check_address, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import update
 
-if TYPE_CHECKING:
-    from fastddpm.core.table import StepTable
-
 
 def step(
     x: Tensor,
     m: Tensor,
-    table: "StepTable",
+    table: StepTable,
     pos: Tensor,
     address: Tensor,
     *,
@@ -57,7 +53,7 @@ def step(
 def _check_arguments(
     x: Tensor,
     m: Tensor,
-    table: "StepTable",
+    table: StepTable,
     pos: Tensor,
     address: Tensor,
     out_dtype: torch.dtype | None,
@@ -75,7 +71,7 @@ def _check_arguments(
     check_tensor("step", "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
     check_address("step", address, n, x.device)
     rows, timesteps, hint = table.rows, table.timesteps, "Schedule.table(...).to(x.device) makes one"
-    check_tensor("step", "table.rows", rows, (*rows.shape[:1], 8), torch.float32, x.device, hint)
+    check_tensor("step", "table.rows", rows, (*rows.shape[:1], len(COLUMNS)), torch.float32, x.device, hint)
     check_tensor("step", "table.timesteps", timesteps, rows.shape[:1], torch.int32, x.device, hint)
     if out_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"step: out_dtype is {out_dtype}; want bfloat16, float16, or None: x itself is float32")
@@ -110,7 +106,7 @@ def _step(
         torch.autograd.graph.increment_version(written)  # autograd does not see what a kernel writes
         return launch_step(x, m, rows, timesteps, pos, address, copy, bad, clip=clip)
     row, t = rows[pos], timesteps[pos]
-    *_, S = row.unbind(1)
+    S = StepColumns.of(row).S
     # on a GPU the test would wait for the device
     draws = x.device.type != "cpu" or bool(S.any())
     z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t) if draws else None

@@ -18,14 +18,14 @@ def x_0_error(
 ) -> Tensor:
     """Squared error of the predicted x_0, of each sample: all that a term of the variational bound needs.
 
-    |scale clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t made again from x_0 and
+    |scale clamp(cx x_t + cm m, lo, hi) - x_0|^2 (Ho et al. 2020, eq. 15 in eq. 8), with x_t computed again from x_0 and
     the noise at its address. Bit for bit `reference.diffusion.squared_error` of `predicted_x_0` in fp32, a sum
     over the sample's elements.
 
     Args:
         m: [N, C, *spatial] or [N, D] fp16/bf16/fp32, channels-last: the network's output for x_t.
         x_0: of m's shape, as `noising` takes it.
-        t, address, stream: those from which `noising` made x_t.
+        t, address, stream: the ones that `noising` got for x_t.
         table: [T, 7] fp32 on x_0's device: sqrt(abar_t), sqrt(1 - abar_t), cx, cm, lo, hi, scale; infinite lo and
             hi clip nothing.
     Returns: [N] fp32.

@@ -25,7 +25,7 @@ class Ranks:
     Attributes:
         rank: of this process, 0 <= rank < size; rank 0 writes files and shows progress.
         size: the number of processes.
-        device: what this process computes on: the device that was asked for, with an index if each process has a GPU.
+        device: what this process computes on: the requested device, with an index if each process has a GPU.
     """
 
     rank: int = 0
@@ -131,8 +131,8 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
 
     Args:
         device: cpu, cuda, or None: a GPU if there is one. Each of several processes takes the GPU of its LOCAL_RANK.
-    Raises: ValueError: one GPU was asked for by several processes, there is no GPU for this process, or the other
-        processes cannot be reached.
+    Raises: ValueError: several processes requested one GPU, there is no GPU for this process, or the other processes
+        cannot be reached.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -58,7 +58,7 @@ class JobProgress:
 
     Args:
         group: the processes. All of them create a JobProgress at the same time.
-        part: samples that this process is to draw.
+        part: samples that this process will draw.
         total: samples of the finished job.
         before: how many of them existed before.
         steps: per sample.

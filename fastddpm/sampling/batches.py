@@ -1,4 +1,4 @@
-"""Which samples are computed together, in which order they are returned, and in which mode the model is meanwhile."""
+"""How samples are divided into batches and returned in order, and the evaluation mode of the model meanwhile."""
 
 import math
 import threading
@@ -16,12 +16,12 @@ from fastddpm.sampling.engine import Engine
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
 PIXELS_PER_MICRO_BATCH = {"cpu": 1 << 12, "cuda": 1 << 16}  # 4 and 64
 
-_evaluated: dict[int, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # by id of a model: runs, and modes before them
+_evaluated: dict[int, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # id of a model: (runs in progress, modes before)
 _evaluated_lock = threading.Lock()
 
 
 def default_size(shape: Sequence[int], pixels: int) -> int:
-    """How many samples of a shape (channels first) make so many pixels; a sample counts at least 256."""
+    """How many samples of a shape (channels first) have so many pixels in total; each counts as at least 256."""
     return max(1, pixels // max(math.prod(shape[1:]), 1 << 8))
 
 
@@ -30,14 +30,14 @@ def split(samples: Tensor, size: int, micro_batch: int) -> list[Tensor]:
 
     Args:
         samples: [N] sample indices.
-        size: of a batch; it does not apply if there is a micro_batch.
-        micro_batch: 0, or the size of every batch: sample i then is entry i modulo this number.
-    Returns: for each entry of each batch its place in samples, or -1 if the entry is empty.
+        size: of a batch, if micro_batch is 0.
+        micro_batch: 0, or the size of every batch; sample i is then at entry i modulo micro_batch.
+    Returns: for each batch, the position in `samples` of each entry, or -1 if the entry is empty.
     """
     if not micro_batch:
         return list(torch.arange(len(samples), device="cpu").split(size)) if len(samples) else []
     batches: list[Tensor] = []
-    given: Counter[int] = Counter()  # how many samples each entry has got so far
+    given: Counter[int] = Counter()  # entry: samples placed there so far
     for place, entry in enumerate((samples % micro_batch).tolist()):
         if given[entry] == len(batches):
             batches.append(torch.full((micro_batch,), -1, device="cpu"))
@@ -47,7 +47,7 @@ def split(samples: Tensor, size: int, micro_batch: int) -> list[Tensor]:
 
 
 class InOrder:
-    """Returns samples in the order asked for, as soon as all before them are finished."""
+    """Returns samples in the order requested, each as soon as all samples before it are finished."""
 
     def __init__(self, samples: Tensor):
         self.samples, self.next = samples, 0
@@ -71,7 +71,7 @@ class InOrder:
 
 
 def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int = 0) -> int:
-    """The batch size to try after one of `size` ran out of memory: the same if the engine could free some.
+    """The batch size to try after one of `size` ran out of memory: the same if the engine could free memory.
 
     Raises: torch.OutOfMemoryError: there is no smaller one; the message begins with `failure`.
     """
@@ -87,7 +87,7 @@ def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int
 def evaluating(model: object) -> Iterator[None]:
     """A context in which a module is in evaluation mode: no dropout, no batch statistics.
 
-    Runs may overlap, in several threads: after the last of them every part is in the mode that it was in before.
+    Runs may overlap, even in several threads. When the last one ends, every submodule is back in its previous mode.
     """
     if not isinstance(model, nn.Module):
         yield

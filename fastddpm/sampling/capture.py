@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastddpm.core.memory import is_out_of_memory
+
 CLEAR_WORKSPACES = (  # names in different versions of torch; 2.15 adds the public one
     (torch._C, "_cuda_clearCublasWorkspaces"),
     (torch.cuda, "clear_cublas_workspaces"),
@@ -47,7 +49,7 @@ def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
         torch.OutOfMemoryError: there was not enough memory.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    in_run: list[BaseException] = []  # not a variable: it would keep the error, and with its traceback the memory
+    in_run: list[BaseException] = []  # a plain variable would keep the error, its traceback and the memory alive
     try:
         # restores the current stream, which torch does not do when a capture fails
         with _lock, torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
@@ -72,7 +74,7 @@ def capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAG
             raise in_run.pop() from None  # KeyboardInterrupt, hidden by the error that ended the capture
         causes = [*in_run, error]  # ending a failed capture raises a second error
         in_run.clear()
-        no_memory = any(isinstance(cause, torch.OutOfMemoryError) or "out of memory" in str(cause) for cause in causes)
+        no_memory = any(map(is_out_of_memory, causes))
         why = str(causes[0]).partition("\n")[0]
         causes.clear()
         if no_memory:
@@ -126,7 +128,7 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> N
 
 
 def _end_allocation(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> bool:
-    """Stop allocating from the pool of a capture that failed to end, and release it. Returns: whether ending failed."""
+    """Stop allocating from the pool of a capture that failed to end, and release it. Returns: whether it had failed."""
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         torch._C._cuda_endAllocateToPool(index, pool)

@@ -25,7 +25,7 @@ class Engine:
     All work runs on the caller's current CUDA stream, so results can be used there without synchronization.
 
     Args:
-        model, shape, num_train_timesteps, compute: as of `PreparedModel`.
+        model, shape, num_train_timesteps, compute: see `PreparedModel`.
         kind: one of ENGINES, or "auto": a `UNet2D` on a GPU with Triton is captured if the run has at least
             WORTH_CAPTURING steps; everything else runs eagerly. If a capture fails twice, "auto" warns and runs
             eagerly. Both ways launch the same kernels on the same values, so the results have the same bits.
@@ -66,7 +66,7 @@ class Engine:
 
     @contextmanager
     def runner(self, n: int, *, capture: bool) -> Iterator[Runner]:
-        """A runner for a batch of n, with the model's current weights; no one else has it until the context ends.
+        """A runner for a batch of n, with the model's current weights, for exclusive use until the context ends.
 
         The caller's modes, such as autocast, do not apply in this context.
 
@@ -77,7 +77,7 @@ class Engine:
 
     @contextmanager
     def network(self, n: int, *, capture: bool) -> Iterator[BatchNetwork]:
-        """The network alone for batches of n, otherwise as `runner`. It must be called in its `working` context."""
+        """The network alone, for batches of n; otherwise like `runner`. Call it in its `working` context."""
         with self._held(BatchNetwork, n, capture) as network:
             yield network
 

@@ -1,7 +1,7 @@
 """Jobs: many samples into a folder, by all processes that torchrun starts, through kills and restarts.
 
-Each shard of the folder is drawn by one process, in batches of its own: so its bits do not depend on which process
-draws it, on how many processes there are, or on what was killed before. A restart draws the shards that are missing.
+Each shard of the folder is drawn by one process, in separate batches. So its bits do not depend on which process
+draws it, on the number of processes, or on earlier interruptions. A restart draws the shards that are missing.
 """
 
 import os
@@ -19,13 +19,13 @@ import torch
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import JobProgress, LostError
 from fastddpm.processes.signals import Stopped, stoppable
-from fastddpm.sampling.manifest import Drawing, draws_pictures, manifest
+from fastddpm.sampling.manifest import Drawing, draws_images, manifest
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import check_writable, locked
 from fastddpm.storage.shards import ShardFolder, is_shard_folder
 
 WAITING = 2  # shards that may wait to be written before drawing waits too
-PATIENCE = 600  # tenths of a second to find out whether a process was lost or is done
+PATIENCE = 600  # tenths of a second to wait for torch to report whether process 0 was lost or is done
 
 
 def sample_to(
@@ -52,33 +52,30 @@ def sample_to(
     Args:
         out: the folder.
         from_sampler: its model must be a module, whose weights tell whether a job is the same.
-        samples: how many, or which, as of `Sampler.sample`; none twice.
-        format: "png" (a file for each picture), "npz" or "webdataset", as `ShardFolder` describes them. Samples that
-            are not pictures are written as float32, and not as PNGs.
-        class_labels: of a class-conditional `UNet2D`; repeated over the samples in order.
-        shard_size: samples in a shard, which is what a kill can cost each process; None: as in the folder, else a
-            batch, or with batch_invariant what a batch would be.
-        batch_size: samples computed together; None: as in the folder, else as of `Sampler.batches`.
+        samples: how many, or which, as in `Sampler.sample`, without duplicates.
+        format: "png" (a file for each image), "npz" or "webdataset", as `ShardFolder` describes them. Samples that
+            are not images are written as float32; for them PNGs are not available.
+        class_labels: for a class-conditional `UNet2D`; repeated over the samples in order.
+        shard_size: samples per shard; an unfinished shard is drawn again after a restart. None: as in the folder, else
+            batch_size.
+        batch_size: samples computed together; None: as in the folder, else the default of `Sampler.batches`. With
+            batch_invariant it only sets the default of shard_size.
         seed: 0 <= seed < 2^64.
-        steps, timesteps, sampler, eta, noise: as of `Sampler.batches`.
+        steps, timesteps, sampler, eta, noise: as in `Sampler.batches`.
         progress: show the progress of all processes.
-        json_log: a file that gets a JSON line about the progress every ten seconds.
-    Returns: the finished samples, in all processes.
+        json_log: a file to append the progress to, as a JSON line every ten seconds.
+    Returns: the folder with the finished samples, in every process.
     Raises:
         ValueError: an argument is not as above, the folder holds other samples (the message names what differs), is
-            being written by another job, or cannot be written; or another process of several has failed or was lost.
+            being written by another job, or cannot be written; or another process of this job has failed or was lost.
         OSError: a file could not be written, as on a full disk. Finished shards stay.
         Stopped: Ctrl-C or SIGTERM. Finished shards stay.
-        RuntimeError: another process of several was lost before the first sample.
+        RuntimeError: another process of this job was lost before the first sample.
     """
     with ranks(from_sampler.device.type) as group:
         with group.agree():
-            if isinstance(group.device, torch.device) and group.device != from_sampler.device:
-                way_out = "make it in `with ranks() as group`, for group.device"
-                raise ValueError(
-                    f"the sampler is on {from_sampler.device}, this process's GPU is {group.device}; {way_out}"
-                )
-            before = previous(out)
+            _check_device(from_sampler, group)
+            before = previous_manifest(out)
             if batch_size is None:
                 batch_size = before.get("batch_size") or from_sampler.default_batch_size()
             if shard_size is None:
@@ -90,17 +87,14 @@ def sample_to(
             )
             shards = ShardFolder(out, facts)
             from_sampler.batches(shards.indices(0), class_labels=shards.labels(0), **vars(drawing))  # checks them
-            if json_log is not None:
-                if os.path.abspath(json_log) == os.path.abspath(out):
-                    raise ValueError(f"json_log is {json_log}, the folder of the samples; name a file")
-                check_writable(json_log)
+            _check_log(json_log, out)
         group.agree_on(shards.manifest)
         with stoppable(lambda: _how_to_resume(shards) if group.rank == 0 else "") as stopped:
             _draw_missing(from_sampler, drawing, shards, group, progress, json_log, stopped)
     return shards
 
 
-def previous(out: str | os.PathLike[str]) -> Mapping[str, Any]:
+def previous_manifest(out: str | os.PathLike[str]) -> Mapping[str, Any]:
     """The manifest of the samples in a folder; empty if there are none."""
     return ShardFolder.open(out).manifest if is_shard_folder(out) else {}
 
@@ -145,12 +139,25 @@ def _draw_missing(
             _wait(meet(), job_progress)
 
 
+def _check_device(sampler: Sampler, group: Ranks) -> None:
+    if isinstance(group.device, torch.device) and group.device != sampler.device:
+        way_out = "create it in `with ranks() as group`, on group.device"
+        raise ValueError(f"the sampler is on {sampler.device}, this process's GPU is {group.device}; {way_out}")
+
+
+def _check_log(json_log: str | os.PathLike[str] | None, out: str | os.PathLike[str]) -> None:
+    if json_log is not None:
+        if os.path.abspath(json_log) == os.path.abspath(out):
+            raise ValueError(f"json_log is {json_log}, the folder of the samples; name a file")
+        check_writable(json_log)
+
+
 def _how_to_resume(shards: ShardFolder) -> str:
     return f"stopped: {shards.written()} of {len(shards.samples)} samples are done; the same command resumes the job"
 
 
 def _missing(shards: ShardFolder, group: Ranks, progress: bool) -> list[int]:
-    """The shards that are not done. Each process looks at its part of all shards."""
+    """The numbers of the shards that are not done. Each process checks its part of the shards."""
     from tqdm import tqdm
 
     numbers = range(group.rank, len(shards), group.size)
@@ -163,7 +170,7 @@ def _missing(shards: ShardFolder, group: Ranks, progress: bool) -> list[int]:
 
 def _draw_shard(sampler: Sampler, drawing: Drawing, shards: ShardFolder, k: int, progress: JobProgress) -> np.ndarray:
     """Draw the samples of shard k."""
-    output = "uint8" if draws_pictures(sampler) else "float"
+    output = "uint8" if draws_images(sampler) else "float"
     labels = shards.labels(k)
     x = sampler.sample(
         shards.indices(k), output=output, class_labels=labels, progress=progress.stepped, **vars(drawing)
@@ -175,28 +182,28 @@ def _wait(arrived: Callable[[], bool], progress: JobProgress) -> None:
     """Wait for the other processes. Raises: AgreedError: one has failed, or was lost."""
     patience = PATIENCE
     try:
-        while not arrived():  # a wait in torch would not hear signals
+        while not arrived():  # torch's own wait does not react to signals
             try:
                 progress.check()
-            except LostError:  # has process 0 finished already? Soon torch knows
+            except LostError:  # process 0 may have finished; torch reports that soon
                 patience -= 1
                 if not patience:
                     raise
             time.sleep(0.1)
     except RuntimeError as error:
-        progress.look()  # it may have said why before it was lost
+        progress.look()  # raises the reason that the process posted before it was lost, if any
         raise AgreedError("another process was lost") from error
 
 
 class _Writer:
-    """Encodes and writes shards while others are drawn. At the end of the block all of them are written."""
+    """Encodes and writes shards while others are drawn. When the block ends, all of them are written."""
 
     def __init__(self, shards: ShardFolder, progress: JobProgress):
         self.shards, self.progress = shards, progress
         self.pool, self.waiting = ThreadPoolExecutor(1, "writer"), deque[Future[None]]()
 
     def put(self, k: int, samples: np.ndarray) -> None:
-        """Write a shard, soon. Raises: the error of an earlier one."""
+        """Queue a shard for writing. Raises: the error of an earlier one."""
         while len(self.waiting) >= WAITING or (self.waiting and self.waiting[0].done()):
             self.waiting.popleft().result()
         self.waiting.append(self.pool.submit(self._write, k, samples))

@@ -21,7 +21,7 @@ from fastddpm.storage.shards import FORMATS
 
 @dataclass(frozen=True)
 class Drawing:
-    """Arguments of `Sampler.batches`, by their names, that are the same for every shard."""
+    """The arguments of `Sampler.batches` that are the same for every shard, under the same names."""
 
     seed: int
     batch_size: int
@@ -45,7 +45,7 @@ def manifest(
     class_labels: Iterable[int] | None,
     shard_size: int,
 ) -> dict[str, Any]:
-    """Return the manifest of a job, as JSON holds it. Raises: ValueError: an argument is not as of `job.sample_to`."""
+    """The manifest of a job, with JSON's types. Raises: ValueError: an argument is not as in `job.sample_to`."""
     where = _storage(sampler, samples, format, class_labels, shard_size, drawing.batch_size)
     return json.loads(json.dumps(where | _origin(sampler, drawing)))
 
@@ -58,19 +58,19 @@ def _storage(
     shard_size: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """What decides where each sample is stored, as of `ShardFolder`."""
+    """What decides where each sample is stored; see `ShardFolder`."""
     indices = Indices.of(samples)
     try:
         classes = None if class_labels is None else Indices.of(iter(class_labels))
     except ValueError as error:
         raise ValueError(f"class_labels are {str(class_labels)[:80]}; want whole numbers, 0 <= label") from error
     one_of("format", format, FORMATS)
-    if format == "png" and not draws_pictures(sampler):
-        raise ValueError(f"samples are {sampler.shape}, which are not pictures; write them as npz or webdataset")
+    if format == "png" and not draws_images(sampler):
+        raise ValueError(f"samples are {sampler.shape}, which are not images; write them as npz or webdataset")
     if not indices:
-        raise ValueError("no samples were asked for; want at least one")
+        raise ValueError("no samples were requested; want at least one")
     if (twice := indices.duplicate()) is not None:
-        raise ValueError(f"sample {twice} is asked for twice; want each once")
+        raise ValueError(f"sample {twice} is requested twice; want each once")
     whole("batch_size", batch_size, 1)
     shard_size = whole("shard_size", shard_size, 1)
     if classes is not None and len(classes) > len(indices):
@@ -120,6 +120,6 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
     }
 
 
-def draws_pictures(sampler: Sampler) -> bool:
-    """Whether its samples can be written as PNGs."""
+def draws_images(sampler: Sampler) -> bool:
+    """Whether the samples of a sampler can be written as PNGs."""
     return len(sampler.shape) == 3 and sampler.shape[0] in CHANNELS

@@ -1,4 +1,4 @@
-"""A model made ready to run: a `UNet2D` fused for inference, any other as it is; perhaps compiled."""
+"""A model prepared for sampling: a `UNet2D` is fused for inference, any other stays as it is; both may be compiled."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -21,7 +21,7 @@ class PreparedModel:
     """What the runners of all batches share.
 
     Args:
-        model: as of `Sampler`.
+        model: see `Sampler`.
         shape: of one sample, channels first.
         num_train_timesteps: T; no table has more rows.
         compute: the device and the precision.
@@ -29,7 +29,7 @@ class PreparedModel:
     Attributes:
         net: the copy of a `UNet2D` that is fused for inference; None for any other model.
         plain_forward: what a step calls: `net.denoise`, or the model.
-        forward: the same, perhaps compiled.
+        forward: the same, compiled if `compiles`; None before the first `refresh`.
     Raises: ValueError: kind is unknown, or not for this device.
     """
 
@@ -39,7 +39,7 @@ class PreparedModel:
         one_of("engine", kind, ("auto", *ENGINES))
         if "graph" in kind and compute.device.type != "cuda":
             raise ValueError(
-                f"engine is {kind!r}, and '{compute.device}' has no CUDA graphs; use 'eager' or 'compiled'"
+                f"engine is {kind!r}, but '{compute.device}' has no CUDA graphs; use 'eager' or 'compiled'"
             )
         self.model, self.shape, self.num_train_timesteps = model, shape, num_train_timesteps
         self.compute, self.kind, self.compiles = compute, kind, "compiled" in kind

@@ -1,4 +1,4 @@
-"""The buffers of a batch, and what works on them: the network alone, and whole reverse steps.
+"""The buffers of a batch, and the computations on them: the network alone, and whole reverse steps.
 
 Everything that a step reads and writes is in tensors at fixed addresses: the states, the table, and the position, seed
 and sample index of each entry. So one captured CUDA graph serves every step of every schedule: it needs no argument, no
@@ -27,7 +27,7 @@ Network = Callable[..., Any]
 
 
 class OutputError(ValueError):
-    """The network returned something else than one finite-precision number for each element of its input."""
+    """The network's output does not have the type, shape or device that its input requires."""
 
 
 class BatchNetwork:
@@ -36,7 +36,7 @@ class BatchNetwork:
     Attributes:
         input: [n, *shape], channels-last: what the network reads. A `UNet2D` reads its precision, any other model
             float32.
-        timesteps: [T] int32, of which the first S are those that were loaded.
+        timesteps: [T] int32; the first S are the loaded ones.
         positions: [n] int32: which of the timesteps each entry is at.
         labels: [n, ...]: the class labels that were loaded, or None.
     """
@@ -140,7 +140,7 @@ class BatchNetwork:
             else:
                 t = self.timesteps.index_select(0, self.positions).long()
                 autocasts = prepared.dtype != torch.float32
-                # its cache would keep the weights as they are now, and a graph would build them in
+                # autocast's cache would keep the current weights, and a graph would always use those
                 with torch.autocast(prepared.device.type, prepared.dtype, enabled=autocasts, cache_enabled=False):
                     model_output = network(self.input.clone(), t)  # a model may write to its input
         n, c, *spatial = self.input.shape
@@ -160,7 +160,7 @@ class BatchNetwork:
         return layout.channels_last(model_output if model_output.dtype in ops.FLOATS else model_output.float())
 
     def constants(self) -> object:
-        """What a graph of the network has built in and the next batch may change: addresses, and torch's choices."""
+        """What a captured graph fixes but the next batch may change: addresses, and torch's settings."""
         cudnn, cuda, model = torch.backends.cudnn, torch.backends.cuda, self.prepared.model
         weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
         return (
@@ -196,8 +196,8 @@ class Runner:
         network: evaluates the network. Its positions are the rows of the table that the entries are at; all are equal.
         x: [n, *shape] float32, channels-last: the states x_t. It is the network's input if that is float32.
         address: [n, 2] int64: (seed, sample index) of each entry, see `noise.address`.
-        bad: [n] int32: the row at which a value first was not finite, -1 while all are.
-        table: [T] rows, of which the first S are those that were loaded.
+        bad: [n] int32: the row at which a value first was not finite; -1: all values are finite.
+        table: [T] rows; the first S are the loaded ones.
     """
 
     def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
@@ -242,7 +242,7 @@ class Runner:
         self.x.copy_(noise.normal(self.address, self.x.shape[1:], stream=noise.START, t=T))
         if self.network.input is not self.x:
             self.network.input.copy_(self.x)
-        self.network.positions.fill_(len(self._loaded) - 1)
+        self.network.positions.fill_(self.steps - 1)
         self.bad.fill_(-1)
 
     def step(self) -> None:
@@ -268,10 +268,14 @@ class Runner:
         ops.step(self.x, model_output, self.table, network.positions, self.address, out=copy, bad=self.bad)
         network.positions -= 1
 
+    @property
+    def steps(self) -> int:
+        """S, the rows of the loaded table."""
+        return len(self._loaded)
+
     def describe_step(self, row: int) -> str:
         """What messages call the step at a row."""
-        S = len(self._loaded)
-        return f"step {S - row} of {S} (t = {int(self._loaded.timesteps[row])})"
+        return f"step {self.steps - row} of {self.steps} (t = {int(self._loaded.timesteps[row])})"
 
     def _predict_and_update(self, network: Network | None) -> None:
         self.update(self.predict(network))
@@ -284,8 +288,8 @@ class Runner:
 class Replay:
     """Runs the same work on the same buffers again and again: directly, or as the replay of a captured CUDA graph.
 
-    The work is a function of the network to call. It is passed to each method, not kept: it belongs to the object that
-    holds this one, and in a cycle of the two their memory would not be freed at once.
+    The work is a function of the network to call. It is passed to each method, not stored: it is a method of the
+    object that owns this one, and a reference cycle would delay the release of their memory.
     """
 
     def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
@@ -301,11 +305,11 @@ class Replay:
             self.graph.replay()
 
     def prepare(self, run: Callable[[Network | None], None], reset: Callable[[], None], constants: object) -> None:
-        """Compile and capture the work, unless that has been done already with the same constants.
+        """Compile and capture the work, unless this was already done with the same constants.
 
         Args:
             reset: fills the buffers with valid inputs; called before and after, as the work overwrites them.
-            constants: what a graph has built in.
+            constants: what a captured graph fixes; if they change, the work is captured again.
         """
         prepared = self.prepared
         if not (self.capture or prepared.compiles) or self._prepared_for == constants:
@@ -328,7 +332,7 @@ class Replay:
         prepared = self.prepared
         for _ in range(2):
             try:
-                # capturing frees the workspaces of cuBLAS, so no other network may launch a product meanwhile
+                # a capture frees cuBLAS's workspaces; `arithmetic` excludes products of other networks meanwhile
                 with prepared.compute.arithmetic():
                     return capture(lambda: run(None), prepared.device)
             except CaptureError as error:
@@ -342,15 +346,15 @@ class Replay:
 
 @contextmanager
 def plain_modes(device: torch.device) -> Iterator[None]:
-    """On this device, without gradients, inference mode and autocast, which the caller may have enabled."""
+    """A context on this device without gradients, inference mode and autocast, which the caller may have enabled."""
     there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    # buffers made in inference mode would be of no use outside of it
+    # buffers created in inference mode could not be used outside it
     with there, torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 def _many_versions() -> Any:
-    """torch.compile gives up on a function after eight versions; each batch size is one, and each network."""
+    """Lift torch.compile's limit of eight versions of a function: each batch size and each network needs its own."""
     import torch._dynamo
 
     return torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)

@@ -20,7 +20,7 @@ from fastddpm.core.checks import is_whole, whole
 from fastddpm.core.noise import address as noise_address  # `noise` is an argument where this is called
 from fastddpm.core.precision import Compute
 from fastddpm.core.schedule import Schedule
-from fastddpm.core.table import StepTable
+from fastddpm.core.table import StepColumns, StepTable
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.batches import (
     PIXELS_PER_BATCH,
@@ -42,7 +42,7 @@ Callback = Callable[[int, int, Tensor, Tensor], object]  # (step, t, x_0, sample
 
 
 class Sampler:
-    """Draws samples from a trained eps-model.
+    """Draws samples from a trained model.
 
     Args:
         model: a `UNet2D`, or any network (x_t [N, ...] float32, t [N] int64) -> tensor like x_t: images [N, C, H, W],
@@ -55,13 +55,13 @@ class Sampler:
             A `UNet2D` computes in the precision; any other model is called under torch.autocast for bf16 and fp16.
             "auto" is bf16 for a `UNet2D` if the device computes it natively, else fp32.
         engine: "eager"; "compiled", by torch.compile, whose first call takes a minute; "graph", each step the replay of
-            one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU and runs that are worth it,
-            else "eager", with the same bits. In a graph, your own model must not wait for the GPU, and what it decides
-            in Python it decides once; pass the module itself, not a function around it, if its weights may be replaced
-            (the next batch sees changes in place in any case).
-        batch_invariant: give sample i the same bits alone, in any batch and at any place: the network then always
-            computes the same number of samples, sample i in entry i modulo that number, beside empty entries if samples
-            are missing. True chooses the number by the device and the size of a sample; a whole number sets it.
+            one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU if the run has enough steps,
+            else "eager", with the same bits. In a graph, your own model must not wait for the GPU, and its decisions in
+            Python are made once, at the capture. If its weights may be replaced, pass the module itself, not a function
+            that wraps it; changes in place take effect with the next batch in any case.
+        batch_invariant: give sample i the same bits whatever is drawn with it. Every batch then has the same number of
+            entries, with sample i at entry i modulo that number; other entries stay empty. True chooses the number by
+            the device and the size of a sample; a whole number sets it.
     Raises: ValueError: an argument is not as above.
     """
 
@@ -98,7 +98,7 @@ class Sampler:
         self.compute = Compute.resolve(device, precision)
         self.engine = Engine(model, self.shape, schedule.num_train_timesteps, self.compute, engine)
         self.micro_batch = self._micro_batch(batch_invariant)
-        self._largest = sys.maxsize  # no batch larger than this: there was no memory for one
+        self._largest = sys.maxsize  # batches are at most this large, after a larger one ran out of memory
         if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
             model.to(self.device)
 
@@ -134,11 +134,11 @@ class Sampler:
         """Load a DDPM checkpoint in the format of diffusers.
 
         Args:
-            source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None: the model in the package,
-                28 x 28 garments.
+            source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None: the bundled
+                model, 28 x 28 garments.
             variant: of the weights, such as "fp16".
             shape: (C, H, W) of one sample; None: that of the checkpoint.
-            device, precision, engine, batch_invariant: as above.
+            device, precision, engine, batch_invariant: as in the constructor.
         Raises: ValueError: there is no checkpoint, or it is damaged or needs something that is not supported.
         """
         compute = Compute.resolve(device, precision)
@@ -180,8 +180,8 @@ class Sampler:
             samples: how many (indices 0, 1, ...), or the sample indices, each 0 <= index < 2^56.
             output: "float": [N, *shape] float32 in data units, [-1, 1] if the schedule clips;
                 "uint8": images [N, H, W, C].
-            seed, steps, ..., callback: as of `batches`.
-        Returns: all samples on the CPU, in the order asked for.
+            seed, steps, ..., callback: as in `batches`.
+        Returns: all samples on the CPU, in the order requested.
         Raises: ValueError: an argument is not as above, or the network returned something else than one finite number
             per element; the message names the step.
         """
@@ -237,9 +237,9 @@ class Sampler:
             seed: 0 <= seed < 2^64.
             steps: how many of the T timesteps to visit; None: all, the exact ancestral sampler.
             timesteps: visit exactly these instead, strictly descending.
-            sampler: "ddpm" or "ddim"; eta: DDIM's, 0 is deterministic. Many steps of DDIM want a schedule with
-                clip_sample=False (docs/sigma.md).
-            noise: a factor of sigma_t z; False is 0: each step returns its mean.
+            sampler: "ddpm" or "ddim"; eta: DDIM's, 0 is deterministic. For many steps of DDIM use a schedule
+                with clip_sample=False (docs/sigma.md).
+            noise: a factor of sigma_t z; False is 0, so that each step returns its mean.
             batch_size: samples computed together; None chooses by the device and the size of a sample. If memory runs
                 out it is halved, with a warning, for all later batches too. It does not apply with batch_invariant.
             class_labels: one per sample, for a class-conditional `UNet2D`.
@@ -248,8 +248,8 @@ class Sampler:
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the predicted
                 clean samples x_0 (float32, like the batch) before the update. Both tensors are copies.
         Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU, in the order
-            asked for.
-        Raises: ValueError: as `sample`; for a bad argument at once, not in the first iteration.
+            requested.
+        Raises: ValueError: as in `sample`; for a bad argument at the call, not in the first iteration.
         """
         table = self.schedule.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise)
         addresses = noise_address(seed, samples)
@@ -302,7 +302,7 @@ class Sampler:
     ) -> Tensor:
         """All steps of one batch: [n, *shape] float32 on the CPU, channels-last, without empty entries."""
         occupied = batch >= 0
-        places = batch.clamp(min=0)  # an empty entry computes anything
+        places = batch.clamp(min=0)  # an empty entry computes the first sample; the result is dropped
         capture = callback is None and self.engine.captures(len(table))
         with self.engine.runner(len(batch), capture=capture) as runner:
             if self.engine.compiles:
@@ -312,7 +312,7 @@ class Sampler:
             samples = addresses[places, 1][occupied]
             watch = StepWatch(runner, occupied, samples, on_steps)
             observe = None if callback is None else _observer(callback, runner, table, occupied, samples)
-            for row in reverse_process(runner, len(table), observe):
+            for row in reverse_process(runner, observe):
                 watch.after(row)
             x = runner.x.to("cpu", copy=True)
         return x if occupied.all() else layout.channels_last(x[occupied])
@@ -320,7 +320,7 @@ class Sampler:
     def checked_labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
         """One class label per sample: [N] int64, or [N, ...] as an embedding of type "identity" takes them.
 
-        Raises: ValueError: the labels are not like that, are missing, or this model takes none.
+        Raises: ValueError: the labels do not have this form, are missing, or this model takes none.
         """
         conditional = isinstance(self.model, UNet2D) and self.model.class_embedding is not None
         if given is None and not conditional:
@@ -345,7 +345,7 @@ class Sampler:
         return default_size(self.shape, PIXELS_PER_BATCH[self.device.type])
 
     def _micro_batch(self, batch_invariant: bool | int) -> int:
-        """How many samples the network always computes together; 0: as many as there are."""
+        """The fixed number of entries of every batch; 0: batches have no fixed size."""
         if isinstance(batch_invariant, bool):
             return default_size(self.shape, PIXELS_PER_MICRO_BATCH[self.device.type]) if batch_invariant else 0
         if not is_whole(batch_invariant) or batch_invariant < 1:
@@ -354,11 +354,11 @@ class Sampler:
 
 
 def _observer(callback: Callback, runner: Runner, table: StepTable, occupied: Tensor, samples: Tensor) -> Observe:
-    """What calls the callback with the x_0 that a step sees (eq. 15), clipped if the schedule clips."""
+    """A function that calls the callback with the x_0 of a step (eq. 15), clipped if the schedule clips."""
 
     def observe(row: int, model_output: Tensor) -> None:
-        cx, cm, lo, hi, *_ = runner.table.rows[row]
-        x_0 = runner.table.scale[row] * (cx * runner.x + cm * model_output.float()).clamp(lo, hi)
+        c = StepColumns.of(runner.table.rows[row])
+        x_0 = runner.table.scale[row] * (c.cx * runner.x + c.cm * model_output.float()).clamp(c.lo, c.hi)
         x_0 = x_0 if occupied.all() else x_0[occupied.to(x_0.device)]
         callback(len(table) - 1 - row, int(table.timesteps[row]), x_0, samples.clone())
 

@@ -1,7 +1,7 @@
 """Watching results on a GPU without making it wait."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -15,34 +15,31 @@ LOOK_EVERY = 16  # steps on a GPU
 
 
 class Watch:
-    """Judges flags that a device computes.
+    """Returns flags that a device computes, once they can be read without making a GPU wait.
 
     Reading a flag makes the host wait until the work before it is done, and then the GPU has nothing to do. So flags
-    are copied to the host behind the work that is under way, and are judged when `behind` newer ones have been copied.
+    are copied to the host behind the work that is under way, and are returned when `behind` newer ones were copied.
 
-    Args:
-        judge: called as judge(flags on the host, *context); raises if they are bad.
-        behind: how many looks later a look is judged; 0 judges at once.
+    Args: behind: how many newer copies are made before a copy is returned; 0: return it at once.
     """
 
-    def __init__(self, judge: Callable[..., None], *, behind: int):
-        self.judge, self.behind = judge, behind
+    def __init__(self, *, behind: int):
+        self.behind = behind
         self.pending: deque[tuple[HostCopy, tuple[Any, ...]]] = deque()
 
-    def look(self, flags: Tensor, *context: Any) -> None:
-        """Copy flags, to be judged later; judge those that are due."""
+    def look(self, flags: Tensor, *context: Any) -> Iterator[tuple[Any, ...]]:
+        """Copy flags. Yields: (flags on the host, *context) of each earlier look that is due."""
         self.pending.append((HostCopy(flags), context))
-        while len(self.pending) > self.behind:
-            self._judge_oldest()
+        yield from self._due(self.behind)
 
-    def finish(self) -> None:
-        """Judge all that is left."""
-        while self.pending:
-            self._judge_oldest()
+    def finish(self) -> Iterator[tuple[Any, ...]]:
+        """Yields: (flags on the host, *context) of each remaining look."""
+        yield from self._due(0)
 
-    def _judge_oldest(self) -> None:
-        copy, context = self.pending.popleft()
-        self.judge(copy.wait(), *context)
+    def _due(self, behind: int) -> Iterator[tuple[Any, ...]]:
+        while len(self.pending) > behind:
+            copy, context = self.pending.popleft()
+            yield copy.wait(), *context
 
 
 class StepWatch:
@@ -60,16 +57,18 @@ class StepWatch:
         self.runner, self.occupied, self.samples, self.on_steps = runner, occupied, samples, on_steps
         on_gpu = runner.bad.device.type == "cuda"
         self.every, self.steps = (LOOK_EVERY if on_gpu else 1), 0
-        self.watch = Watch(self._judge, behind=1 if on_gpu else 0)
+        self.watch = Watch(behind=1 if on_gpu else 0)  # no callback: a cycle would keep the runner and its memory
 
     def after(self, row: int) -> None:
         """Call this after the step at a row of the table."""
         self.steps += 1
         if row % self.every == 0:
-            self.watch.look(self.runner.bad, self.steps)
-            self.steps = 0
+            steps, self.steps = self.steps, 0
+            for due in self.watch.look(self.runner.bad, steps):
+                self._judge(*due)
         if row == 0:
-            self.watch.finish()
+            for due in self.watch.finish():
+                self._judge(*due)
 
     def _judge(self, bad: Tensor, steps: int) -> None:
         bad = bad[self.occupied]

@@ -3,12 +3,12 @@
 import numpy as np
 
 WANTED = "want an .npz, an MNIST-format file (idx, plain or .gz) or a folder of images"  # the end of an error
-CHANNELS = ((), (1,), (3,), (4,))  # what may follow [N, H, W] in a shape
+CHANNEL_SHAPES = ((), (1,), (3,), (4,))  # what may follow [N, H, W] in a shape
 
 
 def as_images(array: np.ndarray, name: object) -> np.ndarray:
     """Return images as uint8 [N, H, W, C]. Raises: ValueError: array is not uint8 images, or holds none."""
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in CHANNELS:
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in CHANNEL_SHAPES:
         wanted = "uint8 (0..255) [N, H, W] or [N, H, W, C] with C = 1, 3 or 4"
         raise ValueError(f"{name} is {list(array.shape)} {array.dtype}; want {wanted}{_conversion(array)}")
     if array.size == 0:

@@ -28,7 +28,7 @@ def load_images(path: str | os.PathLike[str], *, held_out: bool = False, progres
     Returns: uint8 [N, H, W, C], C = 1, 3 or 4.
     Raises: ValueError: path does not exist, is of another kind, is damaged or empty, or its images differ in size.
     """
-    path, kind = _open(path)
+    path, kind = _path_and_kind(path)
     if kind == "folder":
         return load_files(find_images(path), progress)
     if kind == "npz":
@@ -49,7 +49,7 @@ def stream_images(
         if one of the n is coloured.
     Raises: ValueError: as in `load_images`, but some damage is found only when the iterator reaches it.
     """
-    path, kind = _open(path)
+    path, kind = _path_and_kind(path)
     if array is not None and kind != "npz":
         raise ValueError(f"{path} is not an .npz; leave out :{array}")
     if kind == "folder":
@@ -66,7 +66,7 @@ def image_files(path: str | os.PathLike[str]) -> list[Path]:
 
     Raises: ValueError: path does not exist, is of another kind, or is a folder without images.
     """
-    path, kind = _open(path)
+    path, kind = _path_and_kind(path)
     return find_images(path) if kind == "folder" else [path]
 
 
@@ -89,7 +89,7 @@ def load_labels(
     Raises: ValueError: there are no labels, they are damaged, or not as above; or the folder does not have `classes`
         folders, so that their numbers would differ from those in training.
     """
-    path, kind = _open(path)
+    path, kind = _path_and_kind(path)
     if kind == "folder":
         labels, name = folder_labels(path, classes), str(path)
     elif kind == "npz":
@@ -102,11 +102,11 @@ def load_labels(
 
 def array_name(path: str | os.PathLike[str], *, held_out: bool = False) -> str | None:
     """The array of an .npz that `load_images` reads; None if path is not an .npz."""
-    path, kind = _open(path)
+    path, kind = _path_and_kind(path)
     return npz.image_array_name(path, held_out=held_out) if kind == "npz" else None
 
 
-def _open(path: str | os.PathLike[str]) -> tuple[Path, str]:
+def _path_and_kind(path: str | os.PathLike[str]) -> tuple[Path, str]:
     """(path, what it is: "folder", "npz" or "idx")."""
     if not os.fspath(path):
         raise ValueError(f"path is ''; {WANTED}")

@@ -27,7 +27,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware and the software that compute; on others a network may round differently."""
+    """The hardware and software of this process; on others a network may round differently."""
     versions = {"fastddpm": __version__, "torch": str(torch.__version__)}
     if device.type != "cuda":
         return {"device": f"cpu, {torch.backends.cpu.get_cpu_capability()}", "versions": versions}

@@ -48,7 +48,7 @@ def load_idx(path: Path, ranks: tuple[int, ...], what: str) -> np.ndarray:
 def labels_beside(path: Path) -> Path:
     """The file of labels beside a file of images, such as train-labels-idx1-ubyte for train-images-idx3-ubyte.gz.
 
-    Raises: ValueError: there is none, or the name of the images does not lead to one.
+    Raises: ValueError: there is none, or the name of the images does not contain "images".
     """
     if "images" not in path.name:
         way_out = "rename it, for example to train-images-idx3-ubyte"

@@ -12,7 +12,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 GREY = {"1", "L", "LA"}  # Pillow's modes
 COLOUR = {"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
 _CHUNK = 8  # images that one thread decodes at a time
-_AHEAD = 8  # chunks that are decoded before they are asked for
+_AHEAD = 8  # chunks that are decoded ahead of their use
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -27,7 +27,7 @@ def find_images(folder: Path) -> list[Path]:
     files: list[Path] = []
     for root, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
         here = Path(root)
-        above = here.resolve()  # a link to a folder above would be followed for ever
+        above = here.resolve()  # following a link to a folder above would never end
         below[:] = [name for name in below if name[0] != "." and not above.is_relative_to((here / name).resolve())]
         files += [here / name for name in names if name[0] != "." and Path(name).suffix.lower() in SUFFIXES]
     if not (files := sorted(filter(Path.is_file, files))):
@@ -36,7 +36,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def load_files(files: Sequence[Path], progress: bool) -> np.ndarray:
-    """uint8 [N, H, W, C] all images; C = 3 if one of them is coloured, else 1."""
+    """All images: uint8 [N, H, W, C], C = 3 if one of them is coloured, else 1."""
     from tqdm import tqdm
 
     images: np.ndarray | None = None
@@ -52,7 +52,7 @@ def load_files(files: Sequence[Path], progress: bool) -> np.ndarray:
 
 
 def stream_files(files: Sequence[Path], batch: int) -> Iterator[np.ndarray]:
-    """Batches of images, uint8 [n, H, W, C]; C = 3 if one of the batch is coloured, else 1."""
+    """Batches of images: uint8 [n, H, W, C], C = 3 if one of the batch is coloured, else 1."""
     decoded = _decode_all(files)
     for start in range(0, len(files), batch):
         images = [next(decoded) for _ in files[start : start + batch]]
@@ -61,9 +61,9 @@ def stream_files(files: Sequence[Path], batch: int) -> Iterator[np.ndarray]:
 
 
 def folder_labels(folder: Path, classes: int | None) -> np.ndarray:
-    """[N] int64: the classes of the files of `find_images`, each the position of its first subfolder among all of them.
+    """[N] int64: the class of each file of `find_images`, the position of its top subfolder in sorted order.
 
-    Raises: ValueError: an image is in no subfolder, or there are not as many subfolders as classes, unless None.
+    Raises: ValueError: an image is in no subfolder, or `classes` is not None and not the number of subfolders.
     """
     files = [file.relative_to(folder) for file in find_images(folder)]
     if loose := [file for file in files if len(file.parts) == 1]:
@@ -78,7 +78,7 @@ def folder_labels(folder: Path, classes: int | None) -> np.ndarray:
 
 
 def _decode_all(files: Sequence[Path]) -> Iterator[np.ndarray]:
-    """uint8 [H, W, C] each image in order, C = 1 or 3; raises ValueError where the size differs from the first."""
+    """Each image in order: uint8 [H, W, C], C = 1 or 3. Raises: ValueError: a size differs from that of the first."""
     first: tuple[int, ...] = ()
     chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
     with ThreadPoolExecutor() as pool:
@@ -98,7 +98,7 @@ def _decode_all(files: Sequence[Path]) -> Iterator[np.ndarray]:
 
 
 def _decode_file(file: Path) -> np.ndarray:
-    """uint8 [H, W, C], C = 1 or 3, upright as the EXIF orientation says."""
+    """One image: uint8 [H, W, C], C = 1 or 3, turned upright as its EXIF orientation says."""
     from PIL import Image, ImageOps
 
     try:

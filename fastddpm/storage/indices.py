@@ -18,7 +18,7 @@ class Indices(Sequence[int]):
 
     Args:
         starts: [R] int64, the first index of each run.
-        lengths: [R] int64, the number of indices in each run, at least 1; the next run does not continue it.
+        lengths: [R] int64, the number of indices in each run, at least 1. No run continues the one before it.
     """
 
     def __init__(self, starts: np.ndarray, lengths: np.ndarray):
@@ -26,7 +26,7 @@ class Indices(Sequence[int]):
         self._ends = lengths.cumsum()  # the number of indices up to the end of each run
 
     @classmethod
-    def _joined(cls, starts: np.ndarray, lengths: np.ndarray) -> "Indices":
+    def _from_runs(cls, starts: np.ndarray, lengths: np.ndarray) -> "Indices":
         """The indices of runs that may be empty or continue each other."""
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         first = np.ones(len(starts), bool)
@@ -53,12 +53,12 @@ class Indices(Sequence[int]):
         if starts.ndim != 1 or not (_in_range(starts) and _in_range(lengths)) or (starts + lengths > LIMIT).any():
             given = _shortened(" ".join(str(samples).split()))
             raise ValueError(f"samples are {given}; want a count, or whole numbers 0 <= index < 2^56")
-        return cls._joined(starts.astype(np.int64), lengths.astype(np.int64))
+        return cls._from_runs(starts.astype(np.int64), lengths.astype(np.int64))
 
     @classmethod
     def joined(cls, parts: "Sequence[Indices]") -> "Indices":
-        """The indices of all parts, one part after the other."""
-        return cls._joined(
+        """The indices of all parts, in the order of the parts."""
+        return cls._from_runs(
             np.concatenate([part.starts for part in parts]), np.concatenate([part.lengths for part in parts])
         )
 
@@ -81,7 +81,7 @@ class Indices(Sequence[int]):
         starts, lasts = numbers[np.roll(ends_run, 1)], numbers[ends_run]
         if (lasts < starts).any():
             raise ValueError(f"{_shortened(text)!r} is not a list of whole numbers like 5,7,100-120")
-        return cls._joined(starts, lasts + 1 - starts)
+        return cls._from_runs(starts, lasts + 1 - starts)
 
     def __str__(self) -> str:
         """The shortest text that `parse` reads as these indices."""
@@ -114,7 +114,7 @@ class Indices(Sequence[int]):
         ends = self._ends[at]
         begins = ends - self.lengths[at]
         starts = self.starts[at] + np.maximum(start - begins, 0)
-        return self._joined(starts, np.minimum(ends, stop) - np.maximum(begins, start))
+        return self._from_runs(starts, np.minimum(ends, stop) - np.maximum(begins, start))
 
     def largest(self) -> int:
         """The largest index; there must be at least one."""

@@ -31,8 +31,9 @@ def merge(
             have labels; the same bytes as from `images.save_npz`. x.tar: for webdataset.
         progress: show a bar.
     Returns: the shape of all samples together.
-    Raises: ValueError: a folder holds no samples or lacks some; its model, schedule, sampler or precision is not that
-        of the first; two folders hold the same sample; or out is not as above.
+    Raises: ValueError: a folder holds no samples or lacks some; its model, schedule, sampler, shape or precision is
+        not that of the first; some have labels and others not; two folders hold the same sample; or out is not as
+        above.
     """
     from tqdm import tqdm
 

@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from fastddpm.storage.data_checks import CHANNELS, as_images, check_brightest
+from fastddpm.storage.data_checks import CHANNEL_SHAPES, as_images, check_brightest
 
 # names of image arrays, in order of preference, and of the arrays of their labels
 HELD_OUT = {"x_test": "y_test"}
@@ -50,7 +50,7 @@ def stream_array(path: Path, array: str | None, batch: int) -> tuple[int, Iterat
         with archive.open(member) as file:
             shape, column_major, dtype = _npy_header(file)
     title = f"{path}: {name}"
-    if column_major or dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in CHANNELS or 0 in shape:
+    if column_major or dtype != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in CHANNEL_SHAPES or 0 in shape:
         with _naming_errors(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = np.ascontiguousarray(arrays[name])
         images = as_images(images, title)
@@ -72,7 +72,7 @@ def stream_array(path: Path, array: str | None, batch: int) -> tuple[int, Iterat
 
 
 def _choose_array(names: Sequence[str], *, held_out: bool = False) -> str:
-    """Which of the arrays of an .npz holds the images. Raises: ValueError: none of them stands out."""
+    """Which of the arrays of an .npz holds the images. Raises: ValueError: several, none with a known name."""
     known = [*HELD_OUT, *ARRAYS] if held_out else [*ARRAYS]
     name = next((name for name in known if name in names), names[0] if names else "")
     if name not in known and len(names) != 1:

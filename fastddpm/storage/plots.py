@@ -102,9 +102,9 @@ def bound_terms(
             legend = axes.plot(t, term, color=BLUE, linewidth=1.5, label="$L_{t-1}$")
             band = {"color": PALE, "linewidth": 0, "label": "± standard error"}
             legend += [axes.fill_between(t, low, term + spread, **band)] if known else []
-        for place, value, off, name, color in ends:
+        for place, value, deviation, name, color in ends:
             spot = {"color": color, "marker": "D", "linestyle": "none", "zorder": 3, "clip_on": False}
-            legend += axes.plot([place], [max(value, floor)], label=f"{name}: {with_error(value, off)}", **spot)
+            legend += axes.plot([place], [max(value, floor)], label=f"{name}: {with_error(value, deviation)}", **spot)
         _use_whole_numbers(axes, log=num_train_timesteps > FEW)
         axes.set(xlabel="timestep t", ylabel="bits/dim", title=f"Variational bound: {with_error(*total)} bits/dim")
         axes.legend(handles=legend)

@@ -1,6 +1,6 @@
 """A folder of samples in shards, each of which is complete or missing.
 
-samples/manifest.json     describes the samples; samples of another description are refused
+samples/manifest.json     describes the samples; samples with another description are refused
 samples/00000.npz ...     one file per shard; or 00000.tar ... for webdataset; or 00000.png ..., one file per sample
 samples/.shards/00000 ... the checksum of a shard, written when all its files are on disk; a shard whose checksum is
                           missing or wrong is not done
@@ -223,7 +223,7 @@ def is_shard_folder(path: str | os.PathLike[str]) -> bool:
 def add_to_tar(
     tar: tarfile.TarFile, indices: Indices, samples: np.ndarray, labels: np.ndarray | None, *, digits: int
 ) -> None:
-    """Append samples for webdataset, which takes files whose names differ only in the suffix as one sample."""
+    """Append samples for webdataset, which groups files whose names differ only in the suffix into one sample."""
     for place, index in enumerate(indices):
         name = f"{index:0{digits}d}"
         if images.are_pictures(samples):
@@ -253,6 +253,6 @@ def _decode_sample(name: str, content: bytes) -> np.ndarray:
 
 
 def in_short(facts: Mapping[str, Any]) -> str:
-    """Some fields of a manifest as text of at most one line."""
+    """Some fields of a manifest as one line of text."""
     text = json.dumps(facts)[1:-1]
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -16,7 +16,7 @@ from fastddpm.train.options import TrainOptions
 
 
 class Draws(NamedTuple):
-    """The random numbers of a step, of a batch of N.
+    """The random numbers of a step, for a batch of N.
 
     Attributes:
         image: [N] int64: the position of each image in the data set.

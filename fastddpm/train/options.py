@@ -1,4 +1,4 @@
-"""What to train and how: the options of a run, and their checks."""
+"""The options of a training run, and their checks."""
 
 import math
 from collections.abc import Callable

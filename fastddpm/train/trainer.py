@@ -181,7 +181,7 @@ class Trainer:
                     )
 
     def wrapped_network(self) -> Callable[..., Tensor]:
-        """The network as `step` takes it: compiled if asked for, with gradients averaged over the ranks."""
+        """The network as `step` takes it: compiled if the engine says so, with gradients averaged over the ranks."""
         network: Any = self.net
         if self.group.size > 1:
             device_ids = [self.compute.device] if self.compute.device.type == "cuda" else None
@@ -224,7 +224,7 @@ class Trainer:
             torch.manual_seed(int(state[0]))
 
     def _setup(self) -> dict[str, Any]:
-        """What the run computes on, and how much, for the state and the first line on stderr."""
+        """The device, the sizes and so on of this run, for the state and the first line on stderr."""
         return {
             "device": str(self.compute.device),
             "precision": self.compute.precision,
@@ -278,9 +278,8 @@ class Trainer:
                 run_folder.append_to_log(self.out, record)
         if writes and self._is_due(options.sample_every):
             self._draw_pictures()
-        if writes and (
-            last or self._is_due(options.save_every)
-        ):  # after the log and the pictures, which a kill may lose
+        # after the log and the pictures: saved before them, a kill in between would lose them
+        if writes and (last or self._is_due(options.save_every)):
             run_folder.save_state(self.out, self.identity, self.parts, state)
             self._save_checkpoint()
         self._start_interval()
@@ -335,5 +334,5 @@ class Trainer:
 
 
 def _random_state_restored(device: torch.device) -> Any:
-    """A context after which torch's random number generators have their state of before."""
+    """A context that restores the state of torch's random number generators when it ends."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])

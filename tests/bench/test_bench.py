@@ -118,7 +118,7 @@ def on_the_cpu(monkeypatch):
 
 def bench(*options, device="cpu", **environment):
     """Run pytest bench at a tiny size, without compiling."""
-    code = "import pytest, sys, torch; torch.compile = lambda f, **how: f; sys.exit(pytest.main(sys.argv[1:]))"
+    code = "import pytest, sys, torch; torch.compile = lambda f, **options: f; sys.exit(pytest.main(sys.argv[1:]))"
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TRITON_INTERPRET", "COMMIT", "BENCH"))}
     kept |= {"BENCH_TINY": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}) | environment
     run = [sys.executable, "-c", code, "bench", "--benchmark-min-rounds=3", "--benchmark-max-time=0", *options]
@@ -167,8 +167,8 @@ def test_wrong_result_is_recorded_without_a_time(tmp_path):
     plugin.write_text(
         "from fastddpm import ops\n"
         "right = ops.noising\n"
-        "def noising(*args, **how):\n"
-        "    y = right(*args, **how)\n"
+        "def noising(*args, **options):\n"
+        "    y = right(*args, **options)\n"
         "    y.view(dtype=__import__('torch').int16)[0, 0, 0, 0] ^= 1\n"
         "    return y\n"
         "ops.noising = noising\n"
@@ -290,7 +290,7 @@ def test_flops_are_those_of_the_plain_network():
 
 
 def test_flops_of_the_public_layouts(monkeypatch):
-    """The figures of DESIGN: 12.1 without attention's products, which are 0.34; and 497."""
+    """In GFLOP per image: 12.1 without attention's products, which are 0.34; and 497."""
     monkeypatch.setattr(layouts, "LAYOUTS", {"cifar10-32": layouts.CIFAR10, "celebahq-256": layouts.CELEBAHQ})
     assert round(layouts.flops("cifar10-32") / 1e9, 2) == 12.44
     assert round(layouts.flops("celebahq-256") / 1e9) == 497
@@ -337,8 +337,8 @@ def test_wrong_bit_is_not_timed(problem, monkeypatch):
     op, bits = ("step", torch.int32) if dtype == torch.bfloat16 else ("noising", torch.int16)
     right = getattr(ops, op)
 
-    def wrong(x, *args, **how):
-        y = right(x, *args, **how)
+    def wrong(x, *args, **options):
+        y = right(x, *args, **options)
         (x if op == "step" else y).view(bits)[0, 0, 0, 0] ^= 1
         return y
 
@@ -354,8 +354,8 @@ def test_wrong_bit_of_training_is_not_timed(dtype, damage, monkeypatch):
     shape, right = (2, 3, 5, 7), getattr(ops, damage)
     assert test_kernels.training_problem(shape, dtype).errors == {"bits": "equal"}
 
-    def wrong(x, *args, **how):
-        y = right(x, *args, **how)
+    def wrong(x, *args, **options):
+        y = right(x, *args, **options)
         bits = y.data.view({2: torch.int16, 4: torch.int32}[y.itemsize])
         bits[(0,) * y.ndim] ^= 1
         return y
@@ -396,7 +396,7 @@ def test_training_moves_a_third_of_the_bytes_of_eager_torch(dtype, least):
 @pytest.mark.parametrize("who", ["reference", "diffusers"])
 @pytest.mark.parametrize("problem", [test_kernels.step_problem, test_kernels.noising_problem])
 def test_other_implementations_do_the_same_work(problem, who):
-    """Their results pass the gate, and each call computes a new one."""
+    """The results pass the gate, and each call computes a new one."""
     pytest.importorskip("diffusers")
     found = problem((2, 3, 5, 7), torch.float32, who)
     assert found.errors["rms"]["error"] <= found.errors["rms"]["bound"]
@@ -465,16 +465,18 @@ def test_flops_of_training_are_those_of_both_passes(monkeypatch):
         UNet(**layouts.CIFAR10)(torch.empty(1, 3, 32, 32), torch.zeros(1)).sum().backward()
     ready = test_training.Ready(lambda: None, {"max": 0}, {"prepare_s": 1.0})
     monkeypatch.setattr(test_training, "training", lambda *asked: ready)
-    told = []
-    test_training.test_training(lambda run, n, **how: told.append(how) or 0.5, "cifar10-32", 7, "fastddpm eager bf16")
-    [how] = told
-    assert abs(how["flops"] / (7 * counter.get_total_flops()) - 1) <= 1e-3
-    assert (how["images"], how["precision"], how["errors"], how["facts"]) == (7, "bf16", ready.errors, ready.facts)
+    calls = []
+    measure = lambda run, n, **options: calls.append(options) or 0.5
+    test_training.test_training(measure, "cifar10-32", 7, "fastddpm eager bf16")
+    [options] = calls
+    assert abs(options["flops"] / (7 * counter.get_total_flops()) - 1) <= 1e-3
+    assert (options["images"], options["precision"]) == (7, "bf16")
+    assert (options["errors"], options["facts"]) == (ready.errors, ready.facts)
 
 
 def test_training_with_other_noise_is_not_timed(monkeypatch):
-    def noising(x_0, t, address, *others, **how):
-        return right(x_0, t, address + 1, *others, **how)
+    def noising(x_0, t, address, *others, **options):
+        return right(x_0, t, address + 1, *others, **options)
 
     right = ops.noising
     monkeypatch.setattr(ops, "noising", noising)
@@ -524,7 +526,7 @@ def test_every_plan_of_the_norm_is_timed(interpreted):
 
 @pytest.mark.slow
 def test_compile_ahead_compiles_in_other_processes(monkeypatch):
-    """Tasks that cannot be sent there, or fail there, raise here."""
+    """A task that cannot be sent to another process, or fails there, raises here."""
     problems = {norm: test_races.NormProblem(norm, 1) for norm in (NORM, LARGE)}
     test_races.compile_ahead(problems, processes=1)
     monkeypatch.setattr(test_races, "plans", lambda problem: {"no such plan": problem.ours})
@@ -539,7 +541,9 @@ def test_other_launches_are_timed(interpreted, monkeypatch, kernel):
 
     class Spy:
         def __getitem__(self, grid):
-            return lambda *args, **how: seen.add((how["BLOCK"], how["num_warps"])) or launched[grid](*args, **how)
+            return lambda *args, **options: (
+                seen.add((options["BLOCK"], options["num_warps"])) or launched[grid](*args, **options)
+            )
 
     monkeypatch.setattr(module, f"{kernel}_kernel", Spy())
     monkeypatch.setattr(test_races, "LAUNCHES", [(512, 1), (2048, 8)])

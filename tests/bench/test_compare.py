@@ -425,8 +425,8 @@ def test_invalid_arguments_are_rejected(tmp_path, capsys, monkeypatch, argv, mes
     places = {"file": write(tmp_path / "a.jsonl", record("a", TEN)), "empty": tmp_path / "empty"}
     places |= {"tree": build(tmp_path / "tree", "")}
     places["empty"].mkdir()
-    told = failure([word.format(**places) for word in argv], capsys)
-    assert f"bench.compare: error: {message.format(**places)}" in told
+    line = failure([word.format(**places) for word in argv], capsys)
+    assert f"bench.compare: error: {message.format(**places)}" in line
 
 
 # Turns
@@ -794,18 +794,18 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="it takes /proc to see who lives")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_both_processes_end_with_the_command(tmp_path, suite, how):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_both_processes_end_with_the_command(tmp_path, suite, stop):
     tree = build(tmp_path / "tree", BUILD + "\nSECONDS = 0.2\n")
     running = command(suite, tree, tree, "--select", "planted")
     while not (suite / "events").exists() or sum(event[1] == "begins" for event in events_of(suite)) < 3:
         assert running.poll() is None
         time.sleep(0.02)
     pids = [int(event[2]) for event in events_of(suite) if event[1] == "starts"]
-    running.send_signal(how)
+    running.send_signal(stop)
     out, err = running.communicate()
     assert out == ""
-    if how == signal.SIGINT:
+    if stop == signal.SIGINT:
         assert running.returncode == 130
         assert err.endswith("\nbench.compare: interrupted\n")
     until = time.monotonic() + 30

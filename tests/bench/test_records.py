@@ -258,7 +258,7 @@ def test_missing_path_is_an_error(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """git(...) in a repository that contains bench/, where records.py seems to be."""
+    """git(...) in a repository that contains bench/, in which records.py believes it lies."""
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     for name, value in {
@@ -553,7 +553,7 @@ def test_hash_changes_with_the_measurement(hashed, file, old, new):
 
 
 def test_hash_is_the_same_in_every_process_and_python(hashed, tmp_path):
-    """The literal is the one from 3.10 to 3.13."""
+    """The literal is the hash in Python 3.10 to 3.13."""
     write(tmp_path)
     code = "from bench.records import source_hash; from cases.test_it import test_it; print(source_hash(test_it))"
     found = {

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,8 +50,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "drawn"
 
 
-def sampler(folder, **how):
-    return Sampler.from_pretrained(folder, device="cpu", precision="fp32", **how)
+def sampler(folder, **options):
+    return Sampler.from_pretrained(folder, device="cpu", precision="fp32", **options)
 
 
 def pictures(n, seed=0):
@@ -65,7 +66,7 @@ def test_samples_of_every_setting_are_drawn_once(tiny, folder):
     sigma.draw(drawer, folder, N, seed=3, steps=3)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.npz")}
     assert names == {f"{name}/{part}.npz" for name in SETTINGS for part in ("00000-00003", "00004-00005")}
-    for name, how in (
+    for name, options in (
         ("full", {}),
         ("half", {"noise": 0.5}),
         ("none", {"noise": False}),
@@ -74,7 +75,8 @@ def test_samples_of_every_setting_are_drawn_once(tiny, folder):
     ):
         by = sampler(tiny)
         by.schedule = replace(by.schedule, clip_sample=name != "unclipped")
-        parts = [by.sample(part, seed=3, steps=3, output="uint8", progress=False, **how) for part in (range(4), (4, 5))]
+        draw = partial(by.sample, seed=3, steps=3, output="uint8", progress=False, **options)
+        parts = [draw(range(4)), draw((4, 5))]
         assert np.array_equal(sigma.load(folder, name, N), torch.cat(parts)[..., 0].numpy())
     drawn = [sigma.load(folder, name, N) for name in SETTINGS]
     assert all((one != other).any() for i, one in enumerate(drawn) for other in drawn[:i])
@@ -101,13 +103,13 @@ def test_parts_make_up_all_samples(tiny, folder):
 def test_samples_with_other_settings_are_rejected(tiny, folder, tmp_path):
     sigma.draw(sampler(tiny), folder, 1)
     other = saved(tmp_path / "other", seed=1)
-    for drawer, how, what in (
+    for drawer, options, what in (
         (sampler(tiny), {"seed": 1}, "seed"),
         (sampler(tiny), {"steps": 2, "seed": 1}, "seed, steps"),
         (sampler(other), {}, "model"),
         (Sampler.from_pretrained(tiny, device="cpu", precision="bf16"), {}, "precision"),
     ):
-        message = check.error_line(sigma.draw, drawer, folder, 1, **how)
+        message = check.error_line(sigma.draw, drawer, folder, 1, **options)
         assert message == f"{folder} has samples of another {what}; choose another folder for --samples"
     sigma.draw(sampler(tiny), folder, 1)
 
@@ -151,7 +153,7 @@ def test_entropy_of_the_classes():
 def test_every_set_is_measured_like_the_real_images(classifier):
     real = pictures(40)
     same = np.repeat(real[:1], 9, 0)
-    full, none, last = sigma.compared({"full": pictures(9, 1), "none": same}, real, classifier, splits=3)
+    full, none, last = sigma.measure_all({"full": pictures(9, 1), "none": same}, real, classifier, splits=3)
     assert [one.name for one in (full, none, last)] == ["with σ_t z", "without σ_t z", "real images"]
     of_real = frechet.features(classifier, real)
     for one, of_these in ((full, pictures(9, 1)), (none, same)):

@@ -114,9 +114,9 @@ def held(monkeypatch):
     return memory
 
 
-def watched(uuid=UUID, **how):
+def watched(uuid=UUID, **options):
     """Watch an instant, with two samples, one at each end."""
-    with Watch(uuid, **{"interval_s": 60} | how) as found:
+    with Watch(uuid, **{"interval_s": 60} | options) as found:
         pass
     assert tuple(found.facts) == watch.FACTS
     assert "NVML" not in [thread.name for thread in threading.enumerate()], "the thread still runs"
@@ -275,8 +275,8 @@ def test_all_queries_are_forbidden(nvml):
         for name, value in gpu().items()
     }
     found = watched()
-    told = {name for name, value in found.facts.items() if value is not None}
-    assert told - {"cpu_others"} == {"nvml", "driver", "samples", "seconds"}
+    known = {name for name, value in found.facts.items() if value is not None}
+    assert known - {"cpu_others"} == {"nvml", "driver", "samples", "seconds"}
     assert found.facts["nvml"] == "NVMLError_NoPermission: Insufficient Permissions"
     assert found.invalid == []
 
@@ -326,8 +326,8 @@ def test_lost_gpu_is_invalid(nvml, error, words):
 
 def unwatched(found):
     """Check that everything that needs NVML is null. Returns: why there is no NVML."""
-    told = {name for name, value in found.facts.items() if value is not None}
-    assert told - {"cpu_others"} == {"nvml", "seconds"}
+    known = {name for name, value in found.facts.items() if value is not None}
+    assert known - {"cpu_others"} == {"nvml", "seconds"}
     assert found.invalid == []
     return found.facts["nvml"]
 
@@ -414,7 +414,7 @@ def test_no_uuid(monkeypatch):
 
 
 def test_mig_instance(nvml):
-    """torch names it like a GPU; it has no clocks, power, utilisation and processes of its own."""
+    """torch names it like a GPU; it does not report clocks, power, utilisation or processes."""
     refused = nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
     name = f"MIG-{UUID.removeprefix('GPU-')}"
     own = {"Name", "UUID", "MemoryInfo"}
@@ -500,12 +500,12 @@ def stat(monkeypatch, tmp_path):
     return write
 
 
-def cpu(stat, monkeypatch, after, own, seconds=10.0, uuid=None, **how):
+def cpu(stat, monkeypatch, after, own, seconds=10.0, uuid=None, **options):
     """Watch the CPUs 0 and 2 for `seconds`."""
     clock = iter([100.0, 100.0 + seconds])
     monkeypatch.setattr(watch, "perf_counter", lambda: next(clock))
     stat(["cpu 9 9 9 9 9 9 9 9", *(f"cpu{n} 100 100 100 100 100 100 100 100 100 100" for n in range(3)), "intr 1 2"])
-    with Watch(uuid, **how) as found:
+    with Watch(uuid, **options) as found:
         stat(["cpu 9 9 9 9 9 9 9 9", *after, "intr 1 2"], own)
     return found
 

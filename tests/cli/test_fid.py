@@ -44,11 +44,11 @@ DEFAULTS = {
 def test_fid_passes_all_options(flags, options, monkeypatch):
     calls = []
 
-    def measured(a, b, **given):
-        calls.append((a, b, given))
+    def record(a, b, **arguments):
+        calls.append((a, b, arguments))
         raise ValueError("enough")
 
-    monkeypatch.setattr(command, "fid", measured)
+    monkeypatch.setattr(command, "fid", record)
     assert main(["fid", "a.npz", "b.npz", *flags.split()]) == 2
     assert calls == [("a.npz", "b.npz", DEFAULTS | options)]
 

@@ -89,7 +89,7 @@ def test_a_damaged_gradient_is_detected(damage):
         assert_as_accurate(damage(m.grad), exact.bfloat16(), exact)
 
 
-def test_it_equals_the_loss_of_algorithm_1(device):
+def test_loss_equals_that_of_algorithm_1(device):
     process, (m, x_0, t, address, table) = Diffusion(Schedule().betas), inputs((4, 3, 8, 8))
     value = (x_0.double() - 127.5) / 127.5
     eps = noise.normal(address, (3, 8, 8), stream=noise.TRAIN, t=0)
@@ -164,7 +164,7 @@ def test_eps_loss_rejects_invalid_arguments(name, damage, message):
 def test_second_derivatives_are_rejected():
     m, loss = run("cpu", *inputs((2, 3, 8, 8)))
     line = error_line(torch.autograd.grad, loss.sum(), m, create_graph=True)
-    assert line == "eps_loss: it is differentiable once; call backward() or grad() without create_graph"
+    assert line == "eps_loss is differentiable only once; call backward() or grad() without create_graph"
 
 
 def test_x_0_must_not_require_a_gradient():

@@ -30,7 +30,7 @@ class Problem:
     """Arguments of `ops.group_norm`, and the result of plain torch."""
 
     def __init__(self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, silu=True, seed=0):
-        """Args: skip: how many channels to add to those of shape; rows: how many rows add has, 0 for no add."""
+        """Args: skip: number of channels to append to those of shape; rows: number of rows of add, 0 for no add."""
         n, channels, *spatial = shape
         channels += skip
         both = (torch.randn(n, channels, *spatial, generator=generator(seed)) + mean).to(dtype)

@@ -175,7 +175,7 @@ def test_the_row_may_lie_on_the_device(source, kernel_device):
 
 @pytest.mark.parametrize("learned", LEARNED)
 def test_a_step_without_noise_reads_none(learned, kernel_device):
-    """It adds nothing either: that would lose the sign of a mean of -0."""
+    """Nor does it add zeros, which would lose the sign of a mean of -0."""
     x = torch.full((2, 3, 5, 7), -0.0)
     rows, bad = ROWS.clone(), x * nan
     rows[1, [OF_X_0, SIGMA]] = torch.tensor([1.0, nan])

@@ -1,4 +1,4 @@
-"""What an engine may change is the speed. Graphs are played back here as by a GPU: same memory, nothing of Python."""
+"""Engines differ only in speed. Graphs are faked: a replay repeats operations on the same memory, without Python."""
 
 import gc
 import subprocess
@@ -19,7 +19,7 @@ from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder
 from fastddpm.sampling.engine import KEPT, WORTH_CAPTURING, Engine
-from fastddpm.sampling.runner import Replay
+from fastddpm.sampling.runner import Replay, Runner
 from tests.support.check import TINY, assert_as_accurate, at_once
 
 SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
@@ -27,7 +27,7 @@ SHAPE = (1, 8, 8)
 
 
 class Recording(TorchDispatchMode):
-    """A CUDA graph's idea of a function: the operations it ran, on the tensors and numbers it ran them on."""
+    """A fake CUDA graph: records the operations of a function, with their tensors and numbers, and repeats them."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def address(x):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Graphs on the CPU; gives those that were captured."""
+    """Replaces captures by recordings on the CPU; returns the list of them."""
     captured, resets, prepare = [], {}, Replay.prepare
 
     def remember_reset(replay, run, reset, constants):
@@ -60,7 +60,7 @@ def graphs(monkeypatch):
         prepare(replay, run, reset, constants)
 
     def capture(replay, run):
-        resets[id(replay)]()  # recording runs what a capture would not
+        resets.pop(id(replay))()  # unlike a capture, a recording executes the work
         graph = Recording()
         with graph:
             run(None)
@@ -107,23 +107,23 @@ RUNS = [
 def test_one_graph_serves_every_step_of_every_run(graphs, precision):
     net = tiny_unet()
     one, plain = graphed(net, precision=precision), eager(net, precision=precision)
-    for how in RUNS:
+    for settings in RUNS:
         samples = [0, 2**40, 5]
-        assert torch.equal(one.sample(samples, progress=False, **how), plain.sample(samples, progress=False, **how)), (
-            how
-        )
+        assert torch.equal(
+            one.sample(samples, progress=False, **settings), plain.sample(samples, progress=False, **settings)
+        ), settings
     assert len(graphs) == 1
 
 
-def test_graph_of_another_network(graphs):
+def test_one_graph_serves_a_network_of_another_class(graphs):
     one, plain = (make(elementwise, shape=(3, 5)) for make in (graphed, eager))
-    for how in RUNS:
-        assert torch.equal(one.sample(3, progress=False, **how), plain.sample(3, progress=False, **how))
+    for settings in RUNS:
+        assert torch.equal(one.sample(3, progress=False, **settings), plain.sample(3, progress=False, **settings))
     assert len(graphs) == 1
 
 
 def test_python_decisions_are_frozen_in_a_graph(graphs):
-    """The check above can fail: this network's choice is made at capture, and not again."""
+    """This network's choice is made at the capture only. It also shows that the tests above can fail."""
 
     class Counting(torch.nn.Module):
         calls = 0
@@ -208,26 +208,26 @@ def failing_captures(monkeypatch):
 
 
 def test_auto_retries_a_failed_capture(failing_captures):
-    capture, net, how = failing_captures(1), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+    capture, net, settings = failing_captures(1), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
     sampler = Sampler(net, device="cpu")
-    assert torch.equal(sampler.sample(2, **how), eager(net).sample(2, **how))
+    assert torch.equal(sampler.sample(2, **settings), eager(net).sample(2, **settings))
     assert capture.attempts == 2
     assert next(iter(sampler.engine._idle.values()))._replay.graph is not None
 
 
 def test_auto_falls_back_to_eager_after_two_failures_and_warns_once(failing_captures):
-    capture, net, how = failing_captures(2), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
+    capture, net, settings = failing_captures(2), tiny_unet(), {"steps": WORTH_CAPTURING, "progress": False}
     sampler = Sampler(net, device="cpu")
     with pytest.warns(
         UserWarning, match=r"could not be captured\. Batches of 2 now run eagerly, with the same bits"
     ) as seen:
-        results = [sampler.sample(4, batch_size=2, **how) for _ in range(2)]
+        results = [sampler.sample(4, batch_size=2, **settings) for _ in range(2)]
     assert len(seen) == 1
     assert capture.attempts == 2
-    want = eager(net).sample(4, batch_size=2, **how)
+    want = eager(net).sample(4, batch_size=2, **settings)
     assert all(torch.equal(result, want) for result in results)
     sampler.engine.clear()
-    assert torch.equal(sampler.sample(4, batch_size=2, **how), want)
+    assert torch.equal(sampler.sample(4, batch_size=2, **settings), want)
     assert capture.attempts == 3  # the third attempt succeeded
 
 
@@ -269,14 +269,14 @@ def test_results_do_not_share_memory_with_buffers(graphs):
 
 def test_weights_changed_in_place_are_used_by_the_next_run(graphs):
     net = tiny_unet()
-    sampler, how = graphed(net, precision="fp32"), {"steps": 3, "progress": False}
-    first = sampler.sample(2, **how)
+    sampler, settings = graphed(net, precision="fp32"), {"steps": 3, "progress": False}
+    first = sampler.sample(2, **settings)
     for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):  # torch does not count the second kind
         for parameter in net.parameters():
             with torch.no_grad():
                 change(parameter)
-        assert torch.equal(sampler.sample(2, **how), eager(net, precision="fp32").sample(2, **how))
-        assert not torch.equal(sampler.sample(2, **how), first)
+        assert torch.equal(sampler.sample(2, **settings), eager(net, precision="fp32").sample(2, **settings))
+        assert not torch.equal(sampler.sample(2, **settings), first)
     assert len(graphs) == 1
 
 
@@ -290,40 +290,40 @@ def test_replaced_weights_of_another_network_are_captured_again(graphs):
             return x * self.scale
 
     net = Net()
-    sampler, how = graphed(net, shape=(3,)), {"steps": 3, "progress": False}
-    sampler.sample(2, **how)
+    sampler, settings = graphed(net, shape=(3,)), {"steps": 3, "progress": False}
+    sampler.sample(2, **settings)
     net.scale.data.fill_(0.25)
-    assert torch.equal(sampler.sample(2, **how), eager(net, shape=(3,)).sample(2, **how))
+    assert torch.equal(sampler.sample(2, **settings), eager(net, shape=(3,)).sample(2, **settings))
     assert len(graphs) == 1
     net.scale = torch.nn.Parameter(torch.tensor(0.75))  # elsewhere in memory: the graph would read the old one
-    assert torch.equal(sampler.sample(2, **how), eager(net, shape=(3,)).sample(2, **how))
+    assert torch.equal(sampler.sample(2, **settings), eager(net, shape=(3,)).sample(2, **settings))
     assert len(graphs) == 2
 
 
 def test_graphs_are_reused_and_bounded(graphs):
-    sampler, how = graphed(elementwise, shape=(3,)), {"steps": 2, "progress": False}
+    sampler, settings = graphed(elementwise, shape=(3,)), {"steps": 2, "progress": False}
     for size in (1, 2, 1, 2):
-        sampler.sample(4, batch_size=size, **how)
+        sampler.sample(4, batch_size=size, **settings)
     assert len(graphs) == 2
     for size in range(1, KEPT + 3):
-        sampler.sample(size, batch_size=size, **how)
+        sampler.sample(size, batch_size=size, **settings)
     assert len(sampler.engine._idle) == KEPT
     made = len(graphs)
-    sampler.sample(1, **how)
-    assert len(graphs) == made + 1  # the one least lately used was given up
+    sampler.sample(1, **settings)
+    assert len(graphs) == made + 1  # the least recently used one was dropped
     assert sampler.engine.clear()
     assert not sampler.engine.clear()
 
 
 def test_changed_constants_are_captured_again(graphs):
     net = tiny_unet(num_class_embeds=3)
-    sampler, how = graphed(net), {"steps": 2, "progress": False}
-    sampler.sample(2, class_labels=[0, 1], **how)
-    labelled = sampler.sample(2, class_labels=[2, 2], **how)
+    sampler, settings = graphed(net), {"steps": 2, "progress": False}
+    sampler.sample(2, class_labels=[0, 1], **settings)
+    labelled = sampler.sample(2, class_labels=[2, 2], **settings)
     assert len(graphs) == 1
-    assert torch.equal(labelled, eager(net).sample(2, class_labels=[2, 2], **how))
+    assert torch.equal(labelled, eager(net).sample(2, class_labels=[2, 2], **settings))
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        sampler.sample(2, class_labels=[2, 2], **how)
+        sampler.sample(2, class_labels=[2, 2], **settings)
     assert len(graphs) == 2
     with sampler.engine.runner(2, capture=True) as runner:
         for clip in (True, False):
@@ -332,14 +332,14 @@ def test_changed_constants_are_captured_again(graphs):
 
 
 def test_nested_runs(graphs):
-    sampler, how = graphed(tiny_unet()), {"steps": 4, "progress": False}
-    want, inner = sampler.sample(2, **how), []
+    sampler, settings = graphed(tiny_unet()), {"steps": 4, "progress": False}
+    want, inner = sampler.sample(2, **settings), []
 
     def callback(*seen):
-        inner.append(sampler.sample(2, seed=5, **how))
+        inner.append(sampler.sample(2, seed=5, **settings))
 
-    assert torch.equal(sampler.sample(2, callback=callback, **how), want)
-    assert all(torch.equal(x, sampler.sample(2, seed=5, **how)) for x in inner)
+    assert torch.equal(sampler.sample(2, callback=callback, **settings), want)
+    assert all(torch.equal(x, sampler.sample(2, seed=5, **settings)) for x in inner)
     assert len(inner) == 4
 
 
@@ -349,19 +349,19 @@ def test_two_threads_and_two_samplers(graphs, captures):
     make = graphed if captures else eager
     shared, own = make(net, precision="fp32"), make(other, shape=(3, 4))
     jobs = [(shared, 0), (shared, 1), (own, 2), (shared, 3)]
-    how = {"steps": 6, "batch_size": 2, "progress": False}
-    want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
-    got = at_once(*(partial(sampler.sample, 4, seed=seed, **how) for sampler, seed in jobs))
+    settings = {"steps": 6, "batch_size": 2, "progress": False}
+    want = [sampler.sample(4, seed=seed, **settings) for sampler, seed in jobs]
+    got = at_once(*(partial(sampler.sample, 4, seed=seed, **settings) for sampler, seed in jobs))
     for results, x in zip(got, want, strict=True):
         assert all(torch.equal(result, x) for result in results)
 
 
 def test_run_ignores_the_callers_autocast():
     net = tiny_unet()
-    sampler, how = eager(net, precision="fp32"), {"steps": 2, "progress": False}
-    want = sampler.sample(2, **how)
+    sampler, settings = eager(net, precision="fp32"), {"steps": 2, "progress": False}
+    want = sampler.sample(2, **settings)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(sampler.sample(2, **how), want)
+        assert torch.equal(sampler.sample(2, **settings), want)
 
 
 def test_autocast_does_not_cache_weights(graphs):
@@ -373,36 +373,68 @@ def test_autocast_does_not_cache_weights(graphs):
         def forward(self, x, t):
             return self.linear(x)
 
-    net, how = Net(), {"steps": 3, "progress": False}
+    net, settings = Net(), {"steps": 3, "progress": False}
     one, plain = (make(net, shape=(3,), precision="bf16") for make in (graphed, eager))
     with torch.autocast("cpu", torch.bfloat16):  # whose cache would outlive a step
         for scale in (1, 0.5):
             net.linear.weight.data *= scale
-            assert torch.equal(one.sample(2, **how), plain.sample(2, **how))
-    assert torch.equal(one.sample(2, **how), plain.sample(2, **how))
+            assert torch.equal(one.sample(2, **settings), plain.sample(2, **settings))
+    assert torch.equal(one.sample(2, **settings), plain.sample(2, **settings))
     assert len(graphs) == 1
 
 
 def test_engine_is_freed_with_its_sampler(graphs):
-    """Its graphs hold memory of the GPU, for which nobody waits for the collector."""
+    """At once, without a garbage collection: its graphs hold GPU memory."""
+    graphed(tiny_unet()).sample(1, steps=1, progress=False)  # torch imports modules, which keeps these frames alive
     gc.collect()
     gc.disable()
     try:
         sampler = graphed(tiny_unet())
         sampler.sample(2, steps=2, progress=False)
-        gone = weakref.ref(sampler.engine)
-        del sampler
-        assert gone() is None
+        [runner] = sampler.engine._idle.values()
+        left = [weakref.ref(part) for part in (sampler.engine, runner, runner.network)]
+        del sampler, runner
+        assert [part() for part in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["cleared", "out of memory"])
+def test_runners_are_freed_at_once(monkeypatch, kept):
+    """Without a garbage collection: on a GPU the next batch needs their memory."""
+    made, alive, init = [], [], Runner.__init__
+
+    def noted(runner, *args, **options):
+        alive.append(sum(ref() is not None for ref in made))
+        init(runner, *args, **options)
+        made.append(weakref.ref(runner))
+
+    def model(x, t):
+        if kept and len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return elementwise(x, t)
+
+    monkeypatch.setattr(Runner, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        sampler = eager(model, shape=(3,))
+        with pytest.warns(UserWarning, match="out of memory") if kept else nullcontext():
+            sampler.sample(4, steps=2, batch_size=4, progress=False)
+        sampler.engine.clear()
+        assert [ref() for ref in made] == [None] * len(made)
+        assert alive == [0] * len(made)
+        assert len(made) == (2 if kept else 1)
     finally:
         gc.enable()
 
 
 def test_runs_in_and_out_of_inference_mode():
     net = tiny_unet(num_class_embeds=3)
-    sampler, how = eager(net), {"steps": 2, "class_labels": [0, 1], "progress": False}
+    sampler, settings = eager(net), {"steps": 2, "class_labels": [0, 1], "progress": False}
     with torch.inference_mode():
-        inside = sampler.sample(2, **how)
-    assert torch.equal(sampler.sample(2, **how), inside)
+        inside = sampler.sample(2, **settings)
+    assert torch.equal(sampler.sample(2, **settings), inside)
 
 
 def test_failed_run_keeps_no_buffers(graphs):
@@ -412,18 +444,18 @@ def test_failed_run_keeps_no_buffers(graphs):
         return x * 0.5
 
     fails_once.armed = False
-    sampler, how = eager(fails_once, shape=(3,)), {"steps": 2, "progress": False}
-    want = sampler.sample(2, **how)
+    sampler, settings = eager(fails_once, shape=(3,)), {"steps": 2, "progress": False}
+    want = sampler.sample(2, **settings)
     fails_once.armed = True
     with pytest.raises(RuntimeError, match="broken"):
-        sampler.sample(2, **how)
+        sampler.sample(2, **settings)
     assert not sampler.engine._idle
     fails_once.armed = False
-    assert torch.equal(sampler.sample(2, **how), want)
+    assert torch.equal(sampler.sample(2, **settings), want)
 
 
 def test_auto_captures_long_runs_of_a_unet(graphs, monkeypatch):
-    """Where a GPU is; never another network, whose Python may decide things."""
+    """On a GPU. Other networks are not captured, because they may make decisions in Python."""
     monkeypatch.setattr("fastddpm.sampling.engine.ops.backend", lambda device: "triton")
     sampler = Sampler(tiny_unet(), device="cpu")
     sampler.sample(1, steps=WORTH_CAPTURING - 1, progress=False)
@@ -450,8 +482,8 @@ def test_auto_captures_only_on_a_gpu(model):
     ("kind", "message"),
     [
         ("fast", "engine is 'fast'; want one of auto, eager, compiled, graph, compiled\\+graph"),
-        ("graph", "engine is 'graph', and 'cpu' has no CUDA graphs; use 'eager' or 'compiled'"),
-        ("compiled+graph", "engine is 'compiled\\+graph', and 'cpu' has no CUDA graphs"),
+        ("graph", "engine is 'graph', but 'cpu' has no CUDA graphs; use 'eager' or 'compiled'"),
+        ("compiled+graph", "engine is 'compiled\\+graph', but 'cpu' has no CUDA graphs"),
     ],
 )
 def test_unknown_engine_is_an_error(kind, message):
@@ -463,7 +495,7 @@ def test_unknown_engine_is_an_error(kind, message):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("labels", [False, True])
 def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkeypatch):
-    """With tensors that have a device and a shape and no values, where to ask for a value is an error."""
+    """Uses fake tensors, which have a device and a shape but no values: reading a value is an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
     pytest.importorskip("triton")
@@ -500,7 +532,7 @@ def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkey
 
 
 def test_entries_may_be_at_different_rows():
-    """One step of each entry is the written update at its own row, with its own noise."""
+    """A step of each entry equals the reference update at its row, with its noise."""
     made = Engine(elementwise, (2, 3), 1000, Compute(torch.device("cpu"), "fp32"))
     table, where = Schedule().table(20), noise.address(4, [7, 8, 9])
     with made.runner(3, capture=False) as runner:
@@ -523,7 +555,7 @@ def test_entries_may_be_at_different_rows():
 @pytest.mark.parametrize("channels", [1, 2], ids=["fixed variance", "learned variance"])
 @pytest.mark.parametrize("own", [False, True], ids=["unet", "own"])
 def test_network_alone_may_be_at_different_timesteps(own, channels, kind, graphs):
-    """Each entry as in a batch that is at its own timestep, and as near to float64 as plain torch comes."""
+    """Each entry equals that of a batch at its timestep, and is as accurate as plain torch."""
     net = tiny_unet()
     if channels == 2:
         torch.manual_seed(0)
@@ -568,7 +600,7 @@ def test_network_can_change_between_one_and_several_timesteps(graphs):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_is_the_same_function(precision):
-    """Against the U-Net in float64; the yardstick is plain torch, in channels-last memory as ours."""
+    """As accurate as plain torch with channels-last memory, judged by the U-Net in float64."""
     net = tiny_unet()
     results = {}
     for kind in ("eager", "compiled"):

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the engine, the sampler, the U-Net and the schedulers; the kernels have their own tests."""
+"""Tests on a GPU of the engine, the sampler, the U-Net and the schedulers; the kernels have their own tests."""
 
 import math
 from contextlib import nullcontext
@@ -50,12 +50,12 @@ def samplers(model, **options):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("shape", [(3, 8, 8), (3, 5, 7), (2, 9), (5,)])
-@pytest.mark.parametrize("how", [{}, {"sampler": "ddim", "eta": 0.5}], ids=str)
-def test_cpu_and_gpu_sample_the_same_bits(shape, how, engine):
-    """With a network that rounds the same on both, all the rest does, too."""
+@pytest.mark.parametrize("settings", [{}, {"sampler": "ddim", "eta": 0.5}], ids=str)
+def test_cpu_and_gpu_sample_the_same_bits(shape, settings, engine):
+    """If the network rounds the same on both, everything else does, too."""
     model = lambda x, t: x * 0.75
     cpu, gpu = (
-        Sampler(model, shape=shape, device=device, engine=kind).sample(5, seed=2, steps=20, progress=False, **how)
+        Sampler(model, shape=shape, device=device, engine=kind).sample(5, seed=2, steps=20, progress=False, **settings)
         for device, kind in (("cpu", "eager"), ("cuda", engine))
     )
     assert torch.equal(cpu, gpu)
@@ -66,26 +66,26 @@ def test_one_graph_serves_every_step_of_every_run(precision, monkeypatch):
     captured, capture = [], Replay._captured
     monkeypatch.setattr(Replay, "_captured", lambda replay, run: captured.append(replay) or capture(replay, run))
     eager, graph = samplers(tiny_unet(), precision=precision)
-    for how in RUNS:
-        how = {"samples": [0, 2**40, 5], "progress": False, **how}
-        assert torch.equal(graph.sample(**how), eager.sample(**how)), how
+    for settings in RUNS:
+        settings = {"samples": [0, 2**40, 5], "progress": False, **settings}
+        assert torch.equal(graph.sample(**settings), eager.sample(**settings)), settings
     assert len(captured) == 1
 
 
 def test_class_labels_are_read_in_the_graph():
     eager, graph = samplers(tiny_unet(num_class_embeds=5))
     for labels in ([0, 1], [4, 4]):
-        how = {"class_labels": labels, "steps": 20, "progress": False}
-        assert torch.equal(graph.sample(2, **how), eager.sample(2, **how))
+        settings = {"class_labels": labels, "steps": 20, "progress": False}
+        assert torch.equal(graph.sample(2, **settings), eager.sample(2, **settings))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, torch says
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
-    """From the first step of a run to the last, looks at the flag included."""
+    """From the first step of a run to the last, including the checks for NaN and infinity."""
     sampler = Sampler(tiny_unet(), device="cuda", engine="graph", precision=precision)
-    how = {"steps": 50, "progress": False}
-    want = sampler.sample(4, **how)
+    settings = {"steps": 50, "progress": False}
+    want = sampler.sample(4, **settings)
     allocations = lambda: torch.cuda.memory_stats()["allocation.all.allocated"]
     step, counts = Runner.step, []
 
@@ -99,7 +99,7 @@ def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
 
     monkeypatch.setattr(Runner, "step", watched)
     try:
-        got = sampler.sample(4, **how)
+        got = sampler.sample(4, **settings)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(got, want)
@@ -109,7 +109,7 @@ def test_steps_neither_wait_nor_allocate(precision, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_waiting_is_an_error():
-    """As the test above takes for granted."""
+    """The test above relies on this."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):
@@ -139,18 +139,18 @@ def test_unet_is_as_accurate_as_plain_torch(layout, precision):
 
 
 def test_graph_of_large_images_has_the_eager_bits():
-    """Whose norms are shared by several programs, in two launches each."""
+    """Each norm of such an image takes several programs and two launches."""
     torch.manual_seed(0)
     eager, graph = samplers(UNet2D(**LAYOUTS["large images"]).eval(), precision="bf16")
-    how = {"steps": 20, "progress": False}
-    assert torch.equal(graph.sample(2, **how), eager.sample(2, **how))
+    settings = {"steps": 20, "progress": False}
+    assert torch.equal(graph.sample(2, **settings), eager.sample(2, **settings))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @torch.no_grad()
 def test_whole_run_is_as_accurate_as_plain_torch(precision):
     """Against the reference U-Net in the same loop; the state and the update are float32 in both."""
-    dtype, how = PRECISIONS[precision], {"steps": 50, "progress": False}
+    dtype, settings = PRECISIONS[precision], {"steps": 50, "progress": False}
     net = tiny_unet()
 
     def loop(kind):
@@ -162,10 +162,10 @@ def test_whole_run_is_as_accurate_as_plain_torch(precision):
             with arithmetic(precision, x.device):
                 return model(x.to(kind), t)
 
-        return Sampler(call, shape=(3, 16, 16), device="cuda", engine="eager").sample(8, **how).double()
+        return Sampler(call, shape=(3, 16, 16), device="cuda", engine="eager").sample(8, **settings).double()
 
     exact, plain = loop(torch.float64), loop(dtype)
-    ours = Sampler(net, device="cuda", precision=precision).sample(8, **how).double()
+    ours = Sampler(net, device="cuda", precision=precision).sample(8, **settings).double()
     assert check.root_mean_square(ours - exact) <= 2 * check.root_mean_square(plain - exact)
 
 
@@ -173,7 +173,7 @@ def test_whole_run_is_as_accurate_as_plain_torch(precision):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
 @pytest.mark.parametrize("kind", ["compiled", "compiled+graph"])
 def test_compiled_is_the_same_function(kind):
-    """The yardstick is the eager engine."""
+    """As accurate as the eager engine."""
     net, exact = tiny_unet(), UNet(**CONFIG).eval().double().cuda()
     exact.load_state_dict(net.state_dict())
     outputs = {}
@@ -194,14 +194,17 @@ def test_compiled_is_the_same_function(kind):
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
 def test_weights_changed_in_place_are_used_by_the_next_run(place, precision):
     net = tiny_unet().to(place)
-    sampler, how = Sampler(net, device="cuda", engine="graph", precision=precision), {"steps": 20, "progress": False}
-    first = sampler.sample(2, **how)
+    sampler, settings = (
+        Sampler(net, device="cuda", engine="graph", precision=precision),
+        {"steps": 20, "progress": False},
+    )
+    first = sampler.sample(2, **settings)
     for change in (lambda p: p.mul_(1.5), lambda p: p.data.mul_(0.5)):
         for parameter in net.parameters():
             with torch.no_grad():
                 change(parameter)
-        now = sampler.sample(2, **how)
-        assert torch.equal(now, Sampler(net, device="cuda", engine="eager", precision=precision).sample(2, **how))
+        now = sampler.sample(2, **settings)
+        assert torch.equal(now, Sampler(net, device="cuda", engine="eager", precision=precision).sample(2, **settings))
         assert not torch.equal(now, first)
 
 
@@ -219,11 +222,11 @@ def test_threads_and_samplers_do_not_disturb_each_other(engine):
     fp32, tf32 = (Sampler(tiny_unet(), device="cuda", engine=engine, precision=p) for p in ("fp32", "tf32"))
     own = Sampler(elementwise, shape=(3, 4), device="cuda", engine=engine)
     jobs = [(fp32, 0), (fp32, 1), (own, 2), (tf32, 3)]
-    how = {"steps": 40, "batch_size": 2, "progress": False}
-    want = [sampler.sample(4, seed=seed, **how) for sampler, seed in jobs]
+    settings = {"steps": 40, "batch_size": 2, "progress": False}
+    want = [sampler.sample(4, seed=seed, **settings) for sampler, seed in jobs]
     for sampler, _ in jobs:
         sampler.engine.clear()  # so that they capture beside each other
-    got = check.at_once(*(partial(sampler.sample, 4, seed=seed, **how) for sampler, seed in jobs))
+    got = check.at_once(*(partial(sampler.sample, 4, seed=seed, **settings) for sampler, seed in jobs))
     for results, x in zip(got, want, strict=True):
         assert all(torch.equal(result, x) for result in results)
 
@@ -248,25 +251,25 @@ def invalidated_captures(monkeypatch):
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_failed_capture_changes_no_bit_and_leaves_torch_usable(failures, invalidated_captures):
-    how = {"steps": 20, "progress": False}
-    want = Sampler(tiny_unet(), device="cuda", engine="eager").sample(2, **how)
+    settings = {"steps": 20, "progress": False}
+    want = Sampler(tiny_unet(), device="cuda", engine="eager").sample(2, **settings)
     invalidated_captures(failures)
     sampler = Sampler(tiny_unet(), device="cuda")
     with pytest.warns(UserWarning, match="now run eagerly") if failures == 2 else nullcontext():
-        assert torch.equal(sampler.sample(2, **how), want)
+        assert torch.equal(sampler.sample(2, **settings), want)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.randn(4, device="cuda").isfinite().all()
     assert sampler.engine.clear()
-    assert torch.equal(sampler.sample(2, **how), want)
+    assert torch.equal(sampler.sample(2, **settings), want)
     assert next(iter(sampler.engine._idle.values()))._replay.graph is not None
 
 
 def test_engine_graph_says_why_a_capture_failed(invalidated_captures):
     invalidated_captures(1)
-    sampler, how = Sampler(tiny_unet(), device="cuda", engine="graph"), {"steps": 20, "progress": False}
+    sampler, settings = Sampler(tiny_unet(), device="cuda", engine="graph"), {"steps": 20, "progress": False}
     with pytest.raises(CaptureError, match=r"could not be captured as a CUDA graph \(.*captur"):
-        sampler.sample(2, **how)
-    assert sampler.sample(2, **how).isfinite().all()
+        sampler.sample(2, **settings)
+    assert sampler.sample(2, **settings).isfinite().all()
 
 
 @pytest.mark.slow
@@ -293,7 +296,7 @@ def test_graph_has_its_own_cublas_workspace(precision):
 
 
 def test_polyphase_weights_are_not_rounded_to_tf32(monkeypatch):
-    """Whatever the process has set: they are sums of weights, made by a matrix product."""
+    """Whatever the settings of the process: they are sums of weights, computed by a matrix product."""
     monkeypatch.setattr("fastddpm.networks.unet2d.POLYPHASE_DEVICES", ("cuda",))
     before, weights = torch.get_float32_matmul_precision(), {}
     try:
@@ -309,17 +312,17 @@ def test_polyphase_weights_are_not_rounded_to_tf32(monkeypatch):
 
 
 def test_more_graphs_than_torch_has_streams_replay_during_captures():
-    how = {"steps": 20, "progress": False}
+    settings = {"steps": 20, "progress": False}
     many = [Sampler(elementwise, shape=(3,), device="cuda", engine="graph") for _ in range(40)]
-    want = [sampler.sample(2, seed=seed, **how) for seed, sampler in enumerate(many)]
+    want = [sampler.sample(2, seed=seed, **settings) for seed, sampler in enumerate(many)]
 
     def replays():
         with torch.cuda.stream(torch.cuda.Stream()):
-            return [sampler.sample(2, seed=seed, **how) for seed, sampler in enumerate(many)]
+            return [sampler.sample(2, seed=seed, **settings) for seed, sampler in enumerate(many)]
 
     def captures():
         fresh = Sampler(elementwise, shape=(3,), device="cuda", engine="graph")
-        return [fresh.sample(2, **how)]
+        return [fresh.sample(2, **settings)]
 
     replayed, captured = check.at_once(replays, captures)
     assert all(torch.equal(*pair) for results in replayed for pair in zip(results, want, strict=True))
@@ -354,10 +357,10 @@ def test_network_runs_on_the_current_stream(kind):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_batch_invariant_samples_have_the_same_bits(precision, engine):
     sampler = Sampler(tiny_unet(), device="cuda", precision=precision, engine=engine, batch_invariant=8)
-    how = {"seed": 3, "steps": 20, "progress": False}
-    alone = {sample: sampler.sample([sample], **how)[0] for sample in (0, 1, 5, 8, 2**40 + 2)}
+    settings = {"seed": 3, "steps": 20, "progress": False}
+    alone = {sample: sampler.sample([sample], **settings)[0] for sample in (0, 1, 5, 8, 2**40 + 2)}
     for asked in ([0, 1, 5], [5, 1, 0, 8], [2**40 + 2, 8, 0], range(9)):
-        x = sampler.sample(asked, **how)
+        x = sampler.sample(asked, **settings)
         for place, sample in enumerate(asked):
             assert sample not in alone or torch.equal(x[place], alone[sample])
 
@@ -373,23 +376,23 @@ def test_network_that_waits_cannot_be_captured():
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_batch_is_halved_when_memory_runs_out(engine):
-    """Of 48 samples that want a twentieth of the memory each."""
+    """48 samples, each of which needs a twentieth of the memory."""
     share = torch.cuda.get_device_properties(0).total_memory // 20
 
     def hungry(x, t):
         taken = torch.empty(len(x) * share, dtype=torch.uint8, device=x.device)
         return elementwise(x, t) + 0 * taken[:1].float()
 
-    sampler, how = Sampler(hungry, shape=(2,), device="cuda", engine=engine), {"steps": 17, "progress": False}
+    sampler, settings = Sampler(hungry, shape=(2,), device="cuda", engine=engine), {"steps": 17, "progress": False}
     with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
-        got = sampler.sample(48, batch_size=48, **how)
+        got = sampler.sample(48, batch_size=48, **settings)
     assert [str(w.message).partition(".")[0].split()[-2] for w in warned] == ["24", "12"]
-    assert torch.equal(got, Sampler(elementwise, shape=(2,), device="cuda").sample(48, **how))
+    assert torch.equal(got, Sampler(elementwise, shape=(2,), device="cuda").sample(48, **settings))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_first_bad_step_is_named(engine):
-    """Though the flag is read only now and then."""
+    """Although the flag is read only every few steps."""
 
     def model(x, t):
         bad = (t[:, None] < 500) & (torch.arange(len(x), device=x.device)[:, None] == 1)
@@ -425,11 +428,13 @@ def without_waiting(function):
 @pytest.mark.parametrize("predicts", predict_step.PREDICTS)
 def test_predict_step_of_many_blocks_equals_the_reference(predicts, sampler, dtype):
     x, m, _, z = predict_step.inputs((33, 3, 65, 63), (torch.float32, dtype, dtype, dtype))
-    how, address = {"predicts": predicts, "sampler": sampler, "clip": 1.0}, noise.address(7, 33)
+    settings, address = {"predicts": predicts, "sampler": sampler, "clip": 1.0}, noise.address(7, 33)
     for at in (2, 12, 20):
         for source in ({"z": z}, {"address": address}, {}):
-            got = predict_step.run("cuda", x, m, predict_step.ROWS, at, **how, **source)
-            predict_step.assert_same_bits(got, predict_step.specified(x, m, predict_step.ROWS, at, **how, **source))
+            got = predict_step.run("cuda", x, m, predict_step.ROWS, at, **settings, **source)
+            predict_step.assert_same_bits(
+                got, predict_step.specified(x, m, predict_step.ROWS, at, **settings, **source)
+            )
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS)
@@ -437,52 +442,52 @@ def test_predict_step_of_many_blocks_equals_the_reference(predicts, sampler, dty
 def test_predict_step_of_a_learned_range_is_as_accurate_as_plain_torch(at, dtype):
     x, m, v, z = (a.cuda() for a in predict_step.inputs((8, 3, 64, 64), (dtype,) * 4))
     rows = predict_step.ROWS.cuda()
-    how = {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0, "learned": "learned_range", "v": v - 1, "z": z}
-    ours = ops.predict_step(x, m, rows, at, **how)[0]
-    plain = diffusion.predict_step(x, m, rows[at].to(dtype), **how)[0]
-    check.assert_as_accurate(ours, plain, predict_step.as_float64(x, m, rows, at, **how))
+    settings = {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0, "learned": "learned_range", "v": v - 1, "z": z}
+    ours = ops.predict_step(x, m, rows, at, **settings)[0]
+    plain = diffusion.predict_step(x, m, rows[at].to(dtype), **settings)[0]
+    check.assert_as_accurate(ours, plain, predict_step.as_float64(x, m, rows, at, **settings))
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("source", predict_step.NOISES)
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_predict_step_does_not_wait(place, source):
-    """Not even the first of a kind, which is compiled."""
+    """Not even the first call of a kind, which compiles the kernel."""
     x, m, v, z = (predict_step.channels_last(a) for a in predict_step.inputs((2, 3, 17, 16)))
-    how = {"predicts": "v_prediction", "sampler": "ddim", "learned": "learned"}
+    settings = {"predicts": "v_prediction", "sampler": "ddim", "learned": "learned"}
     there, rows = [a.cuda() for a in (x, m, v)], predict_step.ROWS.cuda()
     drawn = {name: a.cuda() for name, a in predict_step.noises(source, z).items()}
     places = (1, 7, 16, 20)
     ats = places if place == "host" else torch.tensor(places, device="cuda").unbind()
-    steps = lambda: [ops.predict_step(*there[:2], rows, at, v=there[2], **how, **drawn) for at in ats]
+    steps = lambda: [ops.predict_step(*there[:2], rows, at, v=there[2], **settings, **drawn) for at in ats]
     for at, got in zip(places, without_waiting(steps), strict=True):
-        want = predict_step.specified(x, m, predict_step.ROWS, at, v=v, **how, **predict_step.noises(source, z))
+        want = predict_step.specified(x, m, predict_step.ROWS, at, v=v, **settings, **predict_step.noises(source, z))
         predict_step.assert_same_bits(got, want)
 
 
 def test_captured_predict_step_reads_device_memory():
     x, m, _, _ = predict_step.inputs((2, 3, 16, 16))
-    address, how = noise.address(7, 2), {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0}
+    address, settings = noise.address(7, 2), {"predicts": "epsilon", "sampler": "ddpm", "clip": 1.0}
     state, output, rows, where = (a.cuda() for a in (x, m, predict_step.ROWS, address))
     at = torch.tensor(20, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
-        ops.predict_step(state, output, rows, at, address=where, **how)  # compiles
+        ops.predict_step(state, output, rows, at, address=where, **settings)  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        x_prev, x_0 = ops.predict_step(state, output, rows, at, address=where, **how)
+        x_prev, x_0 = ops.predict_step(state, output, rows, at, address=where, **settings)
     for row in (20, 12, 2, 1):
         at.fill_(row)
         graph.replay()
-        want = predict_step.specified(x, m, predict_step.ROWS, row, address=address, **how)
+        want = predict_step.specified(x, m, predict_step.ROWS, row, address=address, **settings)
         predict_step.assert_same_bits((x_prev, x_0), want)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
-@pytest.mark.parametrize(("name", "how"), [("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 0.5})])
-def test_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, how, place):
-    """After its first step, which reads timesteps that are on the GPU."""
+@pytest.mark.parametrize(("name", "settings"), [("DDPMScheduler", {}), ("DDIMScheduler", {"eta": 0.5})])
+def test_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, settings, place):
+    """After the first step, which reads timesteps that are on the GPU."""
     pytest.importorskip("diffusers")
     from fastddpm import diffusers
 
@@ -491,11 +496,11 @@ def test_scheduler_does_not_wait_and_steps_as_on_a_cpu(name, how, place):
         scheduler.set_timesteps(20, device=place)
         first, *others = scheduler.timesteps
         x = predict_step.inputs((2, 3, 8, 8))[0].to(device)
-        x = scheduler.step(x * 0.75, first, x, **how).prev_sample
+        x = scheduler.step(x * 0.75, first, x, **settings).prev_sample
 
         def rest(x):
             for t in others:
-                x = scheduler.step(x * 0.75, t, x, **how).prev_sample
+                x = scheduler.step(x * 0.75, t, x, **settings).prev_sample
             return x
 
         return without_waiting(lambda: rest(x)) if device == "cuda" else rest(x)

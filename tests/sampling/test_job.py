@@ -1,4 +1,4 @@
-"""Jobs that nothing disturbs: the same folder whoever draws it, what a restart draws, what is taken and refused."""
+"""Undisturbed jobs: the folder they write, what a restart draws, and which folders and arguments are refused."""
 
 import functools
 import io
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory):
-    """{number of processes: folder of folders FORMAT-WAY and logs beside them}"""
+    """{number of processes: a folder with a folder FORMAT-WAY and a log of each job}"""
     found = {}
     for size in (1, 2, 3):
         found[size] = folder = tmp_path_factory.mktemp(f"ranks-{size}")
@@ -58,7 +58,7 @@ def folders(tiny, tmp_path_factory):
 
 
 def read(folder, form, k):
-    """Samples of shard k, as anybody would read them: uint8 [n, 4, 4, 1]."""
+    """The samples of shard k, read without fastddpm: uint8 [n, 4, 4, 1]."""
     shard = INDICES[4 * k : 4 * k + 4]
     if form == "npz":
         return np.load(folder / f"{k:013d}.npz")["arr_0"]
@@ -73,7 +73,7 @@ def read(folder, form, k):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_several_processes_write_the_folder_of_one(folders, tiny, form, way):
-    """To the byte of each file, and no other; the pictures those of `Sampler.sample` with the batches of each shard."""
+    """The same files, byte for byte; the images are those of `Sampler.sample` with the batches of each shard."""
     one, two, three = (contents(folder / f"{form}-{way}") for folder in folders.values())
     assert one == two == three
     files = [f"{n:013d}{FORMATS[form]}" for n in (INDICES if form == "png" else range(4))]
@@ -90,7 +90,7 @@ def test_several_processes_write_the_folder_of_one(folders, tiny, form, way):
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_shards_are_shared_evenly(folders, size, form, way):
-    """The last JSON line of each job tells what each process has drawn."""
+    """The last JSON line of each job has the number of samples that each process has drawn."""
     last = json.loads((folders[size] / f"{form}-{way}.log").read_text().splitlines()[-1])
     want = {1: [14], 2: [8, 6], 3: [6, 4, 4]}[size]
     assert [rank["images"] for rank in last["ranks"]] == [rank["of"] for rank in last["ranks"]] == want
@@ -104,7 +104,7 @@ def arrays(store):
 
 
 def test_batch_invariant_samples_have_the_same_bits_in_any_shards(tmp_path):
-    """And of any indices beside them, in any order, whatever batch was asked for."""
+    """Whatever other indices are drawn, in any order and with any batch_size."""
     net = tiny_unet()
     sampler = Sampler(net, SCHEDULE, device="cpu", batch_invariant=4)
     want = dict(zip(range(23), sampler.sample(23, progress=False, output="uint8").numpy(), strict=True))
@@ -114,13 +114,13 @@ def test_batch_invariant_samples_have_the_same_bits_in_any_shards(tmp_path):
         (3, 64, [8, 2, 21]),
         (100, 1, [*range(22, -1, -1)]),
     ):
-        how = {"shard_size": size, "batch_size": batch, "format": "npz", "progress": False}
-        store = job.sample_to(tmp_path / str(size), sampler, samples, **how)
+        settings = {"shard_size": size, "batch_size": batch, "format": "npz", "progress": False}
+        store = job.sample_to(tmp_path / str(size), sampler, samples, **settings)
         assert np.array_equal(arrays(store), np.stack([want[i] for i in samples]))
 
 
 def die_storing(shard: int) -> None:
-    """SIGKILL, before this process stores its shard of this number."""
+    """Kill this process before it stores its shard of this number, counted from 0."""
     left, write = [shard], ShardFolder.write
 
     def counted(self, k, samples):
@@ -134,7 +134,7 @@ def die_storing(shard: int) -> None:
 
 @pytest.mark.slow
 def test_killed_job_resumes_with_another_number_of_processes(folders, tiny, tmp_path):
-    """Three that are killed, then one that is killed, then two: each draws what lacks, and nothing else."""
+    """Three processes that are killed, then one that is killed, then two: each draws only missing samples."""
     out = tmp_path / "out"
     arguments = options(tiny, out, f"{FLAGS} {WAYS['batches']} --format npz --shard-size 1")
     want = job.sample_to(
@@ -149,8 +149,8 @@ def test_killed_job_resumes_with_another_number_of_processes(folders, tiny, tmp_
     note, done = functools.partial(note_drawn, tmp_path), set()
     for size, dies, reached in ((3, 1, 3), (1, 4, 7), (2, None, 14)):
         hooks = [note] if dies is None else [note, functools.partial(die_storing, dies)]
-        ends, _ = run_ranks(tmp_path, size, command, arguments, *hooks)
-        assert ends == [0 if dies is None else -9] * size
+        statuses, _ = run_ranks(tmp_path, size, command, arguments, *hooks)
+        assert statuses == [0 if dies is None else -9] * size
         took = [index for part in drawn(tmp_path) for index in part]
         assert len(set(took)) == len(took)
         assert set(took).isdisjoint(done)
@@ -181,10 +181,10 @@ def damage_empty(out, name):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_restart_draws_only_torn_shards(tmp_path, form, monkeypatch):
-    """Shards 1 to 6 of 8 are cut, changed, gone or empty, or the records of them."""
+    """Shards 1 to 6 of 8, or their records, are truncated, changed, missing or empty."""
     out, sampler = tmp_path / "out", Sampler(tiny_unet(), SCHEDULE, device="cpu")
-    how = {"format": form, "shard_size": 2, "batch_size": 2, "progress": False}
-    job.sample_to(out, sampler, 16, **how)
+    settings = {"format": form, "shard_size": 2, "batch_size": 2, "progress": False}
+    job.sample_to(out, sampler, 16, **settings)
     want = contents(out)
     first = [f"{2 * k if form == 'png' else k:05d}{FORMATS[form]}" for k in range(8)]
     damage_truncate(out, first[1])
@@ -196,14 +196,16 @@ def test_restart_draws_only_torn_shards(tmp_path, form, monkeypatch):
     (out / ".shards" / ".00004.77.tmp").write_bytes(b"left by a kill")
     whole = [out / first[0], out / first[7], out / ".shards/00000", out / ".shards/00007"]
     before, took, sample = [path.stat() for path in whole], [], sampler.sample
-    monkeypatch.setattr(sampler, "sample", lambda samples, **how: took.extend(samples) or sample(samples, **how))
-    job.sample_to(out, sampler, 16, **how)
+    monkeypatch.setattr(
+        sampler, "sample", lambda samples, **settings: took.extend(samples) or sample(samples, **settings)
+    )
+    job.sample_to(out, sampler, 16, **settings)
     assert took == list(range(2, 14))
     assert contents(out) == want
     after = [path.stat() for path in whole]
     assert [(s.st_ino, s.st_mtime_ns) for s in after] == [(s.st_ino, s.st_mtime_ns) for s in before]
-    job.sample_to(out, sampler, 16, **how)
-    assert len(took) == 12  # nothing lacks any more
+    job.sample_to(out, sampler, 16, **settings)
+    assert len(took) == 12  # nothing was missing
 
 
 CHANGES = {
@@ -238,47 +240,47 @@ def refused(arguments, capsys):
 
 
 def states(folder):
-    """All that is in a folder, and when it was written."""
+    """The contents of a folder, and the times of the last changes."""
     return contents(folder), {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_samples_are_refused(tiny, tmp_path, capsys, name):
-    """The error names what differs, there and here; nothing is touched."""
+    """The error names what differs, with both values; the folder does not change."""
     out = tmp_path / "out"
     assert main(options(tiny, out, written({}))) == 0
     before = states(out)
-    told = refused(options(tiny, out, written(CHANGES[name])), capsys)
-    assert f'"{name.strip()}": ' in told
-    assert told.count(f'"{name.strip()}": ') == 2
-    assert f"{out} holds samples with " in told
-    assert told.endswith("; name another folder\n")
+    message = refused(options(tiny, out, written(CHANGES[name])), capsys)
+    assert f'"{name.strip()}": ' in message
+    assert message.count(f'"{name.strip()}": ') == 2
+    assert f"{out} holds samples with " in message
+    assert message.endswith("; name another folder\n")
     assert states(out) == before
 
 
 def test_other_weights_labels_schedules_and_machines_are_refused(tiny, tmp_path, capsys, monkeypatch):
     models = {
-        name: save_tiny(tmp_path / name, **how)
-        for name, how in (("other", {"seed": 1}), ("classes", {"num_class_embeds": 3}))
+        name: save_tiny(tmp_path / name, **settings)
+        for name, settings in (("other", {"seed": 1}), ("classes", {"num_class_embeds": 3}))
     }
     for name, model, labels in (("plain", tiny, ""), ("labelled", models["classes"], "--class-labels 0-2")):
         assert main(options(model, tmp_path / "out" / name, f"{written({})} {labels}")) == 0
     plain, labelled = tmp_path / "out" / "plain", tmp_path / "out" / "labelled"
     before = states(tmp_path / "out")
-    told = refused(options(models["other"], plain, written({})), capsys)
-    assert re.search(r'with "model": \{"sha256": "\w{64}"\}, not "model": \{"sha256": "\w{64}"\};', told)
-    told = refused(options(models["classes"], labelled, f"{written({})} --class-labels 1,2"), capsys)
-    assert 'with "class_labels": "0-2", not "class_labels": "1-2"; name' in told
-    told = refused(options(models["classes"], plain, f"{written({})} --class-labels 1,2"), capsys)
-    assert 'with "class_labels": null, "model": {"config": {"num_class_embeds": null}' in told
+    message = refused(options(models["other"], plain, written({})), capsys)
+    assert re.search(r'with "model": \{"sha256": "\w{64}"\}, not "model": \{"sha256": "\w{64}"\};', message)
+    message = refused(options(models["classes"], labelled, f"{written({})} --class-labels 1,2"), capsys)
+    assert 'with "class_labels": "0-2", not "class_labels": "1-2"; name' in message
+    message = refused(options(models["classes"], plain, f"{written({})} --class-labels 1,2"), capsys)
+    assert 'with "class_labels": null, "model": {"config": {"num_class_embeds": null}' in message
     sampler = Sampler.from_pretrained(tiny, device="cpu", precision="fp32")
-    how = {"format": "npz", "shard_size": 2, "batch_size": 2, "progress": False}
-    told = error_line(job.sample_to, plain, sampler, 5, timesteps=[5, 1, 0], **how)
-    assert '"timesteps": null' in told
-    assert '"timesteps": [0, 1, 5]' in told
+    settings = {"format": "npz", "shard_size": 2, "batch_size": 2, "progress": False}
+    message = error_line(job.sample_to, plain, sampler, 5, timesteps=[5, 1, 0], **settings)
+    assert '"timesteps": null' in message
+    assert '"timesteps": [0, 1, 5]' in message
     sampler.schedule = Schedule(num_train_timesteps=6, beta_end=0.03)
     assert '"schedule": {"beta_end": 0.02}, not "schedule": {"beta_end": 0.03}; name' in error_line(
-        job.sample_to, plain, sampler, 5, **how
+        job.sample_to, plain, sampler, 5, **settings
     )
     with monkeypatch.context() as patched:
         patched.setattr(fingerprint, "__version__", "0.0.1")
@@ -307,8 +309,8 @@ def test_folder_of_other_files_is_refused(tmp_path, form):
     (tmp_path / "out" / f"cat{FORMATS[form]}").touch()
     before = states(tmp_path / "out")
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
-    told = error_line(job.sample_to, tmp_path / "out", sampler, 3, format=form, progress=False)
-    assert f"holds cat{FORMATS[form]} but no manifest.json" in told
+    message = error_line(job.sample_to, tmp_path / "out", sampler, 3, format=form, progress=False)
+    assert f"holds cat{FORMATS[form]} but no manifest.json" in message
     assert states(tmp_path / "out") == before
 
 
@@ -323,8 +325,8 @@ def test_default_sizes_and_precision_are_those_of_the_folder(tiny, tmp_path, mon
         assert contents(out / precision) == want
 
 
-class Mixed(nn.Module):
-    """Each element by itself, with weights: the same bits in any batch. Of no samples larger than `most` at once."""
+class Elementwise(nn.Module):
+    """An elementwise network: the same bits in any batch. It runs out of memory for more than `most` samples."""
 
     def __init__(self, most=1 << 20):
         super().__init__()
@@ -338,39 +340,38 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (3,), (5, 4, 4)], ids=str)
-def test_samples_other_than_pictures_are_floats(tmp_path, shape):
-    """By a module on shapes of its own."""
-    sampler = Sampler(Mixed(), SCHEDULE, shape=shape, device="cpu")
+def test_samples_other_than_images_are_floats(tmp_path, shape):
+    sampler = Sampler(Elementwise(), SCHEDULE, shape=shape, device="cpu")
     want = sampler.sample(5, progress=False).numpy()
     assert want.dtype == np.float32
-    how = {"shard_size": 3, "batch_size": 2, "progress": False}
+    settings = {"shard_size": 3, "batch_size": 2, "progress": False}
     for form in ("npz", "webdataset"):
-        store = job.sample_to(tmp_path / form, sampler, 5, format=form, **how)
+        store = job.sample_to(tmp_path / form, sampler, 5, format=form, **settings)
         assert np.array_equal(arrays(store), want)
     shards = [np.load(tmp_path / "npz" / f"0000{k}.npz")["arr_0"] for k in range(2)]
     assert np.array_equal(np.concatenate(shards), want)
     with tarfile.open(tmp_path / "webdataset" / "00001.tar") as tar:
         assert tar.getnames() == ["00003.npy", "00004.npy"]
         assert np.array_equal(np.load(io.BytesIO(tar.extractfile("00004.npy").read())), want[4])
-    told = error_line(job.sample_to, tmp_path / "png", sampler, 5, format="png", **how)
-    assert told == f"samples are {shape}, which are not pictures; write them as npz or webdataset"
+    message = error_line(job.sample_to, tmp_path / "png", sampler, 5, format="png", **settings)
+    assert message == f"samples are {shape}, which are not images; write them as npz or webdataset"
     assert not (tmp_path / "png").exists()
 
 
 def test_model_of_a_job_must_be_a_module(tmp_path):
     sampler = Sampler(lambda x, t: x, SCHEDULE, shape=(3,), device="cpu")
-    told = error_line(job.sample_to, tmp_path / "out", sampler, 3, format="npz")
-    assert told.startswith("the sampler's model is a function; want an nn.Module")
+    message = error_line(job.sample_to, tmp_path / "out", sampler, 3, format="npz")
+    assert message.startswith("the sampler's model is a function; want an nn.Module")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("samples", "how", "why"),
+    ("samples", "settings", "why"),
     [
-        (0, {}, "no samples were asked for"),
-        ([], {}, "no samples were asked for"),
+        (0, {}, "no samples were requested"),
+        ([], {}, "no samples were requested"),
         (-1, {}, "samples are -1"),
-        ([1, 2, 1], {}, "sample 1 is asked for twice"),
+        ([1, 2, 1], {}, "sample 1 is requested twice"),
         ([1 << 56], {}, "0 <= index < 2^56"),
         (3, {"format": "gif"}, "format is 'gif'; want one of npz, png, webdataset"),
         (3, {"shard_size": 0}, "shard_size is 0"),
@@ -391,14 +392,14 @@ def test_model_of_a_job_must_be_a_module(tmp_path):
     ],
     ids=str,
 )
-def test_wrong_arguments_leave_no_folder(tmp_path, samples, how, why):
+def test_wrong_arguments_leave_no_folder(tmp_path, samples, settings, why):
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
-    assert why in error_line(job.sample_to, tmp_path / "out", sampler, samples, **how)
+    assert why in error_line(job.sample_to, tmp_path / "out", sampler, samples, **settings)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_labels_are_repeated_over_the_samples(tmp_path):
-    """Across shards, by samples in the order asked for; a class-conditional model without labels is refused."""
+    """Across shards, in the order of the samples; a class-conditional model without labels is refused."""
     sampler = Sampler(tiny_unet(num_class_embeds=3), SCHEDULE, device="cpu")
     samples, labels = [4, 0, 9, 2, 7], [2, 0, 2, 0, 2]
     parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -406,48 +407,48 @@ def test_labels_are_repeated_over_the_samples(tmp_path):
         sampler.sample(samples[at], class_labels=labels[at], batch_size=2, progress=False, output="uint8")
         for at in parts
     ]
-    how = {"class_labels": iter([2, 0]), "shard_size": 2, "batch_size": 2, "format": "npz", "progress": False}
-    job.sample_to(tmp_path / "out", sampler, iter(samples), **how)
+    settings = {"class_labels": iter([2, 0]), "shard_size": 2, "batch_size": 2, "format": "npz", "progress": False}
+    job.sample_to(tmp_path / "out", sampler, iter(samples), **settings)
     for k, at in enumerate(parts):
         with np.load(tmp_path / "out" / f"0000{k}.npz") as shard:
             assert np.array_equal(shard["arr_0"], want[k])
             assert shard["arr_1"].tolist() == labels[at]
     for wrong, why in ((None, "pass class_labels"), ([3], "class_labels are [3]"), ([], "class_labels")):
-        assert why in error_line(job.sample_to, tmp_path / "wrong", sampler, 5, **how | {"class_labels": wrong})
+        assert why in error_line(job.sample_to, tmp_path / "wrong", sampler, 5, **settings | {"class_labels": wrong})
     assert not (tmp_path / "wrong").exists()
 
 
 def test_arguments_of_other_types(tmp_path):
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
-    how = {"format": "npz", "shard_size": 2, "progress": False}
-    want = job.sample_to(tmp_path / "want", sampler, [5, 1, 2], timesteps=[4, 2, 1], seed=3, **how)
+    settings = {"format": "npz", "shard_size": 2, "progress": False}
+    want = job.sample_to(tmp_path / "want", sampler, [5, 1, 2], timesteps=[4, 2, 1], seed=3, **settings)
     once = {"timesteps": iter([4, 2, 1]), "seed": np.int64(3)}
-    got = job.sample_to(tmp_path / "got", sampler, iter([5, 1, 2]), **once, **how)
+    got = job.sample_to(tmp_path / "got", sampler, iter([5, 1, 2]), **once, **settings)
     assert contents(got.path) == contents(want.path)
 
 
 def test_halved_batch_size_holds_for_later_shards(tmp_path):
-    """The samples stay; what was out of memory once is not tried again."""
-    net = Mixed(most=3)
-    sampler, how = Sampler(net, SCHEDULE, shape=(1, 4, 4), device="cpu"), {"shard_size": 8, "batch_size": 8}
+    """The samples are the same. A batch size that ran out of memory is not tried again."""
+    net = Elementwise(most=3)
+    sampler, settings = Sampler(net, SCHEDULE, shape=(1, 4, 4), device="cpu"), {"shard_size": 8, "batch_size": 8}
     with pytest.warns(UserWarning, match="out of memory; continuing with batches of") as warned:
-        job.sample_to(tmp_path / "hungry", sampler, 20, **how, progress=False)
+        job.sample_to(tmp_path / "hungry", sampler, 20, **settings, progress=False)
     assert [str(w.message).partition(".")[0][-1] for w in warned] == ["4", "2"]
     assert [size for size in net.sizes if size > 2] == [8, 4]
-    plenty = Sampler(Mixed(), SCHEDULE, shape=(1, 4, 4), device="cpu")
-    job.sample_to(tmp_path / "plenty", plenty, 20, **how, progress=False)
+    plenty = Sampler(Elementwise(), SCHEDULE, shape=(1, 4, 4), device="cpu")
+    job.sample_to(tmp_path / "plenty", plenty, 20, **settings, progress=False)
     assert contents(tmp_path / "hungry") == contents(tmp_path / "plenty")
 
 
 def test_job_ends_without_memory_for_one_sample(tmp_path):
-    sampler = Sampler(Mixed(most=0), SCHEDULE, shape=(1, 4, 4), device="cpu")
+    sampler = Sampler(Elementwise(most=0), SCHEDULE, shape=(1, 4, 4), device="cpu")
     with pytest.warns(UserWarning, match="continuing with batches of 1"), pytest.raises(torch.OutOfMemoryError):
         job.sample_to(tmp_path / "out", sampler, 4, batch_size=2, progress=False)
     assert sorted(contents(tmp_path / "out")) == [".shards", "manifest.json"]
 
 
 class Held:
-    """`ShardFolder.write` that waits until it may, and counts the shards drawn by then."""
+    """Makes `ShardFolder.write` wait for the event `go`, and counts the shards drawn."""
 
     def __init__(self, monkeypatch, sampler):
         self.go, self.taken, self.drawn = threading.Event(), threading.Event(), 0
@@ -458,8 +459,8 @@ class Held:
             assert self.go.wait(60)
             write(store, k, samples)
 
-        def counted(samples, **how):
-            x = sample(samples, **how)
+        def counted(samples, **settings):
+            x = sample(samples, **settings)
             self.drawn += 1
             return x
 
@@ -470,13 +471,13 @@ class Held:
 def test_drawing_waits_for_a_slow_writer(tmp_path, monkeypatch):
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
     held = Held(monkeypatch, sampler)
-    how = {"shard_size": 1, "format": "npz", "progress": False}
-    thread = threading.Thread(target=job.sample_to, args=(tmp_path / "out", sampler, 12), kwargs=how)
+    settings = {"shard_size": 1, "format": "npz", "progress": False}
+    thread = threading.Thread(target=job.sample_to, args=(tmp_path / "out", sampler, 12), kwargs=settings)
     thread.start()
     most, until = job.WAITING + 1, time.monotonic() + 60
     while held.drawn < most and time.monotonic() < until:
         time.sleep(0.01)
-    time.sleep(0.3)  # for one more, if there were no end to it
+    time.sleep(0.3)  # enough to draw one more, if drawing did not wait
     assert held.drawn == most
     held.go.set()
     thread.join()
@@ -489,12 +490,12 @@ def test_finished_shards_are_written_after_ctrl_c(tmp_path, monkeypatch):
     held = Held(monkeypatch, sampler)
     sample = sampler.sample
 
-    def interrupted(samples, **how):
+    def interrupted(samples, **settings):
         if held.drawn == 2:
             assert held.taken.wait(60)
             threading.Timer(0.2, held.go.set).start()
             raise KeyboardInterrupt
-        return sample(samples, **how)
+        return sample(samples, **settings)
 
     monkeypatch.setattr(sampler, "sample", interrupted)
     with pytest.raises(Stopped) as stopped:
@@ -506,7 +507,7 @@ def test_finished_shards_are_written_after_ctrl_c(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failing", [0, 2, 5])
 def test_error_in_the_writer_ends_the_job(tmp_path, monkeypatch, failing):
-    """In any shard, the last one too; those before it are done, and not much is drawn in vain."""
+    """In any shard, even the last. The shards before it are finished, and few are drawn after it."""
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
     took, write, sample = [], ShardFolder.write, sampler.sample
 
@@ -516,7 +517,9 @@ def test_error_in_the_writer_ends_the_job(tmp_path, monkeypatch, failing):
         write(store, k, samples)
 
     monkeypatch.setattr(ShardFolder, "write", broken)
-    monkeypatch.setattr(sampler, "sample", lambda samples, **how: took.append(samples) or sample(samples, **how))
+    monkeypatch.setattr(
+        sampler, "sample", lambda samples, **settings: took.append(samples) or sample(samples, **settings)
+    )
     with pytest.raises(OSError, match="No space left"):
         job.sample_to(tmp_path / "out", sampler, 12, shard_size=2, format="npz", progress=False)
     assert len(took) <= failing + job.WAITING + 1
@@ -527,18 +530,18 @@ def test_error_in_the_writer_ends_the_job(tmp_path, monkeypatch, failing):
 
 @pytest.mark.slow
 def test_processes_report_their_progress(tiny, tmp_path):
-    """In plain lines where there is no terminal, and as JSON lines added to what is there."""
+    """As plain lines where there is no terminal, and as JSON lines appended to the log."""
     log = tmp_path / "logs" / "log.jsonl"
     log.parent.mkdir()
     log.write_text('{"images": 0}\n{"ima')  # of a job that was killed
     arguments = options(tiny, tmp_path / "out", f"--num-samples 9 --batch-size 2 --json-log {log}")
-    ends, (told, other) = run_ranks(tmp_path, 2, command, arguments)
-    assert (ends, other) == ([0, 0], "")
-    *lines, last = told.splitlines()
+    statuses, (output, other) = run_ranks(tmp_path, 2, command, arguments)
+    assert (statuses, other) == ([0, 0], "")
+    *lines, last = output.splitlines()
     rates = r"[\d.e+-]+ images/s, [\d.e+-]+ steps/s, ETA (\d+:\d+|\?)"
     form = rf"\d of 9 samples, {rates}; process 0: \d of 5, {rates}; process 1: \d of 4, {rates}"
     assert lines
-    assert all(re.fullmatch(form, line) for line in lines), told
+    assert all(re.fullmatch(form, line) for line in lines), output
     assert lines[-1].startswith("9 of 9 samples, ")
     assert re.search(r"process 0: 5 of 5, .*; process 1: 4 of 4, ", lines[-1])
     assert re.fullmatch(rf"{tmp_path}/out: all 9 samples are done; [\d.]+ s this time", last)
@@ -554,9 +557,9 @@ def test_processes_report_their_progress(tiny, tmp_path):
 
 
 def keep_books(folder, order):
-    """Print what is done, and by how many MB a job of a million grows this process until its first step; twice."""
+    """Print twice how many samples are done, and by how many MB a job of a million has grown this process so far."""
 
-    def stop(*args, **how):
+    def stop(*args, **settings):
         raise KeyboardInterrupt
 
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
@@ -576,10 +579,10 @@ def keep_books(folder, order):
 @pytest.mark.parametrize("order", ["counted", "at random"])
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss is in other units")
 def test_bookkeeping_of_a_million_samples_is_small(tmp_path, order):
-    process = start(tmp_path / "told", keep_books, tmp_path, order)
+    process = start(tmp_path / "output", keep_books, tmp_path, order)
     process.join()
-    told = (tmp_path / "told").read_text()
-    assert process.exitcode == 0, told
-    done, first, again, second = told.split()
+    output = (tmp_path / "output").read_text()
+    assert process.exitcode == 0, output
+    done, first, again, second = output.split()
     assert done == again == "0-of-1000000-samples"
     assert 0 <= float(first) <= float(second) < (20 if order == "counted" else 200)

@@ -1,4 +1,4 @@
-"""Jobs that are disturbed: killed at any moment, told to end, out of space, two at once, without one of theirs."""
+"""Disturbed jobs: kills at any moment, signals, full disks, two jobs on one folder, lost processes."""
 
 import errno
 import functools
@@ -35,36 +35,36 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny, tmp_path_factory):
-    """What the folder of FLAGS is to hold in the end."""
+    """The contents of the finished folder of FLAGS."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert main(options(tiny, out, FLAGS)) == 0
     return contents(out)
 
 
-def error(told):
-    """The one line of a command that failed."""
-    assert re.fullmatch(r"fastddpm: error: .+\n", told), told
-    return told.removeprefix("fastddpm: error: ").strip()
+def error(output):
+    """The message of a command that failed with one line."""
+    assert re.fullmatch(r"fastddpm: error: .+\n", output), output
+    return output.removeprefix("fastddpm: error: ").strip()
 
 
 def alone(tmp_path, arguments, *hooks):
-    """Exit status of the command in a process of its own, and all that it said."""
-    told = tmp_path / "told"
-    told.unlink(missing_ok=True)
-    process = start(told, command, arguments, *hooks)
+    """Run the command in a new process. Returns: its exit status and all its output."""
+    file = tmp_path / "output"
+    file.unlink(missing_ok=True)
+    process = start(file, command, arguments, *hooks)
     process.join(120)
     process.kill()
     process.join()
-    return process.exitcode, told.read_text()
+    return process.exitcode, file.read_text()
 
 
 def only_whole_files(out):
-    """Whether a folder holds finished shards, or whole files of others, and nothing temporary."""
+    """Whether a folder holds no temporary files."""
     return not [name for name in contents(out) if ".tmp" in name]
 
 
 def before_storing(shard, act, rank="0"):
-    """Do something before this process, or the one of this rank, stores its shard of this number."""
+    """Call act before the process of this rank stores its shard of this number, counted from 0."""
     if os.environ.get("RANK", "0") != rank:
         return
     left, write = [shard], ShardFolder.write
@@ -79,16 +79,16 @@ def before_storing(shard, act, rank="0"):
 
 
 def before_drawing(shard, act, rank="0"):
-    """The same before it draws it."""
+    """Like `before_storing`, but before the shard is drawn."""
     if os.environ.get("RANK", "0") != rank:
         return
     left, sample = [shard], Sampler.sample
 
-    def counted(self, *args, **how):
+    def counted(self, *args, **settings):
         left[0] -= 1
         if left[0] == -1:
             act()
-        return sample(self, *args, **how)
+        return sample(self, *args, **settings)
 
     Sampler.sample = counted  # type: ignore[method-assign]
 
@@ -101,7 +101,7 @@ def send(number):
 
 
 def full(call, place):
-    """From now on this call of the system finds no space for files of the job."""
+    """From now on this system call reports a full disk for files whose path contains `place`."""
 
     def no_space(handle, *args):
         if place in os.readlink(f"/proc/self/fd/{handle}"):
@@ -113,7 +113,7 @@ def full(call, place):
 
 
 def limited(size):
-    """No file may become larger: a write fails with EFBIG, as Python ignores the signal."""
+    """Limit the size of files: a larger write fails with EFBIG, because Python ignores the signal."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -127,16 +127,16 @@ def limited(size):
     ids=["fsync", "write"],
 )
 def test_full_disk_is_a_one_line_error_and_finished_shards_stay(tiny, undisturbed, tmp_path, act, why):
-    """It names the file; with space the same command goes on, with what lacks alone."""
+    """The error names the file. Once there is space, the same command draws only what is missing."""
     out = tmp_path / "out"
-    status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(before_storing, 2, act))
+    status, output = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(before_storing, 2, act))
     assert status == 2
-    assert why in error(told)
-    assert f"{out}/00002.npz" in told
+    assert why in error(output)
+    assert f"{out}/00002.npz" in output
     assert only_whole_files(out)
     assert finished(out) == {0, 1, 2, 3}
-    status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(note_drawn, tmp_path))
-    assert (status, told) == (0, "")
+    status, output = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(note_drawn, tmp_path))
+    assert (status, output) == (0, "")
     assert drawn(tmp_path) == [[4, 5, 6, 7, 8]]
     assert contents(out) == undisturbed
 
@@ -144,22 +144,22 @@ def test_full_disk_is_a_one_line_error_and_finished_shards_stay(tiny, undisturbe
 @pytest.mark.slow
 def test_disk_full_from_the_start(tiny, tmp_path):
     out = tmp_path / "out"
-    status, told = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(full, "fsync", "/out/"))
+    status, output = alone(tmp_path, options(tiny, out, FLAGS), functools.partial(full, "fsync", "/out/"))
     assert status == 2
-    assert "No space left on device" in error(told)
-    assert f"{out}/manifest.json" in told
+    assert "No space left on device" in error(output)
+    assert f"{out}/manifest.json" in output
     assert list(contents(out)) == [".shards"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failing", ["0", "1"])
 def test_full_disk_of_one_process_ends_all(tiny, undisturbed, tmp_path, failing):
-    """Each with a line: that of the process whose disk it was."""
+    """Each prints one line: the error of the process whose disk is full."""
     out = tmp_path / "out"
     hook = functools.partial(before_storing, 1, functools.partial(full, "fsync", "/out/"), failing)
-    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 200"), hook)
-    assert ends == [2, 2]
-    its, others = told[int(failing)], told[1 - int(failing)]
+    statuses, outputs = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 200"), hook)
+    assert statuses == [2, 2]
+    its, others = outputs[int(failing)], outputs[1 - int(failing)]
     assert re.fullmatch(rf"\[Errno 28\] No space left on device: '{out}/\d+.npz'", error(its))
     assert error(others) == f"process {failing}: {error(its)}"
     assert only_whole_files(out)
@@ -168,27 +168,29 @@ def test_full_disk_of_one_process_ends_all(tiny, undisturbed, tmp_path, failing)
 
 @pytest.mark.slow
 def test_waiting_process_reports_why_another_failed(tiny, tmp_path):
-    """Not just that it has gone."""
+    """Not only that it was lost."""
     out = tmp_path / "out"
     hooks = [
         functools.partial(before_storing, 1, functools.partial(full, "fsync", "/out/"), "1"),
         functools.partial(before_drawing, 1, functools.partial(stay, 1), "1"),
     ]
-    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
-    assert ends == [2, 2]
-    assert error(told[0]) == f"process 1: {error(told[1])}"
+    statuses, outputs = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
+    assert statuses == [2, 2]
+    assert error(outputs[0]) == f"process 1: {error(outputs[1])}"
     assert finished(out) == {0, 1, 2, 3, 4, 5, 8}
 
 
 @pytest.mark.slow
 def test_log_that_cannot_be_written_ends_all(tiny, tmp_path):
-    """It is the first process that writes it; the others must say so."""
+    """Process 0 writes the log; process 1 reports that error."""
     flags = f"{FLAGS} --num-samples 500 --json-log {tmp_path}/log"
     hook = functools.partial(before_storing, 1, functools.partial(be_a_folder, tmp_path / "log"))
-    ends, told = run_ranks(tmp_path, 2, command, options(tiny, tmp_path / "out", flags), hook, log_always, slowly)
-    assert ends == [2, 2], told
-    assert error(told[0]) == f"[Errno 21] Is a directory: '{tmp_path}/log'"
-    assert error(told[1]) == f"process 0: {error(told[0])}"
+    statuses, outputs = run_ranks(
+        tmp_path, 2, command, options(tiny, tmp_path / "out", flags), hook, log_always, slowly
+    )
+    assert statuses == [2, 2], outputs
+    assert error(outputs[0]) == f"[Errno 21] Is a directory: '{tmp_path}/log'"
+    assert error(outputs[1]) == f"process 0: {error(outputs[0])}"
 
 
 def be_a_folder(path):
@@ -203,21 +205,21 @@ def log_always():
 
 
 def slowly(seconds=0.01):
-    """Drawing a shard takes longer."""
+    """Make drawing a shard take longer."""
     sample = Sampler.sample
 
-    def slow(self, *args, **how):
+    def slow(self, *args, **settings):
         time.sleep(seconds)
-        return sample(self, *args, **how)
+        return sample(self, *args, **settings)
 
     Sampler.sample = slow  # type: ignore[method-assign]
 
 
-# A folder that is read-only, or another's
+# A folder that is read-only, or that another job writes
 
 
 def read_only(place):
-    """As the kernel says it, to root, too."""
+    """Make the files in `place` read-only for this process, even if it runs as root."""
 
     def refuse(event, args):
         writes = (event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)) or event in ("os.mkdir", "os.remove")
@@ -232,17 +234,17 @@ def test_read_only_folder_is_a_one_line_error(tiny, tmp_path):
     """From the start, and from the third shard on."""
     out = tmp_path / "out"
     hook = functools.partial(read_only, f"{out}")
-    status, told = alone(tmp_path, options(tiny, out, FLAGS), hook)
-    assert (status, error(told)) == (2, f"cannot write {out}: Read-only file system; name another place")
+    status, output = alone(tmp_path, options(tiny, out, FLAGS), hook)
+    assert (status, error(output)) == (2, f"cannot write {out}: Read-only file system; name another place")
     assert not out.exists()
     later = functools.partial(before_storing, 2, hook)
-    status, told = alone(tmp_path, options(tiny, out, FLAGS), later)
+    status, output = alone(tmp_path, options(tiny, out, FLAGS), later)
     assert status == 2
-    assert "Read-only file system" in error(told)
+    assert "Read-only file system" in error(output)
     assert finished(out) == {0, 1, 2, 3}
     before = contents(out)
-    status, told = alone(tmp_path, options(tiny, out, FLAGS), hook)
-    assert (status, error(told)) == (2, f"cannot write {out}: Read-only file system; name another place")
+    status, output = alone(tmp_path, options(tiny, out, FLAGS), hook)
+    assert (status, error(output)) == (2, f"cannot write {out}: Read-only file system; name another place")
     assert contents(out) == before
 
 
@@ -255,7 +257,7 @@ def wait_for(path, seconds=60.0):
 
 @pytest.mark.slow
 def test_second_job_on_a_folder_is_refused(tiny, undisturbed, tmp_path):
-    """In one line, whether it is the same job or another; the first one is not disturbed."""
+    """In one line, whether it is the same job or another; the first job is not disturbed."""
     out, go = tmp_path / "out", tmp_path / "go"
     first = start(
         tmp_path / "first",
@@ -264,17 +266,17 @@ def test_second_job_on_a_folder_is_refused(tiny, undisturbed, tmp_path):
         functools.partial(before_storing, 1, functools.partial(wait_for, go)),
     )
     wait_for(out / ".shards" / "00000")
-    (out / ".00001.npz.1.tmp").touch()  # as if of the first
+    (out / ".00001.npz.1.tmp").touch()  # like a file of the first job
     before = contents(out)
     for flags in (FLAGS, f"{FLAGS} --seed 1"):
-        status, told = alone(tmp_path, options(tiny, out, flags))
-        assert (status, error(told)) == (
+        status, output = alone(tmp_path, options(tiny, out, flags))
+        assert (status, error(output)) == (
             2,
             f"{out} is being written by another process; wait until it has ended, or name another folder",
         )
-    ends, both = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS))
-    assert ends == [2, 2]
-    assert {error(told).partition(";")[0] for told in both} == {f"{out} is being written by another process"}
+    statuses, both = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS))
+    assert statuses == [2, 2]
+    assert {error(output).partition(";")[0] for output in both} == {f"{out} is being written by another process"}
     assert contents(out) == before
     (out / ".00001.npz.1.tmp").unlink()
     go.touch()
@@ -289,15 +291,15 @@ def test_second_job_on_a_folder_is_refused(tiny, undisturbed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_ends_a_job_with_one_line(tiny, undisturbed, tmp_path, number, status):
-    """Before any shard, between two, and before the last; what was drawn is written."""
+    """Before any shard, between two, and before the last; the shards drawn by then are written."""
     out, arguments = tmp_path / "out", options(tiny, tmp_path / "out", FLAGS)
     done = 0
     for shards, reached in ((0, 0), (2, 4), (1, 6), (1, 8)):
         act = functools.partial(before_drawing, shards, functools.partial(send, number))
         hooks = [functools.partial(note_drawn, tmp_path), act]
-        end, told = alone(tmp_path, arguments, *hooks)
-        assert end == status
-        assert told == f"\nfastddpm: stopped: {reached} of 9 samples are done; the same command resumes the job\n"
+        got, output = alone(tmp_path, arguments, *hooks)
+        assert got == status
+        assert output == f"\nfastddpm: stopped: {reached} of 9 samples are done; the same command resumes the job\n"
         assert drawn(tmp_path) == ([list(range(done, reached))] if reached > done else [])
         assert finished(out) == set(range(reached))
         assert only_whole_files(out)
@@ -319,7 +321,7 @@ def send_twice(number, after):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_a_job_at_once(tiny, undisturbed, tmp_path, number):
-    """While the first waits for a disk that hangs."""
+    """While the first one waits for a hanging disk."""
     out = tmp_path / "out"
     hooks = [
         functools.partial(before_storing, 1, stay),
@@ -336,20 +338,20 @@ def test_second_signal_ends_a_job_at_once(tiny, undisturbed, tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_repeated_at_once_counts_as_one(tiny, tmp_path, number, status):
-    """As of a terminal or a scheduler, and of torchrun: what was drawn is written all the same, and told once."""
+    """As when a scheduler and torchrun both send it: the shards drawn by then are written, with one message."""
     out = tmp_path / "out"
     hooks = [
         functools.partial(before_storing, 1, functools.partial(stay, 1.5)),
         functools.partial(before_drawing, 2, functools.partial(send_twice, number, 0.3)),
     ]
-    told = "\nfastddpm: stopped: 4 of 9 samples are done; the same command resumes the job\n"
-    assert alone(tmp_path, options(tiny, out, FLAGS), *hooks) == (status, told)
+    message = "\nfastddpm: stopped: 4 of 9 samples are done; the same command resumes the job\n"
+    assert alone(tmp_path, options(tiny, out, FLAGS), *hooks) == (status, message)
     assert finished(out) == {0, 1, 2, 3}
     assert only_whole_files(out)
 
 
 def when_done(act, rank="0"):
-    """Do something soon after this process has nothing left to draw."""
+    """Call act soon after the process of this rank has nothing left to draw."""
     if os.environ.get("RANK", "0") != rank:
         return
     done = JobProgress.done
@@ -368,21 +370,21 @@ def test_waiting_process_reacts_to_signals(tiny, tmp_path):
         functools.partial(when_done, functools.partial(send, signal.SIGTERM)),
         functools.partial(before_drawing, 1, functools.partial(stay, 3), "1"),
     ]
-    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
-    assert ends == [143, 2]
-    said = r"\nfastddpm: stopped: [57] of 9 samples are done; the same command resumes the job\n"
-    assert re.fullmatch(said, told[0])  # as of the last look at the other
-    assert error(told[1]) == "process 0: stopped"
+    statuses, outputs = run_ranks(tmp_path, 2, command, options(tiny, out, FLAGS), *hooks)
+    assert statuses == [143, 2]
+    message = r"\nfastddpm: stopped: [57] of 9 samples are done; the same command resumes the job\n"
+    assert re.fullmatch(message, outputs[0])  # as of the last look at the other
+    assert error(outputs[1]) == "process 0: stopped"
     assert finished(out) == {0, 1, 2, 3, 4, 5, 8}
 
 
 def test_signal_handlers_of_the_program_are_kept(tiny, tmp_path):
-    """And what was there before is there after."""
+    """And the handlers of before the job are restored."""
     sampler, heard = Sampler.from_pretrained(tiny, device="cpu"), []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         own, sample = signal.getsignal(signal.SIGTERM), sampler.sample
-        sampler.sample = lambda *args, **how: (send(signal.SIGTERM), sample(*args, **how))[1]
+        sampler.sample = lambda *args, **settings: (send(signal.SIGTERM), sample(*args, **settings))[1]
         job.sample_to(tmp_path / "own", sampler, 4, shard_size=2, progress=False)
         assert heard == [signal.SIGTERM] * 2
         assert signal.getsignal(signal.SIGTERM) is own
@@ -397,18 +399,18 @@ def test_signal_handlers_of_the_program_are_kept(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told_to_end", ["0", "1"])
-def test_signal_to_one_of_two_processes_ends_both(tiny, tmp_path, told_to_end):
+@pytest.mark.parametrize("signalled", ["0", "1"])
+def test_signal_to_one_of_two_processes_ends_both(tiny, tmp_path, signalled):
     out = tmp_path / "out"
-    hook = functools.partial(before_drawing, 2, functools.partial(send, signal.SIGTERM), told_to_end)
-    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 400"), hook, slowly)
-    its, other = int(told_to_end), 1 - int(told_to_end)
-    assert (ends[its], ends[other]) == (143, 2)
-    assert error(told[other]) == f"process {told_to_end}: stopped"
-    if told_to_end == "0":
-        assert re.fullmatch(r"\nfastddpm: stopped: \d+ of 400 samples are done; the same .*\n", told[0])
+    hook = functools.partial(before_drawing, 2, functools.partial(send, signal.SIGTERM), signalled)
+    statuses, outputs = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 400"), hook, slowly)
+    its, other = int(signalled), 1 - int(signalled)
+    assert (statuses[its], statuses[other]) == (143, 2)
+    assert error(outputs[other]) == f"process {signalled}: stopped"
+    if signalled == "0":
+        assert re.fullmatch(r"\nfastddpm: stopped: \d+ of 400 samples are done; the same .*\n", outputs[0])
     else:
-        assert told[1] == ""
+        assert outputs[1] == ""
     assert 8 <= len(finished(out)) < 400
     assert only_whole_files(out)
 
@@ -417,17 +419,17 @@ def test_signal_to_one_of_two_processes_ends_both(tiny, tmp_path, told_to_end):
 @pytest.mark.parametrize("lost", ["0", "1"])
 @pytest.mark.parametrize("when", ["drawing", "waiting"])
 def test_lost_process_ends_the_other(tiny, tmp_path, lost, when):
-    """Without torchrun to see it, while both draw, and when the other has nothing left to draw."""
+    """Without torchrun, which would notice: while both draw, and when the other has nothing left to draw."""
     out, shards = tmp_path / "out", 100 if when == "drawing" else 2
     hooks = [functools.partial(before_drawing, 1, functools.partial(send, signal.SIGKILL), lost)]
     hooks += [slowly] if when == "drawing" else [functools.partial(before_drawing, 1, functools.partial(stay, 1), lost)]
     flags = f"{FLAGS} --num-samples {4 * shards}"
     began = time.monotonic()
-    ends, told = run_ranks(tmp_path, 2, command, options(tiny, out, flags), *hooks)
+    statuses, outputs = run_ranks(tmp_path, 2, command, options(tiny, out, flags), *hooks)
     assert time.monotonic() - began < 60
-    assert (ends[int(lost)], told[int(lost)]) == (-signal.SIGKILL, "")
-    assert ends[1 - int(lost)] == 2
-    last = told[1 - int(lost)].splitlines()[-1]  # torch has its own to say where the first one is lost
+    assert (statuses[int(lost)], outputs[int(lost)]) == (-signal.SIGKILL, "")
+    assert statuses[1 - int(lost)] == 2
+    last = outputs[1 - int(lost)].splitlines()[-1]  # torch prints more if process 0 is lost
     assert last == f"fastddpm: error: {'process 0' if lost == '0' else 'another process'} was lost"
     assert alone(tmp_path, options(tiny, out, flags)) == (0, "")
     assert only_whole_files(out)
@@ -438,13 +440,13 @@ def test_lost_process_ends_the_other(tiny, tmp_path, lost, when):
 
 
 def die_after(seconds):
-    """By a clock of the kernel's, whatever the process does then."""
+    """Kill this process with a timer of the kernel, whatever it is doing then."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def die_changing(place, operation):
-    """SIGKILL before the process opens to write, renames or removes a file of the folder for so many times."""
+    """Kill this process before the given change (open, rename, remove or mkdir) in `place`, counted from 1."""
     left = [operation]
 
     def watch(event, args):
@@ -458,15 +460,15 @@ def die_changing(place, operation):
 
 
 def die_writing(size):
-    """Die in the middle of the write that makes a file larger than so many bytes."""
+    """Kill this process in the middle of the write that makes a file larger than `size` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.slow
-def test_job_killed_twenty_times_has_the_files_of_one_that_was_not(tmp_path):
-    """Before any change of its files, in the middle of a write, by the clock from its beginning; it dies each time."""
+def test_job_killed_twenty_times_writes_the_files_of_an_undisturbed_one(tmp_path):
+    """Before a change of its files, in the middle of a write, or at a random time; each kill takes effect."""
     model, rng = save_tiny(tmp_path / "model", num_class_embeds=3), np.random.default_rng(0)
     flags = "--num-samples 300 --class-labels 2,0,1,1 --shard-size 3 --batch-size 2 --format png --quiet"
     assert alone(tmp_path, options(model, tmp_path / "want", flags)) == (0, "")
@@ -478,11 +480,11 @@ def test_job_killed_twenty_times_has_the_files_of_one_that_was_not(tmp_path):
             hook, by = functools.partial(die_after, rng.uniform(0.01, 0.5)), signal.SIGALRM
         else:
             hook, by = functools.partial(die_writing, int(rng.integers(1, 60))), signal.SIGXFSZ
-        end, told = alone(tmp_path, options(model, out, flags), hook, functools.partial(slowly, 0.05))
-        assert (end, told) == (-by, ""), kill
+        got, output = alone(tmp_path, options(model, out, flags), hook, functools.partial(slowly, 0.05))
+        assert (got, output) == (-by, ""), kill
         reached.append(len(finished(out)) if (out / "manifest.json").exists() else 0)
     assert reached == sorted(reached)
-    assert len(set(reached)) > 5  # they got on in between
+    assert len(set(reached)) > 5  # there was progress between the kills
     assert reached[-1] < 300
     assert alone(tmp_path, options(model, out, flags), functools.partial(note_drawn, tmp_path)) == (0, "")
     assert len(drawn(tmp_path)[0]) == 300 - reached[-1]
@@ -504,14 +506,14 @@ def torchrun(*arguments, restarts=0, script=("-m", "fastddpm")):
 
 
 @pytest.mark.slow
-def test_under_torchrun(tiny, undisturbed, tmp_path):
+def test_torchrun_job_writes_the_files_of_one_process(tiny, undisturbed, tmp_path):
     out = tmp_path / "out"
     process = torchrun(*options(tiny, out, FLAGS.replace("--quiet", "")))
-    said, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    assert re.fullmatch(rf"{out}: all 9 samples are done; [\d.]+ s this time\n", said)
-    assert "9 of 9 samples" in told
-    assert "Traceback" not in told
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert re.fullmatch(rf"{out}: all 9 samples are done; [\d.]+ s this time\n", stdout)
+    assert "9 of 9 samples" in stderr
+    assert "Traceback" not in stderr
     assert contents(out) == undisturbed
 
 
@@ -539,30 +541,33 @@ def test_torchrun_restarts_a_killed_process(tiny, undisturbed, tmp_path):
     out, script, marker = tmp_path / "out", tmp_path / "once.py", tmp_path / "killed"
     script.write_text(ONCE)
     process = torchrun(str(marker), *options(tiny, out, FLAGS), restarts=1, script=(str(script),))
-    _, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
     assert marker.exists()
     assert contents(out) == undisturbed
 
 
 @pytest.mark.slow
 def test_torchrun_forwards_a_signal(tiny, tmp_path):
-    """So all processes end, keep what is done, and say how far it is, once."""
+    """All processes end and keep finished shards; one prints how many samples are done."""
     out = tmp_path / "out"
     process = torchrun(*options(tiny, out, f"{FLAGS} --num-samples 100000"))
     wait_for(out / ".shards" / "00009", 120)
     process.terminate()
-    _, told = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=120)
     assert process.returncode not in (0, -signal.SIGKILL)
-    assert len(re.findall(r"fastddpm: stopped: \d+ of 100000 samples are done; the same command resumes the job", told)) == 1
-    with locked(out):  # nobody is left that writes there
+    assert (
+        len(re.findall(r"fastddpm: stopped: \d+ of 100000 samples are done; the same command resumes the job", stderr))
+        == 1
+    )
+    with locked(out):  # no process still writes there
         done = finished(out)
         assert only_whole_files(out)
     assert 16 <= len(done) < 100_000
 
 
 class Finalised:
-    """Tells this process to end while Python runs a finaliser, out of which no exception comes."""
+    """Sends SIGTERM to this process while Python runs a finaliser, whose exceptions are ignored."""
 
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -573,10 +578,10 @@ class Finalised:
 def test_signal_during_a_finaliser_ends_a_job(tiny, tmp_path, monkeypatch, capsys):
     write, drawing = ShardFolder.write, Sampler.sample
 
-    def once(self, samples, **how):
+    def once(self, samples, **settings):
         if list(samples) == [2, 3]:
             Finalised()
-        return drawing(self, samples, **how)
+        return drawing(self, samples, **settings)
 
     monkeypatch.setattr(Sampler, "sample", once)
     monkeypatch.setattr(ShardFolder, "write", lambda self, k, samples: write(self, k, samples))
@@ -587,7 +592,7 @@ def test_signal_during_a_finaliser_ends_a_job(tiny, tmp_path, monkeypatch, capsy
 
 
 def test_shard_left_by_another_job_is_not_counted(tiny, undisturbed, tmp_path):
-    """As one that hangs in a write while its folder is removed, and made anew with another seed."""
+    """As from a job that hangs in a write while its folder is deleted and created again with another seed."""
     out, other = tmp_path / "out", tmp_path / "other"
     assert main(options(tiny, out, FLAGS)) == 0
     assert main(options(tiny, other, f"{FLAGS} --seed 5")) == 0
@@ -599,9 +604,9 @@ def test_shard_left_by_another_job_is_not_counted(tiny, undisturbed, tmp_path):
 
 
 def test_processes_with_other_options_are_refused(tiny, tmp_path):
-    statuses, told = run_ranks(tmp_path, 2, by_rank, str(tiny), str(tmp_path / "out"))
+    statuses, outputs = run_ranks(tmp_path, 2, by_rank, str(tiny), str(tmp_path / "out"))
     assert statuses == [2, 2]
-    assert {error(text) for text in told} == {
+    assert {error(text) for text in outputs} == {
         "seed is 0 in process 0, 1 in process 1; give all of them the same data, options and folder"
     }
     assert not (tmp_path / "out").exists()
@@ -611,18 +616,18 @@ def by_rank(model, out):
     return main(options(model, out, f"{FLAGS} --seed {os.environ['RANK']}"))
 
 
-def watched():
-    """The counts of process 1 stand still, as if it were stopped, or its machine gone."""
+def run_with_a_silent_process():
+    """Process 1 posts no counts, as if it were suspended or its machine were lost."""
     progress.BEAT, progress.SILENT = 0.02, 50
-    with ranks("cpu") as group, JobProgress(group, 1, total=2, before=0, steps=1, show=False) as told:
+    with ranks("cpu") as group, JobProgress(group, 1, total=2, before=0, steps=1, show=False) as job_progress:
         if group.rank == 1:
-            told._post = lambda: None
+            job_progress._post = lambda: None
         while True:
-            told.check()
+            job_progress.check()
             time.sleep(0.01)
 
 
 def test_silent_process_is_reported(tmp_path):
-    _, told = run_ranks(tmp_path, 2, watched)
-    for text in told:
+    _, outputs = run_ranks(tmp_path, 2, run_with_a_silent_process)
+    for text in outputs:
         assert text.splitlines()[-1].endswith("AgreedError: process 1 has given no sign of life for 1 seconds")

@@ -35,24 +35,26 @@ def unet():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("how", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"noise": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"noise": False}], ids=str
+)
 @pytest.mark.parametrize("clip", [True, False])
-def test_loop_has_the_bits_of_the_reference_update(shape, how, clip):
+def test_loop_has_the_bits_of_the_reference_update(shape, settings, clip):
     schedule = Schedule(clip_sample=clip)
-    table = schedule.table(7, **how)
+    table = schedule.table(7, **settings)
     address = noise.address(3, [5, 2])
     x = noise.normal(address, shape, stream=noise.START, t=1000)
     for k in reversed(range(7)):
         t = table.timesteps[k].long().expand(2)
         z = noise.normal(address, shape, stream=noise.STEP, t=t)
         x = update(x, elementwise(x, t), table.rows[k], z, clip=clip)
-    got = Sampler(elementwise, schedule, shape=shape).sample([5, 2], seed=3, steps=7, progress=False, **how)
+    got = Sampler(elementwise, schedule, shape=shape).sample([5, 2], seed=3, steps=7, progress=False, **settings)
     assert torch.equal(got, x)
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_unclipped_run_is_algorithm_2(clip):
-    """All 1000 steps against the paper's formulas in float64, judged by the same formulas in float32."""
+def test_whole_run_is_algorithm_2(clip):
+    """All 1000 steps are as accurate as the paper's formulas in float32, judged by the formulas in float64."""
     schedule = Schedule(clip_sample=clip)
     address, shape = noise.address(0, 4), (2, 3)
     process = Diffusion(schedule.betas)
@@ -68,7 +70,7 @@ def test_unclipped_run_is_algorithm_2(clip):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_whole_run_is_as_accurate_as_diffusers(unet, precision):
-    """U-Net, table and loop together, given the same noise: distance to diffusers in float64, over plain diffusers'."""
+    """U-Net, table and loop together, given the same noise; diffusers in float64 judges."""
     schedule, address, shape = Schedule(), noise.address(1, 16), (1, 8, 8)
 
     @torch.no_grad()
@@ -98,7 +100,7 @@ def test_whole_run_is_as_accurate_as_diffusers(unet, precision):
 
 
 def test_samples_of_gaussian_data_have_its_mean_and_covariance():
-    """With the optimal eps-model of N(mean, var) data, samples have its mean and variance, but for the known bias."""
+    """With the optimal eps-model of N(mean, var), samples have this mean and variance, apart from the known bias."""
     mean, var, T = torch.tensor([0.6, -0.2]), torch.tensor([0.09, 0.25]), 1000
     schedule = Schedule(clip_sample=False)
     abar = schedule.alphas_cumprod.float()
@@ -140,7 +142,7 @@ def test_sample_does_not_depend_on_its_batch(shape):
 
 
 def test_noise_does_not_depend_on_the_batch(unet):
-    """Whatever the network rounds, what it is given first is the same bits, and so is every z added."""
+    """The network's first input and every z have the same bits, whatever the network rounds."""
     seen = {}
 
     def recording(x, t):
@@ -173,56 +175,56 @@ def test_callback_sees_x_0(clip):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batch_invariant_samples_have_the_same_bits(unet, precision):
-    """Whatever the network's arithmetic makes of another number of samples, or of another place among them."""
+    """Even if the network's rounding depends on the size of a batch and on the entry."""
     sampler = Sampler(unet, device="cpu", precision=precision, batch_invariant=4)
-    how = {"seed": 3, "steps": 4, "progress": False}
+    settings = {"seed": 3, "steps": 4, "progress": False}
     samples = [0, 1, 2, 3, 4, 7, 9, 2**40 + 2]
-    alone = {sample: sampler.sample([sample], **how)[0] for sample in samples}
+    alone = {sample: sampler.sample([sample], **settings)[0] for sample in samples}
     for asked in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 9, 0, 4], [7, 3], samples, [2**40 + 2, 2, 2, 7, 2], samples[::-1]):
         for batch_size in (1, 3, None):
-            x = sampler.sample(asked, batch_size=batch_size, **how)
+            x = sampler.sample(asked, batch_size=batch_size, **settings)
             assert torch.equal(x, torch.stack([alone[sample] for sample in asked])), (asked, batch_size)
 
 
 def test_batch_invariance_with_a_network_that_depends_on_its_batch():
     minding = lambda x, t: x * 0.9 + len(x) * 0.01 + torch.arange(len(x))[:, None] * 0.1
-    how, equal = {"steps": 3, "progress": False}, []
+    settings, equal = {"steps": 3, "progress": False}, []
     for invariant in (3, False):
         sampler = Sampler(minding, shape=(2,), device="cpu", batch_invariant=invariant)
-        equal += [torch.equal(sampler.sample([5, 1, 7], **how)[1], sampler.sample([1], **how)[0])]
+        equal += [torch.equal(sampler.sample([5, 1, 7], **settings)[1], sampler.sample([1], **settings)[0])]
     assert equal == [True, False]
 
 
 def test_batch_invariance_does_not_mix_labels():
     torch.manual_seed(0)
     net = UNet2D(**SMALL, num_class_embeds=3)
-    sampler, how = Sampler(net, device="cpu", batch_invariant=2), {"steps": 3, "progress": False}
+    sampler, settings = Sampler(net, device="cpu", batch_invariant=2), {"steps": 3, "progress": False}
     asked, labels = [0, 0, 1, 4, 0], [2, 1, 0, 1, 2]
-    x = sampler.sample(asked, class_labels=labels, **how)
+    x = sampler.sample(asked, class_labels=labels, **settings)
     for place, (sample, label) in enumerate(zip(asked, labels, strict=True)):
-        assert torch.equal(x[place], sampler.sample([sample], class_labels=[label], **how)[0])
+        assert torch.equal(x[place], sampler.sample([sample], class_labels=[label], **settings)[0])
 
 
-def batches_of(sampler, samples, **how):
-    """The (sample indices, first number) of each batch handed out."""
-    batches = sampler.batches(samples, steps=2, progress=False, **how)
+def batches_of(sampler, samples, **settings):
+    """(sample indices, first value of each sample) of each batch."""
+    batches = sampler.batches(samples, steps=2, progress=False, **settings)
     return [(indices.tolist(), x[:, 0].tolist()) for indices, x in batches]
 
 
-def test_batches_are_in_the_order_asked_for():
+def test_batches_are_in_the_order_requested():
     plain = Sampler(elementwise, shape=(1,), device="cpu")
     fixed = Sampler(elementwise, shape=(1,), device="cpu", batch_invariant=4)
     one = lambda sample: plain.sample([sample], steps=2, progress=False).item()
     assert [indices for indices, _ in batches_of(fixed, range(3, 12))] == [[3, 4, 5, 6], [7, 8, 9, 10], [11]]
     asked = [0, 4, 8, 1, 5, 2, 3]
     handed = batches_of(fixed, asked)
-    assert [indices for indices, _ in handed] == [[0], [4], [8, 1, 5, 2, 3]]  # entry 0 is that of 0, 4 and 8
+    assert [indices for indices, _ in handed] == [[0], [4], [8, 1, 5, 2, 3]]  # samples 0, 4 and 8 all need entry 0
     for indices, numbers in handed:
         assert numbers == [one(sample) for sample in indices]
 
 
 def test_empty_entries_are_neither_returned_nor_watched():
-    """Sample 1 goes wrong; three places of the micro-batch are empty."""
+    """Sample 1 becomes NaN; three entries of the micro-batch are empty."""
     seen = []
     sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
     sampler.sample([1], steps=2, progress=False, callback=lambda step, t, x_0, indices: seen.append((x_0, indices)))
@@ -233,7 +235,7 @@ def test_empty_entries_are_neither_returned_nor_watched():
 
 
 def hungry(limit):
-    """A network that has memory for a few samples."""
+    """A network that runs out of memory for more than `limit` samples."""
 
     def model(x, t):
         if len(x) > limit:
@@ -268,75 +270,75 @@ def test_kept_buffers_are_freed_before_the_batch_is_halved(monkeypatch):
 
 
 def sizes_of(limit):
-    """A network that has memory for a few samples, and the sizes of the batches it was asked for."""
+    """The sizes of the batches that a network was called with, and the network: `hungry(limit)`."""
     sizes, model = [], hungry(limit)
     return sizes, lambda x, t: sizes.append(len(x)) or model(x, t)
 
 
 def test_halved_batch_size_is_kept():
-    """In later calls of the same sampler: the smaller batch is kept; a batch that is smaller still is its own."""
+    """In later calls of the same sampler, too; a smaller batch_size still applies."""
     sizes, model = sizes_of(3)
-    sampler, how = Sampler(model, shape=(2,), device="cpu"), {"steps": 1, "progress": False}
-    want = Sampler(elementwise, shape=(2,), device="cpu").sample(11, **how)
+    sampler, settings = Sampler(model, shape=(2,), device="cpu"), {"steps": 1, "progress": False}
+    want = Sampler(elementwise, shape=(2,), device="cpu").sample(11, **settings)
     with pytest.warns(UserWarning, match="out of memory"):
-        assert torch.equal(sampler.sample(11, batch_size=8, **how), want)
+        assert torch.equal(sampler.sample(11, batch_size=8, **settings), want)
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1]
     for batch_size, again in ((8, [2, 2, 2, 2, 2, 1]), (None, [2, 2, 2, 2, 2, 1]), (1, [1] * 11)):
         sizes.clear()
-        assert torch.equal(sampler.sample(11, batch_size=batch_size, **how), want)
+        assert torch.equal(sampler.sample(11, batch_size=batch_size, **settings), want)
         assert sizes == again
 
 
 def test_batch_that_fits_after_freeing_memory_is_not_halved():
-    """It was the last one and a short one: the full ones before it fit, and do so in the next call."""
+    """The short last batch fails at first. The full batches before it fit, also in the next call."""
     sizes, failures = [], []
 
     def model(x, t):
         sizes.append(len(x))
-        if len(x) == 3 and sampler.engine._idle:  # what is kept for batches of 4 is in the way
+        if len(x) == 3 and sampler.engine._idle:  # the buffers for batches of 4 take the memory
             failures.append(len(x))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return elementwise(x, t)
 
-    sampler, how = Sampler(model, shape=(2,), device="cpu"), {"steps": 1, "progress": False, "batch_size": 4}
+    sampler, settings = Sampler(model, shape=(2,), device="cpu"), {"steps": 1, "progress": False, "batch_size": 4}
     for _ in range(2):
         sizes.clear()
-        sampler.sample(11, **how)  # and no warning
+        sampler.sample(11, **settings)  # and no warning
         assert sizes[:2] == [4, 4]
         assert set(sizes[2:]) == {3}
     assert failures
 
 
-def told_of(sampler, samples, **how):
-    """What progress is told, and the samples."""
-    told = []
-    return told, sampler.sample(samples, progress=lambda *args: told.append(args), **how)
+def progress_calls(sampler, samples, **settings):
+    """The arguments of each call of progress, and the samples."""
+    calls = []
+    return calls, sampler.sample(samples, progress=lambda *args: calls.append(args), **settings)
 
 
 def test_progress_gets_steps_and_samples(capsys):
-    """Of each step, with the number of samples in its batch; and nothing is shown."""
+    """One call for each step, with the number of samples in its batch; no bar is shown."""
     sampler = Sampler(elementwise, shape=(2,), device="cpu")
-    told, x = told_of(sampler, 5, steps=3, batch_size=2)
-    assert told == [(1, 2)] * 6 + [(1, 1)] * 3
+    calls, x = progress_calls(sampler, 5, steps=3, batch_size=2)
+    assert calls == [(1, 2)] * 6 + [(1, 1)] * 3
     assert torch.equal(x, sampler.sample(5, steps=3, progress=False))
-    assert told_of(sampler, 0, steps=3)[0] == []
+    assert progress_calls(sampler, 0, steps=3)[0] == []
     assert capsys.readouterr().err == ""
 
 
 def test_progress_does_not_count_empty_entries():
     sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
-    assert told_of(sampler, [0, 1, 4], steps=2)[0] == [(1, 2)] * 2 + [(1, 1)] * 2
+    assert progress_calls(sampler, [0, 1, 4], steps=2)[0] == [(1, 2)] * 2 + [(1, 1)] * 2
 
 
 def test_progress_works_with_a_callback():
     sampler = Sampler(elementwise, shape=(2,), device="cpu")
-    assert told_of(sampler, 3, steps=2, callback=lambda *_: None)[0] == [(1, 3)] * 2
+    assert progress_calls(sampler, 3, steps=2, callback=lambda *_: None)[0] == [(1, 3)] * 2
 
 
 def test_progress_counts_steps_that_ran_out_of_memory():
     sampler = Sampler(hungry(2), shape=(2,), device="cpu")
     with pytest.warns(UserWarning, match="out of memory"):
-        assert told_of(sampler, 4, steps=2)[0] == [(1, 2)] * 4
+        assert progress_calls(sampler, 4, steps=2)[0] == [(1, 2)] * 4
 
 
 def test_error_in_progress_ends_the_run():
@@ -352,23 +354,23 @@ def test_error_in_progress_ends_the_run():
 
 
 def test_progress_does_not_count_a_failed_step():
-    told = []
+    calls = []
     with pytest.raises(ValueError, match="step 3 of 4"):
         Sampler(fails_at(250, lambda eps: eps / 0), shape=(3,), device="cpu").sample(
-            2, steps=4, progress=lambda *args: told.append(args)
+            2, steps=4, progress=lambda *args: calls.append(args)
         )
-    assert told == [(1, 2)] * 2
+    assert calls == [(1, 2)] * 2
 
 
 @pytest.mark.parametrize(
-    ("options", "how", "way_out"),
-    [({}, {}, "; use fp16 or bf16"), ({"batch_invariant": 8}, {}, "; use batch_invariant=4 (with other bits)")],
+    ("options", "way_out"),
+    [({}, "; use fp16 or bf16"), ({"batch_invariant": 8}, "; use batch_invariant=4 (with other bits)")],
     ids=str,
 )
-def test_batch_of_one_without_memory_is_an_error(options, how, way_out):
+def test_batch_of_one_without_memory_is_an_error(options, way_out):
     sampler = Sampler(hungry(0), shape=(2,), device="cpu", **options)
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        sampler.sample(1, steps=2, progress=False, **how)
+        sampler.sample(1, steps=2, progress=False)
     assert way_out in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -401,7 +403,7 @@ def test_default_batch_size_depends_on_the_sample_size():
 
 
 class Untimed(torch.nn.Module):
-    """A network that does not look at t."""
+    """A network that ignores t."""
 
     def __init__(self, net):
         super().__init__()
@@ -411,7 +413,7 @@ class Untimed(torch.nn.Module):
         return self.net(x)
 
 
-def test_network_is_in_eval_mode_and_then_in_its_own():
+def test_network_is_in_eval_mode_and_then_in_its_previous_mode():
     net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4).eval())
     modes = []
 
@@ -432,8 +434,8 @@ def test_interleaved_runs_restore_the_mode_of_a_network():
     net.register_forward_hook(lambda module, args, out: net.seen.append(module.training))
 
     model = Untimed(net)
-    sampler, how = Sampler(model, shape=(4,)), {"steps": 2, "batch_size": 1, "progress": False}
-    first, second = sampler.batches(2, **how), sampler.batches(3, **how)
+    sampler, settings = Sampler(model, shape=(4,)), {"steps": 2, "batch_size": 1, "progress": False}
+    first, second = sampler.batches(2, **settings), sampler.batches(3, **settings)
     next(first), next(second)
     list(first)
     assert not model.training
@@ -453,17 +455,17 @@ def test_network_and_callback_cannot_change_the_state():
         x_0.zero_()
         indices.add_(100)
 
-    how = {"steps": 5, "progress": False}
-    want = Sampler(elementwise, shape=(3,)).sample(2, **how)
-    assert torch.equal(Sampler(careless, shape=(3,)).sample(2, callback=spoil, **how), want)
+    settings = {"steps": 5, "progress": False}
+    want = Sampler(elementwise, shape=(3,)).sample(2, **settings)
+    assert torch.equal(Sampler(careless, shape=(3,)).sample(2, callback=spoil, **settings), want)
 
 
 def test_numpy_and_torch_integers_are_accepted():
-    sampler, how = Sampler(elementwise, shape=np.array([3])), {"steps": 2, "progress": False}
-    want = sampler.sample(range(1, 3), seed=4, **how)
+    sampler, settings = Sampler(elementwise, shape=np.array([3])), {"steps": 2, "progress": False}
+    want = sampler.sample(range(1, 3), seed=4, **settings)
     for given in (np.array([1, 2]), torch.tensor([1, 2], dtype=torch.int32), (i for i in (1, 2))):
-        assert torch.equal(sampler.sample(given, seed=np.int64(4), **how), want)
-    assert torch.equal(sampler.sample(np.int64(3), seed=4, **how)[1:], want)
+        assert torch.equal(sampler.sample(given, seed=np.int64(4), **settings), want)
+    assert torch.equal(sampler.sample(np.int64(3), seed=4, **settings)[1:], want)
 
 
 def test_arguments_are_checked_before_the_first_batch():
@@ -494,22 +496,22 @@ def test_class_labels():
     torch.manual_seed(0)
     net = UNet2D(**SMALL, num_class_embeds=3)
     sampler = Sampler(net, precision="fp32")
-    how = {"steps": 3, "progress": False}
-    mixed = sampler.sample(4, class_labels=[0, 1, 2, 1], batch_size=2, **how)
+    settings = {"steps": 3, "progress": False}
+    mixed = sampler.sample(4, class_labels=[0, 1, 2, 1], batch_size=2, **settings)
     for label in range(3):
-        alone = sampler.sample(4, class_labels=[label] * 4, batch_size=2, **how)
+        alone = sampler.sample(4, class_labels=[label] * 4, batch_size=2, **settings)
         same = torch.tensor([0, 1, 2, 1]) == label
         assert torch.equal(mixed[same], alone[same])
         assert not torch.equal(mixed[~same], alone[~same])
     for labels in (np.array([0, 1, 2, 1]), torch.tensor([0, 1, 2, 1], dtype=torch.uint8), (i for i in (0, 1, 2, 1))):
-        assert torch.equal(sampler.sample(4, class_labels=labels, batch_size=2, **how), mixed)
+        assert torch.equal(sampler.sample(4, class_labels=labels, batch_size=2, **settings), mixed)
     for wrong in ([0, 1, 2], [0, 1, 2, 3], [0, 1, 2, -1], [0.0, 1, 2, 1], [True] * 4):
         with pytest.raises(ValueError, match="class_labels are"):
-            sampler.sample(4, class_labels=wrong, **how)
+            sampler.sample(4, class_labels=wrong, **settings)
     with pytest.raises(ValueError, match="class_labels were given, but the model is not"):
-        Sampler(tiny_unet()).sample(2, class_labels=[0, 1], **how)
+        Sampler(tiny_unet()).sample(2, class_labels=[0, 1], **settings)
     with pytest.raises(ValueError, match="class-conditional; pass class_labels"):
-        sampler.sample(4, **how)
+        sampler.sample(4, **settings)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -137,7 +137,7 @@ def test_folders_pipes_and_broken_links_are_skipped(tmp_path):
     assert np.array_equal(load_images(tmp_path), pictures(1).repeat(2, axis=0))
 
 
-def test_links_to_folders_are_followed_unless_they_form_a_circle(tmp_path):
+def test_links_to_folders_are_followed_unless_they_form_a_cycle(tmp_path):
     save_folder(tmp_path / "elsewhere", pictures(2), ["0.png", "deeper/1.png"])
     (tmp_path / "data" / "b").mkdir(parents=True)
     (tmp_path / "data" / "a").symlink_to(tmp_path / "elsewhere")
@@ -542,7 +542,7 @@ def test_few_images_are_decoded_ahead(tmp_path, monkeypatch):
 
 
 def test_npz_is_read_only_as_far_as_needed(tmp_path):
-    """Damage after the first batch is found only after it was given."""
+    """Damage after the first batch is found only after that batch was yielded."""
     images = pictures(500, 16, 16)
     np.savez(tmp_path / "x.npz", images)
     whole = bytearray((tmp_path / "x.npz").read_bytes())

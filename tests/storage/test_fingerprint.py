@@ -78,7 +78,7 @@ def test_any_change_changes_the_fingerprint(what):
     assert weights_sha256(CHANGED[what]()) != weights_sha256(Net())
 
 
-def test_names_count():
+def test_names_change_the_fingerprint():
     same = torch.ones(2)
     one, other = nn.Module(), nn.Module()
     one.register_buffer("a", same)
@@ -88,7 +88,7 @@ def test_names_count():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64])
 def test_all_dtypes(dtype):
-    """Here with tensors of no dimension."""
+    """Tested with tensors without dimensions."""
 
     def net(value):
         made = nn.Module()

@@ -37,9 +37,9 @@ def pictures(n=7, channels=1):
     return data
 
 
-def run(out, options=SMALL, data=None, **how):
-    """Train on these pictures, without progress."""
-    return train(pictures() if data is None else data, out, options, progress=False, **how)
+def run(out, options=SMALL, data=None, **arguments):
+    """Train on the data (by default `pictures()`), without a progress bar."""
+    return train(pictures() if data is None else data, out, options, progress=False, **arguments)
 
 
 def batch(data, k, options=SMALL, labels=None, ranks=None):

@@ -1,4 +1,4 @@
-"""The options of a run and its data: what they make of the network, and what is refused."""
+"""The options of a run and its data: the network that they describe, and what is refused."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_unet_config_follows_the_options():
 
 
 def test_numbers_of_numpy_become_numbers_of_python():
-    """A state and a checkpoint can hold Python's alone."""
+    """The state and the checkpoint on the disk can hold only Python's."""
     given = dataclasses.replace(
         SMALL, steps=np.int64(4), seed=np.uint64(5), warmup=np.int32(2), ema=np.float32(0.5), channels=(np.int64(8), 16)
     )

@@ -30,11 +30,11 @@ def killed_run(monkeypatch, owner, name, call, out, options=SMALL):
     """Run until call number `call`, counted from 1, of owner.name raises Killed."""
     original, calls = getattr(owner, name), []
 
-    def killed(*args, **how):
+    def killed(*args, **kwargs):
         calls.append(args)
         if len(calls) == call:
             raise Killed
-        return original(*args, **how)
+        return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)

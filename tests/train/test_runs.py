@@ -217,14 +217,14 @@ SHARED = (
 @pytest.fixture(scope="module")
 def shared(images, tmp_path_factory):
     """{number of ranks: (folder of the run, [what `record_steps` saved of each rank])}"""
-    found = {}
+    runs = {}
     for size in (1, 2, 3):
         folder = tmp_path_factory.mktemp(f"ranks-{size}")
         hook = functools.partial(record_steps, folder)
         ends = run_ranks(folder, size, command, arguments(images, folder / "run", SHARED), hook)
         assert ends == ([0] * size, [""] * size)
-        found[size] = folder / "run", recorded(folder, size)
-    return found
+        runs[size] = folder / "run", recorded(folder, size)
+    return runs
 
 
 def recorded(folder, size):

@@ -159,7 +159,7 @@ def test_learning_rate_rises_to_its_peak_and_falls(steps, warmup, peak):
 )
 def test_grid_column_shows_one_class(tmp_path, monkeypatch, classes, columns, rows):
     seen, shown = [], []
-    monkeypatch.setattr(Sampler, "sample", lambda *args, class_labels, **how: seen.append(class_labels))
+    monkeypatch.setattr(Sampler, "sample", lambda *args, class_labels, **options: seen.append(class_labels))
     monkeypatch.setattr(images, "save_grid", lambda *args, columns: shown.append(columns))
     run(tmp_path, data=pictures(20), labels=np.arange(20) % classes)
     assert shown == [columns]

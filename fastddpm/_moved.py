@@ -12,6 +12,7 @@ MOVED = {
     "fastddpm.fid": "fastddpm.evaluate.fid",
     "fastddpm.job": "fastddpm.sampling.job",
     "fastddpm.likelihood": "fastddpm.evaluate.likelihood",
+    "fastddpm.noise": "fastddpm.core.noise",
 }
 
 

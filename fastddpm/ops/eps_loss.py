@@ -10,7 +10,7 @@ from fastddpm.core.checks import one_of
 from fastddpm.ops.backend import backend
 from fastddpm.ops.checks import check_model_output, check_noising
 from fastddpm.ops.library import LIBRARY, PREDICTIONS, register
-from fastddpm.ops.noising import data_units, eps_of
+from fastddpm.ops.noising import data_units, eps_of, has_t
 from fastddpm.reference import diffusion
 from fastddpm.reference.diffusion import squared_error
 
@@ -52,7 +52,7 @@ def _eps_loss(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor,
     if backend(m.device) == "triton":
         from fastddpm.kernels.eps_loss import launch_eps_loss  # type: ignore[import-not-found]
 
-        with_t = stream == noise.LIKELIHOOD
+        with_t = has_t(stream)
         return launch_eps_loss(m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=with_t)
     return squared_error(m, _target(x_0, t, address, table, predicts, stream))
 
@@ -71,7 +71,7 @@ def _eps_loss_backward(
     if backend(m.device) == "triton":
         from fastddpm.kernels.eps_loss import launch_eps_loss_backward
 
-        with_t = stream == noise.LIKELIHOOD
+        with_t = has_t(stream)
         launch_eps_loss_backward(out, grad, m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=with_t)
         return out
     d = m.float() - _target(x_0, t, address, table, predicts, stream)

@@ -46,9 +46,14 @@ def data_units(x_0: Tensor) -> Tensor:
     return (x_0.float() - 127.5) * (2 / 255) if x_0.dtype == torch.uint8 else x_0.float()
 
 
+def has_t(stream: int) -> bool:
+    """Whether t is part of the address of a stream's noise; if not, it is 0 there."""
+    return stream == noise.LIKELIHOOD
+
+
 def eps_of(x_0: Tensor, t: Tensor, address: Tensor, stream: int) -> Tensor:
     """The noise that `noising` adds to x_0."""
-    return noise.normal(address, x_0.shape[1:], stream=stream, t=t if stream == noise.LIKELIHOOD else 0)
+    return noise.normal(address, x_0.shape[1:], stream=stream, t=t if has_t(stream) else 0)
 
 
 def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
@@ -56,7 +61,7 @@ def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int
     if backend(x_0.device) == "triton":
         from fastddpm.kernels.noising import launch_noising  # type: ignore[import-not-found]
 
-        launch_noising(x_t, x_0, t, address, table, stream=stream, with_t=stream == noise.LIKELIHOOD)
+        launch_noising(x_t, x_0, t, address, table, stream=stream, with_t=has_t(stream))
         return x_t
     return x_t.copy_(add_noise(data_units(x_0), eps_of(x_0, t, address, stream), table[t]))
 

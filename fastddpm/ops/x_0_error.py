@@ -9,7 +9,7 @@ from fastddpm.core import layout, noise
 from fastddpm.ops.backend import backend
 from fastddpm.ops.checks import check_model_output, check_no_gradients, check_noising
 from fastddpm.ops.library import register
-from fastddpm.ops.noising import data_units, eps_of
+from fastddpm.ops.noising import data_units, eps_of, has_t
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error
 
 
@@ -44,7 +44,7 @@ def _x_0_error(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor
     if backend(m.device) == "triton":
         from fastddpm.kernels.x_0_error import launch_x_0_error  # type: ignore[import-not-found]
 
-        return launch_x_0_error(m, x_0, t, address, table, stream=stream, with_t=stream == noise.LIKELIHOOD)
+        return launch_x_0_error(m, x_0, t, address, table, stream=stream, with_t=has_t(stream))
     x, (noising_row, prediction_row) = data_units(x_0), table[t].split([2, 5], 1)
     x_t = add_noise(x, eps_of(x_0, t, address, stream), noising_row)
     return squared_error(predicted_x_0(x_t, m, prediction_row), x)

@@ -39,6 +39,8 @@ class BatchNetwork:
         timesteps: [T] int32; the first S are the loaded ones.
         positions: [n] int32: which of the timesteps each entry is at.
         labels: [n, ...]: the class labels that were loaded, or None.
+        replay: runs the work of the batch: calls of the network, or the steps of the `Runner` that has this network.
+        order: orders this work across streams.
     """
 
     def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
@@ -59,13 +61,13 @@ class BatchNetwork:
             self._time_rows = torch.empty(T, columns, dtype=rows_dtype, device=device)
             # without kernels the one row of a batch becomes a bias of convolutions
             self._one_position = self._may_share_position = not kernels
-        self._replay = Replay(prepared, n, capture=capture)
-        self._order = StreamOrder(device)
+        self.replay = Replay(prepared, n, capture=capture)
+        self.order = StreamOrder(device)
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """The context in which calls must be made. The current CUDA stream may differ from call to call."""
-        with plain_modes(self.prepared.device), self._order.on_current_stream(self.tensors()):
+        with plain_modes(self.prepared.device), self.order.on_current_stream(self.tensors()):
             yield
 
     def tensors(self) -> Iterator[Tensor]:
@@ -87,7 +89,7 @@ class BatchNetwork:
             self._one_position = self._may_share_position and not per_entry
         with self.working():
             self.load(timesteps, labels)
-            self._replay.prepare(self._predict_into_output, self._reset, self.constants())
+            self.replay.prepare(self._predict_into_output, self._reset, self.constants())
 
     def __call__(self, x: Tensor, position: int | Tensor) -> Tensor:
         """Evaluate the network.
@@ -104,9 +106,9 @@ class BatchNetwork:
             self.positions.copy_(position)
         else:
             self.positions.fill_(position)
-        self._replay(self._predict_into_output)
+        self.replay(self._predict_into_output)
         output = cast(Tensor, self._output)
-        return output if self._replay.graph is None else output.clone()
+        return output if self.replay.graph is None else output.clone()
 
     def load(self, timesteps: Tensor, labels: Tensor | None) -> None:
         """Copy timesteps and labels into the buffers; see `prepare`."""
@@ -202,7 +204,7 @@ class Runner:
 
     def __init__(self, prepared: PreparedModel, n: int, *, capture: bool):
         self.prepared = prepared
-        self.network = BatchNetwork(prepared, n, capture=False)
+        self.network = BatchNetwork(prepared, n, capture=capture)
         device, T = prepared.device, prepared.num_train_timesteps
         self.x = self.network.input
         if self.x.dtype != torch.float32:
@@ -211,12 +213,11 @@ class Runner:
         self.bad = torch.empty(n, dtype=torch.int32, device=device)
         rows = torch.empty(T, len(COLUMNS), dtype=torch.float32, device=device)
         self.table = StepTable(rows, rows.new_ones(T), self.network.timesteps, clip=False, num_train_timesteps=T)
-        self._replay, self._order = Replay(prepared, n, capture=capture), StreamOrder(device)
 
     @contextmanager
     def working(self) -> Iterator[None]:
         """The context in which all methods must be called. The current CUDA stream may differ from call to call."""
-        with plain_modes(self.prepared.device), self._order.on_current_stream(self._tensors()):
+        with plain_modes(self.prepared.device), self.network.order.on_current_stream(self._tensors()):
             yield
 
     def load(self, table: StepTable, address: Tensor, labels: Tensor | None = None) -> None:
@@ -234,7 +235,7 @@ class Runner:
         self.table.scale[:S].copy_(table.scale)
         self.address.copy_(address)
         self.network.load(table.timesteps, labels)
-        self._replay.prepare(self._predict_and_update, self.start, (table.clip, self.network.constants()))
+        self.network.replay.prepare(self._predict_and_update, self.start, (table.clip, self.network.constants()))
 
     def start(self) -> None:
         """Draw x_T ~ N(0, I) of each entry, and go to the first step of the table."""
@@ -247,7 +248,7 @@ class Runner:
 
     def step(self) -> None:
         """Take one reverse step, x_t -> x_{t-1}, and go to the next row."""
-        self._replay(self._predict_and_update)
+        self.network.replay(self._predict_and_update)
 
     def predict(self, network: Network | None = None) -> Tensor:
         """The first half of a step: the model's output for x_t.

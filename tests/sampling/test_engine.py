@@ -212,7 +212,7 @@ def test_auto_retries_a_failed_capture(failing_captures):
     sampler = Sampler(net, device="cpu")
     assert torch.equal(sampler.sample(2, **settings), eager(net).sample(2, **settings))
     assert capture.attempts == 2
-    assert next(iter(sampler.engine._idle.values()))._replay.graph is not None
+    assert next(iter(sampler.engine._idle.values())).network.replay.graph is not None
 
 
 def test_auto_falls_back_to_eager_after_two_failures_and_warns_once(failing_captures):

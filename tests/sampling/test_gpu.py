@@ -261,7 +261,7 @@ def test_failed_capture_changes_no_bit_and_leaves_torch_usable(failures, invalid
     assert torch.randn(4, device="cuda").isfinite().all()
     assert sampler.engine.clear()
     assert torch.equal(sampler.sample(2, **settings), want)
-    assert next(iter(sampler.engine._idle.values()))._replay.graph is not None
+    assert next(iter(sampler.engine._idle.values())).network.replay.graph is not None
 
 
 def test_engine_graph_says_why_a_capture_failed(invalidated_captures):

@@ -90,7 +90,9 @@ def sample_to(
             _check_log(json_log, out)
         group.agree_on(shards.manifest)
         with stoppable(lambda: _how_to_resume(shards) if group.rank == 0 else "") as stopped:
-            _draw_missing(from_sampler, drawing, shards, group, progress, json_log, stopped)
+            # kept until the processes part: others may still post to its board
+            board = _draw_missing(from_sampler, drawing, shards, group, progress, json_log, stopped)
+    del board
     return shards
 
 
@@ -107,7 +109,7 @@ def _draw_missing(
     progress: bool,
     json_log: str | os.PathLike[str] | None,
     stopped: list[Stopped],
-) -> None:
+) -> JobProgress:
     """Draw and write this process's share of the missing shards, then wait for the other processes."""
     with ExitStack() as lock:
         with group.agree():
@@ -137,6 +139,7 @@ def _draw_missing(
                     writer.put(k, _draw_shard(sampler, drawing, shards, k, job_progress))
             job_progress.done()
             _wait(meet(), job_progress)
+    return job_progress
 
 
 def _check_device(sampler: Sampler, group: Ranks) -> None:

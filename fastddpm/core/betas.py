@@ -5,14 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-
 
 def named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
     """The betas of one of BETA_SCHEDULES: [T] float64. squaredcos_cap_v2 and laplace ignore start and end."""
 
     def linspace(start: float, end: float) -> Tensor:
-        return torch.linspace(start, end, T, dtype=torch.float64)
+        return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
 
     if name == "linear":
         return linspace(beta_start, beta_end)
@@ -21,7 +19,8 @@ def named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor
     if name == "sigmoid":
         return linspace(-6, 6).sigmoid() * (beta_end - beta_start) + beta_start
     abar = cosine_abar if name == "squaredcos_cap_v2" else laplace_abar
-    return torch.tensor([min(1 - abar((t + 1) / T) / abar(t / T), 0.999) for t in range(T)], dtype=torch.float64)
+    betas = [min(1 - abar((t + 1) / T) / abar(t / T), 0.999) for t in range(T)]
+    return torch.tensor(betas, dtype=torch.float64, device="cpu")
 
 
 def cosine_abar(u: float) -> float:

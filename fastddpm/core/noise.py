@@ -7,15 +7,19 @@ the same bits in Triton.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastddpm.core import checks
-from fastddpm.core.checks import is_whole, whole
+from fastddpm.core.checks import is_whole, shown, whole
 
 STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
+
+END = 1 << 56  # of the sample indices
+MOST_SAMPLES = 1 << 28  # that a number may ask for: their addresses are 4 GB
 
 _MASK = 0xFFFFFFFF
 _SQRT_HALF_BITS = 0x3F3504F3
@@ -33,25 +37,36 @@ def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.devi
         samples: their number N (the indices are then 0 to N - 1), or the indices, each 0 <= index < 2^56.
     Raises: ValueError: seed or an index is out of range or not a whole number.
     """
-    seed = checks.seed(seed)
-    if is_whole(samples):
-        if samples < 0:
-            raise ValueError(f"samples is {samples}; want a number of samples, 0 or more, or a list of sample indices")
-        samples = range(samples)
-    if isinstance(samples, bool | str) or not isinstance(samples, Iterable):
-        raise ValueError(f"samples is {samples!r}; want a whole number of samples, or a list of sample indices")
-    if isinstance(samples, Tensor):
-        if samples.ndim != 1 or samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool:
-            raise ValueError(f"sample indices are {tuple(samples.shape)} {samples.dtype}; want [N] whole numbers")
-        samples = samples.tolist()
-    indices = list(samples)
-    for index in indices:
-        if not is_whole(index) or not 0 <= index < 1 << 56:
-            raise ValueError(f"sample index is {index!r}; want a whole number, 0 <= index < 2^56")
+    seed, indices = checks.seed(seed), _indices(samples)
     out = torch.empty(len(indices), 2, dtype=torch.int64, device="cpu")
     out[:, 0] = seed - (1 << 64) if seed >> 63 else seed
-    out[:, 1] = torch.tensor(indices, dtype=torch.int64, device="cpu")
+    out[:, 1] = indices
     return out.to(device)
+
+
+def _indices(samples: Any) -> Tensor:
+    """The sample indices that `address` is given: [N] int64 on the CPU."""
+    if is_whole(samples):
+        whole("samples", samples, 0, MOST_SAMPLES)
+        return torch.arange(int(samples), device="cpu")
+    if isinstance(samples, Tensor):
+        integers = not (samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool)
+        if samples.ndim != 1 or not integers or samples.layout != torch.strided or samples.is_meta:
+            raise ValueError(f"sample indices are {tuple(samples.shape)} {samples.dtype}; want [N] whole numbers")
+        indices = samples.to("cpu", torch.int64)
+        outside = indices[(indices < 0) | (indices >= END)].tolist()
+    else:
+        is_text = isinstance(samples, bool | str | bytes)
+        if is_text or not isinstance(samples, Iterable) or not getattr(samples, "ndim", 1):
+            raise ValueError(f"samples is {shown(samples)}; want a number of samples, or a list of sample indices")
+        if isinstance(samples, Sized):  # a range may be too long to list
+            whole("the number of samples", len(samples), 0, MOST_SAMPLES)
+        given = list(samples)
+        outside = [index for index in given if not is_whole(index) or not 0 <= index < END]
+        indices = torch.tensor([] if outside else given, dtype=torch.int64, device="cpu")
+    if outside:
+        raise ValueError(f"sample index is {shown(outside[0])}; want a whole number, 0 <= index < 2^56")
+    return indices
 
 
 def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tensor) -> Tensor:
@@ -66,18 +81,21 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     Returns: float32 [N, *shape] on address's device, channels-last in memory.
     Raises: ValueError: an argument is not as above.
     """
+    if not isinstance(address, Tensor):
+        raise ValueError(f"address is {shown(address)}; want [N, 2] int64, as `noise.address` returns it")
     if address.ndim != 2 or address.shape[1] != 2 or address.dtype != torch.int64:
         raise ValueError(f"address is {tuple(address.shape)} {address.dtype}; want [N, 2] int64 (seed, sample index)")
     whole("stream", stream, 0, 255)
-    if not len(shape) or not all(is_whole(size) and size >= 0 for size in shape):
-        raise ValueError(f"shape is {tuple(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
+    sizes = isinstance(shape, Iterable) and not isinstance(shape, str) and all(is_whole(n) and n >= 0 for n in shape)
+    if not sizes or not len(shape):
+        raise ValueError(f"shape is {shown(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
     n, count = len(address), math.prod(shape)
     if isinstance(t, Tensor):
         if t.shape not in ((n,), (1,), ()) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; want an int, or [{n}] integers like address")
         t = t.to(address.device, torch.int64).reshape(-1, 1) & _MASK
     elif not is_whole(t) or not 0 <= t < 1 << 32:
-        raise ValueError(f"t is {t!r}; want a whole number, 0 <= t < 2^32")
+        raise ValueError(f"t is {shown(t)}; want a whole number, 0 <= t < 2^32")
     seed, sample = address[:, :1], address[:, 1:]
     words = philox(
         torch.arange((count + 3) // 4, device=address.device),

@@ -1,6 +1,7 @@
 """The device and the precision that a network computes in, resolved once and passed on."""
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastddpm.core.checks import one_of
+from fastddpm.core.checks import is_whole, one_of, shown
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,30 +31,24 @@ class Compute:
     precision: str
 
     @classmethod
-    def resolve(cls, device: torch.device | str | None = None, precision: str = "auto") -> "Compute":
+    def resolve(cls, device: torch.device | str | int | None = None, precision: str = "auto") -> "Compute":
         """Choose a device or a precision that is left open, and check the other.
 
         Args:
-            device: None: the GPU if there is one, else the CPU.
+            device: a device or its name, or the number of a GPU; None: the GPU if there is one, else the CPU.
             precision: one of PRECISIONS, or "auto": bf16 where the device computes it natively, else fp32.
         Raises: ValueError: the device or the precision is unknown, or this machine does not have it.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device is {device!r}; want 'cpu', 'cuda' or 'cuda:N'") from error
-        if device.type not in DEVICES or (device.type == "cuda" and not torch.cuda.is_available()):
-            raise ValueError(f"device is '{device}', which this machine does not have; use 'cpu'")
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # which may differ in another thread
+        device = _device(device)
         one_of("precision", precision, ("auto", *PRECISIONS))
         if precision == "tf32" and device.type != "cuda":
             raise ValueError(f"precision is 'tf32', which '{device}' does not have; use fp32 or bf16")
         if precision == "auto":
             precision = "bf16" if has_native_bf16(device) else "fp32"
         return cls(device, precision)
+
+    def __reduce__(self) -> Any:
+        return _on_this_machine, (str(self.device), self.precision)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +58,35 @@ class Compute:
     def arithmetic(self) -> AbstractContextManager[None]:
         """A context in which products on a GPU have this precision: see `arithmetic`."""
         return arithmetic(self.precision, self.device)
+
+
+def _on_this_machine(device: str, precision: str) -> Compute:
+    """What a pickled `Compute` becomes: the same, or one on a CPU, with a warning, if this machine has no such GPU."""
+    try:
+        return Compute.resolve(device, precision)
+    except ValueError as error:
+        compute = Compute(torch.device("cpu"), "fp32" if precision == "tf32" else precision)
+        warnings.warn(f"{error}; it is now on the CPU, in {compute.precision}", stacklevel=2)
+        return compute
+
+
+def _device(device: Any) -> torch.device:
+    """The device that an argument names. Raises: ValueError: it names none, or one that this machine does not have."""
+    has_cuda = torch.cuda.is_available()
+    if device is None:
+        device = "cuda" if has_cuda else "cpu"
+    try:
+        if not is_whole(device) and not isinstance(device, str | torch.device):
+            raise TypeError
+        found = torch.device("cuda", int(device)) if is_whole(device) else torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"device is {shown(device)}; want 'cpu', 'cuda' or 'cuda:N'") from error
+    missing = found.type not in DEVICES or (found.type == "cuda" and not has_cuda)
+    if missing or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device is '{found}', which this machine does not have; use 'cpu'")
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())  # which may differ in another thread
+    return found
 
 
 def has_native_bf16(device: torch.device) -> bool:

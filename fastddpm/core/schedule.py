@@ -21,14 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.core.betas import BETA_SCHEDULES, named_betas, rescale_zero_snr
-from fastddpm.core.checks import is_real, one_of, whole
+from fastddpm.core.betas import named_betas, rescale_zero_snr
+from fastddpm.core.checks import flag, is_real, one_of, real, shown, whole
+from fastddpm.core.names import (
+    BETA_SCHEDULES,
+    LEARNED_VARIANCE_TYPES,
+    PREDICTION_TYPES,
+    TIMESTEP_SPACINGS,
+    VARIANCE_TYPES,
+)
 from fastddpm.core.table import StepTable, step_rows
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
-LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+MOST_TIMESTEPS = 1_000_000  # for which the tables take seconds and 100 MB
 
 _SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler")
 # keys of published configs without effect here: they belong to thresholding or to other schedulers, or no longer exist
@@ -40,7 +44,7 @@ class Schedule:
     """A forward process and how to reverse it; fields and defaults are diffusers' scheduler options.
 
     Args:
-        num_train_timesteps: T >= 1.
+        num_train_timesteps: T, 1 to a million.
         beta_start, beta_end: 0 < beta < 1; used by linear, scaled_linear and sigmoid.
         beta_schedule: one of BETA_SCHEDULES.
         trained_betas: the T betas themselves instead of a named schedule: a sequence, an array or a tensor.
@@ -90,15 +94,11 @@ class Schedule:
     def _check_options(self) -> None:
         """Check all options but trained_betas; numpy's numbers become Python's, which JSON can hold."""
         for name, low in (("num_train_timesteps", 1), ("steps_offset", 0)):
-            self._set(name, whole(name, getattr(self, name), low))
+            self._set(name, whole(name, getattr(self, name), low, MOST_TIMESTEPS))
         for name in ("beta_start", "beta_end", "clip_sample_range"):
-            value = getattr(self, name)
-            if not is_real(value) or value <= 0:
-                raise ValueError(f"{name} is {value!r}; want a number > 0")
-            self._set(name, float(value))
+            self._set(name, real(name, getattr(self, name), 0, above=True))
         for name in ("clip_sample", "rescale_betas_zero_snr", "thresholding", "set_alpha_to_one"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; want True or False")
+            flag(name, getattr(self, name))
         one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         one_of("variance_type", self.variance_type, (*VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES))
         one_of("prediction_type", self.prediction_type, PREDICTION_TYPES)
@@ -112,7 +112,7 @@ class Schedule:
     def _checked_betas(self, betas: list) -> tuple[float, ...]:
         for beta in betas:
             if not is_real(beta):
-                raise ValueError(f"trained_betas: an entry is {beta!r}; want a number for each timestep")
+                raise ValueError(f"trained_betas: an entry is {shown(beta)}; want a number for each timestep")
         if len(betas) != self.num_train_timesteps:
             raise ValueError(
                 f"trained_betas holds {len(betas)} betas, but num_train_timesteps is {self.num_train_timesteps}; "
@@ -130,18 +130,19 @@ class Schedule:
         Ignores keys that start with "_", except for `_class_name`, and unknown options that are null or false. A DDIM
         config does not select the DDIM sampler; the `sampler` argument of `table` does.
 
-        Raises: ValueError: an option or the scheduler's class is unknown or unsupported.
+        Raises: ValueError: an option or the scheduler's class is unknown or unsupported, or a value is out of range.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"config is a {type(config).__name__}; want the dict of a scheduler_config.json")
         one_of("scheduler config: _class_name", config.get("_class_name", _SCHEDULERS[0]), _SCHEDULERS)
         names = [field.name for field in fields(cls)]
         for key, value in config.items():
-            if not (key.startswith("_") or key in _IGNORED or value is None or value is False):
+            if not (str(key).startswith("_") or key in _IGNORED or value is None or value is False):
                 one_of("scheduler config: an option", key, names)
         options = {key: value for key, value in config.items() if key in names}
-        if config.get("predict_epsilon") is False:  # old versions of diffusers: prediction_type="sample"
-            options.setdefault("prediction_type", "sample")
+        predicts_epsilon = config.get("predict_epsilon")
+        if predicts_epsilon is not None and not flag("scheduler config: predict_epsilon", predicts_epsilon):
+            options.setdefault("prediction_type", "sample")  # which is what old versions of diffusers call it
         return cls(**options)
 
     def to_config(self) -> dict[str, Any]:
@@ -159,7 +160,7 @@ class Schedule:
     def betas(self) -> Tensor:
         """[T] float64: variances of the forward process (eq. 2)."""
         if self.trained_betas is not None:
-            betas = torch.tensor(self.trained_betas, dtype=torch.float64)
+            betas = torch.tensor(self.trained_betas, dtype=torch.float64, device="cpu")
         else:
             betas = named_betas(self.beta_schedule, self.num_train_timesteps, self.beta_start, self.beta_end)
         return rescale_zero_snr(betas) if self.rescale_betas_zero_snr else betas
@@ -182,7 +183,7 @@ class Schedule:
     @cached_property
     def alphas_cumprod_prev(self) -> Tensor:
         """[T] float64: abar shifted by one, starting at 1."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]])
 
     def timesteps(self, steps: int | None = None) -> Tensor:
         """The timesteps that `steps` steps visit (None: all T): [steps] int64, ascending.
@@ -191,7 +192,7 @@ class Schedule:
         """
         T = self.num_train_timesteps
         if steps is None:
-            return torch.arange(T)
+            return torch.arange(T, device="cpu")
         whole("steps", steps, 1, T)
         if self.timestep_spacing == "leading":
             visited = np.arange(steps) * (T // steps) + self.steps_offset
@@ -256,10 +257,14 @@ def _descending(timesteps: Any, T: int) -> Tensor:
     for before, after in pairwise(visited):
         if after >= before:
             raise ValueError(f"timesteps has {after} after {before}; want strictly descending timesteps")
-    return torch.tensor(visited)
+    return torch.tensor(visited, device="cpu")
 
 
 def _elements(values: Any) -> list:
     """The elements of a sequence, an array or a tensor, as Python objects; of a single value, a list of it."""
+    if isinstance(values, Tensor):
+        if values.is_meta:
+            raise ValueError("a tensor on the meta device has no values; want one on a CPU or a GPU")
+        values = values.detach().to_dense()
     values = values.tolist() if hasattr(values, "tolist") else values
     return list(values) if isinstance(values, Iterable) else [values]

@@ -21,9 +21,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastddpm.core.checks import is_real, one_of
+from fastddpm.core.checks import is_real, one_of, shown
+from fastddpm.core.names import SAMPLERS
 
-SAMPLERS = ("ddpm", "ddim")
+MOST_NOISE = 1e6  # by which sigma_t z may be multiplied: float32 holds the states
 
 
 class StepColumns(NamedTuple):
@@ -108,9 +109,10 @@ def step_rows(
     Args: timesteps: [S] int64, ascending; the others as in `Schedule.table`.
     """
     _check_sampler(schedule, sampler, eta, noise)
+    eta, noise = float(eta), float(noise)  # numpy's would compute in their own precision
     log_abar = schedule.log_alphas_cumprod[timesteps]
     ends_at_one = sampler == "ddpm" or schedule.set_alpha_to_one
-    log_last = torch.zeros(1, dtype=torch.float64) if ends_at_one else schedule.log_alphas_cumprod[:1]
+    log_last = torch.zeros(1, dtype=torch.float64, device="cpu") if ends_at_one else schedule.log_alphas_cumprod[:1]
     log_prev = torch.cat([log_last, log_abar[:-1]])
     abar, noise_var = log_abar.exp(), 0 - log_abar.expm1()  # noise_var = 1 - abar
     abar_prev, noise_var_prev = log_prev.exp(), 0 - log_prev.expm1()
@@ -140,7 +142,7 @@ def step_rows(
     if not schedule.clip_sample:
         A, B, C = torch.zeros_like(A), B + A * cx, C + A * cm
     S[0] = 0
-    S = float(noise) * S
+    S = noise * S
     hi = (schedule.clip_sample_range if schedule.clip_sample else math.inf) / scale
     return torch.stack(StepColumns(cx=cx, cm=cm, lo=-hi, hi=hi, A=A, B=B, C=C, S=S), 1), scale
 
@@ -163,9 +165,12 @@ def _check_sampler(schedule: Process, sampler: str, eta: float, noise: float) ->
             "use fixed_small or fixed_large with a network that does not return the variance"
         )
     if not is_real(eta) or eta < 0:
-        raise ValueError(f"eta is {eta!r}; want a number, 0 <= eta (1 gives DDPM's noise)")
-    if not isinstance(noise, bool) and (not is_real(noise) or noise < 0):
-        raise ValueError(f"noise is {noise!r}; want True, False or a number >= 0, by which sigma_t z is multiplied")
+        raise ValueError(f"eta is {shown(eta)}; want a number, 0 <= eta (1 gives DDPM's noise)")
+    if not isinstance(noise, bool) and (not is_real(noise) or not 0 <= noise <= MOST_NOISE):
+        raise ValueError(
+            f"noise is {shown(noise)}; want True, False or a number, 0 to {MOST_NOISE:g}, by which sigma_t z is "
+            "multiplied"
+        )
     if sampler == "ddpm" and eta != 0:
         raise ValueError(
             f"eta is {eta} with sampler 'ddpm'; eta is for sampler='ddim', variance_type sets DDPM's noise"

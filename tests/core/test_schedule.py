@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastddpm.core.betas import BETA_SCHEDULES
+from fastddpm.core.names import BETA_SCHEDULES
 from fastddpm.core.schedule import Schedule
 from tests.support.check import error_line
 from tests.support.exact import assert_close, decimals, exact_abar, float64
@@ -232,14 +232,29 @@ def test_configs_survive_json_and_diffusers(s):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_train_timesteps": 0}, "num_train_timesteps is 0; want a whole number, at least 1"),
-        ({"num_train_timesteps": 10.0}, "num_train_timesteps is 10.0; want a whole number, at least 1"),
-        ({"steps_offset": -1}, "steps_offset is -1; want a whole number, at least 0"),
-        ({"beta_start": -0.1}, "beta_start is -0.1; want a number > 0"),
-        ({"beta_end": "big"}, "beta_end is 'big'; want a number > 0"),
-        ({"beta_end": math.nan}, "beta_end is nan; want a number > 0"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0; want a whole number from 1 to 1000000"),
+        ({"num_train_timesteps": 10.0}, "num_train_timesteps is 10.0; want a whole number from 1 to 1000000"),
+        ({"steps_offset": -1}, "steps_offset is -1; want a whole number from 0 to 1000000"),
+        ({"beta_start": -0.1}, "beta_start is -0.1; want a finite number, above 0"),
+        ({"beta_end": "big"}, "beta_end is 'big'; want a finite number, above 0"),
+        ({"beta_end": math.nan}, "beta_end is nan; want a finite number, above 0"),
         ({"beta_end": 1.5}, "beta_start and beta_end give beta 1.00003 at t=666; want 0 < beta < 1"),
-        ({"clip_sample_range": 0}, "clip_sample_range is 0; want a number > 0"),
+        ({"clip_sample_range": 0}, "clip_sample_range is 0; want a finite number, above 0"),
+        ({"clip_sample_range": math.inf}, "clip_sample_range is inf; want a finite number, above 0"),
+        (
+            {"num_train_timesteps": 10**23},
+            "num_train_timesteps is 100000000000000000000000; want a whole number from 1",
+        ),
+        ({"steps_offset": 10**23}, "steps_offset is 100000000000000000000000; want a whole number from 0"),
+        ({"beta_start": 10**400}, "beta_start is 1000000000"),
+        ({"beta_end": True}, "beta_end is True; want a finite number, above 0"),
+        ({"beta_end": [0.02]}, "beta_end is [0.02]; want a finite number, above 0"),
+        ({"clip_sample": "false"}, "clip_sample is 'false'; want True or False"),
+        ({"set_alpha_to_one": None}, "set_alpha_to_one is None; want True or False"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule is ['linear']; want one of linear"),
+        ({"trained_betas": [10**400] * 1000}, "trained_betas: an entry is 10000"),
+        ({"trained_betas": "0.1"}, "trained_betas: an entry is '0'; want a number for each timestep"),
+        ({"trained_betas": torch.ones(3, device="meta")}, "a tensor on the meta device has no values; want one on"),
         ({"clip_sample": 1}, "clip_sample is 1; want True or False"),
         (
             {"beta_schedule": "cosine"},
@@ -290,6 +305,10 @@ def test_bad_options(options, message):
             {"use_karras_sigmas": True},
             "scheduler config: an option is 'use_karras_sigmas'; want one of num_train_timesteps",
         ),
+        ({"_class_name": ["DDPMScheduler"]}, "scheduler config: _class_name is ['DDPMScheduler']; want one of DDPM"),
+        ({1: 2}, "scheduler config: an option is 1; want one of num_train_timesteps"),
+        ({"\ud800": 2}, r"scheduler config: an option is '\ud800'; want one of num_train_timesteps"),
+        ({"predict_epsilon": "false"}, "scheduler config: predict_epsilon is 'false'; want True or False"),
     ],
 )
 def test_bad_configs(config, message):
@@ -299,3 +318,29 @@ def test_bad_configs(config, message):
 def test_numbers_of_numpy_become_json():
     s = Schedule(num_train_timesteps=np.int64(10), beta_start=np.float32(1e-4), steps_offset=np.int32(1))
     assert Schedule.from_config(json.loads(json.dumps(s.to_config()))) == s
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_default_dtype_and_device_change_nothing(beta_schedule):
+    def tables() -> list[torch.Tensor]:
+        s = Schedule(beta_schedule=beta_schedule, rescale_betas_zero_snr=True, prediction_type="v_prediction")
+        custom = s.table(timesteps=[900, 3]).timesteps
+        return [s.betas, s.alphas_cumprod_prev, s.noising_table(), s.timesteps(), s.timesteps(7), custom]
+
+    want = tables()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        got = tables()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for value, expected in zip(got, want, strict=True):
+        assert value.dtype == expected.dtype
+        assert torch.equal(value, expected)
+
+
+def test_sparse_trained_betas_are_numbers():
+    betas = torch.tensor([0.1, 0.25, 0.5])
+    s = Schedule(num_train_timesteps=3, trained_betas=betas.to_sparse())
+    assert s == Schedule(num_train_timesteps=3, trained_betas=betas)

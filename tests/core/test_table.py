@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastddpm.core.betas import BETA_SCHEDULES
-from fastddpm.core.schedule import LEARNED_VARIANCE_TYPES, PREDICTION_TYPES, VARIANCE_TYPES, Schedule
+from fastddpm.core.names import BETA_SCHEDULES, LEARNED_VARIANCE_TYPES, PREDICTION_TYPES, VARIANCE_TYPES
+from fastddpm.core.schedule import Schedule
 from fastddpm.core.table import COLUMNS, StepColumns, step_rows, x_0_rows
 from fastddpm.reference.diffusion import Diffusion, update
 from tests.support.check import error_line

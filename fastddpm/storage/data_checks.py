@@ -2,7 +2,8 @@
 
 import numpy as np
 
-WANTED = "want an .npz, an MNIST-format file (idx, plain or .gz) or a folder of images"  # the end of an error
+# the end of an error
+WANTED = "want an .npz or .npy, an MNIST-format file (idx, plain or .gz), or images in a folder, a .zip or a .tar"
 CHANNEL_SHAPES = ((), (1,), (3,), (4,))  # what may follow [N, H, W] in a shape
 
 

@@ -1,29 +1,75 @@
-"""The fingerprint that decides whether a job may resume: weights, device and versions, which decide its bits."""
+"""The fingerprint that decides whether a job may resume: weights, code, device and versions, which decide its bits."""
 
+import functools
 import hashlib
 import importlib.metadata
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastddpm._version import __version__
+
+_VERSIONED = ("torch", "fastddpm")  # packages whose versions stand for their code
 
 
 def weights_sha256(network: nn.Module) -> str:
     """Hexadecimal SHA-256 of a network: its repr, and the name, shape, dtype and values of parameters and buffers.
 
     Other attributes of a module count only if its repr shows them.
+
+    Raises: ValueError: a tensor has no values, or they cannot be read.
     """
-    without_addresses = re.sub(" at 0x[0-9a-f]+", "", repr(network))  # they differ between processes
-    digest = hashlib.sha256(without_addresses.encode())
-    for name, value in chain(network.named_parameters(), network.named_buffers()):
+    digest = hashlib.sha256(_without_addresses(repr(network)).encode())
+    for name, value in _tensors(network):
+        content = _bits(value).cpu().numpy().data
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(content)
     return digest.hexdigest()
+
+
+def weights_sums(network: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, int]]:
+    """Name, shape, dtype and a sum over the bits of each parameter and buffer: a quick look at whether one has changed.
+
+    A device adds up its own weights; only the sums are copied.
+    """
+    sums = []
+    for name, value in _tensors(network):
+        bits = _bits(value)
+        if len(bits) % 8 == 0 and bits.storage_offset() % 8 == 0:
+            bits = bits.view(torch.int64)
+        total = bits.sum(dtype=torch.int64)
+        sums.append((name, value.shape, value.dtype, total))
+    return [(name, shape, dtype, int(total)) for name, shape, dtype, total in sums]
+
+
+def code_sha256(network: nn.Module) -> dict[str, str]:
+    """{where: hexadecimal digest} of the Python code of a network that is not from torch or fastddpm.
+
+    This is the code of its classes and of functions put in their place, of hooks, and of what these call by name, with
+    their constants and the values of their closures. Other Python versions compile other code.
+    """
+    found: dict[str, list[Any]] = defaultdict(list)
+    for kind in dict.fromkeys(kind for module in network.modules() for kind in type(module).__mro__):
+        if own := {name: value for name, value in vars(kind).items() if _is_own(value)}:
+            found[kind.__qualname__].append(own)
+    for path, module in network.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType | MethodType | functools.partial) and _is_own(value):
+                found[f"{path}.{name}".lstrip(".")].append(value)
+        if hooks := [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            found[f"hooks of {path}".removesuffix(" of ")] += hooks
+    modules = {id(module) for module in network.modules()}
+    return {
+        where: hashlib.sha256("\n".join(_described(what, modules)).encode()).hexdigest()[:16]
+        for where, what in sorted(found.items())
+    }
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -49,3 +95,96 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, An
         if isinstance(value, dict) and isinstance(now.get(name), dict):
             changed[name] = differing(value, now[name])
     return changed
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(network.named_parameters(), network.named_buffers())
+
+
+def _bits(value: Tensor) -> Tensor:
+    """The bytes of a tensor, [n] uint8. Raises: ValueError: it has none that can be read."""
+    try:
+        if value.is_meta or value.is_quantized:
+            raise ValueError("it is quantized, or on the meta device")
+        return value.detach().contiguous().flatten().view(torch.uint8)
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # sparse, quantized, not initialised ...
+        what = f"a {value.layout} tensor, whose values cannot be read ({str(error).splitlines()[0]})"
+        way_out = "want ordinary tensors, which tell whether a job is the same"
+        raise ValueError(f"the network holds {what}; {way_out}") from error
+
+
+def _is_own(value: Any) -> bool:
+    """Whether value is a function, or something that wraps one, from another package than torch and fastddpm."""
+    function = _function(value)
+    return function is not None and str(function.__globals__.get("__name__")).partition(".")[0] not in _VERSIONED
+
+
+def _function(value: Any) -> FunctionType | None:
+    """The function in a method, property, partial, decorator or callable object; None: there is none in Python."""
+    for _ in range(16):
+        if isinstance(value, FunctionType) and not hasattr(value, "__wrapped__"):
+            return value
+        for name in ("__wrapped__", "__func__", "func", "fget"):
+            if not isinstance(value, type) and (inner := getattr(value, name, None)) is not None:
+                value = inner
+                break
+        else:
+            return None
+    return None
+
+
+def _described(value: Any, seen: set[int]) -> Iterator[str]:
+    """Lines that change with what a value does or is. seen: ids of modules and functions that are described already."""
+    if isinstance(value, Tensor):
+        content = _bits(value).cpu().numpy().data
+        yield f"{list(value.shape)} {value.dtype} {hashlib.sha256(content).hexdigest()}"
+    elif isinstance(value, np.ndarray):
+        yield f"{value.shape} {value.dtype} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    elif isinstance(value, nn.Module) and id(value) not in seen:
+        seen.add(id(value))
+        yield f"{weights_sha256(value)} {code_sha256(value)}"
+    elif isinstance(value, Mapping):
+        for name in sorted(value, key=repr):
+            yield repr(name)
+            yield from _described(value[name], seen)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _described(part, seen)
+    elif isinstance(value, set | frozenset):
+        yield from sorted(map(repr, value))
+    elif isinstance(value, CodeType):
+        yield f"{value.co_code.hex()} {value.co_names} {value.co_freevars}"
+        yield from _described(value.co_consts, seen)
+    elif isinstance(value, functools.partial):
+        yield from _described((value.func, value.args, value.keywords), seen)
+    elif isinstance(value, MethodType):
+        yield from _described((value.__func__, value.__self__), seen)
+    elif (function := _function(value)) is not None:
+        yield function.__qualname__
+        if _is_own(function) and id(function) not in seen:
+            seen.add(id(function))
+            yield from _described_function(function, seen)
+    else:
+        simple = isinstance(value, bool | int | float | complex | str | bytes | None)
+        yield repr(value) if simple else type(value).__qualname__
+        if callable(value) and not isinstance(value, type | nn.Module):
+            yield from _described(getattr(type(value), "__call__"), seen)  # noqa: B004, B009
+
+
+def _described_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
+    yield from _described((function.__code__, function.__defaults__, function.__kwdefaults__), seen)
+    for cell in function.__closure__ or ():
+        try:
+            yield from _described(cell.cell_contents, seen)
+        except ValueError:  # of a variable that is not assigned yet
+            yield "empty"
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, bool | int | float | str | FunctionType):
+            yield name
+            yield from _described(value, seen)
+
+
+def _without_addresses(text: str) -> str:
+    """A repr without addresses in memory, which differ between processes."""
+    return re.sub(" at 0x[0-9a-f]+", "", text)

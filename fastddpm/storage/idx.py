@@ -4,45 +4,58 @@ import gzip
 import math
 import re
 import struct
-import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
+from fastddpm.storage.arrays import StoredArray, reading
 from fastddpm.storage.data_checks import WANTED
 
+GZIP = b"\x1f\x8b"
 _UINT8 = 8  # the type of unsigned bytes
+_DEFLATE = 1032  # bytes that one byte of a .gz can become at most
 
 
-def load_idx(path: Path, ranks: tuple[int, ...], what: str) -> np.ndarray:
-    """The uint8 array in a file.
+def open_idx(path: Path, ranks: tuple[int, ...], what: str) -> StoredArray:
+    """The uint8 array in a file, of which only the header is read.
 
     Args:
         path: the file.
         ranks: the numbers of dimensions that are allowed.
         what: "images" or "labels", for error messages.
-    Raises: ValueError: the file is damaged, or holds something else.
+    Raises: ValueError: the header is damaged, or the file holds something else.
     """
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot unpack {path}: {error}; the file is truncated or damaged") from error
-    if len(data) < 4 or data[:2] != b"\0\0":
-        raise ValueError(f"{path} is of unknown type; {WANTED}")
-    kind, rank = data[2:4]
-    start = 4 + 4 * rank
-    if kind != _UINT8 or rank not in ranks:
+    with reading(path, "idx"), open(path, "rb") as raw:
+        packed = raw.read(2) == GZIP
+    opener: Callable[..., Any] = gzip.open if packed else open
+    with reading(path, "idx"), opener(path, "rb") as file:
+        header = file.read(4)
+        rank = header[3] if len(header) == 4 else 0
+        header += file.read(4 * rank)
+    if len(header) < 4 or header[:2] != b"\0\0":
+        raise ValueError(f"{path} is of unknown type{' inside its gzip' * packed}; {WANTED}")
+    if header[2] != _UINT8 or rank not in ranks:
         wanted = f"{what}: {' or '.join(map(str, ranks))} of type 0x08 (uint8)"
-        raise ValueError(f"{path} has {rank} dimensions of type {kind:#04x}; want {wanted}")
-    if len(data) < start:
-        raise ValueError(f"{path} is truncated: its header ends after {len(data)} bytes, not {start}")
-    shape = struct.unpack(f">{rank}I", data[4:start])
-    if len(data) - start != math.prod(shape):
-        held = f"{len(data) - start} bytes of {what}"
-        raise ValueError(f"{path} holds {held}, but its header says {math.prod(shape)} {shape}; the file is damaged")
-    array = np.frombuffer(data, np.uint8, offset=start).reshape(shape)
-    return array.copy()  # writable: torch warns of read-only arrays
+        raise ValueError(f"{path} has {rank} dimensions of type {header[2]:#04x}; want {wanted}")
+    start = 4 + 4 * rank
+    if len(header) < start:
+        raise ValueError(f"{path} is truncated: its header ends after {len(header)} bytes, not {start}")
+    shape = struct.unpack(f">{rank}I", header[4:])
+    size, held = math.prod(shape), path.stat().st_size - start
+    if size > _DEFLATE * path.stat().st_size if packed else size != held:
+        came = "too few bytes" if packed else f"{held} bytes"
+        raise ValueError(f"{path} holds {came} of {what}, but its header says {size} {shape}; the file is damaged")
+
+    @contextmanager
+    def at_values() -> Iterator[IO[bytes]]:
+        with opener(path, "rb") as file:
+            file.read(start)
+            yield file
+
+    return StoredArray(path, "idx", str(path), shape, np.dtype(np.uint8), False, at_values)
 
 
 def labels_beside(path: Path) -> Path:

@@ -6,6 +6,8 @@ from typing import cast, overload
 
 import numpy as np
 
+from fastddpm.core.checks import shown
+
 LIMIT = 1 << 56  # the noise standard's limit of sample indices
 
 _NUMBER = re.compile("[0-9]+")
@@ -27,7 +29,12 @@ class Indices(Sequence[int]):
 
     @classmethod
     def _from_runs(cls, starts: np.ndarray, lengths: np.ndarray) -> "Indices":
-        """The indices of runs that may be empty or continue each other."""
+        """The indices of runs that may be empty or continue each other.
+
+        Raises: ValueError: there are more than 2^56, which cannot be counted.
+        """
+        if lengths.sum(dtype=np.float64) > LIMIT:
+            raise ValueError("there are more than 2^56 sample indices; want at most so many")
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         first = np.ones(len(starts), bool)
         first[1:] = starts[1:] != starts[:-1] + lengths[:-1]
@@ -47,11 +54,14 @@ class Indices(Sequence[int]):
             starts, lengths = np.array([samples.start]), np.array([max(samples.stop - samples.start, 0)])
         else:
             as_given = isinstance(samples, np.ndarray) or not isinstance(samples, Iterable)
-            starts = np.array(samples if as_given else tuple(cast(Iterable[int], samples)))
+            try:
+                starts = np.array(samples if as_given else tuple(cast(Iterable[int], samples)))
+            except (ValueError, TypeError):  # lists of different lengths, or other things that numpy refuses
+                starts = np.array(None)
             starts = starts if starts.size else starts.astype(np.int64)
             lengths = np.ones_like(starts)
         if starts.ndim != 1 or not (_in_range(starts) and _in_range(lengths)) or (starts + lengths > LIMIT).any():
-            given = _shortened(" ".join(str(samples).split()))
+            given = " ".join(shown(samples).split())
             raise ValueError(f"samples are {given}; want a count, or whole numbers 0 <= index < 2^56")
         return cls._from_runs(starts.astype(np.int64), lengths.astype(np.int64))
 
@@ -68,6 +78,8 @@ class Indices(Sequence[int]):
 
         Raises: ValueError: the text is not such a list, or an index is 2^56 or more.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"sample indices are {shown(text)}; want a list of whole numbers like '5,7,100-120'")
         text = re.sub(",+", ",", text).strip(",")
         if _NOT_A_LIST.search(text):
             raise ValueError(f"{_shortened(text)!r} is not a list of whole numbers like 5,7,100-120")
@@ -115,6 +127,11 @@ class Indices(Sequence[int]):
         begins = ends - self.lengths[at]
         starts = self.starts[at] + np.maximum(start - begins, 0)
         return self._from_runs(starts, np.minimum(ends, stop) - np.maximum(begins, start))
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """[n] int64: the indices at these places, [n] int64, each 0 <= place < len(self)."""
+        runs = np.searchsorted(self._ends, places, "right")
+        return self.starts[runs] + places - (self._ends - self.lengths)[runs]
 
     def largest(self) -> int:
         """The largest index; there must be at least one."""

@@ -10,12 +10,21 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastddpm.storage.files import atomic, check_writable
+from fastddpm.core.checks import shown
+from fastddpm.storage.files import as_path, atomic, check_writable
 from fastddpm.storage.fingerprint import differing
 from fastddpm.storage.indices import Indices
-from fastddpm.storage.shards import ShardFolder, add_to_tar, in_short
+from fastddpm.storage.shard_formats import add_to_tar
+from fastddpm.storage.shards import ShardFolder, in_short
 
-ALIKE = ("model", "schedule", "sampler", "shape", "precision")  # the manifest's fields that decide the distribution
+ALIKE = (
+    "model",
+    "schedule",
+    "sampler",
+    "shape",
+    "latents",
+    "precision",
+)  # the manifest's fields that decide the distribution
 
 Shards = Iterable[tuple[ShardFolder, int]]
 
@@ -31,22 +40,24 @@ def merge(
             have labels; the same bytes as from `images.save_npz`. x.tar: for webdataset.
         progress: show a bar.
     Returns: the shape of all samples together.
-    Raises: ValueError: a folder holds no samples or lacks some; its model, schedule, sampler, shape or precision is
-        not that of the first; some have labels and others not; two folders hold the same sample; or out is not as
-        above.
+    Raises: ValueError: a folder holds no samples or lacks some; a shard holds other samples than its manifest says; the
+        model, schedule, sampler, shape or precision of a folder is not that of the first; some have labels and others
+        not; two folders hold the same sample; or out is not as above, or in one of the folders.
     """
     from tqdm import tqdm
 
-    suffix = Path(out).suffix.lower()
+    suffix = as_path("out", out).suffix.lower()
     if suffix not in (".npz", ".tar"):
         raise ValueError(f"out is {os.fspath(out)}; want an .npz or a .tar")
-    check_writable(out)
+    if isinstance(folders, str | os.PathLike) or not isinstance(folders, Iterable):
+        raise ValueError(f"folders are {shown(folders)}; want a list of paths")
     sources = [ShardFolder.open(folder) for folder in folders]
-    _check_same_distribution(sources)
-    _check_no_duplicates(sources, ignore_seed=suffix == ".tar")
     for source in sources:
         if Path(out).resolve().is_relative_to(source.path.resolve()):
             raise ValueError(f"out is {os.fspath(out)}, in {source.path} among its samples; name another place")
+    check_writable(out)
+    _check_same_distribution(sources)
+    _check_no_duplicates(sources, ignore_seed=suffix == ".tar")
     first = sources[0].read(0)
     shape = (sum(len(source.samples) for source in sources), *first.shape[1:])
     all_shards = [(source, k) for source in sources for k in range(len(source))]

@@ -26,7 +26,9 @@ STYLE = {
     "legend.frameon": False,
 }
 FEW = 40  # up to this number, points are plotted one by one
-LEAST_SPAN = 6  # a logarithmic axis spans at least this factor, so that it shows two of 1, 2, 5, 10, ...
+LEAST_SPAN = 3  # a logarithmic axis spans at least this factor, so that it shows two of the numbers below
+# numbers at a logarithmic axis, times powers of ten: (up to this span, the numbers)
+ROUND_NUMBERS = ((20, (1, 2, 3, 4, 6, 8)), (1000, (1, 2, 5)))
 
 
 def loss_curve(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -74,6 +76,7 @@ def bound_terms(
 
     Args:
         timesteps: [K] of the terms, counted from 0 (one less than the paper's t), in any order; some may be missing.
+            Or the mean timesteps of bins.
         mean: [K] the terms in bits/dim.
         error: [K] their standard errors; NaN if unknown.
         prior, decoder, total: L_T, L_0 and the bound in bits/dim, each with its standard error or NaN.
@@ -143,10 +146,14 @@ def _axes(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 def _use_whole_numbers(axes: Any, *, log: bool) -> None:
     """Make the x axis one of whole numbers."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     if log:
         axes.set_xscale("log")
+        low, high = axes.get_xlim()
+        if subs := _round_numbers(low, high):
+            axes.xaxis.set_major_locator(LogLocator(subs=subs))
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -160,13 +167,18 @@ def _use_logarithms(axes: Any, low: float, high: float) -> float:
     low, high = low / room, high * room
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    if high < 1000 * low:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if subs := _round_numbers(low, high):
+        axes.yaxis.set_major_locator(LogLocator(subs=subs))
         axes.yaxis.set_major_formatter("{x:g}")
     else:
         axes.yaxis.set_major_formatter(LogFormatterMathtext())
     axes.yaxis.set_minor_formatter(NullFormatter())
     return low
+
+
+def _round_numbers(low: float, high: float) -> Sequence[int]:
+    """The numbers from 1 to 9 that a logarithmic axis shows with each power of ten; none: the powers alone."""
+    return next((numbers for span, numbers in ROUND_NUMBERS if high < span * low), ())
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastddpm.storage import image_folder
-from fastddpm.storage.datasets import array_name, image_files, load_images, load_labels, stream_images
+from fastddpm.storage import datasets, image_files
+from fastddpm.storage.datasets import array_name, load_images, load_labels, stream_images
 
 
 def pictures(n=5, h=4, w=6, c=3):
@@ -129,11 +129,9 @@ def test_photographs_are_turned_upright(tmp_path):
     assert np.array_equal(upright, again)
 
 
-def test_folders_pipes_and_broken_links_are_skipped(tmp_path):
+def test_folders_with_the_name_of_an_image_are_searched(tmp_path):
     save_folder(tmp_path, pictures(1), ["folder.png/a.png"])
     (tmp_path / "link.png").symlink_to("folder.png/a.png")
-    (tmp_path / "dangling.png").symlink_to("nowhere.png")
-    os.mkfifo(tmp_path / "pipe.png")
     assert np.array_equal(load_images(tmp_path), pictures(1).repeat(2, axis=0))
 
 
@@ -290,12 +288,12 @@ def test_npz_with_several_unknown_arrays(tmp_path):
     np.savez(tmp_path / "x.npz", one=pictures(), two=pictures())
     assert "it holds one, two; want an array named x_train" in error(tmp_path / "x.npz")
     np.savez(tmp_path / "x.npz")
-    assert "it holds nothing" in error(tmp_path / "x.npz")
+    assert "it holds no arrays; want an array named x_train" in error(tmp_path / "x.npz")
 
 
 def test_npz_is_never_unpickled(tmp_path):
     np.savez(tmp_path / "x.npz", x=np.array([{"a": 1}], object))
-    assert "allow_pickle=False" in error(tmp_path / "x.npz")
+    assert "x holds Python objects, which are not loaded because loading can run code" in error(tmp_path / "x.npz")
 
 
 def test_truncated_npz(tmp_path):
@@ -309,7 +307,11 @@ def test_truncated_npz(tmp_path):
 
 def test_truncated_idx(tmp_path):
     whole, path = idx(pictures()[..., 0]), tmp_path / "idx"
-    for length, why in [(8, "header ends after 8 bytes"), (len(whole) - 1, "holds 119 bytes"), (len(whole) + 1, "121")]:
+    for length, why in [
+        (8, "header ends after 8 bytes"),
+        (len(whole) - 1, "holds 119 bytes"),
+        (len(whole) + 1, "holds 121 bytes"),
+    ]:
         path.write_bytes((whole + b"\0")[:length])
         assert why in error(path)
     for packed in (gzip.compress(whole)[:-20], gzip.compress(whole)[:12], gzip.compress(whole)[:-8] + bytes(8)):
@@ -388,7 +390,7 @@ def test_not_every_class_of_a_model_need_occur(tmp_path):
     save_folder(folder, pictures(), ["b/0.png", "b/1.png", "b/2.png", "c/0.png", "c/1.png"])
     assert_labels(load_labels(folder, count=5, classes=2), [0, 0, 0, 1, 1])
     line = error(folder, load_labels, count=5, classes=3)
-    assert "has 2 folders with images, but the model has 3 classes, which are the sorted folders" in line
+    assert "has 2 folders with images, but the model has 3 classes, which are the folders" in line
 
 
 @pytest.mark.parametrize("pack_images", [gzip.compress, bytes])
@@ -478,7 +480,7 @@ def test_labels_that_are_not_classes(tmp_path, labels, message):
 
 def test_labels_are_never_unpickled(tmp_path):
     np.savez(tmp_path / "x.npz", x=pictures(), y=np.array([1, 2, 3, 4, "5"], object))
-    assert "allow_pickle=False" in labels_error(tmp_path / "x.npz")
+    assert "y holds Python objects, which are not loaded because" in labels_error(tmp_path / "x.npz")
 
 
 def test_labels_of_a_missing_or_unknown_file(tmp_path):
@@ -527,14 +529,14 @@ def test_folder_is_streamed_in_order(tmp_path, count):
     save_folder(tmp_path, pictures(count), [f"{i:03d}.png" for i in range(count)])
     assert np.array_equal(streamed(tmp_path, batch=20), pictures(count))
     assert np.array_equal(load_images(tmp_path), pictures(count))
-    assert image_files(tmp_path) == [tmp_path / f"{i:03d}.png" for i in range(count)]
+    assert datasets.image_files(tmp_path) == [tmp_path / f"{i:03d}.png" for i in range(count)]
 
 
 def test_few_images_are_decoded_ahead(tmp_path, monkeypatch):
     """However large the folder is."""
     save_folder(tmp_path, pictures(200), [f"{i:03d}.png" for i in range(200)])
-    decoded, decode = [], image_folder._decode_file
-    monkeypatch.setattr(image_folder, "_decode_file", lambda file: decoded.append(file) or decode(file))
+    decoded, decode = [], image_files.decode
+    monkeypatch.setattr(image_files, "decode", lambda file: decoded.append(file) or decode(file))
     _, batches = stream_images(tmp_path, batch=8)
     next(batches)
     batches.close()
@@ -615,11 +617,11 @@ def test_streaming_damaged_files(tmp_path):
         np.savez(tmp_path / "whole.npz", x=pictures())
         with zipfile.ZipFile(tmp_path / "whole.npz") as whole:
             archive.writestr("x.npy", whole.read("x.npy")[:-7])
-    assert "cannot reshape array of size 353 into shape (5,4,6,3)" in error(path, stream_all)
+    assert "x holds 353 bytes of values, but its header says [5, 4, 6, 3] uint8" in error(path, stream_all)
     save_folder(tmp_path / "folder", [*pictures(1, 8, 9), *pictures(1)], ["a.png", "b.png"])
     assert error(tmp_path / "folder", stream_all) == error(tmp_path / "folder")
     assert "No such file" in error(tmp_path / "absent", stream_all)
-    assert "No such file" in error(tmp_path / "absent", image_files)
+    assert "No such file" in error(tmp_path / "absent", datasets.image_files)
 
 
 def test_array_name_does_not_read_the_array(tmp_path, monkeypatch):

@@ -4,13 +4,26 @@ import errno
 import io
 import os
 import resource
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from fastddpm.storage import files, images
-from fastddpm.storage.files import TEMPORARY, atomic, check_writable, naming, write_together
+from fastddpm.storage.files import (
+    TEMPORARY,
+    as_path,
+    atomic,
+    check_not_input,
+    check_regular,
+    check_writable,
+    naming,
+    write_together,
+)
+from tests.support.check import error_line
 
 
 def pictures(n, h=4, w=3, c=3):
@@ -129,7 +142,7 @@ def test_check_writable_gives_the_reason(tmp_path):
         (tmp_path / "file", True, "File exists"),
         (tmp_path / "folder.png", False, "it is a folder"),
         (tmp_path / ("n" * 300) / "x.png", False, "name too long"),
-        (tmp_path / ("n" * 250), False, "name too long"),  # for the temporary name
+        (tmp_path / ("n" * 256), False, "name too long"),
     ]:
         with pytest.raises(ValueError, match=f"cannot write .*({why})"):
             check_writable(path, folder=folder)
@@ -158,14 +171,15 @@ def recorded(monkeypatch):
     return order
 
 
-def test_write_together_flushes_all_files_before_one_appears(tmp_path, monkeypatch):
-    """With more files than are flushed at a time; then the names are flushed."""
+def test_write_together_flushes_each_file_before_it_appears(tmp_path, monkeypatch):
+    """With more files than are flushed at a time; then the names are flushed, once."""
     contents = {tmp_path / f"{i}": bytes([i]) * i for i in range(3 * files.FLUSHING)}
     (tmp_path / "3").write_bytes(b"old")
     order = recorded(monkeypatch)
     write_together(contents.items())
-    assert [name for name, *_ in order] == ["fsync"] * len(contents) + ["replace"] * len(contents) + ["fsync"]
-    assert [call[2] for call in order if call[0] == "replace"] == list(contents)
+    assert sorted(name for name, *_ in order) == ["fsync"] * (len(contents) + 1) + ["replace"] * len(contents)
+    assert order[-1][0] == "fsync"
+    assert {call[2] for call in order if call[0] == "replace"} == set(contents)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
 
 
@@ -180,8 +194,8 @@ def test_write_together_flushes_files_in_parallel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("failing", [0, 5, 19])
-def test_write_together_leaves_no_file_if_one_fails(tmp_path, monkeypatch, failing):
-    contents = [(tmp_path / f"{i}", b"new" * i) for i in range(20)]
+def test_write_together_leaves_whole_files_if_one_fails(tmp_path, monkeypatch, failing):
+    contents = {tmp_path / f"{i}": b"new" * i for i in range(20)}
     (tmp_path / "7").write_bytes(b"old")
     calls, flush = iter(range(20)), os.fsync
 
@@ -192,10 +206,11 @@ def test_write_together_leaves_no_file_if_one_fails(tmp_path, monkeypatch, faili
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as failed:
-        write_together(contents)
-    assert failed.value.filename in [os.fspath(path) for path, _ in contents]
-    assert os.listdir(tmp_path) == ["7"]
-    assert (tmp_path / "7").read_bytes() == b"old"
+        write_together(contents.items())
+    assert failed.value.filename in map(os.fspath, contents)
+    held = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert all(content in (contents[path], b"old" if path.name == "7" else None) for path, content in held.items())
+    assert failed.value.filename not in map(os.fspath, held) or failed.value.filename.endswith("/7")
 
 
 def test_write_together_follows_links(tmp_path):
@@ -215,17 +230,172 @@ def test_write_together_into_a_missing_folder(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_temporary_names_match_the_pattern(tmp_path):
-    """They are unique to this process, and no other names match."""
-    seen = []
-    with atomic(tmp_path / "x.png"):
-        seen += os.listdir(tmp_path)
-        assert [path.name for path in tmp_path.glob(TEMPORARY)] == seen
-    assert len(seen) == 1
-    assert f".{os.getpid()}-" in seen[0]
-    for other in ("x.png", ".x.png", "x.7.tmp", ".x.tmp", ".x.png.tmp", ".tmp"):
-        (tmp_path / other).touch()
-    assert list(tmp_path.glob(TEMPORARY)) == []
+DYING = """
+import os, signal, sys
+from fastddpm.storage.files import atomic
+with atomic(sys.argv[1]) as file:
+    file.write(b"half")
+    file.flush()
+    print("ready", flush=True)
+    if sys.argv[2] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    input()
+"""
+
+
+def writer(path, then):
+    """A process that has written half of a file and then is killed, or waits for a line."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", DYING, path, then], **pipes)
+    assert process.stdout.readline() == b"ready\n"
+    if then == "die":
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    return process
+
+
+NAMES = ["x.npz", "n" * 255, "\N{SNOWMAN}" * 85, "with space", "-", "\udcff.png"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name[:10]))
+@pytest.mark.parametrize("write", [atomic, check_writable, write_together])
+def test_leftovers_of_killed_writers_are_deleted(tmp_path, name, write):
+    """By the next writer of the same file, or the next check of whether it can be written."""
+    for _ in range(2):
+        writer(tmp_path / name, "die")
+    (left,) = os.listdir(tmp_path)
+    assert left.endswith(TEMPORARY)
+    writer(tmp_path / "other", "die")
+    if write is atomic:
+        with atomic(tmp_path / name) as file:
+            file.write(b"new")
+    elif write is write_together:
+        write_together([(tmp_path / name, b"new")])
+    else:
+        write(tmp_path / name)
+    done = [] if write is check_writable else [name]
+    assert sorted(os.listdir(tmp_path)) == sorted([*done, f".other.0{TEMPORARY}"])
+    assert all((tmp_path / path).read_bytes() == b"new" for path in done)
+
+
+def test_files_of_others_are_not_deleted(tmp_path):
+    """Hidden files of the user, however they are named, and those that other processes or threads are writing."""
+    path, mine = tmp_path / "x.npz", [".x.npz.123.tmp", ".x.npz.1-00ff.tmp", f".y.npz.0{TEMPORARY}", "x.npz.tmp"]
+    for name in mine:
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / f".x.npz.2{TEMPORARY}").symlink_to("folder")
+    (tmp_path / f".x.npz.3{TEMPORARY}").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    other = writer(path, "wait")
+    with atomic(path) as first, atomic(path) as second:
+        first.write(b"first")
+        second.write(b"second")
+        with atomic(path) as third:
+            third.write(b"third")
+        assert len({first.name, second.name, third.name}) == 3
+    assert path.read_bytes() == b"first"
+    other.communicate(b"\n")
+    assert other.returncode == 0
+    assert path.read_bytes() == b"half"
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "x.npz"])
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in mine)
+
+
+def test_leftovers_stay_where_there_are_no_locks(tmp_path, monkeypatch):
+    """There nobody can tell whether their writers live."""
+    path = tmp_path / "x"
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    for slot in range(files.SLOTS):
+        (tmp_path / f".x.{slot}{TEMPORARY}").write_bytes(b"other")
+    before = os.listdir(tmp_path)
+    with atomic(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "x"])
+    monkeypatch.setattr(files, "fcntl", None)  # as on Windows
+    with atomic(path) as file:
+        file.write(b"newer")
+    assert path.read_bytes() == b"newer"
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "x"])
+
+
+def test_file_taken_for_a_leftover_is_created_again(tmp_path, monkeypatch):
+    """Another process may delete it in the moment before it is locked."""
+    lock, taken = files.fcntl.flock, []
+
+    def late(file, operation):
+        if not taken:
+            taken.append(file.name)
+            os.unlink(file.name)
+        lock(file, operation)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with atomic(tmp_path / "x") as file:
+        file.write(b"new")
+    assert taken == [str(tmp_path / f".x.0{TEMPORARY}")]
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_full_disks_and_vanished_folders_name_the_file_and_the_way_out(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "x"
+    path.parent.mkdir()
+    with pytest.raises(FileNotFoundError, match="its folder is missing") as gone, atomic(path) as file:  # noqa: PT012
+        os.unlink(file.name)
+        path.parent.rmdir()
+    assert (gone.value.filename, gone.value.filename2) == (str(path), None)
+    assert TEMPORARY not in str(gone.value)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with (
+            pytest.raises(OSError, match="; free some space, then give the same command again: ") as full,
+            naming(path),
+        ):
+            raise OSError(number, os.strerror(number))
+        assert (full.value.errno, full.value.filename) == (number, str(path))
+
+
+@pytest.mark.parametrize("path", [0, None, b"x", ["x"], 1.5, True])
+def test_other_types_are_not_paths(path):
+    for call in (lambda: as_path("out", path), lambda: check_writable(path), lambda: check_regular(path)):
+        assert error_line(call).endswith(f"is {path!r}; want a path")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "x\ud83d.npz"], ids=ascii)
+def test_names_that_no_file_can_have_are_refused(name):
+    for call in (as_path, lambda _, path: check_writable(path), lambda _, path: check_regular(path)):
+        assert error_line(call, "out", name).endswith(f"is {name!r}, which cannot be the name of a file; name another")
+
+
+def test_only_files_are_read_from(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("file", "missing"):
+        assert check_regular(tmp_path / name) == tmp_path / name
+    for name, kind in (("pipe", "a pipe or a device"), ("link", "a pipe or a device"), (".", "a folder")):
+        assert error_line(check_regular, tmp_path / name) == f"{tmp_path / name} is {kind}; want a file"
+    assert "pipe or a device" in error_line(check_regular, "/dev/zero")
+    assert "pipe or a device" in error_line(write_together, [(tmp_path / "pipe", b"x")])
+
+
+def test_outputs_that_are_inputs_are_refused(tmp_path):
+    """By whatever name; a missing or another file is fine."""
+    data = tmp_path / "data"
+    data.touch()
+    os.link(data, tmp_path / "hard")
+    (tmp_path / "soft").symlink_to("data")
+    (tmp_path / "other").touch()
+    for name in ("data", "hard", "soft", "./data"):
+        out = f"{tmp_path}/{name}"
+        want = f"--out is {out}, which the command reads from ({data}); name another file"
+        assert error_line(check_not_input, "--out", out, None, tmp_path / "missing", data) == want
+    for name in ("other", "new"):
+        check_not_input("--out", tmp_path / name, None, tmp_path / "missing", data)
 
 
 def test_atomic_flushes_the_folder(tmp_path, monkeypatch):

@@ -1,15 +1,21 @@
 """The fingerprint of a job changes with each weight, name and layer; `differing` reports what changed."""
 
+import functools
+import math
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from fastddpm import __version__
 from fastddpm.storage import fingerprint
-from fastddpm.storage.fingerprint import differing, installed, machine, weights_sha256
+from fastddpm.storage.fingerprint import code_sha256, differing, installed, machine, weights_sha256, weights_sums
+from tests.support.check import error_line
+from tests.support.jobs import tiny_unet
 
 
 class Net(nn.Module):
@@ -78,6 +84,171 @@ def test_any_change_changes_the_fingerprint(what):
     assert weights_sha256(CHANGED[what]()) != weights_sha256(Net())
 
 
+@pytest.mark.parametrize("what", sorted(CHANGED.keys() - {"the class", "a submodule"}))
+def test_any_change_of_a_tensor_changes_the_sums(what):
+    assert weights_sums(CHANGED[what]()) != weights_sums(Net()) == weights_sums(Net())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float16, torch.float64, torch.complex128]
+)
+def test_sums_see_one_bit_of_any_dtype(dtype):
+    """Of an odd number of elements in any layout, and where values are not finite."""
+    net = nn.Module()
+    value = torch.ones(5, 3, device="cpu").to(dtype)
+    net.register_buffer("value", value.t())
+    before = weights_sums(net)
+    value.view(torch.uint8).view(-1)[7] ^= 1
+    assert weights_sums(net) != before
+    if dtype.is_floating_point:
+        net.value.fill_(math.nan)
+        assert weights_sums(net) == weights_sums(net) != before
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 64])
+def test_sums_of_tensors_anywhere_in_memory(offset, count):
+    """A parameter may be a part of a larger tensor; only its own bits count."""
+    whole = torch.zeros(100, dtype=torch.bfloat16, device="cpu")
+    net = nn.Module()
+    net.register_buffer("value", whole[offset : offset + count])
+    before = weights_sums(net)
+    for place in range(len(whole)):
+        whole[place] = 1
+        assert (weights_sums(net) == before) == (not offset <= place < offset + count)
+        whole[place] = 0
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.ones(2, 2).to_sparse(),
+        lambda: torch.ones(2, device="meta"),
+        lambda: nn.UninitializedBuffer(),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["sparse", "meta", "not initialised", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_values_are_refused(made):
+    net = nn.Module()
+    net.register_buffer("value", made())
+    for function in (weights_sha256, weights_sums):
+        assert "want ordinary tensors, which tell whether a job is the same" in error_line(function, net)
+
+
+def factor(value):
+    return lambda module, inputs, output: value * output
+
+
+class Caller:
+    def __call__(self, module, inputs, output):
+        return output
+
+
+class Callee(Caller):
+    def __call__(self, module, inputs, output):
+        return 2 * output
+
+
+SCALE = 2.0
+
+
+def scaled_output(module, inputs, output):
+    return SCALE * helped(output)
+
+
+def helped(output):
+    return output + 1
+
+
+def forward_twice(self, x, t):
+    return 2 * x
+
+
+def hooked(hook):
+    net = Net()
+    net.register_forward_hook(hook)
+    return net
+
+
+def patched(net, name, value):
+    setattr(net, name, value)
+    return net
+
+
+def subclassed(**methods):
+    net = Net()
+    net.__class__ = type("Other", (Net,), methods)
+    return net
+
+
+CODES = {
+    "plain": Net,
+    "a hook": lambda: hooked(factor(2.0)),
+    "a hook with another constant": lambda: hooked(factor(3.0)),
+    "a hook with a tensor": lambda: hooked(factor(torch.ones(2))),
+    "a hook with another tensor": lambda: hooked(factor(torch.zeros(2))),
+    "a hook with a network": lambda: hooked(factor(Net().layer)),
+    "a hook with an array": lambda: hooked(factor(np.ones(2))),
+    "a callable object": lambda: hooked(Caller()),
+    "another callable object": lambda: hooked(Callee()),
+    "a partial": lambda: hooked(functools.partial(factor(2.0), more=1)),
+    "another partial": lambda: hooked(functools.partial(factor(2.0), more=2)),
+    "globals": lambda: hooked(scaled_output),
+    "a patched method": lambda: patched(Net(), "forward", types.MethodType(forward_twice, Net())),
+    "a patched function": lambda: patched(Net(), "activation", factor(2.0)),
+    "a subclass": lambda: subclassed(forward=forward_twice),
+    "another subclass": lambda: subclassed(forward=lambda self, x, t: 3 * x),
+    "a property": lambda: subclassed(scale=property(lambda self: 2)),
+    "a decorated method": lambda: subclassed(forward=torch.no_grad()(lambda self, x, t: 5 * x)),
+}
+
+
+def test_code_changes_the_fingerprint():
+    """Each of these networks computes something else, with the same weights."""
+    found = {what: str(code_sha256(make())) for what, make in CODES.items()}
+    assert len(set(found.values())) == len(found), found
+    assert found == {what: str(code_sha256(make())) for what, make in CODES.items()}
+
+
+def test_code_that_is_called_by_name_counts(monkeypatch):
+    before = code_sha256(hooked(scaled_output))
+    with monkeypatch.context() as changed:
+        changed.setitem(globals(), "SCALE", 3.0)
+        assert code_sha256(hooked(scaled_output)) != before
+    with monkeypatch.context() as changed:
+        changed.setitem(globals(), "helped", lambda output: output - 1)
+        assert code_sha256(hooked(scaled_output)) != before
+    assert code_sha256(hooked(scaled_output)) == before
+
+
+def test_code_of_fastddpm_and_torch_does_not_count(monkeypatch):
+    """Their versions are in the manifest. But what was put in its place does."""
+    net = tiny_unet()
+    assert code_sha256(net) == code_sha256(nn.Sequential(nn.Linear(1, 1), nn.SiLU())) == {}
+    monkeypatch.setattr(type(net.conv_in), "forward", forward_twice)
+    (name,) = code_sha256(net)
+    assert name == type(net.conv_in).__qualname__
+
+
+def test_code_that_refers_to_itself():
+    net = Net()
+    hook = lambda module, inputs, output: hook and net and output
+    net.register_forward_hook(hook)
+    assert code_sha256(net).keys() == {"Net", "hooks"}
+
+
+def test_running_does_not_change_the_code():
+    """Python specialises the code of functions that run often."""
+    net, hook = Net(), factor(2.0)
+    net.register_forward_hook(hook)
+    before = code_sha256(net)
+    for _ in range(1000):
+        net(torch.zeros(1), None)
+    assert code_sha256(net) == before
+
+
 def test_names_change_the_fingerprint():
     same = torch.ones(2)
     one, other = nn.Module(), nn.Module()
@@ -118,11 +289,12 @@ def test_addresses_in_a_repr_do_not_count():
 
 
 def test_other_processes_find_the_same_fingerprint():
-    code = "from test_fingerprint import Net, weights_sha256; print(weights_sha256(Net()))"
-    message = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0]
+    code = (
+        "from tests.storage.test_fingerprint import *; print(weights_sha256(Net()), code_sha256(hooked(scaled_output)))"
     )
-    assert message.stdout.strip() == weights_sha256(Net())
+    root = __file__.rpartition("/tests/")[0]
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert message.stdout.strip() == f"{weights_sha256(Net())} {code_sha256(hooked(scaled_output))}"
 
 
 def test_machine_names_the_device_and_the_versions(monkeypatch):

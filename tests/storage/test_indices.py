@@ -254,3 +254,36 @@ def test_a_million_in_random_order_need_24_mb():
 )
 def test_duplicate(text, duplicate):
     assert Indices.parse(text).duplicate() == duplicate
+
+
+@given(LISTS)
+def test_taken_indices_are_those_at_the_places(indices):
+    places = np.arange(len(indices))[::-1].repeat(2)
+    got = Indices.of(indices).take(places)
+    assert got.dtype == np.int64
+    assert got.tolist() == [indices[place] for place in places]
+
+
+def test_more_indices_than_can_be_counted_are_refused():
+    """A list of ten bytes stands for 2^56; a hundred of them would be more than a number of 64 bits can hold."""
+    assert len(Indices.parse(f"0-{LIMIT - 1}")) == LIMIT
+    for times in (2, 127, 128, 1000):
+        message = error_line(Indices.parse, ",".join([f"0-{LIMIT - 1}"] * times))
+        assert message == "there are more than 2^56 sample indices; want at most so many"
+
+
+@pytest.mark.parametrize("text", [5, None, ["1"], b"1", 1.5])
+def test_other_types_are_no_lists(text):
+    assert (
+        error_line(Indices.parse, text)
+        == f"sample indices are {text!r}; want a list of whole numbers like '5,7,100-120'"
+    )
+
+
+@pytest.mark.parametrize(
+    "samples", [[[1], [2, 3]], [[1], 2], [torch.ones(2), 1], 10**23, [10**23], 1 << 20000], ids=lambda x: ""
+)
+def test_lists_that_numpy_refuses(samples):
+    message = error_line(Indices.of, samples)
+    assert message.startswith("samples are ")
+    assert message.endswith("; want a count, or whole numbers 0 <= index < 2^56")

@@ -1,6 +1,7 @@
 """Folders of samples merged into one file: numpy's own bytes or a tar, complete or unchanged, one shard in memory."""
 
 import io
+import json
 import os
 import tarfile
 import tracemalloc
@@ -20,11 +21,12 @@ MANIFEST = {"format": "npz", "samples": "0-10", "shard_size": 4, "class_labels":
 
 def written(folder, shape=(3, 2, 1), /, **manifest):
     """The samples in a finished folder: images if the shape has three sizes, else floats."""
-    store = ShardFolder(folder, {**MANIFEST, **manifest})
+    pictures = len(shape) == 3
+    channels_first = [shape[2], *shape[:2]] if pictures else list(shape)
+    store = ShardFolder(folder, {**MANIFEST, "shape": channels_first, **manifest})
     store.begin()
     random = np.random.default_rng(len(str(folder)))
     n = len(store.samples)
-    pictures = len(shape) == 3
     samples = random.integers(0, 256, (n, *shape), np.uint8) if pictures else random.random((n, *shape), np.float32)
     for k in range(len(store)):
         store.write(k, samples[k * store.shard_size : (k + 1) * store.shard_size])
@@ -133,7 +135,7 @@ def test_unfinished_folder_is_refused_and_changes_nothing(kept, suffix, k, damag
     assert (contents(kept / "one"), contents(kept / "other")) == before
 
 
-@pytest.mark.parametrize("name", ["model", "schedule", "sampler", "shape", "precision"])
+@pytest.mark.parametrize("name", ["model", "schedule", "sampler"])
 def test_samples_of_another_distribution_are_refused(kept, name):
     """The message says what differs, and in which folders."""
     written(kept / "one", **{name: {"a": 1, "b": [2]}})
@@ -143,6 +145,66 @@ def test_samples_of_another_distribution_are_refused(kept, name):
     there, here = (f'"{name}": {{"b": [{b}]}}' for b in (3, 2))
     want = f"{kept / 'three'} holds samples with {there}, but {kept / 'one'} with {here}"
     assert message == f"{want}; merge samples of one distribution"
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [("shape", [1, 3, 2], [1, 2, 3]), ("shape", [6], [2, 3]), ("precision", "bf16", "fp32"), ("latents", True, None)],
+)
+def test_samples_of_another_form_are_refused(kept, name, one, other):
+    written(kept / "one", **{name: one})
+    written(kept / "two", samples="20", **({} if other is None else {name: other}))
+    message = error_line(merged, kept / "out.npz", kept / "one", kept / "two")
+    there, here = (f'"{name}": {json.dumps(value)}' for value in (other, one))
+    want = f"{kept / 'two'} holds samples with {there}, but {kept / 'one'} with {here}"
+    assert message == f"{want}; merge samples of one distribution"
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".tar"])
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("change", [lambda x: x.view(np.int8), lambda x: x.swapaxes(1, 2), lambda x: x[:-1]])
+def test_shard_that_is_not_as_the_manifest_says_is_refused(kept, suffix, k, change):
+    """Though its checksum holds; the message names it."""
+    samples = written(kept / "one")
+    store = ShardFolder.open(kept / "one")
+    store.write(k, change(samples[4 * k : 4 * k + 4]))
+    message = error_line(merged, kept / f"out{suffix}", kept / "one")
+    count = 4 if k == 0 else 3
+    want = f"{kept}/one/0000{k}.npz does not hold {count} samples of (3, 2, 1) uint8, as manifest.json says"
+    assert message == f"{want}; delete it and run the command that wrote it again"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_folder_that_has_grown_is_merged_in_order(tmp_path, form):
+    one = written(tmp_path / "one", format=form, samples="0-5", class_labels="2,0,1")
+    two = written(tmp_path / "two", format=form, samples="6-10", class_labels="2,0,1")
+    store = ShardFolder.open(tmp_path / "one")
+    store = ShardFolder(tmp_path / "one", {**store.manifest, "samples": "0-10", "grown_from": [6]})
+    store.begin()
+    assert "shard 2 of 4" in error_line(merged, tmp_path / "out.npz", tmp_path / "one")
+    store.write(2, two[:4])
+    store.write(3, two[4:])
+    assert merged(tmp_path / "out.npz", tmp_path / "one") == (11, 3, 2, 1)
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"], np.concatenate([one, two]))
+        assert arrays["arr_1"].tolist() == [2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+
+
+def test_leftover_of_a_killed_merge_is_deleted(kept):
+    written(kept / "one")
+    for name in (".other.npz.0.fastddpm-tmp", ".other.npz.7.tmp"):
+        (kept / name).write_bytes(b"half")
+    merged(kept / "other.npz", kept / "one")
+    assert not (kept / ".other.npz.0.fastddpm-tmp").exists()
+    (kept / ".other.npz.7.tmp").unlink()  # the user's own
+
+
+def test_other_types_are_refused(kept):
+    written(kept / "one")
+    assert error_line(merge, str(kept / "one"), kept / "out.npz") == f"folders are '{kept}/one'; want a list of paths"
+    assert error_line(merge, 0, kept / "out.npz") == "folders are 0; want a list of paths"
+    assert error_line(merge, [0], kept / "out.npz") == "the folder of samples is 0; want a path"
+    assert error_line(merge, [kept / "one"], 0) == "out is 0; want a path"
 
 
 def test_labelled_and_unlabelled_samples_are_refused(kept):
@@ -182,10 +244,16 @@ def test_other_paths_are_refused(kept):
         assert not (kept / name).exists()
     (kept / "folder.npz").mkdir()
     assert "it is a folder" in error_line(merged, kept / "folder.npz", kept / "one")
-    for inside in (kept / "one" / "x.npz", kept / "one" / "." / "x.tar"):
+    (kept / "link.npz").symlink_to("one/00000.npz")
+    (kept / "two").symlink_to("one")
+    before = contents(kept / "one")
+    for inside in (kept / "one/x.npz", kept / "one/./x.tar", kept / "one/00000.npz", kept / "one/deep/x.npz"):
         message = error_line(merged, inside, kept / "one")
         assert message == f"out is {inside}, in {kept / 'one'} among its samples; name another place"
-        assert not inside.exists()
+        assert contents(kept / "one") == before
+    for inside in (kept / "link.npz", kept / "two" / "x.npz"):
+        assert "among its samples; name another place" in error_line(merged, inside, kept / "one")
+        assert contents(kept / "one") == before
 
 
 def test_progress_is_shown_or_not(tmp_path, capsys):
@@ -203,7 +271,7 @@ def test_progress_is_shown_or_not(tmp_path, capsys):
 def test_one_shard_is_in_memory_at_a_time(tmp_path, suffix):
     """Forty shards of a megabyte are merged in the memory of a few."""
     shard = 1 << 20
-    store = ShardFolder(tmp_path / "in", {**MANIFEST, "samples": "0-159"})
+    store = ShardFolder(tmp_path / "in", {**MANIFEST, "samples": "0-159", "shape": [shard // 16]})
     store.begin()
     for k in range(40):
         store.write(k, np.random.default_rng(k).random((4, shard // 16), np.float32))

@@ -1,19 +1,19 @@
 """Shards: read as written, the same bytes each time, complete or missing, and never mixed with other samples."""
 
+import functools
 import io
 import json
 import os
 import tarfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastddpm.storage import files
-from fastddpm.storage.indices import LIMIT
-from fastddpm.storage.shards import FORMATS, ShardFolder, in_short, is_shard_folder
+from fastddpm.storage.indices import LIMIT, Indices
+from fastddpm.storage.shards import FORMATS, ShardFolder, continued, in_short, is_shard_folder
 from tests.support.check import error_line
 from tests.support.jobs import contents
 
@@ -31,7 +31,7 @@ def drawn(n, shape, seed=0):
     return random.standard_normal((n, *shape), np.float32)
 
 
-def written(folder, shape=(3, 2, 1), **manifest):
+def written(folder, shape=(3, 2, 1), /, **manifest):
     """(a finished folder, the samples in it)."""
     store = ShardFolder(folder, {**MANIFEST, **manifest})
     store.begin()
@@ -258,17 +258,18 @@ def test_written_counts_samples(tmp_path):
     assert store.written() == 7
 
 
-def test_begin_deletes_leftovers(tmp_path):
+def test_begin_leaves_all_other_files(tmp_path):
+    """Those of the user, and temporary files, which the next writer of the same file deletes."""
     store, _ = written(tmp_path)
     want = contents(tmp_path)
-    ours = [files._resolved(path)[1] for path in (tmp_path / "00000.npz", tmp_path / ".shards" / "00001")]
-    left = [*ours, tmp_path / ".00002.npz.77.tmp", tmp_path / ".manifest.json.123-00ff.tmp"]
-    theirs = {"notes.tmp": b"", ".hidden": b"", "x.7.tmp": b"", ".shards/notes": b"mine"}
-    for path in left:
-        path.write_bytes(b"half")
+    theirs = {"notes.tmp": b"", ".hidden": b"", ".00001.npz.7.tmp": b"", ".shards/notes": b"mine"}
+    theirs |= {".00001.npz.0.fastddpm-tmp": b"half"}
     for name, content in theirs.items():
         (tmp_path / name).write_bytes(content)
     store.begin()
+    assert contents(tmp_path) == want | theirs
+    store.write(1, store.read(1))
+    del theirs[".00001.npz.0.fastddpm-tmp"]
     assert contents(tmp_path) == want | theirs
 
 
@@ -315,14 +316,14 @@ MODEL = {"class": "UNet2D", "config": {"layers": 1, "norm": "group", "more": {"d
     ("change", "there", "here"),
     [
         ({"seed": 7}, '"seed": 0', '"seed": 7'),
-        ({"samples": "0-11"}, '"samples": "0-10"', '"samples": "0-11"'),
+        ({"samples": "0-9"}, '"samples": "0-10"', '"samples": "0-9"'),
         ({"model": {**MODEL, "sha256": "cd"}}, '"model": {"sha256": "ab"}', '"model": {"sha256": "cd"}'),
         (
             {"model": {**MODEL, "config": {**MODEL["config"], "more": {"deep": [1, 3]}}}, "shard_size": 5},
             '"shard_size": 4, "model": {"config": {"more": {"deep": [1, 2]}}}',
             '"shard_size": 5, "model": {"config": {"more": {"deep": [1, 3]}}}',
         ),
-        ({"model": None}, f'"model": {json.dumps(MODEL)}', '"model": null'),
+        ({"model": {}}, f'"model": {json.dumps(MODEL)}', '"model": {"class": null, "config": null, "sha256": null}'),
         ({"eta": 0.5}, '"eta": null', '"eta": 0.5'),
         ({"class_labels": "1,2"}, '"class_labels": null', '"class_labels": "1,2"'),
     ],
@@ -365,6 +366,39 @@ def test_long_differences_are_shortened():
             {"class_labels": 3},
             {"class_labels": ""},
             {"class_labels": "a"},
+            {"class_labels": f"0-{LIMIT - 1}," * 9},
+            {"samples": f"0-{LIMIT - 1}"},
+            {"samples": "\ud800"},
+            {"shard_size": 10**23},
+            {"shard_size": 10**400},
+            {"grown_from": 4},
+            {"grown_from": ["4"]},
+            {"grown_from": [0]},
+            {"grown_from": [4, 4]},
+            {"grown_from": [11]},
+            {"grown_from": [12]},
+            {"grown_from": [-1]},
+            {"shape": "1x3x2"},
+            {"shape": [1, 0]},
+            {"shape": [1, 10**23]},
+            {"latents": "false"},
+            {"seed": [0]},
+            {"seed": "0"},
+            {"seed": -1},
+            {"seed": 1 << 64},
+            {"seed": True},
+            {"precision": ["fp32"]},
+            {"precision": "fp99"},
+            {"batch_size": 1 << 63},
+            {"batch_size": "3"},
+            {"batch_invariant": -1},
+            {"batch_invariant": True},
+            {"compiled": 1},
+            {"sampler": "ddpm"},
+            {"schedule": [1]},
+            {"model": None},
+            {"model": functools.reduce(lambda inner, _: {"a": inner}, range(100), 1)},
+            {"versions": 3},
         )
     ]
     + [json.dumps({**MANIFEST, "samples": "0-10"}).encode()[:-3]]
@@ -393,3 +427,294 @@ def test_folder_without_a_manifest_is_refused(tmp_path):
     (tmp_path / "manifest.json").mkdir()
     assert not is_shard_folder(tmp_path)
     assert "is damaged" in error_line(ShardFolder.open, tmp_path)
+
+
+def test_pipes_in_a_folder_are_refused(tmp_path):
+    """As a manifest, a shard or its record: reading one would wait for ever."""
+    store, samples = written(tmp_path / "out")
+    for name in ("00001.npz", ".shards/00001"):
+        path = tmp_path / "out" / name
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        for call in (lambda: store.is_done(1), lambda: store.read(1)):
+            assert error_line(call) == f"{path} is a pipe or a device; want a file"
+        if name == "00001.npz":
+            assert "is a pipe or a device" in error_line(store.write, 1, samples[4:8])
+        path.unlink()
+        path.write_bytes(content)
+    (tmp_path / "out" / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "out" / "manifest.json")
+    for call in (lambda: ShardFolder.open(tmp_path / "out"), store.begin):
+        assert "manifest.json is a pipe or a device; want a file" in error_line(call)
+
+
+def rewritten(store, k, *contents):
+    """Replace the files of a shard, with a checksum that holds."""
+    for path, content in zip(store._files(k), contents, strict=True):
+        path.write_bytes(content)
+    store._record(k).write_text(store._checksum(k, contents))
+
+
+def npz(*arrays, save=np.savez, **named):
+    buffer = io.BytesIO()
+    save(buffer, *arrays, **named)
+    return buffer.getvalue()
+
+
+def tar(*arrays):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for i, array in enumerate(arrays):
+            content = npz(array, save=np.save)
+            member = tarfile.TarInfo(f"{i}.npy")
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def png(array, mode="L"):
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+SHAPE = {"shape": [1, 3, 2]}  # of a sample, channels first
+ONE = np.zeros((3, 2), np.uint8)
+OTHERS = {
+    "npz": [
+        [npz(np.zeros((4, 2, 3, 1), np.uint8))],
+        [npz(np.zeros((3, 3, 2, 1), np.uint8))],
+        [npz(np.zeros((4, 3, 2, 1), np.int8))],
+        [npz(np.zeros((4, 3, 2, 1), np.float32))],
+        [npz(np.zeros((4, 3, 2), np.uint8))],
+        [npz(np.array([{}] * 4, object))],
+        [npz(np.zeros(1 << 22, np.uint8), save=np.savez_compressed)],
+        [npz(other=np.zeros((4, 3, 2, 1), np.uint8))],
+        [npz(np.zeros((4, 3, 2, 1), np.uint8), save=np.save)],
+        [b"no zip"],
+        [b""],
+    ],
+    "webdataset": [
+        [tar(*4 * [np.zeros((3, 2, 1), np.float32)])],
+        [tar(*3 * [np.zeros((3, 2, 1), np.uint8)])],
+        [tar(*3 * [np.zeros((3, 2, 1), np.uint8)], np.zeros((3, 2, 1), np.int16))],
+        [tar()],
+        [b"no tar" * 1000],
+    ],
+    "png": [
+        [png(ONE.T)] * 4,
+        [png(ONE)] * 3 + [png(ONE.T)],
+        [png(ONE, "RGB")] * 4,
+        [png(ONE, "P")] * 4,
+        [png(ONE, "1")] * 4,
+        [png(ONE)] * 3 + [b"no png"],
+    ],
+}
+
+
+@pytest.mark.parametrize(("form", "number"), [(form, i) for form, cases in OTHERS.items() for i in range(len(cases))])
+def test_shard_of_other_contents_is_refused(tmp_path, form, number):
+    """Its checksum holds, but it does not hold what the manifest says; the message names the file."""
+    store, samples = written(tmp_path, format=form, **SHAPE)
+    rewritten(store, 1, *OTHERS[form][number])
+    assert store.is_done(1)
+    file = tmp_path / ("00004.png" if form == "png" else f"00001{FORMATS[form]}")
+    want = f"{file} does not hold 4 samples of (3, 2, 1) uint8, as manifest.json says; delete it and run the command"
+    assert error_line(store.read, 1) == f"{want} that wrote it again"
+    assert np.array_equal(store.read(2), samples[8:])
+
+
+def test_latents_are_floats(tmp_path):
+    """Also those whose shape could be that of an image."""
+    for latents, kind in ((True, np.float32), (False, np.uint8)):
+        store = ShardFolder(tmp_path / str(latents), {**MANIFEST, "shape": [3, 2, 2], "latents": latents})
+        store.begin()
+        good = np.zeros((4, 3, 2, 2), kind) if latents else np.zeros((4, 2, 2, 3), kind)
+        store.write(0, good)
+        assert np.array_equal(store.read(0), good)
+        store.write(1, np.zeros((4, 2, 2, 3) if latents else (4, 3, 2, 2), kind))
+        assert "does not hold 4 samples" in error_line(store.read, 1)
+
+
+GROWTH = [("0-6", "0-10"), ("0-7", "0-10"), ("0-3", "0-8"), ("5,7,1-2", "5,7,1-3,0"), ("9", "9-20")]
+
+
+@pytest.mark.parametrize(("first", "then"), GROWTH)
+@pytest.mark.parametrize("form", FORMATS)
+def test_folder_grows(tmp_path, form, first, then):
+    """Finished shards stay as they are; the further samples and labels are those of a folder of all."""
+    asked = {**MANIFEST, "format": form, "class_labels": "2,0-1,1,5", "shape": [1, 3, 2]}
+    whole = ShardFolder(tmp_path / "whole", {**asked, "samples": then})
+    samples = drawn(len(whole.samples), (3, 2, 1))
+    small = ShardFolder(tmp_path / "out", {**asked, "samples": first})
+    n = len(small.samples)
+    small = ShardFolder(small.path, {**small.manifest, "class_labels": str(small.classes[:n])})  # one each at most
+    small.begin()
+    for k in range(len(small)):
+        small.write(k, samples[:n][k * 4 : k * 4 + 4])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("0*")}
+    grown = ShardFolder(tmp_path / "out", continued(small.manifest, whole.manifest))
+    assert grown.manifest == {**whole.manifest, "grown_from": [n]}
+    grown.begin()
+    assert [grown.is_done(k) for k in range(len(grown))] == [True] * len(small) + [False] * (len(grown) - len(small))
+    assert grown.written() == n
+    for k in range(len(small), len(grown)):
+        assert grown.count(k) <= 4
+        at = n + 4 * (k - len(small))
+        grown.write(k, samples[at : at + 4])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again = ShardFolder.open(tmp_path / "out")
+    assert np.array_equal(np.concatenate(list(again.arrays())), samples)
+    assert [i for k in range(len(again)) for i in again.indices(k)] == list(whole.samples)
+    assert np.array_equal(np.concatenate([again.labels(k) for k in range(len(again))]), whole.all_labels())
+    assert np.array_equal(again.all_labels(), whole.all_labels())
+    again.check_complete()
+    assert continued(again.manifest, whole.manifest) == again.manifest  # the same command again
+    if form == "png":
+        whole.begin()
+        assert (tmp_path / "out" / "dataset.json").read_bytes() == (tmp_path / "whole" / "dataset.json").read_bytes()
+    more = continued(again.manifest, {**whole.manifest, "samples": f"{then},30"})
+    assert more["grown_from"] == [n, len(whole.samples)]
+    ShardFolder(tmp_path / "out", more).begin()
+    assert all(ShardFolder.open(tmp_path / "out").is_done(k) for k in range(len(grown)))
+
+
+@pytest.mark.parametrize(
+    "change", [{"samples": "1-20"}, {"samples": "0-5"}, {"seed": 1}, {"shard_size": 5}, {"eta": 1}]
+)
+def test_other_samples_do_not_grow_a_folder(change):
+    asked = {**MANIFEST, "samples": "0-20", **change}
+    assert continued(MANIFEST, asked) == asked
+    assert continued({}, asked) == asked
+
+
+@pytest.mark.parametrize(("first", "then"), [("0-3", "0-9"), ("5,5,5,1", "5,5,5,1,0-6")])
+def test_folder_grows_with_labels_for_further_samples(tmp_path, first, then):
+    """Where the first samples keep theirs."""
+    store, _ = written(tmp_path, format="png", samples="0-3", class_labels=first)
+    wanted = {**store.manifest, "samples": "0-10", "class_labels": then}
+    grown = ShardFolder(tmp_path, continued(store.manifest, wanted))
+    grown.begin()
+    assert grown.is_done(0)
+    want = [*Indices.parse(then), *Indices.parse(then)][:11]
+    assert grown.all_labels().tolist() == want
+    assert [label for _, label in json.loads((tmp_path / "dataset.json").read_text())["labels"]] == want
+    assert continued(grown.manifest, wanted) == grown.manifest
+
+
+def test_folder_that_cannot_grow_names_the_command(tmp_path):
+    """File names would have other widths, or finished samples other labels."""
+    for name, before, now, others in (
+        ("digits", {"samples": "0-10"}, {"samples": "0-10,100000"}, "100000"),
+        ("labels", {"class_labels": "1-2"}, {"class_labels": "1-2,0", "samples": "0-15"}, "11-15"),
+    ):
+        store, _ = written(tmp_path / name, **before)
+        state = contents(tmp_path / name)
+        asked = {**store.manifest, **now}
+        message = error_line(ShardFolder(tmp_path / name, continued(store.manifest, asked)).begin)
+        way_out = f"draw the others with --indices {others} into another folder, and join both with `fastddpm merge`"
+        assert message.endswith(f"; {way_out}")
+        assert contents(tmp_path / name) == state
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_growth_survives_a_kill_at_each_write(tmp_path, form, monkeypatch):
+    """The next begin finds the finished shards and completes the labels, whether it asks for further samples or not."""
+
+    class Killed(Exception):
+        pass
+
+    asked = {**MANIFEST, "format": form, "class_labels": "1,0"}
+    replace = os.replace
+    for asks_again in ("0-10", "0-20"):
+        for kill in range(3):
+            folder = tmp_path / f"{asks_again}-{kill}"
+            store, _ = written(folder, **asked)
+            left = [kill]
+
+            def dying(*names, left=left):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                replace(*names)
+
+            grown = ShardFolder(folder, continued(store.manifest, {**store.manifest, "samples": "0-20"}))
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "replace", dying)
+                with suppress(Killed):
+                    grown.begin()
+            held = ShardFolder.open(folder).manifest
+            assert held in (store.manifest, grown.manifest)
+            wanted = {**store.manifest, "samples": asks_again}
+            again = ShardFolder(folder, continued(held, wanted))
+            if held == grown.manifest and asks_again == "0-10":
+                assert "name another folder" in error_line(again.begin)
+                continue
+            again.begin()
+            assert [again.is_done(k) for k in range(len(again))] == [True] * 3 + [False] * (len(again) - 3)
+            if form == "png":
+                labelled = json.loads((folder / "dataset.json").read_text())["labels"]
+                assert len(labelled) == len(again.samples)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "00001.npz", ".shards/00002", "."])
+def test_files_deleted_meanwhile_are_noticed(tmp_path, name):
+    """A manifest is written again, so that the same command can go on."""
+    store, _ = written(tmp_path / "out")
+    store.check_complete()
+    before = contents(tmp_path / "out")
+    if name == ".":
+        (tmp_path / "out").rename(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "out" / name).unlink()
+    want = f"files of {tmp_path / 'out'} were deleted while the job ran; give the same command again, which draws"
+    assert error_line(store.check_complete) == f"{want} what is missing"
+    if name == "manifest.json":
+        assert contents(tmp_path / "out") == before
+        store.begin()
+        store.check_complete()
+
+
+def test_manifest_changed_meanwhile_is_noticed(tmp_path):
+    store, _ = written(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({**MANIFEST, "seed": 3}))
+    assert (
+        error_line(store.check_complete)
+        == f"{tmp_path}/manifest.json was changed while the job ran; name another folder"
+    )
+
+
+def test_owned_names():
+    store = ShardFolder("out", MANIFEST)
+    for name in ("manifest.json", "dataset.json", "00001.npz", "mine.npz", ".shards", ".shards/00000"):
+        assert store.owns(name)
+    for name in ("log.jsonl", "logs/manifest.json", "mine.png", "my-manifest.json"):
+        assert not store.owns(name)
+
+
+def test_labels_are_not_listed(tmp_path):
+    """A million million class labels take no memory."""
+    many = 10**12
+    store = ShardFolder(
+        tmp_path, {**MANIFEST, "samples": f"0-{many - 1}", "shard_size": 10**6, "class_labels": f"7-{many}"}
+    )
+    assert store.labels(0)[:3].tolist() == [7, 8, 9]
+    assert store.labels(len(store) - 1)[-7:].tolist() == [many, 7, 8, 9, 10, 11, 12]
+
+
+def test_too_many_shards_are_refused():
+    message = error_line(ShardFolder, "out", {**MANIFEST, "samples": f"0-{10**12 - 1}"})
+    assert message == (
+        "1000000000000 samples in shards of 4 are 250000000000 shards; want at most 16777216: "
+        "use a larger shard_size, or fewer samples"
+    )
+    message = error_line(ShardFolder, "out", {**MANIFEST, "samples": f"0-{10**12}", "shard_size": 10**12})
+    assert message == "its shard_size is 1000000000000; want at most 268435456 samples in a shard"
+
+
+def test_records_of_other_shards_are_not_counted(tmp_path):
+    store, _ = written(tmp_path)
+    for name in ("00003", "99999", "\N{ARABIC-INDIC DIGIT NINE}" * 3):
+        (tmp_path / ".shards" / name).touch()
+    assert store.written() == 11

@@ -6,13 +6,37 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastddpm.storage.files import naming
+from fastddpm.storage.files import check_writable, naming
 
 LOG_EVERY = 10.0  # seconds between JSON lines
+LONGEST_LINE = 1 << 24  # bytes: a summary of ten thousand processes
+_LINE_START = b'{"time": '  # of a summary
+_KEYS = {"time", "seconds", "images", "of", "drawn", "images_per_s", "steps_per_s", "eta_s", "ranks"}
 PRINT_EVERY = 30.0  # seconds between plain lines
+
+
+class Stderr:
+    """sys.stderr for what a job can do without: if its reader has gone or its disk is full, the work goes on."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError, AttributeError):  # ValueError: it was closed; AttributeError: it is None
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        with suppress(OSError, ValueError, AttributeError):
+            return sys.stderr.isatty()
+        return False
+
+    def __getattr__(self, name: str) -> Any:  # encoding, fileno
+        return getattr(sys.stderr, name)
 
 
 class Bars:
@@ -27,7 +51,7 @@ class Bars:
         names = ["samples", *(f"process {rank}" for rank in range(size) if size > 1)]
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
         self.bars = [
-            tqdm(total=1, desc=name, position=i, bar_format=form, leave=not i, file=sys.stderr)
+            tqdm(total=1, desc=name, position=i, bar_format=form, leave=not i, file=Stderr(), dynamic_ncols=True)
             for i, name in enumerate(names)
         ]
 
@@ -56,11 +80,11 @@ class Lines:
         if len(summary["ranks"]) > 1:
             for rank in summary["ranks"]:
                 parts.append(f"process {rank['rank']}: {rank['images']} of {rank['of']}, {_rates(rank)}")
-        print("; ".join(parts), file=sys.stderr, flush=True)
+        print("; ".join(parts), file=Stderr(), flush=True)
 
 
 class JsonLog:
-    """Appends a JSON line to a file every LOG_EVERY seconds."""
+    """Appends a JSON line to a file every LOG_EVERY seconds. The file must be one that `check_log` accepts."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
@@ -70,20 +94,43 @@ class JsonLog:
         """Write a summary of `JobProgress` if a line is due; the last one always."""
         if not last and time.monotonic() < self.next:
             return
+        with naming(self.path):
+            if self.next == -math.inf and self.path.is_file():
+                os.truncate(self.path, _check_lines(self.path))  # a process that was killed may have torn the last line
+            with self.path.open("ab") as file:
+                file.write(json.dumps(summary).encode() + b"\n")
         self.next = time.monotonic() + LOG_EVERY
-        with naming(self.path), self.path.open("ab") as file:
-            # a process that was killed may have left an incomplete line
-            separator = b"\n" * (self.path.is_file() and not _ends_with_newline(self.path))
-            file.write(separator + json.dumps(summary).encode() + b"\n")
 
 
-def _ends_with_newline(path: Path) -> bool:
-    """Whether a file is empty or ends with a newline."""
+def check_log(path: str | os.PathLike[str]) -> None:
+    """Check that a `JsonLog` can be written to path.
+
+    Raises: ValueError: it cannot be written, or it is a file that is not such a log.
+    """
+    if check_writable(path).is_file():
+        _check_lines(Path(path))
+
+
+def _check_lines(path: Path) -> int:
+    """The size of the complete lines of a log. Raises: ValueError: it is another file."""
+    size = 0
     with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            return file.read() == b"\n"
-    return True
+        while line := file.readline(LONGEST_LINE):
+            torn = not line.endswith(b"\n")
+            if not (_LINE_START.startswith(line[: len(_LINE_START)]) if torn else _is_summary(line)):
+                what = "is not a log of a job's progress"
+                raise ValueError(f"{path} {what}: its line {line[:40]!r} is another; name a new file for the log")
+            size += 0 if torn else len(line)
+    return size
+
+
+def _is_summary(line: bytes) -> bool:
+    """Whether a line was written by `JsonLog`."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and record.keys() >= _KEYS
 
 
 def _rates(part: Mapping[str, Any]) -> str:

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastddpm.core.checks import shown
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -87,6 +90,11 @@ class Ranks:
                     what = f"{name} is {value!s:.200} in process 0, {other.get(name)!s:.200} in process {rank}"
                     raise AgreedError(f"{what}; give all of them the same data, options and folder")
 
+    def on_one_machine(self) -> bool:
+        """Whether all processes run on this machine, as far as torchrun or the address of process 0 tells."""
+        local = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
+        return self.size == 1 or local or os.environ.get("MASTER_ADDR") in _LOOPBACK
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order; they must be picklable."""
         values = [value] * self.size
@@ -137,7 +145,7 @@ def ranks(device: torch.device | str | None = None) -> Iterator[Ranks]:
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
         return
-    size = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _ENVIRONMENT) else 1
+    size = _number("WORLD_SIZE") if all(name in os.environ for name in _ENVIRONMENT) else 1
     if size == 1:
         yield Ranks(device=device)
         return
@@ -166,13 +174,23 @@ def _rendezvous_after_restart() -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": size}
 
 
+def _number(name: str) -> int:
+    """A number that torchrun has put in the environment."""
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(
+            f"{name} is {shown(text)} in the environment; want a whole number, as torchrun sets it, or none"
+        )
+    return int(text)
+
+
 def _own_gpu(device: torch.device | str | None) -> torch.device | None:
     """The GPU of this process among several; None: it computes on the CPU."""
     if not torch.cuda.is_available() or not str(device or "cuda").startswith("cuda"):
         return None
     if str(device or "cuda") != "cuda":
         raise ValueError(f"device is '{device}', but each of several processes needs its own GPU; give 'cuda'")
-    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    local = _number("LOCAL_RANK" if "LOCAL_RANK" in os.environ else "RANK")
     count = torch.cuda.device_count()
     if local >= count:
         raise ValueError(

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastddpm.processes.displays import Bars, JsonLog, Lines
+from fastddpm.processes.displays import Bars, JsonLog, Lines, Stderr
 from fastddpm.processes.distributed import AgreedError, Ranks, one_line
 
 BEAT = 0.5  # seconds between two looks at the other processes
@@ -95,7 +94,7 @@ class JobProgress:
         self.log = None
         if group.rank == 0:
             if show:
-                self.display = Bars(group.size) if sys.stderr.isatty() else Lines(self.began)
+                self.display = Bars(group.size) if Stderr().isatty() else Lines(self.began)
             self.log = None if json_log is None else JsonLog(json_log)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
@@ -229,7 +228,13 @@ def _board(group: Ranks) -> dist.Store:
     host = os.environ.get("MASTER_ADDR", socket.gethostname())
     timeout = timedelta(seconds=ANSWER)
     own = None
-    if group.rank == 0:
+    if group.rank == 0 and group.on_one_machine():
+        with socket.create_server(("127.0.0.1", 0)) as listener:  # left to itself, the store listens to every network
+            host, port = listener.getsockname()
+            own = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, timeout=timeout, master_listen_fd=listener.detach()
+            )
+    elif group.rank == 0:
         own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
     host, port = group.gather((host, own and own.port))[0]
     return own or dist.TCPStore(host, port, wait_for_workers=False, timeout=timeout)

@@ -44,6 +44,39 @@ def test_without_torchrun_there_is_one_process(device, monkeypatch):
             raise KeyError("as it is")
 
 
+@pytest.mark.parametrize(
+    ("environment", "size", "alone"),
+    [
+        ({}, 1, True),
+        ({}, 2, False),
+        ({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node7"}, 2, True),
+        ({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node7"}, 4, False),
+        ({"MASTER_ADDR": "localhost"}, 4, True),
+        ({"MASTER_ADDR": "127.0.0.1"}, 4, True),
+        ({"MASTER_ADDR": "10.0.0.1"}, 4, False),
+    ],
+)
+def test_one_machine_is_recognised(environment, size, alone, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Ranks(0, size).on_one_machine() == alone
+
+
+@pytest.mark.parametrize(
+    "value", ["", "two", "-1", "2.0", "9" * 5000, "\N{ARABIC-INDIC DIGIT NINE}"], ids=lambda x: ascii(x[:9])
+)
+def test_environment_without_numbers_is_refused(second_of_two, monkeypatch, value):
+    for name, other in (("WORLD_SIZE", "16"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+        message = error_line(enter, "cuda")
+        assert message.startswith(f"{name} is ")
+        assert message.endswith(" in the environment; want a whole number, as torchrun sets it, or none")
+        monkeypatch.setenv(name, other)
+    assert second_of_two == []
+
+
 def test_existing_group_is_used_and_left_open(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:

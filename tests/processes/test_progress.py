@@ -10,7 +10,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from fastddpm.processes import displays, progress
+from fastddpm.processes import displays, distributed, progress
+from fastddpm.processes.displays import JsonLog, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import Count, JobProgress, LostError
 from tests.support.check import error_line
@@ -180,6 +181,37 @@ def test_one_bar_for_one_process(stderr):
     assert text.endswith("\n")
 
 
+class Unwritable:
+    """A stderr whose disk is full, whose reader has gone, or that is closed."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error, terminal):
+        self.error, self.isatty = error, lambda: terminal
+
+    def write(self, text):
+        raise self.error
+
+    flush = lambda self: self.write("")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("error", [OSError(28, "full"), BrokenPipeError(32, "closed"), ValueError("closed file")])
+def test_job_goes_on_without_stderr(monkeypatch, error, terminal, tmp_path):
+    """Also from a stderr that fails later; the log goes on."""
+    monkeypatch.setattr(sys, "stderr", Unwritable(error, terminal))
+    with alone(show=True, json_log=tmp_path / "log") as job:
+        for _ in range(10):
+            time.sleep(0.005)
+            job.stepped(1, 8)
+        job.stored(8)
+        job.done()
+    assert lines(tmp_path / "log")[-1]["images"] == 8
+    monkeypatch.setattr(sys, "stderr", None)  # as Python starts if it is closed
+    with alone(show=True) as job:
+        job.done()
+
+
 def test_nothing_is_shown_without_show(stderr):
     for terminal in (True, False):
         read = stderr(terminal)
@@ -195,7 +227,7 @@ def lines(path):
 def test_json_lines(tmp_path, clock):
     """At once, then every ten seconds, and at the end."""
     path = tmp_path / "log"
-    log = alone(json_log=path).log
+    log = JsonLog(path)
     for wait, want in ((0, 1), (displays.LOG_EVERY - 0.1, 1), (0.1, 2), (1, 2)):
         clock.now += wait
         log.update({"n": clock.now}, False)
@@ -205,19 +237,68 @@ def test_json_lines(tmp_path, clock):
     assert path.read_text().endswith("}\n")
 
 
-@pytest.mark.parametrize("before", ["", '{"n": 1}\n', '{"n": 1}\n{"n":', "x", "\n", '{"n": 1}'])
-def test_json_lines_are_appended(tmp_path, before):
-    """On their own lines, also after an incomplete line that a killed process left."""
+def line(**changed):
+    """A line of a log."""
+    return json.dumps({**alone().summary([Count(0, of=8)]), **changed}) + "\n"
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"ti', '{"time": "2026-', line()[:-1], line()[:-20]])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_json_lines_are_appended(tmp_path, count, torn):
+    """Instead of the incomplete line that a killed process left."""
     path = tmp_path / "log"
-    path.write_text(before)
+    before = "".join(line(images=i) for i in range(count))
+    path.write_text(before + torn)
+    check_log(path)
+    assert path.read_text() == before + torn
     with alone(json_log=path):
         pass
-    between = "\n" if before and not before.endswith("\n") else ""
-    assert path.read_text().startswith(before + between)
-    added = path.read_text()[len(before + between) :]
-    assert added.endswith("\n")
-    assert all(json.loads(line)["of"] == 8 for line in added.splitlines())
-    assert added
+    assert path.read_text().startswith(before)
+    assert all(json.loads(added)["of"] == 8 for added in path.read_text().splitlines())
+    assert len(lines(path)) > count
+
+
+OTHERS = {
+    "a manifest": json.dumps({"format": "npz", "samples": "0-3"}, indent=1),
+    "a config": '{"_class_name": "UNet2DModel"}',
+    "another log": line() + '{"step": 1, "loss": 0.5}\n' + line(),
+    "a torn line within": line() + line()[:40] + "\n" + line(),
+    "the torn line of another log": line() + '{"step": 1, "lo',
+    "text": "x",
+    "an empty line": "\n",
+    "a number": "1\n",
+    "nested": "[" * 100_000 + "\n",
+    "bytes": "\0\udcff\n",
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_other_files_are_not_appended_to(tmp_path, what):
+    path = tmp_path / "log"
+    content = OTHERS[what].encode(errors="surrogateescape")
+    path.write_bytes(content)
+    want = f"{path} is not a log of a job's progress: its line "
+    assert error_line(check_log, path).startswith(want)
+    assert error_line(check_log, path).endswith("; name a new file for the log")
+    with pytest.raises(ValueError, match="is not a log"), alone(json_log=path):
+        pass
+    assert path.read_bytes() == content
+
+
+def test_long_line_is_not_read(tmp_path, monkeypatch):
+    """A large file of something else may have no line ends."""
+    monkeypatch.setattr(displays, "LONGEST_LINE", 2000)
+    (tmp_path / "log").write_text(line() + "x" * 3000)
+    assert "its line b'xxx" in error_line(check_log, tmp_path / "log")
+
+
+def test_places_that_no_log_can_be_written_to(tmp_path):
+    assert "it is a folder" in error_line(check_log, tmp_path)
+    assert "cannot be the name of a file" in error_line(check_log, "a\0b")
+    os.mkfifo(tmp_path / "pipe")
+    check_log(tmp_path / "pipe")  # which is not read
+    check_log(tmp_path / "new" / "log")
+    assert not (tmp_path / "new" / "log").exists()
 
 
 def test_json_lines_of_a_run(tmp_path, monkeypatch):
@@ -328,6 +409,52 @@ def test_thread_ends_with_the_job():
     with alone():
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+def boards(folder):
+    """Each rank prints the addresses at which this process listens, with and without a board."""
+    with ranks("cpu") as group:
+        before = listening()
+        job = JobProgress(group, 1, total=2, before=0, steps=1, show=False)
+        print(json.dumps(sorted(listening() - before)))
+        group.gather(None)
+        job.look()
+        group.gather(None)
+
+
+def listening():
+    """The local addresses, in hexadecimal, of this process's sockets that listen; 0100007F is 127.0.0.1."""
+    own = {
+        os.readlink(f"/proc/self/fd/{fd}")
+        for fd in os.listdir("/proc/self/fd")
+        if os.path.exists(f"/proc/self/fd/{fd}")
+    }
+    found = set()
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/net/{table}") as file:
+            for row in list(file)[1:]:
+                _, address, _, state, *rest = row.split()
+                if state == "0A" and f"socket:[{rest[5]}]" in own:
+                    found.add(address)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("several_machines", [False, True])
+def test_board_listens_to_this_machine_alone(tmp_path, several_machines):
+    """If that is all there is."""
+    ends, outputs = run_ranks(tmp_path, 2, boards_of_several if several_machines else boards, tmp_path)
+    assert ends == [0, 0], outputs
+    first, other = map(json.loads, outputs)
+    assert other == []
+    (address,) = first
+    assert address.startswith("0100007F:") != several_machines
+
+
+def boards_of_several(folder):
+    distributed._LOOPBACK = ()
+    boards(folder)
 
 
 def test_silent_process_is_lost(monkeypatch):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from fastddpm.core.checks import flag, one_of, real, shown, whole
 from fastddpm.networks.layers import ACTIVATIONS
 
 HAS_ATTENTION = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
@@ -39,25 +40,87 @@ DEFAULTS: dict[str, Any] = {  # diffusers' UNet2DModel
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "time_embedding_type": ("positional",),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "downsample_padding": (0, 1),
-    "resnet_time_scale_shift": ("default", "scale_shift"),
-    "class_embed_type": (None, "timestep", "identity"),
-    "act_fn": tuple(ACTIVATIONS),
-}
 
-Range = tuple[str, Callable[[Any], bool]]  # what is wanted, and whether a number is so
-COUNT: Range = "a whole number, at least 1", lambda value: isinstance(value, int) and value >= 1
-RANGES: dict[str, Range] = {
-    "in_channels": COUNT,
-    "out_channels": COUNT,
-    "layers_per_block": COUNT,
-    "norm_eps": ("a number > 0", lambda value: value > 0),
-    "dropout": ("a number, 0 <= dropout < 1", lambda value: 0 <= value < 1),
-    "mid_block_scale_factor": ("a number > 0", lambda value: value > 0),
+MOST_PARAMETERS = 10**10  # 40 GB in float32
+MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS = 16, 100, 1 << 16
+LARGEST = 1 << 24  # of sizes and counts for which there is no natural limit
+
+Check = Callable[[str, Any], Any]  # (name, value) -> value, or ValueError
+
+
+def _count(high: int, low: int = 1) -> Check:
+    return lambda name, value: whole(name, value, low, high)
+
+
+def _number(low: float, high: float, *, above: bool = False) -> Check:
+    def check(name: str, value: Any) -> int | float:
+        number = real(name, value, low, high, above=above)
+        return value if isinstance(value, int) else number  # a configuration keeps its 0, which is not written as 0.0
+
+    return check
+
+
+def _choice(*known: str) -> Check:
+    return lambda name, value: one_of(name, value, known)
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _size(name: str, value: Any) -> Any:
+    """A sample_size: one side, or height and width."""
+    if not isinstance(value, list | tuple):
+        return whole(name, value, 1, LARGEST)
+    if len(value) != 2:
+        raise ValueError(f"{name} is {shown(value)}; want a whole number, or height and width")
+    sides = [whole(f"{name}: an entry", side, 1, LARGEST) for side in value]
+    return tuple(sides) if isinstance(value, tuple) else sides
+
+
+def _per_level(check: Check) -> Check:
+    def check_all(name: str, value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_LEVELS:
+            raise ValueError(f"{name} is {shown(value)}; want a list with one entry per level, 1 to {MOST_LEVELS}")
+        return tuple(check(f"{name}: an entry", entry) for entry in value)
+
+    return check_all
+
+
+def _block(*known: str) -> Check:
+    """A kind of block, under its current name or that of 2022."""
+    return lambda name, value: one_of(name, value.removeprefix("UNetRes") if isinstance(value, str) else value, known)
+
+
+CHECKS: dict[str, Check] = {  # of every option; those of one option alone
+    "sample_size": _optional(_size),
+    "in_channels": _count(MOST_CHANNELS),
+    "out_channels": _count(MOST_CHANNELS),
+    "center_input_sample": flag,
+    "time_embedding_type": _choice("positional"),
+    "time_embedding_dim": _optional(_count(LARGEST)),
+    "freq_shift": _number(-LARGEST, LARGEST),
+    "flip_sin_to_cos": flag,
+    "down_block_types": _per_level(_block(*DOWN_BLOCKS)),
+    "mid_block_type": _optional(_choice("UNetMidBlock2D")),
+    "up_block_types": _per_level(_block(*UP_BLOCKS)),
+    "block_out_channels": _per_level(_count(MOST_CHANNELS, low=2)),
+    "layers_per_block": _count(MOST_LAYERS),
+    "mid_block_scale_factor": _number(0, LARGEST, above=True),
+    "downsample_padding": _count(1, low=0),
+    "downsample_type": _choice("conv"),
+    "upsample_type": _choice("conv"),
+    "dropout": _number(0, 1),
+    "act_fn": _choice(*ACTIVATIONS),
+    "attention_head_dim": _optional(_count(MOST_CHANNELS)),
+    "norm_num_groups": _count(MOST_CHANNELS),
+    "attn_norm_num_groups": _optional(_count(MOST_CHANNELS)),
+    "norm_eps": _number(0, 1, above=True),
+    "resnet_time_scale_shift": _choice("default", "scale_shift"),
+    "add_attention": flag,
+    "class_embed_type": _optional(_choice("timestep", "identity")),
+    "num_class_embeds": _optional(_count(LARGEST)),
+    "num_train_timesteps": _optional(_count(LARGEST)),
 }
 
 
@@ -67,45 +130,39 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises: ValueError: an option, or a value of one, is unknown or not supported; the message names it.
     """
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    unknown = sorted(key for key in config.keys() - DEFAULTS.keys() if config[key] not in (None, False))
+    unknown = sorted(
+        key for key in config.keys() - DEFAULTS.keys() if config[key] is not None and config[key] is not False
+    )
     if unknown:
-        raise ValueError(f"UNet2D: unknown option {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
-    config = {key: config.get(key, default) for key, default in DEFAULTS.items()}
-    for key, (wanted, is_right) in RANGES.items():
-        if not _is_number(config[key]) or not is_right(config[key]):
-            raise ValueError(f"UNet2D: {key} is {config[key]!r}; want {wanted}")
-    for key, values in SUPPORTED.items():
-        if config[key] not in values:
-            raise ValueError(f"UNet2D: {key} is {config[key]!r}, which is not supported; supported: {values}")
-    config |= _checked_levels(config)
-    if not _is_number(config["freq_shift"]) or not config["freq_shift"] < config["block_out_channels"][0] // 2:
-        most = config["block_out_channels"][0] // 2
-        raise ValueError(f"UNet2D: freq_shift is {config['freq_shift']!r}; want less than {most}")
+        raise ValueError(f"UNet2D: unknown option {shown(unknown)[1:-1]}; known: {', '.join(DEFAULTS)}")
+    config = {key: check(f"UNet2D: {key}", config.get(key, DEFAULTS[key])) for key, check in CHECKS.items()}
+    widths = config["block_out_channels"]
+    for key in ("down_block_types", "up_block_types"):
+        if len(config[key]) != len(widths):
+            raise ValueError(
+                f"UNet2D: {key} has {len(config[key])} entries, but block_out_channels has {len(widths)}; "
+                "give one of each per level"
+            )
+    if not config["freq_shift"] < widths[0] // 2:
+        raise ValueError(f"UNet2D: freq_shift is {config['freq_shift']!r}; want less than {widths[0] // 2}")
     _check_divisors(config)
+    if (count := least_parameters(config)) > MOST_PARAMETERS:
+        raise ValueError(
+            f"UNet2D: a network of this configuration has {count:.1e} parameters or more; want at most "
+            f"{MOST_PARAMETERS:.0e}, by smaller block_out_channels, layers_per_block, time_embedding_dim or "
+            "num_class_embeds"
+        )
     return config
 
 
-def _checked_levels(config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """The options that have one entry per level, as tuples."""
-    levels: dict[str, tuple[Any, ...]] = {}
-    for key in ("block_out_channels", "down_block_types", "up_block_types"):
-        if not isinstance(config[key], list | tuple) or not config[key]:
-            raise ValueError(f"UNet2D: {key} is {config[key]!r}; want a list with one entry per level")
-        levels[key] = tuple(config[key])
-        if len(levels[key]) != len(levels["block_out_channels"]):
-            raise ValueError(
-                f"UNet2D: {key} has {len(levels[key])} entries, but block_out_channels has "
-                f"{len(levels['block_out_channels'])}; give one of each per level"
-            )
-    for key, kinds in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
-        levels[key] = tuple(str(kind).removeprefix("UNetRes") for kind in levels[key])  # the prefix of old names
-        for kind in levels[key]:
-            if kind not in kinds:
-                raise ValueError(f"UNet2D: {key} holds {kind!r}, which is not supported; supported: {', '.join(kinds)}")
-    widths = levels["block_out_channels"]
-    if not all(isinstance(width, int) and width >= 2 for width in widths):
-        raise ValueError(f"UNet2D: block_out_channels is {widths}; want whole numbers, at least 2")
-    return levels
+def least_parameters(config: dict[str, Any]) -> int:
+    """A lower bound on the number of parameters of a complete configuration: all but the smaller layers."""
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    embed = config["time_embedding_dim"] or 4 * widths[0]
+    ends = 9 * widths[0] * (config["in_channels"] + config["out_channels"])
+    residual_blocks = sum(9 * width * width * (4 * layers + 1) for width in widths)
+    classes = 0 if config["class_embed_type"] else config["num_class_embeds"] or 0
+    return ends + residual_blocks + embed * (embed + classes)
 
 
 def _check_divisors(config: dict[str, Any]) -> None:
@@ -118,12 +175,5 @@ def _check_divisors(config: dict[str, Any]) -> None:
     divisors = (("norm_num_groups", widths), ("attention_head_dim", attended), ("attn_norm_num_groups", widths[-1:]))
     for key, multiples in divisors:
         value = config[key]
-        if value is None and key != "norm_num_groups":
-            continue
-        if not isinstance(value, int) or value < 1 or any(width % value for width in multiples):
-            raise ValueError(f"UNet2D: {key} is {value!r}; want a whole number that divides {sorted(set(multiples))}")
-
-
-def _is_number(value: object) -> bool:
-    """Whether value is a number of Python, which JSON can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and any(width % value for width in multiples):
+            raise ValueError(f"UNet2D: {key} is {value}; want a whole number that divides {sorted(set(multiples))}")

@@ -2,9 +2,13 @@
 
 `fuse` replaces the parameters of a module with those of its fused form, which have no values yet. `fused_parameters`
 computes these values from a module that is not fused.
+
+Convolutions and norms of this package take more arguments than torch's. A part that the user has replaced, or that has
+hooks, is called as diffusers calls it, so that it sees what it would see there.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -25,7 +29,21 @@ def silu(x: Tensor) -> Tensor:
 
 ACTIVATIONS: dict[str, Activation] = {"silu": silu, "swish": silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
 IDENTITY = nn.Identity()
+Linear = partial(nn.Linear, dtype=torch.float32)  # whatever torch's default is
 CACHED_ELEMENTS = 1 << 18  # float32, 1 MB: fits a core's second-level cache
+
+
+def is_unchanged(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part is of this class and no hook or other function takes its place."""
+    changed = part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__
+    return type(part) is kind and not changed
+
+
+def norm_and_activation(norm: nn.Module, x: Tensor, act: Activation, skip: Tensor | None = None) -> Tensor:
+    """act(norm(x)). Args: skip: channels that follow those of x; needs kernels."""
+    if is_unchanged(norm, GroupNorm):
+        return norm(x, act, skip=skip)
+    return act(norm(x).clone())  # act may overwrite its input, which a replaced norm may keep
 
 
 class Resnet(nn.Module):
@@ -54,7 +72,7 @@ class Resnet(nn.Module):
         self.norm1 = GroupNorm(groups, c_in, eps)
         self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.columns = 2 * c_out if scale_shift else c_out
-        self.time_emb_proj = nn.Linear(embed_width, self.columns)
+        self.time_emb_proj = Linear(embed_width, self.columns)
         self.norm2 = GroupNorm(groups, c_out, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
@@ -64,13 +82,21 @@ class Resnet(nn.Module):
         self.kernels = False
         self.act: Activation = ACTIVATIONS[act]
 
-    def time_projection(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of this block's columns of the time rows.
+    def time_columns(self, embed: Tensor) -> Tensor:
+        """The activated time embedding [N, embed_width] -> this block's columns of the time rows [N, self.columns]."""
+        if is_unchanged(self.time_emb_proj, nn.Linear):
+            return F.linear(embed, *self.time_projection())
+        columns, bias = self.time_emb_proj(embed), self._bias_of_rows()
+        return columns if bias is None else columns + bias
 
-        Without scale_shift, the bias includes that of the first convolution; the two are added before any rounding.
-        """
-        weight, bias = self.time_emb_proj.weight, self.time_emb_proj.bias
-        return weight, bias if self.scale_shift or self.conv1.bias is None else bias + self.conv1.bias
+    def time_projection(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `time_columns`; the biases are added before any rounding."""
+        weight, bias, of_conv1 = self.time_emb_proj.weight, self.time_emb_proj.bias, self._bias_of_rows()
+        return weight, bias if of_conv1 is None else bias + of_conv1
+
+    def _bias_of_rows(self) -> Tensor | None:
+        """The bias of the first convolution, where the columns of the time rows take its place."""
+        return None if self.scale_shift or not is_unchanged(self.conv1, Conv2d) else self.conv1.bias
 
     def fuse(self, kernels: bool) -> None:
         """Let the network project the time for all blocks at once. kernels: whether a kernel adds the biases."""
@@ -79,7 +105,7 @@ class Resnet(nn.Module):
         if not self.scale_shift:
             self.conv1.bias = None
         if kernels:
-            self.bias = nn.Parameter(torch.empty(self.conv2.out_channels))
+            self.bias = nn.Parameter(torch.empty(self.conv2.out_channels, dtype=torch.float32))
             self.conv2.bias = None
             if self.conv_shortcut is not None:
                 self.conv_shortcut.bias = None
@@ -92,19 +118,22 @@ class Resnet(nn.Module):
         """Args: columns: [1 or N, self.columns] of the time rows; skip: channels that follow those of x."""
         if skip is not None and not self.kernels:
             x, skip = torch.cat([x, skip], 1), None
-        h = self.norm1(x, self.act, skip=skip)
+        h = norm_and_activation(self.norm1, x, self.act, skip)
         if self.scale_shift:
             scale, shift = columns.to(h.dtype)[:, :, None, None].chunk(2, 1)
             h = self.act(self.norm2(self.conv1(h)) * (1 + scale) + shift)
         elif self.kernels:
             h = self.norm2(self.conv1(h), self.act, add=columns)
         else:
-            h = self.norm2(self.conv1(h, columns), self.act)
+            plain = is_unchanged(self.conv1, Conv2d)
+            h = self.conv1(h, columns) if plain else self.conv1(h) + columns.to(h.dtype)[:, :, None, None]
+            h = norm_and_activation(self.norm2, h, self.act)
         h = self.conv2(self.dropout(h))
         if self.kernels:
             h = ops.residual(h, self._shortcut(x, skip), self.bias)
         else:
-            h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+            shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+            h = h.add_(shortcut) if is_unchanged(self.conv2, Conv2d) else h + shortcut  # others may keep their output
         return h if self.scale == 1 else h / self.scale
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -125,8 +154,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, head_dim: int, groups: int | None, eps: float, scale: float):
         super().__init__()
         self.group_norm = GroupNorm(groups, width, eps) if groups else None
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_q, self.to_k, self.to_v = (Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([Linear(width, width)])
         self.qkv: nn.Linear | None = None
         self.bias: nn.Parameter | None = None  # of the residual sum, if a kernel adds it
         self.head_dim, self.scale = head_dim, scale
@@ -134,10 +163,10 @@ class Attention(nn.Module):
     def fuse(self, kernels: bool) -> None:
         """Compute queries, keys and values by one matrix product. kernels: whether a kernel adds the last bias."""
         width = self.to_q.in_features
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         del self.to_q, self.to_k, self.to_v
         if kernels:
-            self.bias = nn.Parameter(torch.empty(width))
+            self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
             cast(Any, self.to_out[0]).bias = None
 
     def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -180,9 +209,10 @@ class Downsample(nn.Module):
     def __init__(self, width: int, padding: int):
         super().__init__()
         self.conv = Conv2d(width, width, 3, stride=2, padding=padding)
+        self.padding = padding
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.conv.padding == (0, 0) else x)
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -206,7 +236,7 @@ class Upsample(nn.Module):
         width = self.conv.in_channels
         self.phases = Conv2d(width, 4 * width, 2, padding=1, bias=not kernels)
         if kernels:
-            self.bias = nn.Parameter(torch.empty(width))
+            self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
         del self.conv
 
     def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -227,8 +257,8 @@ class TimeMLP(nn.Module):
 
     def __init__(self, width: int, embed_width: int):
         super().__init__()
-        self.linear_1 = nn.Linear(width, embed_width)
-        self.linear_2 = nn.Linear(embed_width, embed_width)
+        self.linear_1 = Linear(width, embed_width)
+        self.linear_2 = Linear(embed_width, embed_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -252,6 +282,9 @@ class Conv2d(nn.Conv2d):
     packed: tuple[object, Tensor] | None = None
     version = 0
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"dtype": torch.float32, **options})
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Args: bias: [1 or N, C_out], used instead of the module's own."""
         if bias is not None and len(bias) > 1:
@@ -260,7 +293,7 @@ class Conv2d(nn.Conv2d):
 
     def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.pack:
-            y = F.conv2d(x, self.weight, bias, self.stride, cast("tuple[int, int]", self.padding))
+            y = self._conv_forward(x, self.weight, bias)
             return channels_last(y) if self.kernels else y  # torch promises no memory format
         geometry = self.padding, self.stride, self.dilation, self.groups
         packed, key = self.packed, (x.shape, self.version)  # read once: other threads may change both
@@ -275,6 +308,9 @@ class GroupNorm(nn.GroupNorm):
 
     kernels = False  # whether a kernel computes it
 
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"dtype": torch.float32, **options})
+
     def forward(
         self, x: Tensor, act: Activation | None = None, *, skip: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor:
@@ -284,8 +320,8 @@ class GroupNorm(nn.GroupNorm):
                 x, self.weight, self.bias, self.num_groups, eps=self.eps, skip=skip, add=add, silu=act is silu
             )
             return y if act is None or act is silu else act(y)
-        on_cpu = x.device.type == "cpu"
-        if on_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        on_cpu, affine = x.device.type == "cpu", self.weight is not None and self.bias is not None
+        if on_cpu and affine and x.dtype == torch.float32 and not torch.is_grad_enabled():
             y = _two_pass_group_norm(self, x)
         else:
             # torch's CPU kernel for 16 bits is slow below 1024 pixels: 2.0 ms for 16 x 256 x 16 x 16, against 0.9 ms in
@@ -312,7 +348,7 @@ def _two_pass_group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     mean = x.mean((2, 3), keepdim=True)
     centred = x - mean
     parts = _pixels(centred).view(n, pixels, c).split(max(1, CACHED_ELEMENTS // (n * c)), 1)
-    variances = sum((part.square().sum(1) for part in parts), torch.zeros(n, c)) / pixels
+    variances = sum((part.square().sum(1) for part in parts), x.new_zeros(n, c)) / pixels
     means = mean.view(n, norm.num_groups, -1).double()  # a rounded mean of a group would double the error
     offset = (means - means.mean(2, keepdim=True)).float()  # of each channel from its group
     variance = (variances.view_as(offset) + offset.square()).mean(2, keepdim=True)

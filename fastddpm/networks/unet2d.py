@@ -7,9 +7,9 @@ the projection of a residual block is a bias per channel, so it becomes the bias
 Ho et al. 2020 (arXiv:2006.11239), appendix B. The plain version to compare with is `fastddpm.reference.unet`.
 """
 
-import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core.layout import channels_last
+from fastddpm.networks import layers
 from fastddpm.networks.config import HAS_ATTENTION, complete_config
 from fastddpm.networks.layers import (
     ACTIVATIONS,
@@ -26,11 +27,14 @@ from fastddpm.networks.layers import (
     Conv2d,
     Downsample,
     GroupNorm,
+    Linear,
     Resnet,
     TimeMLP,
     Upsample,
+    norm_and_activation,
     silu,
 )
+from fastddpm.networks.obstacles import Obstacles, Part, obstacles, parts, remember
 
 POLYPHASE_DEVICES = ("cpu",)  # device types with polyphase `Upsample`; add "cuda" if it proves faster on a GPU
 
@@ -57,8 +61,16 @@ class UNet2D(nn.Module):
         self.conv_norm_out = GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
         self.conv_out = Conv2d(widths[0], c["out_channels"], 3, padding=1)
         self.projection: nn.Linear | None = None
-        self.resnets = tuple(m for m in self.modules() if isinstance(m, Resnet))  # in the order of execution
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def resnets(self) -> list[Resnet]:
+        """The residual blocks in the order of execution, also those within parts that wrap them."""
+        found: list[Resnet] = []
+        for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
+            for part in () if block is None else cast(Block, block).resnets:
+                found += [part] if isinstance(part, Resnet) else [m for m in part.modules() if isinstance(m, Resnet)]
+        return found
 
     def _class_embedding(self) -> nn.Module | None:
         c = self.config
@@ -66,7 +78,11 @@ class UNet2D(nn.Module):
             return TimeMLP(c["block_out_channels"][0], self._embed_width)
         if c["class_embed_type"] == "identity":
             return nn.Identity()
-        return None if c["num_class_embeds"] is None else nn.Embedding(c["num_class_embeds"], self._embed_width)
+        return (
+            None
+            if c["num_class_embeds"] is None
+            else nn.Embedding(c["num_class_embeds"], self._embed_width, dtype=torch.float32)
+        )
 
     def _down_blocks(self, skips: list[int]) -> Iterable[Block]:
         """The blocks of the way down. They append the channels of their skips to skips."""
@@ -159,10 +175,10 @@ class UNet2D(nn.Module):
         else:
             like_t = self.config["class_embed_type"] == "timestep"
             embed = embed + self.class_embedding(self._sinusoid(class_labels) if like_t else class_labels)
-        embed = ACTIVATIONS[self.config["act_fn"]](embed)
+        embed = ACTIVATIONS[self.config["act_fn"]](embed.clone())  # which a hook may keep
         if self.projection is not None:
             return self.projection(embed)
-        return torch.cat([F.linear(embed, *resnet.time_projection()) for resnet in self.resnets], 1)
+        return torch.cat([resnet.time_columns(embed) for resnet in self.resnets], 1)
 
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
         """Evaluate the network, given rows of `time_rows`: one row for the whole batch, or [N, columns]."""
@@ -192,7 +208,7 @@ class UNet2D(nn.Module):
                 h = attention(resnet(h, next(columns), skips.pop()))
             for upsample in block.upsamplers:
                 h = upsample(h)
-        return self.conv_out(self.conv_norm_out(h, silu))
+        return self.conv_out(norm_and_activation(self.conv_norm_out, h, silu))
 
     def for_inference(
         self, dtype: torch.dtype, device: torch.device | str | None = None, *, pack: bool = True
@@ -206,17 +222,19 @@ class UNet2D(nn.Module):
             dtype: float32, bfloat16 or float16.
             device: None: this network's own.
             pack: on a CPU, keep the convolutions' weights in oneDNN's own layout, which torch.compile cannot trace.
-        Raises: ValueError: dtype is none of these.
+        Raises: ValueError: dtype is none of these, or a copy would compute something else than this network does.
         """
         if dtype not in ops.FLOATS:
             raise ValueError(f"dtype is {dtype}; want torch.float32, bfloat16 or float16")
+        for obstacle in network_obstacles(self):
+            raise ValueError(f"the network cannot be fused: {obstacle}; call it as it is, or give it to a Sampler")
         device = self.conv_in.weight.device if device is None else torch.device(device)
         on_cpu = device.type == "cpu"
         kernels = ops.backend(device) == "triton"
         pack = pack and on_cpu and torch.backends.mkldnn.is_available() and _is_packable(dtype)
         with torch.device("meta"):
             net = UNet2D(**self.config)
-            net.projection = nn.Linear(net._embed_width, sum(resnet.columns for resnet in net.resnets))
+            net.projection = Linear(net._embed_width, sum(resnet.columns for resnet in net.resnets))
             for module in list(net.modules()):
                 if isinstance(module, Resnet | Attention) or (
                     isinstance(module, Upsample) and device.type in POLYPHASE_DEVICES
@@ -240,9 +258,10 @@ class UNet2D(nn.Module):
     @torch.no_grad()
     def refresh(self, source: "UNet2D") -> None:
         """Copy in place the current weights of source, of which this network is a copy by `for_inference`."""
-        if source.conv_in.weight.dtype != torch.float32:
-            source = copy.deepcopy(source).float()  # so that sums of weights are not rounded to 16 bits
-        state: dict[str, Tensor] = dict(source.named_parameters())
+        state: dict[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
+        if any(value.dtype != torch.float32 for value in state.values()):
+            state = {name: value.float() for name, value in state.items()}  # so that sums are not rounded to 16 bits
+            source = with_parameters(source.config, state)
         polyphase = any(isinstance(module, Upsample) and module.phases is not None for module in self.modules())
         for prefix, module in source.named_modules():
             if isinstance(module, Resnet | Attention) or (isinstance(module, Upsample) and polyphase):
@@ -263,9 +282,41 @@ class UNet2D(nn.Module):
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float64, device=t.device)
         angle = t.unsqueeze(1) * torch.exp(exponent / (half - self.config["freq_shift"]))
         pair = [angle.cos(), angle.sin()] if self.config["flip_sin_to_cos"] else [angle.sin(), angle.cos()]
-        return F.pad(torch.cat(pair, 1), (0, width % 2)).to(self.time_embedding.linear_1.weight.dtype)
+        dtype = next((weights.dtype for weights in self.time_embedding.parameters()), torch.float32)
+        return F.pad(torch.cat(pair, 1), (0, width % 2)).to(dtype)
+
+
+def network_obstacles(net: UNet2D) -> Obstacles:
+    """What prevents a fused copy of a network, because it decides the output besides configuration and parameters."""
+    found: Obstacles = {} if type(net) is UNet2D else {f"it is a {type(net).__name__}, not a UNet2D": type(net)}
+    try:
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in net.config.items()}
+        expected = _parts_of(tuple(options.items()))
+    except (ValueError, TypeError, AttributeError) as error:  # an option is not supported, cannot be hashed, ...
+        return {**found, f"its configuration is not that of a UNet2D ({error})": str(error)}
+    return {**found, **obstacles(net, expected)}
+
+
+@lru_cache
+def _parts_of(config: tuple[tuple[str, Any], ...]) -> dict[str, Part]:
+    """The parts of a network with these options."""
+    with torch.device("meta"):
+        return parts(UNet2D(**dict(config)))
+
+
+def with_parameters(config: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> UNet2D:
+    """A network of these tensors, which it does not copy. Args: parameters: by name."""
+    with torch.device("meta"):
+        net = UNet2D(**config)
+    for name, value in parameters.items():
+        module, _, leaf = name.rpartition(".")
+        net.get_submodule(module)._parameters[leaf] = cast(Any, value)  # load_state_dict would set its requires_grad
+    return net
 
 
 def _is_packable(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves in a dtype on this CPU."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+remember([*vars(nn).values(), *vars(layers).values(), UNet2D])

@@ -312,9 +312,9 @@ def test_diffusers_loads_our_checkpoints(option, tmp_path):
 def test_we_load_diffusers_checkpoints(option, tmp_path):
     case = Case({**TINY, **OPTIONS[option]})
     DDPMPipeline(case.theirs, DDPMScheduler()).save_pretrained(tmp_path)
-    config, parameters, _ = checkpoints.load(tmp_path)
-    net = UNet2D(**config).eval()
-    checkpoints.load_into(net, parameters)
+    saved = checkpoints.load(tmp_path)
+    net = UNet2D(**saved.config).eval()
+    checkpoints.load_into(net, saved.parameters)
     assert json.dumps(net.config) == json.dumps(case.ours.config)  # JSON has no tuples
     assert torch.equal(net(case.x, case.t, case.labels), case.ours(case.x, case.t, case.labels))
 
@@ -357,17 +357,20 @@ def test_errors_name_the_unsupported_option(option):
         ({"down_block_types": ("DownBlock2D",)}, "down_block_types has 1 entries, but block_out_channels has 2"),
         ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types has 3 entries, but block_out_channels has 2"),
         ({"norm_num_groups": 3}, "norm_num_groups is 3; want a whole number that divides [8, 16]"),
-        ({"norm_num_groups": None}, "norm_num_groups is None; want a whole number that divides [8, 16]"),
+        ({"norm_num_groups": None}, "norm_num_groups is None; want a whole number from 1 to 65536"),
         ({"attn_norm_num_groups": 3}, "attn_norm_num_groups is 3; want a whole number that divides [16]"),
         ({"attention_head_dim": 5}, "attention_head_dim is 5; want a whole number that divides [16]"),
-        ({"layers_per_block": [1, 1]}, "layers_per_block is [1, 1]; want a whole number, at least 1"),
-        ({"layers_per_block": 0}, "layers_per_block is 0; want a whole number, at least 1"),
-        ({"in_channels": "3"}, "in_channels is '3'; want a whole number, at least 1"),
-        ({"norm_eps": None}, "norm_eps is None; want a number > 0"),
-        ({"dropout": "a"}, "dropout is 'a'; want a number, 0 <= dropout < 1"),
-        ({"mid_block_scale_factor": 0}, "mid_block_scale_factor is 0; want a number > 0"),
+        ({"layers_per_block": [1, 1]}, "layers_per_block is [1, 1]; want a whole number from 1 to 100"),
+        ({"layers_per_block": 0}, "layers_per_block is 0; want a whole number from 1 to 100"),
+        ({"in_channels": "3"}, "in_channels is '3'; want a whole number from 1 to 65536"),
+        ({"norm_eps": None}, "norm_eps is None; want a finite number, above 0, at most 1"),
+        ({"dropout": "a"}, "dropout is 'a'; want a finite number, at least 0, at most 1"),
+        ({"mid_block_scale_factor": 0}, "mid_block_scale_factor is 0; want a finite number, above 0"),
         ({"freq_shift": 4}, "freq_shift is 4; want less than 4"),
-        ({"block_out_channels": (8, "16")}, "block_out_channels is (8, '16'); want whole numbers, at least 2"),
+        (
+            {"block_out_channels": (8, "16")},
+            "block_out_channels: an entry is '16'; want a whole number from 2 to 65536",
+        ),
         ({"block_out_channels": 8}, "block_out_channels is 8; want a list with one entry per level"),
     ],
 )

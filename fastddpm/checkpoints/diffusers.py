@@ -2,44 +2,73 @@
 
 A checkpoint consists of the configuration of a `UNet2DModel`, its parameters, and the configuration of a scheduler.
 They are in `unet/` and `scheduler/` under a `model_index.json` (a saved `DDPMPipeline`), or together in one folder
-(google/ddpm-cifar10-32).
+(google/ddpm-cifar10-32). diffusers' training examples also write `unet_ema/`, the average of the weights, and folders
+`checkpoint-500/` whose scheduler is in the folder above.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastddpm.checkpoints.parameters import first_few
-from fastddpm.checkpoints.reading import in_one_line, read_json, read_pickle, read_safetensors
+from fastddpm.checkpoints.checkpoint import Checkpoint
+from fastddpm.checkpoints.reading import as_folder, in_one_line, named, read_any_json, read_json
+from fastddpm.checkpoints.weights import WEIGHTS, read_weights, weight_files
 from fastddpm.core.schedule import Schedule
+from fastddpm.networks.config import complete_config, least_parameters
 from fastddpm.storage.files import atomic
 
+_INDEX = "model_index.json"
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
-_WEIGHTS = "diffusion_pytorch_model"
+_CLASSES = "classes.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# the names of attention's parameters in 2022, and the current ones
-_LEGACY = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
-_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_DECODERS = re.compile("vae|vq|autoencoder", re.IGNORECASE)  # in the name or the class of a pipeline's component
+# the state of diffusers' EMAModel, which it saves among the options of the network
+_EMA_STATE = {
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
+}  # fmt: skip
 
 
-def read(folder: Path, variant: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor], Schedule]:
-    """Read a checkpoint of diffusers: see `fastddpm.checkpoints.load`.
-
-    Weights are read from safetensors, one file or several under an index, or else from a `.bin`, whose pickle may hold
-    nothing but tensors. Attention parameters that have their names of 2022 get the current ones.
-    """
-    unet, config = _read_config(folder, "unet", _CONFIG)
+def read(folder: Path, variant: str | None = None, schedule: Schedule | None = None) -> Checkpoint:
+    """Read a checkpoint of diffusers: see `fastddpm.checkpoints.load`."""
+    unet, notes = _network_folder(folder)
+    config = read_json(unet / _CONFIG)
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{unet / _CONFIG} configures a {config['_class_name']}; want a UNet2DModel, DDPM's network")
-    schedule = Schedule.from_config(_read_config(folder, "scheduler", _SCHEDULER)[1])
-    return _options(config), _read_weights(unet, variant), schedule
+        class_name = named(config["_class_name"])
+        raise ValueError(f"{unet / _CONFIG} configures a {class_name}; want a UNet2DModel, DDPM's network")
+    options = {key: value for key, value in _options(config).items() if key not in _EMA_STATE}
+    with _naming(unet / _CONFIG):
+        complete = complete_config(options)
+    home, scheduler = _home(folder)
+    if schedule is None:
+        schedule, assumed = _read_schedule(folder, home, scheduler)
+        notes += assumed
+    parameters, renamed = read_weights(unet, variant)
+    saved, least = sum(value.numel() for value in parameters.values()), least_parameters(complete)
+    if least > saved:
+        raise ValueError(
+            f"{unet / _CONFIG} configures a network of {least} parameters or more, but its weights are {saved} "
+            "numbers; want the configuration that they were saved with"
+        )
+    classes, ignored = _read_classes(home, complete["num_class_embeds"])
+    decoder = home if _has_latents(home) else None
+    return Checkpoint(options, parameters, schedule, classes, decoder, (*notes, *renamed, *ignored))
+
+
+def decoder_of(folder: Path) -> tuple[str, str] | None:
+    """(name, class) of the component of a pipeline that turns latents into images; None: the pipeline has none."""
+    for name, value in read_json(folder / _INDEX).items():
+        is_component = isinstance(value, list) and len(value) == 2 and isinstance(value[1], str) and name.isidentifier()
+        if is_component and _DECODERS.search(f"{name} {value[1]}"):
+            return name, value[1]
+    return None
 
 
 def download(hub_id: str, variant: str | None = None) -> Path:
@@ -49,18 +78,26 @@ def download(hub_id: str, variant: str | None = None) -> Path:
     """
     if os.path.exists(hub_id):
         raise ValueError(f"{hub_id} is a file; want the folder that holds {_CONFIG}, weights and {_SCHEDULER}")
-    if not _HUB_ID.fullmatch(hub_id):
-        raise ValueError(f"there is no folder {hub_id}; want a folder, or a hub id such as google/ddpm-cifar10-32")
+    if not _HUB_ID.fullmatch(hub_id) or len(hub_id) > 200:
+        raise ValueError(
+            f"there is no folder {named(hub_id)}; want a folder, or a hub id such as google/ddpm-cifar10-32"
+        )
     from huggingface_hub import snapshot_download
 
-    configs = ["model_index.json", _CONFIG, f"unet/{_CONFIG}", _SCHEDULER, f"scheduler/{_SCHEDULER}"]
-    *safe, pickled = _weight_files(variant)
-    try:
+    def fetch(parts: Sequence[str], configs: Sequence[str]) -> Path:
+        *safe, pickled = weight_files(variant)
         for names in (safe, [pickled]):
-            weights = [part + name for part in ("", "unet/") for name in names]
-            folder = Path(snapshot_download(hub_id, allow_patterns=configs + weights))
+            weights = [part + name for part in parts for name in names]
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*configs, *weights]))
             if any(any(folder.glob(name)) for name in weights):
                 break
+        return folder
+
+    configs = [_INDEX, _CLASSES, _CONFIG, f"unet/{_CONFIG}", _SCHEDULER, f"scheduler/{_SCHEDULER}"]
+    try:
+        folder = fetch(("", "unet/"), configs)
+        if os.path.exists(folder / _INDEX) and (decoder := decoder_of(folder)) is not None:
+            fetch([f"{decoder[0]}/"], [f"{decoder[0]}/{_CONFIG}"])
     except Exception as error:
         reason = in_one_line(error)
         raise ValueError(
@@ -89,11 +126,15 @@ def save(
         schedule: the noise schedule the network was trained for.
         dtype: of the parameters in the file; None keeps theirs.
         pipeline: write into `unet/` and `scheduler/`, as diffusers does; False: write into the folder itself.
-    Raises: ValueError: pipeline is False, but the folder holds a pipeline.
+    Raises: ValueError: pipeline is False, but the folder holds a pipeline; or an argument is not as above.
     """
     from safetensors.torch import save as serialise
 
-    root = Path(folder)
+    root = as_folder("folder", folder)
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; want that of floating-point numbers, such as torch.float16, or None")
     if not pipeline and (root / "unet").exists():
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
@@ -110,64 +151,83 @@ def save(
         name: value.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
     }
-    with atomic(unet / f"{_WEIGHTS}.safetensors") as file:
+    with atomic(unet / f"{WEIGHTS}.safetensors") as file:
         file.write(serialise(tensors, metadata={"format": "pt"}))
 
 
-def _weight_files(variant: str | None) -> tuple[str, str, str, str]:
-    """Names of the single safetensors file, of the index of several, a pattern for those several, and of the pickle."""
-    dot = f".{variant}" if variant else ""
-    return (
-        f"{_WEIGHTS}{dot}.safetensors",
-        f"{_WEIGHTS}.safetensors.index{dot}.json",
-        f"{_WEIGHTS}{dot}-*.safetensors",
-        f"{_WEIGHTS}{dot}.bin",
+def _network_folder(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """(the folder of the network, notes) of a checkpoint."""
+    unet, ema = folder / "unet", folder / "unet_ema"
+    for place in (unet, folder, ema):
+        if os.path.lexists(place / _CONFIG):
+            note = ""
+            if place == ema:
+                note = f"{folder} has no unet/; the average of the weights, unet_ema/, was read instead"
+            elif place == unet and os.path.lexists(ema / _CONFIG):
+                note = f"{folder} also holds an average of the weights, which was not read; it is the checkpoint {ema}"
+            return place, (note,) if note else ()
+    raise ValueError(f"{folder} is not a DDPM checkpoint of diffusers: it has no unet/{_CONFIG} and no {_CONFIG}")
+
+
+def _home(folder: Path) -> tuple[Path, Path | None]:
+    """(the folder of the pipeline, its scheduler's configuration): the folder itself, or else one above it."""
+    here = Path(os.path.abspath(folder))
+    for place in (folder, *here.parents[: 2 if here.name.startswith("unet") else 1]):
+        found = (path for path in (place / "scheduler" / _SCHEDULER, place / _SCHEDULER) if os.path.lexists(path))
+        scheduler = next(found, None)
+        if scheduler is not None or os.path.lexists(place / _INDEX):
+            return place, scheduler
+    return folder, None
+
+
+def _read_schedule(folder: Path, home: Path, scheduler: Path | None) -> tuple[Schedule, tuple[str, ...]]:
+    """(the schedule, notes)."""
+    if scheduler is not None:
+        with _naming(scheduler):
+            schedule = Schedule.from_config(read_json(scheduler))
+        return schedule, () if home == folder else (f"{folder} has no {_SCHEDULER}; that of {scheduler} was read",)
+    if os.path.lexists(home / _INDEX):
+        raise ValueError(f"{home} is not a DDPM checkpoint: it has no scheduler/{_SCHEDULER} and no {_SCHEDULER}")
+    schedule = Schedule()
+    return schedule, (
+        f"{folder} has no {_SCHEDULER}, so the defaults were assumed: T = {schedule.num_train_timesteps}, "
+        f"{schedule.beta_schedule} betas from {schedule.beta_start} to {schedule.beta_end}, "
+        f"prediction_type {schedule.prediction_type}; if the model was trained with another schedule, pass schedule=, "
+        f"or put its {_SCHEDULER} there",
     )
 
 
-def _read_config(folder: Path, part: str, name: str) -> tuple[Path, dict[str, Any]]:
-    """(its folder, its content) of a configuration file in folder/part or else in folder."""
-    for place in (folder / part, folder):
-        if (place / name).is_file():
-            return place, read_json(place / name)
-    raise ValueError(f"{folder} is not a DDPM checkpoint of diffusers: it has no {part}/{name} and no {name}")
+def _read_classes(home: Path, count: int | None) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """(the names of the classes, notes)."""
+    path = home / _CLASSES
+    if count is None or not os.path.exists(path):
+        return None, ()
+    names = read_any_json(path)
+    if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
+        return tuple(names), ()
+    return None, (f"{path} was ignored: it is not a list of names of the network's {count} classes",)
 
 
-def _read_weights(folder: Path, variant: str | None) -> dict[str, Tensor]:
-    single, index, _, pickled = _weight_files(variant)
-    readers: dict[str, Callable[[Path], dict[str, Any]]]
-    readers = {single: read_safetensors, index: _read_indexed, pickled: read_pickle}
-    name = next((name for name in readers if (folder / name).is_file()), None)
-    if name is None:
-        raise ValueError(f"{folder} has no weights; looked for {', '.join(readers)}")
-    content = readers[name](folder / name)
-    others = [key for key, value in content.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
-    if others:
-        surplus = f"entries that are not floating-point tensors ({first_few(others)})"
-        raise ValueError(f"{folder / name} holds {surplus}; want a network's parameters alone")
-    return {_renamed(key): value.detach() for key, value in content.items()}
+def _has_latents(home: Path) -> bool:
+    """Whether a pipeline's network draws latents, which another of its models turns into images."""
+    if not os.path.lexists(home / _INDEX):
+        return False
+    return read_json(home / _INDEX).get("_class_name") == "LDMPipeline" or decoder_of(home) is not None
 
 
-def _read_indexed(path: Path) -> dict[str, Tensor]:
-    """The tensors of several safetensors files, named in an index."""
-    files = read_json(path).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise ValueError(f"{path} has no weight_map; want one that names the file of each parameter")
-    content: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        content |= read_safetensors(path.parent / name)
-    return content
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """In this block, errors about options name the file that holds them."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from error
 
 
 def _options(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without diffusers' notes, such as its version."""
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _renamed(key: str) -> str:
-    """The current name of a parameter."""
-    legacy = _LEGACY.fullmatch(key)
-    return f"{legacy[1]}.{_RENAMED[legacy[2]]}.{legacy[3]}" if legacy else key
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

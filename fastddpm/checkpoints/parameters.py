@@ -4,12 +4,17 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from fastddpm.checkpoints.reading import named
+
 
 def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy parameters into module, keeping its dtype, device and memory format.
 
     Raises: ValueError: a parameter is missing, unexpected or of the wrong shape; then nothing is copied.
     """
+    if not isinstance(module, nn.Module) or not isinstance(state_dict, Mapping):
+        given = f"{type(module).__name__} and {type(state_dict).__name__}"
+        raise ValueError(f"load_into: the arguments are {given}; want a network and its parameters by name")
     own = module.state_dict()
     reshaped = [
         f"{name} {tuple(state_dict[name].shape)} instead of {tuple(own[name].shape)}"
@@ -30,4 +35,4 @@ def load_into(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 def first_few(names: Iterable[str], shown: int = 3) -> str:
     """The first names in alphabetical order, for an error message."""
     names = sorted(names)
-    return ", ".join(names[:shown] + ["..."] * (len(names) > shown))
+    return ", ".join([*map(named, names[:shown]), *["..."] * (len(names) > shown)])

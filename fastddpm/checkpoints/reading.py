@@ -1,39 +1,62 @@
 """Reads the files of a checkpoint: JSON, safetensors and PyTorch's pickles. Every error names the file in one line."""
 
+import errno
 import json
+import os
+import re
+import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from fastddpm.core.checks import shown
+from fastddpm.storage.files import check_regular
+
+MOST_JSON = 1 << 24  # bytes; the index of a network of 10,000 parameters has 1 MB
+_DOWNLOAD = "download it again (in a clone: git lfs pull)"
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises: ValueError: it cannot be read, or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {in_one_line(error)}") from error
+    content = read_any_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; want an object of options")
     return content
 
 
+def read_any_json(path: Path) -> Any:
+    """The content of a JSON file. Raises: ValueError: it cannot be read."""
+    check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MOST_JSON + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(text) > MOST_JSON:
+        raise ValueError(f"{path} has more than {MOST_JSON >> 20} MB, which no configuration has; {_DOWNLOAD}")
+    try:
+        return json.loads(text.decode("utf-8"), parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {in_one_line(error)}") from error
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file, on the CPU. Raises: ValueError: it cannot be read, or is damaged."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_regular(path)
     try:
         with open(path, "rb"):  # safetensors reports any file that it cannot open as missing
             return load_file(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    except SafetensorError as error:
-        way_out = "download it again (in a clone: git lfs pull)"
-        raise ValueError(f"{path} is not a complete safetensors file; {way_out}: {in_one_line(error)}") from error
+    except Exception as error:  # of safetensors; of torch, for a dtype that it does not have
+        raise ValueError(f"{path} is not a complete safetensors file; {_DOWNLOAD}: {in_one_line(error)}") from error
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -41,22 +64,66 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
     Raises: ValueError: the file cannot be read, is damaged, or holds something else.
     """
+    check_regular(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except Exception as error:  # damaged and hostile pickles raise errors of any kind
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about kinds of tensors that are refused in any case
+            _check_unpacked_size(file)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged and hostile pickles raise errors of any kind, a truncated one OSError too
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise _unreadable(path, error) from error
         raise ValueError(
-            f"{path} is damaged or holds more than weights, so it was not loaded: {in_one_line(error)}"
+            f"{path} is damaged or holds more than weights, so it was not loaded{_foreign_name(error)}; {_DOWNLOAD}, "
+            "or save the state_dict of the network alone, best as safetensors"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} holds a {type(content).__name__}, not parameters by name; want a state_dict")
     return content
 
 
+def as_folder(name: str, value: Any) -> Path:
+    """The folder that an argument names. Raises: ValueError: it is no path, or is empty."""
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not path or not isinstance(path, str) or "\0" in path:
+        raise ValueError(f"{name} is {shown(value)}; want the path of a folder")
+    return Path(path)
+
+
 def in_one_line(error: Exception) -> str:
     """The kind and the first line of an error."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return named(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 300)
+
+
+def named(name: object, length: int = 200) -> str:
+    """A name from a file or a user, for an error message: without control characters, and shortened in the middle."""
+    text = str(name)
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+
+
+def _integer(text: str) -> int:
+    if len(text) > 400:  # digits: beyond any float; Python's own limit depends on the environment
+        raise ValueError(f"an integer has {len(text)} digits")
+    return int(text)
+
+
+def _check_unpacked_size(file: BinaryIO) -> None:
+    """Check that an archive by torch.save holds no more than it has bytes: torch.save compresses nothing."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > os.fstat(file.fileno()).st_size:
+            raise ValueError(f"the archive unpacks to {unpacked} bytes")
+    file.seek(0)
+
+
+def _foreign_name(error: Exception) -> str:
+    """What a pickle that was refused refers to, if torch's error says so; the error itself advises to run the code."""
+    found = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+    return f" (it refers to {found[1]})" if found else ""
 
 
 def _unreadable(path: Path, error: OSError) -> ValueError:

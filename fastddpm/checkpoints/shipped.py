@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-SHIPPED_MODEL = "fashion-mnist"
+from fastddpm.core.names import SHIPPED_MODEL
+
+FOLDER = Path(__file__).parents[1] / "models" / SHIPPED_MODEL
 
 
 def shipped_model() -> Path:
     """The folder of the bundled model."""
-    return Path(__file__).parents[1] / "models" / SHIPPED_MODEL
+    return FOLDER

@@ -17,6 +17,7 @@ except ImportError as error:
     raise ImportError(f"{wanted} ({error})") from error
 
 from fastddpm.diffusers.accelerating import Accelerated, accelerate
+from fastddpm.diffusers.decoding import decode
 from fastddpm.diffusers.pipelines import DDIMPipeline, DDPMPipeline
 from fastddpm.diffusers.schedulers import DDIMParallelScheduler, DDIMScheduler, DDPMParallelScheduler, DDPMScheduler
 from fastddpm.diffusers.unet import UNet2DModel
@@ -31,4 +32,5 @@ __all__ = [
     "DDPMScheduler",
     "UNet2DModel",
     "accelerate",
+    "decode",
 ]

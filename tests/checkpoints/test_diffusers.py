@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -29,33 +29,8 @@ LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_att
 
 
 @pytest.fixture(scope="module")
-def unet() -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-
-
-@pytest.fixture(scope="module")
-def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_large", clip_sample_range=0.9)
-
-
-@pytest.fixture(scope="module")
 def options(unet) -> dict:
     return public(unet.config)
-
-
-@pytest.fixture
-def folder(tmp_path, unet, scheduler) -> Path:
-    """A saved pipeline."""
-    DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
 
 
 def as_pipeline(folder, unet, scheduler):
@@ -140,13 +115,14 @@ def assert_same_tensors(got: dict, want: dict) -> None:
 )
 def test_load_reads_what_diffusers_wrote(write, tmp_path, unet, scheduler, options):
     write(tmp_path, unet, scheduler)
-    config, state, schedule = checkpoints.load(tmp_path)
-    assert_same_tensors(state, unet.state_dict())
-    assert not any(value.requires_grad for value in state.values())
-    assert config == options
-    assert schedule == Schedule.from_config(dict(scheduler.config))
-    assert schedule.variance_type == "fixed_large"
-    assert checkpoints.load(str(tmp_path))[2] == schedule
+    got = checkpoints.load(tmp_path)
+    assert_same_tensors(got.parameters, unet.state_dict())
+    assert not any(value.requires_grad for value in got.parameters.values())
+    assert got.config == options
+    assert got.schedule == Schedule.from_config(dict(scheduler.config))
+    assert got.schedule.variance_type == "fixed_large"
+    assert (got.classes, got.decoder, got.notes) == (None, None, ())
+    assert checkpoints.load(str(tmp_path)).schedule == got.schedule
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "40KB"}], ids=["one file", "shards"])
@@ -154,8 +130,8 @@ def test_load_reads_the_requested_variant(shards, tmp_path, unet, scheduler):
     half = UNet2DModel.from_config(unet.config).half()
     at_the_root(tmp_path, unet, scheduler)
     half.save_pretrained(tmp_path, variant="fp16", **shards)
-    assert_same_tensors(checkpoints.load(tmp_path)[1], unet.state_dict())
-    assert_same_tensors(checkpoints.load(tmp_path, variant="fp16")[1], half.state_dict())
+    assert_same_tensors(checkpoints.load(tmp_path).parameters, unet.state_dict())
+    assert_same_tensors(checkpoints.load(tmp_path, variant="fp16").parameters, half.state_dict())
     assert "no weights" in check.error_line(checkpoints.load, tmp_path, variant="non_ema")
 
 
@@ -183,16 +159,16 @@ def test_diffusers_loads_what_save_wrote(pipeline, tmp_path, unet, scheduler, op
 def test_load_returns_what_was_saved(pipeline, tmp_path, unet, options):
     schedule = Schedule(beta_schedule="sigmoid", prediction_type="v_prediction", timestep_spacing="trailing")
     checkpoints.save(tmp_path, options, unet.state_dict(), schedule, pipeline=pipeline)
-    config, state, again = checkpoints.load(tmp_path)
-    assert config == options
-    assert_same_tensors(state, unet.state_dict())
-    assert again == schedule
+    got = checkpoints.load(tmp_path)
+    assert got.config == options
+    assert_same_tensors(got.parameters, unet.state_dict())
+    assert got.schedule == schedule
 
 
 def test_save_converts_to_the_requested_dtype(tmp_path, unet, options):
     checkpoints.save(tmp_path, options, unet.state_dict(), Schedule(), dtype=torch.float16)
     half = {name: value.half() for name, value in unet.state_dict().items()}
-    assert_same_tensors(checkpoints.load(tmp_path)[1], half)
+    assert_same_tensors(checkpoints.load(tmp_path).parameters, half)
     assert_same_tensors(UNet2DModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.float16).state_dict(), half)
 
 
@@ -210,15 +186,15 @@ def test_save_accepts_any_memory_format_and_shared_memory(tmp_path):
 
 
 def test_save_replaces_the_checkpoint_it_was_loaded_from(folder):
-    config, state, schedule = checkpoints.load(folder)
-    changed = {name: value + 1 for name, value in state.items()}
-    checkpoints.save(folder, config, changed, schedule)
-    assert_same_tensors(checkpoints.load(folder)[1], changed)
+    old = checkpoints.load(folder)
+    changed = {name: value + 1 for name, value in old.parameters.items()}
+    checkpoints.save(folder, old.config, changed, old.schedule)
+    assert_same_tensors(checkpoints.load(folder).parameters, changed)
     assert len(list(folder.rglob("*"))) == 6  # two folders, three configurations, the weights; no temporary files
 
 
 def test_interrupted_save_keeps_the_old_weights(folder, unet, monkeypatch):
-    config, _, schedule = checkpoints.load(folder)
+    old = checkpoints.load(folder)
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -226,8 +202,8 @@ def test_interrupted_save_keeps_the_old_weights(folder, unet, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save", interrupted)
     for place in (folder, folder.with_name("fresh")):
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(place, config, {}, schedule)
-    assert_same_tensors(checkpoints.load(folder)[1], unet.state_dict())
+            checkpoints.save(place, old.config, {}, old.schedule)
+    assert_same_tensors(checkpoints.load(folder).parameters, unet.state_dict())
     assert "no weights" in check.error_line(checkpoints.load, folder.with_name("fresh"))
     assert not [path for path in folder.parent.rglob("*") if path.suffix == ".tmp"]
 
@@ -371,8 +347,8 @@ def test_code_in_a_pickle_is_not_run(folder, dump):
         ([torch.zeros(2)], "holds a list, not parameters by name"),
         ("weights", "holds a str, not parameters by name"),
         ({1: torch.zeros(2)}, "holds a dict, not parameters by name"),
-        ({"epoch": 3, "model": {}}, "holds entries that are not floating-point tensors (epoch, model); want"),
-        ({"a": torch.zeros(2, dtype=torch.int8)}, "holds entries that are not floating-point tensors (a); want"),
+        ({"epoch": 3, "model": {}}, "holds entries that are not dense floating-point tensors (epoch, model); want"),
+        ({"a": torch.zeros(2, dtype=torch.int8)}, "holds entries that are not dense floating-point tensors (a); want"),
         (nn.Linear(2, 2), "is damaged or holds more than weights, so it was not loaded"),
     ],
 )
@@ -422,7 +398,7 @@ def test_download_skips_files_it_does_not_need(hub, unet, scheduler):
     as_pipeline_of_pickles(hub.repo, unet, scheduler)
     as_pipeline(hub.repo / "checkpoint-500", unet, scheduler)
     UNet2DModel.from_config(unet.config).save_pretrained(hub.repo / "unet", variant="fp16")
-    assert_same_tensors(checkpoints.load("someone/ddpm")[1], unet.state_dict())
+    assert_same_tensors(checkpoints.load("someone/ddpm").parameters, unet.state_dict())
     assert hub.fetched() == [
         "model_index.json",
         "scheduler/scheduler_config.json",
@@ -435,7 +411,7 @@ def test_download_skips_files_it_does_not_need(hub, unet, scheduler):
 def test_download_of_every_layout(hub, write, unet, scheduler):
     write(hub.repo, unet, scheduler)
     (hub.repo / "samples.png").touch()
-    assert_same_tensors(checkpoints.load("someone/ddpm")[1], unet.state_dict())
+    assert_same_tensors(checkpoints.load("someone/ddpm").parameters, unet.state_dict())
     assert "samples.png" not in hub.fetched()
 
 
@@ -443,8 +419,28 @@ def test_download_of_a_variant(hub, unet, scheduler):
     at_the_root(hub.repo, unet, scheduler)
     half = UNet2DModel.from_config(unet.config).half()
     half.save_pretrained(hub.repo, variant="fp16")
-    assert_same_tensors(checkpoints.load("someone/ddpm", variant="fp16")[1], half.state_dict())
+    assert_same_tensors(checkpoints.load("someone/ddpm", variant="fp16").parameters, half.state_dict())
     assert WEIGHTS not in hub.fetched()
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_download_of_a_latent_pipeline_includes_its_decoder(hub, unet, safe):
+    """Whose weights may be a pickle beside the safetensors of the network."""
+    vae = VQModel(block_out_channels=(8,), norm_num_groups=4, num_vq_embeddings=16)
+    LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler()).save_pretrained(hub.repo)
+    if not safe:
+        (hub.repo / "vqvae" / WEIGHTS).unlink()
+        vae.save_pretrained(hub.repo / "vqvae", safe_serialization=False)
+    (hub.repo / "samples.png").touch()
+    assert checkpoints.load("someone/ddpm").decoder == hub.cache
+    assert hub.fetched() == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        f"unet/{WEIGHTS}",
+        "vqvae/config.json",
+        f"vqvae/{WEIGHTS if safe else PICKLE}",
+    ]
 
 
 def test_download_of_a_model_without_weights(hub):
@@ -469,5 +465,5 @@ def test_failed_download_gives_the_reason(monkeypatch):
 def test_folder_wins_over_a_hub_id_of_the_same_name(hub, folder, unet, monkeypatch):
     shutil.copytree(folder, folder.parent / "someone" / "ddpm")
     monkeypatch.chdir(folder.parent)
-    assert_same_tensors(checkpoints.load(os.path.join("someone", "ddpm"))[1], unet.state_dict())
+    assert_same_tensors(checkpoints.load(os.path.join("someone", "ddpm")).parameters, unet.state_dict())
     assert not hub.cache.exists()

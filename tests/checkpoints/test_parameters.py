@@ -20,6 +20,12 @@ def test_load_into_keeps_dtype_and_memory_format():
     assert module.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_load_into_takes_a_network_and_parameters():
+    line = "load_into: the arguments are {} and {}; want a network and its parameters by name"
+    assert check.error_line(checkpoints.load_into, 0, {}) == line.format("int", "dict")
+    assert check.error_line(checkpoints.load_into, pair(), [1]) == line.format("Sequential", "list")
+
+
 @pytest.mark.parametrize(
     ("changes", "want"),
     [

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastddpm.core import layout
 from fastddpm.core.memory import halved
 from fastddpm.sampling.engine import Engine
+from fastddpm.sampling.reachable import modules
 
 PIXELS_PER_BATCH = {"cpu": 1 << 16, "cuda": 1 << 20}  # by default: 64 and 1024 images of 32 x 32
 PIXELS_PER_MICRO_BATCH = {"cpu": 1 << 12, "cuda": 1 << 16}  # 4 and 64
+MOST_ENTRIES = 1 << 20  # of a batch of fixed size
 
-_evaluated: dict[int, tuple[int, list[tuple[nn.Module, bool]]]] = {}  # id of a model: (runs in progress, modes before)
+_evaluated: dict[int, tuple[int, bool]] = {}  # id of a module: (runs in progress, its mode before)
 _evaluated_lock = threading.Lock()
 
 
@@ -67,7 +68,7 @@ class InOrder:
             ready.append(self.waiting.pop(self.next))
             self.next += 1
         if ready:
-            yield self.samples[first : self.next].clone(), layout.channels_last(torch.stack(ready))
+            yield self.samples[first : self.next].clone(), torch.stack(ready)
 
 
 def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int = 0) -> int:
@@ -85,25 +86,23 @@ def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int
 
 @contextmanager
 def evaluating(model: object) -> Iterator[None]:
-    """A context in which a module is in evaluation mode: no dropout, no batch statistics.
+    """A context in which every module that a network can reach is in evaluation mode: no dropout, no batch statistics.
 
-    Runs may overlap, even in several threads. When the last one ends, every submodule is back in its previous mode.
+    Runs may overlap, even in several threads. When the last one ends, every module is back in its previous mode.
     """
-    if not isinstance(model, nn.Module):
-        yield
-        return
+    parts = modules(model)
     with _evaluated_lock:
-        runs, modes = _evaluated.get(id(model), (0, [(part, part.training) for part in model.modules()]))
-        _evaluated[id(model)] = runs + 1, modes
-        for part, _ in modes:
+        for part in parts:
+            runs, mode = _evaluated.get(id(part), (0, part.training))
+            _evaluated[id(part)] = runs + 1, mode
             part.training = False
     try:
         yield
     finally:
         with _evaluated_lock:
-            runs, modes = _evaluated.pop(id(model))
-            if runs > 1:
-                _evaluated[id(model)] = runs - 1, modes
-            else:
-                for part, training in modes:
-                    part.training = training
+            for part in parts:
+                runs, mode = _evaluated.pop(id(part))
+                if runs > 1:
+                    _evaluated[id(part)] = runs - 1, mode
+                else:
+                    part.training = mode

@@ -1,16 +1,19 @@
 """The engine runs a model eagerly, compiled or as a CUDA graph, and keeps the buffers of a batch for the next one."""
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fastddpm import ops
+from fastddpm.core.checks import one_of
+from fastddpm.core.names import ENGINES
 from fastddpm.core.precision import Compute
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.capture import empty_cache
 from fastddpm.sampling.model import Model, PreparedModel
 from fastddpm.sampling.runner import BatchNetwork, Runner, plain_modes
@@ -25,10 +28,12 @@ class Engine:
     All work runs on the caller's current CUDA stream, so results can be used there without synchronization.
 
     Args:
-        model, shape, num_train_timesteps, compute: see `PreparedModel`.
-        kind: one of ENGINES, or "auto": a `UNet2D` on a GPU with Triton is captured if the run has at least
+        model, shape, num_train_timesteps, compute, own_dtype: see `PreparedModel`.
+        kind: one of ENGINES, or "auto": a fused `UNet2D` on a GPU with Triton is captured if the run has at least
             WORTH_CAPTURING steps; everything else runs eagerly. If a capture fails twice, "auto" warns and runs
             eagerly. Both ways launch the same kernels on the same values, so the results have the same bits.
+    A pickle or a copy has the arguments alone; buffers and graphs are made anew.
+
     Raises: ValueError: kind is unknown, or not for this device.
     """
 
@@ -39,10 +44,24 @@ class Engine:
         num_train_timesteps: int,
         compute: Compute,
         kind: str = "auto",
+        own_dtype: torch.dtype | None = None,
     ):
-        self.prepared = PreparedModel(model, shape, num_train_timesteps, compute, kind)
+        one_of("engine", kind, ("auto", *ENGINES))
+        if "graph" in kind and compute.device.type != "cuda":
+            raise ValueError(
+                f"engine is {kind!r}, but '{compute.device}' has no CUDA graphs; use 'eager' or 'compiled'"
+            )
+        self.prepared = PreparedModel(model, shape, num_train_timesteps, compute, kind, own_dtype)
+        self._warned_of: set[str] = set()
         self._idle: dict[tuple[type, int, bool], Any] = {}
         self._lock = threading.RLock()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        made = self.prepared
+        return made.model, made.shape, made.num_train_timesteps, made.compute, made.kind, made.own_dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        Engine.__init__(self, *state)
 
     @property
     def model(self) -> Model | nn.Module:
@@ -61,7 +80,7 @@ class Engine:
         """Whether a run of so many steps is captured as a CUDA graph."""
         if self.prepared.kind == "auto":
             on_kernels = isinstance(self.model, UNet2D) and ops.backend(self.device) == "triton"
-            return on_kernels and steps >= WORTH_CAPTURING
+            return on_kernels and steps >= WORTH_CAPTURING and not network_obstacles(cast(UNet2D, self.model))
         return "graph" in self.prepared.kind
 
     @contextmanager
@@ -85,13 +104,30 @@ class Engine:
     def _held(self, kind: type, n: int, capture: bool) -> Iterator[Any]:
         key = kind, n, capture
         with self._lock, plain_modes(self.device):
+            self._look_at_model()
             self.prepared.refresh()
             held = self._idle.pop(key, None) or kind(self.prepared, n, capture=capture)
         yield held
         with self._lock:
-            self._idle[key] = held
+            if held.prepared is self.prepared:
+                self._idle[key] = held
             while len(self._idle) > KEPT:
                 del self._idle[next(iter(self._idle))]
+
+    def _look_at_model(self) -> None:
+        """Prepare the model anew if it is a `UNet2D` that was changed; warn if it cannot be fused."""
+        prepared = self.prepared.current()
+        if prepared is not self.prepared:
+            self.prepared = prepared
+            self._idle.clear()
+        obstacle = next(iter(prepared.obstacles), None)
+        if obstacle is not None and obstacle not in self._warned_of:
+            self._warned_of.add(obstacle)
+            others = f", and {len(prepared.obstacles) - 1} more changes" * (len(prepared.obstacles) > 1)
+            warnings.warn(
+                f"this UNet2D is called as it is, which is slower than a fused copy, because {obstacle}{others}",
+                stacklevel=2,
+            )
 
     def clear(self) -> bool:
         """Free the buffers and graphs that are kept. Returns: whether there were any."""

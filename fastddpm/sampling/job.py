@@ -5,7 +5,6 @@ draws it, on the number of processes, or on earlier interruptions. A restart dra
 """
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,14 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
+from fastddpm.core.checks import flag, shown
+from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import JobProgress, LostError
 from fastddpm.processes.signals import Stopped, stoppable
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.files import check_writable, locked
-from fastddpm.storage.shards import ShardFolder, is_shard_folder
+from fastddpm.storage.files import as_path, check_writable, locked
+from fastddpm.storage.fingerprint import weights_sums
+from fastddpm.storage.shards import ShardFolder, continued, is_shard_folder
 
 WAITING = 2  # shards that may wait to be written before drawing waits too
 PATIENCE = 600  # tenths of a second to wait for torch to report whether process 0 was lost or is done
@@ -49,12 +52,16 @@ def sample_to(
 ) -> ShardFolder:
     """Draw samples into a folder; if it already holds some of the same job, draw those that are missing.
 
+    A folder may grow: the same job with further samples after those of the folder draws these. Finished samples keep
+    their bits, and the further ones are in shards of their own.
+
     Args:
         out: the folder.
-        from_sampler: its model must be a module, whose weights tell whether a job is the same.
+        from_sampler: its model must be a module, whose weights and code tell whether a job is the same. The weights
+            must not change while the job runs.
         samples: how many, or which, as in `Sampler.sample`, without duplicates.
         format: "png" (a file for each image), "npz" or "webdataset", as `ShardFolder` describes them. Samples that
-            are not images are written as float32; for them PNGs are not available.
+            are not images, such as latents, are written as float32; for them PNGs are not available.
         class_labels: for a class-conditional `UNet2D`; repeated over the samples in order.
         shard_size: samples per shard; an unfinished shard is drawn again after a restart. None: as in the folder, else
             batch_size.
@@ -63,35 +70,38 @@ def sample_to(
         seed: 0 <= seed < 2^64.
         steps, timesteps, sampler, eta, noise: as in `Sampler.batches`.
         progress: show the progress of all processes.
-        json_log: a file to append the progress to, as a JSON line every ten seconds.
+        json_log: a file to append the progress to, as a JSON line every ten seconds: a new one, or such a log.
     Returns: the folder with the finished samples, in every process.
     Raises:
         ValueError: an argument is not as above, the folder holds other samples (the message names what differs), is
-            being written by another job, or cannot be written; or another process of this job has failed or was lost.
+            being written by another job, or cannot be written; the weights have changed, or files were deleted, while
+            the job ran; or another process of this job has failed or was lost.
         OSError: a file could not be written, as on a full disk. Finished shards stay.
         Stopped: Ctrl-C or SIGTERM. Finished shards stay.
         RuntimeError: another process of this job was lost before the first sample.
     """
+    _check_types(from_sampler, progress)
     with ranks(from_sampler.device.type) as group:
         with group.agree():
             _check_device(from_sampler, group)
+            out = as_path("out", out)
             before = previous_manifest(out)
             if batch_size is None:
                 batch_size = before.get("batch_size") or from_sampler.default_batch_size()
             if shard_size is None:
                 shard_size = before.get("shard_size") or batch_size
-            seed = int(seed) if isinstance(seed, np.integer) else seed
             drawing = Drawing(seed, batch_size, steps, timesteps, sampler, eta, noise)
+            drawer = _Drawer(from_sampler, drawing)
             facts = manifest(
                 from_sampler, drawing, samples, format=format, class_labels=class_labels, shard_size=shard_size
             )
-            shards = ShardFolder(out, facts)
+            shards = ShardFolder(out, continued(before, facts))
             from_sampler.batches(shards.indices(0), class_labels=shards.labels(0), **vars(drawing))  # checks them
-            _check_log(json_log, out)
+            _check_log(json_log, shards)
         group.agree_on(shards.manifest)
         with stoppable(lambda: _how_to_resume(shards) if group.rank == 0 else "") as stopped:
             # kept until the processes part: others may still post to its board
-            board = _draw_missing(from_sampler, drawing, shards, group, progress, json_log, stopped)
+            board = _draw_missing(drawer, shards, group, progress, json_log, stopped)
     del board
     return shards
 
@@ -102,8 +112,7 @@ def previous_manifest(out: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _draw_missing(
-    sampler: Sampler,
-    drawing: Drawing,
+    drawer: "_Drawer",
     shards: ShardFolder,
     group: Ranks,
     progress: bool,
@@ -121,7 +130,7 @@ def _draw_missing(
         mine = missing[group.rank :: group.size]
         if progress and group.rank == 0 and 0 < len(missing) < group.size:
             idle = f"there are {len(missing)} shards to draw for {group.size} processes"
-            print(f"{shards.path}: {idle}; a smaller shard_size would give work to all", file=sys.stderr)
+            print(f"{shards.path}: {idle}; a smaller shard_size would give work to all", file=Stderr())
         meet = group.meeting()
         job_progress = JobProgress(
             group,
@@ -136,9 +145,12 @@ def _draw_missing(
         with job_progress:
             with _Writer(shards, job_progress) as writer:
                 for k in mine:
-                    writer.put(k, _draw_shard(sampler, drawing, shards, k, job_progress))
+                    writer.put(k, drawer.draw(shards, k, job_progress))
             job_progress.done()
             _wait(meet(), job_progress)
+        with group.agree():
+            if group.rank == 0:
+                shards.check_complete()
     return job_progress
 
 
@@ -148,11 +160,21 @@ def _check_device(sampler: Sampler, group: Ranks) -> None:
         raise ValueError(f"the sampler is on {sampler.device}, this process's GPU is {group.device}; {way_out}")
 
 
-def _check_log(json_log: str | os.PathLike[str] | None, out: str | os.PathLike[str]) -> None:
-    if json_log is not None:
-        if os.path.abspath(json_log) == os.path.abspath(out):
-            raise ValueError(f"json_log is {json_log}, the folder of the samples; name a file")
-        check_writable(json_log)
+def _check_types(sampler: Sampler, progress: bool) -> None:
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"from_sampler is {shown(sampler)}; want a Sampler")
+    flag("progress", progress)
+
+
+def _check_log(json_log: str | os.PathLike[str] | None, shards: ShardFolder) -> None:
+    if json_log is None:
+        return
+    path, folder = as_path("json_log", json_log).resolve(), shards.path.resolve()
+    if path == folder:
+        raise ValueError(f"json_log is {json_log}, the folder of the samples; name a file")
+    if path.is_relative_to(folder) and shards.owns(path.relative_to(folder)):
+        raise ValueError(f"json_log is {json_log}, whose name the folder of the samples uses itself; name another file")
+    check_log(json_log)
 
 
 def _how_to_resume(shards: ShardFolder) -> str:
@@ -166,19 +188,37 @@ def _missing(shards: ShardFolder, group: Ranks, progress: bool) -> list[int]:
     numbers = range(group.rank, len(shards), group.size)
     silent = not progress or group.rank > 0
     with group.agree():
-        bar = tqdm(numbers, desc="checking", unit="shard", leave=False, delay=1, disable=silent)
+        how = {"leave": False, "delay": 1, "disable": silent, "file": Stderr(), "dynamic_ncols": True}
+        bar = tqdm(numbers, desc="checking", unit="shard", **how)
         missing = [k for k in bar if not shards.is_done(k)]
     return sorted(k for part in group.gather(missing) for k in part)
 
 
-def _draw_shard(sampler: Sampler, drawing: Drawing, shards: ShardFolder, k: int, progress: JobProgress) -> np.ndarray:
-    """Draw the samples of shard k."""
-    output = "uint8" if draws_images(sampler) else "float"
-    labels = shards.labels(k)
-    x = sampler.sample(
-        shards.indices(k), output=output, class_labels=labels, progress=progress.stepped, **vars(drawing)
-    )
-    return np.ascontiguousarray(x.numpy())
+class _Drawer:
+    """Draws shards with the weights that the sampler's model has now."""
+
+    def __init__(self, sampler: Sampler, drawing: Drawing):
+        self.sampler, self.drawing = sampler, drawing
+        self.weights = self._weights()
+
+    def draw(self, shards: ShardFolder, k: int, progress: JobProgress) -> np.ndarray:
+        """The samples of shard k. Raises: ValueError: the weights are others now."""
+        x = self.sampler.sample(
+            shards.indices(k),
+            output="uint8" if draws_images(self.sampler) else "float",
+            class_labels=shards.labels(k),
+            progress=progress.stepped,
+            **vars(self.drawing),
+        )
+        if self._weights() != self.weights:
+            kept = f"shards of the old weights stay in {shards.path}"
+            way_out = "give the job a copy of the model that nothing else changes"
+            raise ValueError(f"the model's weights were changed while the job ran; {kept}, and no others: {way_out}")
+        return np.ascontiguousarray(x.numpy())
+
+    def _weights(self) -> object:
+        model = self.sampler.model
+        return weights_sums(model) if isinstance(model, nn.Module) else None
 
 
 def _wait(arrived: Callable[[], bool], progress: JobProgress) -> None:

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
-from fastddpm.core.checks import one_of, whole
+from fastddpm.core import checks
+from fastddpm.core.checks import one_of, shown, whole
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.fingerprint import machine, weights_sha256
-from fastddpm.storage.images import CHANNELS
-from fastddpm.storage.indices import Indices
-from fastddpm.storage.shards import FORMATS
+from fastddpm.storage.fingerprint import code_sha256, machine, weights_sha256
+from fastddpm.storage.indices import LIMIT, Indices
+from fastddpm.storage.shard_formats import FORMATS, are_images
 
 
 @dataclass(frozen=True)
@@ -60,28 +62,41 @@ def _storage(
 ) -> dict[str, Any]:
     """What decides where each sample is stored; see `ShardFolder`."""
     indices = Indices.of(samples)
-    try:
-        classes = None if class_labels is None else Indices.of(iter(class_labels))
-    except ValueError as error:
-        raise ValueError(f"class_labels are {str(class_labels)[:80]}; want whole numbers, 0 <= label") from error
+    classes = None if class_labels is None else _labels(class_labels)
     one_of("format", format, FORMATS)
     if format == "png" and not draws_images(sampler):
-        raise ValueError(f"samples are {sampler.shape}, which are not images; write them as npz or webdataset")
+        what = f"samples are {sampler.shape}"
+        if sampler.decoder is not None:
+            what = f"{what} latents, which the VAE of the pipeline turns into images"
+        else:
+            what = f"{what}, which are not images"
+        raise ValueError(f"{what}; write them as npz or webdataset")
     if not indices:
         raise ValueError("no samples were requested; want at least one")
     if (twice := indices.duplicate()) is not None:
         raise ValueError(f"sample {twice} is requested twice; want each once")
-    whole("batch_size", batch_size, 1)
-    shard_size = whole("shard_size", shard_size, 1)
+    whole("batch_size", batch_size, 1, LIMIT)
+    shard_size = whole("shard_size", shard_size, 1, LIMIT)
     if classes is not None and len(classes) > len(indices):
         raise ValueError(f"there are {len(classes)} class labels for {len(indices)} samples; want at most one each")
-    sampler.checked_labels(classes, 0 if classes is None else len(classes))
+    if classes is None:
+        sampler.checked_labels(None, 0)
+    else:  # the first and the last label of each run: all others are between
+        ends = torch.from_numpy(np.unique([classes.starts, classes.starts + classes.lengths - 1]))
+        sampler.checked_labels(ends, len(ends))
     return {
         "format": format,
         "samples": str(indices),
         "shard_size": shard_size,
         "class_labels": None if classes is None else str(classes),
     }
+
+
+def _labels(given: Iterable[int]) -> Indices:
+    try:
+        return Indices.of(given if isinstance(given, Indices | range) else iter(given))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"class_labels are {shown(given)}; want a list of whole numbers, 0 <= label") from error
 
 
 def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
@@ -97,7 +112,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         noise=drawing.noise,
     )
     return {
-        "seed": drawing.seed,
+        "seed": checks.seed(drawing.seed),
         "sampler": {
             "kind": drawing.sampler,
             "eta": float(drawing.eta),
@@ -107,19 +122,21 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         },
         "schedule": sampler.schedule.to_config(),
         "shape": sampler.shape,
+        **({} if sampler.decoder is None else {"latents": True}),
         "model": {
             "class": type(sampler.model).__qualname__,
             "config": dict(sampler.model.config) if isinstance(sampler.model, UNet2D) else None,
             "sha256": weights_sha256(sampler.model),
         },
+        "code": code_sha256(sampler.model),
         "precision": sampler.precision,
         "compiled": sampler.engine.compiles,
-        "batch_size": None if sampler.micro_batch else drawing.batch_size,
+        "batch_size": None if sampler.micro_batch else int(drawing.batch_size),
         "batch_invariant": sampler.micro_batch,
         **machine(sampler.device),
     }
 
 
 def draws_images(sampler: Sampler) -> bool:
-    """Whether the samples of a sampler can be written as PNGs."""
-    return len(sampler.shape) == 3 and sampler.shape[0] in CHANNELS
+    """Whether the samples of a sampler are stored as images."""
+    return are_images(sampler.shape, latents=sampler.decoder is not None)

@@ -1,4 +1,8 @@
-"""A model prepared for sampling: a `UNet2D` is fused for inference, any other stays as it is; both may be compiled."""
+"""A model prepared for sampling: a `UNet2D` is fused for inference, any other stays as it is; both may be compiled.
+
+A `UNet2D` that was changed in a way that a fused copy cannot express stays as it is, too. It may be changed between two
+runs, so each run looks at it anew.
+"""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -7,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastddpm.core.checks import one_of
 from fastddpm.core.precision import Compute, arithmetic
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.obstacles import Obstacles
+from fastddpm.networks.unet2d import UNet2D, network_obstacles
+from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t [N] int64) -> eps, x_0 or v, like x_t
-
-ENGINES = ("eager", "compiled", "graph", "compiled+graph")
 
 
 class PreparedModel:
@@ -26,23 +29,30 @@ class PreparedModel:
         num_train_timesteps: T; no table has more rows.
         compute: the device and the precision.
         kind: one of ENGINES, or "auto".
+        own_dtype: in which a network that is not a `UNet2D` is handed x, if it is not float32. A `UNet2D` that is not
+            fused is handed x in the dtype of its parameters.
     Attributes:
+        obstacles: what prevents a fused copy of a `UNet2D`, see `networks.obstacles`.
         net: the copy of a `UNet2D` that is fused for inference; None for any other model.
         plain_forward: what a step calls: `net.denoise`, or the model.
         forward: the same, compiled if `compiles`; None before the first `refresh`.
-    Raises: ValueError: kind is unknown, or not for this device.
     """
 
     def __init__(
-        self, model: Model | nn.Module, shape: tuple[int, ...], num_train_timesteps: int, compute: Compute, kind: str
+        self,
+        model: Model | nn.Module,
+        shape: tuple[int, ...],
+        num_train_timesteps: int,
+        compute: Compute,
+        kind: str,
+        own_dtype: torch.dtype | None = None,
     ):
-        one_of("engine", kind, ("auto", *ENGINES))
-        if "graph" in kind and compute.device.type != "cuda":
-            raise ValueError(
-                f"engine is {kind!r}, but '{compute.device}' has no CUDA graphs; use 'eager' or 'compiled'"
-            )
         self.model, self.shape, self.num_train_timesteps = model, shape, num_train_timesteps
         self.compute, self.kind, self.compiles = compute, kind, "compiled" in kind
+        self.own_dtype, self.obstacles, self._config = own_dtype, Obstacles(), {}
+        if isinstance(model, UNet2D):
+            self.obstacles, self._config = network_obstacles(model), dict(getattr(model, "config", {}))
+            self.own_dtype = own_network.own_dtype(model) if self.obstacles else None
         self.net: UNet2D | None = None
         self.plain_forward: Callable[..., Any] = model
         self.forward: Callable[..., Any] | None = None
@@ -53,12 +63,31 @@ class PreparedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.compute.dtype
+        """What the network computes in."""
+        return self.own_dtype or self.compute.dtype
+
+    @cached_property
+    def memory_format(self) -> torch.memory_format:
+        """In which a network that is not fused is handed x."""
+        return own_network.memory_format(self.model, self.shape)
+
+    def current(self) -> "PreparedModel":
+        """This one; or a new one, if a `UNet2D` was changed, except for the values of its parameters."""
+        if not isinstance(self.model, UNet2D):
+            return self
+        new = PreparedModel(self.model, self.shape, self.num_train_timesteps, self.compute, self.kind)
+        same = (new.obstacles, new.own_dtype, new._config) == (self.obstacles, self.own_dtype, self._config)
+        return self if same else new
 
     def refresh(self) -> None:
         """Fuse a `UNet2D`, or give the fused copy the weights that the model has now."""
+        if isinstance(self.model, UNet2D):
+            if any(x.is_meta for x in self.model.parameters()):
+                raise ValueError("the network's parameters are on the meta device, without values; load weights first")
+            if self.obstacles:
+                self.model.to(self.device)
         with self._weights_order.on_current_stream(self.weights()), arithmetic("fp32", self.device):
-            if isinstance(self.model, UNet2D):
+            if isinstance(self.model, UNet2D) and not self.obstacles:
                 if self.net is None:
                     self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
                     self.plain_forward = self.net.denoise

@@ -20,7 +20,9 @@ from fastddpm.core import layout, noise
 from fastddpm.core.precision import arithmetic
 from fastddpm.core.table import COLUMNS, StepTable
 from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder, capture
+from fastddpm.sampling.fixed_reads import FixedReads
 from fastddpm.sampling.model import PreparedModel
 
 Network = Callable[..., Any]
@@ -34,8 +36,8 @@ class BatchNetwork:
     """The network with its buffers for batches of n.
 
     Attributes:
-        input: [n, *shape], channels-last: what the network reads. A `UNet2D` reads its precision, any other model
-            float32.
+        input: [n, *shape], channels-last: what the network reads, in the precision of a `UNet2D`; any other model is
+            handed copies of these float32 states, see `own_network`.
         timesteps: [T] int32; the first S are the loaded ones.
         positions: [n] int32: which of the timesteps each entry is at.
         labels: [n, ...]: the class labels that were loaded, or None.
@@ -141,30 +143,32 @@ class BatchNetwork:
                 model_output = network(self.input, columns)
             else:
                 t = self.timesteps.index_select(0, self.positions).long()
-                autocasts = prepared.dtype != torch.float32
-                # autocast's cache would keep the current weights, and a graph would always use those
-                with torch.autocast(prepared.device.type, prepared.dtype, enabled=autocasts, cache_enabled=False):
-                    model_output = network(self.input.clone(), t)  # a model may write to its input
+                model_output = own_network.call(
+                    network,
+                    self.input,
+                    t,
+                    prepared.compute,
+                    dtype=prepared.own_dtype,
+                    memory_format=prepared.memory_format,
+                    labels=self.labels,
+                )
         n, c, *spatial = self.input.shape
-        if (
-            not isinstance(model_output, Tensor)
-            or model_output.shape not in [(n, c * values, *spatial) for values in outputs]
-            or not model_output.is_floating_point()
-            or model_output.device != self.input.device
-        ):
-            came = f"a {type(model_output).__name__}"
-            if isinstance(model_output, Tensor):
-                came = f"{tuple(model_output.shape)} {model_output.dtype} on {model_output.device}"
+        shapes = [(n, c * values, *spatial) for values in outputs]
+        dense = isinstance(model_output, Tensor) and model_output.layout == torch.strided and not model_output.is_nested
+        like_input = dense and model_output.shape in shapes and model_output.device == self.input.device
+        if not like_input or not model_output.is_floating_point():
             raise OutputError(
-                f"the network returned {came} for {tuple(self.input.shape)} on {self.input.device}; want a tensor with "
-                "one value per element (lambda x, t: unet(x, t).sample for a diffusers model)"
+                f"the network returned {_described(model_output)} for {_described(self.input)}; want a dense tensor "
+                "with one floating-point number per element: by itself, as `.sample`, or first in a tuple"
             )
         return layout.channels_last(model_output if model_output.dtype in ops.FLOATS else model_output.float())
 
     def constants(self) -> object:
         """What a captured graph fixes but the next batch may change: addresses, and torch's settings."""
         cudnn, cuda, model = torch.backends.cudnn, torch.backends.cuda, self.prepared.model
-        weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+        weights: tuple[Tensor, ...] = ()
+        if isinstance(model, nn.Module) and self.prepared.compiles:
+            weights = (*model.parameters(), *model.buffers())
         return (
             self._one_position,
             None if self.labels is None else self.labels.data_ptr(),
@@ -298,6 +302,7 @@ class Replay:
         self.capture = capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self._prepared_for: object = None
+        self._reads: FixedReads | None = None  # of a graph of a network that is not a fused `UNet2D`
 
     def __call__(self, run: Callable[[Network | None], None]) -> None:
         if self.graph is None:
@@ -313,16 +318,23 @@ class Replay:
             constants: what a captured graph fixes; if they change, the work is captured again.
         """
         prepared = self.prepared
-        if not (self.capture or prepared.compiles) or self._prepared_for == constants:
+
+        def run_once(network: Network | None) -> None:
+            reset()
+            run(network)
+
+        if not (self.capture or prepared.compiles):
             return
-        self.graph = None
-        reset()
+        if self._prepared_for == constants and (self._reads is None or self._reads.are_current(run_once)):
+            return
+        self._prepared_for = self.graph = self._reads = None
         if self.capture:
             with NoWaiting(), ops.compiling(prepared.device):
-                run(prepared.plain_forward)
-            reset()
+                run_once(prepared.plain_forward)
+            if prepared.net is None:
+                self._reads = FixedReads(prepared.plain_forward, run_once, prepared.device)
         with _many_versions() if prepared.compiles else nullcontext():
-            run(None)
+            run_once(None)
         if self.capture:
             self.graph = self._captured(run)
         self._prepared_for = constants
@@ -359,3 +371,12 @@ def _many_versions() -> Any:
     import torch._dynamo
 
     return torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+
+
+def _described(output: object) -> str:
+    """What an error says of a network's output or input."""
+    if not isinstance(output, Tensor):
+        return f"a {type(output).__name__}"
+    dense = output.layout == torch.strided and not output.is_nested
+    what = f"{tuple(output.shape)} {output.dtype}" if dense else f"a {output.layout} tensor"
+    return f"{what} on {output.device}"

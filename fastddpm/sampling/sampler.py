@@ -6,23 +6,33 @@ Sample i of a seed starts from noise that is a function of (seed, i), and every 
 
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints
-from fastddpm.core import layout
-from fastddpm.core.checks import is_whole, whole
+from fastddpm.core.checks import checked_call, is_whole, shown, whole
 from fastddpm.core.noise import address as noise_address  # `noise` is an argument where this is called
-from fastddpm.core.precision import Compute
+from fastddpm.core.precision import PRECISIONS, Compute
 from fastddpm.core.schedule import Schedule
 from fastddpm.core.table import StepColumns, StepTable
 from fastddpm.networks.unet2d import UNet2D
+from fastddpm.sampling.arguments import (
+    check_functions,
+    checked_labels,
+    checked_model,
+    checked_output,
+    checked_schedule,
+    checked_shape,
+)
 from fastddpm.sampling.batches import (
+    MOST_ENTRIES,
     PIXELS_PER_BATCH,
     PIXELS_PER_MICRO_BATCH,
     InOrder,
@@ -34,11 +44,12 @@ from fastddpm.sampling.batches import (
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.loop import Observe, reverse_process
 from fastddpm.sampling.model import Model
+from fastddpm.sampling.own_network import own_dtype
 from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.watch import OnSteps, StepWatch
 from fastddpm.storage import images
 
-Callback = Callable[[int, int, Tensor, Tensor], object]  # (step, t, x_0, sample indices)
+Callback = Callable[[int, int, Tensor, Tensor, Tensor], object]  # (step, t, x_t, x_0, sample indices)
 
 
 class Sampler:
@@ -65,6 +76,7 @@ class Sampler:
     Raises: ValueError: an argument is not as above.
     """
 
+    @checked_call
     def __init__(
         self,
         model: Model | nn.Module,
@@ -76,31 +88,30 @@ class Sampler:
         engine: str = "auto",
         batch_invariant: bool | int = False,
     ):
-        if not callable(model):
-            raise ValueError(f"model is {model!r}; want a network, called as model(x_t, t)")
-        if schedule is None:
-            schedule = Schedule()
-        if not isinstance(schedule, Schedule):
-            raise ValueError(
-                f"schedule is a {type(schedule).__name__}; want a Schedule: Schedule.from_config(scheduler.config) "
-                "makes one from a diffusers scheduler"
-            )
-        if shape is None:
-            if not isinstance(model, UNet2D) or not model.config["sample_size"]:
-                raise ValueError("shape is missing; give that of one sample: (C, H, W), (C, L) or (D,)")
+        checked_model(model)
+        if shape is None and isinstance(model, UNet2D) and model.config["sample_size"]:
             shape = sample_shape(model)
-        sizes = tuple(shape) if isinstance(shape, Iterable) else ()
-        if not sizes or not all(is_whole(n) and n > 0 for n in sizes):
-            raise ValueError(f"shape is {shape!r}; want whole numbers > 0: (C, H, W), (C, L) or (D,)")
-        self.schedule, self.shape = schedule, tuple(map(int, sizes))
+        self.schedule, self.shape = checked_schedule(schedule), checked_shape(shape)
+        self._classes: tuple[str, ...] | None = None
+        self._decoder: Path | None = None
+        own = None
         if not isinstance(model, UNet2D) and precision == "auto":
-            precision = "fp32"
+            own = own_dtype(model)
+            precision = next((name for name, dtype in PRECISIONS.items() if dtype == own), "fp32")
         self.compute = Compute.resolve(device, precision)
-        self.engine = Engine(model, self.shape, schedule.num_train_timesteps, self.compute, engine)
+        self.engine = Engine(model, self.shape, self.schedule.num_train_timesteps, self.compute, engine, own)
         self.micro_batch = self._micro_batch(batch_invariant)
         self._largest = sys.maxsize  # batches are at most this large, after a larger one ran out of memory
         if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
             model.to(self.device)
+
+    def __repr__(self) -> str:
+        settings = f"T={self.schedule.num_train_timesteps}, shape={self.shape}, device='{self.device}'"
+        settings += f", precision='{self.precision}', engine='{self.engine.prepared.kind}'"
+        settings += f", batch_invariant={self.micro_batch}" if self.micro_batch else ""
+        settings += f", classes={len(self.classes)}" if self.classes else ""
+        model = getattr(self.model, "__qualname__", None) or type(self.model).__name__
+        return f"Sampler({model}, {settings})"
 
     @property
     def model(self) -> Model | nn.Module:
@@ -117,14 +128,26 @@ class Sampler:
     @property
     def dtype(self) -> torch.dtype:
         """What the network computes in."""
-        return self.compute.dtype
+        return self.engine.prepared.dtype
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes in the order of their labels, if the checkpoint has them."""
+        return self._classes
+
+    @property
+    def decoder(self) -> Path | None:
+        """The folder of the pipeline whose VAE turns the samples, latents, into images; None for images."""
+        return self._decoder
 
     @classmethod
+    @checked_call
     def from_pretrained(
         cls,
         source: str | os.PathLike[str] | None = None,
         *,
         variant: str | None = None,
+        schedule: Schedule | None = None,
         shape: Iterable[int] | None = None,
         device: torch.device | str | None = None,
         precision: str = "auto",
@@ -134,30 +157,36 @@ class Sampler:
         """Load a DDPM checkpoint in the format of diffusers.
 
         Args:
-            source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None: the bundled
-                model, 28 x 28 garments.
+            source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None or "fashion-mnist": the
+                bundled model, 28 x 28 garments.
             variant: of the weights, such as "fp16".
+            schedule: use this one and not that of the checkpoint, which then needs none.
             shape: (C, H, W) of one sample; None: that of the checkpoint.
             device, precision, engine, batch_invariant: as in the constructor.
         Raises: ValueError: there is no checkpoint, or it is damaged or needs something that is not supported.
         """
         compute = Compute.resolve(device, precision)
         folder = checkpoints.shipped_model() if source is None else source
-        config, parameters, schedule = checkpoints.load(folder, variant=variant)
+        checkpoint = checkpoints.load(folder, variant=variant, schedule=schedule)
+        for note in checkpoint.notes:
+            warnings.warn(note, stacklevel=3)
         with torch.device("meta"):
-            net = UNet2D(**config)
+            net = UNet2D(**checkpoint.config)
         net.to_empty(device=compute.device)
-        checkpoints.load_into(net, parameters)
-        return cls(
+        checkpoints.load_into(net, checkpoint.parameters)
+        sampler = cls(
             net.eval(),
-            schedule,
+            checkpoint.schedule,
             shape=shape,
             device=compute.device,
             precision=compute.precision,
             engine=engine,
             batch_invariant=batch_invariant,
         )
+        sampler._classes, sampler._decoder = checkpoint.classes, checkpoint.decoder
+        return sampler
 
+    @checked_call
     def sample(
         self,
         samples: int | Iterable[int],
@@ -185,12 +214,8 @@ class Sampler:
         Raises: ValueError: an argument is not as above, or the network returned something else than one finite number
             per element; the message names the step.
         """
-        if output not in ("float", "uint8"):
-            raise ValueError(f"output is {output!r}; want 'float' or 'uint8'")
-        if output == "uint8" and len(self.shape) != 3:
-            raise ValueError(f"output is 'uint8', but a sample is {self.shape}, not an image (C, H, W); use 'float'")
-        if isinstance(samples, Iterable) and not isinstance(samples, Tensor):
-            samples = tuple(samples)
+        checked_output(output, self.shape, self.decoder)
+        samples = noise_address(seed, samples)[:, 1]
         batches = self.batches(
             samples,
             seed=seed,
@@ -204,10 +229,10 @@ class Sampler:
             progress=progress,
             callback=callback,
         )
-        count = int(samples) if is_whole(samples) else len(samples)  # type: ignore[arg-type]
-        out = layout.empty(count, self.shape, dtype=torch.float32, device="cpu")
+        shape, dtype = self.shape, torch.float32
         if output == "uint8":
-            out = torch.empty(count, *self.shape[1:], self.shape[0], dtype=torch.uint8, device="cpu")
+            shape, dtype = (*self.shape[1:], self.shape[0]), torch.uint8
+        out = torch.empty(len(samples), *shape, dtype=dtype, device="cpu")
         done = 0
         with closing(batches):  # so that its progress bar ends before an error is shown
             for _, x in batches:
@@ -215,6 +240,7 @@ class Sampler:
                 done += len(x)
         return out
 
+    @checked_call
     def batches(
         self,
         samples: int | Iterable[int],
@@ -245,12 +271,14 @@ class Sampler:
             class_labels: one per sample, for a class-conditional `UNet2D`.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
                 batch).
-            callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the predicted
-                clean samples x_0 (float32, like the batch) before the update. Both tensors are copies.
+            callback: called in each step as callback(step, t, x_t, x_0, indices), step counting from 0: sees the
+                states x_t and the clean samples x_0 predicted from them (both float32, like the batch) before the
+                update. The tensors are copies.
         Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU, in the order
             requested.
         Raises: ValueError: as in `sample`; for a bad argument at the call, not in the first iteration.
         """
+        check_functions(progress, callback)
         table = self.schedule.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise)
         addresses = noise_address(seed, samples)
         size = self.default_batch_size() if batch_size is None else whole("batch_size", batch_size, 1)
@@ -268,7 +296,7 @@ class Sampler:
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         from tqdm import tqdm
 
-        size = min(size, self._largest)
+        size = min(size, self._largest, max(1, len(addresses)))
         samples = addresses[:, 1]
         waiting, in_order = deque(split(samples, size, self.micro_batch)), InOrder(samples)
         silent = callable(progress) or not progress
@@ -300,7 +328,7 @@ class Sampler:
         bar: Any,
         on_steps: OnSteps,
     ) -> Tensor:
-        """All steps of one batch: [n, *shape] float32 on the CPU, channels-last, without empty entries."""
+        """All steps of one batch: [n, *shape] float32 on the CPU, contiguous, without empty entries."""
         occupied = batch >= 0
         places = batch.clamp(min=0)  # an empty entry computes the first sample; the result is dropped
         capture = callback is None and self.engine.captures(len(table))
@@ -314,31 +342,12 @@ class Sampler:
             observe = None if callback is None else _observer(callback, runner, table, occupied, samples)
             for row in reverse_process(runner, observe):
                 watch.after(row)
-            x = runner.x.to("cpu", copy=True)
-        return x if occupied.all() else layout.channels_last(x[occupied])
+            x = runner.x.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return x if occupied.all() else x[occupied]
 
     def checked_labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
-        """One class label per sample: [N] int64, or [N, ...] as an embedding of type "identity" takes them.
-
-        Raises: ValueError: the labels do not have this form, are missing, or this model takes none.
-        """
-        conditional = isinstance(self.model, UNet2D) and self.model.class_embedding is not None
-        if given is None and not conditional:
-            return None
-        if not isinstance(self.model, UNet2D) or not conditional:
-            raise ValueError("class_labels were given, but the model is not a class-conditional UNet2D; leave them out")
-        if given is None:
-            raise ValueError("the model is class-conditional; pass class_labels, one per sample")
-        labels = given if isinstance(given, Tensor) else torch.tensor(list(given))
-        if labels.shape[:1] != (count,):
-            raise ValueError(f"class_labels are {tuple(labels.shape)} for {count} samples; want one each")
-        if self.model.config["class_embed_type"] == "identity":
-            return labels
-        classes = self.model.config["num_class_embeds"] or 1 << 31
-        integers = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
-        if not integers or (count and not 0 <= int(labels.min()) <= int(labels.max()) < classes):
-            raise ValueError(f"class_labels are {labels.tolist()[:8]}; want whole numbers, 0 <= label < {classes}")
-        return labels.long()
+        """See `arguments.checked_labels`."""
+        return checked_labels(given, count, self.model)
 
     def default_batch_size(self) -> int:
         """How many samples are computed together by default."""
@@ -348,19 +357,22 @@ class Sampler:
         """The fixed number of entries of every batch; 0: batches have no fixed size."""
         if isinstance(batch_invariant, bool):
             return default_size(self.shape, PIXELS_PER_MICRO_BATCH[self.device.type]) if batch_invariant else 0
-        if not is_whole(batch_invariant) or batch_invariant < 1:
-            raise ValueError(f"batch_invariant is {batch_invariant!r}; want True, False or a whole number, at least 1")
+        if not is_whole(batch_invariant) or not 1 <= batch_invariant <= MOST_ENTRIES:
+            given = shown(batch_invariant)
+            raise ValueError(f"batch_invariant is {given}; want True, False or a whole number, 1 to {MOST_ENTRIES}")
         return int(batch_invariant)
 
 
 def _observer(callback: Callback, runner: Runner, table: StepTable, occupied: Tensor, samples: Tensor) -> Observe:
-    """A function that calls the callback with the x_0 of a step (eq. 15), clipped if the schedule clips."""
+    """A function that calls the callback with x_t and x_0 of a step (eq. 15), x_0 clipped if the schedule clips."""
 
     def observe(row: int, model_output: Tensor) -> None:
         c = StepColumns.of(runner.table.rows[row])
         x_0 = runner.table.scale[row] * (c.cx * runner.x + c.cm * model_output.float()).clamp(c.lo, c.hi)
-        x_0 = x_0 if occupied.all() else x_0[occupied.to(x_0.device)]
-        callback(len(table) - 1 - row, int(table.timesteps[row]), x_0, samples.clone())
+        x_t, x_0 = runner.x.clone(memory_format=torch.contiguous_format), x_0.contiguous()
+        if not occupied.all():
+            x_t, x_0 = (x[occupied.to(x.device)] for x in (x_t, x_0))
+        callback(len(table) - 1 - row, int(table.timesteps[row]), x_t, x_0, samples.clone())
 
     return observe
 

@@ -20,10 +20,12 @@ from torch import nn
 
 from fastddpm import Schedule
 from fastddpm.cli.main import main
+from fastddpm.processes import displays
 from fastddpm.processes.signals import Stopped
 from fastddpm.sampling import job
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage import fingerprint
+from fastddpm.storage.indices import Indices
 from fastddpm.storage.shards import FORMATS, ShardFolder
 from tests.support.check import error_line
 from tests.support.jobs import command, commands, contents, drawn, finished, note_drawn, options, save_tiny, tiny_unet
@@ -193,7 +195,7 @@ def test_restart_draws_only_torn_shards(tmp_path, form, monkeypatch):
     damage_remove(out, ".shards/00004")
     damage_empty(out, ".shards/00005")
     damage_flip(out, ".shards/00006")
-    (out / ".shards" / ".00004.77.tmp").write_bytes(b"left by a kill")
+    (out / ".shards" / ".00004.0.fastddpm-tmp").write_bytes(b"left by a kill")
     whole = [out / first[0], out / first[7], out / ".shards/00000", out / ".shards/00007"]
     before, took, sample = [path.stat() for path in whole], [], sampler.sample
     monkeypatch.setattr(
@@ -215,7 +217,7 @@ CHANGES = {
     "eta": {"--sampler": "ddim", "--eta": "0.5"},
     "noise": {"--no-noise": ""},
     "precision": {"--precision": "bf16"},
-    "samples": {"--num-samples": "6"},
+    "samples": {"--num-samples": "4"},
     "samples ": {"--num-samples": "", "--indices": "4,0-3"},
     "format": {"--format": "webdataset"},
     "shard_size": {"--shard-size": "3"},
@@ -389,12 +391,38 @@ def test_model_of_a_job_must_be_a_module(tmp_path):
         (3, {"class_labels": [0, 1, 2, 3]}, "4 class labels for 3 samples"),
         (3, {"class_labels": [-1]}, "class_labels are [-1]"),
         (3, {"class_labels": [0.5]}, "class_labels are [0.5]"),
+        (3, {"class_labels": 0}, "class_labels are 0; want a list"),
+        (3, {"class_labels": range(10**12)}, "1000000000000 class labels for 3 samples"),
+        (3, {"class_labels": Indices.parse("0-999999999999")}, "1000000000000 class labels for 3 samples"),
+        (10**12, {}, "are 250000000000 shards; want at most 16777216"),
+        (10**23, {}, "samples are 100000000000000000000000"),
+        ("3", {}, "samples are '3'"),
+        ([[1], [2, 3]], {}, "samples are [[1], [2, 3]]"),
+        (3, {"shard_size": 1 << 63}, "shard_size is"),
+        (3, {"batch_size": 1 << 63}, "batch_size is"),
+        (3, {"seed": "0"}, "seed is '0'"),
+        (3, {"seed": [0]}, "seed is [0]"),
+        (3, {"format": ["png"]}, "format is ['png']"),
+        (3, {"progress": "no"}, "progress is 'no'; want True or False"),
+        (3, {"json_log": 0}, "json_log is 0; want a path"),
+        (3, {"json_log": "a\0b"}, "cannot be the name of a file"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),
 )
 def test_wrong_arguments_leave_no_folder(tmp_path, samples, settings, why):
     sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    settings = {"batch_size": 4} | settings
     assert why in error_line(job.sample_to, tmp_path / "out", sampler, samples, **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_types_are_refused(tmp_path):
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    assert error_line(job.sample_to, 0, sampler, 3) == "out is 0; want a path"
+    assert "cannot be the name of a file" in error_line(job.sample_to, "\ud800", sampler, 3)
+    message = error_line(job.sample_to, tmp_path / "out", sampler.schedule, 3)
+    assert message.startswith("from_sampler is Schedule(")
+    assert message.endswith("; want a Sampler")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -533,11 +561,12 @@ def test_processes_report_their_progress(tiny, tmp_path):
     """As plain lines where there is no terminal, and as JSON lines appended to the log."""
     log = tmp_path / "logs" / "log.jsonl"
     log.parent.mkdir()
-    log.write_text('{"images": 0}\n{"ima')  # of a job that was killed
+    before = json.dumps(dict.fromkeys(displays._KEYS, 0))
+    log.write_text(f'{before}\n{{"ti')  # of a job that was killed
     arguments = options(tiny, tmp_path / "out", f"--num-samples 9 --batch-size 2 --json-log {log}")
     statuses, (output, other) = run_ranks(tmp_path, 2, command, arguments)
     assert (statuses, other) == ([0, 0], "")
-    *lines, last = output.splitlines()
+    *lines, last = [line for line in output.splitlines() if not line.startswith("fastddpm: drawing")]
     rates = r"[\d.e+-]+ images/s, [\d.e+-]+ steps/s, ETA (\d+:\d+|\?)"
     form = rf"\d of 9 samples, {rates}; process 0: \d of 5, {rates}; process 1: \d of 4, {rates}"
     assert lines
@@ -545,8 +574,8 @@ def test_processes_report_their_progress(tiny, tmp_path):
     assert lines[-1].startswith("9 of 9 samples, ")
     assert re.search(r"process 0: 5 of 5, .*; process 1: 4 of 4, ", lines[-1])
     assert re.fullmatch(rf"{tmp_path}/out: all 9 samples are done; [\d.]+ s this time", last)
-    zero, torn, *new = log.read_text().splitlines()
-    assert (zero, torn) == ('{"images": 0}', '{"ima')
+    zero, *new = log.read_text().splitlines()
+    assert zero == before
     *_, final = map(json.loads, new)
     assert (final["images"], final["of"], final["drawn"], final["eta_s"]) == (9, 9, 9, 0)
     assert [(rank["rank"], rank["state"], rank["images"], rank["of"]) for rank in final["ranks"]] == [
@@ -586,3 +615,224 @@ def test_bookkeeping_of_a_million_samples_is_small(tmp_path, order):
     done, first, again, second = output.split()
     assert done == again == "0-of-1000000-samples"
     assert 0 <= float(first) <= float(second) < (20 if order == "counted" else 200)
+
+
+def test_logs_that_would_damage_a_folder_are_refused(tmp_path):
+    """A name that the folder uses, and a file that is not a log, before anything is written."""
+    sampler, out = Sampler(tiny_unet(), SCHEDULE, device="cpu"), tmp_path / "out"
+    settings = {"format": "npz", "batch_size": 2, "progress": False}
+    (tmp_path / "link").symlink_to("out/manifest.json")
+    for name in ("out/manifest.json", "out/00000.npz", "out/.shards/00000", "out/dataset.json", "link"):
+        message = error_line(job.sample_to, out, sampler, 3, json_log=tmp_path / name, **settings)
+        assert message == (
+            f"json_log is {tmp_path / name}, whose name the folder of the samples uses itself; name another file"
+        )
+        assert not out.exists()
+    job.sample_to(out, sampler, 3, json_log=out / "log.jsonl", **settings)
+    job.sample_to(out, sampler, 3, json_log=out / "log.jsonl", **settings)
+    assert [json.loads(line)["images"] for line in (out / "log.jsonl").read_text().splitlines()][-1] == 3
+    config = tmp_path / "config.json"
+    config.write_text('{"sample_size": 4}')
+    before = contents(tmp_path)
+    assert f"{config} is not a log" in error_line(job.sample_to, out, sampler, 3, json_log=config, **settings)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("first", [4, 5, 3])
+def test_folder_grows(tmp_path, form, first, monkeypatch):
+    """Only the further samples are drawn; the finished ones keep their files. Each part is in batches of its own."""
+    sampler = Sampler(tiny_unet(num_class_embeds=3), SCHEDULE, device="cpu")
+    settings = {"format": form, "class_labels": [2, 0, 1], "shard_size": 4, "batch_size": 3, "progress": False}
+    for stops in (False, True):
+        out = tmp_path / str(stops)
+        job.sample_to(out, sampler, first, **settings)
+        before = states(out)
+        took, sample = [], sampler.sample
+
+        def noting(samples, took=took, sample=sample, stops=stops, **how):
+            if stops and len(took) == 4:
+                took.append("stopped")
+                raise KeyboardInterrupt
+            took.extend(samples)
+            return sample(samples, **how)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sampler, "sample", noting)
+            if stops:
+                with pytest.raises(Stopped, match=f"stopped: {first + 4} of 11 samples are done"):
+                    job.sample_to(out, sampler, 11, **settings)
+            store = job.sample_to(out, sampler, 11, **settings)
+        assert [index for index in took if index != "stopped"] == list(range(first, 11))
+        changed = {name for name, content in before[0].items() if contents(out)[name] != content}
+        assert changed == {"manifest.json"} | ({"dataset.json"} if form == "png" else set())
+        assert store.manifest["grown_from"] == [first]
+    assert contents(tmp_path / "True") == contents(tmp_path / "False")
+    parts = [
+        *[range(k, min(k + 4, first)) for k in range(0, first, 4)],
+        *[range(k, min(k + 4, 11)) for k in range(first, 11, 4)],
+    ]
+    labels = [2, 0, 1] * 4
+    want = [
+        sampler.sample(
+            part, class_labels=[labels[i] for i in part], batch_size=3, progress=False, output="uint8"
+        ).numpy()
+        for part in parts
+    ]
+    assert np.array_equal(arrays(store), np.concatenate(want))
+    if first == 4:  # whole shards: the samples of one job
+        whole = job.sample_to(tmp_path / "whole", sampler, 11, **settings)
+        assert np.array_equal(arrays(store), arrays(whole))
+        files = {name: content for name, content in contents(whole.path).items() if name.startswith("0")}
+        assert {name: contents(out)[name] for name in files} == files
+
+
+def test_folder_grows_by_the_command(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    for count in (5, 5, 8, 8):
+        assert main(options(tiny, out, written({"--num-samples": f"{count}"}))) == 0
+    assert len(ShardFolder.open(out).samples) == 8
+    before = states(out)
+    message = refused(options(tiny, out, written({"--num-samples": "5"})), capsys)
+    assert (
+        'with "samples": "0-7", "grown_from": [5], not "samples": "0-4", "grown_from": null; name another folder'
+        in message
+    )
+    assert states(out) == before
+
+
+def test_grown_folder_of_invariant_samples_has_the_samples_of_one_job(tmp_path):
+    sampler = Sampler(tiny_unet(), SCHEDULE, device="cpu", batch_invariant=4)
+    settings = {"format": "npz", "shard_size": 4, "progress": False}
+    for count in (3, 9, 10):
+        store = job.sample_to(tmp_path / "grown", sampler, count, **settings)
+    whole = job.sample_to(tmp_path / "whole", sampler, 10, **settings)
+    assert store.manifest["grown_from"] == [3, 9]
+    assert np.array_equal(arrays(store), arrays(whole))
+
+
+def test_latents_are_not_written_as_images(tmp_path, monkeypatch):
+    """Also where they have the channels of an image."""
+    sampler = Sampler(Elementwise(), SCHEDULE, shape=(3, 4, 4), device="cpu")
+    sampler._decoder = tmp_path / "vae"
+    settings = {"shard_size": 3, "batch_size": 2, "progress": False}
+    message = error_line(job.sample_to, tmp_path / "png", sampler, 5, format="png", **settings)
+    want = "samples are (3, 4, 4) latents, which the VAE of the pipeline turns into images; write them as npz or"
+    assert message == f"{want} webdataset"
+    floats = sampler.sample(5, progress=False).numpy()
+    for form in ("npz", "webdataset"):
+        store = job.sample_to(tmp_path / form, sampler, 5, format=form, **settings)
+        assert store.manifest["latents"] is True
+        assert np.array_equal(arrays(store), floats)
+
+
+def changed_by(what, net):
+    """Change the weights of a network in one of several ways."""
+    weight = next(net.parameters())
+    with torch.no_grad():
+        if what == "in place":
+            weight.mul_(1.5)
+        elif what == "through .data":
+            weight.data[0] = 3
+        elif what == "one bit":
+            weight.view(torch.int32).view(-1)[0] ^= 1
+        elif what == "loaded":
+            net.load_state_dict(tiny_unet(seed=1).state_dict())
+        elif what == "another tensor":
+            net.conv_in.weight = nn.Parameter(weight * 2)
+        else:
+            net.conv_in.register_buffer("more", torch.ones(2))
+
+
+@pytest.mark.parametrize("what", ["in place", "through .data", "one bit", "loaded", "another tensor", "a buffer"])
+def test_weights_that_change_meanwhile_end_the_job(tmp_path, what, monkeypatch):
+    """While the third shard is drawn: the finished shards stay, and no shard of other weights is written."""
+    net = tiny_unet()
+    sampler, settings = Sampler(net, SCHEDULE, device="cpu"), {"format": "npz", "shard_size": 2, "progress": False}
+    want = job.sample_to(tmp_path / "want", sampler, 8, **settings)
+    sample, shards = sampler.sample, []
+
+    def changing(samples, **how):
+        shards.append(samples)
+        x = sample(samples, **how)
+        if len(shards) == 3:
+            changed_by(what, net)
+        return x
+
+    monkeypatch.setattr(sampler, "sample", changing)
+    message = error_line(job.sample_to, tmp_path / "out", sampler, 8, **settings)
+    assert message.startswith("the model's weights were changed while the job ran; ")
+    assert len(shards) == 3
+    assert finished(tmp_path / "out") == {0, 1, 2, 3}
+    again = Sampler(tiny_unet(), SCHEDULE, device="cpu")
+    job.sample_to(tmp_path / "out", again, 8, **settings)
+    assert contents(tmp_path / "out") == contents(want.path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "00001.npz", ".shards/00001"])
+def test_files_deleted_meanwhile_end_the_job(tmp_path, name, monkeypatch):
+    """After all else is done; the same command then completes the folder."""
+    sampler, settings = (
+        Sampler(tiny_unet(), SCHEDULE, device="cpu"),
+        {"format": "npz", "shard_size": 2, "progress": False},
+    )
+    want = job.sample_to(tmp_path / "want", sampler, 8, **settings)
+    write, out = ShardFolder.write, tmp_path / "out"
+
+    def deleting(store, k, samples):
+        write(store, k, samples)
+        if k == 3:
+            (out / name).unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardFolder, "write", deleting)
+        message = error_line(job.sample_to, out, sampler, 8, **settings)
+    want_message = f"files of {out} were deleted while the job ran; give the same command again, which draws what is"
+    assert message == f"{want_message} missing"
+    job.sample_to(out, sampler, 8, **settings)
+    assert contents(out) == contents(want.path)
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+def halved(module, inputs, output):
+    return 0.5 * output
+
+
+def test_jobs_of_networks_with_other_code_are_other_jobs(tmp_path):
+    """A hook, or a method that was replaced, is part of what is sampled."""
+    settings = {"format": "npz", "shard_size": 2, "progress": False}
+
+    def sampler(*changes):
+        net = Elementwise()
+        for change in changes:
+            change(net)
+        return Sampler(net, SCHEDULE, shape=(3,), device="cpu")
+
+    hook, other = lambda net: net.register_forward_hook(doubled), lambda net: net.register_forward_hook(halved)
+    job.sample_to(tmp_path / "plain", sampler(), 4, **settings)
+    job.sample_to(tmp_path / "plain", sampler(), 6, **settings)
+    job.sample_to(tmp_path / "hooked", sampler(hook), 4, **settings)
+    job.sample_to(tmp_path / "hooked", sampler(hook), 6, **settings)
+    for out, changed in (("plain", sampler(hook)), ("hooked", sampler()), ("hooked", sampler(other))):
+        message = error_line(job.sample_to, tmp_path / out, changed, 6, **settings)
+        assert 'holds samples with "code": {"hooks": ' in message
+
+
+def test_pipe_as_a_manifest_is_refused(tiny, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / "manifest.json")
+    assert "manifest.json is a pipe or a device" in refused(options(tiny, tmp_path / "out", written({})), capsys)
+
+
+@pytest.mark.parametrize("field", ["seed", "precision", "batch_size", "shard_size", "shape", "model", "code"])
+def test_manifest_with_a_field_of_another_type_is_refused(tiny, tmp_path, capsys, field):
+    out = tmp_path / "out"
+    assert main(options(tiny, out, written({}))) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, field: "7"}))
+    message = refused(options(tiny, out, written({"--precision": ""})), capsys)
+    assert f"{out}/manifest.json is damaged (" in message
+    assert f"{field} is '7'; want" in message

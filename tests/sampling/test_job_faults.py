@@ -20,7 +20,7 @@ from fastddpm.processes.distributed import ranks
 from fastddpm.processes.progress import JobProgress
 from fastddpm.sampling import job
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.files import locked
+from fastddpm.storage.files import TEMPORARY, locked
 from fastddpm.storage.shards import ShardFolder
 from tests.support.jobs import command, contents, drawn, finished, note_drawn, options, save_tiny
 from tests.support.processes import run_ranks, start
@@ -60,7 +60,7 @@ def alone(tmp_path, arguments, *hooks):
 
 def only_whole_files(out):
     """Whether a folder holds no temporary files."""
-    return not [name for name in contents(out) if ".tmp" in name]
+    return not [name for name in contents(out) if TEMPORARY in name]
 
 
 def before_storing(shard, act, rank="0"):
@@ -160,7 +160,7 @@ def test_full_disk_of_one_process_ends_all(tiny, undisturbed, tmp_path, failing)
     statuses, outputs = run_ranks(tmp_path, 2, command, options(tiny, out, f"{FLAGS} --num-samples 200"), hook)
     assert statuses == [2, 2]
     its, others = outputs[int(failing)], outputs[1 - int(failing)]
-    assert re.fullmatch(rf"\[Errno 28\] No space left on device: '{out}/\d+.npz'", error(its))
+    assert re.fullmatch(rf"\[Errno 28\] No space left on device; free some space, .*: '{out}/\d+.npz'", error(its))
     assert error(others) == f"process {failing}: {error(its)}"
     assert only_whole_files(out)
     assert finished(out)
@@ -266,7 +266,6 @@ def test_second_job_on_a_folder_is_refused(tiny, undisturbed, tmp_path):
         functools.partial(before_storing, 1, functools.partial(wait_for, go)),
     )
     wait_for(out / ".shards" / "00000")
-    (out / ".00001.npz.1.tmp").touch()  # like a file of the first job
     before = contents(out)
     for flags in (FLAGS, f"{FLAGS} --seed 1"):
         status, output = alone(tmp_path, options(tiny, out, flags))
@@ -278,7 +277,6 @@ def test_second_job_on_a_folder_is_refused(tiny, undisturbed, tmp_path):
     assert statuses == [2, 2]
     assert {error(output).partition(";")[0] for output in both} == {f"{out} is being written by another process"}
     assert contents(out) == before
-    (out / ".00001.npz.1.tmp").unlink()
     go.touch()
     first.join()
     assert (first.exitcode, (tmp_path / "first").read_text()) == (0, "")
@@ -491,6 +489,28 @@ def test_job_killed_twenty_times_writes_the_files_of_an_undisturbed_one(tmp_path
     assert contents(out) == want
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_growth_killed_anywhere_writes_the_files_of_an_undisturbed_one(tmp_path, form):
+    """Before each change of its files in turn, until one kill comes too late."""
+    model = save_tiny(tmp_path / "model", num_class_embeds=3)
+    flags = f"--class-labels 2,0,1 --shard-size 3 --batch-size 2 --format {form} --quiet --num-samples"
+    for folder, counts in (("want", (4, 8)), ("out", (4,))):
+        for count in counts:
+            assert main(options(model, tmp_path / folder, f"{flags} {count}")) == 0
+    want, out = contents(tmp_path / "want"), tmp_path / "out"
+    before = {name: content for name, content in contents(out).items() if name not in ("manifest.json", "dataset.json")}
+    for kill in range(1, 60):
+        hook = functools.partial(die_changing, f"{out}/", kill)
+        status, output = alone(tmp_path, options(model, out, f"{flags} 8"), hook)
+        assert (status, output) in ((-signal.SIGKILL, ""), (0, ""))
+        assert before.items() <= contents(out).items()
+        if status == 0:
+            break
+    assert kill > 3
+    assert contents(out) == want
+
+
 # Under torchrun itself
 
 
@@ -631,3 +651,17 @@ def test_silent_process_is_reported(tmp_path):
     _, outputs = run_ranks(tmp_path, 2, run_with_a_silent_process)
     for text in outputs:
         assert text.splitlines()[-1].endswith("AgreedError: process 1 has given no sign of life for 1 seconds")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirected", ["2>&-", "2>/dev/full"])
+def test_job_ends_well_without_stderr(tiny, undisturbed, tmp_path, redirected):
+    """Its files and its status are those of a job that can show its progress."""
+    out = tmp_path / "out"
+    run = [sys.executable, "-m", "fastddpm", *options(tiny, out, FLAGS.replace("--quiet", ""))]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirected}', "sh", *run], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert re.fullmatch(rf"{out}: all 9 samples are done; [\d.]+ s this time\n", done.stdout)
+    assert contents(out) == undisturbed

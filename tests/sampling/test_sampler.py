@@ -156,21 +156,22 @@ def test_noise_does_not_depend_on_the_batch(unet):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_callback_sees_x_0(clip):
+def test_callback_sees_x_t_and_x_0(clip):
     schedule, calls = Schedule(clip_sample=clip), []
     sampler = Sampler(elementwise, schedule, shape=(2, 3))
     plain = sampler.sample(3, steps=4, progress=False)
     watched = sampler.sample(3, steps=4, progress=False, batch_size=2, callback=lambda *seen: calls.append(seen))
     assert torch.equal(plain, watched)
     assert [call[:2] for call in calls] == 2 * [(0, 750), (1, 500), (2, 250), (3, 0)]
-    assert [call[3].tolist() for call in calls] == 4 * [[0, 1]] + 4 * [[2]]
+    assert [call[4].tolist() for call in calls] == 4 * [[0, 1]] + 4 * [[2]]
     if clip:  # the last step returns x_0 itself, unclipped but for its rounding
-        assert torch.equal(torch.cat([calls[3][2], calls[7][2]]), plain)
+        assert torch.equal(torch.cat([calls[3][3], calls[7][3]]), plain)
     x_T = noise.normal(noise.address(0, 2), (2, 3), stream=noise.START, t=1000)
     exact = Diffusion(schedule.betas).predicted_x_0(x_T.double(), 750, elementwise(x_T, torch.tensor([750, 750])))
     plain_x_0 = Diffusion(schedule.betas).predicted_x_0(x_T, 750, elementwise(x_T, torch.tensor([750, 750])))
     bound = (lambda x: x.clamp(-1, 1)) if clip else (lambda x: x)
-    assert_as_accurate(calls[0][2], bound(plain_x_0), bound(exact))
+    assert torch.equal(calls[0][2], x_T)
+    assert_as_accurate(calls[0][3], bound(plain_x_0), bound(exact))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -227,7 +228,9 @@ def test_empty_entries_are_neither_returned_nor_watched():
     """Sample 1 becomes NaN; three entries of the micro-batch are empty."""
     seen = []
     sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
-    sampler.sample([1], steps=2, progress=False, callback=lambda step, t, x_0, indices: seen.append((x_0, indices)))
+    sampler.sample(
+        [1], steps=2, progress=False, callback=lambda step, t, x_t, x_0, indices: seen.append((x_0, indices))
+    )
     assert [(tuple(x_0.shape), indices.tolist()) for x_0, indices in seen] == 2 * [((1, 2), [1])]
     sampler = Sampler(lambda x, t: x / 0, shape=(2,), device="cpu", batch_invariant=4)
     with pytest.raises(ValueError, match=r"for samples \[1\];"):
@@ -451,7 +454,8 @@ def test_network_and_callback_cannot_change_the_state():
         x.zero_()
         return m
 
-    def spoil(step, t, x_0, indices):
+    def spoil(step, t, x_t, x_0, indices):
+        x_t.zero_()
         x_0.zero_()
         indices.add_(100)
 

@@ -1,0 +1,73 @@
+"""Calls of a user's own network: what x is handed over as, and what the network may return."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.core import layout
+from fastddpm.core.memory import is_out_of_memory
+from fastddpm.core.precision import Compute
+from fastddpm.sampling.reachable import parameters
+
+
+def own_dtype(model: Callable[..., Any]) -> torch.dtype | None:
+    """The dtype of all floating-point parameters of a network, if it is another one than float32."""
+    dtypes = _dtypes(model)
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float64, torch.bfloat16, torch.float16} else None
+
+
+def memory_format(model: Callable[..., Any], shape: tuple[int, ...]) -> torch.memory_format:
+    """In which memory format a network is handed x: contiguous, or channels-last if it was converted to that.
+
+    Args: shape: of one sample.
+    Returns: torch.contiguous_format; or torch.preserve_format, since the states are channels-last.
+    """
+    weights = (x for x in parameters(model).values() if x.ndim == len(shape) + 1 > 3)
+    converted = any(layout.is_channels_last(x) and not x.is_contiguous() for x in weights)
+    return torch.preserve_format if converted else torch.contiguous_format
+
+
+def call(
+    network: Callable[..., Any],
+    x: Tensor,
+    t: Tensor,
+    compute: Compute,
+    *,
+    dtype: torch.dtype | None,
+    memory_format: torch.memory_format,
+    labels: Tensor | None = None,
+) -> Any:
+    """Call a network on a copy of x, which it may write to.
+
+    Args:
+        x: [N, *shape] float32, channels-last; t: [N] int64.
+        dtype: in which x is handed over; None: in float32, under autocast if the precision has 16 bits.
+        labels: [N, ...], a third argument for the network, if there are any.
+    Returns: what the network returned; of an object with a `sample` that, of a tuple or list its first item.
+    Raises: ValueError: it does not accept x in this dtype.
+    """
+    x = x.to(dtype or torch.float32, copy=True, memory_format=memory_format)
+    autocasts = dtype is None and compute.dtype != torch.float32
+    given = [] if labels is None else [labels.to(dtype if labels.is_floating_point() else None)]
+    try:
+        # autocast's cache would keep the current weights, and a graph would always use those
+        with torch.autocast(compute.device.type, compute.dtype, enabled=autocasts, cache_enabled=False):
+            output = network(x, t, *given)
+    except RuntimeError as error:
+        dtypes = _dtypes(network)
+        if "type" not in str(error) or dtypes <= {x.dtype} or is_out_of_memory(error):
+            raise
+        text, *_ = str(error).splitlines()
+        raise ValueError(
+            f"x is {x.dtype}, but the network's parameters are {', '.join(sorted(map(str, dtypes)))} ({text}); give "
+            "them one dtype, as by network.float(), and make a new Sampler without a precision: x then has that dtype"
+        ) from error
+    if not isinstance(output, Tensor):
+        output = getattr(output, "sample", output)
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def _dtypes(model: Callable[..., Any]) -> set[torch.dtype]:
+    return {x.dtype for x in parameters(model).values() if x.is_floating_point()}

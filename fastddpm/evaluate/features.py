@@ -18,16 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastddpm.core.checks import is_whole, one_of, whole
+from fastddpm.core.checks import is_whole, one_of, shown, whole
 from fastddpm.core.memory import halved, is_out_of_memory
+from fastddpm.core.names import SHIPPED_CLASSIFIER
 from fastddpm.core.precision import Compute, arithmetic
+from fastddpm.storage.files import check_regular
 
-SHIPPED_CLASSIFIER = "fashion-mnist"
 SIDE, CLASSES, FEATURES = 28, 10, 128  # of the bundled classifier
 INPUT_SIZE = 299  # of Inception
+LARGEST_INPUT = 16384  # 3 GiB an image
 # in a batch by default: on one core of a Xeon, Inception takes 10 images/s in batches of 8, and 8 in batches of 64
 PIXELS_PER_EXTRACTION = {"cpu": 8 * INPUT_SIZE**2, "cuda": 256 * INPUT_SIZE**2}
-# how pixels 0..255 are scaled for the network
+# how pixels 0..255 are scaled for the network, by the names in core.names.SCALE_NAMES
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "fid": lambda x: (x - 128) / 128,
     "unit": lambda x: x / 255,
@@ -80,7 +82,7 @@ class Extractor:
 
     name: str
     identity: str
-    network: Callable[[Tensor], Any]
+    network: Callable[..., Any]
     channels: int | None
     size: tuple[int, int] | None
     scale: str
@@ -118,12 +120,15 @@ class Extractor:
         out = out[0] if isinstance(out, tuple | list) and out else out
         if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2:] == (1, 1):
             out = out.flatten(1)
-        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x) or not out.is_floating_point():
+        wrong = not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != len(x) or out.shape[1] == 0
+        if wrong or not out.is_floating_point():
             came = _shape_and_dtype(out) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"{self.name} returns {came} for {len(x)} images; want features [{len(x)}, D]")
-        if not out.isfinite().all():
-            raise ValueError(f"{self.name} returns NaN or infinity; see --scale, or name another extractor")
-        return out.float().cpu()
+            raise ValueError(f"{self.name} returns {came} for {len(x)} images; want features [{len(x)}, D], D >= 1")
+        features = out.float()
+        if not features.isfinite().all():
+            came = "numbers beyond float32" if out.isfinite().all() else "NaN or infinity"
+            raise ValueError(f"{self.name} returns {came}; see --scale, or name another extractor")
+        return features.cpu()
 
 
 def load_extractor(
@@ -133,13 +138,13 @@ def load_extractor(
     input_size: int | None = None,
     scale: str | None = None,
 ) -> Extractor:
-    """Load an extractor.
+    """Load an extractor in this process; `isolated.load_extractor` loads one in a process of its own.
 
     Args:
         source: "fashion-mnist": the bundled classifier, for grey images of 28 x 28;
             an .onnx file: a graph with one input [N, C, H, W], which ONNX Runtime runs, on the GPU if it can;
-            any other file: TorchScript. If its forward has an argument `return_features`, as NVIDIA's Inception does,
-            that is True.
+            any other file: TorchScript, which can run any code. If its forward has an argument `return_features`, as
+            NVIDIA's Inception does, that is True.
         device: None: the GPU if there is one, else the CPU.
         input_size: resize images to squares of so many pixels for a file's network; 0: do not resize. By default, the
             size that an ONNX graph declares, else 0 for the scale bytes, else Inception's 299.
@@ -147,23 +152,9 @@ def load_extractor(
             x / 127.5 - 1; "bytes", uint8, the default for an ONNX graph that takes uint8.
     Raises: ValueError: an argument is not as above, the file is not a network, or onnxruntime is missing.
     """
-    device = Compute.resolve(device, "fp32").device
-    if scale is not None:
-        one_of("scale", scale, SCALES)
-    if input_size is not None and (not is_whole(input_size) or input_size < 0):
-        raise ValueError(
-            f"input_size is {input_size!r}; want a whole number of pixels, or 0 to leave images as they are"
-        )
+    device, input_size = check_options(source, device, input_size, scale)
     if source == SHIPPED_CLASSIFIER:
-        if (input_size, scale) != (None, None):
-            raise ValueError(
-                f"input_size and scale do not apply to {SHIPPED_CLASSIFIER}; leave them out, or name a file"
-            )
         return _shipped_extractor(device)
-    if not Path(source).is_file():
-        raise ValueError(
-            f"there is no file {source}; name a TorchScript or ONNX file, or {SHIPPED_CLASSIFIER}, which is bundled"
-        )
     load = _load_onnx if Path(source).suffix.lower() == ".onnx" else _load_torchscript
     network, (channels, *fixed), dtype = load(Path(source), device)
     scale = scale or ("bytes" if dtype == torch.uint8 else "fid")
@@ -173,10 +164,36 @@ def load_extractor(
         raise ValueError(f"input_size is {input_size}, but {source} takes {fixed} pixels; leave input_size out")
     if input_size is None:
         input_size = 0 if scale == "bytes" else INPUT_SIZE
-    height, width = (side or int(input_size) for side in fixed)
+    height, width = (side or input_size for side in fixed)
     size = (height, width) if height and width else None
     identity = _identity(Path(source), [channels, size, scale])
     return Extractor(str(source), identity, network, channels, size, scale, device)
+
+
+def check_options(
+    source: str | os.PathLike[str], device: torch.device | str | None, input_size: int | None, scale: str | None
+) -> tuple[torch.device, int | None]:
+    """Check the arguments of `load_extractor`, which describes them, as far as that is possible without the network.
+
+    Returns: the device, and input_size.
+    """
+    device = Compute.resolve(device, "fp32").device
+    if scale is not None:
+        one_of("scale", scale, SCALES)
+    if input_size is not None and (not is_whole(input_size) or not 0 <= input_size <= LARGEST_INPUT):
+        wanted = f"want a whole number of pixels, at most {LARGEST_INPUT}, or 0 to leave images as they are"
+        raise ValueError(f"input_size is {shown(input_size)}; {wanted}")
+    wanted = f"name a TorchScript or ONNX file, or {SHIPPED_CLASSIFIER}, which is bundled"
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise ValueError(f"the extractor is {shown(source)}; {wanted}")
+    if source == SHIPPED_CLASSIFIER:
+        if (input_size, scale) != (None, None):
+            raise ValueError(
+                f"input_size and scale do not apply to {SHIPPED_CLASSIFIER}; leave them out, or name a file"
+            )
+    elif not check_regular(source).exists():
+        raise ValueError(f"there is no file {source}; {wanted}")
+    return device, None if input_size is None else int(input_size)
 
 
 def extract(
@@ -190,13 +207,14 @@ def extract(
     """Compute the features of all images.
 
     Args:
-        batches: uint8 [n, H, W, C], each of any n.
+        batches: uint8 [n, H, W, C], each of any n; their sizes may differ.
         count: the number of images in all batches, at least 1.
         batch_size: how many images the network gets at once; None chooses by the device. If memory runs out it is
             halved, with a warning.
         progress: show a bar.
     Returns: float32 [count, D].
-    Raises: ValueError: batch_size is not a whole number, at least 1, there are fewer images, or the extractor fails.
+    Raises: ValueError: batch_size is not a whole number, at least 1, there are fewer images, or the extractor fails, or
+            returns other numbers of features for other images.
         torch.OutOfMemoryError: not even one image fits.
     """
     from tqdm import tqdm
@@ -219,6 +237,9 @@ def extract(
                     continue
                 if done == 0:  # one tensor for all: small ones that are kept among large ones would fragment the memory
                     features = new.new_empty(count, new.shape[1])
+                elif new.shape[1] != features.shape[1]:
+                    sizes = f"{features.shape[1]} features of some images and {new.shape[1]} of others"
+                    raise ValueError(f"{extractor.name} returns {sizes}; see --input-size")
                 features[done : done + len(part)] = new
                 start, done = start + len(part), done + len(part)
                 bar.update(len(part))

@@ -5,12 +5,13 @@ set's features are kept in a file for each extractor, so that the images go thro
 """
 
 import hashlib
+import math
 import os
-import re
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import checks
-from fastddpm.evaluate.features import SHIPPED_CLASSIFIER, Extractor, extract, load_extractor
-from fastddpm.evaluate.frechet import bootstrap, gaussian_distance, moments
+from fastddpm.core.checks import shown
+from fastddpm.core.names import SHIPPED_CLASSIFIER
+from fastddpm.evaluate.features import Extractor, extract
+from fastddpm.evaluate.frechet import are_moments, bootstrap, gaussian_distance, is_covariance, moments
+from fastddpm.evaluate.isolated import load_extractor
 from fastddpm.storage import datasets, shards
-from fastddpm.storage.files import atomic
+from fastddpm.storage.caches import user_cache
+from fastddpm.storage.files import atomic, check_not_input, check_regular
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
 _IMAGES_READ = 256  # images of a set that are in memory at once, by default
@@ -77,31 +82,37 @@ class Statistics:
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
         """Load an .npz with mu and sigma, as `save`, pytorch-fid and EDM write it.
 
-        Raises: ValueError: they are missing, not finite, or of wrong shapes.
+        Raises: ValueError: they are missing, not finite real numbers, or of wrong shapes, sigma is not a covariance, or
+            they are not those of the features beside them.
         """
-        try:
-            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-                mu, sigma = (torch.from_numpy(file[name].astype(np.float64)) for name in ("mu", "sigma"))
-                features = torch.from_numpy(file["features"]) if "features" in file.files else None
-                count = int(file["count"]) if "count" in file.files else None
-                extractor = str(file["extractor"]) if "extractor" in file.files else None
-        except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, *_ZIP_ERRORS) as error:
-            raise ValueError(f"cannot load {path}: {error}; want statistics, an .npz with mu and sigma") from error
-        if mu.ndim != 1 or sigma.shape != 2 * mu.shape or not (mu.isfinite().all() and sigma.isfinite().all()):
+        arrays = _read_statistics(path)
+        mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
+        if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or not (mu.isfinite() & sigma.isfinite()).all():
             raise ValueError(
-                f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}; want finite [D] and [D, D]"
+                f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}; want finite [D] and [D, D], D >= 1"
             )
-        if not torch.allclose(sigma, sigma.T, rtol=1e-6, atol=0) or (sigma.diag() < 0).any():
+        if not is_covariance(sigma):
             raise ValueError(
-                f"{path} has a sigma that is not a covariance: it is not symmetric, or has a variance below 0"
+                f"{path} has a sigma that is not a covariance: it is not symmetric, or has an eigenvalue below 0"
             )
-        if count is not None and count < 2:
-            raise ValueError(f"{path} has count {count}; want the number of images, at least 2")
-        if features is not None and not features.isfinite().all():
-            raise ValueError(f"{path} has features that are not finite")
-        if features is not None and features.shape != (count, len(mu)):
-            raise ValueError(f"{path} has features {list(features.shape)}; want [{count}, {len(mu)}], count and D")
-        return cls(mu, sigma, count, features, extractor, Path(path))
+        features, count, extractor = None, arrays.get("count"), arrays.get("extractor")
+        if count is not None and (count.size != 1 or count.item() < 2):
+            raise ValueError(f"{path} has count {shown(count.tolist())}; want the number of images, at least 2")
+        if "features" in arrays:
+            array = arrays["features"]
+            features = torch.from_numpy(array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64))
+            if count is None or features.shape != (count.item(), len(mu)):
+                n = None if count is None else count.item()
+                raise ValueError(f"{path} has features {list(features.shape)}; want [{n}, {len(mu)}], count and D")
+            if not features.isfinite().all():
+                raise ValueError(f"{path} has features that are not finite")
+            if not are_moments(mu, sigma, features):
+                raise ValueError(
+                    f"{path} has a mu or a sigma that is not that of its features; give mu and sigma without features, "
+                    "or the images"
+                )
+        number, name = (None if value is None else value.item() for value in (count, extractor))
+        return cls(mu, sigma, number, features, name, Path(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz with mu, sigma, and if known count, features and extractor."""
@@ -109,6 +120,28 @@ class Statistics:
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in named.items() if value is not None}
         with atomic(path) as file:
             np.savez(file, **arrays)
+
+
+def _read_statistics(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of an .npz that make up statistics: real numbers, but for the name of the extractor."""
+    wanted = "want statistics, an .npz with mu and sigma"
+    kinds = {"mu": "fiu", "sigma": "fiu", "count": "iu", "features": "f", "extractor": "U"}
+    try:
+        with open(check_regular(path), "rb") as opened, zipfile.ZipFile(opened):
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in kinds if name in file.files}
+    except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, *_ZIP_ERRORS) as error:
+        cause = "it holds Python objects, which can run code" if "pickle" in str(error) else error
+        raise ValueError(f"cannot load {path}: {cause}; {wanted}") from error
+    for name in ("mu", "sigma"):
+        if name not in arrays:
+            raise ValueError(f"cannot load {path}: it holds no {name}; {wanted}")
+    for name, array in arrays.items():
+        if array.dtype.kind not in kinds[name] or (name == "extractor" and array.ndim):
+            kind = {"count": "a whole number", "extractor": "a string"}.get(name, "real numbers")
+            raise ValueError(f"{path} has {name} {list(array.shape)} {array.dtype}; want {kind}")
+    return arrays
 
 
 def fid(
@@ -133,11 +166,13 @@ def fid(
 
     Args:
         a, b: each is one of
-            what `datasets.load_images` takes: an .npz, an MNIST-format file or a folder of images;
+            what `datasets.load_images` takes: an .npz, an MNIST-format file or a folder of images, which may be of
+            several sizes;
             "PATH.npz:ARRAY": another array of an .npz;
             a folder that `fastddpm sample` wrote;
             statistics: an .npz with mu and sigma. Without features such a set is taken as exactly known.
-        features, input_size, scale, device: as `load_extractor` takes them.
+        features, input_size, scale, device: as `isolated.load_extractor` takes them. A file's network is loaded and
+            runs in a process of its own.
         batch_size: as `extract` takes it.
         replicates: K of the bootstrap; 0: no standard error.
         seed: of the bootstrap, 0 <= seed < 2^64.
@@ -147,11 +182,13 @@ def fid(
         the sets have features of different extractors.
     """
     if not checks.is_whole(replicates) or replicates < 0 or replicates == 1:
-        raise ValueError(f"replicates is {replicates!r}; want 0, or at least 2, which have a standard deviation")
-    seed = checks.seed(seed)
+        raise ValueError(f"replicates is {shown(replicates)}; want 0, or at least 2, which have a standard deviation")
+    seed, progress = checks.seed(seed), checks.flag("progress", progress)
     if batch_size is not None:
         batch_size = checks.whole("batch_size", batch_size, 1)
-    sources = [_Source.parse(a), _Source.parse(b)]
+    sources = [_Source.parse("a", a), _Source.parse("b", b)]
+    if not isinstance(cache, bool | str | os.PathLike) or cache == "":
+        raise ValueError(f"cache is {shown(cache)}; want a folder, True or False")
     extractor = None
     if not all(source.is_statistics() for source in sources):
         extractor = load_extractor(features, device=device, input_size=input_size, scale=scale)
@@ -163,18 +200,24 @@ def fid(
         else:
             sets.append(_statistics_of_images(source, extractor, folder, batch_size, progress))
     _check_comparable(sets, [str(a), str(b)], extractor)
-    return _compare(sets[0], sets[1], extractor, replicates, seed, progress)
+    return _compare(sets[0], sets[1], extractor, int(replicates), seed, progress)
 
 
 def _compare(
     a: Statistics, b: Statistics, extractor: Extractor | None, replicates: int, seed: int, progress: bool
 ) -> Fid:
     error = None
-    if replicates and (a.features is not None or b.features is not None):
-        resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in (a, b)]
-        error = float(bootstrap(*resampled, replicates=replicates, seed=seed, progress=progress).std())
+    try:
+        distance = gaussian_distance(a.mu, a.sigma, b.mu, b.sigma)
+        if replicates and (a.features is not None or b.features is not None):
+            resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in (a, b)]
+            error = float(bootstrap(*resampled, replicates=replicates, seed=seed, progress=progress).std())
+    except torch.linalg.LinAlgError:
+        distance = math.nan
+    if not math.isfinite(distance) or not math.isfinite(error or 0):
+        raise ValueError("the distance is not finite: the features are too large for it; name another extractor")
     return Fid(
-        distance=gaussian_distance(a.mu, a.sigma, b.mu, b.sigma),
+        distance=distance,
         error=error,
         counts=(a.count, b.count),
         dimension=len(a.mu),
@@ -184,9 +227,15 @@ def _compare(
     )
 
 
-def cache_folder() -> Path:
-    """The default folder for statistics: fastddpm/fid in $XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastddpm" / "fid"
+def cache_folder() -> Path | None:
+    """The default folder for statistics: fastddpm/fid in $XDG_CACHE_HOME or ~/.cache.
+
+    None, with a warning, for a user without a home.
+    """
+    folder = user_cache("fid")
+    if folder is None:
+        warnings.warn("the statistics are not kept: there is no home; name a folder for the cache", stacklevel=3)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -197,15 +246,16 @@ class _Source:
     array: str | None
 
     @classmethod
-    def parse(cls, text: str | os.PathLike[str]) -> "_Source":
-        if not os.fspath(text):
-            raise ValueError("a set is named ''; name its images, or an .npz of statistics")
-        match = re.fullmatch(r"(.+\.npz):([^:/\\]+)", os.fspath(text))
-        return cls(Path(match[1]), match[2]) if match and not Path(text).exists() else cls(Path(text), None)
+    def parse(cls, name: str, text: str | os.PathLike[str]) -> "_Source":
+        if not isinstance(text, str | os.PathLike) or not os.fspath(text):
+            raise ValueError(f"{name} is {shown(text)}; want a path, that of images or of an .npz with statistics")
+        return cls(*datasets.split_array(text))
 
     def is_statistics(self) -> bool:
+        if self.path.is_dir():
+            return False
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with zipfile.ZipFile(check_regular(self.path)) as archive:
                 return self.array is None and {"mu.npy", "sigma.npy"} <= set(archive.namelist())
         except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
             return False
@@ -220,10 +270,9 @@ def _statistics_of_images(
     if folder is not None:
         fingerprint = _fingerprint(source, extractor)
         file = folder / f"{fingerprint[:32]}.npz"
-        try:
+        check_not_input("the cache", file, path, extractor.name)
+        with suppress(ValueError):  # missing or damaged
             return Statistics.load(file)
-        except ValueError:  # missing or damaged
-            pass
     count, batches = _open_images(source, batch_size or _IMAGES_READ)
     features = extract(extractor, batches, count, batch_size=batch_size, progress=progress)
     if len(features) < 2:
@@ -237,8 +286,9 @@ def _statistics_of_images(
         file.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(file)
     except OSError as error:
+        cause = f"cannot write {folder}: {error.strerror or error}"
         warnings.warn(
-            f"the statistics of {path} are not kept: {error}; name another folder for the cache", stacklevel=3
+            f"the statistics of {path} are not kept: {cause}; name another folder for the cache", stacklevel=3
         )
         return statistics
     return replace(statistics, path=file)
@@ -260,7 +310,7 @@ def _check_finished(path: Path) -> None:
 def _open_images(source: _Source, batch: int) -> tuple[int, Iterator[np.ndarray]]:
     """The number of images, and the images: uint8 [n, H, W, C], at most `batch` at a time, or a shard at a time."""
     if source.array is not None or not shards.is_shard_folder(source.path):
-        return datasets.stream_images(source.path, array=source.array, batch=batch)
+        return datasets.stream_images(source.path, array=source.array, batch=batch, same_size=False)
     opened = shards.ShardFolder.open(source.path)
 
     def pictures() -> Iterator[np.ndarray]:
@@ -283,7 +333,7 @@ def _fingerprint(source: _Source, extractor: Extractor) -> str:
         files = datasets.image_files(path)
         array = array or datasets.array_name(path)
     for file in files:
-        digest.update(f"\0{array}\0{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+        digest.update(f"\0{array}\0{file.relative_to(path)}\0{file.stat().st_size}\0".encode(errors="surrogatepass"))
         with open(file, "rb") as content:
             while block := content.read(1 << 20):
                 digest.update(block)

@@ -53,6 +53,35 @@ def moments(x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return mean, cov / (n - 1)
 
 
+def are_moments(mean: Tensor, cov: Tensor, x: Tensor) -> bool:
+    """Whether mean and cov are `moments(x)`, but for rounding; x is [N, D], N >= 2.
+
+    The covariance is compared in eight random directions, which takes a small part of the time of `moments`.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    directions = torch.randn(x.shape[1], 8, generator=generator, dtype=torch.float64, device="cpu")
+    parts = x.split(BLOCK)
+    want = sum((part.double().sum(0) for part in parts), torch.zeros_like(mean)) / len(x)
+    along = torch.cat([(part.double() - want) @ directions for part in parts]).square().sum(0) / (len(x) - 1)
+    spread = (cov.diag().clamp(min=0) + (1e-9 * want).square()).sqrt()
+    same_mean = (mean - want).abs() <= 1e-12 * (spread + want.abs())
+    found = (directions * (cov @ directions)).sum(0)
+    same_cov = (found - along).abs() <= 1e-12 * (spread @ directions.abs()).square()
+    return bool(same_mean.all() and same_cov.all())
+
+
+def is_covariance(x: Tensor) -> bool:
+    """Whether [D, D] float64 is symmetric without negative eigenvalues, but for rounding to float32."""
+    largest = x.diag().max()
+    if not torch.allclose(x, x.T, rtol=1e-6, atol=1e-10 * float(largest.abs())):
+        return False
+    if not x.any():
+        return True
+    # the Cholesky factorisation fails where an eigenvalue is below -1e-6 of the largest variance
+    shifted = x + 1e-6 * largest * torch.eye(len(x), dtype=x.dtype, device=x.device)
+    return bool(torch.linalg.cholesky_ex(shifted).info == 0)
+
+
 def bootstrap(
     a: Tensor | tuple[Tensor, Tensor],
     b: Tensor | tuple[Tensor, Tensor],

@@ -32,6 +32,8 @@ from fastddpm.sampling.runner import BatchNetwork
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.watch import Watch
 
+FEW_TIMESTEPS = 40  # up to this number, a plot shows each one
+
 # (model output, x_0, t, address) of a batch -> its terms [n] float64
 Term = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -89,13 +91,36 @@ class Bound:
 
         t is int64 and ascending, without timesteps that no image has. Mean and error are float64, in bits/dim.
         """
-        T, t, terms = self.num_train_timesteps, self.timesteps.reshape(-1), self.bits(self.terms).reshape(-1)
-        count = torch.zeros(T, dtype=torch.float64).index_add_(0, t, torch.ones_like(terms))
-        mean = torch.zeros(T, dtype=torch.float64).index_add_(0, t, terms) / count
-        squares = torch.zeros(T, dtype=torch.float64).index_add_(0, t, (terms - mean[t]).square())
+        t, terms = self.timesteps.reshape(-1), self.bits(self.terms).reshape(-1)
+        zeros = torch.zeros(self.num_train_timesteps, dtype=torch.float64, device="cpu")
+        count = zeros.index_add(0, t, torch.ones_like(terms))
+        mean = zeros.index_add(0, t, terms) / count
+        squares = zeros.index_add(0, t, (terms - mean[t]).square())
         error = (squares / (count - 1) / count).sqrt()
         seen = count.nonzero()[:, 0]
         return seen, mean[seen], error[seen]
+
+    def binned(self, most: int = 60) -> tuple[Tensor, Tensor, Tensor]:
+        """`per_timestep` for a plot: where there are more than `FEW_TIMESTEPS`, the t are those of bins, float64.
+
+        A bin holds neighbours in log t, and on average ten terms or more. Its t is their mean; its mean and its error
+        are over the images, each by the mean of its terms in the bin.
+
+        Args: most: the largest number of bins.
+        """
+        if len(self.timesteps.unique()) <= FEW_TIMESTEPS:
+            return self.per_timestep()
+        count = max(FEW_TIMESTEPS // 4, min(most, self.timesteps.numel() // 10))
+        place = (self.timesteps + 1).double().log() / math.log(self.num_train_timesteps + 1) * count
+        bins = place.long().unique(return_inverse=True)[1]
+        N, M = len(bins), int(bins.max()) + 1
+        zeros = torch.zeros(N, M, dtype=torch.float64, device="cpu")
+        drawn = zeros.scatter_add(1, bins, torch.ones_like(self.terms))
+        t = zeros.scatter_add(1, bins, self.timesteps.double()).sum(0) / drawn.sum(0)
+        per_image = zeros.scatter_add(1, bins, self.bits(self.terms)) / drawn  # NaN: the image has no term in the bin
+        images = (drawn > 0).sum(0)
+        mean = per_image.nansum(0) / images
+        return t, mean, ((per_image - mean).square().nansum(0) / (images - 1) / images).sqrt()
 
 
 def bound(
@@ -130,6 +155,8 @@ def bound(
     """
     T, N = sampler.schedule.num_train_timesteps, len(data)
     x_0 = _channels_last_data(data, sampler.shape, sampler.schedule)
+    if sampler.decoder is not None and x_0.dtype == torch.uint8:
+        raise ValueError("data are images, but the model is of latents; want its latents, as floating-point numbers")
     size = sampler.default_batch_size() if batch_size is None else whole("batch_size", batch_size, 1)
     least = min(1, T - 1)
     if terms is not None and (not is_whole(terms) or not least <= terms <= T - 1):

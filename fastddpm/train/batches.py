@@ -1,5 +1,6 @@
 """The batch of a training step: images, timesteps, noise addresses and labels. It depends on the seed and the step."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import noise
+from fastddpm.core.checks import shown
 from fastddpm.core.layout import channels_last
 from fastddpm.core.memory import send
 from fastddpm.processes.distributed import Ranks
@@ -147,6 +149,18 @@ def check_labels(labels: np.ndarray | None, data: np.ndarray) -> int | None:
         way_out = "np.unique(labels, return_inverse=True)[1] renumbers them"
         raise ValueError(f"{what}; want classes 0, 1, ... without gaps: {way_out}")
     return len(classes)
+
+
+def check_classes(names: Sequence[str] | None, count: int | None) -> tuple[str, ...] | None:
+    """The names of the classes. Raises: ValueError: they are not one distinct name for each of `count` classes."""
+    if names is None:
+        return None
+    if count is None:
+        raise ValueError(f"classes are {shown(names)}, but there are no labels; give both, or neither")
+    distinct = not isinstance(names, str) and isinstance(names, Sequence) and all(isinstance(n, str) for n in names)
+    if not distinct or not len(names) == len(set(names)) == count:
+        raise ValueError(f"classes are {shown(names)}; want {count} distinct names, one for each class")
+    return tuple(names)
 
 
 def check_sides(height: int, width: int, levels: int) -> None:

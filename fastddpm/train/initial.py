@@ -1,6 +1,7 @@
 """The checkpoint that a run starts from."""
 
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fastddpm import checkpoints
 from fastddpm.core.schedule import Schedule
-from fastddpm.train.run_folder import saved_init
+from fastddpm.train.state import saved_init
 
 
 class Initial(NamedTuple):
@@ -28,20 +29,32 @@ class Initial(NamedTuple):
     schedule: Schedule
 
 
-def load_initial(init: str, out: Path) -> Initial:
+def load_initial(init: str | os.PathLike[str], out: Path) -> Initial:
     """Load the checkpoint `init`, for a run in the folder `out`.
 
     If that run has started from it before, the run's own checkpoint serves as well: `init` may be gone by now.
 
-    Raises: ValueError: neither can be loaded.
+    Raises: ValueError: neither can be loaded, it is a network of latents, or `init` is the folder to write.
     """
-    path = os.path.abspath(init)
+    init, path = os.fspath(init), os.path.abspath(init)
+    for place in (out, out / "unet"):
+        if os.path.isdir(path) and os.path.isdir(place) and os.path.samefile(path, place):
+            raise ValueError(f"init is {init}, which is the folder that the run writes, {place}; write to another one")
     before = saved_init(out)
     source = path if os.path.isdir(path) or path == before else init
     if source == before:
         with suppress(ValueError):
-            return Initial(source, *checkpoints.load(out))
-    return Initial(source, *checkpoints.load(source))
+            return _loaded(source, out)
+    return _loaded(source, source)
+
+
+def _loaded(source: str, place: str | Path) -> Initial:
+    checkpoint = checkpoints.load(place)
+    if checkpoint.decoder is not None:
+        raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=4)
+    return Initial(source, checkpoint.config, checkpoint.parameters, checkpoint.schedule)
 
 
 def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,26 @@
 """The options of a training run, and their checks."""
 
 import math
-from collections.abc import Callable
+import numbers
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastddpm import ops
 from fastddpm.core import checks
+from fastddpm.core.names import TRAIN_ENGINES, TRAIN_PRECISIONS
 from fastddpm.core.precision import Compute
 from fastddpm.core.schedule import Schedule
 
-TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # fp16 gradients would need a scaled loss
-TRAIN_ENGINES = ("auto", "eager", "compiled", "compiled+graph")
+BROUGHT_BY_INIT = ("channels", "layers", "attention", "groups", "dropout")  # and the schedule
 _GRID_STEPS = 100  # per sample of the grids
+_MOST = 1 << 40  # steps, images per batch and so on
+_MOST_EXAMPLES = 1 << 56  # of a run: the noise of each has an address
+_WIDEST, _MOST_LAYERS = 1 << 16, 1 << 10  # of a U-Net
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class TrainOptions:
             same with CUDA graphs; "auto": "compiled" on a GPU, else "eager".
         log_every: steps between lines of the log.
         save_every: steps between checkpoints.
-        sample_every: steps between grids of samples.
+        sample_every: steps between grids of samples; 0: draw none. They are drawn less often where they would take more
+            than about a tenth of the training, and are smaller in a short run. The last step always draws one.
         init: a checkpoint to start from. Its layout and schedule replace those of these options.
         schedule: the noise schedule, and what the network predicts: epsilon, x_0 or v.
     """
@@ -68,7 +75,7 @@ class TrainOptions:
     log_every: int = 50
     save_every: int = 1000
     sample_every: int = 2000
-    init: str | None = None
+    init: str | os.PathLike[str] | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
     def unet_config(self, height: int, width: int, channels: int, classes: int | None = None) -> dict[str, Any]:
@@ -93,46 +100,62 @@ def check_options(options: TrainOptions, device: torch.device | str | None) -> T
     """Check all that can be checked before the images are read.
 
     Args: device: as `train` takes it.
-    Returns: the options, with numpy's numbers converted to Python's.
+    Returns: the options, with numpy's numbers and arrays converted to Python's.
     Raises: ValueError: an option is not as `TrainOptions` says, the device does not support it, or it is given beside
         `init`, which brings its own.
     """
-
-    def require(name: str, valid: Callable[[Any], Any], wanted: str) -> None:
-        value = getattr(options, name)
-        if not valid(value):
-            raise ValueError(f"{name} is {value!r}; want {wanted}")
-
-    require("schedule", lambda schedule: isinstance(schedule, Schedule), "a Schedule")
-    if options.init is not None:
-        _check_init(options)
-    plain: dict[str, Any] = {"seed": checks.seed(options.seed)}
-    for name in ("steps", "batch_size", "log_every", "save_every", "sample_every", "layers", "groups"):
-        plain[name] = checks.whole(name, getattr(options, name), 1)
+    if not isinstance(options, TrainOptions):
+        raise ValueError(f"options is {checks.shown(options)}; want TrainOptions")
+    if not isinstance(options.schedule, Schedule):
+        raise ValueError(f"schedule is {checks.shown(options.schedule)}; want a Schedule")
+    plain: dict[str, Any] = {"seed": checks.seed(options.seed), "flip": checks.flag("flip", options.flip)}
+    for name in ("steps", "batch_size", "log_every", "save_every"):
+        plain[name] = checks.whole(name, getattr(options, name), 1, _MOST)
+    if plain["steps"] * plain["batch_size"] > _MOST_EXAMPLES:
+        raise ValueError(
+            f"{plain['steps']} steps of batch_size {plain['batch_size']} are too many; want at most 2^56 images in all"
+        )
+    plain["sample_every"] = checks.whole("sample_every", options.sample_every, 0, _MOST)
     if options.warmup is not None:
-        require("warmup", lambda warmup: _is_whole_from(0, warmup), "a whole number, at least 0, or none")
-        plain["warmup"] = int(options.warmup)
-    require("learning_rate", lambda rate: checks.is_real(rate) and rate > 0, "a finite number > 0")
-    require("weight_decay", lambda decay: checks.is_real(decay) and decay >= 0, "a finite number >= 0")
-    require("grad_clip", lambda norm: _is_real_or_inf(norm) and norm > 0, "a number > 0; inf: do not clip")
+        plain["warmup"] = checks.whole("warmup", options.warmup, 0, _MOST)
+    plain["learning_rate"] = checks.real("learning_rate", options.learning_rate, 0, above=True)
+    plain["weight_decay"] = checks.real("weight_decay", options.weight_decay, 0)
+    unlimited = isinstance(options.grad_clip, numbers.Real) and options.grad_clip == math.inf
+    plain["grad_clip"] = math.inf if unlimited else checks.real("grad_clip", options.grad_clip, 0, above=True)
     for name in ("ema", "dropout"):
-        require(name, lambda share: checks.is_real(share) and 0 <= share < 1, f"a number, 0 <= {name} < 1")
-    for name in ("learning_rate", "weight_decay", "grad_clip", "ema", "dropout"):
-        value = getattr(options, name)
-        plain[name] = value if isinstance(value, int) else float(value)
-    require("flip", lambda flip: isinstance(flip, bool), "True or False")
-    require("channels", lambda widths: widths and _are_whole(widths, 1), "whole numbers > 0, one per level")
-    levels = len(options.channels)
-    require("attention", lambda at: _are_whole(at, 0, levels), f"levels, each from 0 to {levels - 1}")
-    for name in ("channels", "attention"):
-        plain[name] = type(getattr(options, name))(map(int, getattr(options, name)))
-    divisor = f"a divisor of each of channels, {', '.join(map(str, options.channels))}"
-    require("groups", lambda groups: not any(width % groups for width in options.channels), divisor)
+        plain[name] = share = checks.real(name, getattr(options, name))
+        if not 0 <= share < 1:
+            raise ValueError(f"{name} is {share}; want a number, 0 <= {name} < 1")
+    plain |= _layout(options)
+    if options.init is not None:
+        if not isinstance(options.init, str | os.PathLike) or isinstance(os.fspath(options.init), bytes):
+            raise ValueError(f"init is {checks.shown(options.init)}; want the name of a folder or a hub id")
+        plain["init"] = os.fspath(options.init)
     checks.one_of("precision", options.precision, TRAIN_PRECISIONS)
     checks.one_of("engine", options.engine, TRAIN_ENGINES)
+    options = replace(options, **plain)
+    if options.init is not None:
+        _check_beside_init(options)
     check_can_sample(options)
     resolve_engine(options.engine, Compute.resolve(device, options.precision).device)
-    return replace(options, **plain)
+    return options
+
+
+def _layout(options: TrainOptions) -> dict[str, Any]:
+    """The checked options of the network's layout."""
+    channels = _whole_numbers("channels", options.channels, 1, _WIDEST)
+    if not channels:
+        raise ValueError("channels is (); want one number per level, at least one")
+    groups = checks.whole("groups", options.groups, 1)
+    if any(width % groups for width in channels):
+        widths = ", ".join(map(str, channels))
+        raise ValueError(f"groups is {groups}; want a divisor of each of channels, {widths}")
+    return {
+        "channels": channels,
+        "layers": checks.whole("layers", options.layers, 1, _MOST_LAYERS),
+        "attention": _whole_numbers("attention", options.attention, 0, len(channels) - 1),
+        "groups": groups,
+    }
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
@@ -163,13 +186,10 @@ def grid_steps(options: TrainOptions) -> int:
     return min(_GRID_STEPS, options.schedule.num_train_timesteps)
 
 
-def _check_init(options: TrainOptions) -> None:
-    """Raises: ValueError: init is not a name, or an option is given that the checkpoint brings."""
-    if not isinstance(options.init, str):
-        raise ValueError(f"init is {options.init!r}; want the name of a folder or a hub id")
+def _check_beside_init(options: TrainOptions) -> None:
+    """Raises: ValueError: an option is given that the checkpoint `init` brings."""
     given, default = (
-        {name: getattr(each, name) for name in ("channels", "layers", "attention", "groups", "dropout")}
-        | each.schedule.to_config()
+        {name: getattr(each, name) for name in BROUGHT_BY_INIT} | each.schedule.to_config()
         for each in (options, TrainOptions())
     )
     for name, value in given.items():
@@ -179,13 +199,9 @@ def _check_init(options: TrainOptions) -> None:
             )
 
 
-def _is_whole_from(low: int, value: Any, end: float = math.inf) -> bool:
-    return checks.is_whole(value) and low <= value < end
-
-
-def _are_whole(values: Any, low: int, end: float = math.inf) -> bool:
-    return isinstance(values, tuple | list) and all(_is_whole_from(low, value, end) for value in values)
-
-
-def _is_real_or_inf(value: Any) -> bool:
-    return checks.is_real(value) or (isinstance(value, float) and value == math.inf)
+def _whole_numbers(name: str, values: Any, low: int, high: int) -> tuple[int, ...]:
+    """A sequence or an array as a tuple. Raises: ValueError: it is none, or not all are whole numbers in this range."""
+    is_list = isinstance(values, Sequence) or (isinstance(values, np.ndarray) and values.ndim == 1)
+    if not is_list or not all(checks.is_whole(value) and low <= value <= high for value in values):
+        raise ValueError(f"{name} is {checks.shown(values)}; want a list of whole numbers, each from {low} to {high}")
+    return tuple(map(int, values))

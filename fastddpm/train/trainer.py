@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints, ops
+from fastddpm.core.checks import flag, shown
 from fastddpm.core.precision import Compute
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.processes.distributed import Ranks, ranks
 from fastddpm.processes.signals import deferred
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage import images
 from fastddpm.storage.files import check_writable, locked
 from fastddpm.train import run_folder
-from fastddpm.train.batches import Batches, check_images, check_labels, check_sides
+from fastddpm.train.batches import Batches, check_classes, check_images, check_labels, check_sides
+from fastddpm.train.grids import GridPlan, Interrupted, draw_grid
 from fastddpm.train.initial import config_for_images, load_initial
-from fastddpm.train.options import TrainOptions, check_can_sample, check_options, grid_steps, resolve_engine
+from fastddpm.train.options import TrainOptions, check_can_sample, check_options, resolve_engine
+from fastddpm.train.state import RunState, load_state, run_identity, save_state
 from fastddpm.train.updates import clip_gradients, learning_rate_at, update_average
-
-_GRID_SAMPLES = 64  # at most: with labels, as many as make whole rows of classes
 
 
 def train(
@@ -44,34 +44,41 @@ def train(
     options: TrainOptions,
     *,
     labels: np.ndarray | None = None,
+    classes: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Path:
     """Train on images and write a diffusers checkpoint of the averaged weights to the folder `out`.
 
-    If the folder holds an unfinished run of the same images and options, that run is resumed. After Ctrl-C or SIGTERM
-    the current step is finished and saved (under torchrun: the steps up to the next line of the log). Beside the
-    checkpoint the folder holds `training.pt` (the state to resume from), `log.jsonl` (loss and so on), `loss.png` and
-    `samples/` (grids of samples). Under torchrun the processes share each batch: the images and the noise are the same
-    for any number of processes, and only the first process writes. The state of torch's random number generators, on
-    the CPU and on `device`, is the same afterwards as before.
+    If the folder holds an unfinished run of the same images and options, that run is resumed. It may have another
+    number of steps if the learning rates of the steps done are the same with it. A finished run is not changed. After
+    Ctrl-C or SIGTERM the current step is finished and saved (under torchrun: the steps up to the next line of the log).
+    Beside the checkpoint the folder holds `training.pt` (the state to resume from), `log.jsonl` (loss and so on),
+    `loss.png`, `samples/` (grids of samples) and `classes.json` (the names of the classes, if they have any). Under
+    torchrun the processes share each batch: the images and the noise are the same for any number of processes, and only
+    the first process writes. The state of torch's random number generators, on the CPU and on `device`, is the same
+    afterwards as before.
 
     Args:
         data: [N, H, W, C] uint8; H and W multiples of 2^(levels - 1); C = 1, 3 or 4.
         out: folder to write.
         labels: [N] integers >= 0, to train a class-conditional network.
+        classes: the name of each class.
         device: None: the GPU if there is one, else the CPU.
     Returns: out, as a path.
     Raises:
         ValueError: data, labels or an option is not as above; `out` cannot be written, is being written by another
-            process, or holds another run or a checkpoint that no run wrote; or the run diverged.
+            process, or holds another run, a damaged one or a checkpoint that no run wrote; or the run diverged.
         OSError: a file could not be written, for example because the disk is full.
         RuntimeError: another process of this job was lost.
     """
+    if not isinstance(out, str | os.PathLike):
+        raise ValueError(f"out is {shown(out)}; want the name of a folder")
+    flag("progress", progress)
     # the caller may have disabled gradients
     with torch.inference_mode(False), torch.enable_grad(), ranks(device) as group, ExitStack() as stack:
         with group.agree():
-            trainer = Trainer(data, labels, Path(out), options, group)
+            trainer = Trainer(data, labels, Path(out), options, group, classes)
             if group.rank == 0:
                 stack.enter_context(locked(check_writable(out, folder=True)))
         with group.agree():
@@ -88,13 +95,20 @@ class Trainer:
         compute: device and precision.
         net: the network that is trained.
         ema: the same network with averaged weights.
+        classes: the number of classes, and class_names: their names; None: the network is not class-conditional.
         batches: the batch of each step.
         identity: what must be the same when the run is resumed.
         state: how far the run has come.
     """
 
     def __init__(
-        self, data: np.ndarray, labels: np.ndarray | None, out: Path, options: TrainOptions, group: Ranks
+        self,
+        data: np.ndarray,
+        labels: np.ndarray | None,
+        out: Path,
+        options: TrainOptions,
+        group: Ranks,
+        classes: Sequence[str] | None = None,
     ) -> None:
         options = check_options(options, group.device)
         initial = None
@@ -104,6 +118,7 @@ class Trainer:
             check_can_sample(options)
         shape = check_images(data)
         self.classes = check_labels(labels, data)
+        self.class_names = check_classes(classes, self.classes)
         config = options.unet_config(*shape, self.classes)
         if initial is not None:
             config = config_for_images(initial, config)
@@ -115,7 +130,7 @@ class Trainer:
         self.compute = Compute.resolve(group.device, options.precision)
         self.engine = resolve_engine(options.engine, self.compute.device)
         device = self.compute.device
-        with _random_state_restored(device):
+        with _random_state_restored(device), torch.device("cpu"):
             torch.manual_seed(options.seed)
             self.net = UNet2D(**config).to(device)
         if initial is not None:
@@ -126,25 +141,31 @@ class Trainer:
         )
         self.parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
         data = np.require(data, requirements=["C", "W"])  # torch takes neither negative strides nor read-only memory
-        self.identity = run_folder.run_identity(data, labels, options)
-        self.state = run_folder.RunState()
+        self.identity = run_identity(data, labels, self.class_names, options)
+        self.state, self.saved_step = RunState(), 0
         self.batches = Batches(data, labels, options, group, device)
+        self.grids = GridPlan.of(options, self.classes)
         self.table = options.schedule.noising_table().to(device)
 
     def resume(self) -> None:
         """Load the state of this run from its folder, if there is one, and prepare the folder for writing."""
-        self.state = run_folder.load_state(self.out, self.identity, self.parts)
+        state = load_state(self.out, self.options, self.identity, self.parts)
+        if state is None:
+            run_folder.check_is_new(self.out)
+        self.state = state or RunState()
+        self.saved_step = self.state.step
         if self.options.precision == "auto":  # on another device "auto" may be another precision
             before = self.state.setup.get("precision", self.compute.precision)
             try:
                 self.compute = Compute.resolve(self.compute.device, before)
             except ValueError as error:
                 raise ValueError(f"cannot resume the run in {self.out}: its {error}") from error
-        check_writable(self.out / "samples", folder=True)
+        if self.grids.every:
+            check_writable(self.out / "samples", folder=True)
         if self.group.rank == 0:
-            run_folder.remove_leftovers(self.out, self.state.step)
+            run_folder.cut_log(self.out, self.state.step)
             if self.state.step:  # a kill may have come between the state and the checkpoint
-                self._save_checkpoint()
+                self._save_checkpoint(unless_same=True)
 
     def run(self, progress: bool) -> None:
         """Take the remaining steps."""
@@ -157,28 +178,35 @@ class Trainer:
         silent = not progress or self.group.rank > 0
         state.setup = self._setup()
         if not silent:
-            print(f"{self.out}:", ", ".join(f"{name} {value}" for name, value in state.setup.items()), file=sys.stderr)
+            self._print_setup()
         bar = tqdm(total=options.steps, initial=state.step, desc="train", unit="step", disable=silent)
         losses = []
-        stop = False
         with deferred() as caught, bar, _random_state_restored(self.compute.device):
+            stop = self._draw_grid(bar, caught)  # the one that an interruption prevented
+            compiling = self.engine != "eager" and state.step < options.steps
             while state.step < options.steps and not stop:
+                if compiling:
+                    bar.set_description("compile")  # which takes a minute or more
                 loss, norm = self.step(network, state.step)
                 losses.append(loss)
                 state.step += 1
                 bar.update()
-                due = any(map(self._is_due, (options.log_every, options.sample_every, options.save_every)))
+                if compiling:
+                    bar.set_description("train")
+                    bar.unpause()  # leave that time out of the rate
+                    compiling = False
+                due = any(map(self._is_due, (options.log_every, options.save_every, self.grids.every)))
                 stop = self._must_stop(bool(caught), due)
                 if due or stop:
                     state.losses += self._finite_losses(losses)
                     losses = []
                     self._write(norm, bar, last=stop)
+                    stop = self._draw_grid(bar, caught) or stop
             if stop:
                 caught[:] = caught or [signal.SIGTERM]  # another rank caught it, and all ranks end alike
                 if not silent:
-                    bar.write(
-                        f"{self.out}: stopped after step {state.step}; the same command resumes the run", sys.stderr
-                    )
+                    what = f"{self.out}: stopped after step {state.step} of {options.steps}, which is saved"
+                    bar.write(f"{what}; the same command goes on from there", sys.stderr)
 
     def wrapped_network(self) -> Callable[..., Tensor]:
         """The network as `step` takes it: compiled if the engine says so, with gradients averaged over the ranks."""
@@ -235,18 +263,25 @@ class Trainer:
             "batch": self.options.batch_size,
         }
 
+    def _print_setup(self) -> None:
+        print(f"{self.out}:", ", ".join(f"{name} {value}" for name, value in self.state.setup.items()), file=sys.stderr)
+        if self.class_names is not None:
+            names = ", ".join(f"{k} {name}" for k, name in enumerate(self.class_names))
+            print(f"{self.out}: classes (kept in {run_folder.CLASSES}): {names}", file=sys.stderr)
+
     def _must_stop(self, asked: bool, due: bool) -> bool:
         """Whether to stop after this step. Several ranks agree on it only where they wait for each other anyway."""
         if self.group.size == 1:
             return asked
         if not due:
             return False
-        votes = torch.tensor(float(asked), device=self.compute.device)
+        votes = torch.tensor(float(asked), dtype=torch.float32, device=self.compute.device)
         self.group.sum_([votes])
         return bool(votes)
 
     def _is_due(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.options.steps
+        """Whether something that comes every so many steps, and after the last one, is due; 0: never."""
+        return every > 0 and (self.state.step % every == 0 or self.state.step == self.options.steps)
 
     def _finite_losses(self, losses: list[Tensor]) -> list[float]:
         """The losses of the latest steps, summed over the ranks.
@@ -260,14 +295,17 @@ class Trainer:
         if bad or not torch.stack([weights.isfinite().all() for weights in self.ema.parameters()]).all():
             what = f"the loss is {values[bad[0]]}" if bad else "the weights are not finite"
             step = self.state.step - (len(values) - 1 - bad[0] if bad else 0)
-            raise ValueError(
-                f"{what} at step {step}; lower learning_rate ({self.options.learning_rate}), or use precision fp32; "
-                f"{self.out} keeps the last checkpoint before that"
-            )
+            kept = f"keeps the checkpoint of step {self.saved_step}" if self.saved_step else "has no checkpoint yet"
+            raise ValueError(f"{what} at step {step}; {self._way_out()}; {self.out} {kept}")
         return values
 
+    def _way_out(self) -> str:
+        """What to do about a run that diverged."""
+        other = "" if self.compute.precision == "fp32" else ", or use precision fp32"
+        return f"lower learning_rate ({self.options.learning_rate}) in a run in another folder{other}"
+
     def _write(self, norm: Tensor, bar: Any, last: bool) -> None:
-        """Write what is due: a line of the log, pictures, the state and the checkpoint; the state also if `last`."""
+        """Write what is due: a line of the log, the loss curve, the state and the checkpoint; these also if `last`."""
         options, state, writes = self.options, self.state, self.group.rank == 0
         state.seconds = time.monotonic() - self.began
         if self._is_due(options.log_every):
@@ -276,12 +314,13 @@ class Trainer:
             state.losses = []
             if writes:
                 run_folder.append_to_log(self.out, record)
-        if writes and self._is_due(options.sample_every):
-            self._draw_pictures()
-        # after the log and the pictures: saved before them, a kill in between would lose them
-        if writes and (last or self._is_due(options.save_every)):
-            run_folder.save_state(self.out, self.identity, self.parts, state)
-            self._save_checkpoint()
+        # with each grid too: if drawing it is interrupted, the run resumes at this step and draws it
+        if last or self._is_due(options.save_every) or self._is_due(self.grids.every):
+            if writes:
+                run_folder.draw_curve(self.out)
+                save_state(self.out, self.identity, self.parts, state)  # after the log, which it must not be ahead of
+                self._save_checkpoint()
+            self.saved_step = state.step
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -302,35 +341,40 @@ class Trainer:
             "seconds": state.seconds,
         }
 
-    def _save_checkpoint(self) -> None:
-        checkpoints.save(self.out, self.ema.config, self.ema.state_dict(), self.options.schedule)
+    def _save_checkpoint(self, *, unless_same: bool = False) -> None:
+        run_folder.save_checkpoint(
+            self.out,
+            self.ema.config,
+            self.ema.state_dict(),
+            self.options.schedule,
+            self.class_names,
+            unless_same=unless_same,
+        )
 
-    def _draw_pictures(self) -> None:
-        """Draw a grid of samples of the averaged weights, and the loss curve."""
-        options, compute = self.options, self.compute
-        columns, count, labels = 8, _GRID_SAMPLES, None
-        if self.classes is not None:
-            if self.classes <= 16:  # every column shows one class
-                columns = self.classes * max(1, round(8 / self.classes))
-            count -= count % columns
-            labels = torch.arange(count) % self.classes
+    def _draw_grid(self, bar: Any, caught: list[int]) -> bool:
+        """Draw the grid of this step, if one is due and does not exist yet. Returns: whether a signal prevented it."""
+        path = self.out / "samples" / f"step-{self.state.step:07d}.png"
+        if not self.state.step or not self._is_due(self.grids.every) or self.group.rank or path.exists():
+            return False
         sampler = Sampler(
             self.ema,
-            options.schedule,
+            self.options.schedule,
             shape=self.batches.pixels.shape[1:],
-            device=compute.device,
-            precision=compute.precision,
+            device=self.compute.device,
+            precision=self.compute.precision,
         )
-        samples = sampler.sample(
-            count,
-            seed=options.seed,
-            class_labels=labels,
-            steps=grid_steps(options),
-            output="uint8",
-            progress=False,
-        )
-        images.save_grid(samples, self.out / "samples" / f"step-{self.state.step:07d}.png", columns=columns)
-        run_folder.draw_curve(self.out)
+        stopped = lambda: self.group.size == 1 and bool(caught)
+        try:
+            draw_grid(path, sampler, self.grids, self.options, self.classes, show=not bar.disable, stopped=stopped)
+        except Interrupted:
+            return True
+        except ValueError as error:
+            what = f"the network of step {self.state.step} draws no finite samples, so the run has diverged"
+            raise ValueError(f"{what}; {self._way_out()}") from error
+        finally:
+            bar.unpause()  # leave that time out of the rate
+            self._start_interval()
+        return False
 
 
 def _random_state_restored(device: torch.device) -> Any:

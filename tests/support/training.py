@@ -50,7 +50,7 @@ def batch(data, k, options=SMALL, labels=None, ranks=None):
 
 def parameters(folder):
     """The weights of the checkpoint in a folder."""
-    return checkpoints.load(folder)[1]
+    return checkpoints.load(folder).parameters
 
 
 def losses(folder):

@@ -131,8 +131,8 @@ def test_killed_run_resumes_and_learns(tmp_path, monkeypatch, engine):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert all(math.isfinite(line["loss"]) for line in lines)
-    net = UNet2D(**checkpoints.load(tmp_path)[0])
-    checkpoints.load_into(net, checkpoints.load(tmp_path)[1])
+    net = UNet2D(**checkpoints.load(tmp_path).config)
+    checkpoints.load_into(net, checkpoints.load(tmp_path).parameters)
     eps = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     value = torch.from_numpy(pictures(16)).movedim(-1, 1).float() / 127.5 - 1
     with torch.no_grad():

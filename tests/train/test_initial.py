@@ -20,9 +20,9 @@ def test_run_starts_from_a_checkpoint(tmp_path):
     options = dataclasses.replace(STARTED, init=str(first), steps=1, learning_rate=1e-30)
     second = run(tmp_path / "second", options)
     assert_same(parameters(first), parameters(second))
-    (config, _, schedule), (before, _, of_first) = checkpoints.load(second), checkpoints.load(first)
-    assert (config, schedule) == (before, of_first)
-    assert schedule.num_train_timesteps == 20
+    got, want = checkpoints.load(second), checkpoints.load(first)
+    assert (got.config, got.schedule) == (want.config, want.schedule)
+    assert got.schedule.num_train_timesteps == 20
 
 
 @pytest.mark.parametrize("options", [{"channels": (8, 16)}, {"dropout": 0.1}, {"num_train_timesteps": 20}], ids=str)
@@ -74,9 +74,9 @@ def test_damaged_own_checkpoint_is_replaced_on_resume(tmp_path, damaged):
 
 
 def test_initial_checkpoint_that_cannot_be_sampled_is_refused(tmp_path):
-    config, weights, schedule = checkpoints.load(run(tmp_path / "first"))
-    learned = dataclasses.replace(schedule, variance_type="learned_range")
-    checkpoints.save(tmp_path / "learned", config, weights, learned)
+    first = checkpoints.load(run(tmp_path / "first"))
+    learned = dataclasses.replace(first.schedule, variance_type="learned_range")
+    checkpoints.save(tmp_path / "learned", first.config, first.parameters, learned)
     line = error_line(run, tmp_path / "second", dataclasses.replace(STARTED, init=str(tmp_path / "learned")))
     assert line.startswith("variance_type is 'learned_range'; sampling with learned variances is not")
     assert not (tmp_path / "second").exists()

@@ -69,7 +69,7 @@ def test_resume_repairs_the_log_and_adds_up_the_seconds(tmp_path, monkeypatch):
     done = state["progress"]
     assert (done["step"], done["seconds"] < 1000, len(done["losses"])) == (2, True, 2)
     torch.save({**state, "progress": done | {"seconds": 1000.0}}, tmp_path / "training.pt")
-    for name in (".training.pt.1.tmp", "unet/.config.json.23.tmp", ".mine.tmp"):
+    for name in (".training.pt.0.fastddpm-tmp", "unet/.config.json.1.fastddpm-tmp", ".training.pt.1.tmp"):
         (tmp_path / name).touch()
     kept = '{"step": 2, "loss": 0.5, "seconds": 1.0}'
     (tmp_path / "log.jsonl").write_bytes(
@@ -80,7 +80,7 @@ def test_resume_repairs_the_log_and_adds_up_the_seconds(tmp_path, monkeypatch):
     assert first == kept
     assert json.loads(last)["step"] == 4
     assert 1000 < json.loads(last)["seconds"] < 2000
-    assert [path.name for path in tmp_path.rglob(".*.tmp")] == [".mine.tmp"]
+    assert [path.name for path in tmp_path.rglob(".*tmp")] == [".training.pt.1.tmp"]  # the user's own
 
 
 def test_finished_run_is_not_changed(tmp_path):

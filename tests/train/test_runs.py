@@ -135,7 +135,7 @@ def assert_same_run(out, want):
     for folder in (out, want):
         assert not [path for path in folder.rglob("*") if ".tmp" in path.name]
     assert {path.relative_to(out) for path in out.rglob("*")} == {path.relative_to(want) for path in want.rglob("*")}
-    got, weights = checkpoints.load(out)[1], checkpoints.load(want)[1]
+    got, weights = checkpoints.load(out).parameters, checkpoints.load(want).parameters
     assert got.keys() == weights.keys()
     assert all(torch.equal(got[name], weights[name]) for name in weights)
     for grid in (want / "samples").iterdir():

@@ -240,7 +240,7 @@ def test_compiled_gradients_are_as_accurate_as_eager_ones(precision, clip):
 def test_class_conditional_run(tmp_path):
     labels = np.arange(7) % 3
     out = run(tmp_path, labels=labels)
-    assert checkpoints.load(out)[0]["num_class_embeds"] == 3
+    assert checkpoints.load(out).config["num_class_embeds"] == 3
     a, b = (Sampler.from_pretrained(out).sample(1, steps=2, class_labels=[label], progress=False) for label in (0, 2))
     assert not torch.equal(a, b)
     assert '"labels"' in error_line(run, tmp_path, labels=labels[::-1])
@@ -250,7 +250,7 @@ def test_colour_flips_and_dropout_in_bf16(tmp_path):
     options = dataclasses.replace(SMALL, precision="bf16", flip=True, dropout=0.1)
     out = run(tmp_path, options, pictures(channels=3))
     assert parameters(out)["conv_in.weight"].dtype == torch.float32
-    assert checkpoints.load(out)[0]["in_channels"] == 3
+    assert checkpoints.load(out).config["in_channels"] == 3
 
 
 def test_infinite_loss_stops_the_run(tmp_path):

@@ -8,16 +8,20 @@
 With Hugging Face diffusers: `from fastddpm.diffusers import DDPMPipeline`, or `fastddpm.accelerate(pipe)`.
 """
 
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastddpm import _moved, ops
+from fastddpm import _moved
 from fastddpm._version import __version__
-from fastddpm.core import noise
-from fastddpm.core.schedule import Schedule
-from fastddpm.core.table import StepTable
-from fastddpm.networks.unet2d import UNet2D
-from fastddpm.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from fastddpm import ops
+    from fastddpm.core import noise
+    from fastddpm.core.schedule import Schedule
+    from fastddpm.core.table import StepTable
+    from fastddpm.networks.unet2d import UNet2D
+    from fastddpm.sampling.sampler import Sampler
 
 _moved.install()
 if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "philox.py").is_file():
@@ -25,10 +29,23 @@ if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "philox.py").is_
 
 __all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]  # and accelerate
 
+_PLACES = {  # modules and attributes that are imported on first use: torch and diffusers take seconds
+    "Sampler": "fastddpm.sampling.sampler",
+    "Schedule": "fastddpm.core.schedule",
+    "StepTable": "fastddpm.core.table",
+    "UNet2D": "fastddpm.networks.unet2d",
+    "accelerate": "fastddpm.diffusers",
+    "noise": "fastddpm.core.noise",
+    "ops": "fastddpm.ops",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "accelerate":  # imports diffusers, which takes seconds
-        from fastddpm.diffusers import accelerate
+    if name not in _PLACES:
+        raise AttributeError(f"module 'fastddpm' has no attribute {name!r}")
+    module = import_module(_PLACES[name])
+    return module if name in ("noise", "ops") else getattr(module, name)
 
-        return accelerate
-    raise AttributeError(f"module 'fastddpm' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

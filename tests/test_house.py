@@ -20,18 +20,20 @@ ROOT = Path(__file__).parents[1]
 # import each other. In each room __init__ is on top: it only gathers names.
 ORDER = """
 __main__
-cli: main sample merge train likelihood fid verify info options
+cli: main sample trajectory merge train likelihood labels fid verify info options terminal
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
-train: trainer initial batches run_folder updates options
-| evaluate: likelihood terms fid features frechet
-| diffusers: accelerating pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
-sampling: job manifest sampler loop watch batches engine runner model capture
-checkpoints: loading diffusers reading parameters shipped
-networks: unet2d config layers
+train: trainer initial grids batches run_folder state updates options
+| evaluate: likelihood terms fid isolated features frechet
+| diffusers: accelerating decoding pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
+sampling: job manifest sampler arguments loop watch batches engine runner model own_network capture fixed_reads \
+          reachable
+checkpoints: loading diffusers weights parameters reading checkpoint shipped
+networks: unet2d obstacles config layers
 processes: progress displays distributed signals
-storage: merge shards images plots datasets image_folder npz idx data_checks fingerprint indices files
+storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
+         classes decoding npz idx arrays data_checks fingerprint indices files caches
 ops: eps_loss x_0_error group_norm interleave noising predict_step residual step checks library backend
-core: noise schedule table betas layout precision memory checks
+core: noise schedule table betas layout precision memory checks names
 reference: likelihood unet diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox \
          block columns launch
@@ -278,6 +280,23 @@ assert not torch.cuda.is_initialized()
         loaded & {"triton", "diffusers", "PIL", "matplotlib", "huggingface_hub", "safetensors", "tqdm", "kernels"}
         == set()
     )
+
+
+def test_public_names_are_imported_on_first_use(tmp_path):
+    code = """
+import sys, fastddpm
+assert not {"torch", "numpy"} & set(sys.modules)
+assert {*fastddpm.__all__, "accelerate"} <= set(dir(fastddpm))
+assert not hasattr(fastddpm, "Samplers") and "torch" not in sys.modules
+from fastddpm import *
+from fastddpm import Sampler as sampler, noise as noise_, ops as ops_
+import fastddpm.core.noise, fastddpm.ops, fastddpm.sampling.sampler
+assert Sampler is sampler is fastddpm.Sampler is fastddpm.sampling.sampler.Sampler
+assert noise is noise_ is fastddpm.noise is fastddpm.core.noise and ops is ops_ is fastddpm.ops
+assert {Schedule.__name__, StepTable.__name__, UNet2D.__name__} == {"Schedule", "StepTable", "UNet2D"}
+print("ok")
+"""
+    assert python(code, tmp_path) == "ok"
 
 
 @pytest.mark.parametrize(("old", "new"), fastddpm._moved.MOVED.items())

@@ -1,5 +1,8 @@
 """The command line."""
 
-from fastddpm.cli.main import main
+try:
+    from fastddpm.cli.main import main
+except KeyboardInterrupt:  # before `main` can handle it
+    raise SystemExit(130) from None
 
 __all__ = ["main"]

@@ -1,12 +1,14 @@
 """`fastddpm fid`: the Fréchet distance between two sets of images."""
 
 import argparse
-import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from fastddpm.cli.options import add_batch_size, add_device, add_seed
-from fastddpm.evaluate.features import SCALES, SHIPPED_CLASSIFIER
-from fastddpm.evaluate.fid import Fid, fid
+from fastddpm.cli.options import add_batch_size, add_device, add_seed, json_text
+from fastddpm.core.names import SCALE_NAMES, SHIPPED_CLASSIFIER
+
+if TYPE_CHECKING:
+    from fastddpm.evaluate.fid import Fid
 
 SUMMARY = "measure the Fréchet distance between two sets of images"
 EPILOG = """
@@ -15,10 +17,13 @@ examples:
   fastddpm fid cifar10.npz samples/ --features inception.pt          the FID, with an Inception network of your own
   fastddpm fid cifar10-stats.npz samples/ --features inception.onnx  published mean and covariance
 
-A and B are each an .npz, an MNIST-format file, a folder of images, or a folder written by `fastddpm sample`; an .npz
-with mu and sigma holds statistics. Statistics computed from images are cached, and the output says where; the
-network does not run again for the same images. From an .npz the array x_train, x, arr_0 or images is read, unless
-:NAME names another.
+A and B are each an .npz, an MNIST-format file, a folder of images, which may be of several sizes, or a folder written
+by `fastddpm sample`; an .npz with mu and sigma holds statistics. Statistics computed from images are cached, and the
+output says where; the network does not run again for the same images. From an .npz the array x_train, x, arr_0 or
+images is read, unless :NAME names another.
+
+A TorchScript file runs code: use one only if you trust those who made it, or ONNX. The network runs in a process of its
+own, which on Linux (5.13 or later) cannot write files.
 
 The distance is biased upwards, and more so for fewer images: compare distances of equally many images, usually 50,000
 against the training images. Its standard error is the standard deviation over sets resampled from A and B with
@@ -35,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--features",
         metavar="FILE",
         default=SHIPPED_CLASSIFIER,
-        help="a TorchScript or ONNX network (default: %(default)s, the bundled classifier)",
+        help="an ONNX or TorchScript network; TorchScript runs code (default: %(default)s, the bundled classifier)",
     )
     parser.add_argument(
         "--input-size",
@@ -45,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--scale",
-        choices=tuple(SCALES),
+        choices=SCALE_NAMES,
         help="pixel values for FILE: fid is (x - 128) / 128 (default), unit x / 255, signed x / 127.5 - 1, bytes uint8",
     )
     parser.add_argument(
@@ -67,6 +72,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastddpm.evaluate.fid import fid
+
     result = fid(
         args.a,
         args.b,
@@ -82,12 +89,13 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.json:
         about = {"a": args.a, "b": args.b, "bootstrap": args.bootstrap, "seed": args.seed}
-        print(json.dumps(asdict(result) | about, default=str))
+        statistics = [None if path is None else str(path) for path in result.statistics]
+        print(json_text(asdict(result) | about | {"statistics": statistics}))
     else:
         print(_fid_text(result, args.a, args.b, args.bootstrap))
 
 
-def _fid_text(result: Fid, a: str, b: str, replicates: int) -> str:
+def _fid_text(result: "Fid", a: str, b: str, replicates: int) -> str:
     error = "" if result.error is None else f" ± {result.error:.2g} (standard error, {replicates} replicates)"
     lines = [f"Fréchet distance {result.distance:.6g}{error}"]
     for name, path, count, file in zip("AB", (a, b), result.counts, result.statistics, strict=True):

@@ -1,6 +1,7 @@
 """`fastddpm info`: versions, the machine and the defaults; with --kernels, what each kernel compiles to."""
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -8,18 +9,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fastddpm import ops
 from fastddpm._version import __version__
+from fastddpm.cli import terminal
 from fastddpm.cli.options import number_list
-from fastddpm.core.precision import Compute
-from fastddpm.storage.fingerprint import installed
+from fastddpm.storage.caches import user_cache
+from fastddpm.storage.files import atomic
+
+if TYPE_CHECKING:
+    import torch
 
 SUMMARY = "show versions, the machine and the defaults"
 EPILOG = """
@@ -27,6 +30,9 @@ examples:
   fastddpm info                      device, precision and backend that the other commands use by default
   fastddpm info --kernels            registers, spills and memory accesses of each kernel
   fastddpm info --cc 80,90 --json    the same for these compute capabilities, as JSON; needs no GPU
+
+Compiling the kernels takes about half a minute for each compute capability. The report is kept in
+~/.cache/fastddpm/kernels, so that the next one comes at once.
 """
 
 PACKAGES = ("triton", "numpy", "safetensors", "huggingface_hub", "diffusers")
@@ -58,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     for group, name, text in _rows(facts):
         print(f"{group:<9} {name:<16} {text}")
     if with_kernels:
+        sys.stdout.flush()  # before the kernels are compiled
         print(
             "\n" + (kernel_report(args.cc or ()) or "no kernels: Triton is not installed, so torch runs the operations")
         )
@@ -65,6 +72,12 @@ def run(args: argparse.Namespace) -> None:
 
 def machine_facts() -> dict[str, Any]:
     """What decides how fastddpm runs here: versions, the machine, and the defaults of the commands."""
+    import torch
+
+    from fastddpm import ops
+    from fastddpm.core.precision import Compute
+    from fastddpm.storage.fingerprint import installed
+
     compute = Compute.resolve()
     versions: dict[str, str | None] = {
         "fastddpm": __version__,
@@ -91,7 +104,9 @@ def machine_facts() -> dict[str, Any]:
     return {"version": versions, "machine": machine, "default": default}
 
 
-def _backend_reason(device: torch.device) -> str:
+def _backend_reason(device: "torch.device") -> str:
+    from fastddpm import ops
+
     if device.type != "cuda":
         return "the Triton kernels need a GPU"
     return "a GPU, with Triton installed" if ops.backend(device) == "triton" else "Triton is not installed"
@@ -119,20 +134,50 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 def kernel_report(capabilities: Sequence[int], *options: str) -> str | None:
     """What each kernel compiles to; None without Triton.
 
-    A new process compiles the kernels, because in this one Triton may be set to interpret them.
+    A new process compiles the kernels, because in this one Triton may be set to interpret them. Its report is kept in
+    the user's cache.
 
     Args:
         capabilities: compute capabilities; empty: those of the GPUs here, or without a GPU the report's default.
         options: of `python -m fastddpm.kernels.report`.
     Raises: RuntimeError: the report failed; the message has the reason.
     """
+    import torch
+
     if find_spec("triton") is None:
         return None
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     wanted = capabilities or sorted({10 * major + minor for major, minor in gpus if major >= 8})
-    command = [sys.executable, "-m", "fastddpm.kernels.report", *options]
-    if wanted:
-        command += ["--cc", *map(str, wanted)]
+    arguments = [*options, *(["--cc", *map(str, wanted)] if wanted else [])]
+    kept = _kept_report(arguments)
+    if kept is not None:
+        with suppress(OSError, UnicodeDecodeError):
+            return kept.read_text("utf-8")
+    terminal.tell(f"compiling the kernels: about {30 * (len(wanted) or 4)} seconds on one core")
+    report = _compiled_report(arguments)
+    if kept is not None:
+        with suppress(OSError):  # no cache, then
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(kept) as file:
+                file.write(report.encode())
+    return report
+
+
+def _kept_report(arguments: Sequence[str]) -> Path | None:
+    """The file of the user's cache for the report of these kernels by this Triton; None for a user without a home."""
+    from fastddpm.storage.fingerprint import installed
+
+    folder, kernels = user_cache("kernels"), find_spec("fastddpm.kernels")
+    if folder is None or kernels is None or kernels.origin is None:
+        return None
+    digest = hashlib.sha256(json.dumps([installed("triton"), *arguments]).encode())
+    for path in sorted(Path(kernels.origin).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return folder / f"{digest.hexdigest()[:32]}.txt"
+
+
+def _compiled_report(arguments: Sequence[str]) -> str:
+    command = [sys.executable, "-m", "fastddpm.kernels.report", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

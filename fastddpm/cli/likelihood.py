@@ -2,30 +2,23 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import numpy as np
-
-from fastddpm.checkpoints import SHIPPED_MODEL
-from fastddpm.cli.options import (
-    add_batch_size,
-    add_checkpoint,
-    add_device,
-    add_network,
-    add_seed,
-    json_text,
-    number_list,
-)
+from fastddpm.cli.labels import parse_labels
+from fastddpm.cli.options import add_batch_size, add_checkpoint, add_device, add_network, add_seed, json_text
 from fastddpm.core.checks import whole
-from fastddpm.core.schedule import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
-from fastddpm.evaluate.likelihood import Bound, bound
-from fastddpm.networks.unet2d import UNet2D
-from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage import datasets
-from fastddpm.storage.files import atomic, check_writable
-from fastddpm.storage.plots import bound_terms
+from fastddpm.core.names import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
+from fastddpm.storage.files import atomic, check_not_input, check_writable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastddpm.evaluate.likelihood import Bound
+    from fastddpm.networks.unet2d import UNet2D
+    from fastddpm.sampling.sampler import Sampler
 
 SUMMARY = "bound the negative log-likelihood of images, in bits/dim"
 EPILOG = """
@@ -58,9 +51,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--class-labels",
-        type=number_list,
         metavar="L,M",
-        help="labels for a class-conditional model, one per image (default: the labels in DATA)",
+        help="classes for a class-conditional model, one per image, as numbers or names (default: the labels in DATA)",
     )
     parser.add_argument("--out", metavar="X.npz", help="write every term, by image and timestep, in bits/dim")
     parser.add_argument("--plot", metavar="X.png", help="plot the terms over t")
@@ -70,11 +62,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastddpm.evaluate.likelihood import bound
+    from fastddpm.storage import datasets
+
     _check_before_loading(args)
     sampler = _load_with_variance_type(args)
+    labels: Sequence[int] | np.ndarray | None = None
+    if args.class_labels is not None:
+        labels = parse_labels(args.class_labels, sampler.classes)
     images = datasets.load_images(args.data, held_out=True, progress=not args.quiet)
     array = datasets.array_name(args.data, held_out=True)
-    labels = args.class_labels
     if labels is None:
         labels = _labels_of_data(args, sampler, count=len(images))
     began = time.monotonic()
@@ -88,32 +85,53 @@ def run(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     seconds = time.monotonic() - began
-    if args.out is not None:
-        _save_terms(result, args.out)
-    if args.plot is not None:
-        _plot_terms(result, args.plot)
     variance_type = sampler.schedule.variance_type
     if args.json:
         print(_bound_json(result, args.data, array, args.seed, seconds, variance_type))
     else:
         print(_bound_text(result, array, seconds, variance_type))
+    if args.out is not None:
+        _save_terms(result, args.out)
+    if args.plot is not None:
+        _plot_terms(result, args.plot)
 
 
 def _check_before_loading(args: argparse.Namespace) -> None:
     for option, path, suffix in (("--out", args.out, ".npz"), ("--plot", args.plot, ".png")):
-        if path is not None and Path(path).suffix.lower() != suffix:
+        if path is None:
+            continue
+        if Path(path).suffix.lower() != suffix:
             raise ValueError(f"{option} is {path}; want a {suffix} file")
-        if path is not None:
-            check_writable(path)
+        if Path(path).exists():
+            check_not_input(option, path, *_inputs(args))
+        check_writable(path)
+    if args.plot is not None and _is_inside(args.plot, args.data):
+        raise ValueError(f"--plot is {args.plot}, in DATA, which would hold one more image; name another place")
     if args.num_images is not None:
         whole("--num-images", args.num_images, 1)
 
 
-def _load_with_variance_type(args: argparse.Namespace) -> Sampler:
+def _inputs(args: argparse.Namespace) -> list[Path]:
+    """The files that the command reads."""
+    from fastddpm.storage import datasets
+
+    checkpoint = Path(args.checkpoint)
+    results = (".npz", ".png")  # which a run leaves beside its checkpoint
+    read = [file for file in checkpoint.rglob("*") if file.suffix not in results] if checkpoint.is_dir() else []
+    data = datasets.image_files(args.data) if Path(args.data).is_dir() else [datasets.split_array(args.data)[0]]
+    return [*read, *data]
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return Path(folder).is_dir() and Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
+def _load_with_variance_type(args: argparse.Namespace) -> "Sampler":
     """The sampler, with the variance type of --variance-type if that is given."""
-    bundled = args.checkpoint == SHIPPED_MODEL and not Path(SHIPPED_MODEL).exists()
+    from fastddpm.sampling.sampler import Sampler
+
     sampler = Sampler.from_pretrained(
-        None if bundled else args.checkpoint,
+        args.checkpoint,
         variant=args.variant,
         device=args.device,
         precision=args.precision,
@@ -126,16 +144,21 @@ def _load_with_variance_type(args: argparse.Namespace) -> Sampler:
     return sampler
 
 
-def _labels_of_data(args: argparse.Namespace, sampler: Sampler, count: int) -> np.ndarray | None:
+def _labels_of_data(args: argparse.Namespace, sampler: "Sampler", count: int) -> "np.ndarray | None":
     """The labels that come with DATA; None for a model without classes. Args: count: images in all of DATA."""
-    config = cast(UNet2D, sampler.model).config
+    from fastddpm.storage import datasets
+
+    config = cast("UNet2D", sampler.model).config
     classes = config["num_class_embeds"]
     if not classes and not config["class_embed_type"]:
         return None
-    return datasets.load_labels(args.data, count=count, held_out=True, classes=classes)[: args.num_images]
+    labels = datasets.load_labels(args.data, count=count, held_out=True, classes=sampler.classes or classes)
+    return labels[: args.num_images]
 
 
-def _save_terms(result: Bound, path: str) -> None:
+def _save_terms(result: "Bound", path: str) -> None:
+    import numpy as np
+
     t, mean, error = result.per_timestep()
     arrays = {
         "prior": result.bits(result.prior),
@@ -153,8 +176,10 @@ def _save_terms(result: Bound, path: str) -> None:
         np.savez(file, **{name: array.numpy() for name, array in arrays.items()})  # type: ignore[arg-type]
 
 
-def _plot_terms(result: Bound, path: str) -> None:
-    t, mean, error = result.per_timestep()
+def _plot_terms(result: "Bound", path: str) -> None:
+    from fastddpm.storage.plots import bound_terms
+
+    t, mean, error = result.binned()
     summary = result.summary()
     bound_terms(
         t,
@@ -168,7 +193,7 @@ def _plot_terms(result: Bound, path: str) -> None:
     )
 
 
-def _bound_json(result: Bound, data: str, array: str | None, seed: int, seconds: float, variance_type: str) -> str:
+def _bound_json(result: "Bound", data: str, array: str | None, seed: int, seconds: float, variance_type: str) -> str:
     images, terms = result.terms.shape
     about = {
         "data": data,
@@ -184,7 +209,7 @@ def _bound_json(result: Bound, data: str, array: str | None, seed: int, seconds:
     return json_text(about | {name: {"mean": mean, "error": error} for name, (mean, error) in result.summary().items()})
 
 
-def _bound_text(result: Bound, array: str | None, seconds: float, variance_type: str) -> str:
+def _bound_text(result: "Bound", array: str | None, seconds: float, variance_type: str) -> str:
     titles = {
         "rate": "rate L_1 + ... + L_T",
         "prior": "  of which L_T",

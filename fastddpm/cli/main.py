@@ -1,18 +1,20 @@
 """The command line, `fastddpm sample | merge | train | likelihood | fid | verify | info`."""
 
 import argparse
-import os
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastddpm._version import __version__
-from fastddpm.cli import fid, info, likelihood, merge, sample, train, verify
+from fastddpm.cli import fid, info, likelihood, merge, sample, terminal, train, verify
 from fastddpm.processes.signals import Stopped
+from fastddpm.storage.caches import library_caches
 
-COMMANDS = {  # a command is a module with SUMMARY, EPILOG, add(parser) and run(args)
+# A command is a module with SUMMARY, EPILOG, add(parser) and run(args). It imports torch, and what needs it, in the
+# functions that use it: --help and --version come at once.
+COMMANDS = {
     "sample": sample,
     "merge": merge,
     "train": train,
@@ -26,32 +28,58 @@ COMMANDS = {  # a command is a module with SUMMARY, EPILOG, add(parser) and run(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. An error is one line on stderr.
 
-    Returns: the exit status: 0; 1 if `verify` found a difference; 2 after an error; 130 after Ctrl-C and 143 after
-        SIGTERM; 141, as a shell reports it, if the reader of the output closed the pipe.
+    Returns: the exit status: 0; 1 if `verify` found a difference; 2 after an error, also if stdout could not be
+        written; 130 after Ctrl-C and 143 after SIGTERM; 141, as a shell reports it, if the reader of the output closed
+        the pipe. A closed stdout and any failure of stderr change nothing.
     """
-    args = command_parser().parse_args(arguments)
+    with terminal.streams() as stdout:
+        try:
+            status = _run(arguments)
+        except SystemExit as exit_:  # of argparse: --help, --version, or a mistake
+            raise SystemExit(_with_output(stdout, int(exit_.code or 0))) from None
+        return _with_output(stdout, status)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    debug = False
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # the interpreter flushes stdout once more when it exits
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        parser = command_parser()
+        args = parser.parse_args(arguments)
+        if "run" not in args:
+            parser.print_help()
+            return 0
+        debug = args.debug
+        with library_caches():
+            return args.run(args) or 0
     except Stopped as stop:
         if str(stop):
-            print(f"\nfastddpm: {stop}", file=sys.stderr)
+            print(file=sys.stderr)  # the terminal shows ^C, perhaps after a bar
+            terminal.tell(str(stop))
         return 128 + stop.number
     except KeyboardInterrupt:
-        print("\nfastddpm: interrupted; files written before are complete", file=sys.stderr)
+        print(file=sys.stderr)
+        terminal.tell("interrupted; files written before are complete, and the same command starts again")
         return 130
     except Exception as error:
-        if args.debug:
+        if debug:
             traceback.print_exc()
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        hint = "" if args.debug or not kind else " (--debug shows where)"
-        print(f"fastddpm: error: {kind}{' '.join(str(error).split())}{hint}", file=sys.stderr)
+        hint = "" if debug or isinstance(error, ValueError | OSError | MemoryError) else " (--debug shows where)"
+        terminal.tell(f"error: {terminal.explained(error)}{hint}")
         return 2
-    return status or 0
+
+
+def _with_output(stdout: terminal.Stream, status: int) -> int:
+    """The exit status, given whether all that was printed has been written."""
+    stdout.flush()
+    if stdout.failure is None or status:
+        return status
+    if isinstance(stdout.failure, BrokenPipeError):
+        return 141
+    terminal.tell(
+        f"error: stdout could not be written, so what was printed is lost: {stdout.failure}; free some space, "
+        "or send the output to another place"
+    )
+    return 2
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -60,7 +88,7 @@ def command_parser() -> argparse.ArgumentParser:
         prog="fastddpm", description="Exact DDPM sampling with fused kernels. Start with: fastddpm sample"
     )
     parser.add_argument("--version", action="version", version=f"fastddpm {__version__}")
-    commands = parser.add_subparsers(required=True, metavar=" | ".join(COMMANDS), title="commands")
+    commands = parser.add_subparsers(metavar=" | ".join(COMMANDS), title="commands")
     for name, command in COMMANDS.items():
         added = commands.add_parser(
             name,
@@ -83,5 +111,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _OneLineErrors(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.color = False  # Python 3.14 would colour --help, and `terminal.Stream` would show the escapes
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"fastddpm: error: {message} (see {self.prog} --help)\n")
+        terminal.tell(f"error: {message} (see {self.prog} --help)")
+        self.exit(2)

@@ -3,7 +3,6 @@
 import argparse
 
 from fastddpm.cli.options import add_quiet
-from fastddpm.storage.merge import merge
 
 SUMMARY = "join the samples of finished folders in one file"
 EPILOG = """
@@ -24,6 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastddpm.storage.merge import merge
+
     shape = merge(args.folders, args.out, progress=not args.quiet)
     if not args.quiet:
         print(f"{args.out}: {shape[0]} samples, each {' x '.join(map(str, shape[1:]))}")

@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastddpm.checkpoints import SHIPPED_MODEL
-from fastddpm.core.precision import PRECISIONS
-from fastddpm.sampling.model import ENGINES
+from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL
 from fastddpm.storage.indices import Indices
 
-ANY_PRECISION = ("auto", *PRECISIONS)
+ANY_PRECISION = ("auto", *PRECISION_NAMES)
+MOST_NUMBERS = 10_000_000  # in a list that is kept in memory
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -74,7 +73,10 @@ def index_list(text: str) -> Indices:
 
 def number_list(text: str) -> tuple[int, ...]:
     """Parse an argument such as 5,7,100-103: (5, 7, 100, 101, 102, 103)."""
-    return tuple(index_list(text))
+    numbers = index_list(text)
+    if len(numbers) > MOST_NUMBERS:
+        raise argparse.ArgumentTypeError(f"{len(numbers)} numbers; want at most {MOST_NUMBERS}")
+    return tuple(numbers)
 
 
 def json_text(value: Any) -> str:

@@ -3,18 +3,24 @@
 import argparse
 import os
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from fastddpm.cli.labels import every_class, parse_labels
 from fastddpm.cli.options import add_batch_size, add_checkpoint, add_device, add_network, add_seed, index_list
-from fastddpm.core.table import SAMPLERS
-from fastddpm.processes.distributed import Ranks, ranks
-from fastddpm.sampling import job
-from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage import images
+from fastddpm.cli.terminal import tell
+from fastddpm.core.names import SAMPLERS
 from fastddpm.storage.files import check_writable
 from fastddpm.storage.indices import Indices
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from fastddpm.processes.distributed import Ranks
+    from fastddpm.sampling.sampler import Sampler
 
 SUMMARY = "draw images from a trained model"
 EPILOG = """
@@ -22,6 +28,8 @@ examples:
   fastddpm sample                                          16 garments from the bundled model -> samples.png
   fastddpm sample google/ddpm-cifar10-32 --num-samples 64  a diffusers checkpoint from the Hugging Face Hub
   fastddpm sample runs/mine --sampler ddim --steps 50      a local folder; 50 deterministic steps instead of all T
+  fastddpm sample --num-samples 8 --trajectory way.gif     also the way from noise to garments
+  fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
   fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset
   torchrun --nproc-per-node 8 -m fastddpm sample runs/mine --num-samples 50000 --out samples/
@@ -60,11 +68,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-noise", action="store_true", help="omit sigma_t z, so that each step returns its mean")
     parser.add_argument(
         "--class-labels",
-        type=index_list,
         metavar="L,M-N",
-        help="labels for a class-conditional model, one per sample; a shorter list, such as 0-9, is repeated",
+        help="numbers or names of classes for a class-conditional model, one per sample; a shorter list, such as 0-9, "
+        "is repeated (default: every class in turn)",
+    )
+    parser.add_argument(
+        "--decode", action="store_true", help="of a latent pipeline: turn the latents into images (needs diffusers)"
     )
     parser.add_argument("--out", metavar="PATH", help="a .png (one grid), an .npz, or a folder (default: samples.png)")
+    parser.add_argument(
+        "--trajectory", metavar="PATH", help="also show the way from noise to the samples, as a .gif or a .png"
+    )
     parser.add_argument(
         "--format", choices=tuple(_DEFAULT_OUT), help="output format (default: from --out; for a folder: png)"
     )
@@ -81,6 +95,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastddpm.processes.distributed import ranks
+
     if args.batch_invariant and args.batch_size is not None:
         raise ValueError(
             "--batch-size does not apply with --batch-invariant, which sets the batch size; leave one of them out"
@@ -88,18 +104,32 @@ def run(args: argparse.Namespace) -> None:
     out, format, into_folder = _destination(args.out, args.format)
     with ranks(args.device) as group:
         with group.agree():
-            if not into_folder:
+            if into_folder:
+                _check_options_of_a_folder(args)
+            else:
                 _check_options_of_one_file(args, out, group)
             check_writable(out, folder=into_folder, make=False)
             sampler = _load_sampler(args, out, into_folder, group)
+            samples = Indices.of(args.num_samples if args.indices is None else args.indices)
+            if not samples:
+                raise ValueError("no samples were requested; give --num-samples or --indices")
+            if args.class_labels is None:
+                labels = every_class(sampler, samples)
+            else:
+                labels = parse_labels(args.class_labels, sampler.classes)
+        if not args.quiet and group.rank == 0:
+            tell(_what_is_drawn(args, sampler, samples, out))
         if into_folder:
-            _sample_into_folder(args, sampler, out, format, group)
+            _sample_into_folder(args, sampler, samples, labels, out, format, group)
         else:
-            _sample_into_file(args, sampler, out, format)
+            _sample_into_file(args, sampler, samples, labels, out, format)
 
 
-def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group: Ranks) -> Sampler:
+def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group: "Ranks") -> "Sampler":
     """The sampler; a folder that is continued keeps its precision unless --precision is given."""
+    from fastddpm.sampling import job
+    from fastddpm.sampling.sampler import Sampler
+
     precision = args.precision
     if into_folder and precision == "auto":
         precision = job.previous_manifest(out).get("precision", precision)
@@ -113,14 +143,31 @@ def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group:
     )
 
 
-def _sample_into_folder(args: argparse.Namespace, sampler: Sampler, out: Path, format: str, group: Ranks) -> None:
+def _what_is_drawn(args: argparse.Namespace, sampler: "Sampler", samples: Indices, out: Path) -> str:
+    steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
+    size = " x ".join(map(str, sampler.shape))
+    where = f"{sampler.precision} on {sampler.device}"
+    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}"
+
+
+def _sample_into_folder(
+    args: argparse.Namespace,
+    sampler: "Sampler",
+    samples: Indices,
+    labels: "Sequence[int] | None",
+    out: Path,
+    format: str,
+    group: "Ranks",
+) -> None:
+    from fastddpm.sampling import job
+
     began = time.monotonic()
     store = job.sample_to(
         out,
         sampler,
-        args.num_samples if args.indices is None else args.indices,
+        samples,
         format=format,
-        class_labels=args.class_labels,
+        class_labels=labels,
         shard_size=args.shard_size,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -135,23 +182,26 @@ def _sample_into_folder(args: argparse.Namespace, sampler: Sampler, out: Path, f
         print(f"{out}: all {len(store.samples)} samples are done; {time.monotonic() - began:.1f} s this time")
 
 
-def _sample_into_file(args: argparse.Namespace, sampler: Sampler, out: Path, format: str) -> None:
+def _sample_into_file(
+    args: argparse.Namespace,
+    sampler: "Sampler",
+    samples: Indices,
+    labels: "Sequence[int] | None",
+    out: Path,
+    format: str,
+) -> None:
     """Draw all samples in memory, then write one file: a grid or an .npz."""
-    are_images = sampler.shape[0] in images.CHANNELS
-    if not are_images and format != "npz":
-        raise ValueError(
-            f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz"
-        )
-    samples = Indices.of(args.num_samples if args.indices is None else args.indices)
-    if not samples:
-        raise ValueError("no samples were requested; give --num-samples or --indices")
-    labels = args.class_labels
+    from fastddpm.cli.trajectory import Trajectory
+    from fastddpm.storage import class_grid, images
+
+    as_images = _draws_images(args, sampler, format)
     if labels is not None and 0 < len(labels) < len(samples):
-        labels = np.resize(tuple(labels), len(samples)).tolist()
+        labels = [labels[i % len(labels)] for i in range(len(samples))]
+    trajectory = None if args.trajectory is None else Trajectory(sampler, samples, args.steps, args.trajectory)
     began = time.monotonic()
     x = sampler.sample(
         samples,
-        output="uint8" if are_images else "float",
+        output="uint8" if as_images and not args.decode else "float",
         class_labels=labels,
         batch_size=args.batch_size,
         seed=args.seed,
@@ -160,23 +210,77 @@ def _sample_into_file(args: argparse.Namespace, sampler: Sampler, out: Path, for
         eta=args.eta,
         noise=not args.no_noise,
         progress=not args.quiet,
+        callback=trajectory,
     )
     seconds = time.monotonic() - began
+    pictures = _decoded(sampler, x, args.batch_size) if args.decode else x
     if format == "grid":
-        images.save_grid(x, out)
+        class_grid.save_samples(pictures, out, labels, sampler.classes)
     else:
-        images.save_npz(x, out)
+        images.save_npz(pictures, out)
     if not args.quiet:
         print(f"{out}: {len(x)} samples in {seconds:.1f} s, {len(x) / seconds:.3g} per second")
+    if trajectory is not None:
+        trajectory.save(x)
+        if not args.quiet:
+            print(f"{args.trajectory}: {trajectory.about}")
 
 
-def _check_options_of_one_file(args: argparse.Namespace, out: Path, group: Ranks) -> None:
+def _draws_images(args: argparse.Namespace, sampler: "Sampler", format: str) -> bool:
+    """Whether the file will hold images. Raises: ValueError: the options do not fit what the model draws."""
+    from fastddpm.storage import images
+
+    if args.decode and sampler.decoder is None:
+        raise ValueError("--decode is for pipelines with a VAE, but this model draws images; leave it out")
+    if sampler.decoder is not None and not args.decode and (format != "npz" or args.trajectory is not None):
+        raise ValueError(
+            "the model's samples are latents, which the VAE of its pipeline turns into images; use --decode for "
+            "images (it needs diffusers), or --format npz for the latents"
+        )
+    if args.decode and args.trajectory is not None:
+        raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
+    as_images = len(sampler.shape) == 3 and sampler.shape[0] in images.CHANNELS and sampler.decoder is None
+    if not as_images and not args.decode and (format != "npz" or args.trajectory is not None):
+        raise ValueError(
+            f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz"
+            f"{' without --trajectory' * (args.trajectory is not None)}"
+        )
+    return as_images
+
+
+def _decoded(sampler: "Sampler", latents: "Tensor", batch_size: int | None) -> "Tensor":
+    """Latents as uint8 images [N, H, W, C]."""
+    from fastddpm.diffusers.decoding import decode
+    from fastddpm.storage import images
+
+    assert sampler.decoder is not None
+    size = batch_size or sampler.default_batch_size()
+    return images.to_uint8(decode(sampler.decoder, latents, batch_size=size, device=sampler.device))
+
+
+def _check_options_of_a_folder(args: argparse.Namespace) -> None:
+    for option, given in (("--decode", args.decode), ("--trajectory", args.trajectory is not None)):
+        if given:
+            raise ValueError(f"{option} is for one file, not for a folder; use --out x.png, or --out x.npz")
+
+
+def _check_options_of_one_file(args: argparse.Namespace, out: Path, group: "Ranks") -> None:
+    from fastddpm.storage.trajectory import SUFFIXES
+
     way_out = f"write a folder instead: --out {out.stem or 'samples'}/ --format npz"
     if group.size > 1:
         raise ValueError(f"{group.size} processes cannot write one file, {out}; {way_out}")
     for option, value in (("--shard-size", args.shard_size), ("--json-log", args.json_log)):
         if value is not None:
             raise ValueError(f"{option} does not apply to one file, {out}; {way_out}")
+    if args.decode and find_spec("diffusers") is None:
+        raise ValueError("--decode needs diffusers; install it: pip install diffusers")
+    if args.trajectory is not None:
+        if Path(args.trajectory).suffix.lower() not in SUFFIXES:
+            raise ValueError(f"--trajectory is {args.trajectory}; want a .gif or a .png file")
+        if Path(args.trajectory).resolve() == out.resolve():
+            raise ValueError(f"--trajectory and --out are both {out}; want two files")
+        check_writable(args.trajectory)
 
 
 def _destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:

@@ -1,15 +1,15 @@
 """`fastddpm train`: train a model on images."""
 
 import argparse
+import os
+import shlex
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from fastddpm.cli.options import add_device, add_network, number_list
-from fastddpm.core.schedule import BETA_SCHEDULES, PREDICTION_TYPES, Schedule
-from fastddpm.processes.distributed import ranks
-from fastddpm.storage import datasets
+from fastddpm.core.names import BETA_SCHEDULES, PREDICTION_TYPES, TRAIN_ENGINES, TRAIN_PRECISIONS
 from fastddpm.storage.files import check_writable
-from fastddpm.train.options import TRAIN_ENGINES, TRAIN_PRECISIONS, TrainOptions, check_options
-from fastddpm.train.trainer import train
 
 SUMMARY = "train a model on images (Algorithm 1 of the DDPM paper)"
 EPILOG = """
@@ -19,31 +19,36 @@ examples:
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
-DATA is an .npz with uint8 [N, H, W] or [N, H, W, C], an MNIST-format file (idx, gzipped or not), or a folder of images
-of one size. The folder --out becomes a diffusers checkpoint, together with a log, a loss curve and samples. To resume
-an interrupted run, give the same command again. Under torchrun the processes share each batch, with the same images
-and noise as a single process.
+DATA is an .npz with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file (idx,
+gzipped or not), or a folder of images of one size. The folder --out becomes a diffusers checkpoint, together with a
+log, a loss curve and samples. To resume an interrupted run, give the same command again. A finished run is trained
+longer by another run, in another folder, with --init FOLDER. Under torchrun the processes share each batch, with the
+same images and noise as a single process.
 """
 
-_OPTION_HELP = {  # a field of TrainOptions -> the text of its option
-    "steps": "total number of optimiser steps",
-    "batch_size": "images per step, over all processes",
-    "learning_rate": "peak learning rate",
-    "warmup": "steps until the peak (default: 500, but at most a tenth of --steps)",
-    "ema": "decay of the averaged weights, which are the weights that are saved",
-    "weight_decay": "weight decay of AdamW",
-    "grad_clip": "maximum norm of the gradient",
-    "flip": "mirror half of the images, at random",
-    "channels": "channels of each U-Net level; each level after the first halves the resolution",
-    "layers": "residual blocks per level",
-    "attention": "levels with self-attention; 0 is the finest",
-    "groups": "groups of the group norms",
-    "dropout": "dropout rate in the residual blocks",
-    "seed": "seed of the initial weights, the batches and the noise",
-    "save_every": "steps between checkpoints",
-    "log_every": "steps between log lines",
-    "sample_every": "steps between sample grids",
+_OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its default there, and the text of its option
+    "steps": (20_000, "total number of optimiser steps"),
+    "batch_size": (128, "images per step, over all processes"),
+    "learning_rate": (5e-4, "peak learning rate"),
+    "warmup": (None, "steps until the peak (default: 500, but at most a tenth of --steps)"),
+    "ema": (0.999, "decay of the averaged weights, which are the weights that are saved"),
+    "weight_decay": (0.01, "weight decay of AdamW"),
+    "grad_clip": (1.0, "maximum norm of the gradient"),
+    "flip": (False, "mirror half of the images, at random"),
+    "channels": ((32, 64, 128), "channels of each U-Net level; each level after the first halves the resolution"),
+    "layers": (1, "residual blocks per level"),
+    "attention": ((2,), "levels with self-attention; 0 is the finest"),
+    "groups": (8, "groups of the group norms"),
+    "dropout": (0.0, "dropout rate in the residual blocks"),
+    "seed": (0, "seed of the initial weights, the batches and the noise"),
+    "save_every": (1000, "steps between checkpoints"),
+    "log_every": (50, "steps between log lines"),
+    "sample_every": (
+        2000,
+        "steps between sample grids, or more if they would take over a tenth of the time; 0: none",
+    ),
 }
+_FREE = {"class_conditional": False, "engine": "auto", "precision": "auto", "device": None, "quiet": False}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -51,31 +56,32 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where to write the checkpoint, or the run to resume"
     )
-    for name, text in _OPTION_HELP.items():
-        _add_train_option(parser, name, text)
-    schedule = TrainOptions().schedule
+    for name, (default, text) in _OPTIONS.items():
+        _add_train_option(parser, _flag(name), default, text)
     parser.add_argument(
         "--beta-schedule",
         choices=BETA_SCHEDULES,
-        default=schedule.beta_schedule,
+        default="linear",
         help="noise schedule (default: %(default)s)",
     )
     parser.add_argument(
         "--timesteps",
         type=int,
-        default=schedule.num_train_timesteps,
+        default=1000,
         metavar="T",
         help="length T of the noise schedule (default: %(default)s)",
     )
     parser.add_argument(
         "--prediction",
         choices=PREDICTION_TYPES,
-        default=schedule.prediction_type,
+        default="epsilon",
         help="what the network learns to predict (default: %(default)s)",
     )
     parser.add_argument("--class-conditional", action="store_true", help="condition the model on the classes of DATA")
     parser.add_argument(
-        "--init", metavar="CHECKPOINT", help="start from this checkpoint's weights, with its layout and schedule"
+        "--init",
+        metavar="CHECKPOINT",
+        help="start from this checkpoint's weights, with its layout and schedule: a folder, a hub id or fashion-mnist",
     )
     add_network(
         parser,
@@ -86,9 +92,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def _add_train_option(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    """Add the option of one field of TrainOptions, with the type and the default of the field."""
-    default, flag = getattr(TrainOptions(), name), "--" + name.replace("_", "-")
+def _add_train_option(parser: argparse.ArgumentParser, flag: str, default: Any, text: str) -> None:
+    """Add the option of one field of TrainOptions, of the type of its default."""
     if isinstance(default, bool):
         parser.add_argument(flag, action="store_true", help=text)
     elif isinstance(default, tuple):
@@ -101,26 +106,74 @@ def _add_train_option(parser: argparse.ArgumentParser, name: str, text: str) -> 
 
 
 def run(args: argparse.Namespace) -> None:
+    from fastddpm.core.schedule import Schedule
+    from fastddpm.processes.distributed import AgreedError, ranks
+    from fastddpm.storage import datasets
+    from fastddpm.train.options import TrainOptions, check_options
+    from fastddpm.train.state import LongerRunError
+    from fastddpm.train.trainer import train
+
     options = TrainOptions(
-        **{name: getattr(args, name) for name in (*_OPTION_HELP, "precision", "engine", "init")},
+        **{name: getattr(args, name) for name in (*_OPTIONS, "precision", "engine", "init")},
         schedule=Schedule(
             beta_schedule=args.beta_schedule,
             num_train_timesteps=args.timesteps,
             prediction_type=args.prediction,
         ),
     )
-    if Path(args.data).is_dir() and Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-        raise ValueError(
-            f"--out is {args.out}, a folder in DATA, {args.data}, where the run's own images would become training "
-            "images; want a folder elsewhere"
-        )
+    _check_apart(args.data, args.out)
     with ranks(args.device) as group:
         prints = not args.quiet and group.rank == 0
+        labels = classes = None
         with group.agree():
             check_options(options, group.device)
             check_writable(args.out, folder=True, make=False)
             images = datasets.load_images(args.data, progress=prints)
-            labels = datasets.load_labels(args.data, count=len(images)) if args.class_conditional else None
-        out = train(images, args.out, options, labels=labels, device=group.device, progress=prints)
+            if args.class_conditional:
+                labels = datasets.load_labels(args.data, count=len(images))
+                classes = datasets.load_classes(args.data)
+        try:
+            train(images, args.out, options, labels=labels, classes=classes, device=group.device, progress=prints)
+        except ValueError as error:
+            cause = error.__cause__ if isinstance(error, AgreedError) else error
+            if isinstance(cause, LongerRunError):
+                raise ValueError(f"{cause}; the command is: {_command_to_train_on(args, cause.more)}") from error
+            raise
     if prints:
-        print(f"{out}: trained for {options.steps} steps; now `fastddpm sample {out}`")
+        print(f"{args.out}: trained for {options.steps} steps; now `fastddpm sample {shlex.quote(_path(args.out))}`")
+
+
+def _check_apart(data: str, out: str) -> None:
+    """Raises: ValueError: the run would write its own images into DATA, and train on them when it is resumed."""
+    for place in (Path(out), Path(out, "samples")):
+        if Path(data).is_dir() and place.resolve().is_relative_to(Path(data).resolve()):
+            raise ValueError(
+                f"--out is {out}, and {place} is in DATA, {data}, where the run's own images would become training "
+                "images; want a folder elsewhere"
+            )
+
+
+def _command_to_train_on(args: argparse.Namespace, more: int) -> str:
+    """The command for a run of `more` steps that starts from the run in --out, with the same options."""
+    from fastddpm.train.options import BROUGHT_BY_INIT
+
+    names = (os.path.abspath(args.out) + suffix for suffix in chain(["-more"], (f"-more-{i}" for i in count(2))))
+    out = next(name for name in names if not os.path.lexists(name))
+    out = out if os.path.isabs(args.out) else os.path.relpath(out)
+    data, init, out = map(_path, (args.data, args.out, out))
+    words = ["fastddpm", "train", data, "--init", init, "--out", out, "--steps", str(more)]
+    defaults = {name: default for name, (default, _) in _OPTIONS.items() if name not in ("steps", *BROUGHT_BY_INIT)}
+    for name, default in (defaults | _FREE).items():
+        value = getattr(args, name)
+        if value != default:
+            words += [_flag(name)] if value is True else [_flag(name), str(value)]
+    return shlex.join(words)
+
+
+def _path(name: str) -> str:
+    """A path as a command takes it: one that starts with a hyphen would be an option."""
+    return f"./{name}" if name.startswith("-") else name
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -65,7 +65,7 @@ def test_documented_command_is_valid(line):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/gpu.md"])
 def test_python_runs(page, tiny, monkeypatch):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped_model", lambda: tiny)
+    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", tiny)
     names: dict = {}
     blocks = code_blocks((ROOT / page).read_text(), ("python",))
     assert blocks

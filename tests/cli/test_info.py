@@ -4,11 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
 
-from fastddpm import __version__
+from fastddpm import __version__, ops
 from fastddpm.cli import info
 from fastddpm.cli.main import main
 from fastddpm.core.precision import Compute
@@ -66,7 +67,7 @@ def test_info_shows_versions_and_defaults(precision, capsys, monkeypatch):
 )
 def test_info_explains_the_backend(device, backend, reason, capsys, monkeypatch):
     monkeypatch.setattr(Compute, "resolve", lambda: Compute(torch.device(device), "fp32"))
-    monkeypatch.setattr(info.ops, "backend", lambda device: backend)
+    monkeypatch.setattr(ops, "backend", lambda device: backend)
     assert main(["info", "--json"]) == 0
     default = json.loads(capsys.readouterr().out)["default"]
     assert (default["backend"], default["backend_reason"]) == (backend, reason)
@@ -83,8 +84,47 @@ def test_report_on_the_kernels_follows_the_facts(flags, capabilities, capsys, mo
     assert text.endswith(f"\n\nthe report for {capabilities}\n")
 
 
+def test_report_on_the_kernels_is_kept(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    compiled, version = [], ["3.6.0"]
+    monkeypatch.setattr(
+        info, "_compiled_report", lambda arguments: compiled.append(arguments) or f"report {len(compiled)}"
+    )
+    monkeypatch.setattr("fastddpm.storage.fingerprint.installed", lambda package: version[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def report(*arguments):
+        return info.kernel_report(*arguments), capsys.readouterr().err
+
+    told = "fastddpm: compiling the kernels: about {} seconds on one core\n"
+    assert report([80]) == ("report 1", told.format(30))
+    assert report([80]) == ("report 1", "")
+    assert report([80, 90]) == ("report 2", told.format(60))
+    assert report([80], "--json") == ("report 3", told.format(30))
+    version[0] = "3.7.0"
+    assert report([80])[0] == "report 4"
+    monkeypatch.setattr(info, "find_spec", lambda name: ModuleSpec(name, None, origin=str(tmp_path / "__init__.py")))
+    (tmp_path / "step.py").write_text("one kernel")
+    assert [report([80])[0], report([80])[0]] == ["report 5", "report 5"]
+    (tmp_path / "step.py").write_text("another")
+    assert report([80])[0] == "report 6"
+    assert compiled == [["--cc", *cc.split()] for cc in ("80", "80 90")] + [["--json", "--cc", "80"]] + 3 * [
+        ["--cc", "80"]
+    ]
+
+
+@pytest.mark.parametrize("home", ["missing", "file", "none"])
+def test_report_on_the_kernels_needs_no_cache(home, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(info, "_compiled_report", lambda arguments: "report")
+    (tmp_path / "file").touch()  # no folder can be made in it
+    monkeypatch.setenv("XDG_CACHE_HOME", "no absolute path" if home == "none" else str(tmp_path / home))
+    assert info.kernel_report([90]) == "report"
+
+
 @pytest.mark.slow
-def test_info_as_json_with_the_report_on_the_kernels(capsys, monkeypatch):
+def test_info_as_json_with_the_report_on_the_kernels(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the report compiles the kernels nevertheless
     assert main(["info", "--kernels", "--cc", "90", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -104,4 +144,6 @@ def test_kernels_without_triton(capsys, monkeypatch):
 def test_unknown_compute_capability_is_an_error(capsys):
     assert main(["info", "--cc", "1"]) == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"fastddpm: error: RuntimeError: the report on the kernels failed: .+\n", err)
+    told, error = err.splitlines()
+    assert told.startswith("fastddpm: compiling the kernels")
+    assert re.fullmatch(r"fastddpm: error: RuntimeError: the report on the kernels failed: .+", error)

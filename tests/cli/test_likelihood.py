@@ -112,7 +112,7 @@ def test_held_out_images_are_preferred(tiny, images_with_labels, capsys):
 
 @pytest.mark.usefixtures("images_with_labels")
 def test_likelihood_of_the_bundled_model(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped_model", lambda: tiny)
+    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", tiny)
     assert total(["fashion-mnist", "images.npz", "--num-images", "1"], capsys)["error"] == "nan"
 
 

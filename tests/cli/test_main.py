@@ -8,41 +8,70 @@ from pathlib import Path
 import pytest
 
 from fastddpm import __version__
+from fastddpm.cli import merge
 from fastddpm.cli.main import COMMANDS, main
-from fastddpm.storage import images
+from fastddpm.processes.signals import Stopped
 from tests.support.command_line import error_line
 
 STARTS = [[sys.executable, "-m", "fastddpm"], [str(Path(sys.executable).with_name("fastddpm"))]]
 
 
 def test_debug_shows_the_traceback(tiny, capsys):
-    assert main(["sample", tiny, "--steps", "0", "--debug"]) == 2
+    assert main(["sample", tiny, "--steps", "0", "--quiet", "--debug"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1].startswith("fastddpm: error: steps is 0")
 
 
-def test_unexpected_error_is_one_line_with_its_type(tiny, capsys, monkeypatch):
-    def broken(*_):
-        raise ZeroDivisionError("on\ntwo lines")
+def raising(error):
+    def run(args):
+        raise error
 
-    monkeypatch.setattr(images, "save_grid", broken)
-    line = error_line(["sample", tiny, "--quiet"], capsys)
+    return run
+
+
+def test_unexpected_error_is_one_line_with_its_type(capsys, monkeypatch):
+    monkeypatch.setattr(merge, "run", raising(ZeroDivisionError("on\ntwo lines")))
+    line = error_line(["merge", "a", "b"], capsys)
     assert "ZeroDivisionError: on two lines (--debug shows where)" in line
 
 
-def test_keyboard_interrupt_exits_with_130(tiny, capsys, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(images, "save_grid", interrupted)
-    assert main(["sample", tiny, "--quiet"]) == 130
-    assert capsys.readouterr().err == "\nfastddpm: interrupted; files written before are complete\n"
+def test_keyboard_interrupt_exits_with_130(capsys, monkeypatch):
+    monkeypatch.setattr(merge, "run", raising(KeyboardInterrupt))
+    assert main(["merge", "a", "b"]) == 130
+    told = "fastddpm: interrupted; files written before are complete, and the same command starts again"
+    assert capsys.readouterr().err == f"\n{told}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["sample", "--help-me"]])
+def test_a_stopped_job_exits_with_the_number_of_its_signal(capsys, monkeypatch):
+    monkeypatch.setattr(merge, "run", raising(Stopped("3 of 8 samples are done; the same command resumes", 15)))
+    assert main(["merge", "a", "b"]) == 143
+    assert capsys.readouterr().err == "\nfastddpm: 3 of 8 samples are done; the same command resumes\n"
+
+
+@pytest.mark.parametrize("arguments", [["paint"], ["sample", "--help-me"]])
 def test_misuse_is_one_line(arguments, capsys):
     assert "--help)" in error_line(arguments, capsys)
+
+
+def test_without_a_command_it_prints_the_help(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("usage: fastddpm [-h] [--version]\n")
+    assert err == ""
+
+
+@pytest.mark.parametrize("arguments", ["", "--version", "--help", *(f"{command} --help" for command in COMMANDS)])
+def test_help_does_not_import_torch(arguments):
+    code = f"""
+import sys
+from fastddpm.cli import main
+try:
+    main({arguments.split()})
+finally:
+    assert not {{"torch", "triton", "matplotlib", "PIL", "tqdm", "diffusers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -91,7 +120,9 @@ def test_closed_pipe_exits_with_141(start, monkeypatch):
 
 @pytest.mark.parametrize("start", STARTS)
 def test_installed_command(start, tiny):
-    done = subprocess.run([*start, "sample", tiny, "--steps", "0"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*start, "sample", tiny, "--steps", "0", "--quiet"], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("fastddpm: error: steps is 0")
     assert done.stderr.count("\n") == 1

@@ -30,7 +30,7 @@ def test_sample_writes_a_grid(tiny, capsys):
 
 
 def test_sample_uses_the_bundled_model_by_default(tiny, monkeypatch):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped_model", lambda: tiny)
+    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", tiny)
     assert main(["sample", "--quiet", "--out", "x.npz"]) == 0
     assert np.array_equal(np.load("x.npz")["arr_0"], draw_uint8(tiny, 16))
 

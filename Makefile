@@ -5,6 +5,7 @@
 # make gpu-check GPU_CHECK='--only smoke'. make report CHECK=FOLDER makes records of them
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+CONSTRAINTS := constraints.txt
 OUT ?= bench/results
 CHECK ?= $(if $(filter file,$(origin OUT)),build/gpu-check,$(OUT))
 
@@ -68,11 +69,12 @@ clean:
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 
-# What is installed depends only on pyproject.toml: the package itself is installed as editable.
-$(VENV)/package: pyproject.toml | $(VENV)/bin/python
-	$(PYTHON) -m pip install --editable .
+# What is installed depends on these two files alone: the package itself is installed as editable. To try other versions of
+# torch and triton: make test CONSTRAINTS=FILE VENV=FOLDER
+$(VENV)/package: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PYTHON) -m pip install --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
-$(VENV)/test $(VENV)/bench $(VENV)/docs: pyproject.toml | $(VENV)/bin/python
-	$(PYTHON) -m pip install --editable '.[$(@F)]'
+$(VENV)/test $(VENV)/bench $(VENV)/docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PYTHON) -m pip install --constraint $(CONSTRAINTS) --editable '.[$(@F)]'
 	@touch $@

@@ -57,12 +57,12 @@ def network(name: str) -> UNet2D:
     torch.manual_seed(0)
     net = UNet2D(**_config(name))
     if name == "shipped":
-        checkpoints.load_into(net, checkpoints.load(checkpoints.shipped_model())[1])
+        checkpoints.load_into(net, checkpoints.load(checkpoints.shipped_model()).parameters)
     return net.to(DEVICE).eval()
 
 
 def _config(name: str) -> dict[str, Any]:
-    return checkpoints.load(checkpoints.shipped_model())[0] if name == "shipped" else LAYOUTS[name]
+    return checkpoints.load(checkpoints.shipped_model()).config if name == "shipped" else LAYOUTS[name]
 
 
 class Norm(NamedTuple):

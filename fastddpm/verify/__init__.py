@@ -2,6 +2,6 @@
 
 from fastddpm.verify.accuracy import Record
 from fastddpm.verify.ladder import verify
-from fastddpm.verify.table import table
+from fastddpm.verify.table import summary, table
 
-__all__ = ["Record", "table", "verify"]
+__all__ = ["Record", "summary", "table", "verify"]

@@ -24,6 +24,7 @@ DAMAGE = 1 + 1e-4  # factor on damaged coefficients
 FEW_STEPS = 20  # of runs that need not be complete
 # implementations of `ops`
 COMPILED, INTERPRETED, TORCH = "the kernel", "the interpreted kernel", "torch"
+SAME_CODE = "same code here"  # why a comparison is skipped
 
 
 @dataclass
@@ -45,6 +46,11 @@ class Case:
         """The dtypes of results that can be compared: Triton's interpreter truncates to bfloat16 and does not round."""
         return [dtype for dtype in ops.FLOATS if dtype != torch.bfloat16 or self.implementation != INTERPRETED]
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the noise, the update and the noising of `ops` are calls of the reference, in torch on the CPU."""
+        return self.implementation == TORCH and self.device.type == "cpu"
+
 
 @dataclass
 class NetworkCase(Case):
@@ -55,6 +61,7 @@ class NetworkCase(Case):
         shape: of a sample.
         steps: of the trajectory; None: all T.
         progress: show bars.
+        has_time: whether there is time to compare the distribution of samples.
         plain_networks: the reference U-Nets that `plain_output` has built, by dtype.
     """
 
@@ -62,6 +69,7 @@ class NetworkCase(Case):
     shape: tuple[int, ...]
     steps: int | None = None
     progress: bool = False
+    has_time: bool = True
     plain_networks: dict[torch.dtype, UNet] = field(default_factory=dict)
 
     @property

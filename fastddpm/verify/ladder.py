@@ -5,16 +5,18 @@ runs the kernels as well.
 """
 
 import os
+import time
 from dataclasses import replace
 from typing import cast
 
 import torch
 
 from fastddpm import ops
+from fastddpm.core import checks
 from fastddpm.evaluate.terms import check_output_channels
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.verify import interpreter, rungs
+from fastddpm.verify import interpreter, rungs, sampling_rungs
 from fastddpm.verify.accuracy import Record
 from fastddpm.verify.case import COMPILED, TORCH, NetworkCase
 
@@ -25,6 +27,7 @@ def verify(
     variant: str | None = None,
     device: torch.device | str | None = None,
     steps: int | None = None,
+    seconds: float | None = None,
     damage: str | None = None,
     progress: bool = True,
 ) -> list[Record]:
@@ -37,14 +40,21 @@ def verify(
         variant: of the weights, such as "fp16".
         device: None: the GPU if there is one, else the CPU.
         steps: of the trajectory; None: all T.
+        seconds: shorten the trajectory so that all takes about as long. Twenty steps are taken in any case; if there
+            is no time for it then, the distribution of samples is skipped.
         damage: a rung, one of RUNGS, whose side under test is made wrong; it must fail.
         progress: show a bar.
-    Returns: the comparisons in order; `table` formats them.
+    Returns: the comparisons in order; `summary` and `table` format them.
     Raises: ValueError: an argument is not as above, the checkpoint cannot be read, its network does not fit its
         variance_type, or the rung to damage is skipped.
     """
     if damage is not None and damage not in rungs.RUNGS:
         raise ValueError(f"damage is {damage!r}; want one of the rungs {', '.join(rungs.RUNGS)}")
+    if seconds is not None:
+        seconds = checks.real("seconds", seconds, 0, above=True)
+        if steps is not None:
+            raise ValueError(f"steps is {steps!r} and seconds is {seconds:g}; give one of the two")
+    deadline = None if seconds is None else time.monotonic() + seconds
     sampler = Sampler.from_pretrained(source, variant=variant, device=device, precision="fp32")
     schedule, net = sampler.schedule, cast(UNet2D, sampler.model)
     check_output_channels(schedule, sampler.shape[0], net.config["out_channels"])
@@ -54,15 +64,21 @@ def verify(
     schedule.table(steps)  # raises if steps is wrong, before anything runs
     implementation = COMPILED if ops.backend(sampler.device) == "triton" else TORCH
     case = NetworkCase(schedule, sampler.device, implementation, net, sampler.shape, steps, progress)
-    records = _climb_all(case, learned, damage)
+    records = _climb_all(case, learned, damage, deadline)
     damaged = [record for record in records if record.rung == damage]
     if damaged and all(record.verdict == "skipped" for record in damaged):
         raise ValueError(f"damage is {damage!r}, but that rung is skipped: {damaged[0].note}; choose another")
     return records
 
 
-def _climb_all(case: NetworkCase, learned: str | None, damage: str | None) -> list[Record]:
-    """Climb all rungs. Args: learned: the checkpoint's variance_type, if it is learned; damage: as of `verify`."""
+def _climb_all(case: NetworkCase, learned: str | None, damage: str | None, deadline: float | None) -> list[Record]:
+    """Climb all rungs.
+
+    Args:
+        learned: the checkpoint's variance_type, if it is learned.
+        damage: as of `verify`.
+        deadline: when to have finished, as time.monotonic counts; None: at any time.
+    """
     records: list[Record] = []
     interpreted: list[Record] = []
     for name in case.bar(rungs.RUNGS, "verify"):
@@ -70,6 +86,9 @@ def _climb_all(case: NetworkCase, learned: str | None, damage: str | None) -> li
             note = f"sampling with variance_type {learned!r} is not supported"
             records.append(Record(name, "samples with the reference's", note=note))
             continue
+        if deadline is not None and name in rungs.OF_SAMPLING and name not in rungs.OF_KERNELS:
+            sampling_rungs.fit_into(case, deadline - time.monotonic())
+            deadline = None
         records += rungs.climb(name, case, name == damage)
         if name in rungs.OF_KERNELS and case.device.type == "cpu":
             interpreted = interpreted or interpreter.interpreted_records(case.schedule, damage)

@@ -10,7 +10,7 @@ import torch
 
 from fastddpm.cli.main import main
 from fastddpm.core.schedule import LEARNED_VARIANCE_TYPES
-from fastddpm.verify import interpreter, rungs
+from fastddpm.verify import interpreter, rungs, sampling_rungs
 from fastddpm.verify.accuracy import Record
 from fastddpm.verify.ladder import verify
 from fastddpm.verify.rungs import OF_KERNELS, RUNGS
@@ -55,7 +55,8 @@ def test_the_ladder_holds(tiny, capsys):
     assert list(dict.fromkeys(record["rung"] for record in records)) == list(RUNGS)
     on_gpu = torch.cuda.is_available()
     skipped = {record["rung"]: record["note"] for record in records if record["verdict"] == "skipped"}
-    assert skipped == ({} if on_gpu else {"engines": "cpu has no CUDA graphs"})
+    same = dict.fromkeys(("noise", "step", "noising"), "same code here")
+    assert skipped == ({} if on_gpu else same | {"engines": "cpu has no CUDA graphs"})
     for name in OF_KERNELS:
         text = " ".join(record["compared"] for record in records if record["rung"] == name)
         implementations = ["the kernel"] if on_gpu else ["torch", "the interpreted kernel"]
@@ -97,11 +98,12 @@ def test_learned_variances_skip_the_rungs_of_sampling(variance_type, tmp_path, m
     monkeypatch.setattr(rungs, "OF_KERNELS", ())
     source = save_tiny(tmp_path, replace(SCHEDULE, variance_type=variance_type), out_channels=2)
     records = verify(source, device="cpu", progress=False)
-    verdicts = {(record.rung, record.verdict) for record in records}
+    verdicts = {(record.rung, record.verdict) for record in records if record.note != "same code here"}
+    verdicts |= {("noising", "pass")}  # all of it is
     sampling = {"step", "step64", "engines", "trajectory", "batch", "distribution"}
     assert verdicts == {(name, "skipped" if name in sampling else "pass") for name in RUNGS}
     note = f"sampling with variance_type '{variance_type}' is not supported"
-    assert {record.note for record in records if record.verdict == "skipped"} == {note}
+    assert {record.note for record in records if record.verdict == "skipped"} == {note, "same code here"}
     only("unet", "trajectory")
     assert verify(source, device="cpu", damage="unet", progress=False)[0].verdict == "FAIL"
     message = check.error_line(verify, source, device="cpu", damage="trajectory", progress=False)
@@ -135,12 +137,34 @@ def test_an_exception_fails_its_rung_and_the_others_run(tiny, only, monkeypatch)
     [
         ({"damage": "stepp"}, f"damage is 'stepp'; want one of the rungs {', '.join(RUNGS)}"),
         ({"steps": 13}, "steps is 13; want a whole number from 1 to 12"),
+        ({"seconds": 0}, "seconds is 0; want a finite number, above 0"),
+        ({"seconds": 9, "steps": 3}, "steps is 3 and seconds is 9; give one of the two"),
         ({"device": "abacus"}, "device is 'abacus'; want 'cpu', 'cuda' or 'cuda:N'"),
     ],
 )
 def test_wrong_arguments_raise_before_a_rung_runs(arguments, message, tiny, monkeypatch):
     monkeypatch.setattr(rungs, "climb", None)
     assert check.error_line(verify, tiny, **arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps", "has_time"), [(0.5, 20, False), (245, 20, False), (250, 24, True), (9000, 100, True)]
+)
+def test_seconds_shorten_the_trajectory(seconds, steps, has_time, tmp_path, only, monkeypatch):
+    """A step of the trajectory takes 1 s, and building the networks 1.2 s, of a clock that only they advance."""
+    source, clock, calls = save_tiny(tmp_path, replace(SCHEDULE, num_train_timesteps=100, beta_end=0.1)), [100.0], []
+
+    def errors(case, table, precisions, damage):
+        calls.append(len(table))
+        clock[0] += len(table) + (1.2 if len(calls) == 1 else 0)
+        return {"fp32": [(0, 0.0, 0.0)] * len(table)}, torch.zeros(1)
+
+    only("trajectory", "distribution")
+    monkeypatch.setattr(sampling_rungs, "trajectory_errors", errors)
+    monkeypatch.setattr(sampling_rungs.time, "monotonic", lambda: clock[0])
+    trajectory, *_, distribution = verify(source, device="cpu", seconds=seconds, progress=False)
+    assert trajectory.compared == f"fp32 trajectory of {steps} steps with float64, median rms"
+    assert (distribution.note == "no time is left for it; give more seconds") is not has_time
 
 
 def test_a_skipped_rung_cannot_be_damaged(tiny, only):

@@ -322,7 +322,8 @@ def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
     with torch.cuda.device_of(x):
         if division.rows >= pixels:
             return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
-        statistics, grid = torch.empty(n, slabs, 3, groups, device=x.device), (n * stripes * slabs,)
+        statistics = torch.empty(n, slabs, 3, groups, dtype=torch.float32, device=x.device)
+        grid = (n * stripes * slabs,)
         tile["SLAB"] = division.slab
         launch(statistics_kernel, grid, statistics, *inputs, *sizes, slabs, **tile)
         tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}

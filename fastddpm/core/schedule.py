@@ -257,7 +257,7 @@ def _descending(timesteps: Any, T: int) -> Tensor:
     for before, after in pairwise(visited):
         if after >= before:
             raise ValueError(f"timesteps has {after} after {before}; want strictly descending timesteps")
-    return torch.tensor(visited, device="cpu")
+    return torch.tensor(visited, dtype=torch.int64, device="cpu")
 
 
 def _elements(values: Any) -> list:

@@ -113,7 +113,8 @@ class DDPM(Scheduler):
             # of equal timesteps the first visited counts
             follows = dict(zip(ascending, [-1, *ascending], strict=False))
         follows = {t: prev for t, prev in follows.items() if -1 <= t < len(abar) and prev < len(abar)}
-        t, prev = (send(torch.tensor(list(side)).long(), abar.device) for side in (follows, follows.values()))
+        pairs = torch.tensor(list(follows.items()), dtype=torch.int64, device="cpu").reshape(-1, 2)
+        t, prev = send(pairs, abar.device).unbind(1)
         abar_t = abar[t]
         abar_prev = torch.where(prev < 0, send(self.one, abar.device), abar[prev.clamp(min=0)])
         rest_t, rest_prev = 1 - abar_t, 1 - abar_prev

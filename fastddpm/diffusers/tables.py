@@ -70,7 +70,7 @@ class Table:
         """
         abar = sources[0]
         rows = torch.full((2 + len(abar), len(Columns._fields)), torch.nan, dtype=abar.dtype, device=abar.device)
-        rows[send(torch.tensor(timesteps, dtype=torch.int64), abar.device) + 1] = torch.stack(columns, 1)
+        rows[send(torch.tensor(timesteps, dtype=torch.int64, device="cpu"), abar.device) + 1] = torch.stack(columns, 1)
         return cls(key, list(map(Snapshot, sources)), rows, frozenset(timesteps))
 
     def on(self, device: torch.device) -> Tensor:

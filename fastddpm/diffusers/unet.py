@@ -91,7 +91,7 @@ class FusedCalls(ExitStack):
             engine = shared_engine(self.unet, x.shape[1:], self.T)
             self.network = self.enter_context(engine.network(len(x), capture=engine.captures(self.T)))
             self.prepared_for = call
-            self.network.prepare(torch.arange(self.T), labels)
+            self.network.prepare(torch.arange(self.T, device="cpu"), labels)
             labels = None
         with self.network.working():
             if labels is not None:

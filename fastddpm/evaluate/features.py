@@ -60,7 +60,8 @@ def shipped_classifier() -> Classifier:
     """The bundled classifier, on the CPU; see the README.md beside its weights."""
     from safetensors.torch import load_file
 
-    model = Classifier()
+    with torch.device("cpu"):
+        model = Classifier().float()
     model.load_state_dict(load_file(_classifier_file()))
     return model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
 
@@ -221,7 +222,7 @@ def extract(
 
     if batch_size is not None:
         whole("batch_size", batch_size, 1)
-    features, done = torch.empty(0), 0
+    features, done = torch.empty(0, dtype=torch.float32, device="cpu"), 0
     with tqdm(total=count, desc="features", unit="image", disable=not progress, leave=False) as bar:
         for images in batches:
             start, size = 0, batch_size or extractor.batch_size(images)

@@ -24,7 +24,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Args: a, b: [N, D] and [M, D], N, M >= 2.
     Raises: ValueError: the shapes are not as above.
     """
-    a, b = (torch.as_tensor(x).double() for x in (a, b))
+    a, b = (torch.as_tensor(x, device="cpu").double() for x in (a, b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features are {list(a.shape)} and {list(b.shape)}; want [N, D] and [M, D], N, M >= 2")
     return gaussian_distance(*moments(a), *moments(b))
@@ -42,7 +42,7 @@ def moments(x: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x: [N, D] features.
         counts: [N] integers, how often each row counts; None: once.
     """
-    counts = torch.ones(len(x), dtype=torch.int64) if counts is None else counts
+    counts = torch.ones(len(x), dtype=torch.int64, device=x.device) if counts is None else counts
     n, rows = counts.sum(), counts.nonzero().flatten()  # a resampling leaves out 1/e of the rows
     mean, cov = x.new_zeros(x.shape[1], dtype=torch.float64), x.new_zeros(2 * x.shape[1:], dtype=torch.float64)
     for part in rows.split(BLOCK):
@@ -113,14 +113,16 @@ def bootstrap(
             return lambda: fixed
 
         def draw() -> tuple[Tensor, Tensor]:
-            mean, cov = moments(x, torch.randint(len(x), (len(x),), generator=generator).bincount(minlength=len(x)))
+            drawn = torch.randint(len(x), (len(x),), generator=generator, device="cpu")
+            mean, cov = moments(x, drawn.bincount(minlength=len(x)))
             return mean, _root(cov)
 
         return draw
 
     draw_a, draw_b = resampler(a), resampler(b)
     steps = tqdm(range(replicates), desc="bootstrap", disable=not progress, leave=False)
-    return torch.tensor([_distance(draw_a(), draw_b()) for _ in steps], dtype=torch.float64)
+    distances = [_distance(draw_a(), draw_b()) for _ in steps]
+    return torch.tensor(distances, dtype=torch.float64, device="cpu")
 
 
 def random_features(images: Tensor) -> Tensor:

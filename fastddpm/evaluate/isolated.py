@@ -127,7 +127,7 @@ def _load(source: str, threads: int, device: str, **options: Any) -> tuple[Extra
     """Load an extractor once this process can no longer write. Returns: it, and the reply about it."""
     torch.set_num_threads(threads)
     if device != "cpu":
-        torch.zeros(1, device=device)  # starts CUDA, which may write
+        torch.zeros(1, dtype=torch.float32, device=device)  # starts CUDA, which may write
     confined = forbid_writing()
     extractor = features.load_extractor(source, device=device, **options)
     names = ("name", "identity", "channels", "size", "scale")

@@ -171,7 +171,7 @@ def bound(
     bar = tqdm(total=N * (1 + timesteps.shape[1]), desc="likelihood", unit="term", disable=not progress)
     with bar, evaluating(sampler.model):
         evaluator = _PairEvaluator(sampler.engine, x_0, addresses, labels, bound_terms, size, bar)
-        decoder = evaluator.evaluate(bound_terms.distortion, torch.zeros(N, 1, dtype=torch.int64))[:, 0]
+        decoder = evaluator.evaluate(bound_terms.distortion, torch.zeros(N, 1, dtype=torch.int64, device="cpu"))[:, 0]
         rates = evaluator.evaluate(bound_terms.kl, timesteps)
     prior = prior_kl(sampler.schedule, x_0)
     return Bound(prior, decoder, timesteps, rates, weights, T, math.prod(sampler.shape))
@@ -227,7 +227,7 @@ class _PairEvaluator:
         T, batches = self.terms.schedule.num_train_timesteps, -(-self.bar.total // self.size)
         labels = None if self.labels is None else self.labels[:1].expand(self.size, *self.labels.shape[1:])
         with self.engine.network(self.size, capture=self.engine.captures(batches)) as network:
-            network.prepare(torch.arange(T), labels, per_entry=True)
+            network.prepare(torch.arange(T, device="cpu"), labels, per_entry=True)
             with network.working():
                 yield network
 
@@ -268,7 +268,7 @@ def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -
 
     Raises: ValueError: data is not as `bound` takes it.
     """
-    x = torch.as_tensor(data).cpu()
+    x = torch.as_tensor(data, device="cpu")
     if x.dtype == torch.uint8:
         want: tuple[int, ...] = (*shape[1:], shape[0])
     elif x.is_floating_point():
@@ -295,5 +295,5 @@ def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:
     """The mean, and its standard error."""
-    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else torch.tensor(math.nan)
+    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else torch.full_like(values[:1], math.nan)[0]
     return float(values.mean()), float(error)

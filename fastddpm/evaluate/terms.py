@@ -35,14 +35,14 @@ class BoundTerms:
         schedule, device, T = sampler.schedule, sampler.device, sampler.schedule.num_train_timesteps
         self.schedule, self.discrete, self.channels = schedule, discrete, sampler.shape[0]
 
-        rows, scale = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T))
+        rows, scale = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T, device="cpu"))
         rows, noising = x_0_rows(rows, scale), schedule.noising_table()
         self.noising, self.rows = noising.to(device), rows.to(device)
         self.table = torch.cat([noising, rows.float()], 1).to(device)
 
         log_abar = schedule.log_alphas_cumprod
         abar_prev, noise_var = schedule.alphas_cumprod_prev, -log_abar.expm1()  # noise_var = 1 - abar
-        noise_var_prev = -torch.cat([torch.zeros(1, dtype=torch.float64), log_abar[:-1]]).expm1()
+        noise_var_prev = -torch.cat([torch.zeros(1, dtype=torch.float64, device="cpu"), log_abar[:-1]]).expm1()
         betas = schedule.betas.clone()
         posterior_var = noise_var_prev / noise_var * betas  # eq. 7
         posterior_var[0] = posterior_var[1] if T > 1 else betas[0]  # in place of 0, as in the authors' code
@@ -114,17 +114,18 @@ def systematic(population: int, count: int, seed: int, images: int) -> tuple[Ten
     """
     probabilities = _probabilities(population, count)
     if count in (0, population):
-        chosen = torch.arange(1, count + 1).expand(images, -1)
+        chosen = torch.arange(1, count + 1, device="cpu").expand(images, -1)
     else:
         starts = [np.random.default_rng((seed, i)).random() for i in range(images)]
-        places = torch.tensor(starts, dtype=torch.float64)[:, None] + torch.arange(count)
+        first = torch.tensor(starts, dtype=torch.float64, device="cpu")
+        places = first[:, None] + torch.arange(count, device="cpu")
         chosen = 1 + torch.searchsorted(probabilities.cumsum(0)[:-1], places, right=True)
     return chosen, 1 / probabilities[chosen - 1]
 
 
 def _probabilities(population: int, count: int) -> Tensor:
     """min(1, c / t) for t = 1..population, with the c for which they sum to `count`: [population] float64."""
-    probabilities = 1 / torch.arange(1, population + 1, dtype=torch.float64)
+    probabilities = 1 / torch.arange(1, population + 1, dtype=torch.float64, device="cpu")
     certain = 0
     while certain < count and (count - certain) * probabilities[certain] >= probabilities[certain:].sum():
         certain += 1

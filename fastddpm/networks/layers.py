@@ -105,7 +105,7 @@ class Resnet(nn.Module):
         if not self.scale_shift:
             self.conv1.bias = None
         if kernels:
-            self.bias = nn.Parameter(torch.empty(self.conv2.out_channels, dtype=torch.float32))
+            self.bias = nn.Parameter(torch.empty_like(cast(Tensor, self.conv2.bias)))
             self.conv2.bias = None
             if self.conv_shortcut is not None:
                 self.conv_shortcut.bias = None
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         del self.to_q, self.to_k, self.to_v
         if kernels:
-            self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+            self.bias = nn.Parameter(torch.empty_like(cast(Tensor, self.to_out[0].bias)))
             cast(Any, self.to_out[0]).bias = None
 
     def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -236,7 +236,7 @@ class Upsample(nn.Module):
         width = self.conv.in_channels
         self.phases = Conv2d(width, 4 * width, 2, padding=1, bias=not kernels)
         if kernels:
-            self.bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+            self.bias = nn.Parameter(torch.empty_like(cast(Tensor, self.conv.bias)))
         del self.conv
 
     def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:

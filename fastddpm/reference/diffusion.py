@@ -163,7 +163,7 @@ def tree_sum(x: Tensor) -> Tensor:
 
 def linear_betas(T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """The paper's variances of the forward process (section 4): [T] float64."""
-    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+    return torch.linspace(beta_start, beta_end, T, dtype=torch.float64, device="cpu")
 
 
 class Posterior(NamedTuple):
@@ -290,7 +290,7 @@ class Diffusion:
         """
         x = x_T
         for t in reversed(range(self.T)):  # line 2
-            eps = model(x, torch.full(x.shape[:1], t, device=x.device))
+            eps = model(x, torch.full(x.shape[:1], t, dtype=torch.int64, device=x.device))
             z = noise(t) if noise and t else None  # line 3
             x = self.step(x, eps, t, z, variance_type=variance_type, clip=clip)  # line 4
         return x

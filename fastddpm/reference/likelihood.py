@@ -164,7 +164,7 @@ def bound(
             process,
             model,
             x_0,
-            torch.full((len(x_0),), t, device=x_0.device),
+            torch.full((len(x_0),), t, dtype=torch.int64, device=x_0.device),
             noise(t),
             predicts=predicts,
             variance_type=variance_type,

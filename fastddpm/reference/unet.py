@@ -314,6 +314,7 @@ class UNet(nn.Module):
             channels = out
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.float()  # whatever torch's default dtype is
 
     def forward(self, x: Tensor, t: int | Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict eps.

@@ -41,7 +41,7 @@ def split(samples: Tensor, size: int, micro_batch: int) -> list[Tensor]:
     given: Counter[int] = Counter()  # entry: samples placed there so far
     for place, entry in enumerate((samples % micro_batch).tolist()):
         if given[entry] == len(batches):
-            batches.append(torch.full((micro_batch,), -1, device="cpu"))
+            batches.append(torch.full((micro_batch,), -1, dtype=torch.int64, device="cpu"))
         batches[given[entry]][entry] = place
         given[entry] += 1
     return batches

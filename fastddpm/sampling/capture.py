@@ -121,7 +121,7 @@ def _clean_up(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> N
         graph, pool, stream = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), _capture_stream(device)
         try:
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                torch.zeros(1, device=device)
+                torch.zeros(1, dtype=torch.float32, device=device)
             return
         except RuntimeError:
             _end_allocation(graph, pool, device)

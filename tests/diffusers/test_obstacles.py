@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -10,6 +12,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 
 from fastddpm import diffusers as fast
 from fastddpm.diffusers.obstacles import obstacle
+from tests.support.check import assert_as_accurate
 from tests.support.tiny_pipelines import OPTIONS, fused_output, network_pair, plain_output, seeded, tiny_unet
 
 X = torch.randn(16, 3, 8, 8, generator=seeded(3))
@@ -45,6 +48,11 @@ def replaced(name, wrap):
     return change
 
 
+def one_by_one(conv):
+    torch.manual_seed(2)
+    return nn.Conv2d(conv.in_channels, conv.out_channels, 1)
+
+
 OBSTACLES = {
     "fourier": ({"time_embedding_type": "fourier"}, None, "time_embedding_type is 'fourier'"),
     "other blocks": (
@@ -62,16 +70,21 @@ OBSTACLES = {
     "forward": (
         {},
         lambda unet: setattr(unet.conv_in, "forward", unet.conv_in.forward),
-        "conv_in has hooks, or its",
+        "conv_in.forward was replaced",
     ),
     "processor": (
         {},
         lambda unet: unet.mid_block.attentions[0].set_processor(Processor()),
-        "mid_block.attentions.0 is not as configured: processor is",
+        "mid_block.attentions.0.processor is Processor, not AttnProcessor2_0",
     ),
-    "wrapped": ({}, replaced("mid_block.attentions.0.to_q", Scaled), "parameters are not those of its configuration"),
-    "no parameters": ({}, replaced("conv_act", lambda act: nn.ReLU()), "conv_act"),
-    "foreign class": ({}, replaced("conv_act", lambda act: Scaled(act)), "conv_act is not as configured"),
+    "wrapped": ({}, replaced("mid_block.attentions.0.to_q", Scaled), "to_q is of the class Scaled, not Linear"),
+    "no parameters": ({}, replaced("conv_act", lambda act: nn.ReLU()), "conv_act is of the class ReLU"),
+    "foreign class": ({}, replaced("conv_act", lambda act: Scaled(act)), "conv_act is of the class Scaled"),
+    "eps": ({}, lambda unet: setattr(unet.conv_norm_out, "eps", 10.0), "conv_norm_out.eps is 10.0, not 1e-05"),
+    "groups": ({}, lambda unet: setattr(unet.conv_norm_out, "num_groups", 2), "conv_norm_out.num_groups is 2, not"),
+    "kernel size": ({}, replaced("conv_out", one_by_one), "conv_out.kernel_size is (1, 1), not (3, 3)"),
+    "weight_norm": ({}, lambda unet: weight_norm(unet.conv_in), "conv_in is of the class ParametrizedConv2d"),
+    "prune": ({}, lambda unet: prune.l1_unstructured(unet.conv_in, "weight", 0.5), "conv_in has hooks"),
     "dropout": ({"dropout": 0.5}, lambda unet: unet.train(), "dropout is in training mode; call unet.eval()"),
     "dropout of a part": ({"dropout": 0.5}, lambda unet: unet.mid_block.train(), "dropout"),
     "float64": ({}, lambda unet: unet.double(), "float64"),
@@ -98,6 +111,48 @@ def test_an_obstacle_is_reported_and_diffusers_forward_runs(reason):
             torch.manual_seed(1)
             results.append(call(unet, X.to(unet.dtype), T))
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Attention, diffusers.UNet2DModel, fast.UNet2DModel])
+def test_a_replaced_method_of_a_class_is_an_obstacle(kind, monkeypatch):
+    unet, twin = network_pair()
+    forward = kind.forward
+    before = plain_output(twin, X, T)
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: forward(*args, **kwargs))
+    assert obstacle(unet) == f"{kind.__name__}.forward was replaced"
+    assert torch.equal(fused_output(unet, X, T), before)
+
+
+def test_hooks_of_all_modules_are_an_obstacle():
+    unet, twin = network_pair()
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert obstacle(unet) == "torch has global module hooks"
+        assert torch.equal(fused_output(unet, X, T), plain_output(twin, X, T))
+    finally:
+        handle.remove()
+
+
+def test_tied_parameters_are_not_an_obstacle():
+    pair = network_pair()
+    for unet in pair:
+        first, second = unet.mid_block.resnets
+        second.conv1.weight = first.conv1.weight
+        assert obstacle(unet) is None
+    ours, theirs = fused_output(pair[0], X, T), plain_output(pair[1], X, T)
+    assert_as_accurate(ours, theirs, plain_output(pair[1].double(), X.double(), T))
+
+
+def test_an_obstacle_is_logged_once(caplog):
+    unet = tiny_unet(fast)
+    for eps in (10.0, 10.0, 1e-6):
+        unet.conv_norm_out.eps = eps
+        fused_output(unet, X, T)
+    assert [record.message for record in caplog.records if record.name.startswith("fastddpm")] == [
+        "this UNet2DModel is called as it is, which is slower than a fused copy, because "
+        f"conv_norm_out.eps is {eps}, not 1e-05"
+        for eps in (10.0, 1e-6)
+    ]
 
 
 def test_a_network_of_another_class_is_an_obstacle():

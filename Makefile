@@ -61,6 +61,7 @@ smoke: $(bench)
 report: $(bench)
 	$(if $(filter-out file,$(origin CHECK)),$(PYTHON) -m bench.gpu_records $(CHECK) --results $(OUT))
 	$(PYTHON) -m bench.report $(OUT)
+	$(PYTHON) -m bench.readme
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -236,6 +236,13 @@ def group_by(key: Callable[[Case], str | None], cases: Iterable[Case]) -> dict[s
     return found
 
 
+def race(cases: Sequence[Case]) -> list[tuple[Case, Result]]:
+    """Return the results of the latest run that measured one of ours and another, of the cases that ran; else []."""
+    runs = [{r.record["run"] for c in cases if c.ours == ours for r in c.ran if r.quartiles} for ours in (True, False)]
+    run = max(runs[0] & runs[1], default="")
+    return [(case, result) for case in cases if (result := case.of(run)) in case.ran]
+
+
 def when(time: str) -> str:
     """Format a time as 2026-11-22 21:00."""
     return time[:16].replace("T", " ")

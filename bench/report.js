@@ -81,6 +81,7 @@ const label = document.getElementById("filter"), input = label.querySelector("in
 const count = document.getElementById("count"), about = [...document.querySelectorAll("[data-case]")];
 const boxes = [...document.querySelectorAll(":is(.group, tbody, .card, .trouble):not([data-case])")]
   .map((box) => [box, [...box.querySelectorAll("[data-case]")]]).filter(([, inside]) => inside.length);
+const folded = [...document.querySelectorAll("details:not([open]):has(.cards)")]; // open while something is searched
 const out = (element) => element.classList.contains("out");
 label.hidden = false;
 input.addEventListener("input", () => {
@@ -89,6 +90,7 @@ input.addEventListener("input", () => {
     element.classList.toggle("out", !words.every((word) => element.dataset.case.includes(word)));
   }
   for (const [box, inside] of boxes) box.classList.toggle("out", inside.every(out));
+  for (const histories of folded) histories.open = words.length > 0;
   const cards = [...document.querySelectorAll(".cards [data-case]")];
   const left = cards.filter((card) => !out(card)).length;
   count.textContent = words.length ? `${left} of ${cards.length} cases` : "";

@@ -16,8 +16,8 @@ from typing import Any
 from bench import report_charts, report_tables
 from bench.chart import Markup, figure, tag
 from bench.commands import Parser, read_records
-from bench.history import Device, Record, Result, ceilings, devices, when
-from bench.report_parts import doubts_note
+from bench.history import Case, Device, Record, Result, ceilings, devices, when
+from bench.report_parts import counted, doubts_note
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -37,8 +37,8 @@ def page(found: Sequence[Record]) -> str:
     sources = [f"{kind}-src {_hash(text)}" for kind, text in (("style", style), ("script", script))]
     policy = "; ".join(["default-src 'none'", *sources, "img-src data:", "base-uri 'none'", "form-action 'none'"])
     on = devices(found)
-    runs = len({(record["device"], record["run"]) for record in found})
-    summary = f"{len(found):,} records of {runs} run{'s' * (runs != 1)}, the latest of {when(found[-1]['run'])} UTC"
+    runs = counted(len({(record["device"], record["run"]) for record in found}), "run")
+    summary = f"{counted(len(found), 'record')} of {runs}, the latest of {when(found[-1]['run'])} UTC"
     links = [tag("a", device.name, href=f"#device-{number}") for number, device in enumerate(on, 1)]
     filter_ = Markup(
         '<label id="filter" hidden>Filter <input type="search" placeholder="step bf16" autocomplete="off"'
@@ -78,8 +78,10 @@ def _section(device: Device, number: int) -> Markup:
     }
     ids = {title: f"{title.split()[0]}-{number}" for title in parts}
     links = [tag("a", title.capitalize(), href=f"#{ids[title]}") for title in parts if title != "machine"]
-    run = Result(device.latest)
-    head = tag("p", f"{run.commit}, {run.when} UTC", class_="soft")
+    run, results = Result(device.latest), [result for case in device.cases for result in case.results]
+    runs = counted(len({result.record["run"] for result in results}), "run")
+    about = f"{counted(len(results), 'record')} of {runs}, the latest of {run.commit} on {run.when} UTC"
+    head = tag("p", about, class_="soft")
     inside = [
         tag("section", tag("h3", title.capitalize()) if title != "machine" else None, *content, id=ids[title])
         for title, content in parts.items()
@@ -92,8 +94,7 @@ def _section(device: Device, number: int) -> Markup:
 
 
 def _machine(device: Device) -> list[Markup]:
-    results = [(case, result) for case in device.cases if (result := case.of(device.run))]
-    states = Counter(result.state for _, result in results)
+    states = Counter(case.last.state for case in device.cases)
     machine = {**dict.fromkeys(MACHINE), **device.latest["machine"]}
     facts = [
         tag(
@@ -105,18 +106,14 @@ def _machine(device: Device) -> list[Markup]:
         if value is not None
     ]
     counts = [
-        _tile("cases", f"{len(results)}"),
+        _tile("cases", f"{len(device.cases)}"),
         *(_tile(state, f"{states[state]}", state) for state in ("failed", "invalid", "skipped")),
     ]
     reached = [
         _tile(f"{name} ceiling", figure(rate), unit="GB/s" if name == "copy" else "TFLOP/s")
         for name, rate in ceilings(device.latest).items()
     ]
-    trouble = [
-        tag("li", tag("b", case.name), " ", result.trouble, class_=result.state, data_case=case.words)
-        for case, result in results
-        if result.state in ("failed", "invalid")
-    ]
+    trouble = [_trouble(case, device.run) for case in device.cases if case.last.state in ("failed", "invalid")]
     beside = [
         tag("div", *counts, class_="tiles"),
         tag("div", *reached, class_="tiles") if reached else None,
@@ -125,6 +122,13 @@ def _machine(device: Device) -> list[Markup]:
     ]
     about = tag("table", tag("caption", "Machine"), tag("tbody", *facts), class_="facts")
     return [tag("div", tag("div", *beside), about, class_="overview")]
+
+
+def _trouble(case: Case, latest: str) -> Markup:
+    """Return why the latest result of a case is no figure, and of which run it is, unless of the latest."""
+    result = case.last
+    older = "" if result.record["run"] == latest else f" ({result.commit}, {result.when} UTC)"
+    return tag("li", tag("b", case.name), f" {result.trouble}{older}", class_=result.state, data_case=case.words)
 
 
 def _tile(label: str, value: str, state: str = "", unit: str = "") -> Markup:

@@ -6,10 +6,20 @@ from operator import attrgetter
 
 from bench.chart import SECONDS, Markup, Plot, Scale, bar, figure, linear, logarithmic, percent, tag
 from bench.history import Case, Device, Result, ceilings, group_by
-from bench.report_parts import DASHED, LONGEST, doubts_note, folded_cases, html_table, legend_entry, trouble_note
+from bench.report_parts import (
+    DASHED,
+    LONGEST,
+    counted,
+    doubts_note,
+    folded_cases,
+    html_table,
+    legend_entry,
+    trouble_note,
+)
 
 WIDE = ("fp32", "tf32")  # hollow points of a roofline
 APART = 18  # pixels between the labels of two roofs
+FEW = 2  # a history of so few points is folded: it shows no trend
 
 # History
 
@@ -29,9 +39,15 @@ def history(device: Device) -> list[Markup]:
         legend.append(tag("span", f"the latest {LONGEST} of each case"))
     groups = []
     for function, cases in device.functions.items():
-        if ran := [case for case in cases if case.ran]:
-            groups.append(folded_cases(function, ran, tag("div", *map(_card, ran), class_="cards")))
+        for few in (False, True):
+            if shown := [case for case in cases if case.ran and (len(case.ran) <= FEW) == few]:
+                groups.append(_histories(function, shown, unfolded=not few))
     return [tag("p", *legend, class_="legend"), *groups]
+
+
+def _histories(function: str, cases: Sequence[Case], *, unfolded: bool) -> Markup:
+    count = f"{counted(len(cases), 'case')}, {counted(sum(len(case.ran) for case in cases), 'result')}"
+    return folded_cases(function, count, tag("div", *map(_card, cases), class_="cards"), unfolded=unfolded)
 
 
 def _card(case: Case) -> Markup:
@@ -98,7 +114,8 @@ def shares(device: Device) -> list[Markup]:
             heading = tag("th", group, colspan=1 + len(units), scope="rowgroup", class_="soft")
             rows = [_share(case, units, limit) for case in members]
             bodies.append([tag("tr", heading), *rows] if group else rows)
-        groups.append(folded_cases(function, cases, html_table(["case", *units], *bodies, kind="shares")))
+        table = html_table(["case", *units], *bodies, kind="shares")
+        groups.append(folded_cases(function, counted(len(cases), "case"), table))
     text = "Shares of the rate of a copy, and of a matrix product in the same precision, measured in the same run."
     intro = tag("p", f"{text} {DASHED}", class_="soft")
     return [part for part in (intro, doubts_note(device.latest), tag("div", *groups, class_="card")) if part]

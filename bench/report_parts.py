@@ -3,22 +3,26 @@
 from collections.abc import Iterable, Sequence
 
 from bench.chart import Markup, stretched, tag
-from bench.history import Case, Record, Result, doubts
+from bench.history import Record, Result, doubts
 
 LONGEST = 40  # points of a history, the latest
 DASHED = "Dashed bars are invalid results."
 
 
-def folded_cases(function: str, cases: Sequence[Case], *content: Markup) -> Markup:
-    """Return the cases of a function, under its name."""
+def folded_cases(function: str, count: str, *content: Markup, unfolded: bool = True) -> Markup:
+    """Return cases of a function, under its name and their count, which can be folded away."""
     module, _, name = function.partition("::")
-    many = f"{len(cases)} case{'s' * (len(cases) != 1)}"
     summary = tag(
         "summary",
         tag("h4", name.removeprefix("test_").replace("_", " ")),
-        tag("span", f"{module}, {many}", class_="soft"),
+        tag("span", f"{module}, {count}", class_="soft"),
     )
-    return tag("details", summary, *content, class_="group", open_="")
+    return tag("details", summary, *content, class_="group", open_="" if unfolded else None)
+
+
+def counted(number: int, name: str) -> str:
+    """Return "1 case", "2 cases"."""
+    return f"{number:,} {name}{'s' * (number != 1)}"
 
 
 def html_table(head: Sequence[str], *bodies: Iterable[Markup], kind: str, caption: Markup | None = None) -> Markup:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import records
 from bench.chart import BYTES, SECONDS, Markup, bar, figure, percent, quantity, tag
-from bench.history import Case, Device, Result, group_by
+from bench.history import Case, Device, Result, group_by, race
 from bench.report_parts import DASHED, LONGEST, html_table, trouble_note
 
 Entry = tuple[Case, Result]
@@ -24,8 +24,8 @@ RACES = (
 
 def races(device: Device) -> list[Markup]:
     groups = group_by(attrgetter("group"), (case for case in device.cases if case.group))
-    found = [race for group, cases in groups.items() if (race := _race(group, cases, device.run))]
-    found.sort(key=lambda race: not race[0])
+    found = [card for group, cases in groups.items() if (card := _race(group, cases, device.run))]
+    found.sort(key=lambda card: not card[0])
     if not found:
         return [tag("p", "No run has measured ours and another at the same work.", class_="soft")]
     return [tag("p", f"{RACES} {DASHED}", class_="soft"), *(card for _, card in found)]
@@ -33,18 +33,16 @@ def races(device: Device) -> list[Markup]:
 
 def _race(group: str, cases: Sequence[Case], latest: str) -> tuple[bool, Markup] | None:
     """Return (whether it makes images, its card), from the latest run that measured one of ours and another."""
-    runs = [{r.record["run"] for c in cases if c.ours == ours for r in c.ran if r.quartiles} for ours in (True, False)]
-    run = max(runs[0] & runs[1], default=None)
-    if run is None:
+    entries = race(cases)
+    if not entries:
         return None
-    entries = [(case, result) for case in cases if (result := case.of(run)) in case.ran]
     entries.sort(key=lambda entry: entry[1].median if entry[1].quartiles else math.inf)
     best, rival = (next((e for e in entries if e[1].valid and e[0].ours == ours), None) for ours in (True, False))
     memory, most = not entries[0][1].timed, max(result.median for _, result in entries if result.quartiles)
     caption = [tag("h4", group)]
     if best and rival:
         caption.append(_claim(best, rival, memory))
-    if run != latest:
+    if entries[0][1].record["run"] != latest:
         caption.append(tag("p", f"{entries[0][1].commit}, {entries[0][1].when} UTC", class_="soft"))
     images = any(result.images for _, result in entries)
     what = ["peak memory"] if memory else ["time", *(["images/s"] if images else []), "of the ceiling"]

@@ -1,6 +1,7 @@
 """The house: who may import whom, what an import costs, what is installed, and what the README's commands run."""
 
 import ast
+import email
 import importlib.metadata
 import os
 import re
@@ -339,17 +340,24 @@ def test_checkout_works_without_installation(tmp_path):
     assert python(code, tmp_path.parent, PYTHONPATH=str(tmp_path)).split() == places
 
 
-def test_wheel_holds_the_package_and_nothing_else(tmp_path):
-    source, site = tmp_path / "source", tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """What the wheel installs."""
+    made = tmp_path_factory.mktemp("wheel")
+    source, site = made / "source", made / "site"
     for folder in ("fastddpm", "kernels"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source]
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", made, source]
     subprocess.run(build, check=True, capture_output=True, env=os.environ | {"PIP_NO_INDEX": "1"})
-    [wheel] = tmp_path.glob("*.whl")
+    [wheel] = made.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    return site
+
+
+def test_wheel_holds_the_package_and_nothing_else(site, tmp_path):
     found = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
     want = {path.relative_to(ROOT).as_posix().replace("kernels/", "fastddpm/kernels/", 1) for path in PACKAGE}
     want |= {"fastddpm/py.typed"}
@@ -359,6 +367,18 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     code = "import fastddpm.kernels; print(fastddpm.__file__, fastddpm.kernels.__file__)"
     places = [str(site / "fastddpm/__init__.py"), str(site / "fastddpm/kernels/__init__.py")]
     assert python(code, tmp_path, PYTHONPATH=str(site)).split() == places
+
+
+def test_wheel_says_what_it_is_and_where_it_comes_from(site):
+    [file] = site.glob("*.dist-info/METADATA")
+    about = email.message_from_string(file.read_text("utf-8"))
+    urls = dict(line.split(", ") for line in about.get_all("Project-URL"))
+    assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert "Typing :: Typed" in about.get_all("Classifier")
+    assert about["License-Expression"] == "Apache-2.0"  # so that a classifier of the licence would be refused
+    assert about["Description-Content-Type"] == "text/markdown"
+    assert about.get_payload().startswith("# fastddpm\n")
 
 
 def test_version_has_one_source():
@@ -390,8 +410,8 @@ if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && 
     (tools / "python3").chmod(0o755)
     project = tmp_path / "project"
     project.mkdir()
-    shutil.copy(ROOT / "Makefile", project)
-    shutil.copy(ROOT / "pyproject.toml", project)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, project)
     inherited = ("MAKE", "MFLAGS", "PYTHON", "OUT", "BENCH", "CHECK", "GPU_CHECK")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
     environment["PATH"] = f"{tools}:{environment['PATH']}"
@@ -405,21 +425,39 @@ if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && 
     return run
 
 
+PIP_INSTALL = ".venv/bin/python -m pip install --constraint constraints.txt --editable"
 LINT = [f"project/.venv/bin/python -m {tool}" for tool in ("ruff check", "ruff format --check", "mypy")]
 
 
 def test_make_test_sets_up_once_then_lints_and_tests(make):
-    setup = ["tools/python3 -m venv .venv", ".venv/bin/python -m pip install --editable .[test]"]
+    setup = ["tools/python3 -m venv .venv", f"{PIP_INSTALL} .[test]"]
     checks = [line.removeprefix("project/") for line in LINT] + [".venv/bin/python -m pytest -n 2"]
     assert make("test") == setup + checks
     assert make("test") == checks
-    later = (make.project / ".venv/test").stat().st_mtime + 10
-    os.utime(make.project / "pyproject.toml", (later, later))
-    assert make("test") == setup[1:] + checks
+    for number, name in enumerate(("pyproject.toml", "constraints.txt"), 1):
+        later = (make.project / ".venv/test").stat().st_mtime + 10 * number
+        os.utime(make.project / name, (later, later))
+        assert make("test") == setup[1:] + checks
+        os.utime(make.project / ".venv/test", (later, later))
+
+
+def test_make_takes_other_versions(make):
+    (make.project / "others.txt").touch()
+    [setup, install, *_] = make("test", "CONSTRAINTS=others.txt", "VENV=others")
+    assert setup == "tools/python3 -m venv others"
+    assert install == "others/bin/python -m pip install --constraint others.txt --editable .[test]"
+
+
+def test_the_development_environment_alone_has_upper_bounds():
+    pinned = re.findall(r"^(torch|triton)==[\d.]+", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned == ["torch", "triton"]
+    wanted = re.findall(r'^  "(?:torch|triton)(.*?)[;"]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert len(wanted) == 2
+    assert all(re.fullmatch(r">=[\d.]+", versions) for versions in wanted)
 
 
 def test_make_sample_sets_up_once_then_samples(make):
-    setup = ["tools/python3 -m venv .venv", ".venv/bin/python -m pip install --editable ."]
+    setup = ["tools/python3 -m venv .venv", f"{PIP_INSTALL} ."]
     work = [".venv/bin/python -m fastddpm sample --out samples.png"]
     assert make("sample") == setup + work
     assert make("sample") == work
@@ -431,7 +469,7 @@ def test_make_uses_another_python_as_it_is(make):
 
 
 def test_make_docs_treats_warnings_as_errors(make):
-    setup = ["tools/python3 -m venv .venv", ".venv/bin/python -m pip install --editable .[docs]"]
+    setup = ["tools/python3 -m venv .venv", f"{PIP_INSTALL} .[docs]"]
     (make.project / "docs").mkdir()  # a folder of the target's name does not keep make from building
     work = [".venv/bin/python -m sphinx -W --keep-going -q -E docs build/docs"]
     assert make("docs") == setup + work
@@ -455,10 +493,10 @@ def test_make_gpu_check_installs_nothing_if_some_python_has_torch(make):
 
 
 def test_make_report_reads_a_check_only_if_told(make):
-    report = "tools/python3 -m bench.report bench/results"
-    assert make("report", "PYTHON=python3") == [report]
+    report = ["tools/python3 -m bench.report bench/results", "tools/python3 -m bench.readme"]
+    assert make("report", "PYTHON=python3") == report
     records = "tools/python3 -m bench.gpu_records found --results bench/results"
-    assert make("report", "PYTHON=python3", "CHECK=found") == [records, report]
+    assert make("report", "PYTHON=python3", "CHECK=found") == [records, *report]
 
 
 def test_make_starts_over_after_a_failed_setup(make):
@@ -467,39 +505,3 @@ def test_make_starts_over_after_a_failed_setup(make):
         make("sample")
     (make.project / "no-pip").unlink()
     assert make("sample")[0] == "tools/python3 -m venv .venv"
-
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def anchors(page):
-    """The anchors of a page's headings, as GitHub and Sphinx make them."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def broken_links(page):
-    """The local links and pictures of a page that lead nowhere."""
-    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if re.match(r"https?:", link):
-            continue
-        file, _, anchor = link.partition("#")
-        target = page.parent / file if file else page
-        if not target.exists() or (anchor and anchor not in anchors(target)):
-            yield link
-
-
-def test_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_local_links_lead_somewhere(page):
-    assert list(broken_links(page)) == []
-
-
-def test_a_broken_link_is_seen(tmp_path):
-    (tmp_path / "there.md").write_text("# One, two\n```text\n# no heading\n```\n")
-    page = tmp_path / "page.md"
-    page.write_text("[a](there.md) [b](there.md#one-two) [c](gone.md) ![d](there.md#no-heading) [e](https://x.org/y)\n")
-    assert list(broken_links(page)) == ["gone.md", "there.md#no-heading"]

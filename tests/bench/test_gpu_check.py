@@ -15,7 +15,7 @@ from tests.conftest import needs_gpu
 
 pytest.importorskip("pytest_benchmark")  # bench needs it
 
-from bench import gpu_check, gpu_records, gpu_results, records
+from bench import gpu_check, gpu_records, gpu_results, readme, records
 from bench.gpu_check import Stage
 from bench.history import Result
 
@@ -273,15 +273,11 @@ def h200_records(tmp_path, *more):
     return gpu_records.to_records(gpu_results.read_results(tmp_path))
 
 
-README = f"# title\n\n{gpu_records.BEGIN}Nothing was measured.\n{gpu_records.END}\nmore\n"
-
-
-def test_main_writes_records_and_the_readme_table(tmp_path, capsys, monkeypatch):
+def test_main_writes_records(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COMMIT", "0123456789abcdef")
     h200_records(tmp_path / "check")
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(README)
-    command = [str(tmp_path / "check"), "--results", str(results), "--readme", str(readme)]
+    results = tmp_path / "results"
+    command = [str(tmp_path / "check"), "--results", str(results)]
     assert gpu_records.main(command) == 0
     [path] = results.rglob("*.jsonl")
     assert path.parent.name == "nvidia-h200"
@@ -293,25 +289,24 @@ def test_main_writes_records_and_the_readme_table(tmp_path, capsys, monkeypatch)
     assert step["shares"]["TFLOP/s"]["share"] == pytest.approx(64 * 12.4e9 / 2.25e-3 / 800e12)
     assert step["shares"]["GB/s"]["rate"] == pytest.approx(1 / 2.25e-3)
     assert Result(step).images == pytest.approx(64 / 2.25)
-    text = readme.read_text()
-    assert text.startswith(f"# title\n\n{gpu_records.BEGIN}Measured on one NVIDIA H200 (torch 2.11.0, ")
-    assert text.endswith(f"\n{gpu_records.END}\nmore\n")
-    assert "| 1 | 20.0 | 9.50 | 0.960 | – | 1.04 | 1.6 % |" in text
-    assert "| 64 | – | 9.00 | 2.25 | 2.00 | 32.0 | 50 % |" in text
+    table = readme.tables(found)["GPU"]
+    assert table.startswith("Measured on one NVIDIA H200 (torch 2.11.0, ")
+    assert "| 1 | 20.0 | 9.50 | 0.960 | – | 1.04 | 1.6 % |" in table
+    assert "| 64 | – | 9.00 | 2.25 | 2.00 | 32.0 | 50 % |" in table
     before = path.read_bytes()
     assert gpu_records.main(command) == 0  # running it again changes nothing
-    assert (path.read_bytes(), readme.read_text()) == (before, text)
-    assert [line for line in capsys.readouterr().out.splitlines() if line] == [str(path), str(readme)] * 2
+    assert path.read_bytes() == before
+    assert [line for line in capsys.readouterr().out.splitlines() if line] == [str(path)] * 2
 
 
-def test_cpu_check_leaves_the_readme_unchanged(tmp_path):
-    (tmp_path / "README.md").write_text(README)
+def test_check_of_a_cpu_has_its_own_folder(tmp_path):
     gpu_check.start_results(tmp_path, 540, "cpu")
     line = {"stage": "smoke", "name": "machine", "facts": MACHINE | {"gpu": None, "cpu": "Xeon", "scale": "tiny"}}
     records.append(tmp_path / "check.jsonl", PASSED | line)
-    assert gpu_records.main([str(tmp_path), "--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 0
-    assert (tmp_path / "README.md").read_text() == README
-    assert len(records.read([tmp_path / "xeon-1-threads"])) == 1
+    assert gpu_records.main([str(tmp_path), "--results", str(tmp_path)]) == 0
+    found = records.read([tmp_path / "xeon-1-threads"])
+    assert len(found) == 1
+    assert readme.tables(found) == {name: f"{text}\n" for name, text in readme.NOTHING.items()}
 
 
 def test_records_are_never_overwritten(tmp_path, capsys):
@@ -329,17 +324,6 @@ def test_other_files_are_rejected(tmp_path, text, capsys):
         gpu_records.main([str(tmp_path)])
     assert left.value.code == 2
     assert "is not a result file of make gpu-check" in capsys.readouterr().err
-
-
-def test_readme_without_markers_is_rejected(tmp_path):
-    (tmp_path / "README.md").write_text("# title\n")
-    with pytest.raises(ValueError, match="lacks the marker line <!-- BEGIN GPU TABLE"):
-        gpu_records.update_readme("table", tmp_path / "README.md")
-
-
-def test_readme_has_the_markers():
-    text = (ROOT / "README.md").read_text()
-    assert text.count(gpu_records.BEGIN) == text.count(gpu_records.END) == 1
 
 
 def test_truncated_line_is_skipped(tmp_path):

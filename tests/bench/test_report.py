@@ -442,12 +442,43 @@ def test_unreliable_ceilings_are_reported():
     assert text.count("The ceilings of this run are unreliable: throttled.") == 3
 
 
-def test_tiles_count_the_latest_run():
+def test_tiles_count_the_latest_result_of_every_case():
     old, new = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
-    page = read(failed("wrong", run=old, name="old"), record(run=new), failed("bad", run=new, name="new"))
+    page = read(
+        failed("wrong", run=old, name="old"),
+        record(run=old, name="mended") | {"outcome": "failed", "samples_s": []},
+        record(run=new, name="mended"),
+        record(run=new),
+        failed("bad", run=new, name="new"),
+        record(run=new, name="b", invalid=["throttled"]),
+        record(run=new, name="c", outcome="skipped", samples_s=[]),
+    )
     text = "|".join(page.text)
-    assert "cases|2|failed|1|invalid|0|skipped|0|" in text
+    assert "cases|6|failed|2|invalid|1|skipped|1|" in text
     assert "not in the latest run; failed: wrong" in page.text
+    assert "|old| failed: wrong (abcdef0, 2026-01-01 00:00 UTC)|" in text
+    assert "|new| failed: bad|" in text
+
+
+def test_headings_count_all_records():
+    found = [*runs({}, {}), record(run="2026-03-01T00:00:00Z", name="b"), record(scale="tiny")]
+    text = "|".join(read(*found).text)
+    assert "|4 records of 4 runs, the latest of 2026-11-22 21:00 UTC|" in text
+    assert "|3 records of 3 runs, the latest of abcdef0 on 2026-03-01 00:00 UTC|" in text
+    assert "|1 record of 1 run, the latest of abcdef0 on 2026-11-22 21:00 UTC|" in text
+
+
+def test_history_of_one_or_two_points_is_folded():
+    found = read(
+        *runs({}, {}, {}, {"outcome": "skipped", "samples_s": []}),
+        *runs({}, {}, {"outcome": "skipped", "samples_s": []}, name="b"),
+        record(name="c"),
+    )
+    text = [text for text in found.text if text.startswith("test_kernels.py, ")]
+    assert text[:2] == ["test_kernels.py, 1 case, 3 results", "test_kernels.py, 2 cases, 3 results"]
+    states = ["open" in about for about in found.with_class("group")]
+    assert states == [True, False, True, False, False]  # the histories; the latest of each case, all runs, all medians
+    assert len(marks(found)) == 6
 
 
 def test_first_image_has_no_rate():
@@ -731,6 +762,7 @@ def test_tooltip_shows_the_value_of_a_point(visit):
 
     browser = visit()
     plot = browser.find_element("css selector", "svg.plot[aria-label^='test_first_image[warm]: ']")
+    browser.execute_script("arguments[0].closest('details').open = true", plot)  # a history of one point is folded
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
     tip = browser.find_element("id", "tip")
     assert not tip.is_displayed()
@@ -761,7 +793,8 @@ def test_filter_hides_other_cases(visit):
     assert all(everything)
     box.send_keys("First_image warm")
     assert seen() == [2, 0, 4, 0, 0], "for each device a card, and a heading and a row of the table"
-    assert browser.find_element("id", "count").text == f"2 of {everything[0]} cases"
+    folded = 2
+    assert browser.find_element("id", "count").text == f"2 of {everything[0] + folded} cases"
     box.send_keys("\b" * 20)
     assert seen() == everything
     assert browser.find_element("id", "count").text == ""

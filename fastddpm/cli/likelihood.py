@@ -1,17 +1,26 @@
 """`fastddpm likelihood`: the variational bound on the negative log-likelihood of images."""
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from fastddpm.cli.labels import parse_labels
-from fastddpm.cli.options import add_batch_size, add_checkpoint, add_device, add_network, add_seed, json_text
+from fastddpm.cli.options import (
+    add_batch_size,
+    add_checkpoint,
+    add_device,
+    add_network,
+    add_seed,
+    checkpoint_files,
+    json_text,
+)
+from fastddpm.cli.terminal import one_line, tell
 from fastddpm.core.checks import whole
 from fastddpm.core.names import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
-from fastddpm.storage.files import atomic, check_not_input, check_writable
+from fastddpm.storage.files import as_path, atomic, check_not_input, check_writable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,14 +37,19 @@ examples:
 
 Prints a bound on -log2 p(image) in bits per dimension, as the DDPM paper reports it: the rate L_1 + ... + L_T and the
 distortion L_0, each with its standard error over the images. DATA is read and prepared as in `fastddpm train`; from an
-.npz with x_train and x_test, x_test is used. With --terms K only K timesteps of each image are evaluated, and the
-bound remains unbiased.
+.npz with x_train and x_test, x_test is used, unless FILE.npz:NAME names another array. With --terms K only K timesteps
+of each image are evaluated, and the bound remains unbiased. All T terms of each image are many for a CPU: begin with
+--num-images 100 --terms 20 there.
 """
+
+A_MINUTE = 4000  # terms from which on a CPU may need more than a minute
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser, required=True)
-    parser.add_argument("data", metavar="DATA", help="an .npz, an MNIST-format file or a folder of images")
+    parser.add_argument(
+        "data", metavar="DATA", help="images: an .npz, .npy or MNIST-format file, a folder, .zip or .tar"
+    )
     parser.add_argument("--num-images", type=int, metavar="N", help="use the first N images of DATA (default: all)")
     parser.add_argument(
         "--terms", type=int, metavar="K", help="timesteps evaluated for each image (default: all T - 1)"
@@ -74,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
     array = datasets.array_name(args.data, held_out=True)
     if labels is None:
         labels = _labels_of_data(args, sampler, count=len(images))
+    if not args.quiet:
+        tell(_what_is_evaluated(args, sampler, len(images)))
     began = time.monotonic()
     result = bound(
         sampler,
@@ -97,33 +113,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_before_loading(args: argparse.Namespace) -> None:
+    from fastddpm.storage import datasets
+    from fastddpm.storage.image_folder import would_hold
+
     for option, path, suffix in (("--out", args.out, ".npz"), ("--plot", args.plot, ".png")):
         if path is None:
             continue
-        if Path(path).suffix.lower() != suffix:
+        if as_path(option, path).suffix.lower() != suffix:
             raise ValueError(f"{option} is {path}; want a {suffix} file")
-        if Path(path).exists():
-            check_not_input(option, path, *_inputs(args))
-        check_writable(path)
-    if args.plot is not None and _is_inside(args.plot, args.data):
+        if os.path.exists(path):
+            check_not_input(option, path, *checkpoint_files(args.checkpoint), *datasets.image_files(args.data))
+    if args.plot is not None and would_hold(args.data, args.plot):
         raise ValueError(f"--plot is {args.plot}, in DATA, which would hold one more image; name another place")
+    if args.out and args.plot and os.path.realpath(args.out) == os.path.realpath(args.plot):
+        raise ValueError(f"--out and --plot are both {args.out}; want two files")
+    for path in filter(None, (args.out, args.plot)):
+        check_writable(path)
     if args.num_images is not None:
         whole("--num-images", args.num_images, 1)
-
-
-def _inputs(args: argparse.Namespace) -> list[Path]:
-    """The files that the command reads."""
-    from fastddpm.storage import datasets
-
-    checkpoint = Path(args.checkpoint)
-    results = (".npz", ".png")  # which a run leaves beside its checkpoint
-    read = [file for file in checkpoint.rglob("*") if file.suffix not in results] if checkpoint.is_dir() else []
-    data = datasets.image_files(args.data) if Path(args.data).is_dir() else [datasets.split_array(args.data)[0]]
-    return [*read, *data]
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return Path(folder).is_dir() and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _load_with_variance_type(args: argparse.Namespace) -> "Sampler":
@@ -152,8 +159,23 @@ def _labels_of_data(args: argparse.Namespace, sampler: "Sampler", count: int) ->
     classes = config["num_class_embeds"]
     if not classes and not config["class_embed_type"]:
         return None
-    labels = datasets.load_labels(args.data, count=count, held_out=True, classes=sampler.classes or classes)
+    try:
+        labels = datasets.load_labels(args.data, count=count, held_out=True, classes=sampler.classes or classes)
+    except ValueError as error:
+        raise ValueError(f"the model is class-conditional, but {error}; or give --class-labels") from error
     return labels[: args.num_images]
+
+
+def _what_is_evaluated(args: argparse.Namespace, sampler: "Sampler", count: int) -> str:
+    """Args: count: images in all of DATA."""
+    images = min(count, args.num_images or count)
+    terms = sampler.schedule.num_train_timesteps if args.terms is None else args.terms + 1
+    how_long = ""
+    if sampler.device.type == "cpu" and images * terms >= A_MINUTE:
+        how_long = (
+            "; on a CPU this may take minutes or hours, as the bar will show; --terms and --num-images shorten it"
+        )
+    return f"evaluating {terms} terms of each of {images} images, {sampler.precision} on {sampler.device}{how_long}"
 
 
 def _save_terms(result: "Bound", path: str) -> None:
@@ -217,7 +239,7 @@ def _bound_text(result: "Bound", array: str | None, seconds: float, variance_typ
         "total": "bound",
     }
     images, terms = result.terms.shape
-    source = f" of {array}" if array else ""
+    source = f" of {one_line(array)}" if array else ""
     limit = result.num_train_timesteps - 1
     lines = [f"{images} images{source}, {terms} of {limit} terms each, {variance_type}, {seconds:.1f} s"]
     lines.append(f"{'':<22} bits/dim   standard error")

@@ -27,7 +27,8 @@ from fastddpm.storage.files import check_regular
 SIDE, CLASSES, FEATURES = 28, 10, 128  # of the bundled classifier
 INPUT_SIZE = 299  # of Inception
 LARGEST_INPUT = 16384  # 3 GiB an image
-# in a batch by default: on one core of a Xeon, Inception takes 10 images/s in batches of 8, and 8 in batches of 64
+INCEPTION_PER_S = 10  # images that it takes per second on one core of a Xeon, in batches of 8; in batches of 64, 8
+# pixels in a batch by default
 PIXELS_PER_EXTRACTION = {"cpu": 8 * INPUT_SIZE**2, "cuda": 256 * INPUT_SIZE**2}
 # how pixels 0..255 are scaled for the network, by the names in core.names.SCALE_NAMES
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -122,7 +123,7 @@ class Extractor:
         if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2:] == (1, 1):
             out = out.flatten(1)
         wrong = not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != len(x) or out.shape[1] == 0
-        if wrong or not out.is_floating_point():
+        if wrong or not out.is_floating_point() or out.layout != torch.strided:
             came = _shape_and_dtype(out) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"{self.name} returns {came} for {len(x)} images; want features [{len(x)}, D], D >= 1")
         features = out.float()
@@ -192,7 +193,7 @@ def check_options(
             raise ValueError(
                 f"input_size and scale do not apply to {SHIPPED_CLASSIFIER}; leave them out, or name a file"
             )
-    elif not check_regular(source).exists():
+    elif not os.path.exists(check_regular(source)):
         raise ValueError(f"there is no file {source}; {wanted}")
     return device, None if input_size is None else int(input_size)
 
@@ -295,7 +296,8 @@ def _load_torchscript(path: Path, device: torch.device) -> _Loaded:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
         try:
-            network = torch.jit.load(path, map_location=device)
+            with open(path, "rb") as file:  # torch opens only files whose names are UTF-8
+                network = torch.jit.load(file, map_location=device)
         except Exception as error:  # another kind of zip file fails in many ways
             cause = str(error).strip().partition("\n")[0][:200]
             raise ValueError(
@@ -321,7 +323,7 @@ def _load_onnx(path: Path, device: torch.device) -> _Loaded:
     if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"device_id": device.index, "use_tf32": 0}))
     try:
-        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(_onnx_source(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises many classes, without a common base
         raise ValueError(f"cannot load {path} as ONNX: {' '.join(str(error).split())[:200]}") from error
     inputs = session.get_inputs()
@@ -343,6 +345,15 @@ def _load_onnx(path: Path, device: torch.device) -> _Loaded:
     return run, (channels or 3, height, width), dtype
 
 
+def _onnx_source(path: Path) -> str | bytes:
+    """The path, beside which ONNX Runtime looks for weights; the content, if the name is not UTF-8, as it must be."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return path.read_bytes()
+    return os.fspath(path)
+
+
 def _classifier_file() -> Path:
     return Path(__file__).parents[1] / "models" / f"{SHIPPED_CLASSIFIER}-classifier" / "classifier.safetensors"
 
@@ -357,10 +368,11 @@ def _identity(path: Path, preparation: object) -> str:
         length = sum((byte & 0x7F) << 7 * i for i, byte in enumerate(match[1]))
         name = content[match.end() : match.end() + length]
         beside = path.parent / os.fsdecode(name)
-        if beside.is_file():
+        if os.path.isfile(beside):  # False also for a name that is too long
             digest.update(beside.read_bytes())
     return digest.hexdigest()
 
 
 def _shape_and_dtype(x: Tensor) -> str:
-    return f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    layout = "" if x.layout == torch.strided else f" {x.layout}"
+    return f"{list(x.shape)} {x.dtype}{layout}".replace("torch.", "")

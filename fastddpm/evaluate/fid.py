@@ -7,9 +7,8 @@ set's features are kept in a file for each extractor, so that the images go thro
 import hashlib
 import math
 import os
+import sys
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,15 +22,23 @@ from torch import Tensor
 from fastddpm.core import checks
 from fastddpm.core.checks import shown
 from fastddpm.core.names import SHIPPED_CLASSIFIER
-from fastddpm.evaluate.features import Extractor, extract
-from fastddpm.evaluate.frechet import are_moments, bootstrap, gaussian_distance, is_covariance, moments
+from fastddpm.evaluate.features import INCEPTION_PER_S, INPUT_SIZE, Extractor, extract
+from fastddpm.evaluate.frechet import (
+    MOST_REPLICATES,
+    are_moments,
+    bootstrap,
+    gaussian_distance,
+    is_covariance,
+    moments,
+)
 from fastddpm.evaluate.isolated import load_extractor
-from fastddpm.storage import datasets, shards
+from fastddpm.storage import datasets, npz, shards
+from fastddpm.storage.arrays import StoredArray
 from fastddpm.storage.caches import user_cache
-from fastddpm.storage.files import atomic, check_not_input, check_regular
+from fastddpm.storage.files import as_path, atomic, check_not_input, check_regular, delete_leftovers
 
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error)
 _IMAGES_READ = 256  # images of a set that are in memory at once, by default
+_MANY_FEATURES = 1000  # from here on, a replicate of the bootstrap takes seconds
 _FORMAT = "fastddpm fid 1"  # change the number whenever the same images would get other statistics
 
 
@@ -82,37 +89,23 @@ class Statistics:
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":
         """Load an .npz with mu and sigma, as `save`, pytorch-fid and EDM write it.
 
-        Raises: ValueError: they are missing, not finite real numbers, or of wrong shapes, sigma is not a covariance, or
-            they are not those of the features beside them.
+        Raises: ValueError: the file is damaged, an array is missing, does not hold finite real numbers or is of a wrong
+            shape, sigma is not a covariance, or they are not those of the features beside them.
         """
-        arrays = _read_statistics(path)
-        mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-        if mu.ndim != 1 or not len(mu) or sigma.shape != 2 * mu.shape or not (mu.isfinite() & sigma.isfinite()).all():
-            raise ValueError(
-                f"{path} has mu {list(mu.shape)} and sigma {list(sigma.shape)}; want finite [D] and [D, D], D >= 1"
-            )
-        if not is_covariance(sigma):
+        stored = _stored_statistics(path)
+        with np.errstate(over="ignore"):  # numbers beyond float64 become infinite, and are refused
+            mu, sigma = (torch.from_numpy(stored[name].load().astype(np.float64)) for name in ("mu", "sigma"))
+        if not mu.isfinite().all() or not sigma.isfinite().all():
+            raise ValueError(f"{path} has a mu or a sigma that is not finite")
+        if not is_covariance(sigma, mu):
             raise ValueError(
                 f"{path} has a sigma that is not a covariance: it is not symmetric, or has an eigenvalue below 0"
             )
-        features, count, extractor = None, arrays.get("count"), arrays.get("extractor")
-        if count is not None and (count.size != 1 or count.item() < 2):
-            raise ValueError(f"{path} has count {shown(count.tolist())}; want the number of images, at least 2")
-        if "features" in arrays:
-            array = arrays["features"]
-            features = torch.from_numpy(array.astype(np.float32 if array.dtype.itemsize <= 4 else np.float64))
-            if count is None or features.shape != (count.item(), len(mu)):
-                n = None if count is None else count.item()
-                raise ValueError(f"{path} has features {list(features.shape)}; want [{n}, {len(mu)}], count and D")
-            if not features.isfinite().all():
-                raise ValueError(f"{path} has features that are not finite")
-            if not are_moments(mu, sigma, features):
-                raise ValueError(
-                    f"{path} has a mu or a sigma that is not that of its features; give mu and sigma without features, "
-                    "or the images"
-                )
-        number, name = (None if value is None else value.item() for value in (count, extractor))
-        return cls(mu, sigma, number, features, name, Path(path))
+        count, extractor = (stored[name].load().item() if name in stored else None for name in ("count", "extractor"))
+        if count is not None and count < 2:
+            raise ValueError(f"{path} has count {count}; want the number of images, at least 2")
+        features = _stored_features(path, stored["features"], mu, sigma, count) if "features" in stored else None
+        return cls(mu, sigma, count, features, extractor, Path(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz with mu, sigma, and if known count, features and extractor."""
@@ -122,28 +115,45 @@ class Statistics:
             np.savez(file, **arrays)
 
 
-def _read_statistics(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz that make up statistics: real numbers, but for the name of the extractor."""
-    wanted = "want statistics, an .npz with mu and sigma"
-    kinds = {"mu": "fiu", "sigma": "fiu", "count": "iu", "features": "f", "extractor": "U"}
-    try:
-        with open(check_regular(path), "rb") as opened, zipfile.ZipFile(opened):
-            opened.seek(0)
-            with np.load(opened, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in kinds if name in file.files}
-    except (OSError, EOFError, ValueError, TypeError, KeyError, RuntimeError, MemoryError, *_ZIP_ERRORS) as error:
-        cause = "it holds Python objects, which can run code" if "pickle" in str(error) else error
-        raise ValueError(f"cannot load {path}: {cause}; {wanted}") from error
-    for name in ("mu", "sigma"):
-        if name not in arrays:
-            raise ValueError(f"cannot load {path}: it holds no {name}; {wanted}")
-    for name, array in arrays.items():
-        if array.dtype.kind not in kinds[name] or (name == "extractor" and array.ndim):
-            kind = {"count": "a whole number", "extractor": "a string"}.get(name, "real numbers")
-            raise ValueError(f"{path} has {name} {list(array.shape)} {array.dtype}; want {kind}")
-    return arrays
+def _stored_statistics(path: str | os.PathLike[str]) -> dict[str, StoredArray]:
+    """The arrays of an .npz that make up statistics, by name. Their values are not read yet.
+
+    Raises: ValueError: mu or sigma is missing, or an array is of another kind or shape.
+    """
+    path, wanted = check_regular(path), "want statistics, an .npz with mu and sigma"
+    numbers, whole, text = ("fiu", "real numbers"), ("iu", "a whole number"), ("U", "a string")
+    kinds = {"mu": numbers, "sigma": numbers, "features": numbers, "count": whole, "extractor": text}
+    names = npz.array_names(path)
+    if missing := [name for name in ("mu", "sigma") if name not in names]:
+        raise ValueError(f"{path} holds no {missing[0]}; {wanted}")
+    stored = {name: npz.open_array(path, name) for name in kinds if name in names}
+    for name, array in stored.items():
+        kind, want = kinds[name]
+        if array.dtype.kind not in kind or (name in ("count", "extractor") and math.prod(array.shape) != 1):
+            raise ValueError(f"{path} has {name} {list(array.shape)} {array.dtype}; want {want}")
+    mu, sigma = stored["mu"].shape, stored["sigma"].shape
+    if len(mu) != 1 or mu[0] < 1 or sigma != 2 * mu:
+        raise ValueError(f"{path} has mu {list(mu)} and sigma {list(sigma)}; want [D] and [D, D], D >= 1")
+    return stored
 
 
+def _stored_features(
+    path: str | os.PathLike[str], stored: StoredArray, mu: Tensor, sigma: Tensor, count: int | None
+) -> Tensor:
+    """[N, D] features beside statistics. Raises: ValueError: the statistics are not theirs."""
+    if stored.shape != (count, len(mu)):
+        raise ValueError(f"{path} has features {list(stored.shape)}; want [{count}, {len(mu)}], count and D")
+    dtype = np.float32 if stored.dtype.itemsize <= 4 else np.float64
+    features = torch.from_numpy(stored.load().astype(dtype, copy=False))
+    if not features.isfinite().all():
+        raise ValueError(f"{path} has features that are not finite")
+    if not are_moments(mu, sigma, features):
+        way_out = "give mu and sigma without features, or the images"
+        raise ValueError(f"{path} has a mu or a sigma that is not that of its features; {way_out}")
+    return features
+
+
+@checks.checked_call
 def fid(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
@@ -166,33 +176,34 @@ def fid(
 
     Args:
         a, b: each is one of
-            what `datasets.load_images` takes: an .npz, an MNIST-format file or a folder of images, which may be of
-            several sizes;
-            "PATH.npz:ARRAY": another array of an .npz;
+            what `datasets.load_images` takes, such as "FILE.npz:ARRAY" or a folder of images, which may be of several
+            sizes;
             a folder that `fastddpm sample` wrote;
             statistics: an .npz with mu and sigma. Without features such a set is taken as exactly known.
         features, input_size, scale, device: as `isolated.load_extractor` takes them. A file's network is loaded and
             runs in a process of its own.
         batch_size: as `extract` takes it.
-        replicates: K of the bootstrap; 0: no standard error.
+        replicates: K of the bootstrap, from 2 to 1,000,000; 0: no standard error.
         seed: of the bootstrap, 0 <= seed < 2^64.
         cache: the folder that keeps statistics with their features; True: `cache_folder()`; False: keep none.
-        progress: show bars.
+        progress: say on stderr what takes long, and show bars.
     Raises: ValueError: an argument is not as above, a set cannot be read, is incomplete or has less than 2 images, or
         the sets have features of different extractors.
     """
     if not checks.is_whole(replicates) or replicates < 0 or replicates == 1:
         raise ValueError(f"replicates is {shown(replicates)}; want 0, or at least 2, which have a standard deviation")
+    replicates = checks.whole("replicates", replicates, 0, MOST_REPLICATES)
     seed, progress = checks.seed(seed), checks.flag("progress", progress)
     if batch_size is not None:
         batch_size = checks.whole("batch_size", batch_size, 1)
     sources = [_Source.parse("a", a), _Source.parse("b", b)]
     if not isinstance(cache, bool | str | os.PathLike) or cache == "":
         raise ValueError(f"cache is {shown(cache)}; want a folder, True or False")
+    kept_in = None if isinstance(cache, bool) else as_path("cache", cache)
     extractor = None
     if not all(source.is_statistics() for source in sources):
         extractor = load_extractor(features, device=device, input_size=input_size, scale=scale)
-    folder = (cache_folder() if cache else None) if isinstance(cache, bool) else Path(cache)
+    folder = cache_folder() if cache is True else kept_in
     sets = []
     for source in sources:
         if extractor is None or source.is_statistics():
@@ -200,7 +211,7 @@ def fid(
         else:
             sets.append(_statistics_of_images(source, extractor, folder, batch_size, progress))
     _check_comparable(sets, [str(a), str(b)], extractor)
-    return _compare(sets[0], sets[1], extractor, int(replicates), seed, progress)
+    return _compare(sets[0], sets[1], extractor, replicates, seed, progress)
 
 
 def _compare(
@@ -210,6 +221,9 @@ def _compare(
     try:
         distance = gaussian_distance(a.mu, a.sigma, b.mu, b.sigma)
         if replicates and (a.features is not None or b.features is not None):
+            if progress and len(a.mu) >= _MANY_FEATURES:
+                what = f"{replicates} replicates with {len(a.mu)} features, of some seconds each"
+                print(f"the standard error takes {what}; without replicates there is none", file=sys.stderr)
             resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in (a, b)]
             error = float(bootstrap(*resampled, replicates=replicates, seed=seed, progress=progress).std())
     except torch.linalg.LinAlgError:
@@ -234,7 +248,7 @@ def cache_folder() -> Path | None:
     """
     folder = user_cache("fid")
     if folder is None:
-        warnings.warn("the statistics are not kept: there is no home; name a folder for the cache", stacklevel=3)
+        warnings.warn("the statistics are not kept: there is no home; name a folder for the cache", stacklevel=4)
     return folder
 
 
@@ -249,15 +263,14 @@ class _Source:
     def parse(cls, name: str, text: str | os.PathLike[str]) -> "_Source":
         if not isinstance(text, str | os.PathLike) or not os.fspath(text):
             raise ValueError(f"{name} is {shown(text)}; want a path, that of images or of an .npz with statistics")
-        return cls(*datasets.split_array(text))
+        return cls(*datasets.split_array(as_path(name, text)))
 
     def is_statistics(self) -> bool:
-        if self.path.is_dir():
+        if os.path.isdir(self.path):
             return False
         try:
-            with zipfile.ZipFile(check_regular(self.path)) as archive:
-                return self.array is None and {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):
+            return self.array is None and {"mu", "sigma"} <= set(npz.array_names(check_regular(self.path)))
+        except ValueError:
             return False
 
 
@@ -270,28 +283,39 @@ def _statistics_of_images(
     if folder is not None:
         fingerprint = _fingerprint(source, extractor)
         file = folder / f"{fingerprint[:32]}.npz"
-        check_not_input("the cache", file, path, extractor.name)
+        check_not_input("the cache", check_regular(file), path, extractor.name)
         with suppress(ValueError):  # missing or damaged
             return Statistics.load(file)
     count, batches = _open_images(source, batch_size or _IMAGES_READ)
+    if progress:
+        print(f"{path}: {count} images go through {extractor.name}{_how_long(extractor, count)}", file=sys.stderr)
     features = extract(extractor, batches, count, batch_size=batch_size, progress=progress)
     if len(features) < 2:
         raise ValueError(f"{path} holds {len(features)} image; want at least 2, better thousands")
     statistics = Statistics(*moments(features), len(features), features, extractor.identity)
-    if file is None:
+    if folder is None or file is None:
         return statistics
     if _fingerprint(source, extractor) != fingerprint:
         raise ValueError(f"{path} was changed while it was read; compare again once it no longer changes")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        delete_leftovers(folder, "[0-9a-f]" * 32 + ".npz")
         statistics.save(file)
     except OSError as error:
         cause = f"cannot write {folder}: {error.strerror or error}"
         warnings.warn(
-            f"the statistics of {path} are not kept: {cause}; name another folder for the cache", stacklevel=3
+            f"the statistics of {path} are not kept: {cause}; name another folder for the cache", stacklevel=4
         )
         return statistics
     return replace(statistics, path=file)
+
+
+def _how_long(extractor: Extractor, count: int) -> str:
+    """What is known beforehand of the time that images take; the bar shows the rest."""
+    seconds = count / (INCEPTION_PER_S * torch.get_num_threads())
+    if extractor.device.type != "cpu" or extractor.size != (INPUT_SIZE, INPUT_SIZE) or seconds < 60:
+        return ""
+    return f"; if that is an Inception network, it takes about {seconds / 60:.0f} minutes on this CPU"
 
 
 def _check_finished(path: Path) -> None:
@@ -301,7 +325,7 @@ def _check_finished(path: Path) -> None:
         if opened.written() < len(opened.samples):
             done = f"{opened.written()} of its {len(opened.samples)} samples"
             raise ValueError(f"{path} holds {done}; rerun the command that wrote them to draw the others")
-    elif path.is_dir():
+    elif os.path.isdir(path):
         folders = {file.parent for file in datasets.image_files(path)}
         if job := next(filter(shards.is_shard_folder, sorted(folders)), None):
             raise ValueError(f"{path} holds a folder that `fastddpm sample` wrote, {job}; name that one")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastddpm.core import noise
+from fastddpm.core import checks, noise
 
 BLOCK = 8192  # features widened to float64 at once: 128 MiB of Inception's
+MOST_REPLICATES = 1_000_000  # of the bootstrap
 WIDTHS = (16, 24)  # channels of the random network's two layers
 
 
@@ -70,15 +71,18 @@ def are_moments(mean: Tensor, cov: Tensor, x: Tensor) -> bool:
     return bool(same_mean.all() and same_cov.all())
 
 
-def is_covariance(x: Tensor) -> bool:
-    """Whether [D, D] float64 is symmetric without negative eigenvalues, but for rounding to float32."""
-    largest = x.diag().max()
-    if not torch.allclose(x, x.T, rtol=1e-6, atol=1e-10 * float(largest.abs())):
+def is_covariance(cov: Tensor, mean: Tensor) -> bool:
+    """Whether [D, D] float64 is symmetric without negative eigenvalues, but for rounding.
+
+    That is rounding to float32, and what E[x^2] - mean^2 leaves in float64, such as -1e-14 where 0 is meant.
+    """
+    largest = cov.diag().max().clamp(min=0)
+    cancellation = 1e-12 * (1 + mean.square().max())
+    if not torch.allclose(cov, cov.T, rtol=1e-6, atol=float(1e-10 * largest + cancellation)):
         return False
-    if not x.any():
-        return True
-    # the Cholesky factorisation fails where an eigenvalue is below -1e-6 of the largest variance
-    shifted = x + 1e-6 * largest * torch.eye(len(x), dtype=x.dtype, device=x.device)
+    # the Cholesky factorisation fails where an eigenvalue is below that much less than 0
+    shift = 1e-6 * largest + cancellation
+    shifted = cov + shift * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     return bool(torch.linalg.cholesky_ex(shifted).info == 0)
 
 
@@ -98,13 +102,15 @@ def bootstrap(
 
     Args:
         a, b: features [N, D], N >= 2; or (mean [D], covariance [D, D]) of a set that is not resampled.
-        replicates: K.
+        replicates: K, from 1 to 1,000,000.
         seed: 0 <= seed < 2^64; equal seeds give equal distances.
         progress: show a bar.
+    Raises: ValueError: replicates or seed is not as above.
     """
     from tqdm import tqdm
 
-    generator = torch.Generator().manual_seed(seed)
+    replicates, seed = checks.whole("replicates", replicates, 1, MOST_REPLICATES), checks.seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def resampler(x: Tensor | tuple[Tensor, Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
         """A function that returns the mean and the root of the covariance of a new draw."""

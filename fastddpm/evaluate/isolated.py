@@ -26,7 +26,15 @@ from fastddpm.core.names import SHIPPED_CLASSIFIER
 from fastddpm.evaluate import features
 from fastddpm.evaluate.features import Extractor
 
-_CHILD = "import sys; sys.path[:] = sys.argv[1:]; from fastddpm.evaluate.isolated import serve; serve()"
+# stdout is for replies alone: what an import prints goes to stderr
+_CHILD = """
+import os, sys
+replies = os.dup(1)
+os.dup2(2, 1)
+sys.path[:] = sys.argv[1:]
+from fastddpm.evaluate.isolated import serve
+serve(replies)
+"""
 # Linux's numbers: system calls, accesses to files, and an option of prctl
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
@@ -98,10 +106,13 @@ class _Process:
         return torch.frombuffer(content, dtype=torch.float32).view(reply["shape"])
 
 
-def serve() -> None:
-    """Answer the requests of `_Process` on stdin: load an extractor, then extract the features of images."""
+def serve(replies_to: int) -> None:
+    """Answer the requests of `_Process` on stdin: load an extractor, then extract the features of images.
+
+    Args: replies_to: an open file, by its number.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process ends this one
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    requests, replies = sys.stdin.buffer, os.fdopen(replies_to, "wb")
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)  # a network may print
     os.dup2(null, 2)

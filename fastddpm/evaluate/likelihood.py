@@ -11,7 +11,7 @@ last two by the reference functions, element by element. Specification: `fastddp
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastddpm import ops
 from fastddpm.core import noise
-from fastddpm.core.checks import is_whole, whole
+from fastddpm.core.checks import checked_call, flag, is_whole, shown, whole
 from fastddpm.core.memory import send
 from fastddpm.core.schedule import Schedule
 from fastddpm.evaluate.terms import BoundTerms, prior_kl, systematic
@@ -32,7 +32,8 @@ from fastddpm.sampling.runner import BatchNetwork
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.watch import Watch
 
-FEW_TIMESTEPS = 40  # up to this number, a plot shows each one
+FEW_TIMESTEPS = 40  # up to this number, a plot shows each one; else
+BIN_TERMS, BIN_WIDTH = 10, 1.1  # bins of at least so many terms, and of at least this ratio between the t of neighbours
 
 # (model output, x_0, t, address) of a batch -> its terms [n] float64
 Term = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -100,29 +101,30 @@ class Bound:
         seen = count.nonzero()[:, 0]
         return seen, mean[seen], error[seen]
 
-    def binned(self, most: int = 60) -> tuple[Tensor, Tensor, Tensor]:
-        """`per_timestep` for a plot: where there are more than `FEW_TIMESTEPS`, the t are those of bins, float64.
+    def binned(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`per_timestep` for a plot: where there are more than `FEW_TIMESTEPS`, those of bins, with float64 t.
 
-        A bin holds neighbours in log t, and on average ten terms or more. Its t is their mean; its mean and its error
-        are over the images, each by the mean of its terms in the bin.
-
-        Args: most: the largest number of bins.
+        A bin holds neighbours, at least `BIN_TERMS` terms. Its t is their geometric mean; its mean and its error are
+        over the images, each by the mean of its terms in the bin.
         """
-        if len(self.timesteps.unique()) <= FEW_TIMESTEPS:
+        t, counts = self.timesteps.unique(return_counts=True)
+        if len(t) <= FEW_TIMESTEPS:
             return self.per_timestep()
-        count = max(FEW_TIMESTEPS // 4, min(most, self.timesteps.numel() // 10))
-        place = (self.timesteps + 1).double().log() / math.log(self.num_train_timesteps + 1) * count
-        bins = place.long().unique(return_inverse=True)[1]
-        N, M = len(bins), int(bins.max()) + 1
-        zeros = torch.zeros(N, M, dtype=torch.float64, device="cpu")
+        bin_of = torch.zeros(self.num_train_timesteps, dtype=torch.int64, device="cpu")
+        for number, inside in enumerate(_bins(t.tolist(), counts.tolist())):
+            bin_of[inside] = number
+        bins = bin_of[self.timesteps]
+        zeros = torch.zeros(len(bins), int(bins.max()) + 1, dtype=torch.float64, device="cpu")
         drawn = zeros.scatter_add(1, bins, torch.ones_like(self.terms))
-        t = zeros.scatter_add(1, bins, self.timesteps.double()).sum(0) / drawn.sum(0)
+        log_t = zeros.scatter_add(1, bins, (self.timesteps + 1).double().log()).sum(0) / drawn.sum(0)
         per_image = zeros.scatter_add(1, bins, self.bits(self.terms)) / drawn  # NaN: the image has no term in the bin
         images = (drawn > 0).sum(0)
         mean = per_image.nansum(0) / images
-        return t, mean, ((per_image - mean).square().nansum(0) / (images - 1) / images).sqrt()
+        error = ((per_image - mean).square().nansum(0) / (images - 1) / images).sqrt()
+        return log_t.exp() - 1, mean, error
 
 
+@checked_call
 def bound(
     sampler: Sampler,
     data: np.ndarray | Tensor,
@@ -153,14 +155,17 @@ def bound(
     Raises: ValueError: an argument is not as above or does not fit the model, or a term is not finite; the message
         names image and timestep.
     """
-    T, N = sampler.schedule.num_train_timesteps, len(data)
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler is {shown(sampler)}; want a Sampler, such as Sampler.from_pretrained(...)")
+    progress = flag("progress", progress)
     x_0 = _channels_last_data(data, sampler.shape, sampler.schedule)
+    T, N = sampler.schedule.num_train_timesteps, len(x_0)
     if sampler.decoder is not None and x_0.dtype == torch.uint8:
         raise ValueError("data are images, but the model is of latents; want its latents, as floating-point numbers")
     size = sampler.default_batch_size() if batch_size is None else whole("batch_size", batch_size, 1)
     least = min(1, T - 1)
     if terms is not None and (not is_whole(terms) or not least <= terms <= T - 1):
-        raise ValueError(f"terms is {terms!r}; want a whole number from {least} to T - 1 = {T - 1}, or None: all")
+        raise ValueError(f"terms is {shown(terms)}; want a whole number from {least} to T - 1 = {T - 1}, or None: all")
     labels, addresses = sampler.checked_labels(class_labels, N), noise.address(seed, N)
     bound_terms = BoundTerms(sampler, discrete=x_0.dtype == torch.uint8)
     timesteps, weights = systematic(T - 1, T - 1 if terms is None else int(terms), seed, N)
@@ -253,14 +258,29 @@ class _PairEvaluator:
         if not finite:
             bad = int((~values.isfinite()).nonzero()[0])
             i, k = divmod(start + bad, timesteps.shape[1])
-            causes = "NaN or infinity; try precision fp32"
+            causes = "NaN or infinity"
             if self.terms.schedule.variance_type == "learned":
-                causes = "NaN, infinity or a variance that is not positive; try precision fp32, another variance_type"
+                causes = "NaN, infinity or a variance that is not positive, as with another variance_type than its own"
             raise ValueError(
                 f"the term of image {i} at t = {int(timesteps[i, k])} is {values[bad]:g}: the network returned "
-                f"{causes}, or another checkpoint"
+                f"{causes}; {self.engine.prepared.advice_on_nan()}"
             )
         self.bar.update(len(values))
+
+
+def _bins(timesteps: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
+    """The timesteps of each bin. Args: timesteps: ascending; counts: how many terms each has."""
+    bins: list[list[int]] = []
+    held = 0  # terms in the last bin
+    for t, count in zip(timesteps, counts, strict=True):
+        if not bins or (held >= BIN_TERMS and t + 1 >= BIN_WIDTH * (bins[-1][0] + 1)):
+            bins.append([])
+            held = 0
+        bins[-1].append(t)
+        held += count
+    if held < BIN_TERMS and len(bins) > 1:
+        bins[-2:] = [bins[-2] + bins[-1]]
+    return bins
 
 
 def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -> Tensor:
@@ -268,13 +288,18 @@ def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -
 
     Raises: ValueError: data is not as `bound` takes it.
     """
-    x = torch.as_tensor(data, device="cpu")
+    wanted = "want uint8 [N, H, W, C] or floating point [N, *shape]"
+    try:
+        x = torch.as_tensor(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"data is {shown(data)}; {wanted}") from error
     if x.dtype == torch.uint8:
         want: tuple[int, ...] = (*shape[1:], shape[0])
-    elif x.is_floating_point():
+    elif x.is_floating_point() and x.layout == torch.strided:
         x, want = x.float(), shape
     else:
-        raise ValueError(f"data is {tuple(x.shape)} {x.dtype}; want uint8 [N, H, W, C] or floating point [N, *shape]")
+        layout = "" if x.layout == torch.strided else f" {x.layout}"
+        raise ValueError(f"data is {tuple(x.shape)} {x.dtype}{layout}; {wanted}")
     if x.shape[1:] != want or not len(x):
         sizes = ", ".join(map(str, want))
         raise ValueError(f"data is {tuple(x.shape)} {x.dtype}; want [N, {sizes}] with N >= 1 for this model")

@@ -16,13 +16,16 @@ _MARGIN = 6  # pixels on both sides of a name
 _LONGEST = 24  # characters of a name that are shown
 
 
-def class_grid(images: np.ndarray, labels: Sequence[int], names: Sequence[str] | None = None) -> np.ndarray:
+def class_grid(
+    images: np.ndarray, labels: Sequence[int], names: Sequence[str] | None = None, *, width: int = 640
+) -> np.ndarray:
     """Tile images into one picture with a row for each class that occurs.
 
     Args:
         images: uint8 [N, H, W, C] with C = 1, 3 or 4, N >= 1.
         labels: [N] the class of each.
-        names: of the classes 0, 1, ...; None: their numbers.
+        names: of the classes 0, 1, ...; None: their numbers are shown.
+        width: in pixels, as `grid` takes it, for both sides: small images are enlarged.
     Returns: uint8 [height, width, C]: the classes in ascending order, the images of one in the order given.
     """
     rows = {label: [i for i, of in enumerate(labels) if of == label] for label in sorted(set(labels))}
@@ -30,10 +33,17 @@ def class_grid(images: np.ndarray, labels: Sequence[int], names: Sequence[str] |
     tiles = np.full((len(rows), columns, *images.shape[1:]), 255, np.uint8)
     for row, places in zip(tiles, rows.values(), strict=True):
         row[: len(places)] = images[places]
-    width = 640 * columns // max(columns, len(rows))  # no side of the picture is much longer than this
-    picture = grid(tiles.reshape(-1, *images.shape[1:]), columns=columns, width=width)
-    titles = [str(label) if names is None else names[label] for label in rows]
-    return np.concatenate([_titles(titles, *picture.shape[::2]), picture], axis=1)
+    width = width * columns // max(columns, len(rows))
+    return with_titles(grid(tiles.reshape(-1, *images.shape[1:]), columns=columns, width=width), list(rows), names)
+
+
+def picture(
+    images: np.ndarray, labels: Sequence[int] | None = None, names: Sequence[str] | None = None, *, width: int = 640
+) -> np.ndarray:
+    """Images in one picture: by class if they have labels of at most MOST_ROWS classes, else as `grid` does."""
+    if labels is not None and 0 < len(set(labels)) <= MOST_ROWS:
+        return class_grid(images, labels, names, width=width)
+    return grid(images, width=width)
 
 
 def save_samples(
@@ -42,27 +52,38 @@ def save_samples(
     labels: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Write one PNG of all samples: by class if they have labels of at most MOST_ROWS classes, else as `grid` does."""
+    """Write one PNG of all samples, as `picture` arranges them."""
     array = images.cpu().numpy() if isinstance(images, Tensor) else images
-    by_class = labels is not None and 0 < len(set(labels)) <= MOST_ROWS
-    picture = class_grid(array, labels, names) if labels is not None and by_class else grid(array)
     with atomic(path) as file:
-        file.write(png(picture))
+        file.write(png(picture(array, labels, names)))
 
 
-def _titles(titles: Sequence[str], height: int, channels: int) -> np.ndarray:
-    """A white column [height, width, channels] that holds the titles, each at the centre of its row."""
+def with_titles(rows: np.ndarray, labels: Sequence[int], names: Sequence[str] | None = None) -> np.ndarray:
+    """A picture of rows of equal height, with the name or the number of each row's class on its left.
+
+    Args: rows: uint8 [height, width, C]. labels: the class of each row. names: of the classes; None: their numbers.
+    """
     from PIL import Image, ImageDraw
 
-    row = height / len(titles)
+    height, _, channels = rows.shape
+    row = height / len(labels)
     letters = font(int(min(14, max(8, row * 0.8))))
-    shown = [f"{title[:_LONGEST]}..." if len(title) > _LONGEST else title for title in titles]
-    width = round(max(letters.getlength(title) for title in shown)) + 2 * _MARGIN
+    titles = [_title(str(label) if names is None else names[label]) for label in labels]
+    width = round(max(letters.getlength(title) for title in titles)) + 2 * _MARGIN
     canvas = Image.new("L", (width, height), 255)
     draw = ImageDraw.Draw(canvas)
-    for i, title in enumerate(shown):
+    for i, title in enumerate(titles):
         draw.text((width - _MARGIN, (i + 0.5) * row), title, fill=0, font=letters, anchor="rm")
-    return np.asarray(canvas)[..., None].repeat(channels, axis=2)
+    column = np.asarray(canvas)[..., None].repeat(channels, axis=2)
+    if channels == 4:
+        column[..., 3] = 255
+    return np.concatenate([column, rows], axis=1)
+
+
+def _title(name: str) -> str:
+    """A name as one short line that a font can draw: without line breaks and lone surrogates."""
+    short = f"{name[:_LONGEST]}..." if len(name) > _LONGEST else name
+    return "".join(c if c.isprintable() else "?" for c in short)
 
 
 def font(size: int) -> Any:

@@ -65,6 +65,12 @@ def write_together(contents: Iterable[tuple[Path, bytes]]) -> None:
             _flush_folder(folder)
 
 
+def delete_leftovers(folder: Path, name: str) -> None:
+    """Delete the temporary files of killed processes that were to become the files in a folder that match `name`."""
+    for path in folder.glob(f".{name}.*{TEMPORARY}"):
+        _delete_if_dead(path)
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """In this block, system errors that name no file or a temporary one name path, and say how to go on if possible."""

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def open_folder(folder: Path) -> ImageFiles:
     return ImageFiles(folder, paths, [readable[name] for name in images], labels, left_out=left_out)
 
 
+def would_hold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> bool:
+    """Whether a file written to path would be among the files of a folder, also by way of links."""
+    inside = {os.path.realpath(below) for below, _ in _folders(folder)}
+    places = (os.path.realpath(os.path.dirname(path)), os.path.dirname(os.path.realpath(path)))
+    return any(str(above) in inside for place in places for above in (Path(place), *Path(place).parents))
+
+
 def _names(folder: Path) -> list[str]:
     """The files in a folder and its subfolders, as names relative to it, without hidden ones, in sorted order."""
 
@@ -34,13 +42,31 @@ def _names(folder: Path) -> list[str]:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
 
     found = []
-    for root, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = Path(root)
-        above = here.resolve()  # following a link to a folder above would never end
-        below[:] = [name for name in below if name[0] != "." and not above.is_relative_to((here / name).resolve())]
-        inside = here.relative_to(folder).parts
-        found += ["/".join((*inside, name)) for name in names if name[0] != "."]
+    for below, names in _folders(folder, unreadable):
+        inside = Path(below).relative_to(folder).parts
+        found += ["/".join((*inside, name)) for name in names]
     return sorted(found, key=lambda name: name.split("/"))
+
+
+def _folders(
+    folder: str | os.PathLike[str], unreadable: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, each with its files; follows links, skips what is hidden.
+
+    Args: unreadable: called for a folder that cannot be read; None: it is left out.
+    """
+    leading: dict[str, tuple[Path, ...]] = {os.fspath(folder): ()}  # the folders that lead to each, without links
+    for here, below, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        chain = (*leading.pop(here), Path(here).resolve())
+        below[:] = [name for name in below if name[0] != "." and not _leads_back(os.path.join(here, name), chain)]
+        leading |= {os.path.join(here, name): chain for name in below}
+        yield here, [name for name in names if name[0] != "."]
+
+
+def _leads_back(path: str, chain: Sequence[Path]) -> bool:
+    """Whether a folder is one of those that lead to it, or above one; following it would never end."""
+    target = Path(path).resolve()
+    return any(above.is_relative_to(target) for above in chain)
 
 
 def _file(folder: Path, name: str) -> ImageFile | None:

@@ -29,6 +29,12 @@ def choose_array(path: Path, *, held_out: bool = False) -> str:
     return name
 
 
+def array_names(path: Path) -> list[str]:
+    """The arrays of an .npz. Raises: ValueError: it is damaged, or no .npz."""
+    with reading(path, ".npz"):
+        return list(_members(path))
+
+
 def open_array(path: Path, name: str) -> StoredArray:
     """An array of an .npz. Raises: ValueError: there is none of this name, or it is damaged."""
     with reading(path, ".npz"):

@@ -76,7 +76,7 @@ def bound_terms(
 
     Args:
         timesteps: [K] of the terms, counted from 0 (one less than the paper's t), in any order; some may be missing.
-            Or the mean timesteps of bins.
+            Or those of bins.
         mean: [K] the terms in bits/dim.
         error: [K] their standard errors; NaN if unknown.
         prior, decoder, total: L_T, L_0 and the bound in bits/dim, each with its standard error or NaN.
@@ -155,7 +155,7 @@ def _use_whole_numbers(axes: Any, *, log: bool) -> None:
             axes.xaxis.set_major_locator(LogLocator(subs=subs))
             axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:,.0f}")
 
 

@@ -90,6 +90,8 @@ class ShardFolder:
         """Open an existing folder. Raises: ValueError: it has no manifest, or a damaged one."""
         manifest = as_path("the folder of samples", path) / MANIFEST
         try:
+            if not os.path.lexists(manifest):
+                raise FileNotFoundError
             held = json.loads(check_regular(manifest).read_text(encoding="utf-8"))
             if not _is_shallow(held, _DEPTH):
                 raise ValueError(f"its values are nested more than {_DEPTH} deep")
@@ -314,7 +316,7 @@ def continued(before: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
 
 def is_shard_folder(path: str | os.PathLike[str]) -> bool:
     """Whether path is a folder with a manifest, such as `ShardFolder.begin` creates."""
-    return (Path(path) / MANIFEST).is_file()
+    return os.path.isfile(os.path.join(path, MANIFEST))
 
 
 def _is_shallow(value: Any, depth: int) -> bool:

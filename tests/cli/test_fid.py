@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fastddpm.cli import fid as command
 from fastddpm.cli.main import main
+from fastddpm.evaluate import fid as module
 from fastddpm.evaluate.fid import Fid
 
 DEFAULTS = {
@@ -48,7 +48,7 @@ def test_fid_passes_all_options(flags, options, monkeypatch):
         calls.append((a, b, arguments))
         raise ValueError("enough")
 
-    monkeypatch.setattr(command, "fid", record)
+    monkeypatch.setattr(module, "fid", record)
     assert main(["fid", "a.npz", "b.npz", *flags.split()]) == 2
     assert calls == [("a.npz", "b.npz", DEFAULTS | options)]
 
@@ -57,7 +57,7 @@ RESULT = Fid(12.345678, 0.0456, (7, None), 128, "fashion-mnist", ("stats.npz", N
 
 
 def test_fid_prints_the_distance_and_what_was_compared(monkeypatch, capsys):
-    monkeypatch.setattr(command, "fid", lambda a, b, **options: RESULT)
+    monkeypatch.setattr(module, "fid", lambda a, b, **options: RESULT)
     assert main(["fid", "a", "b", "--bootstrap", "3"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "Fréchet distance 12.3457 ± 0.046 (standard error, 3 replicates)",
@@ -69,7 +69,7 @@ def test_fid_prints_the_distance_and_what_was_compared(monkeypatch, capsys):
 
 
 def test_fid_as_json(monkeypatch, capsys):
-    monkeypatch.setattr(command, "fid", lambda a, b, **options: RESULT)
+    monkeypatch.setattr(module, "fid", lambda a, b, **options: RESULT)
     assert main(["fid", "a", "b", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["distance"], record["a"], record["bootstrap"]) == (12.345678, "a", 20)

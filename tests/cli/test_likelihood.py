@@ -1,7 +1,9 @@
 """`fastddpm likelihood`: what it prints and writes, which images and labels it uses, and its errors."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ from PIL import Image
 
 from fastddpm.cli import likelihood as command
 from fastddpm.cli.main import main
+from fastddpm.evaluate import likelihood as module
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage import plots
 from tests.support.command_line import error_line, record_calls
 from tests.support.jobs import save_tiny
 
@@ -36,7 +40,7 @@ def test_likelihood_prints_the_bound(tiny, images_with_labels, capsys):
 
 def test_likelihood_passes_all_options(tiny, images_with_labels, capsys, monkeypatch):
     loads = record_calls(monkeypatch, Sampler, "from_pretrained")
-    bounds = record_calls(monkeypatch, command, "bound")
+    bounds = record_calls(monkeypatch, module, "bound")
     flags = "--num-images 2 --terms 3 --seed 9 --batch-size 2 --precision fp32 --device cpu --engine eager"
     assert main(["likelihood", tiny, "images.npz", *flags.split(), "--variance-type", "fixed_large", "--quiet"]) == 0
     assert capsys.readouterr().err == ""
@@ -57,11 +61,11 @@ def result(tiny, images_with_labels):
 @pytest.fixture
 def reported(tiny, images_with_labels, capsys, monkeypatch):
     """(the object printed as JSON, the calls of the plot) of a command that also writes x.npz and x.png."""
-    plots = record_calls(monkeypatch, command, "bound_terms")
+    calls = record_calls(monkeypatch, plots, "bound_terms")
     flags = "--num-images 2 --terms 3 --seed 9 --batch-size 2 --precision fp32 --device cpu --quiet"
     flags += " --out x.npz --plot x.png --json"
     assert main(["likelihood", tiny, "images.npz", *flags.split()]) == 0
-    return json.loads(capsys.readouterr().out), plots
+    return json.loads(capsys.readouterr().out), calls
 
 
 def test_json_has_the_bound_and_the_options(result, reported):
@@ -112,7 +116,7 @@ def test_held_out_images_are_preferred(tiny, images_with_labels, capsys):
 
 @pytest.mark.usefixtures("images_with_labels")
 def test_likelihood_of_the_bundled_model(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", tiny)
+    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", Path(tiny))
     assert total(["fashion-mnist", "images.npz", "--num-images", "1"], capsys)["error"] == "nan"
 
 
@@ -136,6 +140,42 @@ def test_labels_come_from_the_data(conditional, images_with_labels, capsys, labe
     from_data = total(run, capsys)
     assert from_data == total([*run, "--class-labels", same], capsys)
     assert from_data != total([*run, "--class-labels", ",".join("0" * num_images)], capsys)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "npy", "named"])
+def test_labels_come_from_every_kind_of_data(conditional, images_with_labels, capsys, kind):
+    x, labels = images_with_labels, [0, 0, 1]
+    for i, (image, label) in enumerate(zip(x[..., 0], labels, strict=True)):
+        Path("folder", f"class {label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(f"folder/class {label}/{i}.png")
+    shutil.make_archive("x", "zip", "folder")
+    shutil.make_archive("x", "tar", "folder")
+    np.save("x.npy", x)
+    np.save("y.npy", np.array(labels))
+    np.savez("named.npz", x_val=x, y_val=np.array(labels)[:, None], x_train=x[:1], y_train=[1])
+    data = {"folder": "folder", "zip": "x.zip", "tar": "x.tar", "npy": "x.npy", "named": "named.npz:x_val"}[kind]
+    np.savez("images.npz", x=x, y=np.array(labels))
+    assert total([conditional, data], capsys) == total([conditional, "images.npz"], capsys)
+
+
+def test_names_of_classes_are_labels(tiny, tmp_path, images_with_labels, capsys):
+    named = save_tiny(tmp_path / "named", num_class_embeds=2)
+    Path(named, "classes.json").write_text('["bag", "shoe"]')
+    by_name = total([named, "images.npz", "--class-labels", "shoe,bag,shoe"], capsys)
+    assert by_name == total([named, "images.npz", "--class-labels", "1,0,1"], capsys)
+
+
+def test_a_class_conditional_model_needs_labels(conditional, images_with_labels, capsys):
+    np.savez("unlabelled.npz", x=images_with_labels)
+    line = error_line(["likelihood", conditional, "unlabelled.npz", "--quiet"], capsys)
+    assert (
+        "the model is class-conditional, but cannot load unlabelled.npz as .npz: it holds x; want labels of x" in line
+    )
+    assert line.endswith("; or give --class-labels\n")
+    line = error_line(
+        ["likelihood", conditional, "unlabelled.npz", "--quiet", "--class-labels", "0-99999999999"], capsys
+    )
+    assert "class_labels are (100000000000,) for 3 samples; want one each" in line
 
 
 def test_data_must_have_the_classes_of_the_model(conditional, images_with_labels, capsys):
@@ -163,6 +203,93 @@ def test_data_must_have_the_classes_of_the_model(conditional, images_with_labels
 @pytest.mark.usefixtures("images_with_labels")
 def test_likelihood_errors(tiny, capsys, flags, message):
     assert message in error_line(["likelihood", tiny, "images.npz", "--quiet", *flags.split()], capsys)
+
+
+def written(*places):
+    """The content of all files in these places."""
+    files = [file for place in map(Path, places) for file in ([place] if place.is_file() else place.rglob("*"))]
+    return {file: file.read_bytes() for file in files if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--out images.npz", "--out is images.npz, which the command reads from (images.npz); name another file"),
+        ("--out soft.npz", "--out is soft.npz, which the command reads from (images.npz)"),
+        ("--out hard.npz", "--out is hard.npz, which the command reads from (images.npz)"),
+        ("--plot soft.png", "--plot is soft.png, which the command reads from (images.npz)"),
+        ("--out model.npz", "--out is model.npz, which the command reads from ("),
+        ("--out x.npz --plot x.png", "--out and --plot are both x.npz; want two files"),
+    ],
+)
+def test_no_output_replaces_an_input(tmp_path, images_with_labels, capsys, flags, message):
+    model = save_tiny(tmp_path / "model")
+    for link in ("soft.npz", "soft.png"):
+        Path(link).symlink_to("images.npz")
+    os.link("images.npz", "hard.npz")
+    Path("model.npz").symlink_to(next(Path(model).rglob("config.json")))
+    Path("x.png").symlink_to("x.npz")
+    before = written(".")
+    for data in ("images.npz", "images.npz:x"):
+        assert message in error_line(["likelihood", model, data, "--quiet", *flags.split()], capsys)
+    assert written(".") == before
+
+
+@pytest.mark.parametrize(
+    "plot", ["data/x.png", "data/below/x.png", "data/new/x.png", "linked/x.png", "linked/new/x.png"]
+)
+@pytest.mark.parametrize("name", ["data", "same"])
+def test_a_plot_is_not_drawn_into_the_data(tiny, images_with_labels, capsys, plot, name):
+    """Nor into a folder that is read through a link, which may lead back to where it is."""
+    Path("data", "below").mkdir(parents=True)
+    Path("linked").mkdir()
+    Path("data", "link").symlink_to("../linked")
+    Path("linked", "back").symlink_to("../data")
+    Path("same").symlink_to("data")
+    for i, image in enumerate(images_with_labels[..., 0]):
+        Image.fromarray(image).save(f"data/{i}.png")
+    line = error_line(["likelihood", tiny, name, "--plot", plot, "--quiet"], capsys)
+    assert f"--plot is {plot}, in DATA, which would hold one more image; name another place" in line
+    assert not list(Path().rglob("x.png"))
+    assert not list(Path().rglob("new"))
+    assert main(["likelihood", tiny, name, "--plot", "x.png", "--quiet"]) == 0
+
+
+def test_it_says_first_what_it_will_do(tiny, images_with_labels, capsys, monkeypatch):
+    arguments = ["likelihood", tiny, "images.npz", "--device", "cpu", "--precision", "fp32"]
+    told = []
+    for flags in ([], ["--terms", "2", "--num-images", "2"]):
+        assert main([*arguments, *flags]) == 0
+        told.append(capsys.readouterr().err.splitlines()[0])
+    assert told[0] == "fastddpm: evaluating 6 terms of each of 3 images, fp32 on cpu"
+    assert told[1] == "fastddpm: evaluating 3 terms of each of 2 images, fp32 on cpu"
+    monkeypatch.setattr(command, "A_MINUTE", 18)
+    assert main(arguments) == 0
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"{told[0]}; on a CPU this may take minutes or hours, as the bar will show; --terms and --num-images shorten it"
+    )
+
+
+def test_a_result_comes_before_its_files(tiny, images_with_labels, capsys, monkeypatch):
+    """A plot that fails does not lose it."""
+
+    def fails(*_, **__):
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(plots, "bound_terms", fails)
+    assert main(["likelihood", tiny, "images.npz", "--plot", "x.png", "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("bound ")
+    assert "No space left on device: 'x.png'; free some space there" in err
+
+
+def test_a_name_of_an_array_is_safe_to_print(tiny, images_with_labels, capsys):
+    np.savez("images.npz", **{"x\x1b[2J\n" + "y" * 10_000: images_with_labels})
+    assert main(["likelihood", tiny, "images.npz", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 6
+    assert "\x1b" not in out
+    assert len(out) < 1000
 
 
 def test_images_must_have_the_size_of_the_model(tiny, capsys):

@@ -61,6 +61,14 @@ class Returns(nn.Module):
             found = found.flatten(1)[1:]
         if self.kind == "double":
             found = found.flatten(1).double()
+        if self.kind == "none":
+            found = found.flatten(1)[:, :0]
+        if self.kind == "sparse":
+            found = found.flatten(1).to_sparse()
+        if self.kind == "complex":
+            found = torch.complex(found, found).flatten(1)
+        if self.kind == "beyond":
+            found = found.flatten(1).double() * 1e300
         if self.kind == "nan":
             found = found.flatten(1) / 0 * 0
         if self.kind == "inf":
@@ -216,11 +224,15 @@ def test_networks_may_return_features_in_several_shapes(net, tmp_path):
 @pytest.mark.parametrize(
     ("net", "message"),
     [
-        (Returns("map"), "returns [5, 3, 4, 6] float32 for 5 images; want features [5, D]"),
-        (Returns("one"), "returns [5] float32 for 5 images; want features [5, D]"),
-        (Returns("whole"), "returns [5, 2] int64 for 5 images; want features [5, D]"),
-        (Returns("fewer"), "returns [4, 2] float32 for 5 images; want features [5, D]"),
-        (Named(), "returns dict for 5 images; want features [5, D]"),
+        (Returns("map"), "returns [5, 3, 4, 6] float32 for 5 images; want features [5, D], D >= 1"),
+        (Returns("one"), "returns [5] float32 for 5 images; want features [5, D], D >= 1"),
+        (Returns("whole"), "returns [5, 2] int64 for 5 images; want features [5, D], D >= 1"),
+        (Returns("fewer"), "returns [4, 2] float32 for 5 images; want features [5, D], D >= 1"),
+        (Returns("none"), "returns [5, 0] float32 for 5 images; want features [5, D], D >= 1"),
+        (Returns("sparse"), "returns [5, 2] float32 sparse_coo for 5 images; want features [5, D], D >= 1"),
+        (Returns("complex"), "returns [5, 2] complex64 for 5 images; want features [5, D], D >= 1"),
+        (Returns("beyond"), "returns numbers beyond float32; see --scale, or name another extractor"),
+        (Named(), "returns dict for 5 images; want features [5, D], D >= 1"),
         (Returns("nan"), "returns NaN or infinity; see --scale, or name another extractor"),
         (Returns("inf"), "returns NaN or infinity; see --scale, or name another extractor"),
     ],
@@ -298,15 +310,24 @@ def test_identity_depends_on_the_network_and_the_preparation(tmp_path):
             {},
             "there is no file absent.pt; name a TorchScript or ONNX file, or fashion-mnist, which is bundled",
         ),
-        (".", {}, "there is no file .;"),
+        (".", {}, ". is a folder; want a file"),
         ("text.pt", {}, "cannot load text.pt as TorchScript ("),
         ("weights.pt", {}, "cannot load weights.pt as TorchScript ("),
         ("net.pt", {"scale": "half"}, "scale is 'half'; want one of fid, unit, signed, bytes"),
-        ("net.pt", {"input_size": -1}, "input_size is -1; want a whole number of pixels, or 0"),
-        ("net.pt", {"input_size": 2.0}, "input_size is 2.0; want a whole number of pixels, or 0"),
+        ("net.pt", {"input_size": -1}, "input_size is -1; want a whole number of pixels, at most 16384, or 0 to leave"),
+        (
+            "net.pt",
+            {"input_size": 2.0},
+            "input_size is 2.0; want a whole number of pixels, at most 16384, or 0 to leave",
+        ),
         ("fashion-mnist", {"input_size": 28}, "input_size and scale do not apply to fashion-mnist; leave them out"),
         ("fashion-mnist", {"scale": "signed"}, "input_size and scale do not apply to fashion-mnist; leave them out"),
         ("net.pt", {"device": "abacus"}, "device is 'abacus'"),
+        ("net.pt", {"device": 1.5}, "device is 1.5"),
+        ("net.pt", {"scale": 0}, "scale is 0; want one of fid, unit, signed, bytes"),
+        ("net.pt", {"input_size": 10**23}, "input_size is 100000000000000000000000; want a whole number of pixels"),
+        (0, {}, "the extractor is 0; name a TorchScript or ONNX file, or fashion-mnist, which is bundled"),
+        ("a\0b", {}, "the path to read is 'a\\x00b', which cannot be the name of a file"),
     ],
 )
 def test_wrong_sources_and_options_raise(source, options, message, tmp_path, monkeypatch):

@@ -9,7 +9,15 @@ from torch import Tensor
 from bench import frechet
 from fastddpm.evaluate import features
 from fastddpm.evaluate import frechet as module
-from fastddpm.evaluate.frechet import bootstrap, frechet_distance, gaussian_distance, moments, random_features
+from fastddpm.evaluate.frechet import (
+    are_moments,
+    bootstrap,
+    frechet_distance,
+    gaussian_distance,
+    is_covariance,
+    moments,
+    random_features,
+)
 
 
 def gaussian(seed: int, dims: int = 24, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -116,6 +124,56 @@ def test_moments_are_those_of_repeated_features(block, monkeypatch):
         torch.testing.assert_close(cov, rows.double().T.cov(), rtol=1e-12, atol=1e-11)
 
 
+def offset(seed: int, scale: float = 1.0) -> Tensor:
+    """[300, 6] float32 features, of which one is constant."""
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(seed)) * scale + 1000
+    x[:, 3] = 7
+    return x
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
+def test_edited_moments_are_found(scale):
+    x = offset(0, scale)
+    mean, cov = moments(x)
+    assert are_moments(mean, cov, x)
+    assert are_moments(*moments(x.flip(0)), x)  # rounding alone
+    for edited in (
+        mean * (1 + 1e-9),
+        mean.flip(0),
+        mean + torch.eye(6, dtype=torch.float64)[2] * (1e-6 * scale + 1e-8),
+    ):
+        assert not are_moments(edited, cov, x)
+    bump = torch.zeros(6, 6, dtype=torch.float64)
+    bump[1, 2] = bump[2, 1] = 1e-6
+    for edited in (cov * (1 + 1e-9), cov + bump * cov[1, 1], cov.T.flip(0), torch.zeros_like(cov)):
+        assert not are_moments(mean, edited, x)
+
+
+def test_rounding_of_a_covariance_is_taken():
+    mean, cov = gaussian(0, rank=5)
+    for rounded in (cov, cov.float().double(), torch.zeros_like(cov), cov - 1e-14 * torch.eye(24)):
+        assert is_covariance(rounded, mean)
+    for size in (1, 3):
+        below = torch.full((size, size), 0.0, dtype=torch.float64).fill_diagonal_(-1e-14)
+        assert is_covariance(below, torch.zeros(size, dtype=torch.float64))
+        assert gaussian_distance(mean[:size], below, mean[:size], torch.zeros_like(below)) == 0
+    x = torch.full((500, 2), 1000.1, dtype=torch.float64)
+    x[:, 1] += torch.arange(500)
+    differences = x.T @ x / 500 - torch.outer(x.mean(0), x.mean(0))
+    assert differences[0, 0] != 0
+    assert is_covariance(differences, x.mean(0))
+
+
+def test_what_is_no_covariance_is_found():
+    mean, cov = gaussian(0)
+    lopsided, negative = cov.clone(), cov.clone()
+    lopsided[0, 1] += 1e-3 * cov.abs().max()
+    negative[0, 0] *= -1
+    for wrong in (lopsided, negative, -cov, cov - 1e-3 * cov.diag().max() * torch.eye(24)):
+        assert not is_covariance(wrong, mean)
+    assert not is_covariance(torch.full((1, 1), -1e-3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+
+
 # The bootstrap
 
 
@@ -129,6 +187,15 @@ def test_bootstrap_resamples_both_sets():
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=0)
     assert torch.equal(got, bootstrap(a, b, replicates=3, seed=5, progress=False))
     assert not torch.isin(got, bootstrap(a, b, replicates=3, seed=6, progress=False)).any()
+
+
+def test_numbers_of_a_bootstrap():
+    a = torch.randn(9, 2, generator=torch.Generator().manual_seed(0))
+    want = bootstrap(a, a, replicates=2, seed=5, progress=False)
+    assert torch.equal(bootstrap(a, a, replicates=np.int64(2), seed=np.uint8(5), progress=False), want)
+    for name, value in (("replicates", 0), ("replicates", 2.0), ("seed", -1), ("seed", "5")):
+        with pytest.raises(ValueError, match=f"^{name} is {value!r}; want a whole number"):
+            bootstrap(a, a, progress=False, **{name: value})
 
 
 def test_bootstrap_does_not_resample_statistics():

@@ -1,13 +1,18 @@
-"""The bound on a GPU: by replays of a CUDA graph, in each precision, with classes, in batches of unequal use."""
+"""The bound on a GPU: by replays of a CUDA graph, in each precision, with classes, in batches of unequal use.
+
+And an extractor on a GPU in a process of its own.
+"""
 
 import pytest
 import torch
 
 from fastddpm import Sampler, Schedule, UNet2D
 from fastddpm.core.precision import PRECISIONS, arithmetic
+from fastddpm.evaluate import features, isolated
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.reference.unet import UNet
 from tests.conftest import needs_gpu
+from tests.evaluate.test_isolated import IMAGES, Means, saved
 from tests.evaluate.test_likelihood import OPTIONS, SMALL, T, by_reference, images
 from tests.support.check import assert_as_accurate
 
@@ -72,3 +77,10 @@ def test_images_on_the_gpu_work_with_a_model_on_the_cpu():
         for data in (images().to(DEVICE), images())
     ]
     assert torch.equal(*rates)
+
+
+def test_a_confined_process_runs_its_extractor_on_the_gpu(tmp_path):
+    path = saved(Means(), str(tmp_path / "net.pt"))
+    one, other = (room.load_extractor(path, device=DEVICE, input_size=0) for room in (isolated, features))
+    assert one.device == other.device
+    assert torch.equal(one(IMAGES), other(IMAGES))

@@ -10,7 +10,7 @@ import torch
 
 from fastddpm import Sampler, Schedule, UNet2D
 from fastddpm.core import noise
-from fastddpm.evaluate.likelihood import bound, systematic
+from fastddpm.evaluate.likelihood import BIN_TERMS, Bound, bound, systematic
 from fastddpm.reference.diffusion import Diffusion, linear_betas
 from fastddpm.reference.likelihood import prior_kl, term
 from fastddpm.reference.unet import UNet
@@ -225,6 +225,48 @@ def test_subset_has_the_same_terms():
             torch.testing.assert_close(spread, terms.std() / len(terms) ** 0.5, rtol=1e-12, atol=0)
 
 
+def falling(images, terms, T=1000, spread=0.5):
+    """A bound whose terms fall as the powers of t, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    timesteps, weights = systematic(T - 1, terms or T - 1, 0, images)
+    noise = (spread * torch.randn(timesteps.shape, generator=generator, dtype=torch.float64)).exp()
+    ends = torch.ones(images, dtype=torch.float64)
+    return Bound(ends, ends, timesteps, (timesteps + 1.0) ** -1.5 * math.log(2) * noise, weights, T, 1)
+
+
+@pytest.mark.parametrize(("images", "terms"), [(1, None), (2, None), (2, 50), (10, None), (200, 5), (200, None)])
+def test_bins_hold_enough_terms_to_be_smooth(images, terms):
+    """A plotted term is within four standard errors of what it would be without noise, which is known here."""
+    found = falling(images, terms)
+    t, mean, error = found.binned()
+    assert (t.diff() > 0).all()
+    assert len(t) <= 60
+    assert float(found.timesteps.min()) <= t[0] + 1e-9  # rounding of log and exp
+    assert float(found.timesteps.max()) >= t[-1] - 1e-9
+    factor = math.exp(0.5**2 / 2)  # the mean of the noise
+    exact = factor * (t + 1) ** -1.5
+    scatter = math.sqrt(math.exp(0.5**2) - 1) / math.sqrt(BIN_TERMS)  # of a bin of the fewest terms
+    assert ((mean / exact - 1).abs() <= 4 * scatter + 0.2).all()  # 0.2: a bin of ten t is wide where t is small
+    assert error.isnan().all() if images == 1 else error.isfinite().any()
+
+
+def test_bins_are_means_over_the_images():
+    found = falling(3, None, T=100)
+    t, mean, error = found.binned()
+    first = list(range(1, 5))  # twelve terms
+    want = found.bits(found.terms)[:, :4].mean(1)
+    assert t[0] == pytest.approx(math.prod(k + 1 for k in first) ** (1 / 4) - 1)
+    torch.testing.assert_close(mean[0], want.mean())
+    torch.testing.assert_close(error[0], want.std() / 3**0.5)
+
+
+@pytest.mark.parametrize(("images", "terms"), [(1, 5), (2, 20), (1, 40)])
+def test_few_timesteps_are_not_binned(images, terms):
+    found = falling(images, terms)
+    for one, other in zip(found.binned(), found.per_timestep(), strict=True):
+        assert torch.equal(one.nan_to_num(-1), other.nan_to_num(-1))
+
+
 def test_standard_error_is_the_spread_over_seeds():
     """Over 200 seeds, which give a standard deviation to 1/20. All images are equal, so that only the draws differ."""
     data = images(1).expand(16, -1, -1, -1)
@@ -349,6 +391,40 @@ def test_each_image_gets_its_class_label():
     assert torch.equal(together.terms[:3], turned.terms[:3])
     assert (together.terms[3] != turned.terms[3]).all()
     assert error_line(evaluated, net, schedule, data).startswith("the model is class-conditional; pass class_labels")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "data is None; want uint8 [N, H, W, C] or floating point [N, *shape]"),
+        ("images.npz", "data is 'images.npz'; want uint8"),
+        (0, "data is () torch.int64; want uint8"),
+        (torch.zeros(2, 1, 8, 8).to_sparse(), "data is (2, 1, 8, 8) torch.float32 torch.sparse_coo; want uint8"),
+        (torch.empty(2, 1, 8, 8, device="meta"), "data is tensor("),
+        (np.zeros((2, 1, 8, 8), complex), "data is (2, 1, 8, 8) torch.complex128; want uint8"),
+    ],
+)
+def test_data_of_another_kind_raise(data, message):
+    assert error_line(evaluated, custom_model, Schedule(**OPTIONS), data, (1, 8, 8)).startswith(message)
+
+
+def test_arguments_of_other_kinds_raise():
+    assert error_line(bound, "fashion-mnist", images()).startswith(
+        "sampler is 'fashion-mnist'; want a Sampler, such as"
+    )
+    sampler = Sampler(custom_model, Schedule(**OPTIONS), shape=(1, 8, 8), device="cpu", precision="fp32")
+    assert error_line(bound, sampler, images(), progress=0) == "progress is 0; want True or False"
+    assert error_line(bound, sampler, images(), term=3, progress=False).startswith(
+        "bound: there is no argument 'term'; did you mean 'terms'?; want sampler, data"
+    )
+
+
+def test_numbers_and_images_may_be_numpys():
+    data = images().numpy()
+    one = evaluated(custom_model, Schedule(**OPTIONS), images().flip(2), (1, 8, 8), terms=3, seed=5, batch_size=4)
+    numbers = {"terms": np.int64(3), "seed": np.uint8(5), "batch_size": np.int32(4)}
+    other = evaluated(custom_model, Schedule(**OPTIONS), data[:, :, ::-1], (1, 8, 8), **numbers)
+    assert torch.equal(one.per_image, other.per_image)
 
 
 def nan_at_5(x, t):

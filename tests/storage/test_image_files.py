@@ -73,6 +73,20 @@ def test_dangling_links_are_counted_and_the_first_is_named(tmp_path, load):
         load(tmp_path)
 
 
+def test_links_that_lead_back_are_not_followed(tmp_path):
+    """Whether to a folder above, or by way of another folder."""
+    save_folder(tmp_path, pictures(2), ["data/0.png", "linked/0.png"])
+    for link, target in (
+        ("data/up", ".."),
+        ("data/itself", "."),
+        ("data/link", "../linked"),
+        ("linked/back", "../data"),
+    ):
+        (tmp_path / link).symlink_to(target)
+    files = [file.relative_to(tmp_path).as_posix() for file in image_files(tmp_path / "data")]
+    assert files == ["data/0.png", "data/link/0.png"]
+
+
 def test_a_dangling_link_may_have_been_a_folder(tmp_path):
     save_folder(tmp_path, pictures(1), ["a/0.png"])
     (tmp_path / "b").symlink_to("/nowhere/b")

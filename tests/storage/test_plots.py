@@ -80,6 +80,22 @@ def test_axis_shows_at_least_two_numbers(losses, tmp_path, drawn):
     assert sum(low <= tick <= high for tick in drawn[-1].get_yticks()) >= 2
 
 
+@pytest.mark.parametrize(
+    ("steps", "every"), [((50, 100), 50), ((5, 10, 50), 5), ((900, 1350), 50), ((50, 2000), 50), ((400, 10**6), 400)]
+)
+def test_steps_are_marked_at_round_numbers(steps, every, tmp_path, drawn):
+    loss_curve([{"step": step, "loss": 0.1} for step in steps], tmp_path / "loss.png")
+    low, high = drawn[-1].get_xlim()
+    ticks = [tick for tick in drawn[-1].get_xticks() if low <= tick <= high]
+    labels = [label.get_text() for label in drawn[-1].get_xticklabels() if label.get_text()]
+    assert len(ticks) >= 3
+    assert {f"{tick:,.0f}" for tick in ticks} <= {*labels}
+    step = {"linear": np.diff(ticks).min(), "log": None}[drawn[-1].get_xscale()]
+    for number in ticks if step is None else [step]:
+        assert f"{number:.0e}"[0] in "125"
+        assert float(f"{number:.0e}") == pytest.approx(number)
+
+
 @pytest.mark.parametrize("records", [[], [{"step": 3}], [{"loss": 0.5}], [{"step": 3, "loss": math.nan}]], ids=repr)
 def test_records_without_a_finite_loss_are_refused(records, tmp_path):
     text = check.error_line(loss_curve, records, tmp_path / "loss.png")

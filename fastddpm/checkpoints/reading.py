@@ -47,11 +47,13 @@ def read_any_json(path: Path) -> Any:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file, on the CPU. Raises: ValueError: it cannot be read, or is damaged."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     check_regular(path)
     try:
-        with open(path, "rb"):  # safetensors reports any file that it cannot open as missing
+        with open(path, "rb") as file:  # safetensors reports any file that it cannot open as missing
+            if str(path) != os.fsencode(path).decode("utf-8", "replace"):  # and it opens no names that are not UTF-8
+                return load(file.read())
             return load_file(path)
     except OSError as error:
         raise _unreadable(path, error) from error

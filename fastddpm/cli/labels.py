@@ -1,15 +1,33 @@
 """Class labels on the command line: by number or by name, and those that a model is given without being asked."""
 
+import re
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from fastddpm.cli.options import number_list
+from fastddpm.cli.options import MOST_NUMBERS, number_list
 from fastddpm.core.checks import shown
 from fastddpm.storage.indices import Indices
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
+
+
+def class_labels(given: str | None, sampler: "Sampler", samples: Indices) -> Indices | None:
+    """The labels of some samples, which are to be repeated over them; None for a model without classes.
+
+    Args: given: the option --class-labels; None: every class in turn.
+    Raises: ValueError: the option is not as `parse_labels` reads it, or the model does not have these classes.
+    """
+    if given is None:
+        return _every_class(sampler, samples)
+    labels = Indices.of(parse_labels(given, sampler.classes))
+    if not 0 < len(labels) <= len(samples):
+        counts = f"{len(labels)} classes for {len(samples)} samples"
+        raise ValueError(f"--class-labels lists {counts}; want at least one class, and at most one per sample")
+    ends = [*labels.starts.tolist(), labels.largest()]  # of runs of classes
+    sampler.checked_labels(ends, len(ends))
+    return labels
 
 
 def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
@@ -20,7 +38,7 @@ def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
         of another.
     """
     number = {name: k for k, name in enumerate(names or ())}
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    entries = _entries(text, number)
     if not any(entry in number for entry in entries):
         try:
             return Indices.parse(text)
@@ -32,25 +50,34 @@ def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
     for entry in entries:
         if entry not in number:
             labels += _numbers(entry, names or ())
-        elif entry.isascii() and entry.isdigit() and int(entry) != number[entry]:
+        elif entry in map(str, range(len(number))) and int(entry) != number[entry]:
             raise ValueError(
                 f"--class-labels has {entry}, the name of class {number[entry]}; want a range for the class of a "
-                f"number: {number[entry]}-{number[entry]}, or {int(entry)}-{int(entry)}"
+                f"number: {number[entry]}-{number[entry]}, or {entry}-{entry}"
             )
         else:
             labels.append(number[entry])
     return labels
 
 
-def every_class(sampler: "Sampler", samples: Indices) -> Sequence[int] | None:
-    """For a model with K classes, the label i mod K of each sample i; None for a model without classes."""
+def _every_class(sampler: "Sampler", samples: Indices) -> Indices | None:
+    """For a model with K classes, the label i mod K of each sample i."""
     config = getattr(sampler.model, "config", {})
     classes = config.get("num_class_embeds") if config.get("class_embed_type") is None else None
     if classes is None:
         return None
-    if str(samples) == str(Indices.of(len(samples))):  # labels are repeated over the samples
-        return range(min(classes, len(samples)))
-    return [index % classes for index in samples]
+    if len(samples.starts) == 1:
+        return Indices.of([index % classes for index in samples[:classes]])
+    if len(samples) > MOST_NUMBERS:
+        raise ValueError(f"the model is class-conditional; give --class-labels for so many samples, {len(samples)}")
+    return Indices.of([index % classes for index in samples])
+
+
+def _entries(text: str, names: Iterable[str]) -> list[str]:
+    """What a text lists, separated by commas, which names may contain as well."""
+    with_commas = sorted((name for name in names if "," in name), key=len, reverse=True)
+    entry = "|".join([*map(re.escape, with_commas), "[^,]*"])
+    return [found.strip() for found in re.findall(rf"(?:^|,)\s*({entry})\s*(?=,|$)", text) if found.strip()]
 
 
 def _numbers(entry: str, names: Sequence[str]) -> Sequence[int]:

@@ -3,13 +3,16 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL
 from fastddpm.storage.indices import Indices
 
 ANY_PRECISION = ("auto", *PRECISION_NAMES)
+CHECKPOINT_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt")
 MOST_NUMBERS = 10_000_000  # in a list that is kept in memory
 
 
@@ -23,6 +26,22 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -
         text = f"{text} (default: {SHIPPED_MODEL}, the bundled model)"
         parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help=text)
     parser.add_argument("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
+
+
+def checkpoint_files(source: str | None) -> list[Path]:
+    """The files of a checkpoint, or of the training run that it is in, which no output may replace.
+
+    Args: source: the argument CHECKPOINT; a hub id has none of the user's files.
+    """
+    from fastddpm.checkpoints.shipped import shipped_model
+
+    folder = source or ""
+    if source in (None, SHIPPED_MODEL) and not os.path.isdir(folder):
+        folder = str(shipped_model())
+    if not os.path.isdir(folder):
+        return []
+    files = [*Path(folder).glob("*"), *Path(folder).glob("*/*")]
+    return [path for path in files if path.suffix in CHECKPOINT_SUFFIXES]
 
 
 def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:

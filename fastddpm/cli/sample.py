@@ -7,16 +7,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastddpm.cli.labels import every_class, parse_labels
-from fastddpm.cli.options import add_batch_size, add_checkpoint, add_device, add_network, add_seed, index_list
+import numpy as np
+
+from fastddpm.cli.labels import class_labels
+from fastddpm.cli.options import (
+    add_batch_size,
+    add_checkpoint,
+    add_device,
+    add_network,
+    add_seed,
+    checkpoint_files,
+    index_list,
+)
 from fastddpm.cli.terminal import tell
 from fastddpm.core.names import SAMPLERS
-from fastddpm.storage.files import check_writable
+from fastddpm.storage.files import check_not_input, check_writable
 from fastddpm.storage.indices import Indices
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from fastddpm.processes.distributed import Ranks
@@ -40,6 +48,8 @@ Sample i of a seed is the same image whatever else is drawn with it, up to the n
 A folder is written shard by shard. If the command is killed, run it again, with any number of processes: it draws the
 samples that are missing, and the folder ends up with the files of an uninterrupted run.
 """
+
+A_MINUTE = 4000  # steps of one sample from which on a CPU may need more than a minute
 
 _DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz", "webdataset": "samples"}
 _FORMAT_OF_SUFFIX = {".png": "grid", ".npz": "npz", "": "png"}
@@ -104,19 +114,19 @@ def run(args: argparse.Namespace) -> None:
     out, format, into_folder = _destination(args.out, args.format)
     with ranks(args.device) as group:
         with group.agree():
-            if into_folder:
-                _check_options_of_a_folder(args)
-            else:
-                _check_options_of_one_file(args, out, group)
-            check_writable(out, folder=into_folder, make=False)
-            sampler = _load_sampler(args, out, into_folder, group)
             samples = Indices.of(args.num_samples if args.indices is None else args.indices)
             if not samples:
                 raise ValueError("no samples were requested; give --num-samples or --indices")
-            if args.class_labels is None:
-                labels = every_class(sampler, samples)
+            if into_folder:
+                _check_options_of_a_folder(args)
             else:
-                labels = parse_labels(args.class_labels, sampler.classes)
+                _check_options_of_one_file(args, samples, out, group)
+            check_writable(out, folder=into_folder, make=False)
+            sampler = _load_sampler(args, out, into_folder, group)
+            if not into_folder:
+                _check_what_is_drawn(args, sampler, format)
+            labels = class_labels(args.class_labels, sampler, samples)
+            sampler.schedule.table(args.steps, sampler=args.sampler, eta=args.eta, noise=not args.no_noise)  # checks
         if not args.quiet and group.rank == 0:
             tell(_what_is_drawn(args, sampler, samples, out))
         if into_folder:
@@ -147,14 +157,17 @@ def _what_is_drawn(args: argparse.Namespace, sampler: "Sampler", samples: Indice
     steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
     size = " x ".join(map(str, sampler.shape))
     where = f"{sampler.precision} on {sampler.device}"
-    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}"
+    how_long = ""
+    if sampler.device.type == "cpu" and len(samples) * steps >= A_MINUTE:
+        how_long = "; on a CPU this may take minutes or hours, as the bar will show"
+    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}{how_long}"
 
 
 def _sample_into_folder(
     args: argparse.Namespace,
     sampler: "Sampler",
     samples: Indices,
-    labels: "Sequence[int] | None",
+    labels: Indices | None,
     out: Path,
     format: str,
     group: "Ranks",
@@ -186,23 +199,28 @@ def _sample_into_file(
     args: argparse.Namespace,
     sampler: "Sampler",
     samples: Indices,
-    labels: "Sequence[int] | None",
+    labels: Indices | None,
     out: Path,
     format: str,
 ) -> None:
     """Draw all samples in memory, then write one file: a grid or an .npz."""
+    import torch
+
     from fastddpm.cli.trajectory import Trajectory
+    from fastddpm.sampling.manifest import draws_images
     from fastddpm.storage import class_grid, images
 
-    as_images = _draws_images(args, sampler, format)
-    if labels is not None and 0 < len(labels) < len(samples):
-        labels = [labels[i % len(labels)] for i in range(len(samples))]
-    trajectory = None if args.trajectory is None else Trajectory(sampler, samples, args.steps, args.trajectory)
+    classes = None if labels is None else labels.take(np.arange(len(samples)) % len(labels)).tolist()
+    trajectory = None
+    if args.trajectory is not None:
+        trajectory = Trajectory(sampler, samples, classes, args.steps, args.trajectory)
+    if args.decode:  # whether the VAE can be loaded and run is found out before the work
+        _decoded(sampler, torch.zeros(1, *sampler.shape, dtype=torch.float32, device="cpu"), 1)
     began = time.monotonic()
     x = sampler.sample(
         samples,
-        output="uint8" if as_images and not args.decode else "float",
-        class_labels=labels,
+        output="uint8" if draws_images(sampler) else "float",
+        class_labels=classes,
         batch_size=args.batch_size,
         seed=args.seed,
         steps=args.steps,
@@ -213,9 +231,11 @@ def _sample_into_file(
         callback=trajectory,
     )
     seconds = time.monotonic() - began
+    if args.decode and not args.quiet:
+        tell(f"decoding {len(x)} latents")
     pictures = _decoded(sampler, x, args.batch_size) if args.decode else x
     if format == "grid":
-        class_grid.save_samples(pictures, out, labels, sampler.classes)
+        class_grid.save_samples(pictures, out, classes, sampler.classes)
     else:
         images.save_npz(pictures, out)
     if not args.quiet:
@@ -226,26 +246,25 @@ def _sample_into_file(
             print(f"{args.trajectory}: {trajectory.about}")
 
 
-def _draws_images(args: argparse.Namespace, sampler: "Sampler", format: str) -> bool:
-    """Whether the file will hold images. Raises: ValueError: the options do not fit what the model draws."""
-    from fastddpm.storage import images
+def _check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: str) -> None:
+    """Raises: ValueError: the options of one file do not fit what the model draws."""
+    from fastddpm.sampling.manifest import draws_images
 
     if args.decode and sampler.decoder is None:
-        raise ValueError("--decode is for pipelines with a VAE, but this model draws images; leave it out")
-    if sampler.decoder is not None and not args.decode and (format != "npz" or args.trajectory is not None):
+        raise ValueError("--decode is for a pipeline with a VAE, which this checkpoint does not have; leave it out")
+    if args.decode and args.trajectory is not None:
+        raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
+    if args.decode or draws_images(sampler) or (format == "npz" and args.trajectory is None):
+        return
+    if sampler.decoder is not None:
         raise ValueError(
             "the model's samples are latents, which the VAE of its pipeline turns into images; use --decode for "
             "images (it needs diffusers), or --format npz for the latents"
         )
-    if args.decode and args.trajectory is not None:
-        raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
-    as_images = len(sampler.shape) == 3 and sampler.shape[0] in images.CHANNELS and sampler.decoder is None
-    if not as_images and not args.decode and (format != "npz" or args.trajectory is not None):
-        raise ValueError(
-            f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz"
-            f"{' without --trajectory' * (args.trajectory is not None)}"
-        )
-    return as_images
+    raise ValueError(
+        f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz"
+        f"{' without --trajectory' * (args.trajectory is not None)}"
+    )
 
 
 def _decoded(sampler: "Sampler", latents: "Tensor", batch_size: int | None) -> "Tensor":
@@ -264,7 +283,8 @@ def _check_options_of_a_folder(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is for one file, not for a folder; use --out x.png, or --out x.npz")
 
 
-def _check_options_of_one_file(args: argparse.Namespace, out: Path, group: "Ranks") -> None:
+def _check_options_of_one_file(args: argparse.Namespace, samples: Indices, out: Path, group: "Ranks") -> None:
+    from fastddpm.core.noise import MOST_SAMPLES
     from fastddpm.storage.trajectory import SUFFIXES
 
     way_out = f"write a folder instead: --out {out.stem or 'samples'}/ --format npz"
@@ -273,14 +293,19 @@ def _check_options_of_one_file(args: argparse.Namespace, out: Path, group: "Rank
     for option, value in (("--shard-size", args.shard_size), ("--json-log", args.json_log)):
         if value is not None:
             raise ValueError(f"{option} does not apply to one file, {out}; {way_out}")
+    if len(samples) > MOST_SAMPLES:
+        raise ValueError(f"{len(samples)} samples are too many for one file, {out}; {way_out}")
     if args.decode and find_spec("diffusers") is None:
         raise ValueError("--decode needs diffusers; install it: pip install diffusers")
     if args.trajectory is not None:
         if Path(args.trajectory).suffix.lower() not in SUFFIXES:
             raise ValueError(f"--trajectory is {args.trajectory}; want a .gif or a .png file")
-        if Path(args.trajectory).resolve() == out.resolve():
-            raise ValueError(f"--trajectory and --out are both {out}; want two files")
         check_writable(args.trajectory)
+        if os.path.realpath(args.trajectory) == os.path.realpath(out):
+            raise ValueError(f"--trajectory and --out are both {out}; want two files")
+    for option, path in (("--out", out), ("--trajectory", args.trajectory)):
+        if path is not None and os.path.isfile(path):
+            check_not_input(option, path, *checkpoint_files(args.checkpoint))
 
 
 def _destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
@@ -289,7 +314,7 @@ def _destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
         out = _DEFAULT_OUT[format or "grid"]
     if not out:
         raise ValueError("--out is ''; want a .png, an .npz or a folder")
-    suffix = "" if out.endswith(os.sep) or Path(out).is_dir() else Path(out).suffix.lower()
+    suffix = "" if out.endswith(os.sep) or os.path.isdir(out) else Path(out).suffix.lower()
     implied = _FORMAT_OF_SUFFIX.get(suffix)
     if format is None and implied is None:
         raise ValueError(f"--out is {out}; want a .png, an .npz or a folder, or give --format")

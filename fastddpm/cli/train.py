@@ -121,13 +121,13 @@ def run(args: argparse.Namespace) -> None:
             prediction_type=args.prediction,
         ),
     )
-    _check_apart(args.data, args.out)
     with ranks(args.device) as group:
         prints = not args.quiet and group.rank == 0
         labels = classes = None
         with group.agree():
             check_options(options, group.device)
             check_writable(args.out, folder=True, make=False)
+            _check_apart(args.data, args.out)
             images = datasets.load_images(args.data, progress=prints)
             if args.class_conditional:
                 labels = datasets.load_labels(args.data, count=len(images))
@@ -144,12 +144,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_apart(data: str, out: str) -> None:
-    """Raises: ValueError: the run would write its own images into DATA, and train on them when it is resumed."""
-    for place in (Path(out), Path(out, "samples")):
-        if Path(data).is_dir() and place.resolve().is_relative_to(Path(data).resolve()):
+    """Raises: ValueError: the run would write over DATA, or write images into it that it would later train on."""
+    from fastddpm.storage.datasets import split_array
+    from fastddpm.train.run_folder import WRITTEN
+
+    held = split_array(data)[0]
+    for place in (Path(out), *(Path(out, name) for name in WRITTEN)):
+        if os.path.exists(held) and Path(os.path.realpath(place)).is_relative_to(os.path.realpath(held)):
             raise ValueError(
-                f"--out is {out}, and {place} is in DATA, {data}, where the run's own images would become training "
-                "images; want a folder elsewhere"
+                f"--out is {out}, where the run would write {place}, in DATA, {data}; want a folder elsewhere"
             )
 
 

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastddpm.cli import sample as command
 from fastddpm.cli.main import main
 from fastddpm.processes.distributed import Ranks
 from fastddpm.sampling.sampler import Sampler
@@ -29,10 +28,23 @@ def test_sample_writes_a_grid(tiny, capsys):
     assert "6/6" in err
 
 
-def test_sample_uses_the_bundled_model_by_default(tiny, monkeypatch):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", tiny)
-    assert main(["sample", "--quiet", "--out", "x.npz"]) == 0
+@pytest.mark.parametrize("source", [[], ["fashion-mnist"]])
+def test_sample_uses_the_bundled_model_by_default_and_by_name(source, tiny, monkeypatch):
+    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", Path(tiny))
+    assert main(["sample", *source, "--quiet", "--out", "x.npz"]) == 0
     assert np.array_equal(np.load("x.npz")["arr_0"], draw_uint8(tiny, 16))
+
+
+def test_sample_says_at_once_what_it_draws(tiny, capsys):
+    drawing = "fastddpm: drawing {} samples of 1 x 4 x 4 in {} steps, fp32 on cpu, into {}"
+    long = "; on a CPU this may take minutes or hours, as the bar will show"
+    for flags, count, steps, out, hint in (
+        ("", 16, 6, "samples.png", ""),
+        ("--num-samples 2 --steps 3 --out x/", 2, 3, "x", ""),
+        ("--num-samples 1000 --out x.npz", 1000, 6, "x.npz", long),
+    ):
+        assert main(["sample", tiny, "--precision", "fp32", "--device", "cpu", *flags.split()]) == 0
+        assert capsys.readouterr().err.splitlines()[0] == drawing.format(count, steps, out) + hint
 
 
 def test_sample_passes_all_options_of_the_sampler(tiny):
@@ -53,16 +65,15 @@ def test_sample_passes_all_options_of_the_job(tiny, monkeypatch):
         calls.append((str(out), list(samples), options))
         raise ValueError("enough")
 
-    monkeypatch.setattr(command.job, "sample_to", sample_to)
-    flags = "--indices 3,5 --seed 9 --steps 3 --sampler ddim --eta 0.5 --no-noise --batch-size 2 --class-labels 1"
+    monkeypatch.setattr("fastddpm.sampling.job.sample_to", sample_to)
+    flags = "--indices 3,5 --seed 9 --steps 3 --sampler ddim --eta 0.5 --no-noise --batch-size 2"
     flags += " --shard-size 4 --json-log log --format npz --out x/ --quiet"
     assert main(["sample", tiny, *flags.split()]) == 2
     [(out, samples, options)] = calls
-    options["class_labels"] = list(options["class_labels"])
     assert (out, samples) == ("x", [3, 5])
     assert options == {
         "format": "npz",
-        "class_labels": [1],
+        "class_labels": None,
         "shard_size": 4,
         "batch_size": 2,
         "seed": 9,
@@ -228,6 +239,14 @@ def test_out_and_format_imply_each_other(tiny, flags, path, kind):
         ("--out /proc/x.png", "cannot write /proc/x.png"),
         ("--num-samples 0", "no samples were requested; give --num-samples or --indices"),
         ("--colour red", "unrecognized arguments: --colour red"),
+        ("--num-samples 9223372036854775808", "samples are 9223372036854775808; want a count"),
+        ("--num-samples 999999999999", "999999999999 samples are too many for one file"),
+        ("--num-samples 999999999999 --out x/", "want at most 16777216"),
+        ("--indices 9223372036854775808", "sample index is 9223372036854775808; want a whole number"),
+        ("--steps 9223372036854775808", "steps is 9223372036854775808; want a whole number from 1 to 6"),
+        ("--seed 18446744073709551616", "seed is 18446744073709551616; want a whole number, 0 <= seed < 2^64"),
+        ("--out x/ --shard-size 9223372036854775808", "shard_size is 9223372036854775808; want"),
+        ("--device cuda:9223372036854775808", "device is 'cuda:9223372036854775808'"),
     ],
 )
 def test_sample_errors(tiny, flags, message, capsys):
@@ -235,6 +254,40 @@ def test_sample_errors(tiny, flags, message, capsys):
     Path("folder.png").mkdir()
     assert message in error_line(["sample", tiny, "--quiet", *flags.split()], capsys)
     assert sorted(os.listdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--trajectory", "--json-log"])
+@pytest.mark.parametrize("name", ["n" * 100_000, "a\0b", "\ud800", "a/" * 5000 + "x"])
+def test_names_that_no_file_can_have(tiny, option, name, capsys):
+    flags = ["--out", "x/"] if option == "--json-log" else []
+    line = error_line(["sample", tiny, "--quiet", *flags, option, f"{name}.png"], capsys)
+    assert "; name another" in line
+    assert "Errno" not in line
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("name", [b"a\xe9\xff", b"\x1b[31mred", b"n" * 250])
+def test_odd_names_of_files_and_folders(tiny, name):
+    """The checkpoint, the samples and their merged file may have any name that the system allows."""
+    name = os.fsdecode(name)
+    model = shutil.copytree(tiny, name)
+    one, folder, merged = f"1{name}.npz", f"2{name}", f"3{name}.npz"
+    for out in (one, f"{folder}/"):
+        assert main(["sample", model, "--num-samples", "2", "--format", "npz", "--out", out]) == 0
+    assert main(["merge", folder, merged]) == 0
+    assert Path(one).read_bytes() == Path(merged).read_bytes()
+
+
+@pytest.mark.parametrize("flags", ["--out LINK", "--out WEIGHTS --format npz", "--trajectory LINK"])
+def test_output_does_not_replace_the_checkpoint(tiny, flags, capsys):
+    shutil.copytree(tiny, "model")
+    weights = Path("model/unet/diffusion_pytorch_model.safetensors")
+    before = weights.read_bytes()
+    Path("link.png").symlink_to(weights)
+    flags = flags.replace("LINK", "link.png").replace("WEIGHTS", str(weights)).split()
+    line = error_line(["sample", "model", *flags, "--quiet"], capsys)
+    assert f"{flags[0]} is {flags[1]}, which the command reads from ({weights})" in line
+    assert weights.read_bytes() == before
 
 
 def test_empty_out_is_an_error(tiny, capsys):
@@ -271,9 +324,11 @@ def test_progress_bar_ends_before_an_error_is_printed(tiny, capsys, monkeypatch)
 
     monkeypatch.setattr(images, "to_uint8", full)
     assert main(["sample", tiny, "--out", "x.npz", "--batch-size", "8"]) == 2
-    bar, line, end = capsys.readouterr().err.split("\n")
+    told, bar, line, end = capsys.readouterr().err.split("\n")
+    assert told.startswith("fastddpm: drawing 16 samples")
     assert "6/12" in bar
-    assert line == "fastddpm: error: [Errno 28] No space left on device"
+    way_out = "free some space there, or write to another place"
+    assert line == f"fastddpm: error: [Errno 28] No space left on device; {way_out}"
     assert end == ""
 
 
@@ -299,7 +354,7 @@ def test_one_file_has_no_shards_and_one_process(tiny, capsys, monkeypatch):
     def two(device):
         yield Ranks(0, 2, device)
 
-    monkeypatch.setattr(command, "ranks", two)
+    monkeypatch.setattr("fastddpm.processes.distributed.ranks", two)
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [value])
     line = error_line(["sample", tiny], capsys)
     assert "2 processes cannot write one file, samples.png; write a folder instead" in line

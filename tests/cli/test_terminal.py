@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,25 @@ sys.exit(main(["merge", "a", "b"]))
 def test_errors_in_options_can_be_printed(option, capsys):
     line = error_line(["verify", "--quiet", option.format(HOSTILE + "n" * 100_000)], capsys)
     assert line.rstrip("\n").isprintable()
+    assert len(line) < 4200
+
+
+INPUTS = ["sample NAME", "verify NAME --quiet", "train NAME --out run", "train images.npz --out run --init NAME"]
+INPUTS += ["likelihood TINY NAME --quiet", "fid NAME images.npz --quiet", "fid images.npz NAME --quiet"]
+INPUTS += ["fid images.npz images.npz --features NAME --quiet", "merge NAME x.npz"]
+OUTPUTS = ["train images.npz --out NAME", "merge samples NAME.npz", "likelihood TINY images.npz --out NAME.npz --quiet"]
+OUTPUTS += ["likelihood TINY images.npz --plot NAME.png --quiet", "train images.npz --out run --json-log NAME"]
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 100_000, "a/" * 5000, "a\0b", "\ud800"], ids=["long", "deep", "nul", "surrogate"]
+)
+@pytest.mark.parametrize("arguments", INPUTS + OUTPUTS)
+def test_names_that_no_file_can_have_are_explained(arguments, name, tiny, images_with_labels, capsys):
+    main(["sample", tiny, "--num-samples", "1", "--out", "samples/", "--quiet"])
+    words = [word.replace("NAME", name).replace("TINY", tiny) for word in arguments.split()]
+    line = error_line(words, capsys)
+    assert not re.search("Errno|embedded|codec|--debug", line)
     assert len(line) < 4200
 
 

@@ -100,7 +100,7 @@ def bound_terms(
         if len(t) <= FEW:
             bars = {"fmt": "o", "color": BLUE, "markersize": 4, "linewidth": 1, "capsize": 2}
             label = "$L_{t-1}$ ± standard error" if known else "$L_{t-1}$"
-            legend = [axes.errorbar(t, term, (term - low, spread), label=label, **bars)]
+            legend = [axes.errorbar(t, term, np.stack([term - low, spread]), label=label, **bars)]
         else:
             legend = axes.plot(t, term, color=BLUE, linewidth=1.5, label="$L_{t-1}$")
             band = {"color": PALE, "linewidth": 0, "label": "± standard error"}

@@ -296,11 +296,11 @@ def test_a_bomb_in_gzip_is_not_unpacked(tmp_path, load, header, message):
 
 
 def test_idx_is_streamed(tmp_path):
-    images = pictures(64, 64, 64, 1)
+    images = pictures(256, 64, 64, 1)
     path = tmp_path / "images.gz"
-    path.write_bytes(gzip.compress(idx(64, 64, 64, values=images.tobytes()), 1))
+    path.write_bytes(gzip.compress(idx(256, 64, 64, values=images.tobytes()), 1))
     count, batches = stream_images(path, batch=4)
-    assert count == 64
+    assert count == 256
     tracemalloc.start()
     for k, batch in enumerate(batches):
         assert np.array_equal(batch, images[4 * k : 4 * k + 4])

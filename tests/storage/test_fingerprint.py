@@ -313,7 +313,7 @@ def test_machine_names_the_device_and_the_versions(monkeypatch):
 
 
 def test_installed():
-    assert installed("torch") == torch.__version__
+    assert torch.__version__.startswith(installed("torch"))  # whose metadata may leave out "+cu130"
     assert installed("there-is-no-such-package") is None
 
 

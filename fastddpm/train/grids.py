@@ -2,16 +2,15 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
+from fastddpm.processes.displays import Stderr
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage import images
+from fastddpm.storage.class_grid import MOST_ROWS, save_samples
 from fastddpm.train.options import TrainOptions, grid_steps
 
-_MOST = 64  # samples in a grid: with labels, as many as make whole rows of classes
+_LEAST_SIDE, _MOST_SIDE = 2, 8  # samples in a row and in a column, without classes
 _SHARE = 0.1  # of the work of training that the grids may take, beside the last one
 _PER_IMAGE = 3  # calls of the network that are as much work as training on an image: forward, and backward twice that
 
@@ -22,29 +21,33 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class GridPlan:
-    """The grids of a run. They depend on its options alone, so that a resumed run draws the same ones.
+    """The grids of a run. They depend on its options and classes alone, so that a resumed run draws the same ones.
 
     Attributes:
         samples: in each grid.
-        columns: samples in a row.
         every: steps between grids; 0: none are drawn.
+        labels: the class of each sample; None: the network is not class-conditional.
     """
 
     samples: int
-    columns: int
     every: int
+    labels: tuple[int, ...] | None
 
     @classmethod
     def of(cls, options: TrainOptions, classes: int | None) -> "GridPlan":
-        """The plan for a run: whole rows, at least one, and few enough that the grids take a tenth of the training."""
-        columns = 8
-        if classes is not None and classes <= 16:  # every column shows one class
-            columns = classes * max(1, round(8 / classes))
+        """The plan for a run: squares, or rows of a class each, so small and so rare that they are a tenth of the work.
+
+        Args: classes: how many the network has; None: it is not class-conditional.
+        """
         work_per_step = _SHARE * _PER_IMAGE * options.batch_size  # that grids may take, in calls of the network
         affordable = int(work_per_step * options.steps / grid_steps(options))
-        samples = max(min(affordable, _MOST) // columns, 1) * columns
+        if classes is not None and classes <= MOST_ROWS:
+            samples = classes * max(min(affordable // classes, _MOST_SIDE**2 // classes, _MOST_SIDE), 1)
+        else:
+            samples = max(min(math.isqrt(affordable), _MOST_SIDE), _LEAST_SIDE) ** 2
         least = math.ceil(samples * grid_steps(options) / work_per_step)
-        return cls(samples, columns, options.sample_every * math.ceil(least / max(options.sample_every, 1)))
+        every = options.sample_every and options.sample_every * math.ceil(least / options.sample_every)
+        return cls(samples, every, None if classes is None else tuple(i % classes for i in range(samples)))
 
 
 def draw_grid(
@@ -52,28 +55,39 @@ def draw_grid(
     sampler: Sampler,
     plan: GridPlan,
     options: TrainOptions,
-    classes: int | None,
+    names: Sequence[str] | None,
     *,
     show: bool,
     stopped: Callable[[], bool],
 ) -> None:
     """Draw samples with a bar of their own, and write the grid.
 
-    Args: stopped: whether to stop; asked after each step.
+    Args:
+        names: of the classes; None: their numbers are shown.
+        show: show the bar.
+        stopped: whether to stop; asked after each step.
     Raises: Interrupted: `stopped` returned True; nothing is written. ValueError: the network returned NaN or infinity.
     """
     from tqdm import tqdm
 
     steps = grid_steps(options)
-    labels = None if classes is None else torch.arange(plan.samples, device="cpu") % classes
-    with tqdm(total=steps * plan.samples, desc="grid of samples", unit="step", leave=False, disable=not show) as bar:
+    bar = tqdm(
+        total=steps * plan.samples,
+        desc="grid of samples",
+        unit="step",
+        leave=False,
+        disable=not show,
+        file=Stderr(),
+        dynamic_ncols=True,
+    )
 
-        def on_steps(steps: int, samples: int) -> None:
-            bar.update(steps * samples)
-            if stopped():
-                raise Interrupted
+    def on_steps(steps: int, samples: int) -> None:
+        bar.update(steps * samples)
+        if stopped():
+            raise Interrupted
 
+    with bar:
         samples = sampler.sample(
-            plan.samples, seed=options.seed, class_labels=labels, steps=steps, output="uint8", progress=on_steps
+            plan.samples, seed=options.seed, class_labels=plan.labels, steps=steps, output="uint8", progress=on_steps
         )
-    images.save_grid(samples, path, columns=plan.columns)
+    save_samples(samples, path, plan.labels, names)

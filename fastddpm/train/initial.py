@@ -2,13 +2,16 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from fastddpm import checkpoints
+from fastddpm.core.checks import shown
 from fastddpm.core.schedule import Schedule
 from fastddpm.train.state import saved_init
 
@@ -21,12 +24,14 @@ class Initial(NamedTuple):
         config: of its network.
         weights: by name.
         schedule: its noise schedule.
+        classes: the names of its classes; None: it has none, or does not name them.
     """
 
     source: str
     config: dict[str, Any]
     weights: dict[str, Tensor]
     schedule: Schedule
+    classes: tuple[str, ...] | None
 
 
 def load_initial(init: str | os.PathLike[str], out: Path) -> Initial:
@@ -34,7 +39,8 @@ def load_initial(init: str | os.PathLike[str], out: Path) -> Initial:
 
     If that run has started from it before, the run's own checkpoint serves as well: `init` may be gone by now.
 
-    Raises: ValueError: neither can be loaded, it is a network of latents, or `init` is the folder to write.
+    Raises: ValueError: neither can be loaded, it is a network of latents, its weights are not finite, or `init` is the
+        folder to write.
     """
     init, path = os.fspath(init), os.path.abspath(init)
     for place in (out, out / "unet"):
@@ -52,9 +58,40 @@ def _loaded(source: str, place: str | Path) -> Initial:
     checkpoint = checkpoints.load(place)
     if checkpoint.decoder is not None:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
+    if not all(weights.isfinite().all() for weights in checkpoint.parameters.values()):
+        raise ValueError(f"init is {source}, whose weights are not finite; start from another checkpoint")
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=4)
-    return Initial(source, checkpoint.config, checkpoint.parameters, checkpoint.schedule)
+    return Initial(source, checkpoint.config, checkpoint.parameters, checkpoint.schedule, checkpoint.classes)
+
+
+def numbered_as(
+    initial: Initial, labels: np.ndarray, count: int | None, names: Sequence[str] | None
+) -> tuple[np.ndarray, int | None, tuple[str, ...] | None]:
+    """The labels of data as the checkpoint numbers its classes, if the classes have names.
+
+    Args: labels: [N] integers, 0 <= label < count; names: of these classes.
+    Returns: [N] labels, the number of classes and their names.
+    Raises: ValueError: a class of the data is none of the checkpoint's.
+    Warns: the checkpoint does not name its classes, and an older version would have numbered these otherwise.
+    """
+    if names is None:
+        return labels, count, initial.classes
+    if initial.classes is None:
+        if initial.config.get("num_class_embeds") and list(names) != sorted(names):
+            warnings.warn(
+                f"init is {initial.source}, which does not name its classes; they are taken to be 0, 1, ... in the "
+                f"order {shown(list(names))}, but an older fastddpm would have trained it with {shown(sorted(names))}",
+                stacklevel=3,
+            )
+        return labels, count, tuple(names)
+    if unknown := [name for name in names if name not in initial.classes]:
+        raise ValueError(
+            f"init is {initial.source}, whose classes are {shown(list(initial.classes))}; the images have another, "
+            f"{shown(unknown[0])}: leave it out, rename it, or start from another checkpoint"
+        )
+    number = np.array([initial.classes.index(name) for name in names])
+    return number[np.asarray(labels)], len(initial.classes), initial.classes
 
 
 def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -13,23 +13,30 @@ from fastddpm.core.checks import is_real, is_whole
 from fastddpm.core.schedule import Schedule
 from fastddpm.storage import plots
 from fastddpm.storage.files import atomic, check_regular, naming
+from fastddpm.train.state import STATE
 
 CLASSES = "classes.json"
 LOG = "log.jsonl"
 CURVE = "loss.png"
+SAMPLES = "samples"
+WRITTEN = (STATE, CLASSES, LOG, CURVE, SAMPLES, "unet", "scheduler", "model_index.json")  # files and folders
 _LINE_START = '{"step": '  # every line of the log
 
 
 def check_is_new(out: Path) -> None:
-    """Raises: ValueError: a folder without a state holds a checkpoint or a log, which no run wrote."""
-    if held := [name for name in ("unet", "model_index.json", "config.json") if (out / name).exists()]:
-        raise ValueError(f"{out} holds a checkpoint ({held[0]}) but no state to resume; train into another folder")
+    """Raises: ValueError: a folder without a state holds a checkpoint, class names or a log, which no run wrote."""
+    if held := [name for name in ("unet", "model_index.json", "config.json", CLASSES) if (out / name).exists()]:
+        raise ValueError(f"{out} holds a checkpoint ({held[0]}) but no {STATE} to resume; train into another folder")
     if not _is_log(_log_lines(out)):
         raise ValueError(f"{out} holds a {LOG} that no run wrote; train into another folder")
 
 
-def cut_log(out: Path, step: int) -> None:
-    """Delete the lines of the log after `step`, which an interrupted run left."""
+def prepare(out: Path, step: int) -> None:
+    """Delete the lines of the log after `step`, which an interrupted run left, and those that are incomplete.
+
+    Raises: ValueError: the log or the loss curve is a pipe or a device.
+    """
+    check_regular(out / CURVE)
     kept = "".join(f"{line}\n" for line in _log_lines(out) if _logged_step(line) <= step).encode()
     if (out / LOG).exists() and (out / LOG).read_bytes() != kept:
         with atomic(out / LOG) as file:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from fastddpm.train.updates import learning_rate_at
 
 STATE = "training.pt"
 _LENGTH = ("steps", "warmup")  # the options that decide the learning rate of a step, beside its peak
+_CHECKSUM = b"fastddpm crc32 "  # stands after the archive of torch.save, with eight digits; older versions wrote none
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
@@ -124,6 +126,7 @@ def save_state(out: Path, identity: Mapping[str, Any], parts: Mapping[str, Any],
     torch.save({"progress": state.to_file(), "run": identity, **held}, buffer)
     with atomic(out / STATE) as file:
         file.write(buffer.getbuffer())
+        file.write(_checksum(buffer.getbuffer()))
 
 
 def saved_init(out: Path) -> str | None:
@@ -135,19 +138,25 @@ def saved_init(out: Path) -> str | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a state holds, with tensors on the CPU.
-
-    torch.save writes a zip archive without compression, with a checksum of each part, which torch.load does not check.
-    """
-    with zipfile.ZipFile(check_regular(path)) as archive:
+    """What a state holds, with tensors on the CPU."""
+    content = check_regular(path).read_bytes()
+    end = len(content) - len(_checksum(b""))
+    if content[end:].startswith(_CHECKSUM) and content[end:] != _checksum(memoryview(content)[:end]):
+        raise ValueError("its checksum is wrong")
+    file = io.BytesIO(content)
+    with zipfile.ZipFile(file) as archive:
         parts = archive.infolist()
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
-            sum(part.file_size for part in parts) > path.stat().st_size
-        ):
-            raise ValueError("its parts are compressed or overlap")
-        if (wrong := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of its part {shown(wrong)} is wrong")
-    return _mapping("it", torch.load(path, map_location="cpu", weights_only=True))
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
+        sum(part.file_size for part in parts) > len(content)
+    ):
+        raise ValueError("its parts are compressed or overlap")  # torch.save writes neither
+    file.seek(0)
+    return _mapping("it", torch.load(file, map_location="cpu", weights_only=True))
+
+
+def _checksum(content: bytes | memoryview) -> bytes:
+    """The end of a state, which shows whether a bit of it has changed; torch.load does not."""
+    return _CHECKSUM + f"{zlib.crc32(content):08x}".encode()
 
 
 @contextmanager
@@ -162,7 +171,7 @@ def _reported(path: Path) -> Iterator[None]:
         why = str(error) if isinstance(error, ValueError) else type(error).__name__
         raise ValueError(
             f"{path} is damaged, or no run wrote it ({why}); train into another folder, "
-            f"from the checkpoint beside it if that is whole (--init {path.parent})"
+            f"from the checkpoint beside it if that is whole (--init {shlex.quote(str(path.parent))})"
         ) from error
 
 
@@ -195,9 +204,10 @@ def _load_parts(held: Mapping[str, Any], parts: Mapping[str, Any], step: int) ->
 
 
 def _check_names(part: str, held: Any, wanted: Mapping[Any, Any]) -> None:
-    if _mapping(part, held).keys() != wanted.keys():
-        unequal = sorted(map(str, held.keys() ^ wanted.keys()))
-        raise ValueError(f"{part} lacks, or has beside what it should, {shown(unequal[0])}")
+    if missing := wanted.keys() - _mapping(part, held).keys():
+        raise ValueError(f"{part} lacks {min(missing)}")
+    if unknown := held.keys() - wanted.keys():
+        raise ValueError(f"{part} has {shown(unknown.pop())}, which is not of this network")
 
 
 def _check_tensors(part: str, held: Any, wanted: Mapping[str, Tensor]) -> None:
@@ -225,7 +235,7 @@ def _longer_run(out: Path, steps: int, before: int, done: int) -> LongerRunError
     finish = f"finish it with --steps {before}, then " if done < before else ""
     return LongerRunError(
         f"{out} holds a run of {before} steps, and the learning rates of its steps follow from that number, so that "
-        f"{steps} steps are another run; to train on, {finish}start a run of {more} steps from it, in another folder: "
-        f"--steps {more} --init {out}",
+        f"{steps} steps are another run; to train on, {finish}start a run of {more} steps from it with --init, in "
+        "another folder",
         more,
     )

@@ -9,7 +9,6 @@ import copy
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,22 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints, ops
-from fastddpm.core.checks import flag, shown
+from fastddpm.core.checks import checked_call, flag
 from fastddpm.core.precision import Compute
 from fastddpm.networks.unet2d import UNet2D
+from fastddpm.processes.displays import Stderr
 from fastddpm.processes.distributed import Ranks, ranks
-from fastddpm.processes.signals import deferred
+from fastddpm.processes.signals import Stopped, deferred
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.files import check_writable, locked
+from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.train import run_folder
 from fastddpm.train.batches import Batches, check_classes, check_images, check_labels, check_sides
 from fastddpm.train.grids import GridPlan, Interrupted, draw_grid
-from fastddpm.train.initial import config_for_images, load_initial
+from fastddpm.train.initial import config_for_images, load_initial, numbered_as
 from fastddpm.train.options import TrainOptions, check_can_sample, check_options, resolve_engine
 from fastddpm.train.state import RunState, load_state, run_identity, save_state
 from fastddpm.train.updates import clip_gradients, learning_rate_at, update_average
 
 
+@checked_call
 def train(
     data: np.ndarray,
     out: str | os.PathLike[str],
@@ -51,8 +52,8 @@ def train(
     """Train on images and write a diffusers checkpoint of the averaged weights to the folder `out`.
 
     If the folder holds an unfinished run of the same images and options, that run is resumed. It may have another
-    number of steps if the learning rates of the steps done are the same with it. A finished run is not changed. After
-    Ctrl-C or SIGTERM the current step is finished and saved (under torchrun: the steps up to the next line of the log).
+    number of steps if the learning rates of the steps done are the same with it. A finished run is not changed. Ctrl-C
+    and SIGTERM let the current step finish (under torchrun: the steps up to the next line of the log), which is saved.
     Beside the checkpoint the folder holds `training.pt` (the state to resume from), `log.jsonl` (loss and so on),
     `loss.png`, `samples/` (grids of samples) and `classes.json` (the names of the classes, if they have any). Under
     torchrun the processes share each batch: the images and the noise are the same for any number of processes, and only
@@ -63,29 +64,31 @@ def train(
         data: [N, H, W, C] uint8; H and W multiples of 2^(levels - 1); C = 1, 3 or 4.
         out: folder to write.
         labels: [N] integers >= 0, to train a class-conditional network.
-        classes: the name of each class.
+        classes: the name of each class. With `options.init` the labels are numbered as that checkpoint names its
+            classes, of which the images may lack some.
         device: None: the GPU if there is one, else the CPU.
+        progress: show bars.
     Returns: out, as a path.
     Raises:
         ValueError: data, labels or an option is not as above; `out` cannot be written, is being written by another
             process, or holds another run, a damaged one or a checkpoint that no run wrote; or the run diverged.
         OSError: a file could not be written, for example because the disk is full.
+        Stopped: Ctrl-C or SIGTERM; the steps done are saved.
         RuntimeError: another process of this job was lost.
     """
-    if not isinstance(out, str | os.PathLike):
-        raise ValueError(f"out is {shown(out)}; want the name of a folder")
+    out = as_path("out", out)
     flag("progress", progress)
     # the caller may have disabled gradients
     with torch.inference_mode(False), torch.enable_grad(), ranks(device) as group, ExitStack() as stack:
         with group.agree():
-            trainer = Trainer(data, labels, Path(out), options, group, classes)
+            trainer = Trainer(data, labels, out, options, group, classes)
             if group.rank == 0:
                 stack.enter_context(locked(check_writable(out, folder=True)))
         with group.agree():
             trainer.resume()
         group.agree_on({"the step": trainer.state.step, "precision": trainer.compute.precision, **trainer.identity})
         trainer.run(progress)
-    return Path(out)
+    return out
 
 
 class Trainer:
@@ -95,7 +98,7 @@ class Trainer:
         compute: device and precision.
         net: the network that is trained.
         ema: the same network with averaged weights.
-        classes: the number of classes, and class_names: their names; None: the network is not class-conditional.
+        class_names: the names of its classes; None: it has none, or they have no names.
         batches: the batch of each step.
         identity: what must be the same when the run is resumed.
         state: how far the run has come.
@@ -117,9 +120,11 @@ class Trainer:
             options = replace(options, init=initial.source, schedule=initial.schedule)
             check_can_sample(options)
         shape = check_images(data)
-        self.classes = check_labels(labels, data)
-        self.class_names = check_classes(classes, self.classes)
-        config = options.unet_config(*shape, self.classes)
+        count = check_labels(labels, data)
+        self.class_names = check_classes(classes, count)
+        if initial is not None and labels is not None:
+            labels, count, self.class_names = numbered_as(initial, labels, count, self.class_names)
+        config = options.unet_config(*shape, count)
         if initial is not None:
             config = config_for_images(initial, config)
         check_sides(*shape[:2], levels=len(config["block_out_channels"]))
@@ -144,7 +149,7 @@ class Trainer:
         self.identity = run_identity(data, labels, self.class_names, options)
         self.state, self.saved_step = RunState(), 0
         self.batches = Batches(data, labels, options, group, device)
-        self.grids = GridPlan.of(options, self.classes)
+        self.grids = GridPlan.of(options, count)
         self.table = options.schedule.noising_table().to(device)
 
     def resume(self) -> None:
@@ -161,9 +166,9 @@ class Trainer:
             except ValueError as error:
                 raise ValueError(f"cannot resume the run in {self.out}: its {error}") from error
         if self.grids.every:
-            check_writable(self.out / "samples", folder=True)
+            check_writable(self.out / run_folder.SAMPLES, folder=True)
         if self.group.rank == 0:
-            run_folder.cut_log(self.out, self.state.step)
+            run_folder.prepare(self.out, self.state.step)
             if self.state.step:  # a kill may have come between the state and the checkpoint
                 self._save_checkpoint(unless_same=True)
 
@@ -179,7 +184,8 @@ class Trainer:
         state.setup = self._setup()
         if not silent:
             self._print_setup()
-        bar = tqdm(total=options.steps, initial=state.step, desc="train", unit="step", disable=silent)
+        how = {"disable": silent, "file": Stderr(), "dynamic_ncols": True}
+        bar = tqdm(total=options.steps, initial=state.step, desc="train", unit="step", **how)
         losses = []
         with deferred() as caught, bar, _random_state_restored(self.compute.device):
             stop = self._draw_grid(bar, caught)  # the one that an interruption prevented
@@ -202,11 +208,10 @@ class Trainer:
                     losses = []
                     self._write(norm, bar, last=stop)
                     stop = self._draw_grid(bar, caught) or stop
-            if stop:
-                caught[:] = caught or [signal.SIGTERM]  # another rank caught it, and all ranks end alike
-                if not silent:
-                    what = f"{self.out}: stopped after step {state.step} of {options.steps}, which is saved"
-                    bar.write(f"{what}; the same command goes on from there", sys.stderr)
+            if stop or caught:
+                what = f"{self.out}: stopped after step {state.step} of {options.steps}"
+                number = caught[0] if caught else signal.SIGTERM  # another rank caught it, and all ranks end alike
+                raise Stopped("" if self.group.rank else f"{what}; the same command resumes the run", number)
 
     def wrapped_network(self) -> Callable[..., Tensor]:
         """The network as `step` takes it: compiled if the engine says so, with gradients averaged over the ranks."""
@@ -264,10 +269,14 @@ class Trainer:
         }
 
     def _print_setup(self) -> None:
-        print(f"{self.out}:", ", ".join(f"{name} {value}" for name, value in self.state.setup.items()), file=sys.stderr)
+        done, steps = self.state.step, self.options.steps
+        work = f"{done} of {steps} steps are done" if done else f"training for {steps} steps"
+        how_long = "; this may take minutes or hours, as the bar will show" * (done < steps)
+        setup = ", ".join(f"{name} {value}" for name, value in self.state.setup.items())
+        print(f"{self.out}: {work}, {setup}{how_long}", file=Stderr())
         if self.class_names is not None:
             names = ", ".join(f"{k} {name}" for k, name in enumerate(self.class_names))
-            print(f"{self.out}: classes (kept in {run_folder.CLASSES}): {names}", file=sys.stderr)
+            print(f"{self.out}: classes (kept in {run_folder.CLASSES}): {names}", file=Stderr())
 
     def _must_stop(self, asked: bool, due: bool) -> bool:
         """Whether to stop after this step. Several ranks agree on it only where they wait for each other anyway."""
@@ -353,7 +362,7 @@ class Trainer:
 
     def _draw_grid(self, bar: Any, caught: list[int]) -> bool:
         """Draw the grid of this step, if one is due and does not exist yet. Returns: whether a signal prevented it."""
-        path = self.out / "samples" / f"step-{self.state.step:07d}.png"
+        path = self.out / run_folder.SAMPLES / f"step-{self.state.step:07d}.png"
         if not self.state.step or not self._is_due(self.grids.every) or self.group.rank or path.exists():
             return False
         sampler = Sampler(
@@ -363,9 +372,16 @@ class Trainer:
             device=self.compute.device,
             precision=self.compute.precision,
         )
-        stopped = lambda: self.group.size == 1 and bool(caught)
         try:
-            draw_grid(path, sampler, self.grids, self.options, self.classes, show=not bar.disable, stopped=stopped)
+            draw_grid(
+                path,
+                sampler,
+                self.grids,
+                self.options,
+                self.class_names,
+                show=not bar.disable,
+                stopped=lambda: self.group.size == 1 and bool(caught),
+            )
         except Interrupted:
             return True
         except ValueError as error:

@@ -1,6 +1,7 @@
 """Runs that start from a checkpoint, and resume with or without it."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -25,7 +26,7 @@ def test_run_starts_from_a_checkpoint(tmp_path):
     assert got.schedule.num_train_timesteps == 20
 
 
-@pytest.mark.parametrize("options", [{"channels": (8, 16)}, {"dropout": 0.1}, {"num_train_timesteps": 20}], ids=str)
+@pytest.mark.parametrize("options", [{"channels": (8, 16, 24)}, {"dropout": 0.1}, {"num_train_timesteps": 20}], ids=str)
 def test_options_that_the_checkpoint_brings_are_refused(tmp_path, options):
     first, name = run(tmp_path / "first"), *options
     asked = {"schedule": Schedule(**options)} if name == "num_train_timesteps" else options
@@ -80,6 +81,32 @@ def test_initial_checkpoint_that_cannot_be_sampled_is_refused(tmp_path):
     line = error_line(run, tmp_path / "second", dataclasses.replace(STARTED, init=str(tmp_path / "learned")))
     assert line.startswith("variance_type is 'learned_range'; sampling with learned variances is not")
     assert not (tmp_path / "second").exists()
+
+
+def test_initial_checkpoint_that_is_not_finite_is_refused(tmp_path):
+    """Its loss would be NaN, and no learning rate would help."""
+    first = checkpoints.load(run(tmp_path / "first"))
+    damaged = first.parameters | {"conv_in.bias": first.parameters["conv_in.bias"] * float("nan")}
+    checkpoints.save(tmp_path / "damaged", first.config, damaged, first.schedule)
+    line = error_line(run, tmp_path / "second", dataclasses.replace(STARTED, init=str(tmp_path / "damaged")))
+    assert line == f"init is {tmp_path / 'damaged'}, whose weights are not finite; start from another checkpoint"
+
+
+def test_run_starts_from_the_bundled_model(tmp_path):
+    options = dataclasses.replace(STARTED, init="fashion-mnist", steps=1, learning_rate=1e-30, sample_every=0)
+    out = run(tmp_path / "run", options, np.zeros((3, 28, 28, 1), np.uint8))
+    before, weights = parameters("fashion-mnist"), parameters(out)
+    assert before.keys() == weights.keys()
+    assert all((before[name].float() - weights[name]).abs().max() < 1e-29 for name in weights)  # some were zero
+    assert_same(parameters(run(out, options, np.zeros((3, 28, 28, 1), np.uint8))), weights)
+
+
+def test_initial_checkpoint_of_latents_is_refused(tmp_path):
+    first = run(tmp_path / "first")
+    index = json.loads((first / "model_index.json").read_text())
+    (first / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}))
+    line = error_line(run, tmp_path / "second", dataclasses.replace(STARTED, init=str(first)))
+    assert line == f"init is {first}, whose network draws latents, not images; start from another checkpoint"
 
 
 def test_initial_checkpoint_for_other_images_is_refused(tmp_path):

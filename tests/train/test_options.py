@@ -108,7 +108,7 @@ def test_bad_labels_are_refused(tmp_path, labels, what):
         (None, {"channels": (8, 0)}, "channels is (8, 0)"),
         (None, {"channels": (8, 16.0)}, "channels is (8, 16.0)"),
         (None, {"channels": 8}, "channels is 8"),
-        (None, {"attention": (2,)}, "attention is (2,); want levels, each from 0 to 1"),
+        (None, {"attention": (2,)}, "attention is (2,); want a list of whole numbers, each from 0 to 1"),
         (None, {"attention": (-1,)}, "attention is (-1,)"),
         (None, {"seed": -1}, "seed is -1"),
         (None, {"seed": 1 << 64}, f"seed is {1 << 64}"),

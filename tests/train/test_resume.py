@@ -6,9 +6,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 from subprocess import PIPE, Popen
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +14,9 @@ import torch
 
 from fastddpm import Schedule, checkpoints
 from fastddpm.processes.distributed import Ranks
+from fastddpm.storage import files
 from fastddpm.train import TrainOptions, run_folder, trainer
+from fastddpm.train.state import LongerRunError, RunState, save_state
 from fastddpm.train.trainer import Trainer
 from tests.support.check import error_line
 from tests.support.training import SMALL, assert_same, losses, parameters, pictures, run
@@ -90,51 +90,7 @@ def test_finished_run_is_not_changed(tmp_path):
     assert (out / "training.pt").read_bytes() == before
 
 
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-class Touch:
-    """Unpickling it creates the file `ran`."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncated,
-        lambda path: path.write_text("notes on a training"),
-        lambda path: path.write_bytes(b""),
-        lambda path: torch.save({"step": 2}, path),
-        lambda path: torch.save([torch.zeros(2)], path),
-        lambda path: torch.save({**torch.load(path, weights_only=True), "net": {}}, path),
-        lambda path: torch.save(Touch(), path),
-    ],
-    ids=["truncated", "text", "empty", "another dict", "a list", "no weights", "a pickle that runs code"],
-)
-def test_damaged_state_is_refused(tmp_path, monkeypatch, damage):
-    monkeypatch.chdir(tmp_path)
-    out = run(tmp_path / "run", dataclasses.replace(SMALL, steps=1))
-    before = parameters(out)
-    damage(out / "training.pt")
-    line = error_line(run, out, dataclasses.replace(SMALL, steps=1))
-    assert line.startswith(f"{out / 'training.pt'} is damaged, or no run wrote it (")
-    assert line.endswith("train into another folder")
-    assert_same(parameters(out), before)
-    assert not Path("ran").exists()
-
-
-def test_unreadable_state_is_not_reported_as_damaged(tmp_path, monkeypatch):
-    run(tmp_path)
-    error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path / "training.pt"))
-    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
-    with pytest.raises(PermissionError):
-        run(tmp_path)
-
-
-@pytest.mark.parametrize("held", ["unet/config.json", "model_index.json", "config.json"])
+@pytest.mark.parametrize("held", ["unet/config.json", "model_index.json", "config.json", "classes.json"])
 def test_checkpoint_of_another_origin_is_not_overwritten(tmp_path, held):
     (tmp_path / held).parent.mkdir(exist_ok=True)
     (tmp_path / held).write_text("{}")
@@ -176,17 +132,34 @@ def test_temporary_files_of_other_runs_stay(tmp_path):
     assert (tmp_path / "other" / ".training.pt.7.tmp").exists()
 
 
-def test_full_disk_is_reported(tmp_path, monkeypatch):
-    def full(file, buffer):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("full", ["training.pt", "diffusion_pytorch_model.safetensors", "loss.png", "step-0000004.png"])
+def test_full_disk_is_reported_with_a_way_out(tmp_path, monkeypatch, full):
+    """It names the file; nothing is left of the attempt, and the same command goes on once there is space."""
+    whole, replacing = run(tmp_path / "whole"), files._replacing
 
     @contextmanager
-    def atomic(path):
-        yield type("File", (), {"write": full})()
+    def replaced(target):
+        with replacing(target) as file:
+            if target.name == full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield file
 
-    monkeypatch.setattr(run_folder, "atomic", atomic)
-    with pytest.raises(OSError, match="No space left on device"):
-        run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_replacing", replaced)
+        with pytest.raises(OSError, match="No space left on device") as failed:
+            run(tmp_path / "full")
+    assert os.path.basename(failed.value.filename) == full
+    assert failed.value.strerror == "No space left on device; free some space, then give the same command again"
+    assert not list((tmp_path / "full").rglob(f"*{files.TEMPORARY}"))
+    assert_same(parameters(run(tmp_path / "full")), parameters(whole))
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "loss.png"])
+def test_pipe_in_the_folder_is_refused_before_the_work(tmp_path, monkeypatch, name):
+    """Writing to it would wait for a reader."""
+    monkeypatch.setattr(Trainer, "step", None)
+    os.mkfifo(tmp_path / name)
+    assert error_line(run, tmp_path) == f"{tmp_path / name} is a pipe or a device; want a file"
 
 
 def test_unwritable_log_is_named(tmp_path):
@@ -215,6 +188,34 @@ def test_another_run_is_not_overwritten(tmp_path):
     assert line == f"{tmp_path} holds a run that was started with {started}; use the same, or another folder"
 
 
+@pytest.mark.parametrize(("done", "steps"), [(3, 50), (3, 10), (4, 3)])
+def test_length_may_change_while_the_rates_are_the_same(tmp_path, monkeypatch, done, steps):
+    """During the warm-up; the run then ends as one that had this length from the beginning."""
+    options = dataclasses.replace(SMALL, warmup=9, save_every=1, sample_every=0, log_every=1)
+    killed_run(monkeypatch, trainer, "update_average", done, tmp_path / "run", dataclasses.replace(options, steps=20))
+    longer = dataclasses.replace(options, steps=steps)
+    assert_same(parameters(run(tmp_path / "run", longer)), parameters(run(tmp_path / "whole", longer)))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("done", [4, 5])
+def test_longer_run_is_refused_with_its_way_out(tmp_path, monkeypatch, done):
+    out, options = tmp_path / "run", dataclasses.replace(SMALL, steps=5, save_every=1)
+    if done == 5:
+        run(out, options)
+    else:
+        killed_run(monkeypatch, trainer, "update_average", done + 1, out, options)
+    with pytest.raises(LongerRunError) as refused:
+        run(out, dataclasses.replace(options, steps=12))
+    first = "" if done == 5 else "finish it with --steps 5, then "
+    assert refused.value.more == 7
+    assert str(refused.value) == (
+        f"{out} holds a run of 5 steps, and the learning rates of its steps follow from that number, so that 12 steps "
+        f"are another run; to train on, {first}start a run of 7 steps from it with --init, in another folder"
+    )
+    assert 'started with "steps": 5' in error_line(run, out, dataclasses.replace(options, steps=3))
+
+
 FIXED = {  # an option that decides the weights, and another value than in SMALL
     **{"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "warmup": 1, "ema": 0.5, "weight_decay": 0.0},
     **{"grad_clip": 2.0, "flip": True, "channels": (8, 8), "layers": 2, "attention": (), "groups": 2},
@@ -223,11 +224,10 @@ FIXED = {  # an option that decides the weights, and another value than in SMALL
 FREE = {"log_every": 3, "save_every": 3, "sample_every": 3, "precision": "bf16", "engine": "auto"}
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize("name", sorted(FIXED.keys() - {"steps"}))
 def test_other_options_do_not_resume(tmp_path, name):
     run(tmp_path, dataclasses.replace(SMALL, steps=1))
-    options = dataclasses.replace(SMALL, steps=1) if name != "steps" else SMALL
-    line = error_line(run, tmp_path, dataclasses.replace(options, **{name: FIXED[name]}))
+    line = error_line(run, tmp_path, dataclasses.replace(SMALL, steps=1, **{name: FIXED[name]}))
     assert f'holds a run that was started with "{name}"' in line
 
 
@@ -279,15 +279,15 @@ def test_resumed_run_keeps_its_precision(tmp_path, before):
         resumed.resume()
         assert resumed.compute.precision == used
         resumed.run(progress=False)
-        run_folder.save_state(tmp_path, resumed.identity, resumed.parts, resumed.state)
+        save_state(tmp_path, resumed.identity, resumed.parts, resumed.state)
         assert torch.load(tmp_path / "training.pt")["progress"]["how"]["precision"] == used
-        first = run_folder.RunState(step=4, setup={"precision": before})
-        run_folder.save_state(tmp_path, resumed.identity, resumed.parts, first)
+        first = RunState(step=4, setup={"precision": before})
+        save_state(tmp_path, resumed.identity, resumed.parts, first)
 
 
 def test_precision_of_the_run_may_be_unavailable(tmp_path):
     first = Trainer(pictures(), None, tmp_path, SMALL, Ranks(device="cpu"))
-    run_folder.save_state(tmp_path, first.identity, first.parts, run_folder.RunState(setup={"precision": "tf32"}))
+    save_state(tmp_path, first.identity, first.parts, RunState(setup={"precision": "tf32"}))
     line = error_line(run, tmp_path, dataclasses.replace(SMALL, precision="auto"), device="cpu")
     why = "its precision is 'tf32', which 'cpu' does not have; use fp32 or bf16"
     assert line == f"cannot resume the run in {tmp_path}: {why}"

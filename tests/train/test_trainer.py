@@ -18,7 +18,8 @@ from fastddpm.core import noise
 from fastddpm.core.layout import channels_last
 from fastddpm.processes.distributed import Ranks
 from fastddpm.reference.diffusion import Diffusion, add_noise, squared_error, target
-from fastddpm.storage import images
+from fastddpm.storage.files import TEMPORARY
+from fastddpm.storage.images import grid
 from fastddpm.train import TrainOptions, train, trainer
 from fastddpm.train.trainer import Trainer
 from fastddpm.train.updates import learning_rate_at
@@ -30,13 +31,13 @@ def test_run_writes_checkpoint_log_and_pictures(tmp_path):
     out = run(tmp_path / "run")
     assert [step for step, _ in losses(out)] == [4]
     for picture in ("samples/step-0000004.png", "loss.png"):
-        with Image.open(out / picture) as grid:
-            assert grid.size[0] > 64
+        with Image.open(out / picture) as image:
+            assert image.size[0] > 64
     net = DDPMPipeline.from_pretrained(out).unet
     assert_same(dict(net.state_dict()), parameters(out))
     drawn = Sampler.from_pretrained(out).sample(2, steps=2, progress=False, output="uint8")
     assert drawn.shape == (2, 8, 8, 1)
-    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert not list(out.rglob(f"*{TEMPORARY}"))
 
 
 def test_first_loss_is_that_of_algorithm_1(tmp_path):
@@ -154,29 +155,15 @@ def test_learning_rate_rises_to_its_peak_and_falls(steps, warmup, peak):
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-@pytest.mark.parametrize(
-    ("classes", "columns", "rows"), [(1, 8, 8), (3, 9, 7), (7, 7, 9), (11, 11, 5), (16, 16, 4), (17, 8, 8)]
-)
-def test_grid_column_shows_one_class(tmp_path, monkeypatch, classes, columns, rows):
-    seen, shown = [], []
-    monkeypatch.setattr(Sampler, "sample", lambda *args, class_labels, **options: seen.append(class_labels))
-    monkeypatch.setattr(images, "save_grid", lambda *args, columns: shown.append(columns))
-    run(tmp_path, data=pictures(20), labels=np.arange(20) % classes)
-    assert shown == [columns]
-    assert torch.equal(seen[0], torch.arange(rows * columns) % classes)
-
-
-def test_grids_may_come_before_the_first_log_line(tmp_path):
-    out = run(tmp_path, dataclasses.replace(SMALL, sample_every=1, log_every=3))
-    assert len(list((out / "samples").iterdir())) == 4
-
-
 def test_first_line_says_what_the_run_uses(tmp_path, capsys):
     train(pictures(), tmp_path, SMALL, device="cpu")
-    what = "device cpu, precision fp32, engine eager, processes 1"
     weights = sum(value.numel() for value in parameters(tmp_path).values())
+    what = f"device cpu, precision fp32, engine eager, processes 1, parameters {weights}, images 7, batch 3"
     line = capsys.readouterr().err.splitlines()[0]
-    assert line == f"{tmp_path}: {what}, parameters {weights}, images 7, batch 3"
+    how_long = "this may take minutes or hours, as the bar will show"
+    assert line == f"{tmp_path}: training for 4 steps, {what}; {how_long}"
+    train(pictures(), tmp_path, SMALL, device="cpu")
+    assert capsys.readouterr().err.splitlines()[0] == f"{tmp_path}: 4 of 4 steps are done, {what}"
 
 
 def test_images_may_be_strided_or_read_only(tmp_path):
@@ -189,19 +176,16 @@ def test_images_may_be_strided_or_read_only(tmp_path):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_applies_to_the_network_and_the_grid(tmp_path, precision, dtype):
+    run_ = Trainer(pictures(), None, tmp_path, dataclasses.replace(SMALL, precision=precision, seed=3), Ranks())
     seen = set()
-
-    def watch(module, args, output):
-        if module.training and isinstance(module, nn.Conv2d):
-            seen.add(output.dtype)
-
-    with nn.modules.module.register_module_forward_hook(watch):
-        out = run(tmp_path, dataclasses.replace(SMALL, precision=precision, seed=3))
+    run_.net.conv_in.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    run_.resume()
+    run_.run(progress=False)
     assert seen == {dtype}
-    sampler = Sampler.from_pretrained(out, precision=precision)
-    want = images.grid(sampler.sample(64, seed=3, steps=20, output="uint8", progress=False))
-    with Image.open(out / "samples" / "step-0000004.png") as grid:
-        assert np.array_equal(np.asarray(grid), want[..., 0])
+    sampler = Sampler.from_pretrained(tmp_path, precision=precision)
+    samples = sampler.sample(run_.grids.samples, seed=3, steps=20, output="uint8", progress=False)
+    with Image.open(tmp_path / "samples" / "step-0000004.png") as drawn:
+        assert np.array_equal(np.asarray(drawn), grid(samples)[..., 0])
 
 
 def test_weights_are_determined_by_the_seed(tmp_path):
@@ -256,7 +240,8 @@ def test_colour_flips_and_dropout_in_bf16(tmp_path):
 def test_infinite_loss_stops_the_run(tmp_path):
     line = error_line(run, tmp_path, dataclasses.replace(SMALL, learning_rate=1e38, grad_clip=1e38))
     assert "the loss is" in line
-    assert "lower learning_rate" in line
+    assert "; lower learning_rate (1e+38) in a run in another folder; " in line
+    assert line.endswith(f"{tmp_path} has no checkpoint yet")
 
 
 @pytest.mark.parametrize(

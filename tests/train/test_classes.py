@@ -1,0 +1,98 @@
+"""The names of classes: kept in the run and its checkpoint, printed, and matched with those of --init."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from fastddpm import Sampler, checkpoints
+from fastddpm.processes.distributed import Ranks
+from fastddpm.train import TrainOptions, train
+from fastddpm.train.trainer import Trainer
+from tests.support.check import error_line
+from tests.support.training import SMALL, assert_same, parameters, pictures, run
+
+NAMES = ("1", "2", "10")
+LABELS = np.arange(7) % 3
+ONE_STEP = dataclasses.replace(SMALL, steps=1)
+STARTED = TrainOptions(steps=1, batch_size=3, precision="fp32")
+
+
+def test_names_are_kept_in_the_run_and_printed(tmp_path, capsys):
+    train(pictures(), tmp_path, ONE_STEP, labels=LABELS, classes=NAMES, device="cpu")
+    assert json.loads((tmp_path / "classes.json").read_text()) == ["1", "2", "10"]
+    assert checkpoints.load(tmp_path).classes == Sampler.from_pretrained(tmp_path).classes == NAMES
+    printed = capsys.readouterr().err.splitlines()[1]
+    assert printed == f"{tmp_path}: classes (kept in classes.json): 0 1, 1 2, 2 10"
+
+
+def test_lost_names_are_written_again(tmp_path):
+    run(tmp_path, ONE_STEP, labels=LABELS, classes=NAMES)
+    (tmp_path / "classes.json").unlink()
+    run(tmp_path, ONE_STEP, labels=LABELS, classes=NAMES)
+    assert checkpoints.load(tmp_path).classes == NAMES
+
+
+def test_other_names_do_not_resume(tmp_path):
+    run(tmp_path, ONE_STEP, labels=LABELS, classes=NAMES)
+    line = error_line(run, tmp_path, ONE_STEP, labels=LABELS, classes=("1", "10", "2"))
+    assert f'{tmp_path} holds a run that was started with "classes": ["1", "2", "10"]; use the same' in line
+    assert '"classes": ["1", "2", "10"]' in error_line(run, tmp_path, ONE_STEP, labels=LABELS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        (LABELS, ("1", "2"), "classes are ('1', '2'); want 3 distinct names, one for each class"),
+        (LABELS, ("1", "2", "2"), "want 3 distinct names"),
+        (LABELS, "abc", "classes are 'abc'; want 3 distinct names"),
+        (LABELS, (1, 2, 3), "classes are (1, 2, 3); want 3 distinct names"),
+        (LABELS, 0, "classes are 0; want 3 distinct names"),
+        (None, NAMES, "classes are ('1', '2', '10'), but there are no labels; give both, or neither"),
+    ],
+)
+def test_bad_names_are_refused(tmp_path, labels, classes, message):
+    assert message in error_line(run, tmp_path / "run", labels=labels, classes=classes)
+    assert not (tmp_path / "run").exists()
+
+
+def started_from(first, out, labels, classes):
+    return Trainer(pictures(), labels, out, dataclasses.replace(STARTED, init=str(first)), Ranks(), classes)
+
+
+@pytest.mark.parametrize("classes", [("1", "2", "10"), ("10", "1", "2"), ("1", "10")])
+def test_labels_are_numbered_as_in_the_initial_checkpoint(tmp_path, classes):
+    """By name, also where the images lack a class."""
+    first = run(tmp_path / "first", ONE_STEP, labels=LABELS, classes=NAMES)
+    labels = np.arange(7) % len(classes)
+    trainer = started_from(first, tmp_path / "second", labels, classes)
+    assert [NAMES[label] for label in trainer.batches.labels.tolist()] == [classes[label] for label in labels]
+    assert trainer.class_names == NAMES
+    assert trainer.net.config["num_class_embeds"] == 3
+
+
+def test_class_that_the_initial_checkpoint_lacks_is_refused(tmp_path):
+    first = run(tmp_path / "first", ONE_STEP, labels=LABELS, classes=NAMES)
+    line = error_line(started_from, first, tmp_path / "second", LABELS, ("1", "2", "3"))
+    assert line == (
+        f"init is {first}, whose classes are ['1', '2', '10']; the images have another, '3': leave it out, rename it, "
+        "or start from another checkpoint"
+    )
+
+
+def test_numbers_keep_the_names_of_the_initial_checkpoint(tmp_path):
+    first = run(tmp_path / "first", ONE_STEP, labels=LABELS, classes=NAMES)
+    options = dataclasses.replace(STARTED, init=str(first))
+    second = run(tmp_path / "second", options, labels=LABELS)
+    assert checkpoints.load(second).classes == NAMES
+    before = parameters(second)
+    assert_same(parameters(run(second, options, labels=LABELS)), before)
+
+
+def test_initial_checkpoint_without_names_is_taken_to_have_the_natural_order(tmp_path):
+    first = run(tmp_path / "first", ONE_STEP, labels=LABELS)
+    with pytest.warns(UserWarning, match="does not name its classes; they are taken to be 0, 1, .* older fastddpm"):
+        trainer = started_from(first, tmp_path / "second", LABELS, NAMES)
+    assert trainer.class_names == NAMES
+    started_from(first, tmp_path / "third", LABELS, ("1", "2", "3"))  # in the order of any version

@@ -70,7 +70,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about kinds of tensors that are refused in any case
-            _check_unpacked_size(file)
+            _check_archive(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and hostile pickles raise errors of any kind, a truncated one OSError too
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
@@ -112,13 +112,19 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _check_unpacked_size(file: BinaryIO) -> None:
-    """Check that an archive by torch.save holds no more than it has bytes: torch.save compresses nothing."""
+def _check_archive(file: BinaryIO) -> None:
+    """Check that an archive is as torch.save writes it: of files, which are not compressed.
+
+    torch.load would return memory without values for an entry that is marked as a folder.
+    """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
         if unpacked > os.fstat(file.fileno()).st_size:
             raise ValueError(f"the archive unpacks to {unpacked} bytes")
+        if any(entry.is_dir() or entry.external_attr & 0x10 for entry in entries):  # 0x10: a folder, in MS-DOS
+            raise ValueError("an entry of the archive is a folder")
     file.seek(0)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import checks
-from fastddpm.core.checks import is_whole, shown, whole
+from fastddpm.core.checks import checked_call, is_whole, shown, whole
+from fastddpm.core.precision import named_device
 
 STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
 
@@ -29,19 +30,21 @@ _LOG = (
 )
 
 
+@checked_call
 def address(seed: int, samples: int | Iterable[int] | Tensor, device: torch.device | str | None = None) -> Tensor:
     """The addresses of samples of one seed: [N, 2] int64 of (seed, sample index).
 
     Args:
         seed: 0 <= seed < 2^64; stored in two's complement.
         samples: their number N (the indices are then 0 to N - 1), or the indices, each 0 <= index < 2^56.
-    Raises: ValueError: seed or an index is out of range or not a whole number.
+    Raises: ValueError: seed or an index is out of range or not a whole number, or device is not one.
     """
+    there = None if device is None else named_device(device)
     seed, indices = checks.seed(seed), _indices(samples)
     out = torch.empty(len(indices), 2, dtype=torch.int64, device="cpu")
     out[:, 0] = seed - (1 << 64) if seed >> 63 else seed
     out[:, 1] = indices
-    return out.to(device)
+    return out.to(there)
 
 
 def _indices(samples: Any) -> Tensor:
@@ -69,6 +72,7 @@ def _indices(samples: Any) -> Tensor:
     return indices
 
 
+@checked_call
 def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tensor) -> Tensor:
     """Standard normals of N samples, each [*shape].
 
@@ -86,10 +90,10 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     if address.ndim != 2 or address.shape[1] != 2 or address.dtype != torch.int64:
         raise ValueError(f"address is {tuple(address.shape)} {address.dtype}; want [N, 2] int64 (seed, sample index)")
     whole("stream", stream, 0, 255)
-    sizes = isinstance(shape, Iterable) and not isinstance(shape, str) and all(is_whole(n) and n >= 0 for n in shape)
-    if not sizes or not len(shape):
+    sizes = tuple(shape) if isinstance(shape, Iterable) and not isinstance(shape, str | bytes) else ()
+    if not sizes or not all(is_whole(size) and size >= 0 for size in sizes):
         raise ValueError(f"shape is {shown(shape)}; want that of one sample: (C, H, W), (C, L) or (D,)")
-    n, count = len(address), math.prod(shape)
+    n, count = len(address), math.prod(sizes)
     if isinstance(t, Tensor):
         if t.shape not in ((n,), (1,), ()) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t is {tuple(t.shape)} {t.dtype}; want an int, or [{n}] integers like address")
@@ -107,7 +111,7 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     )
     u, v, u2, v2 = torch.broadcast_tensors(*words)
     z = torch.stack([*box_muller(u, v), *box_muller(u2, v2)], -1).flatten(1)[:, :count].contiguous()
-    return z.reshape(n, *shape[1:], shape[0]).movedim(-1, 1)
+    return z.reshape(n, *sizes[1:], sizes[0]).movedim(-1, 1)
 
 
 def philox(c0, c1, c2, c3, k0, k1) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -70,17 +70,22 @@ def _on_this_machine(device: str, precision: str) -> Compute:
         return compute
 
 
+def named_device(device: Any) -> torch.device:
+    """A device by its name, or a GPU by its number. Raises: ValueError: it is neither."""
+    try:
+        if not is_whole(device) and not isinstance(device, str | torch.device):
+            raise TypeError
+        return torch.device("cuda", int(device)) if is_whole(device) else torch.device(device)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"device is {shown(device)}; want 'cpu', 'cuda' or 'cuda:N'") from error
+
+
 def _device(device: Any) -> torch.device:
     """The device that an argument names. Raises: ValueError: it names none, or one that this machine does not have."""
     has_cuda = torch.cuda.is_available()
     if device is None:
         device = "cuda" if has_cuda else "cpu"
-    try:
-        if not is_whole(device) and not isinstance(device, str | torch.device):
-            raise TypeError
-        found = torch.device("cuda", int(device)) if is_whole(device) else torch.device(device)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"device is {shown(device)}; want 'cpu', 'cuda' or 'cuda:N'") from error
+    found = named_device(device)
     missing = found.type not in DEVICES or (found.type == "cuda" and not has_cuda)
     if missing or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device is '{found}', which this machine does not have; use 'cpu'")

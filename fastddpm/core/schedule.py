@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core.betas import named_betas, rescale_zero_snr
-from fastddpm.core.checks import flag, is_real, one_of, real, shown, whole
+from fastddpm.core.checks import checked_call, flag, is_real, one_of, real, shown, whole
 from fastddpm.core.names import (
     BETA_SCHEDULES,
     LEARNED_VARIANCE_TYPES,
@@ -124,6 +124,7 @@ class Schedule:
         object.__setattr__(self, name, value)
 
     @classmethod
+    @checked_call
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
         """The schedule of a diffusers scheduler_config.json, given as a dict.
 
@@ -185,6 +186,7 @@ class Schedule:
         """[T] float64: abar shifted by one, starting at 1."""
         return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]])
 
+    @checked_call
     def timesteps(self, steps: int | None = None) -> Tensor:
         """The timesteps that `steps` steps visit (None: all T): [steps] int64, ascending.
 
@@ -208,6 +210,7 @@ class Schedule:
             )
         return torch.from_numpy(visited.astype(np.int64))
 
+    @checked_call
     def table(
         self,
         steps: int | None = None,
@@ -248,6 +251,9 @@ class Schedule:
         """[T, 2] float32: sqrt(abar_t), sqrt(1 - abar_t), the coefficients of x_0 and eps in x_t (eq. 4)."""
         log_abar = self.log_alphas_cumprod
         return torch.stack([log_abar.exp().sqrt(), (-log_abar.expm1()).sqrt()], 1).float()
+
+
+Schedule.__init__ = checked_call(Schedule.__init__)  # type: ignore[method-assign]
 
 
 def _descending(timesteps: Any, T: int) -> Tensor:

@@ -9,8 +9,9 @@ import diffusers
 
 from fastddpm.diffusers.disguise import OURS, adopt
 from fastddpm.diffusers.noise_sources import Noise, checked_noise
+from fastddpm.diffusers.obstacles import obstacle
 from fastddpm.diffusers.scheduler_base import Scheduler
-from fastddpm.diffusers.unet import UNet2DModel, obstacle
+from fastddpm.diffusers.unet import UNet2DModel
 
 
 @dataclass

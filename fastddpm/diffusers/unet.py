@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastddpm.core.precision import PRECISIONS, Compute
 from fastddpm.diffusers.disguise import Disguised
-from fastddpm.diffusers.obstacles import fits, obstacle
+from fastddpm.diffusers.obstacles import can_be_fused, fits
+from fastddpm.networks.obstacles import remember
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.runner import BatchNetwork
@@ -38,11 +39,11 @@ class UNet2DModel(Disguised, diffusers.UNet2DModel):
 
         The copy has the weights at the first call in the context. diffusers' own forward serves calls that need a
         gradient, that pass a one-dimensional tensor of timesteps or a timestep outside the training range (of 1000, if
-        the configuration does not say), and whatever else the copy cannot do (see `obstacle`). In each call the host
-        waits for a timestep on a GPU; one on the host avoids that.
+        the configuration does not say), and all calls of a network with an `obstacle`, which is logged as a warning. In
+        each call the host waits for a timestep on a GPU; one on the host avoids that.
         """
         key = threading.get_ident(), id(self)
-        if key in _active or obstacle(self) is not None:
+        if key in _active or not can_be_fused(self):
             yield
             return
         with FusedCalls(self) as _active[key]:
@@ -111,7 +112,7 @@ def fused_network(
         shape: [N, C, H, W] of its input.
         labels: [N], for a class-conditional network.
     """
-    if obstacle(unet) is not None or timesteps.is_floating_point() or not fits(unet, shape, labels):
+    if not can_be_fused(unet) or timesteps.is_floating_point() or not fits(unet, shape, labels):
         yield None
         return
     engine = shared_engine(unet, shape[1:], max(DEFAULT_T, len(timesteps)))
@@ -129,7 +130,7 @@ def shared_engine(unet: Any, shape: tuple[int, ...], timesteps: int) -> Engine:
         timesteps: the most that a run visits.
     """
     device, precision = unet.device, current_precision(unet.dtype, unet.device)
-    parameters = dict(unet.named_parameters())
+    parameters = dict(unet.named_parameters(remove_duplicate=False))
     needed = tuple(shape), timesteps, device, precision, [id(parameter) for parameter in parameters.values()]
     kept = _engines.get(unet)
     if kept is None or kept[0] != needed:
@@ -153,3 +154,6 @@ def current_precision(dtype: torch.dtype, device: torch.device) -> str:
         except RuntimeError:  # the setting was changed by its newer name
             return "tf32" if cast(Any, torch.backends.cudnn).conv.fp32_precision == "tf32" else "fp32"
     return next(name for name, value in PRECISIONS.items() if value == dtype)
+
+
+remember([UNet2DModel])

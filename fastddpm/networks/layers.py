@@ -41,7 +41,7 @@ def is_unchanged(part: nn.Module, kind: type[nn.Module]) -> bool:
 
 def norm_and_activation(norm: nn.Module, x: Tensor, act: Activation, skip: Tensor | None = None) -> Tensor:
     """act(norm(x)). Args: skip: channels that follow those of x; needs kernels."""
-    if is_unchanged(norm, GroupNorm):
+    if getattr(norm, "kernels", False) or is_unchanged(norm, GroupNorm):  # in a copy with kernels all parts are ours
         return norm(x, act, skip=skip)
     return act(norm(x).clone())  # act may overwrite its input, which a replaced norm may keep
 
@@ -84,7 +84,7 @@ class Resnet(nn.Module):
 
     def time_columns(self, embed: Tensor) -> Tensor:
         """The activated time embedding [N, embed_width] -> this block's columns of the time rows [N, self.columns]."""
-        if is_unchanged(self.time_emb_proj, nn.Linear):
+        if is_unchanged(self.time_emb_proj, nn.Linear) and self.time_emb_proj.bias is not None:
             return F.linear(embed, *self.time_projection())
         columns, bias = self.time_emb_proj(embed), self._bias_of_rows()
         return columns if bias is None else columns + bias
@@ -285,6 +285,9 @@ class Conv2d(nn.Conv2d):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"dtype": torch.float32, **options})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "packed"}  # torch cannot copy it
+
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Args: bias: [1 or N, C_out], used instead of the module's own."""
         if bias is not None and len(bias) > 1:
@@ -326,7 +329,8 @@ class GroupNorm(nn.GroupNorm):
         else:
             # torch's CPU kernel for 16 bits is slow below 1024 pixels: 2.0 ms for 16 x 256 x 16 x 16, against 0.9 ms in
             # float32 with both conversions (two cores of a Xeon with AMX, 2026-11-22), which is also more accurate
-            widen = on_cpu and x.dtype in (torch.bfloat16, torch.float16) and x.shape[2:].numel() < 1024
+            small = x.dtype in (torch.bfloat16, torch.float16) and x.shape[2:].numel() < 1024
+            widen = on_cpu and small and (self.weight is None or self.weight.dtype == torch.float32)
             y = F.group_norm(x.float() if widen else x, self.num_groups, self.weight, self.bias, self.eps)
         return (y if act is None else act(y)).to(x.dtype)
 

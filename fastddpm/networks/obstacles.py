@@ -26,6 +26,8 @@ WITHOUT_EFFECT = (  # on the output
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+ALIKE: dict[type, type] = {}  # classes of attributes that compute the same: class: the one that it is compared as
+
 _originals: dict[type, dict[str, Any]] = {}  # class: its attributes, as it defines them itself
 
 
@@ -69,7 +71,7 @@ def obstacles(network: nn.Module, expected: dict[str, Part]) -> Obstacles:
     found: Obstacles = {}
     if any(getattr(global_hooks, f"_global{hooks}") for hooks in HOOKS):
         found["torch has global module hooks"] = [tuple(getattr(global_hooks, f"_global{hooks}")) for hooks in HOOKS]
-    found.update(_replaced_methods(part.kind for part in expected.values()))
+    found.update(_replaced_methods([type(network), *(part.kind for part in expected.values())]))
     modules = dict(network.named_modules(remove_duplicate=False))
     for name, part in expected.items():
         if name in modules:
@@ -82,11 +84,21 @@ def obstacles(network: nn.Module, expected: dict[str, Part]) -> Obstacles:
     return found
 
 
+def called_as_it_is(network: str, found: Obstacles) -> str:
+    """What a warning says of a network that is not fused. Args: network: its kind; found: at least one obstacle."""
+    first, others = next(iter(found)), len(found) - 1
+    more = f" (and {others} more change{'s' * (others > 1)})" if others else ""
+    return f"this {network} is called as it is, which is slower than a fused copy, because {first}{more}"
+
+
 def _differences(name: str, module: nn.Module, part: Part) -> Iterator[tuple[str, Any]]:
     """In what a module is not as expected: pairs of `Obstacles`."""
     it, attributes = name or "it", vars(module)
     if name and type(module) is not part.kind:
-        yield f"{name} is a {type(module).__name__}, not a {part.kind.__name__}", _summary(module)
+        came, want = type(module).__name__, part.kind.__name__
+        if came == want:
+            came, want = (f"{kind.__module__}.{kind.__name__}" for kind in (type(module), part.kind))
+        yield f"{name} is of the class {came}, not {want}", _summary(module)
         return
     if any(attributes[hooks] for hooks in HOOKS):
         yield f"{it} has hooks", _hooks(module)
@@ -148,7 +160,7 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _comparable(entry) for key, entry in value.items()}
     simple = (type, int, float, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType)
-    return value if value is None or isinstance(value, simple) else type(value)
+    return value if value is None or isinstance(value, simple) else ALIKE.get(type(value), type(value))
 
 
 def _summary(module: nn.Module) -> Any:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastddpm import ops
+from fastddpm.core.checks import shown
 from fastddpm.core.layout import channels_last
+from fastddpm.core.precision import named_device
 from fastddpm.networks import layers
 from fastddpm.networks.config import HAS_ATTENTION, complete_config
 from fastddpm.networks.layers import (
@@ -31,6 +33,7 @@ from fastddpm.networks.layers import (
     Resnet,
     TimeMLP,
     Upsample,
+    is_unchanged,
     norm_and_activation,
     silu,
 )
@@ -148,15 +151,27 @@ class UNet2D(nn.Module):
             t: the timestep, one for all or [N].
             class_labels: [N] for a class-conditional network, else None.
         Returns: [N, out_channels, H, W] in x's dtype, channels-last.
-        Raises: ValueError: a shape is not as above, or class_labels are missing or unexpected.
+        Raises: ValueError: a shape or dtype is not as above, or class_labels are missing or unexpected.
         """
-        t = torch.as_tensor(t, device=x.device).reshape(-1)
+        self._check_input(x)
+        t = _numbers("t", t, x.device).reshape(-1)
+        if class_labels is not None:
+            class_labels = _numbers("class_labels", class_labels, x.device)
+            if isinstance(self.class_embedding, nn.Embedding) and class_labels.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"class_labels are {class_labels.dtype}; want [N] int64")
         for name, values in (("t", t), ("class_labels", t if class_labels is None else class_labels)):
             if len(values) not in (1, len(x)):
                 raise ValueError(
                     f"{name} has length {len(values)} for a batch of {len(x)}; want one for all, or one each"
                 )
         return self.denoise(x, self.time_rows(t, class_labels))
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or x.layout is not torch.strided:
+            raise ValueError(f"x is {shown(x)}; want a dense tensor [N, C, H, W]")
+        dtype = self.conv_in.weight.dtype if is_unchanged(self.conv_in, Conv2d) else x.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x is {x.dtype}, but the network's parameters are {dtype}; convert one of them by .to()")
 
     def time_rows(self, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """What depends on t and the class alone: [len(t), columns], a row per timestep, for `denoise`.
@@ -228,7 +243,7 @@ class UNet2D(nn.Module):
             raise ValueError(f"dtype is {dtype}; want torch.float32, bfloat16 or float16")
         for obstacle in network_obstacles(self):
             raise ValueError(f"the network cannot be fused: {obstacle}; call it as it is, or give it to a Sampler")
-        device = self.conv_in.weight.device if device is None else torch.device(device)
+        device = self.conv_in.weight.device if device is None else named_device(device)
         on_cpu = device.type == "cpu"
         kernels = ops.backend(device) == "triton"
         pack = pack and on_cpu and torch.backends.mkldnn.is_available() and _is_packable(dtype)
@@ -263,7 +278,7 @@ class UNet2D(nn.Module):
             state = {name: value.float() for name, value in state.items()}  # so that sums are not rounded to 16 bits
             source = with_parameters(source.config, state)
         polyphase = any(isinstance(module, Upsample) and module.phases is not None for module in self.modules())
-        for prefix, module in source.named_modules():
+        for prefix, module in source.named_modules(remove_duplicate=False):  # one may have several places
             if isinstance(module, Resnet | Attention) or (isinstance(module, Upsample) and polyphase):
                 state |= {f"{prefix}.{name}": value for name, value in module.fused_parameters()}
         weights, biases = zip(*(resnet.time_projection() for resnet in source.resnets), strict=True)
@@ -295,6 +310,15 @@ def network_obstacles(net: UNet2D) -> Obstacles:
     except (ValueError, TypeError, AttributeError) as error:  # an option is not supported, cannot be hashed, ...
         return {**found, f"its configuration is not that of a UNet2D ({error})": str(error)}
     return {**found, **obstacles(net, expected)}
+
+
+def _numbers(name: str, values: Any, device: torch.device) -> Tensor:
+    """Values as a tensor on a device. Raises: ValueError: they are no numbers."""
+    try:
+        tensor = values.to(device) if isinstance(values, Tensor) else torch.as_tensor(values, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is {shown(values)}; want a number, or [N] of them") from error
+    return tensor if tensor.ndim else tensor.reshape(1)
 
 
 @lru_cache

@@ -81,7 +81,7 @@ def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int
     if micro_batch or size == 1:
         way_out = f"batch_invariant={size // 2} (with other bits), " if size > 1 else ""
         raise torch.OutOfMemoryError(f"{failure} This was for a batch of {size}; use {way_out}fp16 or bf16, or the CPU")
-    return halved(size, failure, stacklevel=4)
+    return halved(size, failure, stacklevel=5)  # the caller of a function that is wrapped by `checked_call`
 
 
 @contextmanager
@@ -95,6 +95,7 @@ def evaluating(model: object) -> Iterator[None]:
         for part in parts:
             runs, mode = _evaluated.get(id(part), (0, part.training))
             _evaluated[id(part)] = runs + 1, mode
+        for part in parts:  # only now: a compiled module passes its mode on to the one that it wraps
             part.training = False
     try:
         yield

@@ -4,6 +4,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from fastddpm import ops
 from fastddpm.core.checks import one_of
 from fastddpm.core.names import ENGINES
 from fastddpm.core.precision import Compute
+from fastddpm.networks.obstacles import called_as_it_is
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.capture import empty_cache
 from fastddpm.sampling.model import Model, PreparedModel
@@ -51,25 +53,29 @@ class Engine:
             raise ValueError(
                 f"engine is {kind!r}, but '{compute.device}' has no CUDA graphs; use 'eager' or 'compiled'"
             )
-        self.prepared = PreparedModel(model, shape, num_train_timesteps, compute, kind, own_dtype)
+        self.model, self.compute = model, compute
+        self._arguments = model, shape, num_train_timesteps, compute, kind, own_dtype
         self._warned_of: set[str] = set()
         self._idle: dict[tuple[type, int, bool], Any] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> tuple[Any, ...]:
-        made = self.prepared
-        return made.model, made.shape, made.num_train_timesteps, made.compute, made.kind, made.own_dtype
+        return self._arguments
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        Engine.__init__(self, *state)
+        model, shape, num_train_timesteps, compute, kind, own_dtype = state
+        if compute.device.type == "cpu":  # perhaps in place of a GPU, see `Compute`
+            kind = {"graph": "eager", "compiled+graph": "compiled"}.get(kind, kind)
+        Engine.__init__(self, model, shape, num_train_timesteps, compute, kind, own_dtype)
 
-    @property
-    def model(self) -> Model | nn.Module:
-        return self.prepared.model
+    @cached_property
+    def prepared(self) -> PreparedModel:
+        """The model as it was when last looked at. In a copy it is not complete until all of the copy is made."""
+        return PreparedModel(*self._arguments)
 
     @property
     def device(self) -> torch.device:
-        return self.prepared.device
+        return self.compute.device
 
     @property
     def compiles(self) -> bool:
@@ -123,11 +129,7 @@ class Engine:
         obstacle = next(iter(prepared.obstacles), None)
         if obstacle is not None and obstacle not in self._warned_of:
             self._warned_of.add(obstacle)
-            others = f", and {len(prepared.obstacles) - 1} more changes" * (len(prepared.obstacles) > 1)
-            warnings.warn(
-                f"this UNet2D is called as it is, which is slower than a fused copy, because {obstacle}{others}",
-                stacklevel=2,
-            )
+            warnings.warn(called_as_it_is("UNet2D", prepared.obstacles), stacklevel=2)
 
     def clear(self) -> bool:
         """Free the buffers and graphs that are kept. Returns: whether there were any."""

@@ -1,4 +1,4 @@
-"""What a CUDA graph reads at a fixed address besides its arguments, and whether the network would read the same now."""
+"""What a CUDA graph fixes besides its arguments: addresses, numbers, functions; and whether they are the same now."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ Place = tuple[Any, ...]  # where a tensor is, and how it is read
 
 
 class FixedReads:
-    """The memory that a captured network reads besides its arguments.
+    """What a captured network reads besides its arguments.
 
-    Every module and tensor that the network can reach from Python is compared before each batch: one that was replaced,
-    or is viewed with other strides, makes the graph stale. A network that reads memory which cannot be reached, as in a
-    library's own cache, is called once before each batch instead, to see what it reads then.
+    Every module, tensor, function and number that the network can reach from Python is compared before each batch: one
+    that was replaced, or is viewed with other strides, makes the graph stale. A network that reads memory which cannot
+    be reached, as in a library's own cache, is called once before each batch instead, to see what it reads then.
 
     Args:
         model: the network, which was called before, so that it has made what it keeps.
@@ -46,12 +46,16 @@ class FixedReads:
     def are_current(self, run: Run) -> bool:
         """Whether the network would read the same memory now. Does not wait for a GPU."""
         now = self._reachable()
-        if not self.known.issuperset(now) or any(now.get(path) != what for path, what in self.held.items()):
+        if any(now.get(path) != what for path, what in self.held.items()):
             return False
+        for path in now.keys() - self.known:
+            is_record = isinstance(path[-1], int) and isinstance(now[path], int | float | str)  # in a list that grows
+            if not is_record:
+                return False
         return self.all_held or self._read(run) == self.places
 
     def _reachable(self) -> dict[Path, Any]:
-        """Each module that the network can reach, and the place of each tensor."""
+        """Each module, function and number that the network can reach, and the place of each tensor."""
         found = reachable(self.model)
         return {path: self._place(thing) if isinstance(thing, Tensor) else thing for path, thing in found}
 

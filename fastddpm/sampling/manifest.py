@@ -14,7 +14,7 @@ from torch import nn
 
 from fastddpm.core import checks
 from fastddpm.core.checks import one_of, shown, whole
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.fingerprint import code_sha256, machine, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
@@ -111,6 +111,8 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         timesteps=drawing.timesteps,
         noise=drawing.noise,
     )
+    model = sampler.model
+    changes = list(network_obstacles(model)) if isinstance(model, UNet2D) else []
     return {
         "seed": checks.seed(drawing.seed),
         "sampler": {
@@ -124,11 +126,12 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         "shape": sampler.shape,
         **({} if sampler.decoder is None else {"latents": True}),
         "model": {
-            "class": type(sampler.model).__qualname__,
-            "config": dict(sampler.model.config) if isinstance(sampler.model, UNet2D) else None,
-            "sha256": weights_sha256(sampler.model),
+            "class": type(model).__qualname__,
+            "config": dict(model.config) if isinstance(model, UNet2D) else None,
+            "sha256": weights_sha256(model),
+            **({"changes": changes} if changes else {}),  # such as another eps
         },
-        "code": code_sha256(sampler.model),
+        "code": code_sha256(model),
         "precision": sampler.precision,
         "compiled": sampler.engine.compiles,
         "batch_size": None if sampler.micro_batch else int(drawing.batch_size),

@@ -16,6 +16,7 @@ from fastddpm.networks.obstacles import Obstacles
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
+from fastddpm.sampling.reachable import parameters
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t [N] int64) -> eps, x_0 or v, like x_t
 
@@ -93,7 +94,19 @@ class PreparedModel:
                     self.plain_forward = self.net.denoise
                 else:
                     self.net.refresh(self.model)
-            self.forward = self.forward or self._compiled(self.plain_forward)
+            if self.forward is None:
+                self.forward = self._compiled(self.plain_forward)
+
+    def advice_on_nan(self) -> str:
+        """What to do if the network returned NaN or infinity. Waits for the device."""
+        for name, x in parameters(self.model).items():
+            if x.layout is torch.strided and x.is_floating_point() and not x.isfinite().all():
+                return f"its parameter {name} is not finite, so use another checkpoint"
+        if self.own_dtype in (torch.float16, torch.bfloat16):
+            return "try the network in float32, or another checkpoint"
+        if self.compute.precision != "fp32":
+            return "try precision fp32, or another checkpoint"
+        return "its parameters are finite, so look into the network itself, or try another checkpoint"
 
     def weights(self) -> list[Tensor]:
         """The parameters of the fused copy, if there is one."""

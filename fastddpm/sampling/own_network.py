@@ -1,10 +1,11 @@
 """Calls of a user's own network: what x is handed over as, and what the network may return."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastddpm.core import layout
 from fastddpm.core.memory import is_out_of_memory
@@ -46,7 +47,7 @@ def call(
         dtype: in which x is handed over; None: in float32, under autocast if the precision has 16 bits.
         labels: [N, ...], a third argument for the network, if there are any.
     Returns: what the network returned; of an object with a `sample` that, of a tuple or list its first item.
-    Raises: ValueError: it does not accept x in this dtype.
+    Raises: ValueError: it does not accept these arguments, or x in this dtype.
     """
     x = x.to(dtype or torch.float32, copy=True, memory_format=memory_format)
     autocasts = dtype is None and compute.dtype != torch.float32
@@ -55,6 +56,11 @@ def call(
         # autocast's cache would keep the current weights, and a graph would always use those
         with torch.autocast(compute.device.type, compute.dtype, enabled=autocasts, cache_enabled=False):
             output = network(x, t, *given)
+    except TypeError as error:
+        if _takes(network, 2 + len(given)):
+            raise
+        wanted = "model(x_t, t, class_labels)" if given else "model(x_t, t)"
+        raise ValueError(f"the network cannot be called as {wanted} ({error})") from error
     except RuntimeError as error:
         dtypes = _dtypes(network)
         if "type" not in str(error) or dtypes <= {x.dtype} or is_out_of_memory(error):
@@ -67,6 +73,17 @@ def call(
     if not isinstance(output, Tensor):
         output = getattr(output, "sample", output)
     return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def _takes(network: Callable[..., Any], count: int) -> bool:
+    """Whether a network can be called with so many arguments, as far as Python knows."""
+    try:
+        inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # a builtin function without a signature
+        return True
+    return True
 
 
 def _dtypes(model: Callable[..., Any]) -> set[torch.dtype]:

@@ -1,10 +1,10 @@
-"""The modules and tensors that a network can reach from Python: through closures, attributes, containers and globals.
+"""What a network can reach from Python: modules, tensors, functions and numbers, through closures, attributes, etc.
 
 A network may be any callable: a module, a function that calls one, a bound method, a `functools.partial`, an object.
-Its modules must be in evaluation mode while it samples, and a CUDA graph of it reads its tensors at their addresses.
+Its modules must be in evaluation mode while it samples. A CUDA graph of it keeps the addresses of its tensors, the
+values of its numbers, and what its functions did.
 """
 
-import inspect
 import sys
 import weakref
 from collections import deque
@@ -21,28 +21,44 @@ Path = tuple[Any, ...]  # the names of attributes, variables and items that lead
 
 LIMIT = 10_000  # objects besides modules and tensors: a network may refer to a whole data set
 
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device})
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device})
 _INTERNAL = vars(nn.Module()).keys() - {"_forward_hooks", "_forward_pre_hooks"}
 # packages whose functions and objects hold nothing of the user's
 _FOREIGN = {"fastddpm", "torch", "numpy", *sys.stdlib_module_names} - {"collections", "functools", "types"}
 
 
-def reachable(model: Any) -> Iterator[tuple[Path, nn.Module | Tensor]]:
-    """Yields (path, module or tensor), near ones first; one that is held at several places comes once for each."""
-    waiting, seen, others = deque[tuple[Path, Any]]([((), model)]), set(), 0
-    while waiting and others < LIMIT:
-        path, thing = waiting.popleft()
-        if isinstance(thing, Tensor):
+def reachable(model: Any) -> Iterator[tuple[Path, Any]]:
+    """Yields (path, module, tensor, function or plain value); what is held at several places comes once for each.
+
+    All parts of a module are found; of the other objects those that are near, up to `LIMIT` of them.
+    """
+    near, far = deque[tuple[Path, Any]](), deque[tuple[Path, Any]]()  # modules; other objects
+    seen, others = set[int](), 0
+    near.append(((), model))
+    while near or (far and others < LIMIT):
+        path, thing = (near or far).popleft()
+        if isinstance(thing, nn.Module):
             yield path, thing
+            parts = _parts_of_module(thing)
+        else:
+            others += 1
+            parts = islice(_parts(thing), LIMIT)
+        if id(thing) in seen:
             continue
-        is_module = isinstance(thing, nn.Module)
-        if is_module:
-            yield path, thing
-        if id(thing) not in seen:
-            seen.add(id(thing))
-            others += not is_module
-            parts = _parts_of_module(thing) if is_module else islice(_parts(thing), LIMIT)
-            waiting.extend([((*path, name), part) for name, part in parts if not _is_leaf(part)])
+        seen.add(id(thing))
+        for name, part in parts:
+            inner = (*path, name)
+            if isinstance(part, nn.Module):
+                near.append((inner, part))
+            elif isinstance(part, Tensor):
+                yield inner, part
+            elif _is_plain(part):
+                others += not isinstance(thing, nn.Module)
+                yield inner, part
+            elif len(far) < LIMIT:
+                if isinstance(part, FunctionType):
+                    yield inner, part
+                far.append((inner, part))
 
 
 def modules(model: Any) -> list[nn.Module]:
@@ -56,15 +72,11 @@ def parameters(model: Any) -> dict[str, nn.Parameter]:
     return {".".join(map(str, path)): x for path, x in reachable(model) if isinstance(x, nn.Parameter)}
 
 
-def _parts_of_module(module: nn.Module) -> list[tuple[str, Any]]:
-    """(name, object) for what a module holds: its parts, its own attributes, and what its `forward` names."""
-    parts: list[tuple[str, Any]] = [*module._modules.items(), *module._parameters.items(), *module._buffers.items()]
-    for name, value in list(vars(module).items()):
-        if type(value) not in _LEAVES and name not in _INTERNAL:
-            parts.append((name, value))
-    if not _is_foreign(type(module).__module__):
-        parts.append(("forward", type(module).forward))
-    return parts
+def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, object) for what a module holds: its parts, its own attributes, and its class."""
+    yield from (*module._modules.items(), *module._parameters.items(), *module._buffers.items())
+    yield from ((name, value) for name, value in list(vars(module).items()) if name not in _INTERNAL)
+    yield "class", type(module)
 
 
 def _parts(thing: Any) -> Iterator[tuple[Any, Any]]:
@@ -81,7 +93,15 @@ def _parts(thing: Any) -> Iterator[tuple[Any, Any]]:
         yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
     elif isinstance(thing, weakref.ref):
         yield "()", thing()
-    elif not isinstance(thing, type | ModuleType) and not _is_foreign(type(thing).__module__):
+    elif isinstance(thing, staticmethod | classmethod):
+        yield "__func__", thing.__func__
+    elif isinstance(thing, property):
+        yield "fget", thing.fget
+    elif isinstance(thing, type):
+        for base in thing.__mro__:
+            if not _is_foreign(base.__module__):
+                yield from ((name, x) for name, x in list(vars(base).items()) if name == "__call__" or name[:2] != "__")
+    elif not isinstance(thing, ModuleType) and not _is_foreign(type(thing).__module__):
         yield from _attributes(thing)
 
 
@@ -100,27 +120,23 @@ def _variables(function: FunctionType) -> Iterator[tuple[Any, Any]]:
         value = function.__globals__.get(name)
         if isinstance(value, ModuleType) and not _is_foreign(value.__name__):
             yield from (((name, inner), vars(value)[inner]) for inner in names if inner in vars(value))
-        elif not isinstance(value, type):
+        else:
             yield name, value
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, and those of its class that its `__call__` names."""
-    kind = type(thing)
+    """The attributes of an object, and its class."""
     yield from list(getattr(thing, "__dict__", {}).items())
-    for name in (name for base in kind.__mro__ for name in base.__dict__.get("__slots__", ())):
-        if not name.startswith("__"):
-            yield name, getattr(thing, name, None)
-    call = getattr(kind, "__call__", None)  # noqa: B004
-    if isinstance(call, FunctionType):
-        yield "__call__", call
-        for name in _names(call.__code__):
-            value = inspect.getattr_static(kind, name, None)
-            yield name, value.__func__ if isinstance(value, staticmethod | classmethod) else value
+    for slots in (base.__dict__.get("__slots__", ()) for base in type(thing).__mro__):
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__"):
+                yield name, getattr(thing, name, None)
+    yield "class", type(thing)
 
 
-def _is_leaf(thing: Any) -> bool:
-    return type(thing) in _LEAVES or (type(thing) is tuple and _LEAVES.issuperset(map(type, thing)))
+def _is_plain(thing: Any) -> bool:
+    """Whether an object is a plain value: a number, a string, ..., or a tuple of such."""
+    return type(thing) in _PLAIN or (type(thing) is tuple and _PLAIN.issuperset(map(type, thing)))
 
 
 @lru_cache(maxsize=4096)

@@ -135,7 +135,7 @@ class BatchNetwork:
         Raises: OutputError: it is something else.
         """
         prepared = self.prepared
-        network = network or cast(Network, prepared.forward)
+        network = cast(Network, prepared.forward) if network is None else network
         with prepared.compute.arithmetic():
             if prepared.net is not None:
                 with arithmetic("fp32", prepared.device):

@@ -30,6 +30,7 @@ from fastddpm.sampling.arguments import (
     checked_output,
     checked_schedule,
     checked_shape,
+    takes_x_t,
 )
 from fastddpm.sampling.batches import (
     MOST_ENTRIES,
@@ -49,27 +50,32 @@ from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.watch import OnSteps, StepWatch
 from fastddpm.storage import images
 
-Callback = Callable[[int, int, Tensor, Tensor, Tensor], object]  # (step, t, x_t, x_0, sample indices)
+Callback = Callable[..., object]  # (step, t, x_0, sample indices), and x_t for one with an argument of this name
 
 
 class Sampler:
     """Draws samples from a trained model.
 
     Args:
-        model: a `UNet2D`, or any network (x_t [N, ...] float32, t [N] int64) -> tensor like x_t: images [N, C, H, W],
-            sequences [N, C, L], vectors [N, D].
+        model: a `UNet2D`, or any network (x_t [N, ...], t [N] int64) -> tensor like x_t: images [N, C, H, W],
+            sequences [N, C, L], vectors [N, D]. The tensor may be `.sample` of an object, or the first item of a tuple,
+            as networks of diffusers return it. The network is in evaluation mode while it samples, also if a function
+            calls it. It is handed x_t in its own dtype and in contiguous memory, or in channels-last memory if it was
+            converted to that. A `UNet2D` is fused; one that was changed (hooks, replaced parts, other methods or
+            attributes) is called as it is, with one warning that names the change.
         schedule: the noise schedule that the model was trained for.
         shape: of one sample, channels first; None: that of a `UNet2D`.
         device: None: "cuda" if there is a GPU, else "cpu".
         precision: "fp32", "tf32" (on a GPU: float32 whose products are rounded to TF32), "bf16", "fp16" or "auto". The
             state, the noise, the update, the norms' statistics and all that depends on t alone are float32 in any case.
             A `UNet2D` computes in the precision; any other model is called under torch.autocast for bf16 and fp16.
-            "auto" is bf16 for a `UNet2D` if the device computes it natively, else fp32.
+            "auto" is bf16 for a `UNet2D` if the device computes it natively; any other model has its own dtype, else
+            fp32.
         engine: "eager"; "compiled", by torch.compile, whose first call takes a minute; "graph", each step the replay of
             one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU if the run has enough steps,
             else "eager", with the same bits. In a graph, your own model must not wait for the GPU, and its decisions in
-            Python are made once, at the capture. If its weights may be replaced, pass the module itself, not a function
-            that wraps it; changes in place take effect with the next batch in any case.
+            Python are made once, at the capture. Tensors that it reads may change in place; if tensors, numbers or
+            functions that it can reach from Python are replaced, the next batch captures it again.
         batch_invariant: give sample i the same bits whatever is drawn with it. Every batch then has the same number of
             entries, with sample i at entry i modulo that number; other entries stay empty. True chooses the number by
             the device and the size of a sample; a whole number sets it.
@@ -271,9 +277,9 @@ class Sampler:
             class_labels: one per sample, for a class-conditional `UNet2D`.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
                 batch).
-            callback: called in each step as callback(step, t, x_t, x_0, indices), step counting from 0: sees the
-                states x_t and the clean samples x_0 predicted from them (both float32, like the batch) before the
-                update. The tensors are copies.
+            callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the clean
+                samples x_0 predicted from x_t (float32, like the batch) before the update. One that has an argument
+                named x_t is given the states x_t by that name, too. The tensors are copies.
         Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU, in the order
             requested.
         Raises: ValueError: as in `sample`; for a bad argument at the call, not in the first iteration.
@@ -364,15 +370,15 @@ class Sampler:
 
 
 def _observer(callback: Callback, runner: Runner, table: StepTable, occupied: Tensor, samples: Tensor) -> Observe:
-    """A function that calls the callback with x_t and x_0 of a step (eq. 15), x_0 clipped if the schedule clips."""
+    """A function that calls the callback with x_0 of a step (eq. 15), clipped if the schedule clips."""
+    sees_x_t = takes_x_t(callback)
 
     def observe(row: int, model_output: Tensor) -> None:
         c = StepColumns.of(runner.table.rows[row])
         x_0 = runner.table.scale[row] * (c.cx * runner.x + c.cm * model_output.float()).clamp(c.lo, c.hi)
-        x_t, x_0 = runner.x.clone(memory_format=torch.contiguous_format), x_0.contiguous()
-        if not occupied.all():
-            x_t, x_0 = (x[occupied.to(x.device)] for x in (x_t, x_0))
-        callback(len(table) - 1 - row, int(table.timesteps[row]), x_t, x_0, samples.clone())
+        occupied_of = lambda x: x.contiguous() if occupied.all() else x[occupied.to(x.device)].contiguous()
+        more = {"x_t": occupied_of(runner.x.clone())} if sees_x_t else {}
+        callback(len(table) - 1 - row, int(table.timesteps[row]), occupied_of(x_0), samples.clone(), **more)
 
     return observe
 

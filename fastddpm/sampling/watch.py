@@ -77,6 +77,6 @@ class StepWatch:
             named = self.samples[bad == first].tolist()
             raise ValueError(
                 f"{self.runner.describe_step(first)}: the network returned NaN or infinity for samples {named[:8]}"
-                f"{' ...' * (len(named) > 8)}; try precision fp32, or another checkpoint"
+                f"{' ...' * (len(named) > 8)}; {self.runner.prepared.advice_on_nan()}"
             )
         self.on_steps(steps, len(self.samples))

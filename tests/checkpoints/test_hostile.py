@@ -298,6 +298,16 @@ def test_bombs_are_not_unpacked(folder):
     assert megabytes < 100
 
 
+def test_an_entry_marked_as_a_folder_is_damage(folder):
+    """Of such an entry torch.load returns memory without values; one flipped bit makes it."""
+    path = as_pickle(folder, {"conv_in.weight": torch.zeros(1000)})
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\1\2", content.index(b"PK\1\2") + 1)  # of the second entry
+    content[directory + 38] ^= 0x10
+    path.write_bytes(content)
+    assert error_line(checkpoints.load, folder).startswith(f"{path} is damaged")
+
+
 @pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.99])
 def test_compressed_and_damaged_archives(folder, compression, keep):

@@ -17,8 +17,9 @@ from fastddpm.networks.unet2d import UNet2D
 from fastddpm.reference.unet import timestep_embedding
 from tests.reference.test_unet import TrueTime
 from tests.support import check
-from tests.support.check import TINY
+from tests.support.check import TINY, error_line
 
+X = torch.ones(2, 3, 16, 16)
 THREE = {
     "block_out_channels": (8, 16, 24),
     "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
@@ -414,3 +415,31 @@ def test_class_labels_are_for_networks_with_classes():
     x, labels = torch.zeros(2, 3, 16, 16), torch.tensor([1, 2])
     assert check.error_line(UNet2D(**TINY), x, 0, labels).startswith("class_labels were given")
     assert check.error_line(UNet2D(**TINY, num_class_embeds=10), x, 0).startswith("this network is class-conditional")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 1), "x is None; want a dense tensor [N, C, H, W]"),
+        ((X.to_sparse(), 1), "want a dense tensor [N, C, H, W]"),
+        ((X.double(), 1), "x is torch.float64, but the network's parameters are torch.float32; convert one of them"),
+        ((X, None), "t is None; want a number, or [N] of them"),
+        ((X, "1"), "t is '1'; want a number, or [N] of them"),
+        ((X, 1, "ab"), "class_labels is 'ab'; want a number, or [N] of them"),
+        ((X, 1, torch.zeros(2)), "class_labels are torch.float32; want [N] int64"),
+    ],
+    ids=str,
+)
+def test_wrong_types_are_named(arguments, message):
+    assert message in error_line(UNet2D(**TINY, num_class_embeds=3), *arguments)
+
+
+def test_class_labels_may_be_a_list():
+    net = UNet2D(**TINY, num_class_embeds=3)
+    assert torch.equal(net(X, 1, [2, 0]), net(X, 1, torch.tensor([2, 0])))
+    assert torch.equal(net(X, 1, 2), net(X, 1, torch.tensor([2])))
+
+
+@pytest.mark.parametrize("device", ["tpu", 1.5, []], ids=str)
+def test_a_device_that_is_none_is_named(device):
+    assert f"device is {device!r}; want 'cpu'" in error_line(UNet2D(**TINY).for_inference, torch.float32, device)

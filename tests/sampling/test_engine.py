@@ -255,7 +255,7 @@ def test_engine_graph_raises_at_the_first_failed_capture(failing_captures):
 def test_results_do_not_share_memory_with_buffers(graphs):
     sampler = graphed(tiny_unet())
     seen = []
-    first = sampler.sample(2, steps=3, progress=False, callback=lambda step, t, x_t, x_0, indices: seen.append(x_0))
+    first = sampler.sample(2, steps=3, progress=False, callback=lambda step, t, x_0, indices: seen.append(x_0))
     kept, were = first.clone(), [x_0.clone() for x_0 in seen]
     for x in (first, *seen):
         x.zero_()

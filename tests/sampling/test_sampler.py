@@ -1,11 +1,13 @@
 """The loop is Algorithm 2 with addressed noise: equal to the specification, and to diffusers given the same noise."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from torch import nn
 
 from fastddpm import Sampler, Schedule, UNet2D
 from fastddpm.checkpoints import shipped_model
@@ -156,22 +158,25 @@ def test_noise_does_not_depend_on_the_batch(unet):
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_callback_sees_x_t_and_x_0(clip):
-    schedule, calls = Schedule(clip_sample=clip), []
+def test_callback_sees_x_0_and_by_name_x_t(clip):
+    schedule, calls, states = Schedule(clip_sample=clip), [], []
     sampler = Sampler(elementwise, schedule, shape=(2, 3))
     plain = sampler.sample(3, steps=4, progress=False)
     watched = sampler.sample(3, steps=4, progress=False, batch_size=2, callback=lambda *seen: calls.append(seen))
     assert torch.equal(plain, watched)
     assert [call[:2] for call in calls] == 2 * [(0, 750), (1, 500), (2, 250), (3, 0)]
-    assert [call[4].tolist() for call in calls] == 4 * [[0, 1]] + 4 * [[2]]
+    assert [call[3].tolist() for call in calls] == 4 * [[0, 1]] + 4 * [[2]]
     if clip:  # the last step returns x_0 itself, unclipped but for its rounding
-        assert torch.equal(torch.cat([calls[3][3], calls[7][3]]), plain)
+        assert torch.equal(torch.cat([calls[3][2], calls[7][2]]), plain)
     x_T = noise.normal(noise.address(0, 2), (2, 3), stream=noise.START, t=1000)
     exact = Diffusion(schedule.betas).predicted_x_0(x_T.double(), 750, elementwise(x_T, torch.tensor([750, 750])))
     plain_x_0 = Diffusion(schedule.betas).predicted_x_0(x_T, 750, elementwise(x_T, torch.tensor([750, 750])))
     bound = (lambda x: x.clamp(-1, 1)) if clip else (lambda x: x)
-    assert torch.equal(calls[0][2], x_T)
-    assert_as_accurate(calls[0][3], bound(plain_x_0), bound(exact))
+    assert_as_accurate(calls[0][2], bound(plain_x_0), bound(exact))
+    keep = lambda step, t, x_0, indices, x_t: states.append(x_t)
+    assert torch.equal(sampler.sample(3, steps=4, progress=False, batch_size=2, callback=keep), plain)
+    assert torch.equal(states[0], x_T)
+    assert [tuple(x_t.shape) for x_t in states] == 4 * [(2, 2, 3)] + 4 * [(1, 2, 3)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -228,9 +233,7 @@ def test_empty_entries_are_neither_returned_nor_watched():
     """Sample 1 becomes NaN; three entries of the micro-batch are empty."""
     seen = []
     sampler = Sampler(elementwise, shape=(2,), device="cpu", batch_invariant=4)
-    sampler.sample(
-        [1], steps=2, progress=False, callback=lambda step, t, x_t, x_0, indices: seen.append((x_0, indices))
-    )
+    sampler.sample([1], steps=2, progress=False, callback=lambda step, t, x_0, indices: seen.append((x_0, indices)))
     assert [(tuple(x_0.shape), indices.tolist()) for x_0, indices in seen] == 2 * [((1, 2), [1])]
     sampler = Sampler(lambda x, t: x / 0, shape=(2,), device="cpu", batch_invariant=4)
     with pytest.raises(ValueError, match=r"for samples \[1\];"):
@@ -454,7 +457,7 @@ def test_network_and_callback_cannot_change_the_state():
         x.zero_()
         return m
 
-    def spoil(step, t, x_t, x_0, indices):
+    def spoil(step, t, x_0, indices, x_t):
         x_t.zero_()
         x_0.zero_()
         indices.add_(100)
@@ -563,10 +566,19 @@ def nan_in_sample_1(eps):
         (lambda eps: eps / 0, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity for samples \[7, 8\]"),
         (lambda eps: eps.double() + 1e300, r"^step 3 of 4 \(t = 250\): the network returned NaN or infinity"),
         (lambda eps: eps[:, :1], r"^step 3 of 4 \(t = 250\): the network returned \(2, 1\) torch.float32 on cpu for"),
-        (lambda eps: (eps,), r"^step 3 of 4 \(t = 250\): the network returned a tuple for \(2, 3\)"),
+        (lambda eps: (), r"^step 3 of 4 \(t = 250\): the network returned a tuple for \(2, 3\)"),
+        (lambda eps: {"sample": eps}, r"^step 3 of 4 \(t = 250\): the network returned a dict for"),
+        (lambda eps: None, r"^step 3 of 4 \(t = 250\): the network returned a NoneType for"),
+        (lambda eps: eps.to_sparse(), r"^step 3 of 4 \(t = 250\): the network returned a torch.sparse_coo tensor"),
+        (lambda eps: eps.to("meta"), r"^step 3 of 4 \(t = 250\): the network returned .* on meta for"),
+        (lambda eps: eps + 1j, r"^step 3 of 4 \(t = 250\): the network returned \(2, 3\) torch.complex64"),
+        (
+            lambda eps: torch.nested.as_nested_tensor(list(eps), layout=torch.jagged),
+            r"^step 3 of 4 \(t = 250\): the network returned a torch.jagged tensor",
+        ),
         (lambda eps: eps.int(), r"^step 3 of 4 \(t = 250\): the network returned \(2, 3\) torch.int32"),
     ],
-    ids=["nan", "all-nan", "beyond float32", "shape", "tuple", "dtype"],
+    ids=["nan", "all-nan", "range", "shape", "tuple", "dict", "none", "sparse", "meta", "complex", "nested", "dtype"],
 )
 def test_wrong_network_output_names_the_step(result, message):
     with pytest.raises(ValueError, match=message):
@@ -577,6 +589,11 @@ def test_wrong_network_output_names_the_step(result, message):
     ("arguments", "message"),
     [
         ({"samples": -1}, "samples is -1"),
+        ({"samples": None}, "samples is None; want a number of samples, or a list of sample indices"),
+        ({"class_labels": 0}, "class_labels were given, but the model is not a class-conditional UNet2D"),
+        ({"callback": 0}, r"callback is 0; want a function, called as callback\(step, t, x_0, indices\), or None"),
+        ({"progress": 3}, "progress is 3; want True or False, or a function"),
+        ({"class_label": [0]}, r"^Sampler.sample: there is no argument 'class_label'; did you mean 'class_labels'\?"),
         ({"samples": 1.5}, "samples is 1.5"),
         ({"samples": [-1]}, "sample index is -1"),
         ({"samples": [0.5]}, "sample index is 0.5"),
@@ -600,6 +617,48 @@ def test_bad_arguments(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("labels", [0, "ab", object(), [0.5, 1], [None, None], [1 << 70, 0], torch.zeros(2)], ids=str)
+def test_bad_class_labels(labels):
+    sampler = Sampler(UNet2D(**SMALL, num_class_embeds=3), device="cpu")
+    with pytest.raises(ValueError, match=r"^class_labels are .*; want whole numbers, 0 <= label < 3, one per sample"):
+        sampler.sample(2, steps=2, progress=False, class_labels=labels)
+
+
+@pytest.mark.parametrize("source", [0, 1.5, [], b"x", True, nn.Identity()], ids=str)
+def test_bad_checkpoints(source):
+    with pytest.raises(ValueError, match=r"^the checkpoint is .*; want a folder, or a hub id"):
+        Sampler.from_pretrained(source, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Sampler(), "Sampler: missing a required argument: 'model'; want model, schedule, shape"),
+        (lambda: Sampler.from_pretrained(precison="fp32"), "there is no argument 'precison'; did you mean 'precision'"),
+        (lambda: Schedule(beta_strat=1), "Schedule: there is no argument 'beta_strat'; did you mean 'beta_start'"),
+        (lambda: Schedule().table(step=3), "Schedule.table: there is no argument 'step'; did you mean 'steps'"),
+        (lambda: Schedule().timesteps(5, 6), "Schedule.timesteps: too many positional arguments; want steps"),
+        (lambda: Schedule.from_config(), "Schedule.from_config: missing a required argument: 'config'"),
+        (lambda: noise.address(0), "address: missing a required argument: 'samples'; want seed, samples, device"),
+        (lambda: noise.address(0, 3, "tpu"), "device is 'tpu'; want 'cpu', 'cuda' or 'cuda:N'"),
+        (
+            lambda: noise.normal(noise.address(0, 3), (2,), t=0, steam=1),
+            "normal: there is no argument 'steam'; did you",
+        ),
+        (lambda: noise.normal(noise.address(0, 3), {2: 3}.values(), t=0, stream="a"), "stream is 'a'"),
+    ],
+)
+def test_calls_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("model", [lambda x: x, lambda *, x, t: x, nn.Identity(), nn.Linear(2, 2)])
+def test_a_network_that_takes_other_arguments(model):
+    with pytest.raises(ValueError, match=r"^the network cannot be called as model\(x_t, t\) \("):
+        Sampler(model, shape=(2,), device="cpu").sample(1, steps=2, progress=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -613,9 +672,18 @@ def test_bad_arguments(arguments, message):
         ({"schedule": DDPMScheduler()}, r"schedule is a DDPMScheduler; want a Schedule: Schedule.from_config"),
         ({"precision": "fp8"}, "precision is 'fp8'; want one of auto, fp32, tf32, bf16, fp16"),
         ({"precision": "tf32", "device": "cpu"}, "precision is 'tf32', which 'cpu' does not have; use fp32 or bf16"),
-        ({"batch_invariant": 0}, "batch_invariant is 0; want True, False or a whole number, at least 1"),
+        ({"batch_invariant": 0}, "batch_invariant is 0; want True, False or a whole number, 1 to 1048576"),
         ({"batch_invariant": "yes"}, "batch_invariant is 'yes'"),
         ({"device": "tpu9"}, "device is 'tpu9'"),
+        ({"device": 1.5}, "device is 1.5; want 'cpu', 'cuda' or 'cuda:N'"),
+        ({"device": True}, "device is True; want 'cpu', 'cuda' or 'cuda:N'"),
+        (
+            {"sedule": Schedule()},
+            r"^Sampler: there is no argument 'sedule'; did you mean 'schedule'\?; want model, sch",
+        ),
+        ({"engine": None}, "engine is None; want one of auto, eager"),
+        ({"precision": torch.float16}, "precision is torch.float16; want one of auto, fp32"),
+        ({"model": nn.Linear}, "model is <class 'torch.nn.modules.linear.Linear'>; want a network"),
         ({"device": "meta"}, "device is 'meta'"),
     ],
     ids=str,

@@ -69,7 +69,6 @@ def readers_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 @by_name(WITH_PYTHON)
 def test_python_of_a_page_runs_in_order(page, readers_folder):
     names: dict = {}

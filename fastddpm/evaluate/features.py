@@ -294,7 +294,7 @@ _Loaded = tuple[Callable[[Tensor], Any], tuple[int, int | None, int | None], tor
 
 def _load_torchscript(path: Path, device: torch.device) -> _Loaded:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated")
         try:
             with open(path, "rb") as file:  # torch opens only files whose names are UTF-8
                 network = torch.jit.load(file, map_location=device)

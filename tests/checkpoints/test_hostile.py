@@ -10,13 +10,15 @@ import sys
 import tarfile
 import zipfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastddpm import checkpoints
+from fastddpm import Schedule, checkpoints
 from tests.support.check import error_line
 
 NAME = "diffusion_pytorch_model"
@@ -42,7 +44,7 @@ def as_pickle(folder: Path, content: object, **options: object) -> Path:
 def test_source_is_a_path(source):
     line = error_line(checkpoints.load, source)
     assert line.startswith("the checkpoint is ")
-    assert "want a folder, or a hub id such as google/ddpm-cifar10-32" in line
+    assert "want a folder, fashion-mnist, or a hub id such as google/ddpm-cifar10-32" in line
 
 
 @pytest.mark.parametrize("source", ["x" * 100_000, "a/" + "b" * 5000, "a\0b", "a/\x1b[2Jb", "\ud800/x", "a\n/b"])
@@ -375,3 +377,26 @@ def test_truncated_pickle_of_the_old_format(folder, unet, keep):
     path = as_pickle(folder, {})
     path.write_bytes(buffer.getvalue()[:keep])
     assert error_line(checkpoints.load, folder).startswith(f"{path} is damaged or holds more than weights")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "want"),
+    [
+        ({"config": None}, "config is None; want the options of a UNet2D by name"),
+        ({"config": {"norm_eps": 1j}}, "config: a value is 1j; want a finite number"),
+        ({"state_dict": [1]}, "state_dict is [1]; want parameters by name, such as unet.state_dict()"),
+        ({"state_dict": {"a": 1}}, "state_dict is {'a': 1}; want parameters by name, such as unet.state_dict()"),
+        ({"pipeline": "no"}, "pipeline is 'no'; want True or False"),
+        ({"folder": "\ud800"}, "folder is '\\ud800', which cannot be the name of a file; name another"),
+    ],
+)
+def test_save_refuses_wrong_types(tmp_path, unet, wrong, want):
+    arguments = {"folder": tmp_path, "config": {}, "state_dict": unet.state_dict(), "schedule": Schedule()}
+    assert error_line(partial(checkpoints.save, **(arguments | wrong))) == want
+
+
+def test_numbers_of_numpy_are_saved(tmp_path, unet):
+    options = {"sample_size": np.int64(8), "norm_eps": np.float64(1e-5)}
+    checkpoints.save(tmp_path, options, unet.state_dict(), Schedule())
+    saved = json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert {name: saved[name] for name in options} == {"sample_size": 8, "norm_eps": 1e-5}

@@ -52,7 +52,7 @@ def test_names_that_are_numbers():
     names = ("1", "2", "10")
     assert list(parse_labels("10", names)) == [2]
     for text in ("1", "10,2", "2"):
-        with pytest.raises(ValueError, match=r"is|has \d, the name of class \d; want a range"):
+        with pytest.raises(ValueError, match=r"has \d, which is the name of class \d and the number of another; write"):
             parse_labels(text, names)
     assert list(parse_labels("1-1,2-2", names)) == [1, 2]
     assert list(parse_labels("0,1,2", ("0", "1", "2"))) == [0, 1, 2]

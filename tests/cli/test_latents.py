@@ -94,6 +94,12 @@ def test_decode_errors(latent, flags, message, capsys):
     assert message in error_line(["sample", latent, "--decode", *flags.split()], capsys)
 
 
+def test_likelihood_reads_no_latents(latent, capsys):
+    line = error_line(["likelihood", latent, "x.npz"], capsys)
+    assert f"{latent} is a model of latents, but DATA are images" in line
+    assert "fastddpm.evaluate.likelihood.bound takes latents" in line
+
+
 def test_images_are_not_decoded(tiny, capsys):
     line = error_line(["sample", tiny, "--decode"], capsys)
     assert "--decode is for a pipeline with a VAE, which this checkpoint does not have; leave it out" in line

@@ -266,7 +266,8 @@ def test_it_says_first_what_it_will_do(tiny, images_with_labels, capsys, monkeyp
     monkeypatch.setattr(command, "A_MINUTE", 18)
     assert main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[0] == (
-        f"{told[0]}; on a CPU this may take minutes or hours, as the bar will show; --terms and --num-images shorten it"
+        f"{told[0]}; on a CPU this may take minutes or hours; the bar shows how long; "
+        "--terms and --num-images shorten it"
     )
 
 

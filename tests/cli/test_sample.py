@@ -37,7 +37,7 @@ def test_sample_uses_the_bundled_model_by_default_and_by_name(source, tiny, monk
 
 def test_sample_says_at_once_what_it_draws(tiny, capsys):
     drawing = "fastddpm: drawing {} samples of 1 x 4 x 4 in {} steps, fp32 on cpu, into {}"
-    long = "; on a CPU this may take minutes or hours, as the bar will show"
+    long = "; on a CPU this may take minutes or hours; the bar shows how long"
     for flags, count, steps, out, hint in (
         ("", 16, 6, "samples.png", ""),
         ("--num-samples 2 --steps 3 --out x/", 2, 3, "x", ""),

@@ -150,6 +150,7 @@ def test_defaults_are_those_of_train_options():
         ("good.npz", "--precision fp8", "invalid choice: 'fp8'"),
         ("good.npz", "--precision fp16", "invalid choice: 'fp16'"),
         ("good.npz", "--channels 8,x", "'8,x' is not a list"),
+        ("good.npz", "--channels 9223372036854775808", "'9223372036854775808' is not a list of whole numbers"),
         ("good.npz", "--timesteps 0", "num_train_timesteps is 0"),
         ("good.npz", "--out file/run", "cannot write file/run"),
         ("good.npz", "--out good.npz/run", "cannot write good.npz/run: Not a directory"),

@@ -101,7 +101,9 @@ def test_half_precision_files_are_decoded_in_float32(folder):
 
 
 @pytest.mark.parametrize(
-    "x", [None, 3, [1.0], torch.zeros(4, 8, 8), torch.zeros(1, 5, 8, 8), torch.zeros(2, 4)], ids=str
+    "x",
+    [None, 3, [1.0], torch.zeros(4, 8, 8), torch.zeros(1, 5, 8, 8), torch.zeros(2, 4), torch.zeros(0, 3, 8, 8)],
+    ids=str,
 )
 def test_latents_that_do_not_fit(folder, x):
     line = error_line(decode, folder, x)

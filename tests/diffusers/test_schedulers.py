@@ -326,7 +326,6 @@ def test_a_copy_is_independent(name, duplicate):
     assert_same_steps(ours, theirs, (900, 500, 0))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler"])
 @pytest.mark.parametrize("mapped", ["vmap", "jvp"])
 def test_a_step_supports_vmap_and_jvp(name, mapped):

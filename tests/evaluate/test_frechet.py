@@ -90,6 +90,12 @@ def test_wrong_shapes_raise(shapes):
         frechet_distance(*map(torch.zeros, shapes))
 
 
+@pytest.mark.parametrize("wrong", [None, "x", {}, 1j, torch.zeros(3, 2, device="meta")])
+def test_what_is_no_features_raises(wrong):
+    with pytest.raises(ValueError, match=r"a is .*; want features \[N, D\]|features are \[\] and"):
+        frechet_distance(wrong, torch.zeros(3, 2))
+
+
 @pytest.mark.parametrize("count", [3, 24, 25])
 def test_singular_covariances(count):
     """N features span N - 1 dimensions, in which the closed form of scaled sets holds."""

@@ -311,6 +311,17 @@ def test_a_changed_class_conditional_network_gets_its_labels(options):
     assert_sampled_as_it_is(sampler_of(net), net, "it has hooks", labels)
 
 
+@pytest.mark.parametrize("classes", [2, 9])
+def test_labels_are_those_of_the_embedding_that_the_network_has(classes):
+    net = network(num_class_embeds=3)
+    net.class_embedding = nn.Embedding(classes, net.class_embedding.embedding_dim)
+    sampler = sampler_of(net)
+    text = f"class_embedding.num_embeddings is {classes}, not 3"
+    assert_sampled_as_it_is(sampler, net, text, torch.tensor([classes - 1, 0]))
+    line = error_line(sampled, sampler, class_labels=[0, classes])
+    assert line == f"class_labels are [0, {classes}]; want whole numbers, 0 <= label < {classes}, one per sample"
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_changed_network_runs_under_autocast(precision):
     net = network()

@@ -597,7 +597,6 @@ def test_network_can_change_between_one_and_several_timesteps(graphs):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_is_the_same_function(precision):
     """As accurate as plain torch with channels-last memory, judged by the U-Net in float64."""

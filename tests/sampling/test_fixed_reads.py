@@ -3,6 +3,7 @@
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ LIVE = []  # keeps replaced tensors, so that a new one is at another address
 
 
 class Network(nn.Module):
-    """Reads a tensor and a number from wherever tensors and numbers can be."""
+    """Reads tensors, numbers and functions from wherever they can be."""
 
     def __init__(self):
         super().__init__()
@@ -26,11 +27,12 @@ class Network(nn.Module):
         self.plain, self.scale = torch.ones(3), 2.0
         self.register_buffer("shift", torch.arange(9.0).view(3, 3))
         self.kept = {"list": [torch.ones(3)], "number": 3}
-        self.inner = SimpleNamespace(gain=torch.ones(3))
+        self.inner = SimpleNamespace(gain=torch.ones(3), factor=np.float32(2), part=slice(0, 3), function=torch.relu)
 
     def forward(self, x, t):
         x = self.linear(x) * self.plain * self.scale + self.shift[0]
-        return x * self.kept["list"][0] * self.kept["number"] * self.inner.gain
+        x = x * self.kept["list"][0] * self.kept["number"] * self.inner.gain[self.inner.part]
+        return self.inner.function(x * self.inner.factor)
 
 
 def fresh(*shape):
@@ -71,6 +73,9 @@ CHANGES = {
     "attribute of an object": lambda net: setattr(net.inner, "gain", fresh(3)),
     "number": lambda net: setattr(net, "scale", 0.5),
     "number in a dict": lambda net: net.kept.__setitem__("number", 4),
+    "number of numpy": lambda net: setattr(net.inner, "factor", np.float32(3)),
+    "slice": lambda net: setattr(net.inner, "part", slice(1, 2)),
+    "function of torch": lambda net: setattr(net.inner, "function", torch.tanh),
     "tensor in place of a number": lambda net: setattr(net, "scale", torch.tensor(0.5)),
     "hook": lambda net: net.linear.register_forward_hook(lambda module, args, y: 0.5 * y),
     "forward": lambda net: setattr(net, "forward", lambda x, t: x),

@@ -170,7 +170,6 @@ def test_whole_run_is_as_accurate_as_plain_torch(precision):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch, in torch
 @pytest.mark.parametrize("kind", ["compiled", "compiled+graph"])
 def test_compiled_is_the_same_function(kind):
     """As accurate as the eager engine."""

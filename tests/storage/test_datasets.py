@@ -584,6 +584,10 @@ def test_missing_or_wrong_array(tmp_path):
     assert "y_train is [5] int64; want uint8" in error(tmp_path / "x.npz", stream_images, array="y_train")
     (tmp_path / "idx").write_bytes(idx(pictures()))
     assert error(tmp_path / "idx", stream_images, array="x") == f"{tmp_path / 'idx'} is not an .npz; leave out :x"
+    with pytest.raises(ValueError, match="array is 0; want the name of an array, or None"):
+        stream_images(tmp_path / "idx", array=0)
+    with pytest.raises(ValueError, match="held_out is 'no'; want True or False"):
+        load_images(tmp_path / "idx", held_out="no")
 
 
 def stream_all(path):

@@ -269,7 +269,7 @@ def test_more_indices_than_can_be_counted_are_refused():
     assert len(Indices.parse(f"0-{LIMIT - 1}")) == LIMIT
     for times in (2, 127, 128, 1000):
         message = error_line(Indices.parse, ",".join([f"0-{LIMIT - 1}"] * times))
-        assert message == "there are more than 2^56 sample indices; want at most so many"
+        assert message == "there are more than 2^56 sample indices; want at most that many"
 
 
 @pytest.mark.parametrize("text", [5, None, ["1"], b"1", 1.5])

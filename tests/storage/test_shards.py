@@ -578,6 +578,9 @@ def test_folder_grows(tmp_path, form, first, then):
     assert more["grown_from"] == [n, len(whole.samples)]
     ShardFolder(tmp_path / "out", more).begin()
     assert all(ShardFolder.open(tmp_path / "out").is_done(k) for k in range(len(grown)))
+    with pytest.raises(ValueError, match="holds samples with ") as error:
+        ShardFolder(tmp_path / "out", {**whole.manifest, "seed": 1}).begin()
+    assert "grown_from" not in str(error.value)
 
 
 @pytest.mark.parametrize(

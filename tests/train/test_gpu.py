@@ -24,7 +24,6 @@ from tests.support.check import assert_as_accurate
 
 pytestmark = [
     *needs_gpu,
-    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),  # raised by torch itself
     pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),  # it is a prototype of torch
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # fp32 must not use them
 ]

@@ -160,7 +160,7 @@ def test_first_line_says_what_the_run_uses(tmp_path, capsys):
     weights = sum(value.numel() for value in parameters(tmp_path).values())
     what = f"device cpu, precision fp32, engine eager, processes 1, parameters {weights}, images 7, batch 3"
     line = capsys.readouterr().err.splitlines()[0]
-    how_long = "this may take minutes or hours, as the bar will show"
+    how_long = "this may take minutes or hours; the bar shows how long"
     assert line == f"{tmp_path}: training for 4 steps, {what}; {how_long}"
     train(pictures(), tmp_path, SMALL, device="cpu")
     assert capsys.readouterr().err.splitlines()[0] == f"{tmp_path}: 4 of 4 steps are done, {what}"
@@ -211,7 +211,6 @@ def gradients(options, dtype=torch.float32):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # raised by torch itself
 @pytest.mark.parametrize(("precision", "clip"), [("bf16", math.inf), ("fp32", 0.1)])
 def test_compiled_gradients_are_as_accurate_as_eager_ones(precision, clip):
     options = dataclasses.replace(SMALL, channels=(8,), attention=(), precision=precision, grad_clip=clip)

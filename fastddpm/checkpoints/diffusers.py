@@ -20,10 +20,13 @@ from torch import Tensor
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.reading import as_folder, in_one_line, named, read_any_json, read_json
 from fastddpm.checkpoints.weights import WEIGHTS, read_weights, weight_files
+from fastddpm.core.checks import flag, is_whole, real, shown
+from fastddpm.core.names import SHIPPED_MODEL
 from fastddpm.core.schedule import Schedule
 from fastddpm.networks.config import complete_config, least_parameters
 from fastddpm.storage.files import atomic
 
+WANTED = f"want a folder, {SHIPPED_MODEL}, or a hub id such as google/ddpm-cifar10-32"
 _INDEX = "model_index.json"
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
@@ -79,9 +82,7 @@ def download(hub_id: str, variant: str | None = None) -> Path:
     if os.path.exists(hub_id):
         raise ValueError(f"{hub_id} is a file; want the folder that holds {_CONFIG}, weights and {_SCHEDULER}")
     if not _HUB_ID.fullmatch(hub_id) or len(hub_id) > 200:
-        raise ValueError(
-            f"there is no folder {named(hub_id)}; want a folder, or a hub id such as google/ddpm-cifar10-32"
-        )
+        raise ValueError(f"there is no folder {named(hub_id)}; {WANTED}")
     from huggingface_hub import snapshot_download
 
     def fetch(parts: Sequence[str], configs: Sequence[str]) -> Path:
@@ -131,11 +132,17 @@ def save(
     from safetensors.torch import save as serialise
 
     root = as_folder("folder", folder)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config is {shown(config)}; want the options of a UNet2D by name")
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"state_dict is {shown(state_dict)}; want parameters by name, such as unet.state_dict()")
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; want that of floating-point numbers, such as torch.float16, or None")
-    if not pipeline and (root / "unet").exists():
+        raise ValueError(
+            f"dtype is {shown(dtype)}; want that of floating-point numbers, such as torch.float16, or None"
+        )
+    if not flag("pipeline", pipeline) and (root / "unet").exists():
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
     index = {
@@ -233,4 +240,9 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as file:
-        file.write((json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        file.write((json.dumps(content, indent=2, sort_keys=True, default=_number) + "\n").encode())
+
+
+def _number(value: Any) -> int | float:
+    """A number of numpy, which json does not write. Raises: ValueError: it is none."""
+    return int(value) if is_whole(value) else real("config: a value", value)

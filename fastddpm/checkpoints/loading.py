@@ -22,9 +22,7 @@ def load(source: str | os.PathLike[str], *, variant: str | None = None, schedule
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     if not path or not isinstance(path, str):
-        raise ValueError(
-            f"the checkpoint is {shown(source)}; want a folder, or a hub id such as google/ddpm-cifar10-32"
-        )
+        raise ValueError(f"the checkpoint is {shown(source)}; {diffusers.WANTED}")
     if schedule is not None and not isinstance(schedule, Schedule):
         raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule, or None for the checkpoint's")
     folder = Path(path)

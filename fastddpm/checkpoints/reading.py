@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core.checks import shown
-from fastddpm.storage.files import check_regular
+from fastddpm.storage.files import as_path, check_regular
 
 MOST_JSON = 1 << 24  # bytes; the index of a network of 10,000 parameters has 1 MB
 _DOWNLOAD = "download it again (in a clone: git lfs pull)"
@@ -87,9 +87,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
 def as_folder(name: str, value: Any) -> Path:
     """The folder that an argument names. Raises: ValueError: it is no path, or is empty."""
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not path or not isinstance(path, str) or "\0" in path:
+    if not path or not isinstance(path, str):
         raise ValueError(f"{name} is {shown(value)}; want the path of a folder")
-    return Path(path)
+    return as_path(name, path)
 
 
 def in_one_line(error: Exception) -> str:

@@ -52,8 +52,9 @@ def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
             labels += _numbers(entry, names or ())
         elif entry in map(str, range(len(number))) and int(entry) != number[entry]:
             raise ValueError(
-                f"--class-labels has {entry}, the name of class {number[entry]}; want a range for the class of a "
-                f"number: {number[entry]}-{number[entry]}, or {entry}-{entry}"
+                f"--class-labels has {entry}, which is the name of class {number[entry]} and the number of another; "
+                f"write {number[entry]}-{number[entry]} for the class named {entry}, or {entry}-{entry} for that of "
+                f"the number {entry}"
             )
         else:
             labels.append(number[entry])

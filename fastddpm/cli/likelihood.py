@@ -38,8 +38,8 @@ examples:
 Prints a bound on -log2 p(image) in bits per dimension, as the DDPM paper reports it: the rate L_1 + ... + L_T and the
 distortion L_0, each with its standard error over the images. DATA is read and prepared as in `fastddpm train`; from an
 .npz with x_train and x_test, x_test is used, unless FILE.npz:NAME names another array. With --terms K only K timesteps
-of each image are evaluated, and the bound remains unbiased. All T terms of each image are many for a CPU: begin with
---num-images 100 --terms 20 there.
+of each image are evaluated, and the bound remains unbiased. On a CPU all T terms of each image take a long time: begin
+with --num-images 100 --terms 20.
 """
 
 A_MINUTE = 4000  # terms from which on a CPU may need more than a minute
@@ -81,6 +81,11 @@ def run(args: argparse.Namespace) -> None:
 
     _check_before_loading(args)
     sampler = _load_with_variance_type(args)
+    if sampler.decoder is not None:
+        raise ValueError(
+            f"{args.checkpoint} is a model of latents, but DATA are images; fastddpm.evaluate.likelihood.bound takes "
+            "latents, as floating-point numbers"
+        )
     labels: Sequence[int] | np.ndarray | None = None
     if args.class_labels is not None:
         labels = parse_labels(args.class_labels, sampler.classes)
@@ -173,7 +178,7 @@ def _what_is_evaluated(args: argparse.Namespace, sampler: "Sampler", count: int)
     how_long = ""
     if sampler.device.type == "cpu" and images * terms >= A_MINUTE:
         how_long = (
-            "; on a CPU this may take minutes or hours, as the bar will show; --terms and --num-images shorten it"
+            "; on a CPU this may take minutes or hours; the bar shows how long; --terms and --num-images shorten it"
         )
     return f"evaluating {terms} terms of each of {images} images, {sampler.precision} on {sampler.device}{how_long}"
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastddpm.core.checks import shown
 from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL
 from fastddpm.storage.indices import Indices
 
@@ -92,7 +93,10 @@ def index_list(text: str) -> Indices:
 
 def number_list(text: str) -> tuple[int, ...]:
     """Parse an argument such as 5,7,100-103: (5, 7, 100, 101, 102, 103)."""
-    numbers = index_list(text)
+    try:
+        numbers = Indices.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a list of whole numbers like 5,7,100-120") from error
     if len(numbers) > MOST_NUMBERS:
         raise argparse.ArgumentTypeError(f"{len(numbers)} numbers; want at most {MOST_NUMBERS}")
     return tuple(numbers)

@@ -36,7 +36,7 @@ examples:
   fastddpm sample                                          16 garments from the bundled model -> samples.png
   fastddpm sample google/ddpm-cifar10-32 --num-samples 64  a diffusers checkpoint from the Hugging Face Hub
   fastddpm sample runs/mine --sampler ddim --steps 50      a local folder; 50 deterministic steps instead of all T
-  fastddpm sample --num-samples 8 --trajectory way.gif     also the way from noise to garments
+  fastddpm sample --num-samples 8 --trajectory way.gif     also the states from noise to garments
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
   fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset
@@ -83,11 +83,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "is repeated (default: every class in turn)",
     )
     parser.add_argument(
-        "--decode", action="store_true", help="of a latent pipeline: turn the latents into images (needs diffusers)"
+        "--decode", action="store_true", help="turn the latents of a latent pipeline into images (needs diffusers)"
     )
     parser.add_argument("--out", metavar="PATH", help="a .png (one grid), an .npz, or a folder (default: samples.png)")
     parser.add_argument(
-        "--trajectory", metavar="PATH", help="also show the way from noise to the samples, as a .gif or a .png"
+        "--trajectory", metavar="PATH", help="also draw the states from noise to the samples, as a .gif or a .png"
     )
     parser.add_argument(
         "--format", choices=tuple(_DEFAULT_OUT), help="output format (default: from --out; for a folder: png)"
@@ -159,7 +159,7 @@ def _what_is_drawn(args: argparse.Namespace, sampler: "Sampler", samples: Indice
     where = f"{sampler.precision} on {sampler.device}"
     how_long = ""
     if sampler.device.type == "cpu" and len(samples) * steps >= A_MINUTE:
-        how_long = "; on a CPU this may take minutes or hours, as the bar will show"
+        how_long = "; on a CPU this may take minutes or hours; the bar shows how long"
     return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}{how_long}"
 
 

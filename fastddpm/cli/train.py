@@ -19,11 +19,11 @@ examples:
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
-DATA is an .npz with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file (idx,
-gzipped or not), or a folder of images of one size. The folder --out becomes a diffusers checkpoint, together with a
-log, a loss curve and samples. To resume an interrupted run, give the same command again. A finished run is trained
-longer by another run, in another folder, with --init FOLDER. Under torchrun the processes share each batch, with the
-same images and noise as a single process.
+DATA is an .npz or .npy with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file
+(idx, gzipped or not), or images of one size in a folder, a .zip or a .tar. The folder --out becomes a diffusers
+checkpoint, together with a log, a loss curve and samples. To resume an interrupted run, give the same command again. A
+finished run is trained longer by another run, in another folder, with --init FOLDER. Under torchrun the processes share
+each batch, with the same images and noise as a single process.
 """
 
 _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its default there, and the text of its option
@@ -52,7 +52,9 @@ _FREE = {"class_conditional": False, "engine": "auto", "precision": "auto", "dev
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", help="an .npz, an MNIST-format file or a folder of images")
+    parser.add_argument(
+        "data", metavar="DATA", help="images: an .npz, .npy or MNIST-format file, a folder, .zip or .tar"
+    )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where to write the checkpoint, or the run to resume"
     )

@@ -40,7 +40,8 @@ def decode(
     vae = _load_vae(folder)
     config: Any = vae.config
     channels = config.get("latent_channels")
-    if not isinstance(latents, Tensor) or latents.ndim != 4 or channels not in (None, latents.shape[1]):
+    fits = isinstance(latents, Tensor) and latents.ndim == 4 and channels in (None, latents.shape[1])
+    if not fits or 0 in latents.shape:
         given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         raise ValueError(
             f"latents are {given}; want a tensor [N, {channels or 'C'}, h, w] for the {type(vae).__name__}"

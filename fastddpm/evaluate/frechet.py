@@ -5,6 +5,7 @@ and on the number of samples. Compare it with the distance between two sets of o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     It is biased upwards, and the more so the fewer the features are: compare only distances of equal N and M.
 
     Args: a, b: [N, D] and [M, D], N, M >= 2.
-    Raises: ValueError: the shapes are not as above.
+    Raises: ValueError: a or b has no numbers, or the shapes are not as above.
     """
-    a, b = (torch.as_tensor(x, device="cpu").double() for x in (a, b))
+    a, b = (_as_features(name, x) for name, x in (("a", a), ("b", b)))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features are {list(a.shape)} and {list(b.shape)}; want [N, D] and [M, D], N, M >= 2")
     return gaussian_distance(*moments(a), *moments(b))
@@ -146,6 +147,17 @@ def random_features(images: Tensor) -> Tensor:
         weight = z.double().view(width, h.shape[1], 3, 3) * (2 / fan_in) ** 0.5
         h = F.conv2d(h, weight, stride=2, padding=1).relu()
     return h.mean((2, 3))
+
+
+def _as_features(name: str, value: Any) -> Tensor:
+    """float64 on the CPU."""
+    try:
+        features = torch.as_tensor(value, device="cpu").to_dense()
+        if features.is_complex():
+            raise TypeError("complex numbers")
+        return features.double()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # no numbers, or on the meta device
+        raise ValueError(f"{name} is {checks.shown(value)}; want features [N, D], N >= 2") from error
 
 
 def _distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:

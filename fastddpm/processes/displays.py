@@ -119,7 +119,9 @@ def _check_lines(path: Path) -> int:
             torn = not line.endswith(b"\n")
             if not (_LINE_START.startswith(line[: len(_LINE_START)]) if torn else _is_summary(line)):
                 what = "is not a log of a job's progress"
-                raise ValueError(f"{path} {what}: its line {line[:40]!r} is another; name a new file for the log")
+                raise ValueError(
+                    f"{path} {what}: its line {line[:40]!r} is no part of one; name a new file for the log"
+                )
             size += 0 if torn else len(line)
     return size
 

@@ -98,7 +98,7 @@ def checked_labels(given: Any, count: int, model: Any) -> Tensor | None:
     if given is None:
         raise ValueError("the model is class-conditional; pass class_labels, one per sample")
     identity = model.config["class_embed_type"] == "identity"
-    classes = model.config["num_class_embeds"] or 1 << 31
+    classes = getattr(model.class_embedding, "num_embeddings", None) or model.config["num_class_embeds"] or 1 << 31
     want = "numbers, one embedding per sample" if identity else f"whole numbers, 0 <= label < {classes}, one per sample"
     if isinstance(given, Sequence) and len(given) != count:  # a range may be too long to list
         raise ValueError(f"class_labels are ({len(given)},) for {count} samples; want one each")

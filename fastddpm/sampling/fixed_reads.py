@@ -1,6 +1,7 @@
 """What a CUDA graph fixes besides its arguments: addresses, numbers, functions; and whether they are the same now."""
 
 from collections.abc import Callable
+from numbers import Number
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class FixedReads:
         if any(now.get(path) != what for path, what in self.held.items()):
             return False
         for path in now.keys() - self.known:
-            is_record = isinstance(path[-1], int) and isinstance(now[path], int | float | str)  # in a list that grows
+            is_record = isinstance(path[-1], int) and isinstance(now[path], Number | str)  # in a list that grows
             if not is_record:
                 return False
         return self.all_held or self._read(run) == self.places

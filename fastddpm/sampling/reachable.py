@@ -11,9 +11,11 @@ from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import islice
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from numbers import Number
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,8 @@ Path = tuple[Any, ...]  # the names of attributes, variables and items that lead
 
 LIMIT = 10_000  # objects besides modules and tensors: a network may refer to a whole data set
 
-_PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device})
+_PLAIN = (type(None), Number, np.bool_, str, bytes, range, slice, torch.Size, torch.dtype, torch.device)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNAL = vars(nn.Module()).keys() - {"_forward_hooks", "_forward_pre_hooks"}
 # packages whose functions and objects hold nothing of the user's
 _FOREIGN = {"fastddpm", "torch", "numpy", *sys.stdlib_module_names} - {"collections", "functools", "types"}
@@ -56,7 +59,7 @@ def reachable(model: Any) -> Iterator[tuple[Path, Any]]:
                 others += not isinstance(thing, nn.Module)
                 yield inner, part
             elif len(far) < LIMIT:
-                if isinstance(part, FunctionType):
+                if isinstance(part, _FUNCTIONS):
                     yield inner, part
                 far.append((inner, part))
 
@@ -136,7 +139,7 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
 
 def _is_plain(thing: Any) -> bool:
     """Whether an object is a plain value: a number, a string, ..., or a tuple of such."""
-    return type(thing) in _PLAIN or (type(thing) is tuple and _PLAIN.issuperset(map(type, thing)))
+    return isinstance(thing, _PLAIN) or (type(thing) is tuple and all(isinstance(item, _PLAIN) for item in thing))
 
 
 @lru_cache(maxsize=4096)

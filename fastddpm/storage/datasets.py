@@ -209,6 +209,7 @@ class _Shards:
 def _open(path: str | os.PathLike[str], *, array: str | None = None, held_out: bool = False) -> _Source:
     """What is at path. Args: array: of an .npz, if path does not name one."""
     path, kind, array = _parsed(path, array)
+    checks.flag("held_out", held_out)
     if kind == "npz":
         return _Array(path, kind, npz.choose_array(path, held_out=held_out) if array is None else array)
     if kind in ("npy", "idx"):
@@ -222,6 +223,8 @@ def _parsed(path: str | os.PathLike[str], array: str | None = None) -> tuple[Pat
     """(the file or folder, what it is: folder, npz, npy, idx, zip or tar; the array of an .npz that is named)."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
         raise ValueError(f"path is {checks.shown(path)}; {WANTED}")
+    if array is not None and not isinstance(array, str):
+        raise ValueError(f"array is {checks.shown(array)}; want the name of an array, or None")
     path, named = split_array(path)
     array = array if named is None else named
     kind = "folder" if os.path.isdir(path) else _kind(check_regular(path))

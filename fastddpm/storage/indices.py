@@ -34,7 +34,7 @@ class Indices(Sequence[int]):
         Raises: ValueError: there are more than 2^56, which cannot be counted.
         """
         if lengths.sum(dtype=np.float64) > LIMIT:
-            raise ValueError("there are more than 2^56 sample indices; want at most so many")
+            raise ValueError("there are more than 2^56 sample indices; want at most that many")
         starts, lengths = starts[lengths > 0], lengths[lengths > 0]
         first = np.ones(len(starts), bool)
         first[1:] = starts[1:] != starts[:-1] + lengths[:-1]

@@ -132,16 +132,18 @@ class ShardFolder:
 
     def _difference(self, before: Mapping[str, Any]) -> str:
         """The error message for a folder with another manifest."""
-        changed, way_out = differing(before, self.manifest), "name another folder"
-        there, here = in_short(changed), in_short(differing(self.manifest, before))
+        there, here = differing(before, self.manifest), differing(self.manifest, before)
+        if there.keys() > {"grown_from"}:  # how the folder grew explains nothing where something else differs
+            del there["grown_from"], here["grown_from"]
+        way_out = "name another folder"
         held = len(Indices.parse(before["samples"]))
         others = str(self.samples[held:])
         more = others and str(self.samples[:held]) == before["samples"] and len(others) <= 200
-        if more and changed.keys() <= {"samples", "grown_from", "class_labels"}:
+        if more and there.keys() <= {"samples", "class_labels"}:
             way_out = (
                 f"draw the others with --indices {others} into another folder, and join both with `fastddpm merge`"
             )
-        return f"{self.path} holds samples with {there}, not {here}; {way_out}"
+        return f"{self.path} holds samples with {in_short(there)}, not {in_short(here)}; {way_out}"
 
     def check_complete(self) -> None:
         """Check that no file was deleted since it was written; a manifest that was is written again.

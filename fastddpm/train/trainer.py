@@ -271,7 +271,7 @@ class Trainer:
     def _print_setup(self) -> None:
         done, steps = self.state.step, self.options.steps
         work = f"{done} of {steps} steps are done" if done else f"training for {steps} steps"
-        how_long = "; this may take minutes or hours, as the bar will show" * (done < steps)
+        how_long = "; this may take minutes or hours; the bar shows how long" * (done < steps)
         setup = ", ".join(f"{name} {value}" for name, value in self.state.setup.items())
         print(f"{self.out}: {work}, {setup}{how_long}", file=Stderr())
         if self.class_names is not None:

@@ -58,7 +58,10 @@ def step_kernel(
     if copy_ptr is not None:
         tl.store(copy_ptr + at, x_prev.to(copy_ptr.dtype.element_ty), mask=mask)
     if bad_ptr is not None:
-        worst = tl.reshape(tl.abs(x_prev), (BLOCK // 16, 16), can_reorder=True)  # any 16, such as those of a thread
+        # the 16 elements of a thread, which holds as many adjacent ones as 16 bytes of m do
+        adjacent: tl.constexpr = 128 // m_ptr.dtype.element_ty.primitive_bitwidth
+        worst = tl.abs(x_prev).reshape(16 // adjacent, BLOCK // 16, adjacent)
+        worst = worst.permute(1, 0, 2).reshape(BLOCK // 16, 16)
         for i in tl.static_range(4):
             a, b = tl.split(worst.reshape(BLOCK // 16, 8 >> i, 2))
             worst = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from fastddpm.core.checks import shown
+from fastddpm.storage.fingerprint import CALLS
 
 # a change, as a plain sentence: what was found; equal dictionaries mean equal changes
 Obstacles = dict[str, Any]
 
-CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__", "forward")
 WITHOUT_EFFECT = (  # on the output
     *("training", "gradient_checkpointing"),
     *("reset_parameters", "extra_repr", "for_inference", "refresh"),

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastddpm._version import __version__
 
+# the methods of nn.Module that decide what a module computes; libraries add others, as transformers does smart_apply
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__", "forward")
 _VERSIONED = ("torch", "fastddpm")  # packages whose versions stand for their code
 
 
@@ -57,7 +59,8 @@ def code_sha256(network: nn.Module) -> dict[str, str]:
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for kind in dict.fromkeys(kind for module in network.modules() for kind in type(module).__mro__):
-        if own := {name: value for name, value in vars(kind).items() if _is_own(value)}:
+        names = CALLS if kind is nn.Module else list(vars(kind))
+        if own := {name: vars(kind)[name] for name in names if _is_own(vars(kind).get(name))}:
             found[kind.__qualname__].append(own)
     for path, module in network.named_modules():
         for name, value in vars(module).items():

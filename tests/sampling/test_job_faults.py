@@ -583,7 +583,7 @@ def test_torchrun_forwards_a_signal(tiny, tmp_path):
     with locked(out):  # no process still writes there
         done = finished(out)
         assert only_whole_files(out)
-    assert 16 <= len(done) < 100_000
+    assert 10 <= len(done) < 100_000  # at least the five shards of the process that wrote 00009
 
 
 class Finalised:

@@ -232,6 +232,15 @@ def test_code_of_fastddpm_and_torch_does_not_count(monkeypatch):
     assert name == type(net.conv_in).__qualname__
 
 
+def test_methods_that_libraries_add_to_every_module_do_not_count(monkeypatch):
+    """As transformers adds smart_apply when it makes a model. But a replaced call does."""
+    net = tiny_unet()
+    monkeypatch.setattr(nn.Module, "smart_apply", forward_twice, raising=False)
+    assert code_sha256(net) == {}
+    monkeypatch.setattr(nn.Module, "__call__", forward_twice)
+    assert code_sha256(net).keys() == {"Module"}
+
+
 def test_code_that_refers_to_itself():
     net = Net()
     hook = lambda module, inputs, output: hook and net and output

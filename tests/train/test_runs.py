@@ -162,7 +162,7 @@ def test_run_killed_many_times_equals_uninterrupted_run(images, uninterrupted, t
     for place, most in (("", 40), (".loss", 2), (".training", 2), ("unet/.", 4)):
         size = int(np.exp(rng.uniform(np.log(50), np.log(150_000))))
         before = functools.partial(die_before, f"{out}/{place}", int(rng.integers(1, most, endpoint=True)))
-        soon = functools.partial(signal_after, 3, signal.SIGKILL)  # at the latest: steps must be left for the stop below
+        soon = functools.partial(signal_after, 3, signal.SIGKILL)  # at the latest: the stop below needs steps
         for hook in (before, functools.partial(die_writing, size), soon):
             process = start(output, command, arguments(images, out), hook)
             process.join(rng.uniform(0.2, 1.0) if hook is soon else None)

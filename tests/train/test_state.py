@@ -90,7 +90,7 @@ def changed_moment(i, **values):
         (changed("optimizer", state={"a": {}}), "optimizer lacks 0"),
         (changed_moment(0, exp_avg=torch.zeros(3)), "optimizer 0 has (3,) torch.float32 as exp_avg"),
         (changed_moment(0, exp_avg=lambda value: value.double()), "torch.float64 as exp_avg"),
-        (changed_moment(0, exp_avg_sq=lambda value: value.to_sparse()), "training.pt"),  # in torch 2.15 by torch's loader
+        (changed_moment(0, exp_avg_sq=lambda value: value.to_sparse()), "training.pt"),  # torch 2.15 itself
         (changed_moment(0, exp_avg_sq=7), "optimizer 0 has int as exp_avg_sq"),
         (changed_moment(0, step=torch.zeros(2)), "optimizer 0 has (2,) torch.float32 as step"),
         (changed_moment(0, exp_avg=None), "optimizer 0 lacks exp_avg"),

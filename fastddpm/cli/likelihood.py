@@ -15,6 +15,7 @@ from fastddpm.cli.options import (
     add_network,
     add_seed,
     checkpoint_files,
+    how_long,
     json_text,
 )
 from fastddpm.cli.terminal import one_line, tell
@@ -41,8 +42,6 @@ distortion L_0, each with its standard error over the images. DATA is read and p
 of each image are evaluated, and the bound remains unbiased. On a CPU all T terms of each image take a long time: begin
 with --num-images 100 --terms 20.
 """
-
-A_MINUTE = 4000  # terms from which on a CPU may need more than a minute
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -175,12 +174,10 @@ def _what_is_evaluated(args: argparse.Namespace, sampler: "Sampler", count: int)
     """Args: count: images in all of DATA."""
     images = min(count, args.num_images or count)
     terms = sampler.schedule.num_train_timesteps if args.terms is None else args.terms + 1
-    how_long = ""
-    if sampler.device.type == "cpu" and images * terms >= A_MINUTE:
-        how_long = (
-            "; on a CPU this may take minutes or hours; the bar shows how long; --terms and --num-images shorten it"
-        )
-    return f"evaluating {terms} terms of each of {images} images, {sampler.precision} on {sampler.device}{how_long}"
+    long = how_long(sampler, images * terms)
+    shorter = "; --terms and --num-images shorten it" if long else ""
+    where = f"{sampler.precision} on {sampler.device}"
+    return f"evaluating {terms} terms of each of {images} images, {where}{long}{shorter}"
 
 
 def _save_terms(result: "Bound", path: str) -> None:

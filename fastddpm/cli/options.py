@@ -12,6 +12,8 @@ from fastddpm.core.checks import shown
 from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL
 from fastddpm.storage.indices import Indices
 
+A_MINUTE = 4000  # evaluations of a network for one image from which on a CPU may need more than a minute
+
 ANY_PRECISION = ("auto", *PRECISION_NAMES)
 CHECKPOINT_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt")
 MOST_NUMBERS = 10_000_000  # in a list that is kept in memory
@@ -81,6 +83,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """Add the option --quiet."""
     parser.add_argument("--quiet", action="store_true", help="print results and errors only, no progress")
+
+
+def how_long(sampler: Any, evaluations: int) -> str:
+    """What a command adds to the line before its work, if that may take minutes.
+
+    Args: evaluations: of the network, for one image each.
+    """
+    long = sampler.device.type == "cpu" and evaluations >= A_MINUTE
+    return "; on a CPU this may take minutes or hours; the bar shows how long" if long else ""
 
 
 def index_list(text: str) -> Indices:

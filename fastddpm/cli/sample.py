@@ -17,6 +17,7 @@ from fastddpm.cli.options import (
     add_network,
     add_seed,
     checkpoint_files,
+    how_long,
     index_list,
 )
 from fastddpm.cli.terminal import tell
@@ -48,8 +49,6 @@ Sample i of a seed is the same image whatever else is drawn with it, up to the n
 A folder is written shard by shard. If the command is killed, run it again, with any number of processes: it draws the
 samples that are missing, and the folder ends up with the files of an uninterrupted run.
 """
-
-A_MINUTE = 4000  # steps of one sample from which on a CPU may need more than a minute
 
 _DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz", "webdataset": "samples"}
 _FORMAT_OF_SUFFIX = {".png": "grid", ".npz": "npz", "": "png"}
@@ -157,10 +156,8 @@ def _what_is_drawn(args: argparse.Namespace, sampler: "Sampler", samples: Indice
     steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
     size = " x ".join(map(str, sampler.shape))
     where = f"{sampler.precision} on {sampler.device}"
-    how_long = ""
-    if sampler.device.type == "cpu" and len(samples) * steps >= A_MINUTE:
-        how_long = "; on a CPU this may take minutes or hours; the bar shows how long"
-    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}{how_long}"
+    long = how_long(sampler, len(samples) * steps)
+    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}{long}"
 
 
 def _sample_into_folder(

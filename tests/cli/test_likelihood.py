@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastddpm.cli import likelihood as command
+from fastddpm.cli import options
 from fastddpm.cli.main import main
 from fastddpm.evaluate import likelihood as module
 from fastddpm.evaluate.likelihood import bound
@@ -263,7 +263,7 @@ def test_it_says_first_what_it_will_do(tiny, images_with_labels, capsys, monkeyp
         told.append(capsys.readouterr().err.splitlines()[0])
     assert told[0] == "fastddpm: evaluating 6 terms of each of 3 images, fp32 on cpu"
     assert told[1] == "fastddpm: evaluating 3 terms of each of 2 images, fp32 on cpu"
-    monkeypatch.setattr(command, "A_MINUTE", 18)
+    monkeypatch.setattr(options, "A_MINUTE", 18)
     assert main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[0] == (
         f"{told[0]}; on a CPU this may take minutes or hours; the bar shows how long; "

@@ -111,8 +111,9 @@ class JobProgress:
         self.count.images += samples
 
     def fail(self, error: Exception) -> None:
-        """Make the next `check` raise this error."""
-        self.failure = error
+        """Make the next `check` raise this error, unless there was an earlier one, which may be its cause."""
+        if self.failure is None:
+            self.failure = error
 
     def check(self) -> None:
         """Raise the exception of a signal that Python ignored, or an error of another thread or process."""
@@ -165,7 +166,7 @@ class JobProgress:
                     self._show(counts)
                     self._find_silent(counts)
             except Exception as error:
-                self.failure = error
+                self.fail(error)
 
     def _post(self) -> None:
         """Write this process's counts on the board."""

@@ -386,6 +386,7 @@ def test_failure_elsewhere_is_raised_at_the_next_step():
     with alone() as job:
         job.stepped(1, 1)
         job.fail(OSError("of the writer"))
+        job.fail(OSError("of a later shard"))
         for call in (job.check, lambda: job.stepped(1, 1)):
             with pytest.raises(OSError, match="of the writer"):
                 call()

@@ -1,6 +1,7 @@
 """`fastddpm likelihood`: the variational bound on the negative log-likelihood of images."""
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -248,5 +249,5 @@ def _bound_text(result: "Bound", array: str | None, seconds: float, variance_typ
     summary = result.summary()
     for name, title in titles.items():
         mean, error = summary[name]
-        lines.append(f"{title:<22} {mean:8.5f}   {error:.2g}")
+        lines.append(f"{title:<22} {mean:8.5f}   {'-' if math.isnan(error) else f'{error:.2g}'}")  # NaN: one image
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def merge(
     suffix = as_path("out", out).suffix.lower()
     if suffix not in (".npz", ".tar"):
         raise ValueError(f"out is {os.fspath(out)}; want an .npz or a .tar")
-    if isinstance(folders, str | os.PathLike) or not isinstance(folders, Iterable):
+    if isinstance(folders, str) or not isinstance(folders, Sequence):
         raise ValueError(f"folders are {shown(folders)}; want a list of paths")
     sources = [ShardFolder.open(folder) for folder in folders]
     for source in sources:

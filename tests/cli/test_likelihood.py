@@ -51,6 +51,14 @@ def test_likelihood_passes_all_options(tiny, images_with_labels, capsys, monkeyp
     assert sampler.schedule.variance_type == "fixed_large"
 
 
+@pytest.mark.usefixtures("images_with_labels")
+def test_one_image_has_no_standard_error(tiny, capsys):
+    assert main(["likelihood", tiny, "images.npz", "--num-images", "1", "--device", "cpu", "--quiet"]) == 0
+    _, titles, *rows = capsys.readouterr().out.splitlines()
+    assert titles.endswith("standard error")
+    assert [row.split()[-1] for row in rows] == ["-"] * 4
+
+
 @pytest.fixture
 def result(tiny, images_with_labels):
     """The bound that `reported` has."""

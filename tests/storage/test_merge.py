@@ -203,6 +203,8 @@ def test_other_types_are_refused(kept):
     written(kept / "one")
     assert error_line(merge, str(kept / "one"), kept / "out.npz") == f"folders are '{kept}/one'; want a list of paths"
     assert error_line(merge, 0, kept / "out.npz") == "folders are 0; want a list of paths"
+    scalar = np.zeros((), np.int64)
+    assert error_line(merge, scalar, kept / "out.npz") == "folders are array(0); want a list of paths"
     assert error_line(merge, [0], kept / "out.npz") == "the folder of samples is 0; want a path"
     assert error_line(merge, [kept / "one"], 0) == "out is 0; want a path"
 

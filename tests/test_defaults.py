@@ -1,7 +1,6 @@
 """The process's defaults, torch.set_default_dtype and torch.set_default_device, change no result."""
 
 import ast
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastddpm.evaluate.likelihood import bound
 from fastddpm.sampling.job import sample_to
 from fastddpm.train import TrainOptions, train
 from fastddpm.verify import verify
+from tests.support.defaults import defaults
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
@@ -38,17 +38,6 @@ def bare(source):
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_tensor_has_a_dtype_and_a_device(path):
     assert list(bare(path.read_text())) == []
-
-
-@contextmanager
-def defaults(dtype, device):
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
 
 
 def images(count=8, side=28):

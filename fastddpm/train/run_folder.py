@@ -2,15 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, equal
+from torch import equal
 
 from fastddpm import checkpoints
+from fastddpm.checkpoints import Checkpoint
 from fastddpm.core.checks import is_real, is_whole
-from fastddpm.core.schedule import Schedule
 from fastddpm.storage import plots
 from fastddpm.storage.files import atomic, check_regular, naming
 from fastddpm.train.state import STATE
@@ -43,41 +42,27 @@ def prepare(out: Path, step: int) -> None:
             file.write(kept)
 
 
-def save_checkpoint(
-    out: Path,
-    config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    schedule: Schedule,
-    classes: Sequence[str] | None,
-    *,
-    unless_same: bool = False,
-) -> None:
+def save_checkpoint(out: Path, checkpoint: Checkpoint, *, unless_same: bool = False) -> None:
     """Write the checkpoint and the names of its classes. Args: unless_same: write nothing if the folder holds them."""
-    if unless_same and _holds(out, config, weights, schedule, classes):
+    if unless_same and _holds(out, checkpoint):
         return
-    if classes is not None:
+    if checkpoint.classes is not None:
         with atomic(out / CLASSES) as file:
-            file.write((json.dumps(list(classes), indent=1) + "\n").encode())
-    checkpoints.save(out, config, weights, schedule)
+            file.write((json.dumps(checkpoint.classes, indent=1) + "\n").encode())
+    checkpoints.save(out, checkpoint.config, checkpoint.parameters, checkpoint.schedule)
 
 
-def _holds(
-    out: Path,
-    config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    schedule: Schedule,
-    classes: Sequence[str] | None,
-) -> bool:
+def _holds(out: Path, checkpoint: Checkpoint) -> bool:
     """Whether the folder holds this checkpoint, to the bit."""
     try:
         held = checkpoints.load(out)
     except (ValueError, OSError):  # damaged, or not written yet
         return False
     return (
-        held.config == json.loads(json.dumps(dict(config)))
-        and (held.schedule, held.classes) == (schedule, None if classes is None else tuple(classes))
-        and held.parameters.keys() == weights.keys()
-        and all(equal(held.parameters[name], value.cpu()) for name, value in weights.items())
+        held.config == json.loads(json.dumps(checkpoint.config))
+        and (held.schedule, held.classes) == (checkpoint.schedule, checkpoint.classes)
+        and held.parameters.keys() == checkpoint.parameters.keys()
+        and all(equal(held.parameters[name], value.cpu()) for name, value in checkpoint.parameters.items())
     )
 
 

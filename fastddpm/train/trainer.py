@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints, ops
+from fastddpm.checkpoints import Checkpoint
 from fastddpm.core.checks import checked_call, flag
 from fastddpm.core.precision import Compute
 from fastddpm.networks.unet2d import UNet2D
@@ -351,14 +352,9 @@ class Trainer:
         }
 
     def _save_checkpoint(self, *, unless_same: bool = False) -> None:
-        run_folder.save_checkpoint(
-            self.out,
-            self.ema.config,
-            self.ema.state_dict(),
-            self.options.schedule,
-            self.class_names,
-            unless_same=unless_same,
-        )
+        ema, schedule = self.ema, self.options.schedule
+        checkpoint = Checkpoint(dict(ema.config), ema.state_dict(), schedule, self.class_names)
+        run_folder.save_checkpoint(self.out, checkpoint, unless_same=unless_same)
 
     def _draw_grid(self, bar: Any, caught: list[int]) -> bool:
         """Draw the grid of this step, if one is due and does not exist yet. Returns: whether a signal prevented it."""

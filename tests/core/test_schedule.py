@@ -12,6 +12,7 @@ import torch
 from fastddpm.core.names import BETA_SCHEDULES
 from fastddpm.core.schedule import Schedule
 from tests.support.check import error_line
+from tests.support.defaults import defaults
 from tests.support.exact import assert_close, decimals, exact_abar, float64
 
 # Betas and what follows from them
@@ -328,13 +329,8 @@ def test_default_dtype_and_device_change_nothing(beta_schedule):
         return [s.betas, s.alphas_cumprod_prev, s.noising_table(), s.timesteps(), s.timesteps(7), custom]
 
     want = tables()
-    torch.set_default_dtype(torch.float64)
-    torch.set_default_device("meta")
-    try:
+    with defaults(torch.float64, "meta"):
         got = tables()
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
     for value, expected in zip(got, want, strict=True):
         assert value.dtype == expected.dtype
         assert torch.equal(value, expected)

@@ -29,6 +29,7 @@ from tests.support.beside_diffusers import (
     scheduler_pair,
     with_steps,
 )
+from tests.support.defaults import defaults
 
 CONFIGS = {
     "clip_sample": False,
@@ -211,16 +212,12 @@ def test_a_replaced_method_is_called(name, method, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_dtype_acts_as_in_diffusers(name):
     """The constant 1, which is abar before the first step, has the default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DOUBLE)
-    try:
+    with defaults(DOUBLE):
         schedulers = scheduler_pair(name)
         for steps in (1000, 10):
             with_steps(schedulers, steps)
             for dtype in (SINGLE, DOUBLE):
                 assert_same_steps(*schedulers, (900, 500, 100, 0), model_output=OUTPUT.to(dtype), x=X.to(dtype))
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("name", NAMES)

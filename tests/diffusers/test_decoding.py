@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from fastddpm import Sampler
 from fastddpm.diffusers import decode
 from tests.support.check import error_line
+from tests.support.defaults import defaults
 
 VAE = {
     "block_out_channels": (8, 8),
@@ -138,13 +139,8 @@ def test_damaged_or_foreign_decoders(folder):
 def test_the_defaults_of_the_process_change_nothing(folder, dtype):
     x = latents(folder)
     want = decode(folder, x)
-    torch.set_default_dtype(dtype)
-    torch.set_default_device("meta")
-    try:
+    with defaults(dtype, "meta"):
         got = decode(folder, x)
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
     assert torch.equal(got, want)
 
 

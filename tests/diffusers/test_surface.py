@@ -19,6 +19,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 import fastddpm
 from fastddpm import diffusers as fast
 from tests.support.beside_diffusers import HALF, SINGLE
+from tests.support.defaults import defaults
 from tests.support.tiny_pipelines import (
     KINDS,
     STEPS,
@@ -276,15 +277,10 @@ def test_the_defaults_of_the_process_change_no_image(kind, dtype):
     labels = [[0.1 * i for i in range(32)]] * 2
     pipe, hooks = pipeline(fast, kind, **options), hooked(pipeline(fast, kind, **options))[0]
     want = [sample(one, class_labels=labels, **call) for one in (pipe, hooks) for call in calls]
-    torch.set_default_dtype(dtype)
-    torch.set_default_device("meta")
-    try:
+    with defaults(dtype, "meta"):
         for one in (pipe, hooks):  # tables and engines are made anew
             one.scheduler.alphas_cumprod = one.scheduler.alphas_cumprod.clone()
         got = [sample(one, class_labels=labels, **call) for one in (pipe, hooks) for call in calls]
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
     for ours, theirs in zip(got, want, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)

@@ -15,7 +15,7 @@ from fastddpm.core.precision import PRECISIONS, Compute
 from fastddpm.diffusers.disguise import Disguised
 from fastddpm.diffusers.obstacles import can_be_fused, fits
 from fastddpm.networks.obstacles import remember
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.unet2d import with_parameters
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.runner import BatchNetwork
 
@@ -134,11 +134,7 @@ def shared_engine(unet: Any, shape: tuple[int, ...], timesteps: int) -> Engine:
     needed = tuple(shape), timesteps, device, precision, [id(parameter) for parameter in parameters.values()]
     kept = _engines.get(unet)
     if kept is None or kept[0] != needed:
-        with torch.device("meta"):
-            shared = UNet2D(**unet.config)
-        for name, parameter in parameters.items():
-            module, _, leaf = name.rpartition(".")
-            shared.get_submodule(module)._parameters[leaf] = parameter  # load_state_dict would set its requires_grad
+        shared = with_parameters(unet.config, parameters)
         kept = needed, Engine(shared.eval(), tuple(shape), timesteps, Compute(device, precision))
         _engines[unet] = kept
     return kept[1]

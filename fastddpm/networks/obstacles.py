@@ -37,12 +37,14 @@ class Part(NamedTuple):
     Attributes:
         kind: its class.
         names: of all its attributes.
+        children: the names of its own parts, in their order.
         values: those that may decide its output, in the form of `_comparable`.
         tensors: its parameters and buffers, in the form of `_described`.
     """
 
     kind: type
     names: frozenset[str]
+    children: tuple[str, ...]
     values: dict[str, Any]
     tensors: dict[str, Any]
 
@@ -58,7 +60,13 @@ def remember(kinds: Iterable[object]) -> None:
 def parts(network: nn.Module) -> dict[str, Part]:
     """The parts of a network, which should be those of another one too, by name."""
     return {
-        name: Part(type(module), frozenset(vars(module)), dict(_values(module)), dict(_tensors(module)))
+        name: Part(
+            type(module),
+            frozenset(vars(module)),
+            tuple(module._modules),
+            dict(_values(module)),
+            dict(_tensors(module)),
+        )
         for name, module in network.named_modules(remove_duplicate=False)
     }
 
@@ -104,6 +112,9 @@ def _differences(name: str, module: nn.Module, part: Part) -> Iterator[tuple[str
         yield f"{it} has hooks", _hooks(module)
     if attributes.get("_compiled_call_impl") is not None:
         yield f"{it} is compiled", None
+    children = tuple(module._modules)
+    if children != part.children and set(children) == set(part.children):
+        yield f"the parts of {it} are in another order", children
     prefix = f"{name}." if name else ""
     for key, want in part.values.items():
         came = _comparable(attributes.get(key))

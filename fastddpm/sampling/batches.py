@@ -90,20 +90,19 @@ def evaluating(model: object) -> Iterator[None]:
 
     Runs may overlap, even in several threads. When the last one ends, every module is back in its previous mode.
     """
-    parts = modules(model)
+    parts = [part for part in modules(model) if hasattr(part, "training")]  # a frozen TorchScript module has no mode
     with _evaluated_lock:
         for part in parts:
             runs, mode = _evaluated.get(id(part), (0, part.training))
             _evaluated[id(part)] = runs + 1, mode
+    try:
         for part in parts:  # only now: a compiled module passes its mode on to the one that it wraps
             part.training = False
-    try:
         yield
     finally:
         with _evaluated_lock:
-            for part in parts:
-                runs, mode = _evaluated.pop(id(part))
-                if runs > 1:
-                    _evaluated[id(part)] = runs - 1, mode
-                else:
+            held = {part: _evaluated.pop(id(part)) for part in parts}
+            _evaluated.update({id(part): (runs - 1, mode) for part, (runs, mode) in held.items() if runs > 1})
+            for part, (runs, mode) in held.items():
+                if runs == 1:
                     part.training = mode

@@ -37,6 +37,7 @@ class PreparedModel:
         net: the copy of a `UNet2D` that is fused for inference; None for any other model.
         plain_forward: what a step calls: `net.denoise`, or the model.
         forward: the same, compiled if `compiles`; None before the first `refresh`.
+        memory_format: in which a network that is not fused is handed x.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class PreparedModel:
         self.net: UNet2D | None = None
         self.plain_forward: Callable[..., Any] = model
         self.forward: Callable[..., Any] | None = None
+        self.memory_format = torch.contiguous_format
 
     @property
     def device(self) -> torch.device:
@@ -66,11 +68,6 @@ class PreparedModel:
     def dtype(self) -> torch.dtype:
         """What the network computes in."""
         return self.own_dtype or self.compute.dtype
-
-    @cached_property
-    def memory_format(self) -> torch.memory_format:
-        """In which a network that is not fused is handed x."""
-        return own_network.memory_format(self.model, self.shape)
 
     def current(self) -> "PreparedModel":
         """This one; or a new one, if a `UNet2D` was changed, except for the values of its parameters."""
@@ -94,6 +91,8 @@ class PreparedModel:
                     self.plain_forward = self.net.denoise
                 else:
                     self.net.refresh(self.model)
+            if self.net is None:
+                self.memory_format = own_network.memory_format(self.model, self.shape)
             if self.forward is None:
                 self.forward = self._compiled(self.plain_forward)
 

@@ -1,7 +1,9 @@
 """Calls of a user's own network: what x is handed over as, and what the network may return."""
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from fastddpm.sampling.reachable import parameters
 
 def own_dtype(model: Callable[..., Any]) -> torch.dtype | None:
     """The dtype of all floating-point parameters of a network, if it is another one than float32."""
-    dtypes = _dtypes(model)
+    dtypes = _dtypes(_parameters(model))
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {torch.float64, torch.bfloat16, torch.float16} else None
 
 
@@ -25,7 +27,7 @@ def memory_format(model: Callable[..., Any], shape: tuple[int, ...]) -> torch.me
     Args: shape: of one sample.
     Returns: torch.contiguous_format; or torch.preserve_format, since the states are channels-last.
     """
-    weights = (x for x in parameters(model).values() if x.ndim == len(shape) + 1 > 3)
+    weights = (x for x in _parameters(model) if x.ndim == len(shape) + 1 > 3)
     converted = any(layout.is_channels_last(x) and not x.is_contiguous() for x in weights)
     return torch.preserve_format if converted else torch.contiguous_format
 
@@ -62,7 +64,7 @@ def call(
         wanted = "model(x_t, t, class_labels)" if given else "model(x_t, t)"
         raise ValueError(f"the network cannot be called as {wanted} ({error})") from error
     except RuntimeError as error:
-        dtypes = _dtypes(network)
+        dtypes = _dtypes(parameters(network).values())
         if "type" not in str(error) or dtypes <= {x.dtype} or is_out_of_memory(error):
             raise
         text, *_ = str(error).splitlines()
@@ -73,6 +75,24 @@ def call(
     if not isinstance(output, Tensor):
         output = getattr(output, "sample", output)
     return output[0] if isinstance(output, tuple | list) and output else output
+
+
+@contextmanager
+def noticing_random_numbers(device: torch.device) -> Iterator[None]:
+    """Warns: meanwhile torch drew random numbers, as for dropout in a network that Python cannot reach."""
+    before = _generators(device)
+    yield
+    if _generators(device) != before:
+        warnings.warn(
+            "the network draws torch's random numbers, so equal runs differ; if this is dropout, call eval() on it",
+            stacklevel=3,
+        )
+
+
+def _generators(device: torch.device) -> list[bytes]:
+    """The states of torch's generators, without waiting for a GPU."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [state.numpy().tobytes() for state in states]
 
 
 def _takes(network: Callable[..., Any], count: int) -> bool:
@@ -86,5 +106,11 @@ def _takes(network: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def _dtypes(model: Callable[..., Any]) -> set[torch.dtype]:
-    return {x.dtype for x in parameters(model).values() if x.is_floating_point()}
+def _parameters(model: Callable[..., Any]) -> list[nn.Parameter]:
+    """The parameters of a module; if it has none, or of a function, those that it can reach."""
+    own = list(model.parameters()) if isinstance(model, nn.Module) else []
+    return own or list(parameters(model).values())
+
+
+def _dtypes(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    return {x.dtype for x in tensors if x.is_floating_point()}

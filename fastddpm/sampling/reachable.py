@@ -5,10 +5,12 @@ Its modules must be in evaluation mode while it samples. A CUDA graph of it keep
 values of its numbers, and what its functions did.
 """
 
+import dis
 import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import islice
 from numbers import Number
@@ -85,7 +87,7 @@ def _parts_of_module(module: nn.Module) -> Iterator[tuple[str, Any]]:
 def _parts(thing: Any) -> Iterator[tuple[Any, Any]]:
     """(name, object) for what an object holds."""
     if isinstance(thing, dict):
-        yield from list(thing.items())
+        yield from list(dict.items(thing))  # not the `items` of a subclass, which may be the user's own
     elif isinstance(thing, list | tuple | set | frozenset | deque):
         yield from enumerate(tuple(thing))
     elif isinstance(thing, FunctionType):
@@ -118,22 +120,22 @@ def _variables(function: FunctionType) -> Iterator[tuple[Any, Any]]:
     yield from list(vars(function).items())
     if _is_foreign(function.__globals__.get("__name__")):
         return
-    names = _names(function.__code__)
-    for name in names:
-        value = function.__globals__.get(name)
-        if isinstance(value, ModuleType) and not _is_foreign(value.__name__):
-            yield from (((name, inner), vars(value)[inner]) for inner in names if inner in vars(value))
-        else:
-            yield name, value
+    for name, *inner in _globals(function.__code__):
+        value, path = function.__globals__.get(name), name
+        while isinstance(value, ModuleType) and not _is_foreign(value.__name__) and inner:
+            value, path = vars(value).get(inner[0]), f"{path}.{inner.pop(0)}"
+        yield path, value
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
     """The attributes of an object, and its class."""
-    yield from list(getattr(thing, "__dict__", {}).items())
+    with suppress(AttributeError):  # without the user's own __getattribute__ and __getattr__
+        yield from list(object.__getattribute__(thing, "__dict__").items())
     for slots in (base.__dict__.get("__slots__", ()) for base in type(thing).__mro__):
         for name in (slots,) if isinstance(slots, str) else slots:
-            if not name.startswith("__"):
-                yield name, getattr(thing, name, None)
+            with suppress(AttributeError):  # not assigned yet
+                if not name.startswith("__"):
+                    yield name, object.__getattribute__(thing, name)
     yield "class", type(thing)
 
 
@@ -143,10 +145,20 @@ def _is_plain(thing: Any) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _names(code: CodeType) -> tuple[str, ...]:
-    """The names of globals and attributes in a function's code, and in that of functions within it."""
-    inner = (name for constant in code.co_consts if isinstance(constant, CodeType) for name in _names(constant))
-    return *code.co_names, *inner
+def _globals(code: CodeType) -> tuple[tuple[str, ...], ...]:
+    """The globals that a function's code and functions within it read, each with the attributes taken of it at once."""
+    found: list[tuple[str, ...]] = []
+    extends = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found.append((instruction.argval,))
+            extends = True
+        elif extends and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            found[-1] += (instruction.argval,)
+        elif instruction.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
+            extends = False
+    inner = (name for constant in code.co_consts if isinstance(constant, CodeType) for name in _globals(constant))
+    return tuple(dict.fromkeys([*found, *inner]))
 
 
 @lru_cache(maxsize=4096)

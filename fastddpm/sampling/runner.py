@@ -56,6 +56,7 @@ class BatchNetwork:
         self._time_rows: Tensor | None = None  # [T, columns] of a `UNet2D`
         self._output: Tensor | None = None
         self._may_share_position = self._one_position = False
+        self._is_first = True  # call of the network since `load`
         if net is not None:
             kernels = ops.backend(device) == "triton"
             columns = cast(nn.Linear, net.projection).out_features
@@ -115,6 +116,7 @@ class BatchNetwork:
     def load(self, timesteps: Tensor, labels: Tensor | None) -> None:
         """Copy timesteps and labels into the buffers; see `prepare`."""
         S, device = len(timesteps), self.prepared.device
+        self._is_first = True
         self.timesteps[:S].copy_(timesteps)
         if labels is None or self.labels is None or labels.shape != self.labels.shape:
             dtype = torch.float32 if labels is not None and labels.is_floating_point() else torch.int64
@@ -143,15 +145,17 @@ class BatchNetwork:
                 model_output = network(self.input, columns)
             else:
                 t = self.timesteps.index_select(0, self.positions).long()
-                model_output = own_network.call(
-                    network,
-                    self.input,
-                    t,
-                    prepared.compute,
-                    dtype=prepared.own_dtype,
-                    memory_format=prepared.memory_format,
-                    labels=self.labels,
-                )
+                with own_network.noticing_random_numbers(prepared.device) if self._is_first else nullcontext():
+                    model_output = own_network.call(
+                        network,
+                        self.input,
+                        t,
+                        prepared.compute,
+                        dtype=prepared.own_dtype,
+                        memory_format=prepared.memory_format,
+                        labels=self.labels,
+                    )
+                self._is_first = False
         n, c, *spatial = self.input.shape
         shapes = [(n, c * values, *spatial) for values in outputs]
         dense = isinstance(model_output, Tensor) and model_output.layout == torch.strided and not model_output.is_nested

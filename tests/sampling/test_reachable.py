@@ -2,10 +2,11 @@
 
 import functools
 import threading
+import warnings
 import weakref
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -206,6 +207,84 @@ def test_dropout_of_a_global_network_is_off(model):
     with evaluating(model):
         assert not GLOBAL[1].training
     assert GLOBAL[1].training
+
+
+OTHER = Network()  # of the script, not of the networks that are sampled
+
+
+@pytest.mark.parametrize("kind", ["attribute of the same name", "attribute of a module", "global"])
+def test_a_function_reaches_the_globals_that_it_reads_alone(kind, monkeypatch):
+    module = ModuleType("package.inner")
+    module.net = Network()
+    monkeypatch.setitem(globals(), "package", ModuleType("package"))
+    package.inner = module  # noqa: F821
+    monkeypatch.setitem(globals(), "net", OTHER)
+    holder = Holder(Network())
+    model, want = {
+        "attribute of the same name": (holder, holder.net),
+        "attribute of a module": (lambda x, t: package.inner.net(x, t), module.net),  # noqa: F821
+        "global": (lambda x, t: OTHER(x, t), OTHER),
+    }[kind]
+    assert [thing for _, thing in reachable(model) if type(thing) is Network] == [want]
+
+
+def hidden(net):
+    """A function whose network Python cannot be seen to reach."""
+    local = threading.local()
+    local.net = net
+    return lambda x, t: local.net(x, t)
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("warned", [True, False])
+def test_dropout_that_stays_on_is_told_once_per_batch(engine, warned, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    net = Network().train(warned)
+    sampler = Sampler(hidden(net), shape=(2,), device="cpu", engine=engine)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        sampler.sample(4, batch_size=2, steps=3, progress=False)
+    assert ["if this is dropout, call eval() on it" in str(warning.message) for warning in told] == [True] * 2 * warned
+
+
+def test_modes_are_restored_although_a_module_refuses_them():
+    class Frozen(nn.Linear):
+        def __setattr__(self, name, value):
+            if name == "training" and "weight" in self._parameters:
+                raise RuntimeError("frozen")
+            super().__setattr__(name, value)
+
+    net, frozen = Network(), Frozen(2, 2)
+    with pytest.raises(RuntimeError, match="frozen"), evaluating([net, frozen]):
+        pass
+    with evaluating(net):
+        assert not net.training
+    assert net.training
+
+
+def test_a_frozen_script_has_no_mode():
+    script = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).eval()))
+    with evaluating(script):
+        script(torch.ones(1, 2))
+
+
+def test_the_walk_runs_no_code_of_the_user():
+    class Lazy(dict):
+        def items(self):
+            raise RuntimeError("loads everything")
+
+    class Strict:
+        def __getattribute__(self, name):
+            if name in ("__dict__", "held"):
+                raise RuntimeError(name)
+            return super().__getattribute__(name)
+
+        def __call__(self, x, t):
+            return x
+
+    net, strict = Network(), Strict()
+    object.__setattr__(strict, "held", Lazy(net=net))
+    assert net in [thing for _, thing in reachable(strict)]
 
 
 def test_modes_are_restored_part_by_part():

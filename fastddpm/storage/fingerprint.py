@@ -4,10 +4,12 @@ import functools
 import hashlib
 import importlib.metadata
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from types import CodeType, FunctionType, MethodType
+from numbers import Number
+from types import CodeType, FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from fastddpm._version import __version__
 # the methods of nn.Module that decide what a module computes; libraries add others, as transformers does smart_apply
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__", "forward")
 _VERSIONED = ("torch", "fastddpm")  # packages whose versions stand for their code
+_OF_MODULES = vars(nn.Module()).keys()
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -55,7 +58,8 @@ def code_sha256(network: nn.Module) -> dict[str, str]:
     """{where: hexadecimal digest} of the Python code of a network that is not from torch or fastddpm.
 
     This is the code of its classes and of functions put in their place, of hooks, and of what these call by name, with
-    their constants and the values of their closures. Other Python versions compile other code.
+    their constants and the values of their closures; and the numbers that objects of such classes hold. Other Python
+    versions compile other code.
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for kind in dict.fromkeys(kind for module in network.modules() for kind in type(module).__mro__):
@@ -63,9 +67,13 @@ def code_sha256(network: nn.Module) -> dict[str, str]:
         if own := {name: vars(kind)[name] for name in names if _is_own(vars(kind).get(name))}:
             found[kind.__qualname__].append(own)
     for path, module in network.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, FunctionType | MethodType | functools.partial) and _is_own(value):
-                found[f"{path}.{name}".lstrip(".")].append(value)
+        attributes = vars(module) if _is_object(module) else {k: v for k, v in vars(module).items() if callable(v)}
+        for name, value in _settings(attributes).items():
+            where = f"{path}.{name}".lstrip(".")
+            if isinstance(value, Number) and name not in _OF_MODULES:
+                found["attributes"].append((where, value))
+            elif name not in _OF_MODULES or callable(value):
+                found[where].append(value)
         if hooks := [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             found[f"hooks of {path}".removesuffix(" of ")] += hooks
     modules = {id(module) for module in network.modules()}
@@ -114,6 +122,21 @@ def _bits(value: Tensor) -> Tensor:
         what = f"a {value.layout} tensor, whose values cannot be read ({str(error).splitlines()[0]})"
         way_out = "want ordinary tensors, which tell whether a job is the same"
         raise ValueError(f"the network holds {what}; {way_out}") from error
+
+
+def _settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes that decide what an object computes: numbers, functions, and objects with such attributes.
+
+    Not tensors and lists, which may be records of earlier calls.
+    """
+    kinds = Number | functools.partial
+    return {k: v for k, v in attributes.items() if isinstance(v, kinds) or _is_own(v) or _is_object(v)}
+
+
+def _is_object(value: Any) -> bool:
+    """Whether value is an object of a class that is not from torch, fastddpm or Python, except for a namespace."""
+    package = type(value).__module__.partition(".")[0]
+    return isinstance(value, SimpleNamespace) or package not in (*_VERSIONED, *sys.stdlib_module_names, "numpy")
 
 
 def _is_own(value: Any) -> bool:
@@ -170,6 +193,9 @@ def _described(value: Any, seen: set[int]) -> Iterator[str]:
     else:
         simple = isinstance(value, bool | int | float | complex | str | bytes | None)
         yield repr(value) if simple else type(value).__qualname__
+        if _is_object(value) and not isinstance(value, nn.Module) and id(value) not in seen:
+            seen.add(id(value))
+            yield from _described(_settings(getattr(value, "__dict__", {})), seen)
         if callable(value) and not isinstance(value, type | nn.Module):
             yield from _described(getattr(type(value), "__call__"), seen)  # noqa: B004, B009
 

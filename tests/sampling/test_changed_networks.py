@@ -77,6 +77,17 @@ def put(name, attribute, value):
     return lambda net: setattr(net.get_submodule(name), attribute, value(net) if callable(value) else value)
 
 
+def reverse(name):
+    """Put the parts of a container in another order, each under its own name."""
+
+    def change(net):
+        parts = net.get_submodule(name)._modules
+        for part in reversed(list(parts)):
+            parts[part] = parts.pop(part)
+
+    return change
+
+
 def wrapped(name):
     """In a Sequential with tanh."""
     owner, _, attribute = name.rpartition(".")
@@ -147,6 +158,7 @@ CHANGES = {  # how a network is changed, and what is said of it
         "is of the class torch.ao.nn.quantized.dynamic.modules.linear.Linear, not torch.nn.modules.linear.Linear",
     ),
     "eps": (put("conv_norm_out", "eps", 10.0), "conv_norm_out.eps is 10.0, not 1e-05"),
+    "order": (reverse("mid_block.resnets"), "the parts of mid_block.resnets are in another order"),
     "groups": (put(f"{MID}.norm1", "num_groups", 2), f"{MID}.norm1.num_groups is 2, not 4"),
     "activation": (put(MID, "act", lambda net: nn.ReLU()), f"{MID}.act is None, not silu"),
     "activation function": (put(MID, "act", lambda net: torch.relu), f"{MID}.act is relu, not silu"),

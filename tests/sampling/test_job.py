@@ -332,11 +332,12 @@ class Elementwise(nn.Module):
 
     def __init__(self, most=1 << 20):
         super().__init__()
-        self.scale, self.most, self.sizes = nn.Parameter(torch.tensor([0.7])), most, []
+        self.scale, self.sizes = nn.Parameter(torch.tensor([0.7])), []
+        self.memory = {"most": most}  # a number of the network would be part of the manifest
 
     def forward(self, x, t):
         self.sizes.append(len(x))
-        if len(x) > self.most:
+        if len(x) > self.memory["most"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore lines")
         return self.scale * x - (t.float() / 6).reshape(-1, *[1] * (x.ndim - 1))
 

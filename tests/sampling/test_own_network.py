@@ -99,6 +99,10 @@ def test_memory_is_contiguous_unless_the_network_was_converted(memory_format):
     assert all(part.is_contiguous() for part in [x, *states, *batches])
     fixed = sampler_of(net, batch_invariant=2).sample([1, 4, 3], **SETTINGS)
     assert fixed.is_contiguous()
+    net.seen.clear()
+    net.to(memory_format=torch.channels_last)  # after it was sampled
+    sampler.sample(2, **SETTINGS)
+    assert set(net.seen) == {False}
 
 
 RETURNS = {

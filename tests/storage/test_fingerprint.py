@@ -183,6 +183,32 @@ def subclassed(**methods):
     return net
 
 
+class Scaling:
+    """A hook with a setting."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, module, inputs, output):
+        return self.factor * output
+
+    def method(self, module, inputs, output):
+        return self.factor * output
+
+
+class Activation(nn.Module):
+    """A network of a class of fastddpm's user, whose repr does not show its setting."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor, self.net = factor, Net()
+
+
+def with_namespace(factor):
+    space = types.SimpleNamespace(factor=factor)
+    return hooked(lambda module, inputs, output: space.factor * output)
+
+
 CODES = {
     "plain": Net,
     "a hook": lambda: hooked(factor(2.0)),
@@ -196,6 +222,20 @@ CODES = {
     "a partial": lambda: hooked(functools.partial(factor(2.0), more=1)),
     "another partial": lambda: hooked(functools.partial(factor(2.0), more=2)),
     "globals": lambda: hooked(scaled_output),
+    "an object with a number": lambda: hooked(Scaling(2.0)),
+    "an object with another number": lambda: hooked(Scaling(3.0)),
+    "a method of an object": lambda: hooked(Scaling(2.0).method),
+    "a method of an object with another number": lambda: hooked(Scaling(3.0).method),
+    "a namespace": lambda: with_namespace(2.0),
+    "another namespace": lambda: with_namespace(3.0),
+    "a function of torch": lambda: patched(Net(), "act", functools.partial(nn.functional.leaky_relu, negative_slope=1)),
+    "another number for it": lambda: patched(
+        Net(), "act", functools.partial(nn.functional.leaky_relu, negative_slope=2)
+    ),
+    "an object in a part": lambda: patched(Net(), "activation", Scaling(2.0)),
+    "another object in a part": lambda: patched(Net(), "activation", Scaling(3.0)),
+    "a module with a number": lambda: Activation(2.0),
+    "a module with another number": lambda: Activation(3.0),
     "a patched method": lambda: patched(Net(), "forward", types.MethodType(forward_twice, Net())),
     "a patched function": lambda: patched(Net(), "activation", factor(2.0)),
     "a subclass": lambda: subclassed(forward=forward_twice),
@@ -256,6 +296,14 @@ def test_running_does_not_change_the_code():
     for _ in range(1000):
         net(torch.zeros(1), None)
     assert code_sha256(net) == before
+
+
+def test_training_mode_and_records_do_not_change_the_code():
+    net, hook = Net(), Scaling(2.0)
+    net.register_forward_hook(hook)
+    before = code_sha256(net)
+    hook.seen, net.seen, net.output = [torch.ones(2)], [1.0], torch.ones(2)
+    assert code_sha256(net.eval()) == before
 
 
 def test_names_change_the_fingerprint():

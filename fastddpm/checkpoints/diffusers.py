@@ -24,7 +24,7 @@ from fastddpm.core.checks import flag, is_whole, real, shown
 from fastddpm.core.names import SHIPPED_MODEL
 from fastddpm.core.schedule import Schedule
 from fastddpm.networks.config import complete_config, least_parameters
-from fastddpm.storage.files import atomic
+from fastddpm.storage.files import atomic, check_regular
 
 WANTED = f"want a folder, {SHIPPED_MODEL}, or a hub id such as google/ddpm-cifar10-32"
 _INDEX = "model_index.json"
@@ -150,7 +150,10 @@ def save(
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
-    _write_json(root / "model_index.json", index)
+    weights = unet / f"{WEIGHTS}.safetensors"
+    for path in (root / _INDEX, unet / _CONFIG, scheduler / _SCHEDULER, weights):
+        check_regular(path)  # writing into a pipe would wait for its reader
+    _write_json(root / _INDEX, index)
     _write_json(unet / _CONFIG, {"_class_name": "UNet2DModel", **_options(config)})
     _write_json(scheduler / _SCHEDULER, schedule.to_config())
     # safetensors wants tensors that are contiguous and share no memory
@@ -158,7 +161,7 @@ def save(
         name: value.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
     }
-    with atomic(unet / f"{WEIGHTS}.safetensors") as file:
+    with atomic(weights) as file:
         file.write(serialise(tensors, metadata={"format": "pt"}))
 
 

@@ -70,8 +70,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about kinds of tensors that are refused in any case
-            _check_archive(file)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = load_archive(file)
     except Exception as error:  # damaged and hostile pickles raise errors of any kind, a truncated one OSError too
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise _unreadable(path, error) from error
@@ -112,20 +111,31 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _check_archive(file: BinaryIO) -> None:
-    """Check that an archive is as torch.save writes it: of files, which are not compressed.
+def load_archive(file: BinaryIO) -> Any:
+    """What torch.save wrote into a file, on the CPU. Code in the pickle is not run.
 
-    torch.load would return memory without values for an entry that is marked as a folder.
+    Raises: an error of any kind: the file is damaged or hostile.
     """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-        unpacked = sum(entry.file_size for entry in entries)
-        if unpacked > os.fstat(file.fileno()).st_size:
-            raise ValueError(f"the archive unpacks to {unpacked} bytes")
-        if any(entry.is_dir() or entry.external_attr & 0x10 for entry in entries):  # 0x10: a folder, in MS-DOS
-            raise ValueError("an entry of the archive is a folder")
+            _check_archive(archive, size=file.seek(0, os.SEEK_END))
     file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
+    """Check what torch.load does not: that an archive of this size is as torch.save writes it, to the bit.
+
+    It would return memory without values for an entry that is marked as a folder.
+    """
+    entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > size:
+        raise ValueError("its parts are compressed or overlap")
+    if any(entry.is_dir() or entry.external_attr & 0x10 for entry in entries):  # 0x10: a folder, in MS-DOS
+        raise ValueError("an entry of the archive is a folder")
+    if archive.testzip() is not None:
+        raise ValueError("its checksum is wrong")
 
 
 def _foreign_name(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """How the progress of a job is shown: as bars on a terminal, as plain lines elsewhere, and as JSON lines in a file."""
 
+import errno
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 from fastddpm.storage.files import check_writable, naming
 
@@ -89,6 +90,7 @@ class JsonLog:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.next = -math.inf
+        self.pipe: int | None = None  # stays open: to its reader, closing it would be the end
 
     def update(self, summary: Mapping[str, Any], last: bool) -> None:
         """Write a summary of `JobProgress` if a line is due; the last one always."""
@@ -97,9 +99,31 @@ class JsonLog:
         with naming(self.path):
             if self.next == -math.inf and self.path.is_file():
                 os.truncate(self.path, _check_lines(self.path))  # a process that was killed may have torn the last line
-            with self.path.open("ab") as file:
-                file.write(json.dumps(summary).encode() + b"\n")
+            self._append(json.dumps(summary).encode() + b"\n")
+        if last and self.pipe is not None:
+            os.close(self.pipe)
         self.next = time.monotonic() + LOG_EVERY
+
+    def _append(self, line: bytes) -> None:
+        if self.pipe is None and self.path.is_fifo():
+            self.pipe = _open_pipe(self.path)
+        if self.pipe is not None:
+            os.write(self.pipe, line)
+        else:
+            with self.path.open("ab") as file:
+                file.write(line)
+
+
+def _open_pipe(path: Path) -> int:
+    """A pipe that is open for writing. Raises: ValueError: it has no reader, for which opening it would wait."""
+    try:
+        pipe = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise ValueError(f"nobody reads the pipe {path}; start its reader first, or name a file") from error
+        raise
+    os.set_blocking(pipe, True)
+    return pipe
 
 
 def check_log(path: str | os.PathLike[str]) -> None:
@@ -117,13 +141,22 @@ def _check_lines(path: Path) -> int:
     with path.open("rb") as file:
         while line := file.readline(LONGEST_LINE):
             torn = not line.endswith(b"\n")
-            if not (_LINE_START.startswith(line[: len(_LINE_START)]) if torn else _is_summary(line)):
+            if not _is_summary(line) and not (torn and is_torn(line, _LINE_START)):
                 what = "is not a log of a job's progress"
                 raise ValueError(
                     f"{path} {what}: its line {line[:40]!r} is no part of one; name a new file for the log"
                 )
             size += 0 if torn else len(line)
     return size
+
+
+def is_torn(line: AnyStr, start: AnyStr) -> bool:
+    """Whether a line can be the beginning of a JSON line that begins with `start`, and is not a whole value itself."""
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return start.startswith(line[: len(start)])
+    return False
 
 
 def _is_summary(line: bytes) -> bool:

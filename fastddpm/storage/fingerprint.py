@@ -42,14 +42,15 @@ def weights_sha256(network: nn.Module) -> str:
 def weights_sums(network: nn.Module) -> list[tuple[str, torch.Size, torch.dtype, int]]:
     """Name, shape, dtype and a sum over the bits of each parameter and buffer: a quick look at whether one has changed.
 
-    A device adds up its own weights; only the sums are copied.
+    Each value counts by its place, so that values that change places change the sum. A device adds up its own weights;
+    only the sums are copied.
     """
     sums = []
     for name, value in _tensors(network):
         bits = _bits(value)
         if len(bits) % 8 == 0 and bits.storage_offset() % 8 == 0:
             bits = bits.view(torch.int64)
-        total = bits.sum(dtype=torch.int64)
+        total = bits.cumsum(0, dtype=torch.int64).sum()
         sums.append((name, value.shape, value.dtype, total))
     return [(name, shape, dtype, int(total)) for name, shape, dtype, total in sums]
 

@@ -115,7 +115,7 @@ class ShardFolder:
         if foreign := next((name for name in names if self.owns(name) and name != _DONE), None):
             raise ValueError(f"{self.path} holds {foreign} but no {MANIFEST}; name another folder")
         (self.path / _DONE).mkdir(exist_ok=True)
-        labels = self.path / LABELS if self.format == "png" and self.classes is not None else None
+        labels = self._labels_file
         if before != self.manifest:
             if labels is not None:
                 labels.unlink(missing_ok=True)  # those of the folder before it grew
@@ -146,9 +146,9 @@ class ShardFolder:
         return f"{self.path} holds samples with {in_short(there)}, not {in_short(here)}; {way_out}"
 
     def check_complete(self) -> None:
-        """Check that no file was deleted since it was written; a manifest that was is written again.
+        """Check that no file was deleted since it was written; a manifest or labels that were are written again.
 
-        Raises: ValueError: a file or the manifest is missing, or the manifest is another one.
+        Raises: ValueError: a file, the labels or the manifest are missing, or the manifest is another one.
         """
         folders = [self.path, self.path / _DONE]
         names, records = (set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders)
@@ -156,11 +156,15 @@ class ShardFolder:
             self._record(k).name in records and all(file.name in names for file in self._files(k))
             for k in range(len(self))
         )
+        labels = self._labels_file
+        labelled = labels is None or labels.name in names
+        if names and labels is not None and not labelled:
+            self._write_labels(labels)
         if names and MANIFEST not in names:
             self._write_manifest()
         elif names and ShardFolder.open(self.path).manifest != self.manifest:
             raise ValueError(f"{self.path / MANIFEST} was changed while the job ran; name another folder")
-        if MANIFEST not in names or not whole_folder:
+        if MANIFEST not in names or not labelled or not whole_folder:
             way_out = "give the same command again, which draws what is missing"
             raise ValueError(f"files of {self.path} were deleted while the job ran; {way_out}")
 
@@ -284,6 +288,11 @@ class ShardFolder:
         if are_images(shape, latents=self.manifest.get("latents", False)):
             return (*shape[1:], shape[0]), np.dtype(np.uint8)
         return shape, np.dtype(np.float32)
+
+    @property
+    def _labels_file(self) -> Path | None:
+        """The file of the class labels of PNGs; None: there are no labels, or they are in the shards."""
+        return self.path / LABELS if self.format == "png" and self.classes is not None else None
 
     def _write_manifest(self) -> None:
         with atomic(self.path / MANIFEST) as file:

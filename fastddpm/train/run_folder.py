@@ -10,6 +10,7 @@ from torch import equal
 from fastddpm import checkpoints
 from fastddpm.checkpoints import Checkpoint
 from fastddpm.core.checks import is_real, is_whole
+from fastddpm.processes.displays import is_torn
 from fastddpm.storage import plots
 from fastddpm.storage.files import atomic, check_regular, naming
 from fastddpm.train.state import STATE
@@ -87,15 +88,7 @@ def _log_lines(out: Path) -> list[str]:
 def _is_log(lines: list[str]) -> bool:
     """Whether a run wrote these lines. The last one may be incomplete, if the run was killed."""
     whole = [_logged_step(line) < math.inf for line in lines]
-    return all(whole) or (all(whole[:-1]) and _is_incomplete(lines[-1]))
-
-
-def _is_incomplete(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return _LINE_START.startswith(line[: len(_LINE_START)])
-    return False
+    return all(whole) or (all(whole[:-1]) and is_torn(lines[-1], _LINE_START))
 
 
 def _logged_step(line: str) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastddpm.checkpoints.reading import load_archive
 from fastddpm.core.checks import real, shown, whole
 from fastddpm.storage.files import atomic, check_regular
 from fastddpm.storage.fingerprint import differing
@@ -144,14 +145,8 @@ def _read(path: Path) -> dict[str, Any]:
     if content[end:].startswith(_CHECKSUM) and content[end:] != _checksum(memoryview(content)[:end]):
         raise ValueError("its checksum is wrong")
     file = io.BytesIO(content)
-    with zipfile.ZipFile(file) as archive:
-        parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
-        sum(part.file_size for part in parts) > len(content)
-    ):
-        raise ValueError("its parts are compressed or overlap")  # torch.save writes neither
-    file.seek(0)
-    return _mapping("it", torch.load(file, map_location="cpu", weights_only=True))
+    zipfile.ZipFile(file).close()  # torch.load reads older formats too, which have no checksums
+    return _mapping("it", load_archive(file))
 
 
 def _checksum(content: bytes | memoryview) -> bytes:

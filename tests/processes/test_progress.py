@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -264,6 +265,7 @@ OTHERS = {
     "another log": line() + '{"step": 1, "loss": 0.5}\n' + line(),
     "a torn line within": line() + line()[:40] + "\n" + line(),
     "the torn line of another log": line() + '{"step": 1, "lo',
+    "one line of another file": '{"time": "2020-01-01", "measurements": [1, 2, 3]}',
     "text": "x",
     "an empty line": "\n",
     "a number": "1\n",
@@ -337,6 +339,28 @@ def test_json_lines_go_to_a_pipe(tmp_path):
     finally:
         os.close(reader)
     assert json.loads(read[-1])["of"] == 8
+
+
+def test_a_pipe_stays_open_for_its_reader(tmp_path, clock):
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        log = JsonLog(tmp_path / "pipe")
+        while True:  # until it has opened the pipe
+            try:
+                log.update({"n": 0}, last=False)
+                break
+            except ValueError:
+                time.sleep(0.01)
+        for n in (1, 2):
+            clock.now += displays.LOG_EVERY
+            log.update({"n": n}, last=n == 2)
+        assert reader.stdout.read().splitlines() == [b'{"n": 0}', b'{"n": 1}', b'{"n": 2}']
+
+
+def test_a_pipe_that_nobody_reads_ends_the_job(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^nobody reads the pipe .*/pipe; start its reader first"):
+        JsonLog(tmp_path / "pipe").update({}, last=True)
 
 
 class Full:

@@ -105,6 +105,15 @@ def test_sums_see_one_bit_of_any_dtype(dtype):
         assert weights_sums(net) == weights_sums(net) != before
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 8)], ids=str)
+def test_sums_see_values_that_change_places(shape):
+    net = nn.Module()
+    net.register_buffer("value", torch.randn(shape, dtype=torch.float32, device="cpu"))
+    before = weights_sums(net)
+    net.value.copy_(net.value.flip(0))
+    assert weights_sums(net) != before
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 8])
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 64])
 def test_sums_of_tensors_anywhere_in_memory(offset, count):

@@ -679,6 +679,16 @@ def test_files_deleted_meanwhile_are_noticed(tmp_path, name):
         store.check_complete()
 
 
+def test_labels_deleted_meanwhile_are_noticed(tmp_path):
+    """They are written again, as a manifest is."""
+    store, _ = written(tmp_path, (3, 2, 1), format="png", class_labels="2,0,1")
+    before = contents(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    assert "were deleted while the job ran" in error_line(store.check_complete)
+    assert contents(tmp_path) == before
+    store.check_complete()
+
+
 def test_manifest_changed_meanwhile_is_noticed(tmp_path):
     store, _ = written(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps({**MANIFEST, "seed": 3}))

@@ -162,6 +162,14 @@ def test_pipe_in_the_folder_is_refused_before_the_work(tmp_path, monkeypatch, na
     assert error_line(run, tmp_path) == f"{tmp_path / name} is a pipe or a device; want a file"
 
 
+def test_pipe_in_place_of_the_checkpoint_is_refused(tmp_path):
+    run(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    assert error_line(run, tmp_path) == f"{weights} is a pipe or a device; want a file"
+
+
 def test_unwritable_log_is_named(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device") as failed:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastddpm.processes.distributed import Ranks
+from fastddpm.train import state
 from fastddpm.train.state import STATE, RunState, save_state
 from fastddpm.train.trainer import Trainer
 from tests.support.check import error_line
@@ -64,9 +65,43 @@ def changed_moment(i, **values):
     return damage
 
 
+def without_checksum(path):
+    """As older versions wrote it."""
+    path.write_bytes(path.read_bytes()[: -len(state._checksum(b""))])
+
+
+def with_a_flipped_bit(path):
+    """In a tensor's values."""
+    without_checksum(path)
+    with zipfile.ZipFile(path) as archive:
+        part = max(archive.infolist(), key=lambda part: part.file_size)
+    content = bytearray(path.read_bytes())
+    content[part.header_offset + part.file_size // 2] ^= 4
+    path.write_bytes(content)
+
+
+def with_parts_marked_as_folders(path):
+    """For which torch.load returns memory without values."""
+    without_checksum(path)
+    with zipfile.ZipFile(path) as archive:
+        parts = [(part, archive.read(part)) for part in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for part, content in parts:
+            part.external_attr |= 0x10 * ("/data/" in part.filename)
+            archive.writestr(part, content)
+
+
+def test_a_state_of_an_older_version_resumes(tmp_path):
+    want = parameters(run(tmp_path, SHORT))
+    without_checksum(tmp_path / STATE)
+    assert_same(parameters(run(tmp_path, SHORT)), want)
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
+        (with_a_flipped_bit, "its checksum is wrong"),
+        (with_parts_marked_as_folders, "an entry of the archive is a folder"),
         (truncated, "BadZipFile"),
         (a_pipe, "is a pipe or a device; want a file"),
         (compressed, "its parts are compressed or overlap"),

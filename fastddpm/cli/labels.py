@@ -50,15 +50,26 @@ def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
     for entry in entries:
         if entry not in number:
             labels += _numbers(entry, names or ())
-        elif entry in map(str, range(len(number))) and int(entry) != number[entry]:
+        elif _means_others(entry, number[entry], len(number)):
+            also, way_out = "a range of numbers", "list the numbers"
+            if entry.isdecimal():
+                also, way_out = "the number of another", f"{entry}-{entry} for that of the number {entry}"
             raise ValueError(
-                f"--class-labels has {entry}, which is the name of class {number[entry]} and the number of another; "
-                f"write {number[entry]}-{number[entry]} for the class named {entry}, or {entry}-{entry} for that of "
-                f"the number {entry}"
+                f"--class-labels has {entry}, which is the name of class {number[entry]} and {also}; write "
+                f"{number[entry]}-{number[entry]} for the class named {entry}, or {way_out}"
             )
         else:
             labels.append(number[entry])
     return labels
+
+
+def _means_others(entry: str, label: int, classes: int) -> bool:
+    """Whether a name of class `label` is also a number or a range of numbers of classes, and not that of this class."""
+    try:
+        found = Indices.parse(entry)
+    except ValueError:
+        return False
+    return found.largest() < classes and list(found[:2]) != [label]
 
 
 def _every_class(sampler: "Sampler", samples: Indices) -> Indices | None:

@@ -253,14 +253,14 @@ def _check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: s
         raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
     if args.decode or draws_images(sampler) or (format == "npz" and args.trajectory is None):
         return
+    without = ", without --trajectory" * (args.trajectory is not None)
     if sampler.decoder is not None:
         raise ValueError(
             "the model's samples are latents, which the VAE of its pipeline turns into images; use --decode for "
-            "images (it needs diffusers), or --format npz for the latents"
+            f"images (it needs diffusers), or --format npz for the latents{without}"
         )
     raise ValueError(
-        f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz"
-        f"{' without --trajectory' * (args.trajectory is not None)}"
+        f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz{without}"
     )
 
 

@@ -195,7 +195,7 @@ class Schedule:
         T = self.num_train_timesteps
         if steps is None:
             return torch.arange(T, device="cpu")
-        whole("steps", steps, 1, T)
+        steps = whole("steps", steps, 1, T)
         if self.timestep_spacing == "leading":
             visited = np.arange(steps) * (T // steps) + self.steps_offset
         elif self.timestep_spacing == "trailing":

@@ -11,6 +11,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import weakref
 from contextlib import suppress
@@ -66,7 +68,8 @@ def load_extractor(
         return features.load_extractor(source, device=device)
     process = _Process(os.fspath(source))
     options = {"device": str(device), "input_size": input_size, "scale": scale}
-    loaded = process.ask({"source": os.fspath(source), "threads": torch.get_num_threads()} | options)[0]
+    here = {"source": os.fspath(source), "parent": os.getpid(), "threads": torch.get_num_threads()}
+    loaded = process.ask(here | options)[0]
     if not loaded.pop("confined") and Path(source).suffix.lower() != ".onnx":
         warnings.warn(
             f"{source} is TorchScript, which can run any code, and this system cannot keep it from writing files; use "
@@ -81,21 +84,29 @@ class _Process:
     """A process that runs `serve`. It ends with this object, and a kill of this process ends it, too."""
 
     def __init__(self, name: str):
-        self.name = name
+        self.name, self.interrupted = name, False
         command = [sys.executable, "-c", _CHILD, *sys.path]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.lock = threading.Lock()  # the reply to a request is the next one
         weakref.finalize(self, _kill, self.process)
 
     def ask(self, request: dict[str, Any], content: Any = b"") -> tuple[dict[str, Any], bytearray]:
         """Send a request. Returns: the reply, and the bytes that came with it. Raises: ValueError: it is an error."""
-        try:
-            _send(self.process.stdin, request, content)
-            reply, content = _receive(self.process.stdout)
-        except (OSError, EOFError):
-            raise ValueError(
-                f"{self.name} crashed the process that ran it ({_end(self.process.wait())}): it is damaged, or made "
-                "for another version of its library, or memory ran out; name another file"
-            ) from None
+        with self.lock:
+            if self.interrupted:
+                raise ValueError(f"{self.name} was interrupted in an earlier call; load the extractor again")
+            try:
+                _send(self.process.stdin, request, content)
+                reply, content = _receive(self.process.stdout)
+            except (OSError, EOFError):
+                raise ValueError(
+                    f"{self.name} crashed the process that ran it ({_end(self.process.wait())}): it is damaged, or "
+                    "made for another version of its library, or memory ran out; name another file"
+                ) from None
+            except BaseException:  # Ctrl-C; a later call would be given the reply to this one
+                self.interrupted = True
+                _kill(self.process)
+                raise
         if "error" in reply:
             raise (torch.OutOfMemoryError if reply["out_of_memory"] else ValueError)(reply["error"])
         return reply, content
@@ -134,12 +145,20 @@ def serve(replies_to: int) -> None:
             _send(replies, {"error": text, "out_of_memory": is_out_of_memory(error)})
 
 
-def _load(source: str, threads: int, device: str, **options: Any) -> tuple[Extractor, dict[str, Any]]:
+def _end_after(parent: int) -> None:
+    """End this process, whatever its network does, soon after the one that started it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _load(source: str, parent: int, threads: int, device: str, **options: Any) -> tuple[Extractor, dict[str, Any]]:
     """Load an extractor once this process can no longer write. Returns: it, and the reply about it."""
     torch.set_num_threads(threads)
     if device != "cpu":
         torch.zeros(1, dtype=torch.float32, device=device)  # starts CUDA, which may write
     confined = forbid_writing()
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     extractor = features.load_extractor(source, device=device, **options)
     names = ("name", "identity", "channels", "size", "scale")
     return extractor, {name: getattr(extractor, name) for name in names} | {"confined": confined}

@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from fastddpm.storage.arrays import reading
@@ -63,13 +64,26 @@ def _reader(path: Path, start: int, size: int) -> Callable[[], bytes]:
 
 def _images_of(path: Path, files: Sequence[ImageFile], links: Sequence[str]) -> ImageFiles:
     """The images among the files of an archive. Args: links: names of files that have no bytes of their own."""
-    by_name = {file.name: file for file in files if _is_wanted(file.name)}
+    files = _relative([file for file in files if _is_wanted(file.name)])
+    by_name = {file.name: file for file in files}
     images, left_out = images_among(list(by_name), path)
-    if bad := set(images) & set(links):
+    places = {by_name[name].place for name in images}
+    if bad := [link for link in links if f"{path}: {link}" in places]:
         way_out = "pack the files that they point to"
         raise ValueError(f"{path}: {len(bad)} images are links or pipes, one is {min(bad)}; {way_out}")
     labels = {name: file for name, file in by_name.items() if holds_labels(name)}
-    return ImageFiles(path, [path], [by_name[name] for name in images], labels, packed=True, left_out=left_out)
+    return ImageFiles(path, [path], [by_name[name] for name in images], labels, left_out)
+
+
+def _relative(files: Sequence[ImageFile]) -> list[ImageFile]:
+    """The files with names relative to the folder that was packed: the one that holds all images and labels."""
+    parts = [[part for part in file.name.split("/") if part != "."] for file in files]
+    data = [each[:-1] for each in parts if is_image(each[-1]) or holds_labels(each[-1])]
+    common = takewhile(lambda level: len(set(level)) == 1, zip(*data, strict=False))
+    packed = [level[0] for level in common]
+    depth = len(packed)
+    names = ("/".join(each[depth:] if each[:depth] == packed else each) for each in parts)
+    return [file._replace(name=name) for file, name in zip(files, names, strict=True)]
 
 
 def _is_wanted(name: str) -> bool:

@@ -45,24 +45,19 @@ def numbers(images: Sequence[ImageFile], others: Mapping[str, ImageFile]) -> tup
         raise ValueError(f"{where} has labels of several shapes; want one whole number for each image") from error
 
 
-def names(images: Sequence[ImageFile], *, strip: bool) -> tuple[str, ...]:
-    """The folders that the images are in, in natural order; () if an image is in none.
-
-    Args: strip: a folder that holds all of the images is not a class, but the one that was packed.
-    """
-    folders = set(_folders(images, strip))
+def names(images: Sequence[ImageFile]) -> tuple[str, ...]:
+    """The folders that the images are in, in natural order; () if an image is in none."""
+    folders = set(_folders(images))
     return () if "" in folders else tuple(sorted(folders, key=natural))
 
 
-def numbered(
-    images: Sequence[ImageFile], classes: int | Sequence[str] | None, *, path: object, strip: bool
-) -> np.ndarray:
+def numbered(images: Sequence[ImageFile], classes: int | Sequence[str] | None, *, path: object) -> np.ndarray:
     """[N] int64: the position of each image's folder among `names`, or among the classes of a model.
 
     Args: classes: of the model: how many, or their names; None: there is no model.
     Raises: ValueError: an image is in no folder, or the folders are not classes of the model.
     """
-    folders, here = _folders(images, strip), names(images, strip=strip)
+    folders, here = _folders(images), names(images)
     if not here:
         loose = images[folders.index("")].place
         raise ValueError(f"{loose} has no class; want each image in a folder below {path}, its class")
@@ -88,12 +83,9 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [*key, (-1, 0, name)]
 
 
-def _folders(images: Sequence[ImageFile], strip: bool) -> list[str]:
+def _folders(images: Sequence[ImageFile]) -> list[str]:
     """The top folder of each image, "" if it is in none."""
-    parts = [image.name.split("/") for image in images]
-    while strip and all(len(each) > 1 and each[0] == parts[0][0] for each in parts):
-        parts = [each[1:] for each in parts]
-    return [each[0] if len(each) > 1 else "" for each in parts]
+    return [image.name.partition("/")[0] if "/" in image.name else "" for image in images]
 
 
 def _check_count(here: Sequence[str], count: int | None, path: object) -> None:

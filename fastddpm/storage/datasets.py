@@ -226,6 +226,8 @@ def _parsed(path: str | os.PathLike[str], array: str | None = None) -> tuple[Pat
     if array is not None and not isinstance(array, str):
         raise ValueError(f"array is {checks.shown(array)}; want the name of an array, or None")
     path, named = split_array(path)
+    if array is not None and named not in (None, array):
+        raise ValueError(f"path names the array {named}, but array is {array}; give one of them")
     array = array if named is None else named
     kind = "folder" if os.path.isdir(path) else _kind(check_regular(path))
     if array is not None and kind != "npz":

@@ -17,6 +17,8 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 # chunks that do not change the pixels; any other that is damaged makes the image a damaged one
 _PNG_METADATA = {b"eXIf", b"iCCP", b"iTXt", b"tEXt", b"zTXt", b"tIME", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT"}
+_PNG_METADATA |= {b"bKGD", b"hIST", b"sPLT", b"oFFs", b"pCAL", b"sCAL", b"sTER", b"gIFg", b"gIFx", b"dSIG", b"vpAg"}
+_PNG_METADATA |= {b"cICP", b"mDCV", b"mDCv", b"cLLI", b"cLLi", b"caNv", b"orNT", b"acTL", b"fcTL", b"fdAT"}
 _WEBP_METADATA = {b"EXIF": 0x08, b"XMP ": 0x04, b"ICCP": 0x20}  # and the flag in VP8X that announces it
 
 
@@ -73,6 +75,7 @@ def _pixels(content: bytes) -> tuple[np.ndarray, str | None]:
         upright: Image.Image = image
         try:
             if exif := image.info.get("exif"):
+                _check_directory(exif)
                 Image.Exif().load(exif)  # for a JPEG, `getexif` keeps quiet about a damaged header
             orientation = image.getexif().get(_ORIENTATION, 1)
             turn = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270"}
@@ -82,6 +85,18 @@ def _pixels(content: bytes) -> tuple[np.ndarray, str | None]:
             lost = "an EXIF orientation that cannot be read"
         array = np.asarray(upright.convert("L" if image.mode in GREY else "RGB"))
     return array if array.ndim == 3 else array[..., None], lost
+
+
+def _check_directory(exif: bytes) -> None:
+    """Raises: struct.error or ValueError: Pillow would skip the orientation, with a warning that names no file."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = "<" if tiff[:2] == b"II" else ">"
+    (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (count,) = struct.unpack_from(f"{order}H", tiff, at)
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        tag, _, values, _ = struct.unpack_from(f"{order}HHII", tiff, entry)
+        if tag == _ORIENTATION and values != 1:
+            raise ValueError("the orientation is not one number")
 
 
 def _cause(error: Exception, size: int) -> str:

@@ -26,13 +26,18 @@ def images_among(names: Sequence[str], place: Path) -> tuple[list[str], str]:
     """
     images = [name for name in names if is_image(name)]
     others = [name for name in names if not is_image(name) and not classes.holds_labels(name)]
-    others = [name for name in others if not images or os.path.splitext(name)[1].lower() not in _NOTES]
+    others = [name for name in others if not images or not _is_note(name)]
     wanted = f"the names of images end in {' '.join(sorted(SUFFIXES))}"
     if others:
         wanted = f"{len(others)} of {len(names)} files are left out, the first is {others[0]}; {wanted}"
     if not images:
         raise ValueError(f"{place} holds no images: {wanted}")
     return images, f"{place}: {wanted}" if others else ""
+
+
+def _is_note(name: str) -> bool:
+    """Whether a file is expected beside images; one with labels is not, in a folder where it is not read."""
+    return os.path.splitext(name)[1].lower() in _NOTES and os.path.basename(name) != classes.LABELS
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,6 @@ class ImageFiles:
         files: the files that the images are read from.
         images: in order, at least one.
         label_files: by name, the files with class labels.
-        packed: they are in an archive.
         left_out: a sentence about other files, with which `load` and `stream` warn; "": there are none.
     """
 
@@ -52,7 +56,6 @@ class ImageFiles:
     files: Sequence[Path]
     images: Sequence[ImageFile]
     label_files: Mapping[str, ImageFile]
-    packed: bool = False
     left_out: str = ""
 
     def load(self, progress: bool) -> np.ndarray:
@@ -130,10 +133,10 @@ class ImageFiles:
         found = classes.numbers(self.images, self.label_files)
         if found is not None:
             return found
-        return classes.numbered(self.images, of_model, path=self.path, strip=self.packed), str(self.path)
+        return classes.numbered(self.images, of_model, path=self.path), str(self.path)
 
     def classes(self) -> tuple[str, ...] | None:
         """The names of the class folders in natural order; None if other files hold the labels, or there are none."""
         if classes.numbers(self.images, self.label_files) is not None:
             return None
-        return classes.names(self.images, strip=self.packed) or None
+        return classes.names(self.images) or None

@@ -88,7 +88,12 @@ def _read(path: str) -> bytes:
 
 def _why_unreadable(path: Path) -> str:
     """Why `_file` is None, and the beginning of the way out."""
-    if not os.path.exists(path):
+    forbidden = "whose permissions forbid it: change them"
+    try:
+        status = os.stat(path)
+    except PermissionError:  # of a folder
+        return forbidden
+    except OSError:
         to = f"a link to {os.readlink(path)}, " if os.path.islink(path) else ""
         return f"{to}which is not there: mount or fetch what is missing"
-    return "whose permissions forbid it: change them" if path.is_file() else "a pipe or a device: write it to a file"
+    return forbidden if stat.S_ISREG(status.st_mode) else "a pipe or a device: write it to a file"

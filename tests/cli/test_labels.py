@@ -55,6 +55,11 @@ def test_names_that_are_numbers():
         with pytest.raises(ValueError, match=r"has \d, which is the name of class \d and the number of another; write"):
             parse_labels(text, names)
     assert list(parse_labels("1-1,2-2", names)) == [1, 2]
+    ages = ("0-9", "10-19", "1-2")
+    assert list(parse_labels("10-19", ages)) == [1]
+    for text in ("1-2", "10-19,1-2"):
+        with pytest.raises(ValueError, match="has 1-2, which is the name of class 2 and a range of numbers"):
+            parse_labels(text, ages)
     assert list(parse_labels("0,1,2", ("0", "1", "2"))) == [0, 1, 2]
 
 

@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -207,15 +209,46 @@ def test_the_process_ends_with_its_extractor():
     assert process.poll() is not None
 
 
+class Endless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        while bool(x.numel() > 0):
+            x = x + 1
+        return x.flatten(1)
+
+
+def test_a_reply_that_was_not_read_is_given_to_no_later_call(monkeypatch):
+    """After Ctrl-C."""
+    extractor = loaded(saved(Means()))
+    receive = isolated._receive
+    monkeypatch.setattr(isolated, "_receive", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        extractor(IMAGES)
+    monkeypatch.setattr(isolated, "_receive", receive)
+    with pytest.raises(ValueError, match=r"net\.pt was interrupted in an earlier call; load the extractor again"):
+        extractor(IMAGES)
+
+
+def test_threads_may_share_an_extractor():
+    extractor = loaded(saved(Means()))
+    batches = [np.full_like(IMAGES, value) for value in range(8)]
+    want = [extractor(batch) for batch in batches]
+    with ThreadPoolExecutor(8) as pool:
+        for got, expected in zip(pool.map(extractor, batches), want, strict=True):
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.slow
-def test_the_process_ends_with_a_program_that_is_killed():
-    saved(Means())
+@pytest.mark.parametrize("work", ["time.sleep(600)", "e(np.zeros((1, 4, 6, 3), np.uint8))"], ids=["idle", "busy"])
+def test_the_process_ends_with_a_program_that_is_killed(work):
+    saved(Means() if "sleep" in work else Endless())
     code = (
-        "import os, time; from fastddpm.evaluate.isolated import load_extractor;"
-        "e = load_extractor('net.pt', device='cpu'); print(e.network.__self__.process.pid, flush=True); time.sleep(600)"
+        "import os, time; import numpy as np; from fastddpm.evaluate.isolated import load_extractor;"
+        "e = load_extractor('net.pt', device='cpu', input_size=0, scale='unit');"
+        f"print(e.network.__self__.process.pid, flush=True); {work}"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as program:
         child = int(program.stdout.readline())
+        time.sleep(1)  # the network runs
         program.kill()
     deadline = time.monotonic() + 30
     while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:

@@ -232,10 +232,25 @@ def test_damaged_exif_beside_whole_pixels(tmp_path, form):
     assert np.array_equal(images, upright(form)[None].repeat(3, axis=0))
 
 
-@pytest.mark.parametrize("chunk", [b"eXIf", b"tEXt", b"iCCP", b"pHYs"])
+@pytest.mark.parametrize(("at", "value"), [(4, 200), (8, 7), (26, 9)], ids=["offset", "entries", "values"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP"])
+def test_a_warning_of_a_lost_orientation_names_the_image(tmp_path, form, at, value):
+    """Pillow would only warn, without the name."""
+    tiff = bytearray(exif()[6:])
+    assert tiff[:2] == b"MM"
+    tiff[at + 3 - 2 * (at == 8)] = value
+    (tmp_path / "0.png").write_bytes(encoded(form, exif=b"Exif\0\0" + bytes(tiff)))
+    with pytest.warns(UserWarning, match="an EXIF orientation that cannot be read") as told:
+        load_images(tmp_path)
+    assert [str(warning.message).partition(" ")[0] for warning in told] == [str(tmp_path / "0.png")]
+
+
+@pytest.mark.parametrize("chunk", [b"eXIf", b"tEXt", b"iCCP", b"pHYs", b"bKGD", b"vpAg"])
 def test_png_with_a_wrong_checksum_of_metadata(tmp_path, chunk):
     info = __import__("PIL.PngImagePlugin").PngImagePlugin.PngInfo()
     info.add_text("title", "a picture")
+    for name in (b"bKGD", b"vpAg"):
+        info.add(name, b"\0" * 8)
     whole = bytearray(encoded("PNG", exif=exif(1), pnginfo=info, dpi=(72, 72), icc_profile=b"profile" * 9))
     whole[whole.index(chunk) + 5] ^= 1
     (tmp_path / "0.png").write_bytes(whole)
@@ -465,6 +480,25 @@ def test_tar_of_images_is_read_in_its_order(tmp_path):
     path = save_tar(tmp_path / "in.tar", packed(pictures(3), names) | {"notes.txt": b"text"})
     assert np.array_equal(load_images(path), pictures(3))
     assert np.array_equal(streamed(path, batch=2), pictures(3))
+
+
+@pytest.mark.parametrize("top", ["", "./", "data/", "./deep/data/"])
+@pytest.mark.parametrize("packing", [save_zip, save_tar])
+def test_labels_in_a_packed_folder(tmp_path, packing, top):
+    names = ["00000/a.png", "00000/b.png", "00001/c.png"]
+    labels = json.dumps({"labels": [[name, label] for name, label in zip(names, [2, 0, 1], strict=True)]}).encode()
+    files = packed(pictures(3), [top + name for name in names]) | {f"{top}dataset.json": labels, "notes.txt": b""}
+    path = packing(tmp_path / "packed", files)
+    assert load_classes(path) is None
+    assert load_labels(path, count=3).tolist() == [2, 0, 1]
+
+
+def test_labels_where_they_are_not_read_are_told(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "dataset.json").write_text("{}")
+    (tmp_path / "0.png").write_bytes(encoded("PNG"))
+    with pytest.warns(UserWarning, match=r"1 of 2 files are left out, the first is train/dataset.json"):
+        load_images(tmp_path)
 
 
 def test_a_packed_folder_is_not_a_class(tmp_path):

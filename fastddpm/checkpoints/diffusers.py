@@ -20,7 +20,7 @@ from torch import Tensor
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.reading import as_folder, in_one_line, named, read_any_json, read_json
 from fastddpm.checkpoints.weights import WEIGHTS, read_weights, weight_files
-from fastddpm.core.checks import flag, is_whole, real, shown
+from fastddpm.core.checks import checked_call, flag, is_whole, real, shown
 from fastddpm.core.names import SHIPPED_MODEL
 from fastddpm.core.schedule import Schedule
 from fastddpm.networks.config import complete_config, least_parameters
@@ -107,6 +107,7 @@ def download(hub_id: str, variant: str | None = None) -> Path:
     return folder
 
 
+@checked_call
 def save(
     folder: str | os.PathLike[str],
     config: Mapping[str, Any],

@@ -6,10 +6,11 @@ from pathlib import Path
 from fastddpm.checkpoints import diffusers
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
-from fastddpm.core.checks import shown
+from fastddpm.core.checks import checked_call, shown
 from fastddpm.core.schedule import Schedule
 
 
+@checked_call
 def load(source: str | os.PathLike[str], *, variant: str | None = None, schedule: Schedule | None = None) -> Checkpoint:
     """Read a checkpoint.
 

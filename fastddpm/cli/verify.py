@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fastddpm.verify import ladder, summary, table
 
-    if not args.quiet and args.seconds is None:
+    if not args.quiet and args.seconds is args.steps is None and not str(args.device).startswith("cuda"):
         length = (
             "a minute or two" if args.checkpoint in (None, SHIPPED_MODEL) else "minutes, or hours for a large network,"
         )

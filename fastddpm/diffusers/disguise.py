@@ -1,8 +1,15 @@
 """How objects of this package's classes pass for diffusers' own when they are saved, loaded and compared."""
 
+import functools
+import os
+from collections.abc import Callable
 from typing import Any
 
+from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
+
 PACKAGE = "diffusers."
+
+_SOURCE = "pretrained_model_name_or_path"
 
 OURS: dict[type, type] = {}  # diffusers' class -> ours of the same name
 
@@ -19,6 +26,7 @@ class Disguised:
         for base in cls.__bases__:
             if base.__module__.startswith(PACKAGE):
                 OURS[base] = cls
+                cls.from_pretrained = classmethod(_loading(base.from_pretrained.__func__))  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return _disguise(super().__new__(cls))
@@ -30,6 +38,20 @@ def adopt(part: Any) -> Any:
         part.__class__ = OURS[type(part)]
         _disguise(part)
     return part
+
+
+def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
+    """A `from_pretrained` of diffusers that also loads the bundled model, by its name."""
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        source = args[0] if args else kwargs.get(_SOURCE)
+        if source == SHIPPED_MODEL and not os.path.isdir(source):
+            found = str(shipped_model())
+            args, kwargs = ((found, *args[1:]), kwargs) if args else (args, kwargs | {_SOURCE: found})
+        return load(cls, *args, **kwargs)
+
+    return from_pretrained
 
 
 def _disguise(instance: Any) -> Any:

@@ -27,6 +27,7 @@ from fastddpm.evaluate.frechet import (
     MOST_REPLICATES,
     are_moments,
     bootstrap,
+    finite,
     gaussian_distance,
     is_covariance,
     moments,
@@ -217,19 +218,13 @@ def fid(
 def _compare(
     a: Statistics, b: Statistics, extractor: Extractor | None, replicates: int, seed: int, progress: bool
 ) -> Fid:
-    error = None
-    try:
-        distance = gaussian_distance(a.mu, a.sigma, b.mu, b.sigma)
-        if replicates and (a.features is not None or b.features is not None):
-            if progress and len(a.mu) >= _MANY_FEATURES:
-                what = f"{replicates} replicates with {len(a.mu)} features, of some seconds each"
-                print(f"the standard error takes {what}; without replicates there is none", file=sys.stderr)
-            resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in (a, b)]
-            error = float(bootstrap(*resampled, replicates=replicates, seed=seed, progress=progress).std())
-    except torch.linalg.LinAlgError:
-        distance = math.nan
-    if not math.isfinite(distance) or not math.isfinite(error or 0):
-        raise ValueError("the distance is not finite: the features are too large for it; name another extractor")
+    distance, error = finite(gaussian_distance(a.mu, a.sigma, b.mu, b.sigma)), None
+    if replicates and (a.features is not None or b.features is not None):
+        if progress and len(a.mu) >= _MANY_FEATURES:
+            what = f"{replicates} replicates with {len(a.mu)} features, of some seconds each"
+            print(f"the standard error takes {what}; without replicates there is none", file=sys.stderr)
+        resampled = [(one.mu, one.sigma) if one.features is None else one.features for one in (a, b)]
+        error = finite(float(bootstrap(*resampled, replicates=replicates, seed=seed, progress=progress).std()))
     return Fid(
         distance=distance,
         error=error,

@@ -4,6 +4,7 @@ It is the idea of the FID (Heusel et al. 2017, arXiv:1706.08500). A value means 
 and on the number of samples. Compare it with the distance between two sets of one distribution.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,24 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     It is biased upwards, and the more so the fewer the features are: compare only distances of equal N and M.
 
-    Args: a, b: [N, D] and [M, D], N, M >= 2.
-    Raises: ValueError: a or b has no numbers, or the shapes are not as above.
+    Args: a, b: [N, D] and [M, D], N, M >= 2, D >= 1.
+    Raises: ValueError: a or b has no finite numbers, or the shapes are not as above; or the distance is beyond float64.
     """
     a, b = (_as_features(name, x) for name, x in (("a", a), ("b", b)))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"features are {list(a.shape)} and {list(b.shape)}; want [N, D] and [M, D], N, M >= 2")
-    return gaussian_distance(*moments(a), *moments(b))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2 or not a.shape[1]:
+        want = "want [N, D] and [M, D], N, M >= 2, D >= 1"
+        raise ValueError(f"features are {list(a.shape)} and {list(b.shape)}; {want}")
+    for name, x in (("a", a), ("b", b)):
+        if not x.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity; want finite features")
+    return finite(gaussian_distance(*moments(a), *moments(b)))
+
+
+def finite(distance: float) -> float:
+    """The same distance. Raises: ValueError: it is not finite."""
+    if not math.isfinite(distance):
+        raise ValueError("the distance is not finite: the features are too large for it; name another extractor")
+    return distance
 
 
 def gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
@@ -165,12 +177,18 @@ def _distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     # The eigenvalues of cov_a cov_b are the squared singular values of root_a root_b. Unlike the product of the
     # covariances, that of the roots does not lose digits of the small ones.
     (mean_a, root_a), (mean_b, root_b) = a, b
-    overlap = torch.linalg.svdvals(root_a @ root_b).sum()
+    try:
+        overlap = torch.linalg.svdvals(root_a @ root_b).sum()
+    except torch.linalg.LinAlgError:  # of numbers that are not finite
+        return math.nan
     distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * overlap
     return max(float(distance), 0.0)  # rounding can leave -1e-15 in place of 0; NaN remains NaN
 
 
 def _root(cov: Tensor) -> Tensor:
     """The symmetric square root of a covariance."""
-    values, vectors = torch.linalg.eigh(cov)
+    try:
+        values, vectors = torch.linalg.eigh(cov)
+    except torch.linalg.LinAlgError:  # of numbers that are not finite
+        return torch.full_like(cov, math.nan)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # rounding can leave -1e-15 in place of 0

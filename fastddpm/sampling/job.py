@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastddpm.core.checks import flag, shown
+from fastddpm.core.checks import checked_call, flag, shown
 from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import JobProgress, LostError
@@ -31,6 +31,7 @@ WAITING = 2  # shards that may wait to be written before drawing waits too
 PATIENCE = 600  # tenths of a second to wait for torch to report whether process 0 was lost or is done
 
 
+@checked_call
 def sample_to(
     out: str | os.PathLike[str],
     from_sampler: Sampler,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastddpm.storage.files import atomic
 from fastddpm.storage.images import grid, png
 
 MOST_ROWS = 32  # with more classes than this, a grid is a plain one
+WIDE = 16  # images in a row; rows with more become several, unless the picture is hardly wider than high
 _MARGIN = 6  # pixels on both sides of a name
 _LONGEST = 24  # characters of a name that are shown
 
@@ -19,7 +21,7 @@ _LONGEST = 24  # characters of a name that are shown
 def class_grid(
     images: np.ndarray, labels: Sequence[int], names: Sequence[str] | None = None, *, width: int = 640
 ) -> np.ndarray:
-    """Tile images into one picture with a row for each class that occurs.
+    """Tile images into one picture with a row for each class that occurs; many images of a class take several rows.
 
     Args:
         images: uint8 [N, H, W, C] with C = 1, 3 or 4, N >= 1.
@@ -28,13 +30,17 @@ def class_grid(
         width: in pixels, as `grid` takes it, for both sides: small images are enlarged.
     Returns: uint8 [height, width, C]: the classes in ascending order, the images of one in the order given.
     """
-    rows = {label: [i for i, of in enumerate(labels) if of == label] for label in sorted(set(labels))}
-    columns = max(map(len, rows.values()))
-    tiles = np.full((len(rows), columns, *images.shape[1:]), 255, np.uint8)
-    for row, places in zip(tiles, rows.values(), strict=True):
-        row[: len(places)] = images[places]
-    width = width * columns // max(columns, len(rows))
-    return with_titles(grid(tiles.reshape(-1, *images.shape[1:]), columns=columns, width=width), list(rows), names)
+    places = {label: [i for i, of in enumerate(labels) if of == label] for label in sorted(set(labels))}
+    rows_of = lambda columns: [-(-len(of_class) // columns) for of_class in places.values()]
+    longest = max(map(len, places.values()))
+    most = next(c for c in range(longest, 0, -1) if c <= max(WIDE, 2 * sum(rows_of(c))))
+    columns = -(-longest // -(-longest // most))  # the fewest that take no more rows
+    rows = rows_of(columns)
+    tiles = np.full((sum(rows) * columns, *images.shape[1:]), 255, np.uint8)
+    for start, of_class in zip(accumulate([0, *rows]), places.values(), strict=False):
+        tiles[start * columns :][: len(of_class)] = images[of_class]
+    width = width * columns // max(columns, sum(rows))
+    return with_titles(grid(tiles, columns=columns, width=width), list(places), names, rows)
 
 
 def picture(
@@ -58,26 +64,36 @@ def save_samples(
         file.write(png(picture(array, labels, names)))
 
 
-def with_titles(rows: np.ndarray, labels: Sequence[int], names: Sequence[str] | None = None) -> np.ndarray:
-    """A picture of rows of equal height, with the name or the number of each row's class on its left.
+def with_titles(
+    picture: np.ndarray,
+    labels: Sequence[int],
+    names: Sequence[str] | None = None,
+    rows: Sequence[int] | None = None,
+) -> np.ndarray:
+    """A picture of rows of equal height, with the name or the number of each class on the left of its rows.
 
-    Args: rows: uint8 [height, width, C]. labels: the class of each row. names: of the classes; None: their numbers.
+    Args:
+        picture: uint8 [height, width, C].
+        labels: the classes, from above.
+        names: of the classes 0, 1, ...; None: their numbers.
+        rows: how many rows each has; None: one.
     """
     from PIL import Image, ImageDraw
 
-    height, _, channels = rows.shape
-    row = height / len(labels)
+    rows = [1] * len(labels) if rows is None else rows
+    height, _, channels = picture.shape
+    row = height / sum(rows)
     letters = font(int(min(14, max(8, row * 0.8))))
     titles = [_title(str(label) if names is None else names[label]) for label in labels]
     width = round(max(letters.getlength(title) for title in titles)) + 2 * _MARGIN
     canvas = Image.new("L", (width, height), 255)
     draw = ImageDraw.Draw(canvas)
-    for i, title in enumerate(titles):
-        draw.text((width - _MARGIN, (i + 0.5) * row), title, fill=0, font=letters, anchor="rm")
+    for title, end, count in zip(titles, accumulate(rows), rows, strict=True):
+        draw.text((width - _MARGIN, (end - count / 2) * row), title, fill=0, font=letters, anchor="rm")
     column = np.asarray(canvas)[..., None].repeat(channels, axis=2)
     if channels == 4:
         column[..., 3] = 255
-    return np.concatenate([column, rows], axis=1)
+    return np.concatenate([column, picture], axis=1)
 
 
 def _title(name: str) -> str:

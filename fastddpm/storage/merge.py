@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastddpm.core.checks import shown
+from fastddpm.core.checks import checked_call, flag, shown
 from fastddpm.storage.files import as_path, atomic, check_writable
 from fastddpm.storage.fingerprint import differing
 from fastddpm.storage.indices import Indices
@@ -29,6 +29,7 @@ ALIKE = (
 Shards = Iterable[tuple[ShardFolder, int]]
 
 
+@checked_call
 def merge(
     folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, progress: bool = True
 ) -> tuple[int, ...]:
@@ -55,6 +56,7 @@ def merge(
     for source in sources:
         if Path(out).resolve().is_relative_to(source.path.resolve()):
             raise ValueError(f"out is {os.fspath(out)}, in {source.path} among its samples; name another place")
+    flag("progress", progress)
     check_writable(out)
     _check_same_distribution(sources)
     _check_no_duplicates(sources, ignore_seed=suffix == ".tar")

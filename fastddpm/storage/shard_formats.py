@@ -34,8 +34,8 @@ def encoded(form: str, indices: Indices, samples: np.ndarray, labels: np.ndarray
     return [buffer.getvalue()]
 
 
-def decoded(form: str, contents: Sequence[bytes], count: int, stored: Stored | None) -> np.ndarray:
-    """The inverse of `encoded`: [count, ...]. stored: what each sample must be; None: not known.
+def decoded(form: str, contents: Sequence[bytes], count: int, stored: Stored) -> np.ndarray:
+    """The inverse of `encoded`: [count, ...]. stored: what each sample must be.
 
     Raises: Exception: the content is damaged, or it is something else; any exception of a decoder.
     """
@@ -45,7 +45,7 @@ def decoded(form: str, contents: Sequence[bytes], count: int, stored: Stored | N
         samples = np.stack(_from_tar(contents[0], stored))
     else:
         samples = np.stack([_from_png(content, stored) for content in contents])
-    if len(samples) != count or (stored is not None and (samples.shape[1:], samples.dtype) != stored):
+    if len(samples) != count or (samples.shape[1:], samples.dtype) != stored:
         raise ValueError(f"{samples.shape} {samples.dtype}")
     return samples
 
@@ -72,15 +72,15 @@ def _add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _from_npz(content: bytes, count: int, stored: Stored | None) -> np.ndarray:
+def _from_npz(content: bytes, count: int, stored: Stored) -> np.ndarray:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         size = arrays.zip.getinfo("arr_0.npy").file_size
-        if stored is not None and size > count * math.prod(stored[0]) * stored[1].itemsize + (1 << 16):
+        if size > count * math.prod(stored[0]) * stored[1].itemsize + (1 << 16):
             raise ValueError(f"an array of {size} bytes when unpacked")
         return arrays["arr_0"]
 
 
-def _from_tar(content: bytes, stored: Stored | None) -> list[np.ndarray]:
+def _from_tar(content: bytes, stored: Stored) -> list[np.ndarray]:
     samples = []
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in tar:
@@ -96,11 +96,11 @@ def _from_npy(content: bytes) -> np.ndarray:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _from_png(content: bytes, stored: Stored | None) -> np.ndarray:
+def _from_png(content: bytes, stored: Stored) -> np.ndarray:
     from PIL import Image
 
     with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        if image.mode not in MODES or (stored is not None and image.size != stored[0][1::-1]):
+        if image.mode not in MODES or image.size != stored[0][1::-1]:
             raise ValueError(f"an image of {image.size} {image.mode}")
         array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]

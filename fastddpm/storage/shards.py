@@ -60,6 +60,8 @@ class ShardFolder:
     def __init__(self, path: str | os.PathLike[str], manifest: Mapping[str, Any]):
         self.path = Path(path)
         self.manifest = dict(manifest)
+        if missing := [name for name in _REQUIRED if name not in self.manifest]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         for name, check in _FIELDS.items():
             if name in self.manifest:
                 check(f"its {name}", self.manifest[name])
@@ -92,13 +94,10 @@ class ShardFolder:
         try:
             if not os.path.lexists(manifest):
                 raise FileNotFoundError
-            held = json.loads(check_regular(manifest).read_text(encoding="utf-8"))
-            if not _is_shallow(held, _DEPTH):
-                raise ValueError(f"its values are nested more than {_DEPTH} deep")
-            return cls(path, held)
+            return cls(path, _of_json(check_regular(manifest).read_bytes()))
         except FileNotFoundError as error:
             raise ValueError(f"{path} has no {MANIFEST}; want a folder that `fastddpm sample` wrote") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{manifest} is damaged ({error}); sample into another folder") from error
 
     def begin(self) -> None:
@@ -139,7 +138,7 @@ class ShardFolder:
         held = len(Indices.parse(before["samples"]))
         others = str(self.samples[held:])
         more = others and str(self.samples[:held]) == before["samples"] and len(others) <= 200
-        if more and there.keys() <= {"samples", "class_labels"}:
+        if more and there.keys() <= {"samples", "class_labels", "shard_size", "batch_size"}:
             way_out = (
                 f"draw the others with --indices {others} into another folder, and join both with `fastddpm merge`"
             )
@@ -225,7 +224,7 @@ class ShardFolder:
         except MemoryError:
             raise
         except Exception as error:  # what a damaged or hostile file makes a decoder raise
-            shape, dtype = self._stored or ("...", "numbers")
+            shape, dtype = self._stored
             what = f"{self._files(k)[0]} does not hold {self.count(k)} samples of {shape} {dtype}, as {MANIFEST} says"
             raise ValueError(f"{what}; delete it and run the command that wrote it again") from error
         return samples
@@ -280,10 +279,8 @@ class ShardFolder:
         return [self.path / f"{number:0{self.digits}d}{FORMATS[self.format]}" for number in numbers]
 
     @property
-    def _stored(self) -> Stored | None:
-        """(shape, dtype) of a sample in a file; None: the manifest does not tell."""
-        if "shape" not in self.manifest:
-            return None
+    def _stored(self) -> Stored:
+        """(shape, dtype) of a sample in a file."""
         shape = tuple(self.manifest["shape"])
         if are_images(shape, latents=self.manifest.get("latents", False)):
             return (*shape[1:], shape[0]), np.dtype(np.uint8)
@@ -330,9 +327,27 @@ def is_shard_folder(path: str | os.PathLike[str]) -> bool:
     return os.path.isfile(os.path.join(path, MANIFEST))
 
 
+def _of_json(content: bytes) -> dict[str, Any]:
+    """What a manifest holds. Raises: ValueError: it is no JSON object, or its values are nested too deeply."""
+    try:
+        held = json.loads(content)
+    except (ValueError, RecursionError) as error:  # Python's words on a long integer advise to allow it
+        raise ValueError("it is not valid JSON") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"it is {shown(held)}; want an object")
+    if not _is_shallow(held, _DEPTH):
+        raise ValueError(f"its values are nested more than {_DEPTH} deep")
+    return held
+
+
 def _is_shallow(value: Any, depth: int) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return depth > 0 and all(_is_shallow(part, depth - 1) for part in parts)
+
+
+def _check_indices(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}; want text such as 0-7,12")
 
 
 def _check_list(name: str, value: Any) -> None:
@@ -347,9 +362,12 @@ def _check_object(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {shown(value)}; want an object")
 
 
+_REQUIRED = ("format", "samples", "shard_size", "class_labels", "shape")
 _FIELDS: dict[str, Callable[[str, Any], object]] = {
     "format": lambda name, value: one_of(name, value, FORMATS),
     "shard_size": lambda name, value: whole(name, value, 1, LIMIT),
+    "samples": _check_indices,
+    "class_labels": lambda name, value: None if value is None else _check_indices(name, value),
     "grown_from": _check_list,
     "shape": _check_list,
     "latents": flag,

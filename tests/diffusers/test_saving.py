@@ -130,6 +130,19 @@ def test_each_package_loads_what_the_other_saved(kind, writer, reader, tmp_path)
     assert torch.equal(bits(pipe), bits(saved))
 
 
+@pytest.mark.parametrize("name", [name for name in fast.__all__ if hasattr(getattr(fast, name), "from_pretrained")])
+def test_the_bundled_model_has_a_name(name, tmp_path, monkeypatch):
+    """But a folder of this name is meant where there is one."""
+    kind = getattr(fast, name)
+    kind.from_pretrained("fashion-mnist").save_pretrained(tmp_path / "fashion-mnist")
+    monkeypatch.chdir(tmp_path)
+    assert type(kind.from_pretrained("fashion-mnist")) is kind
+    for config in (tmp_path / "fashion-mnist").glob("*.json"):
+        config.unlink()
+    with pytest.raises(OSError, match="fashion-mnist"):
+        kind.from_pretrained("fashion-mnist")
+
+
 @pytest.mark.parametrize("reader", PACKAGES)
 def test_from_pretrained_accepts_parts(reader, tmp_path):
     pipeline().save_pretrained(tmp_path)

@@ -152,7 +152,7 @@ def test_every_kind_of_set_gives_the_same_distance(here):
 
 @pytest.mark.parametrize("kind", ["npz", "png", "webdataset"])
 def test_a_finished_job_is_a_set(kind, here, monkeypatch):
-    manifest = {"format": kind, "samples": f"0-{M - 1}", "shard_size": 8, "class_labels": None}
+    manifest = {"format": kind, "samples": f"0-{M - 1}", "shard_size": 8, "class_labels": None, "shape": [3, 6, 5]}
     samples = shards.ShardFolder("samples", manifest)
     samples.begin()
     parts = [B[start : start + 8] for start in range(0, M, 8)]
@@ -172,7 +172,8 @@ def test_a_finished_job_is_a_set(kind, here, monkeypatch):
 
 
 def test_a_job_inside_the_named_folder_raises(here):
-    samples = shards.ShardFolder("all/run", {"format": "png", "samples": "0-3", "shard_size": 2, "class_labels": None})
+    manifest = {"format": "png", "samples": "0-3", "shard_size": 2, "class_labels": None, "shape": [3, 6, 5]}
+    samples = shards.ShardFolder("all/run", manifest)
     samples.begin()
     samples.write(0, B[:2])
     want = "all holds a folder that `fastddpm sample` wrote, all/run; name that one"
@@ -246,7 +247,8 @@ def test_numbers_may_be_numpys(here):
 
 
 def test_samples_that_are_not_pictures_raise(here):
-    samples = shards.ShardFolder("samples", {"format": "npz", "samples": "0-2", "shard_size": 3, "class_labels": None})
+    manifest = {"format": "npz", "samples": "0-2", "shard_size": 3, "class_labels": None, "shape": [2]}
+    samples = shards.ShardFolder("samples", manifest)
     samples.begin()
     samples.write(0, np.zeros((3, 2), np.float32))
     assert error_line(measure, b="samples") == "samples holds [2] float32; want pictures, uint8 [H, W, C]"

@@ -1,5 +1,7 @@
 """The Fréchet distance against scipy and closed forms, the bootstrap, and bench.frechet on tiny images."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -84,7 +86,9 @@ def test_fewer_features_are_farther_apart():
     assert small.mean() - large.mean() >= 30 * large.std() / 40**0.5
 
 
-@pytest.mark.parametrize("shapes", [((5, 3), (5, 4)), ((5,), (5,)), ((1, 3), (5, 3)), ((5, 3), (0, 3))])
+@pytest.mark.parametrize(
+    "shapes", [((5, 3), (5, 4)), ((5,), (5,)), ((1, 3), (5, 3)), ((5, 3), (0, 3)), ((5, 0), (5, 0))]
+)
 def test_wrong_shapes_raise(shapes):
     with pytest.raises(ValueError, match=r"features are \[.*\] and \[.*\]; want \[N, D\] and \[M, D\], N, M >= 2"):
         frechet_distance(*map(torch.zeros, shapes))
@@ -94,6 +98,19 @@ def test_wrong_shapes_raise(shapes):
 def test_what_is_no_features_raises(wrong):
     with pytest.raises(ValueError, match=r"a is .*; want features \[N, D\]|features are \[\] and"):
         frechet_distance(wrong, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (math.nan, "b holds NaN or infinity"),
+        (math.inf, "b holds NaN or infinity"),
+        (1e200, "the distance is not finite"),
+    ],
+)
+def test_features_that_have_no_distance_raise(value, why):
+    with pytest.raises(ValueError, match=why):
+        frechet_distance(torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.float64).fill_diagonal_(value))
 
 
 @pytest.mark.parametrize("count", [3, 24, 25])

@@ -65,6 +65,24 @@ def test_no_side_is_much_longer_than_the_width(columns, rows):
     assert max(class_grid(shades(1).repeat(len(labels), 0), labels, width=400).shape[:2]) < 500
 
 
+@pytest.mark.parametrize(("count", "columns", "rows"), [(16, 16, 1), (20, 10, 2), (200, 20, 10), (3000, 77, 39)])
+def test_many_images_of_a_class_take_several_rows(count, columns, rows):
+    x = np.arange(count * 4, dtype=np.uint32).view(np.uint8).reshape(count, 2, 2, 4)
+    blank = np.full((columns * rows - count, 2, 2, 4), 255, np.uint8)
+    tiles = grid(np.concatenate([x, blank]), columns=columns, width=640 * columns // max(columns, rows))
+    titles_and_rows(class_grid(x, [0] * count), tiles)
+
+
+def test_titles_are_in_the_middle_of_several_rows():
+    x = shades(1, size=(16, 16)).repeat(60, 0)
+    got = class_grid(x, [0] * 40 + [1] * 20, ["x", "x"])
+    titles = got[:, : got.shape[1] - grid(x[:60], columns=14, width=640).shape[1]]
+    ink = np.flatnonzero((titles < 128).any(axis=(1, 2)))
+    middle = np.split(ink, np.flatnonzero(np.diff(ink) > 1) + 1)
+    rows = len(got) / 5  # three of the first class, and two of the second
+    assert [part.mean() for part in middle] == pytest.approx([1.5 * rows, 4 * rows], abs=4)
+
+
 def test_many_classes_are_a_plain_grid():
     many = MOST_ROWS + 1
     x = np.zeros((many, 2, 2, 1), np.uint8)

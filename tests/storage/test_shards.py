@@ -17,7 +17,8 @@ from fastddpm.storage.shards import FORMATS, ShardFolder, continued, in_short, i
 from tests.support.check import error_line
 from tests.support.jobs import contents
 
-MANIFEST = {"format": "npz", "samples": "0-10", "shard_size": 4, "class_labels": None, "seed": 0}
+MANIFEST = {"format": "npz", "samples": "0-10", "shard_size": 4, "class_labels": None, "seed": 0, "shape": [1, 3, 2]}
+REQUIRED = ("format", "samples", "shard_size", "class_labels", "shape")
 PICTURES = [(3, 2, 1), (2, 3, 3), (2, 2, 4)]
 FLOATS = [(2, 5), (3,), (5, 2, 2), (1, 4, 4)]
 SHAPES = [(form, shape) for form in FORMATS for shape in [*PICTURES, *FLOATS] if form != "png" or shape in PICTURES]
@@ -33,7 +34,9 @@ def drawn(n, shape, seed=0):
 
 def written(folder, shape=(3, 2, 1), /, **manifest):
     """(a finished folder, the samples in it)."""
-    store = ShardFolder(folder, {**MANIFEST, **manifest})
+    *rest, last = shape
+    described = {"shape": [last, *rest]} if shape in PICTURES else {"shape": list(shape), "latents": True}
+    store = ShardFolder(folder, {**MANIFEST, **described, **manifest})
     store.begin()
     samples = drawn(len(store.samples), shape)
     for k in range(len(store)):
@@ -402,7 +405,7 @@ def test_long_differences_are_shortened():
         )
     ]
     + [json.dumps({**MANIFEST, "samples": "0-10"}).encode()[:-3]]
-    + [json.dumps({n: v for n, v in MANIFEST.items() if n != name}).encode() for name in list(MANIFEST)[:4]],
+    + [json.dumps({n: v for n, v in MANIFEST.items() if n != name}).encode() for name in REQUIRED],
     ids=lambda text: text[:60].decode("latin1"),
 )
 def test_damaged_manifest_is_refused(tmp_path, text):
@@ -415,6 +418,27 @@ def test_damaged_manifest_is_refused(tmp_path, text):
         assert len(message) < len(str(path)) + 300
     assert contents(tmp_path) == {"manifest.json": text}
     assert is_shard_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (json.dumps({"format": "npz", "samples": "0-3"}), "it lacks shard_size, class_labels, shape"),
+        (json.dumps({**MANIFEST, "samples": 5}), "its samples is 5; want text such as 0-7,12"),
+        (json.dumps({**MANIFEST, "class_labels": [1]}), "its class_labels is [1]; want text such as 0-7,12"),
+        ("[]", "it is []; want an object"),
+        ("null", "it is None; want an object"),
+        ('"ab"', "it is 'ab'; want an object"),
+        ("9" * 5000, "it is not valid JSON"),
+        ("[" * 100_000, "it is not valid JSON"),
+        ("{", "it is not valid JSON"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_what_is_wrong_with_a_manifest_is_said_in_our_words(tmp_path, text, why):
+    (tmp_path / "manifest.json").write_text(text)
+    wanted = f"{tmp_path / 'manifest.json'} is damaged ({why}); sample into another folder"
+    assert error_line(ShardFolder.open, tmp_path) == wanted
 
 
 def test_folder_without_a_manifest_is_refused(tmp_path):
@@ -607,10 +631,11 @@ def test_folder_grows_with_labels_for_further_samples(tmp_path, first, then):
 
 
 def test_folder_that_cannot_grow_names_the_command(tmp_path):
-    """File names would have other widths, or finished samples other labels."""
+    """File names would have other widths, finished samples other labels, or shards another size."""
     for name, before, now, others in (
         ("digits", {"samples": "0-10"}, {"samples": "0-10,100000"}, "100000"),
         ("labels", {"class_labels": "1-2"}, {"class_labels": "1-2,0", "samples": "0-15"}, "11-15"),
+        ("size", {"batch_size": 4}, {"shard_size": 5, "batch_size": 5, "samples": "0-15"}, "11-15"),
     ):
         store, _ = written(tmp_path / name, **before)
         state = contents(tmp_path / name)

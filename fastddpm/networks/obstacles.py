@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules import module as all_modules
 
 from fastddpm.core.checks import shown
 from fastddpm.storage.fingerprint import CALLS
@@ -77,8 +77,8 @@ def obstacles(network: nn.Module, expected: dict[str, Part]) -> Obstacles:
     The class of the network itself is not compared. Backward hooks and hooks of state_dict do not count.
     """
     found: Obstacles = {}
-    if any(getattr(global_hooks, f"_global{hooks}") for hooks in HOOKS):
-        found["torch has global module hooks"] = [tuple(getattr(global_hooks, f"_global{hooks}")) for hooks in HOOKS]
+    if any(map(global_hooks, HOOKS)):
+        found["torch has global module hooks"] = list(map(global_hooks, HOOKS))
     found.update(_replaced_methods([type(network), *(part.kind for part in expected.values())]))
     modules = dict(network.named_modules(remove_duplicate=False))
     for name, part in expected.items():
@@ -90,6 +90,11 @@ def obstacles(network: nn.Module, expected: dict[str, Part]) -> Obstacles:
         if name not in expected:
             found[f"{name} is not in its configuration"] = _summary(module)
     return found
+
+
+def global_hooks(kind: str) -> tuple[int, ...]:
+    """The numbers of the hooks that all modules have, which torch gives only once. Args: kind: one of HOOKS."""
+    return tuple(getattr(all_modules, f"_global{kind}"))
 
 
 def called_as_it_is(network: str, found: Obstacles) -> str:

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from numbers import Number
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastddpm.networks.obstacles import HOOKS, global_hooks
 from fastddpm.sampling.reachable import Path, reachable
+
+MOST_COMPARED = 1 << 16  # bytes of an array whose values are compared, not only its address
 
 Run = Callable[[Callable[..., Any]], None]  # does the work once, with the given function as the network
 Place = tuple[Any, ...]  # where a tensor is, and how it is read
@@ -56,9 +60,17 @@ class FixedReads:
         return self.all_held or self._read(run) == self.places
 
     def _reachable(self) -> dict[Path, Any]:
-        """Each module, function and number that the network can reach, and the place of each tensor."""
-        found = reachable(self.model)
-        return {path: self._place(thing) if isinstance(thing, Tensor) else thing for path, thing in found}
+        """Each module, function and number that the network can reach, and the place of each tensor and array."""
+        found: dict[Path, Any] = {("all modules", hooks): global_hooks(hooks) for hooks in HOOKS}
+        for path, thing in reachable(self.model):
+            if isinstance(thing, Tensor):
+                found[path] = self._place(thing)
+            elif isinstance(thing, np.ndarray):  # of the host, so a graph keeps its numbers
+                content = thing.tobytes() if thing.nbytes <= MOST_COMPARED else None
+                found[path] = thing.ctypes.data, thing.shape, thing.strides, thing.dtype, content
+            else:
+                found[path] = thing
+        return found
 
     def _read(self, run: Run) -> dict[Place, int]:
         """The places that the network reads in one call, and the storage of each."""

@@ -33,7 +33,7 @@ _FOREIGN = {"fastddpm", "torch", "numpy", *sys.stdlib_module_names} - {"collecti
 
 
 def reachable(model: Any) -> Iterator[tuple[Path, Any]]:
-    """Yields (path, module, tensor, function or plain value); what is held at several places comes once for each.
+    """Yields (path, module, tensor, array, function or plain value), once for each place that holds it.
 
     All parts of a module are found; of the other objects those that are near, up to `LIMIT` of them.
     """
@@ -55,7 +55,7 @@ def reachable(model: Any) -> Iterator[tuple[Path, Any]]:
             inner = (*path, name)
             if isinstance(part, nn.Module):
                 near.append((inner, part))
-            elif isinstance(part, Tensor):
+            elif isinstance(part, Tensor | np.ndarray):
                 yield inner, part
             elif _is_plain(part):
                 others += not isinstance(thing, nn.Module)

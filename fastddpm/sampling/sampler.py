@@ -74,8 +74,9 @@ class Sampler:
         engine: "eager"; "compiled", by torch.compile, whose first call takes a minute; "graph", each step the replay of
             one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU if the run has enough steps,
             else "eager", with the same bits. In a graph, your own model must not wait for the GPU, and its decisions in
-            Python are made once, at the capture. Tensors that it reads may change in place; if tensors, numbers or
-            functions that it can reach from Python are replaced, the next batch captures it again.
+            Python are made once, at the capture. Tensors that it reads may change in place; if tensors, arrays,
+            numbers or functions that it can reach from Python are replaced, the next batch captures it again. What is
+            hidden from that must not change: the environment, context variables, what it imports in a call.
         batch_invariant: give sample i the same bits whatever is drawn with it. Every batch then has the same number of
             entries, with sample i at entry i modulo that number; other entries stay empty. True chooses the number by
             the device and the size of a sample; a whole number sets it.

@@ -26,13 +26,14 @@ class Network(nn.Module):
         self.linear = nn.Linear(3, 3)
         self.plain, self.scale = torch.ones(3), 2.0
         self.register_buffer("shift", torch.arange(9.0).view(3, 3))
+        self.array = np.ones(3)
         self.kept = {"list": [torch.ones(3)], "number": 3}
         self.inner = SimpleNamespace(gain=torch.ones(3), factor=np.float32(2), part=slice(0, 3), function=torch.relu)
 
     def forward(self, x, t):
         x = self.linear(x) * self.plain * self.scale + self.shift[0]
         x = x * self.kept["list"][0] * self.kept["number"] * self.inner.gain[self.inner.part]
-        return self.inner.function(x * self.inner.factor)
+        return self.inner.function(x * self.inner.factor * float(self.array[0]))
 
 
 def fresh(*shape):
@@ -74,6 +75,8 @@ CHANGES = {
     "number": lambda net: setattr(net, "scale", 0.5),
     "number in a dict": lambda net: net.kept.__setitem__("number", 4),
     "number of numpy": lambda net: setattr(net.inner, "factor", np.float32(3)),
+    "array": lambda net: setattr(net, "array", np.full(3, 2.0)),
+    "value in an array": lambda net: net.array.__setitem__(0, 2.0),
     "slice": lambda net: setattr(net.inner, "part", slice(1, 2)),
     "function of torch": lambda net: setattr(net.inner, "function", torch.tanh),
     "tensor in place of a number": lambda net: setattr(net, "scale", torch.tensor(0.5)),
@@ -93,6 +96,18 @@ def test_what_was_replaced_is_noticed(change, wrap):
     LIVE.append(net.linear.weight.data)
     CHANGES[change](net)
     assert not reads.are_current(run(model))
+
+
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_hook_of_all_modules_is_noticed(register):
+    net = Network()
+    reads = reads_of(net)
+    hook = getattr(nn.modules.module, register)(lambda *args: None)
+    try:
+        assert not reads.are_current(run(net))
+    finally:
+        hook.remove()
+    assert reads.are_current(run(net))
 
 
 def test_changes_in_place_need_no_other_graph():

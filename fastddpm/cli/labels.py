@@ -65,6 +65,8 @@ def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
 
 def _means_others(entry: str, label: int, classes: int) -> bool:
     """Whether a name of class `label` is also a number or a range of numbers of classes, and not that of this class."""
+    if "-" not in entry:
+        return entry in map(str, range(classes)) and int(entry) != label
     try:
         found = Indices.parse(entry)
     except ValueError:

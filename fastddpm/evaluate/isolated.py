@@ -94,7 +94,7 @@ class _Process:
         """Send a request. Returns: the reply, and the bytes that came with it. Raises: ValueError: it is an error."""
         with self.lock:
             if self.interrupted:
-                raise ValueError(f"{self.name} was interrupted in an earlier call; load the extractor again")
+                raise ValueError(f"an earlier call of {self.name} did not end; load the extractor again")
             try:
                 _send(self.process.stdin, request, content)
                 reply, content = _receive(self.process.stdout)

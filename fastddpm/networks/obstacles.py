@@ -93,7 +93,7 @@ def obstacles(network: nn.Module, expected: dict[str, Part]) -> Obstacles:
 
 
 def global_hooks(kind: str) -> tuple[int, ...]:
-    """The numbers of the hooks that all modules have, which torch gives only once. Args: kind: one of HOOKS."""
+    """The numbers of the hooks that all modules have, which torch gives to no other hook. Args: kind: one of HOOKS."""
     return tuple(getattr(all_modules, f"_global{kind}"))
 
 

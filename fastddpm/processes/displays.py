@@ -99,9 +99,12 @@ class JsonLog:
         with naming(self.path):
             if self.next == -math.inf and self.path.is_file():
                 os.truncate(self.path, _check_lines(self.path))  # a process that was killed may have torn the last line
-            self._append(json.dumps(summary).encode() + b"\n")
-        if last and self.pipe is not None:
-            os.close(self.pipe)
+            try:
+                self._append(json.dumps(summary).encode() + b"\n")
+            finally:
+                if last and self.pipe is not None:
+                    os.close(self.pipe)
+                    self.pipe = None
         self.next = time.monotonic() + LOG_EVERY
 
     def _append(self, line: bytes) -> None:

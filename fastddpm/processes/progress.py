@@ -152,7 +152,9 @@ class JobProgress:
                 self._post()
                 self.board.set(_FAILED, f"process {self.group.rank}: {self.count.state}")
         if self.group.rank == 0:
-            with suppress(OSError) if error is not None else nullcontext():  # report the first error, not a later one
+            with (
+                suppress(OSError, ValueError) if error is not None else nullcontext()
+            ):  # report the first error, not a later one
                 self._show(self._counts(), last=True)
             if error is not None and self.group.size > 1:
                 time.sleep(2 * BEAT)  # the board ends with this process: let the others read the error first

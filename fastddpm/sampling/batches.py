@@ -101,8 +101,12 @@ def evaluating(model: object) -> Iterator[None]:
         yield
     finally:
         with _evaluated_lock:
-            held = {part: _evaluated.pop(id(part)) for part in parts}
-            _evaluated.update({id(part): (runs - 1, mode) for part, (runs, mode) in held.items() if runs > 1})
-            for part, (runs, mode) in held.items():
-                if runs == 1:
-                    part.training = mode
+            ended = []
+            for part in parts:
+                runs, mode = _evaluated.pop(id(part))
+                if runs > 1:
+                    _evaluated[id(part)] = runs - 1, mode
+                else:
+                    ended.append((part, mode))
+            for part, mode in ended:  # only now: a module may refuse it
+                part.training = mode

@@ -131,7 +131,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
             "sha256": weights_sha256(model),
             **({"changes": changes} if changes else {}),  # such as another eps
         },
-        "code": code_sha256(model),
+        "code": code_sha256(model, numbers=isinstance(model, UNet2D)),
         "precision": sampler.precision,
         "compiled": sampler.engine.compiles,
         "batch_size": None if sampler.micro_batch else int(drawing.batch_size),

@@ -84,7 +84,8 @@ def noticing_random_numbers(device: torch.device) -> Iterator[None]:
     yield
     if _generators(device) != before:
         warnings.warn(
-            "the network draws torch's random numbers, so equal runs differ; if this is dropout, call eval() on it",
+            "torch drew random numbers while the network ran, so equal runs may differ; if it was for dropout, call "
+            "eval() on the network",
             stacklevel=3,
         )
 

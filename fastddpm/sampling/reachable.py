@@ -125,6 +125,9 @@ def _variables(function: FunctionType) -> Iterator[tuple[Any, Any]]:
         while isinstance(value, ModuleType) and not _is_foreign(value.__name__) and inner:
             value, path = vars(value).get(inner[0]), f"{path}.{inner.pop(0)}"
         yield path, value
+        if isinstance(value, ModuleType) and not _is_foreign(value.__name__):  # called by another name
+            names = (name for name in function.__code__.co_names if name in vars(value))
+            yield from ((f"{path}.{name}", vars(value)[name]) for name in names)
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:

@@ -76,8 +76,8 @@ def _images_of(path: Path, files: Sequence[ImageFile], links: Sequence[str]) -> 
 
 
 def _relative(files: Sequence[ImageFile]) -> list[ImageFile]:
-    """The files with names relative to the folder that was packed: the one that holds all images and labels."""
-    parts = [[part for part in file.name.split("/") if part != "."] for file in files]
+    """The files with names relative to the folder that was packed: the deepest that holds all images and labels."""
+    parts = [[part for part in file.name.split("/") if part != "."] or [file.name] for file in files]
     data = [each[:-1] for each in parts if is_image(each[-1]) or holds_labels(each[-1])]
     common = takewhile(lambda level: len(set(level)) == 1, zip(*data, strict=False))
     packed = [level[0] for level in common]

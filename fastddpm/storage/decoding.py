@@ -89,7 +89,11 @@ def _pixels(content: bytes) -> tuple[np.ndarray, str | None]:
 
 def _check_directory(exif: bytes) -> None:
     """Raises: struct.error or ValueError: Pillow would skip the orientation, with a warning that names no file."""
-    tiff = exif.removeprefix(b"Exif\0\0")
+    tiff = exif
+    while tiff.startswith(b"Exif\0\0"):
+        tiff = tiff.removeprefix(b"Exif\0\0")
+    if not tiff:
+        return
     order = "<" if tiff[:2] == b"II" else ">"
     (at,) = struct.unpack_from(f"{order}I", tiff, 4)
     (count,) = struct.unpack_from(f"{order}H", tiff, at)

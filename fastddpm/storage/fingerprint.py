@@ -5,8 +5,10 @@ import hashlib
 import importlib.metadata
 import re
 import sys
+import sysconfig
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import chain
 from numbers import Number
 from types import CodeType, FunctionType, MethodType, SimpleNamespace
@@ -21,6 +23,7 @@ from fastddpm._version import __version__
 # the methods of nn.Module that decide what a module computes; libraries add others, as transformers does smart_apply
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattribute__", "__getattr__", "forward")
 _VERSIONED = ("torch", "fastddpm")  # packages whose versions stand for their code
+_GOLDEN, _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
 _OF_MODULES = vars(nn.Module()).keys()
 
 
@@ -50,31 +53,39 @@ def weights_sums(network: nn.Module) -> list[tuple[str, torch.Size, torch.dtype,
         bits = _bits(value)
         if len(bits) % 8 == 0 and bits.storage_offset() % 8 == 0:
             bits = bits.view(torch.int64)
-        total = bits.cumsum(0, dtype=torch.int64).sum()
+        # of each value and its place a number in which every bit of them counts, as in SplitMix64
+        mixed = torch.arange(len(bits), dtype=torch.int64, device=bits.device).mul_(_GOLDEN).add_(bits)
+        mixed.bitwise_xor_(mixed >> 30).mul_(_FACTOR)
+        mixed.bitwise_xor_(mixed >> 27)
+        total = mixed.sum()
         sums.append((name, value.shape, value.dtype, total))
     return [(name, shape, dtype, int(total)) for name, shape, dtype, total in sums]
 
 
-def code_sha256(network: nn.Module) -> dict[str, str]:
+def code_sha256(network: nn.Module, *, numbers: bool = False) -> dict[str, str]:
     """{where: hexadecimal digest} of the Python code of a network that is not from torch or fastddpm.
 
     This is the code of its classes and of functions put in their place, of hooks, and of what these call by name, with
-    their constants and the values of their closures; and the numbers that objects of such classes hold. Other Python
-    versions compile other code.
+    their constants, the values of their closures, and the numbers in callable objects. Other Python versions compile
+    other code. Of installed packages the version counts, not the code.
+
+    Args: numbers: numbers that are attributes of the user's own modules count, too.
     """
     found: dict[str, list[Any]] = defaultdict(list)
     for kind in dict.fromkeys(kind for module in network.modules() for kind in type(module).__mro__):
         names = CALLS if kind is nn.Module else list(vars(kind))
         if own := {name: vars(kind)[name] for name in names if _is_own(vars(kind).get(name))}:
             found[kind.__qualname__].append(own)
+        package = kind.__module__.partition(".")[0]
+        if package not in (*_VERSIONED, *sys.stdlib_module_names) and _has_version(package):
+            found[package] = [installed(package)]
     for path, module in network.named_modules():
-        attributes = vars(module) if _is_object(module) else {k: v for k, v in vars(module).items() if callable(v)}
-        for name, value in _settings(attributes).items():
+        for name, value in _settings(vars(module)).items():
             where = f"{path}.{name}".lstrip(".")
-            if isinstance(value, Number) and name not in _OF_MODULES:
-                found["attributes"].append((where, value))
-            elif name not in _OF_MODULES or callable(value):
+            if callable(value):
                 found[where].append(value)
+            elif numbers and name not in _OF_MODULES and _is_object(module):
+                found["attributes"].append((where, value))
         if hooks := [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             found[f"hooks of {path}".removesuffix(" of ")] += hooks
     modules = {id(module) for module in network.modules()}
@@ -126,24 +137,34 @@ def _bits(value: Tensor) -> Tensor:
 
 
 def _settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes that decide what an object computes: numbers, functions, and objects with such attributes.
+    """The attributes that decide what an object computes: numbers, functions and callable objects.
 
     Not tensors and lists, which may be records of earlier calls.
     """
     kinds = Number | functools.partial
-    return {k: v for k, v in attributes.items() if isinstance(v, kinds) or _is_own(v) or _is_object(v)}
+    called = lambda value: _is_own(value) or (callable(value) and _is_object(value))
+    return {k: v for k, v in attributes.items() if isinstance(v, kinds) or called(v)}
 
 
 def _is_object(value: Any) -> bool:
-    """Whether value is an object of a class that is not from torch, fastddpm or Python, except for a namespace."""
+    """Whether value is an object of the user's own class, or a namespace."""
     package = type(value).__module__.partition(".")[0]
-    return isinstance(value, SimpleNamespace) or package not in (*_VERSIONED, *sys.stdlib_module_names, "numpy")
+    own = package not in sys.stdlib_module_names and not _has_version(package)
+    return isinstance(value, SimpleNamespace) or (own and not isinstance(value, Mapping | list | tuple | set))
+
+
+@functools.lru_cache(maxsize=4096)
+def _has_version(package: str) -> bool:
+    """Whether a version stands for the code of a package: it is torch, fastddpm, or installed, not a user's own."""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    places = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    return package in _VERSIONED or file.startswith(places)
 
 
 def _is_own(value: Any) -> bool:
     """Whether value is a function, or something that wraps one, from another package than torch and fastddpm."""
     function = _function(value)
-    return function is not None and str(function.__globals__.get("__name__")).partition(".")[0] not in _VERSIONED
+    return function is not None and not _has_version(str(function.__globals__.get("__name__")).partition(".")[0])
 
 
 def _function(value: Any) -> FunctionType | None:
@@ -152,7 +173,10 @@ def _function(value: Any) -> FunctionType | None:
         if isinstance(value, FunctionType) and not hasattr(value, "__wrapped__"):
             return value
         for name in ("__wrapped__", "__func__", "func", "fget"):
-            if not isinstance(value, type) and (inner := getattr(value, name, None)) is not None:
+            inner = None
+            with suppress(Exception):  # of the user's own __getattr__
+                inner = None if isinstance(value, type) else getattr(value, name, None)
+            if inner is not None:
                 value = inner
                 break
         else:
@@ -192,11 +216,12 @@ def _described(value: Any, seen: set[int]) -> Iterator[str]:
             seen.add(id(function))
             yield from _described_function(function, seen)
     else:
-        simple = isinstance(value, bool | int | float | complex | str | bytes | None)
+        simple = isinstance(value, Number | str | bytes | None)
         yield repr(value) if simple else type(value).__qualname__
         if _is_object(value) and not isinstance(value, nn.Module) and id(value) not in seen:
             seen.add(id(value))
-            yield from _described(_settings(getattr(value, "__dict__", {})), seen)
+            with suppress(AttributeError):  # it has none
+                yield from _described(_settings(object.__getattribute__(value, "__dict__")), seen)
         if callable(value) and not isinstance(value, type | nn.Module):
             yield from _described(getattr(type(value), "__call__"), seen)  # noqa: B004, B009
 

@@ -145,7 +145,7 @@ class ShardFolder:
         return f"{self.path} holds samples with {in_short(there)}, not {in_short(here)}; {way_out}"
 
     def check_complete(self) -> None:
-        """Check that no file was deleted since it was written; a manifest or labels that were are written again.
+        """Check that no file was deleted since it was written. A deleted manifest, or file of labels, is written again.
 
         Raises: ValueError: a file, the labels or the manifest are missing, or the manifest is another one.
         """

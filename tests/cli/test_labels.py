@@ -55,6 +55,7 @@ def test_names_that_are_numbers():
         with pytest.raises(ValueError, match=r"has \d, which is the name of class \d and the number of another; write"):
             parse_labels(text, names)
     assert list(parse_labels("1-1,2-2", names)) == [1, 2]
+    assert list(parse_labels("01", ("01", "02"))) == [0]
     ages = ("0-9", "10-19", "1-2")
     assert list(parse_labels("10-19", ages)) == [1]
     for text in ("1-2", "10-19,1-2"):

@@ -224,7 +224,7 @@ def test_a_reply_that_was_not_read_is_given_to_no_later_call(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         extractor(IMAGES)
     monkeypatch.setattr(isolated, "_receive", receive)
-    with pytest.raises(ValueError, match=r"net\.pt was interrupted in an earlier call; load the extractor again"):
+    with pytest.raises(ValueError, match=r"an earlier call of net\.pt did not end; load the extractor again"):
         extractor(IMAGES)
 
 

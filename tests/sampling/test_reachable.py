@@ -212,7 +212,12 @@ def test_dropout_of_a_global_network_is_off(model):
 OTHER = Network()  # of the script, not of the networks that are sampled
 
 
-@pytest.mark.parametrize("kind", ["attribute of the same name", "attribute of a module", "global"])
+def call_by_another_name(x, t):
+    other = package.inner  # noqa: F821
+    return other.net(x, t)
+
+
+@pytest.mark.parametrize("kind", ["another name", "attribute of the same name", "attribute of a module", "global"])
 def test_a_function_reaches_the_globals_that_it_reads_alone(kind, monkeypatch):
     module = ModuleType("package.inner")
     module.net = Network()
@@ -221,6 +226,7 @@ def test_a_function_reaches_the_globals_that_it_reads_alone(kind, monkeypatch):
     monkeypatch.setitem(globals(), "net", OTHER)
     holder = Holder(Network())
     model, want = {
+        "another name": (call_by_another_name, module.net),
         "attribute of the same name": (holder, holder.net),
         "attribute of a module": (lambda x, t: package.inner.net(x, t), module.net),  # noqa: F821
         "global": (lambda x, t: OTHER(x, t), OTHER),
@@ -244,7 +250,7 @@ def test_dropout_that_stays_on_is_told_once_per_batch(engine, warned, monkeypatc
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         sampler.sample(4, batch_size=2, steps=3, progress=False)
-    assert ["if this is dropout, call eval() on it" in str(warning.message) for warning in told] == [True] * 2 * warned
+    assert ["if it was for dropout, call eval()" in str(warning.message) for warning in told] == [True] * 2 * warned
 
 
 def test_modes_are_restored_although_a_module_refuses_them():
@@ -285,6 +291,20 @@ def test_the_walk_runs_no_code_of_the_user():
     net, strict = Network(), Strict()
     object.__setattr__(strict, "held", Lazy(net=net))
     assert net in [thing for _, thing in reachable(strict)]
+
+
+def test_equal_modules_have_their_own_modes():
+    class Equal(nn.Linear):
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+        def __hash__(self):
+            return 0
+
+    both = [Equal(2, 2), Equal(2, 2).eval()]
+    with evaluating(both):
+        assert [module.training for module in both] == [False, False]
+    assert [module.training for module in both] == [True, False]
 
 
 def test_modes_are_restored_part_by_part():

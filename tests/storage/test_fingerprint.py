@@ -105,6 +105,20 @@ def test_sums_see_one_bit_of_any_dtype(dtype):
         assert weights_sums(net) == weights_sums(net) != before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_see_every_bit(dtype):
+    net = nn.Module()
+    net.register_buffer("value", torch.ones(8, 8, dtype=dtype, device="cpu"))
+    before, content = weights_sums(net), net.value.view(torch.uint8).view(-1)
+    for place in range(len(content)):
+        for bit in range(8):
+            content[place] ^= 1 << bit
+            assert weights_sums(net) != before
+            content[place] ^= 1 << bit
+    net.value.neg_()
+    assert weights_sums(net) != before
+
+
 @pytest.mark.parametrize("shape", [(6,), (4, 8)], ids=str)
 def test_sums_see_values_that_change_places(shape):
     net = nn.Module()
@@ -243,8 +257,8 @@ CODES = {
     ),
     "an object in a part": lambda: patched(Net(), "activation", Scaling(2.0)),
     "another object in a part": lambda: patched(Net(), "activation", Scaling(3.0)),
-    "a module with a number": lambda: Activation(2.0),
-    "a module with another number": lambda: Activation(3.0),
+    "an object with a number of numpy": lambda: hooked(Scaling(np.float32(2))),
+    "an object with another number of numpy": lambda: hooked(Scaling(np.float32(3))),
     "a patched method": lambda: patched(Net(), "forward", types.MethodType(forward_twice, Net())),
     "a patched function": lambda: patched(Net(), "activation", factor(2.0)),
     "a subclass": lambda: subclassed(forward=forward_twice),
@@ -305,6 +319,51 @@ def test_running_does_not_change_the_code():
     for _ in range(1000):
         net(torch.zeros(1), None)
     assert code_sha256(net) == before
+
+
+def test_numbers_of_modules_count_where_that_is_asked_for():
+    """A network of the user's own may count its calls."""
+    one, other = Activation(2.0), Activation(3.0)
+    assert code_sha256(one) == code_sha256(other)
+    assert code_sha256(one, numbers=True) != code_sha256(other, numbers=True)
+
+
+class Attributes(dict):
+    """A configuration, as many projects have it."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Strict(Scaling):
+    def __getattribute__(self, name):
+        if name != "__class__":
+            raise RuntimeError(name)
+        return Strict
+
+
+def test_the_users_own_attributes_are_not_asked_for():
+    net = Net()
+    before = code_sha256(net)
+    net.config, net.layer.config = Attributes(path="here"), Attributes()
+    assert code_sha256(net) == before
+    net.strict = Strict.__new__(Strict)
+    assert code_sha256(net).keys() == {"Net", "strict"}
+
+
+def test_the_version_of_an_installed_package_counts(monkeypatch):
+    """Its code may hold what differs between processes, as diffusers' session has a number."""
+    diffusers = pytest.importorskip("diffusers")
+    net = diffusers.UNet2DModel(
+        block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    )
+    before = code_sha256(net)
+    assert before.keys() == {"diffusers"}
+    monkeypatch.setattr(diffusers.utils.hub_utils, "SESSION_ID", "another")
+    net.register_to_config(_name_or_path="elsewhere")
+    assert code_sha256(net) == before
+    monkeypatch.setattr(fingerprint, "installed", lambda package: f"another {package}")
+    assert code_sha256(net) != before
 
 
 def test_training_mode_and_records_do_not_change_the_code():

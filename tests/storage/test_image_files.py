@@ -245,6 +245,14 @@ def test_a_warning_of_a_lost_orientation_names_the_image(tmp_path, form, at, val
     assert [str(warning.message).partition(" ")[0] for warning in told] == [str(tmp_path / "0.png")]
 
 
+@pytest.mark.parametrize("prefixes", [1, 2])
+def test_an_empty_exif_and_a_doubled_prefix(tmp_path, prefixes):
+    (tmp_path / "0.jpg").write_bytes(encoded("JPEG", exif=b"Exif\0\0"))
+    assert load_images(tmp_path).shape == (1, 16, 24, 3)
+    (tmp_path / "0.jpg").write_bytes(encoded("JPEG", exif=b"Exif\0\0" * prefixes + exif()[6:]))
+    assert load_images(tmp_path).shape == (1, 24, 16, 3)
+
+
 @pytest.mark.parametrize("chunk", [b"eXIf", b"tEXt", b"iCCP", b"pHYs", b"bKGD", b"vpAg"])
 def test_png_with_a_wrong_checksum_of_metadata(tmp_path, chunk):
     info = __import__("PIL.PngImagePlugin").PngImagePlugin.PngInfo()

@@ -18,7 +18,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eps_loss, group_norm, interleave, noising, predict_step, residual, step, tree, x_0_error
+from . import eps_loss, group_norm, interleave, noising, normal, predict_step, residual, step, tree, x_0_error
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -94,6 +94,11 @@ def predict_step_variant(
     return Variant(name, kernel, types, constants, options, elements, read, BYTES[x_prev] + BYTES[x_0])
 
 
+def normal_variant() -> Variant:
+    types = {"z_ptr": "*fp32", "t_ptr": "*i64", "address_ptr": "*i64", "per_sample": "i32", "stream": "i32"}
+    return Variant("normal", normal.normal_kernel, types, {"BLOCK": normal.BLOCK}, normal.OPTIONS, normal.BLOCK, 0, 4)
+
+
 def noising_variant(x_0: str, x_t: str, *, with_t: bool = False) -> Variant:
     types = {"x_t_ptr": f"*{x_t}", "x_0_ptr": f"*{x_0}", "t_ptr": "*i64", "address_ptr": "*i64", "table_ptr": "*fp32"}
     types |= {"per_sample": "i32"}
@@ -154,8 +159,8 @@ def group_norm_variants(
 
 def residual_variant(dtype: str, *, bias: bool) -> Variant:
     types = {"h_ptr": f"*{dtype}", "residual_ptr": f"*{dtype}", "bias_ptr": "*fp32"}
-    types |= dict.fromkeys(("per_sample", "channels", "blocks"), "i32")
-    constants = {"BLOCK": residual.BLOCK} | ({} if bias else {"bias_ptr": None})
+    types |= dict.fromkeys(("per_sample", "channels", "blocks"), "i32") | {"scale": "fp32"}
+    constants = {"SCALE": False, "BLOCK": residual.BLOCK} | ({} if bias else {"bias_ptr": None})
     name, kernel, read = f"residual {dtype}{', bias' * bias}", residual.residual_kernel, 2 * BYTES[dtype] + 4 * bias
     return Variant(name, kernel, types, constants, residual.OPTIONS, residual.BLOCK, read, BYTES[dtype])
 
@@ -184,6 +189,7 @@ VARIANTS = (
     predict_step_variant("fp32", "fp32", "fp32", learned="learned_range"),
     predict_step_variant("bf16", "bf16", "bf16"),
     predict_step_variant("fp16", "fp16", None, sampler="ddim", clip=False, at="*i64"),
+    normal_variant(),
     noising_variant("u8", "fp32"),
     noising_variant("u8", "bf16"),
     noising_variant("fp32", "fp32", with_t=True),

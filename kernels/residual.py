@@ -1,4 +1,4 @@
-"""Fused residual h = h + residual + bias, in place: reads h and residual, writes h.
+"""Fused residual h = ((h + residual) + bias) / scale, in place: reads h and residual, writes h.
 
 Traffic: 3 times the element size: 6 bytes per element in bf16.
 Precision: all arithmetic in fp32 in the written order, rounded once.
@@ -23,6 +23,8 @@ def residual_kernel(
     per_sample,
     channels,
     blocks,  # of a sample
+    scale,
+    SCALE: tl.constexpr,  # whether scale is not 1
     BLOCK: tl.constexpr,
 ):
     n = (tl.program_id(0) // blocks).to(tl.int64)  # axis 0: axes 1 and 2 stop at 65,535
@@ -32,13 +34,15 @@ def residual_kernel(
     h = tl.load(h_ptr + at, mask=mask).to(tl.float32) + tl.load(residual_ptr + at, mask=mask).to(tl.float32)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + offs % channels)
+    if SCALE:
+        h = tl.div_rn(h, scale)
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_residual(h, residual, bias):
+def launch_residual(h, residual, bias, scale):
     """Launches only: fastddpm.ops has checked every argument."""
     per_sample = h.shape[1:].numel()
     blocks = triton.cdiv(per_sample, BLOCK)
     with torch.cuda.device_of(h):
-        sizes = per_sample, h.shape[1], blocks
-        launch(residual_kernel, (len(h) * blocks,), h, residual, bias, *sizes, BLOCK=BLOCK, **OPTIONS)
+        sizes, constants = (per_sample, h.shape[1], blocks), {"SCALE": scale != 1, "BLOCK": BLOCK, **OPTIONS}
+        launch(residual_kernel, (len(h) * blocks,), h, residual, bias, *sizes, float(scale), **constants)

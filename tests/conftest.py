@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,22 +31,23 @@ collect_ignore = [
 needs_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
-@pytest.fixture(params=["cpu", "interpreter", pytest.param("cuda", marks=needs_gpu)])
+@pytest.fixture(params=["torch", "cpp", "interpreter", pytest.param("cuda", marks=needs_gpu)])
 def device(request):
-    """The device for tensors: `ops` runs on it in torch, in the interpreter or compiled."""
-    return _device(request)
+    """The device for tensors: `ops` runs on it in torch, in C++, in Triton's interpreter or compiled by Triton."""
+    yield from _device(request)
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=needs_gpu)])
 def kernel_device(request):
     """Like `device`, but only Triton."""
-    return _device(request)
+    yield from _device(request)
 
 
 def _device(request):
     if request.param == "interpreter":
         request.getfixturevalue("interpreted")
-    return "cuda" if request.param == "cuda" else "cpu"
+    with ops.forced_backend(request.param) if request.param in ("torch", "cpp") else nullcontext():
+        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 @pytest.fixture

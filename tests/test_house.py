@@ -33,15 +33,17 @@ networks: unet2d obstacles config layers
 processes: progress displays distributed signals
 storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
          classes decoding npz idx arrays data_checks fingerprint indices files caches
-ops: eps_loss x_0_error group_norm interleave noising predict_step residual step checks library backend
+ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual step checks library backend
 core: noise schedule table betas layout precision memory checks names
 reference: likelihood unet diffusion
-kernels: report eps_loss x_0_error group_norm interleave noising predict_step residual step tree philox \
+kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual step tree philox \
          block columns launch
+| kernels.cpu: launch native
 _moved
 _version
 """
-PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").glob("*.py"))]
+PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
+APART = ("reference", "kernels", "kernels.cpu")  # rooms that import nothing of the others
 LIGHT = {"torch", *sys.stdlib_module_names}
 KNOWN = LIGHT | {"numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime"}
 
@@ -75,7 +77,7 @@ def wrong_imports(source, module):
     name = module.removeprefix("fastddpm.")
     height, room, place = POSITIONS[name]
     package = module if place == 0 else module.rpartition(".")[0]
-    outside = LIGHT if room in ("reference", "kernels") else KNOWN
+    outside = LIGHT if room in APART else KNOWN
     outside = outside | {"kernels": {"triton"}, "diffusers": {"diffusers"}}.get(room, set())
     for dotted in imported(source, package):
         top, _, inside = dotted.partition(".")
@@ -83,11 +85,11 @@ def wrong_imports(source, module):
             fine = top in outside
         else:
             parts = inside.split(".")
-            target = next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in POSITIONS), None)
+            target = next((".".join(parts[:n]) for n in (3, 2, 1) if ".".join(parts[:n]) in POSITIONS), None)
             there = POSITIONS.get(target)
             same_room = there is not None and there[1] == room
             fine = there is not None and (there[2] > place if same_room else there[0] < height)
-            fine = fine and (same_room or room not in ("reference", "kernels"))
+            fine = fine and (same_room or room not in APART)
         if not fine:
             yield dotted
 

@@ -13,16 +13,13 @@ from contextlib import suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastddpm._version import __version__
 from fastddpm.cli import terminal
 from fastddpm.cli.options import number_list
 from fastddpm.storage.caches import user_cache
 from fastddpm.storage.files import atomic
-
-if TYPE_CHECKING:
-    import torch
 
 SUMMARY = "show versions, the machine and the defaults"
 EPILOG = """
@@ -99,17 +96,9 @@ def machine_facts() -> dict[str, Any]:
         "device": compute.device.type,
         "precision": compute.precision,
         "backend": ops.backend(compute.device),
-        "backend_reason": _backend_reason(compute.device),
+        "backend_reason": ops.backend_reason(compute.device),
     }
     return {"version": versions, "machine": machine, "default": default}
-
-
-def _backend_reason(device: "torch.device") -> str:
-    from fastddpm import ops
-
-    if device.type != "cuda":
-        return "the Triton kernels need a GPU"
-    return "a GPU, with Triton installed" if ops.backend(device) == "triton" else "Triton is not installed"
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -245,7 +245,7 @@ class UNet2D(nn.Module):
             raise ValueError(f"the network cannot be fused: {obstacle}; call it as it is, or give it to a Sampler")
         device = self.conv_in.weight.device if device is None else named_device(device)
         on_cpu = device.type == "cpu"
-        kernels = ops.backend(device) == "triton"
+        kernels = ops.backend(device) != "torch"
         pack = pack and on_cpu and torch.backends.mkldnn.is_available() and _is_packable(dtype)
         with torch.device("meta"):
             net = UNet2D(**self.config)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastddpm.core import layout, noise
 from fastddpm.core.checks import one_of
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_model_output, check_noising
 from fastddpm.ops.library import LIBRARY, PREDICTIONS, register
 from fastddpm.ops.noising import data_units, eps_of, has_t
@@ -49,11 +49,8 @@ def eps_loss(
 def _eps_loss(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, predicts: str, stream: int) -> Tensor:
     if not m.numel():
         return m.new_zeros(len(m), dtype=torch.float32)
-    if backend(m.device) == "triton":
-        from fastddpm.kernels.eps_loss import launch_eps_loss  # type: ignore[import-not-found]
-
-        with_t = has_t(stream)
-        return launch_eps_loss(m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=with_t)
+    if (launch := launcher("eps_loss", m.device)) is not None:
+        return launch(m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=has_t(stream))
     return squared_error(m, _target(x_0, t, address, table, predicts, stream))
 
 
@@ -68,11 +65,8 @@ def _eps_loss_backward(
     grad = grad.contiguous()  # the gradient of a sum is one number, expanded
     if not m.numel():
         return out
-    if backend(m.device) == "triton":
-        from fastddpm.kernels.eps_loss import launch_eps_loss_backward
-
-        with_t = has_t(stream)
-        launch_eps_loss_backward(out, grad, m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=with_t)
+    if (launch := launcher("eps_loss_backward", m.device)) is not None:
+        launch(out, grad, m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=has_t(stream))
         return out
     d = m.float() - _target(x_0, t, address, table, predicts, stream)
     return out.copy_((2 * grad).view(-1, *[1] * (m.ndim - 1)) * d)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.core import layout
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_no_gradients, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, MAX_ACTIVATION, MAX_GROUP, register
 
@@ -105,10 +105,8 @@ def _group_norm(
     y = _group_norm_fake(x, weight)
     if y.numel() == 0:
         return y
-    if backend(x.device) == "triton":
-        from fastddpm.kernels.group_norm import launch_group_norm  # type: ignore[import-not-found]
-
-        launch_group_norm(y, x, weight, bias, groups, eps, skip, add, silu=silu)
+    if (launch := launcher("group_norm", x.device)) is not None:
+        launch(y, x, weight, bias, groups, eps, skip, add, silu=silu)
         return y
     v = x.float() if skip is None else torch.cat([x, skip], 1).float()
     if add is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import layout
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_no_gradients, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, MAX_ACTIVATION, register
 
@@ -38,10 +38,8 @@ def _interleave(y: Tensor, bias: Tensor | None) -> Tensor:
     out = _interleave_fake(y, bias)
     if out.numel() == 0:
         return out
-    if backend(y.device) == "triton":
-        from fastddpm.kernels.interleave import launch_interleave  # type: ignore[import-not-found]
-
-        launch_interleave(out, y, bias)
+    if (launch := launcher("interleave", y.device)) is not None:
+        launch(out, y, bias)
         return out
     if bias is not None:
         y = layout.channels_last((y.float() + bias.repeat(4).view(-1, 1, 1)).to(y.dtype))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import layout, noise
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_noising, dtype_names
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import add_noise
@@ -58,10 +58,8 @@ def eps_of(x_0: Tensor, t: Tensor, address: Tensor, stream: int) -> Tensor:
 
 def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
     x_t = _noising_fake(x_0, t, address, table, stream, dtype)
-    if backend(x_0.device) == "triton":
-        from fastddpm.kernels.noising import launch_noising  # type: ignore[import-not-found]
-
-        launch_noising(x_t, x_0, t, address, table, stream=stream, with_t=has_t(stream))
+    if (launch := launcher("noising", x_0.device)) is not None:
+        launch(x_t, x_0, t, address, table, stream=stream, with_t=has_t(stream))
         return x_t
     return x_t.copy_(add_noise(data_units(x_0), eps_of(x_0, t, address, stream), table[t]))
 

@@ -10,6 +10,7 @@ from fastddpm.core import layout, noise
 from fastddpm.ops.backend import backend
 from fastddpm.ops.checks import check_address, tensor_summary
 from fastddpm.ops.library import FLOATS, MAX_PER_SAMPLE
+from fastddpm.ops.normal import normal
 from fastddpm.reference import diffusion
 
 Clip = float | Callable[[Tensor], Tensor] | None
@@ -91,8 +92,8 @@ def _addressed_noise(address: Tensor, x: Tensor, at: int | Tensor, dtype: torch.
     """z of the step at row `at`, in fp32 or fp64; None for row 0, which has no timestep."""
     if isinstance(at, int) and at < 1:
         return None
-    t = at - 1 if isinstance(at, int) else (at - 1).clamp(min=0)
-    z = noise.normal(address, x.shape[1:], stream=noise.STEP, t=t)
+    t = torch.empty_like(address[:, 0]).copy_(torch.as_tensor(at - 1, device=address.device).clamp(min=0))
+    z = normal(address, x.shape[1:], stream=noise.STEP, t=t)
     return z.to(torch.promote_types(dtype, torch.float32))
 
 

@@ -1,22 +1,26 @@
-"""The sum of a block's output, its input and a bias, in place."""
+"""The sum of a block's output, its input and a bias, divided by a scale, in place."""
+
+from math import inf
 
 import torch
 from torch import Tensor
 
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_no_gradients, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, MAX_ACTIVATION, register
 
 
-def residual(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
-    """h = (h + residual) + bias in place, in fp32, rounded once.
+def residual(h: Tensor, residual: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """h = ((h + residual) + bias) / scale in place, in fp32, rounded once.
 
     Args:
         h: [N, C, *spatial] or [N, D] fp32/bf16/fp16, channels-last; overwritten.
         residual: like h.
         bias: [C] fp32, or None.
+        scale: the divisor, rounded to fp32 first.
     Returns: h.
-    Raises: ValueError: a shape, dtype, layout or device is not as above, or an argument requires a gradient.
+    Raises: ValueError: a shape, dtype, layout or device is not as above, scale is not positive, or an argument
+        requires a gradient.
     """
     check_state("residual", "h", h, FLOATS, MAX_ACTIVATION)
     check_state("residual", "residual", residual, (h.dtype,), MAX_ACTIVATION)
@@ -27,18 +31,19 @@ def residual(h: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:
         check_tensor("residual", "bias", bias, h.shape[1:2], torch.float32, h.device, "one value per channel of h")
         check_no_gradients("residual", bias=bias)
-    torch.ops.fastddpm.residual(h, residual, bias)
+    if not isinstance(scale, int | float) or not 0 < scale < inf:
+        raise ValueError(f"residual: scale is {scale!r}; want a number > 0")
+    torch.ops.fastddpm.residual(h, residual, bias, float(scale))
     return h
 
 
-def _residual(h: Tensor, residual: Tensor, bias: Tensor | None) -> None:
-    if backend(h.device) == "triton":
-        from fastddpm.kernels.residual import launch_residual  # type: ignore[import-not-found]
-
+def _residual(h: Tensor, residual: Tensor, bias: Tensor | None, scale: float) -> None:
+    if (launch := launcher("residual", h.device)) is not None:
         torch.autograd.graph.increment_version(h)  # autograd does not see what a kernel writes
-        return launch_residual(h, residual, bias)
+        return launch(h, residual, bias, scale)
     total = h.float() + residual.float()
-    h.copy_(total if bias is None else total + bias.view(-1, *[1] * (h.ndim - 2)))
+    total = total if bias is None else total + bias.view(-1, *[1] * (h.ndim - 2))
+    h.copy_(total if scale == 1 else total / scale)
 
 
-register("residual(Tensor(a!) h, Tensor residual, Tensor? bias) -> ()", _residual, lambda *args: None)
+register("residual(Tensor(a!) h, Tensor residual, Tensor? bias, float scale) -> ()", _residual, lambda *args: None)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastddpm.core import layout, noise
 from fastddpm.core.table import COLUMNS, StepColumns, StepTable
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_address, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import update
@@ -99,12 +99,10 @@ def _step(
     copy: Tensor | None,
     bad: Tensor | None,
 ) -> None:
-    if backend(x.device) == "triton":
-        from fastddpm.kernels.step import launch_step  # type: ignore[import-not-found]  # the installation maps it
-
+    if (launch := launcher("step", x.device)) is not None:
         written = [tensor for tensor in (x, copy, bad) if tensor is not None]
         torch.autograd.graph.increment_version(written)  # autograd does not see what a kernel writes
-        return launch_step(x, m, rows, timesteps, pos, address, copy, bad, clip=clip)
+        return launch(x, m, rows, timesteps, pos, address, copy, bad, clip=clip)
     row, t = rows[pos], timesteps[pos]
     S = StepColumns.of(row).S
     # on a GPU the test would wait for the device

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import layout, noise
-from fastddpm.ops.backend import backend
+from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_model_output, check_no_gradients, check_noising
 from fastddpm.ops.library import register
 from fastddpm.ops.noising import data_units, eps_of, has_t
@@ -41,10 +41,8 @@ def x_0_error(
 def _x_0_error(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int) -> Tensor:
     if not m.numel():
         return m.new_zeros(len(m), dtype=torch.float32)
-    if backend(m.device) == "triton":
-        from fastddpm.kernels.x_0_error import launch_x_0_error  # type: ignore[import-not-found]
-
-        return launch_x_0_error(m, x_0, t, address, table, stream=stream, with_t=has_t(stream))
+    if (launch := launcher("x_0_error", m.device)) is not None:
+        return launch(m, x_0, t, address, table, stream=stream, with_t=has_t(stream))
     x, (noising_row, prediction_row) = data_units(x_0), table[t].split([2, 5], 1)
     x_t = add_noise(x, eps_of(x_0, t, address, stream), noising_row)
     return squared_error(predicted_x_0(x_t, m, prediction_row), x)

@@ -58,7 +58,7 @@ class BatchNetwork:
         self._may_share_position = self._one_position = False
         self._is_first = True  # call of the network since `load`
         if net is not None:
-            kernels = ops.backend(device) == "triton"
+            kernels = ops.backend(device) != "torch"
             columns = cast(nn.Linear, net.projection).out_features
             rows_dtype = torch.float32 if kernels else prepared.dtype
             self._time_rows = torch.empty(T, columns, dtype=rows_dtype, device=device)
@@ -247,8 +247,8 @@ class Runner:
 
     def start(self) -> None:
         """Draw x_T ~ N(0, I) of each entry, and go to the first step of the table."""
-        T = self.table.num_train_timesteps
-        self.x.copy_(noise.normal(self.address, self.x.shape[1:], stream=noise.START, t=T))
+        T = torch.full_like(self.address[:, 0], self.table.num_train_timesteps)
+        self.x.copy_(ops.normal(self.address, self.x.shape[1:], stream=noise.START, t=T))
         if self.network.input is not self.x:
             self.network.input.copy_(self.x)
         self.network.positions.fill_(self.steps - 1)

@@ -10,7 +10,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-INSTRUCTIONS = {"step": 80, "predict_step": 106, "noising": 80, "eps_loss": 80, "x_0_error": 80}  # per element
+INSTRUCTIONS = {
+    "step": 80,
+    "predict_step": 106,
+    "normal": 80,
+    "noising": 80,
+    "eps_loss": 80,
+    "x_0_error": 80,
+}  # per element
 INSTRUCTIONS |= {"tree_sum": 20, "norm": 64, "residual": 20, "interleave": 20}
 # a norm may use these: it is not specified to the bit
 FAST = {"fma.rn.f32", "div.full.f32", "div.approx.f32", "ex2.approx.ftz.f32"}
@@ -88,7 +95,7 @@ def test_a_norm_that_is_not_lean_is_detected(damage):
 
 # Kernels that the sampler, the trainer and diffusers' schedulers launch.
 LAUNCHED = {"step m fp32, clip", "step m fp32", "step m bf16, clip, copy bf16", "step m bf16, copy bf16"}
-LAUNCHED |= {"noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias", "interleave bf16, bias"}
+LAUNCHED |= {"normal", "noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias", "interleave bf16, bias"}
 LAUNCHED |= {"x_0_error bf16, u8"}
 LAUNCHED |= {"eps_loss bf16", "eps_loss bf16, backward", "eps_loss bf16, v_prediction u8", "tree_sum"}
 LAUNCHED |= {f"predict_step {kind}" for kind in ("fp32, clip, z fp32", "fp32, clip, z registers", "bf16, clip, z bf16")}
@@ -224,7 +231,7 @@ from fastddpm.kernels import group_norm, interleave, launch, residual
 h, bias = torch.zeros(2, 4, 16, dtype=torch.bfloat16), torch.zeros(4)
 with launch.compiling():
     for h in (h, h.float(), h.half()):
-        residual.launch_residual(h, h, bias)
+        residual.launch_residual(h, h, bias, 1.0)
     for pixels in (64, 1 << 16):  # one launch, and two
         x, bias = torch.zeros(1, 32, pixels, dtype=torch.bfloat16), torch.zeros(32)
         group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, silu=True)
@@ -237,7 +244,7 @@ for kernel, count in (kernels | {group_norm.statistics_kernel: 1, group_norm.app
     assert [type(kernel).__name__ for kernel in compiled] == count * ["CompiledKernel"], compiled
 h, bias = torch.zeros(2, 4, 16), torch.zeros(4)
 try:
-    residual.launch_residual(h, h, bias)
+    residual.launch_residual(h, h, bias, 1.0)
 except AttributeError:
     print("launched")  # after the context
 """

@@ -1,4 +1,4 @@
-"""`ops.residual` in torch, in the Triton interpreter and on a GPU: the bits of fp32 arithmetic, rounded once."""
+"""`ops.residual` of every backend: the bits of fp32 arithmetic, rounded once."""
 
 import os
 import subprocess
@@ -38,10 +38,11 @@ def inputs(shape, dtype=torch.float32, bias=True):
     return h, residual, torch.randn(shape[1], generator=generator(2)) if bias else None
 
 
-def summed(h: Tensor, residual: Tensor, bias: Tensor | None) -> Tensor:
+def summed(h: Tensor, residual: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
     """The specification."""
     total = h.float() + residual.float()
-    return (total if bias is None else total + bias.view(-1, *[1] * (h.ndim - 2))).to(h.dtype)
+    total = total if bias is None else total + bias.view(-1, *[1] * (h.ndim - 2))
+    return (total / scale).to(h.dtype)
 
 
 def run(device, h, residual, bias):
@@ -60,6 +61,24 @@ def test_residual_equals_specification(shape, dtype, bias, device):
     assert_same_bits(got, summed(h, residual, bias))
     assert_same_bits(other, residual)
     guards.check()
+
+
+@pytest.mark.parametrize("scale", [1, 3, 2**0.5])
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+def test_residual_divides_by_the_scale(dtype, scale, device):
+    for bias in (False, True):
+        h, residual, bias = inputs((3, 5, 7, 11), dtype, bias)
+        got = ops.residual(
+            h.to(device, copy=True), residual.to(device), None if bias is None else bias.to(device), scale
+        )
+        assert_same_bits(got, summed(h, residual, bias, scale))
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, inf, nan, None, "1"])
+def test_residual_rejects_a_scale(scale):
+    h, residual, bias = inputs((2, 8, 4, 4))
+    with pytest.raises(ValueError, match=r"^residual: scale is .*; want a number > 0$"):
+        ops.residual(h, residual, bias, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,7 +134,7 @@ def far(value):  # on a CPU, untouched memory takes no physical pages
 
 drawn, bias = torch.randn(2, n, BLOCK, generator=torch.Generator().manual_seed(0)).half(), torch.randn(8)
 (h, blocks), (residual, _) = far(drawn[0]), far(drawn[1])
-residual_kernel[n,](h, residual, bias.to(device), per_sample, 8, 1, BLOCK=BLOCK, **OPTIONS)
+residual_kernel[n,](h, residual, bias.to(device), per_sample, 8, 1, 1.0, SCALE=False, BLOCK=BLOCK, **OPTIONS)
 want = (drawn[0].float() + drawn[1].float() + bias.repeat(BLOCK // 8)).half()
 assert torch.equal(blocks.cpu(), want)
 """
@@ -213,7 +232,7 @@ def test_torch_compile_traces_residual(device, dynamic):
 @pytest.mark.parametrize("bias", [False, True])
 def test_residual_passes_opcheck(bias, device):
     h, residual, bias = inputs((2, 8, 4, 4), torch.float16, bias)
-    arguments = h.to(device), residual.to(device), None if bias is None else bias.to(device)
+    arguments = h.to(device), residual.to(device), None if bias is None else bias.to(device), 1.5
     torch.library.opcheck(torch.ops.fastddpm.residual.default, arguments)
 
 

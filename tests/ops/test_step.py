@@ -388,7 +388,8 @@ def test_no_noise_is_drawn_if_all_rows_have_none(pos, drawn, monkeypatch):
     calls = []
     normal = noise.normal
     monkeypatch.setattr(noise, "normal", lambda *args, **kwargs: calls.append(args) or normal(*args, **kwargs))
-    ops.step(**step_arguments() | {"pos": torch.tensor(pos, dtype=torch.int32)})
+    with ops.forced_backend("torch"):
+        ops.step(**step_arguments() | {"pos": torch.tensor(pos, dtype=torch.int32)})
     assert len(calls) == drawn
 
 

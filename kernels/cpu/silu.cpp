@@ -1,0 +1,25 @@
+// SiLU of each element: reads x, writes y.
+//
+// Traffic: twice the element size. Precision: as silu.h, rounded once. Proof: tests/kernels/test_silu.py.
+#include "silu.h"
+
+#include "floats.h"
+
+namespace fastddpm::FASTDDPM_ISA {
+
+void silu(const Call& call) {
+    Arguments a(call);
+    int64_t count = a.size();
+    auto y = a.pointer<char>();  // [count] in dtype
+    auto x = a.pointer<char>();  // like y; may be y
+    Share share(count, call);
+    with_float(a.size(), [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        auto from = reinterpret_cast<const T*>(x);
+        auto to = reinterpret_cast<T*>(y);
+#pragma GCC ivdep
+        for (int64_t i = share.first; i < share.last; ++i) narrow(silu(widen(from[i])), to[i]);
+    });
+}
+
+}  // namespace fastddpm::FASTDDPM_ISA

@@ -64,6 +64,7 @@ class UNet2D(nn.Module):
         self.conv_norm_out = GroupNorm(c["norm_num_groups"], widths[0], c["norm_eps"])
         self.conv_out = Conv2d(widths[0], c["out_channels"], 3, padding=1)
         self.projection: nn.Linear | None = None
+        self.version = 0  # of the parameters, of a copy by `for_inference`
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -195,13 +196,17 @@ class UNet2D(nn.Module):
             return self.projection(embed)
         return torch.cat([resnet.time_columns(embed) for resnet in self.resnets], 1)
 
-    def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Evaluate the network, given rows of `time_rows`: one row for the whole batch, or [N, columns]."""
+    def check_shape(self, x: Tensor) -> None:
+        """Check the shape of an input. Raises: ValueError: the network cannot take it."""
         channels, factor = self.config["in_channels"], 1 << (len(self.config["block_out_channels"]) - 1)
         if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:] or any(side % factor for side in x.shape[2:]):
             raise ValueError(
                 f"x is {tuple(x.shape)}; want [N, {channels}, H, W] with H and W multiples of {factor} for this network"
             )
+
+    def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Evaluate the network, given rows of `time_rows`: one row for the whole batch, or [N, columns]."""
+        self.check_shape(x)
         columns = iter(rows.split([resnet.columns for resnet in self.resnets], 1))
         x = channels_last(x)
         if self.config["center_input_sample"]:
@@ -283,11 +288,17 @@ class UNet2D(nn.Module):
                 state |= {f"{prefix}.{name}": value for name, value in module.fused_parameters()}
         weights, biases = zip(*(resnet.time_projection() for resnet in source.resnets), strict=True)
         state |= {"projection.weight": torch.cat(weights), "projection.bias": torch.cat(biases)}
+        changed = False
         for name, parameter in self.named_parameters():
-            parameter.copy_(state[name])
-        for module in self.modules():
-            if isinstance(module, Conv2d):
-                module.version += 1
+            value = state[name].to(parameter.dtype)
+            if not torch.equal(parameter, value):
+                parameter.copy_(value)
+                changed = True
+        if changed:
+            self.version += 1
+            for module in self.modules():
+                if isinstance(module, Conv2d):
+                    module.version += 1
 
     def _sinusoid(self, t: Tensor) -> Tensor:
         """Sinusoidal embedding of t [N] -> [N, block_out_channels[0]] in the time MLP's dtype."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastddpm.core.precision import Compute, arithmetic
 from fastddpm.networks.obstacles import Obstacles
+from fastddpm.networks.planned import PlannedUNet, can_be_planned
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
@@ -88,7 +89,8 @@ class PreparedModel:
             if isinstance(self.model, UNet2D) and not self.obstacles:
                 if self.net is None:
                     self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
-                    self.plain_forward = self.net.denoise
+                    planned = not self.compiles and can_be_planned(self.net)
+                    self.plain_forward = PlannedUNet(self.net) if planned else self.net.denoise
                 else:
                     self.net.refresh(self.model)
             if self.net is None:

@@ -86,7 +86,7 @@ def launch_silu(y, x):
 
 def _run(name: str, elements: int, *words: Any) -> None:
     """Call a kernel. Args: elements: how many it computes, which decides how many threads work."""
-    getattr(native().module, name)(elements, torch.get_num_threads(), *words)
+    getattr(native().module, name)(torch.get_num_threads(), elements, *words)
 
 
 def _pointer(x: Tensor | None) -> int:

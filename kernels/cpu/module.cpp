@@ -13,12 +13,15 @@
 #include "kernel.h"
 
 #define FASTDDPM_KERNELS(X)     /* name, phases, words of a call */ \
+    X(attention, 2, 7)          \
+    X(convolution, 1, 23)       \
     X(eps_loss, 2, 14)          \
     X(eps_loss_backward, 1, 14) \
     X(group_norm, 3, 17)        \
     X(interleave, 1, 8)         \
     X(noising, 1, 11)           \
     X(normal, 1, 6)             \
+    X(pack, 1, 6)               \
     X(residual, 1, 7)           \
     X(silu, 1, 4)               \
     X(step, 1, 13)              \
@@ -28,6 +31,7 @@
 #define FUNCTION(name, phases, words) name,
 #define INSTRUCTION_SET(isa)                                    \
     namespace fastddpm::isa {                                   \
+    int columns();                                              \
     FASTDDPM_KERNELS(DECLARE)                                   \
     const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};    \
     }
@@ -45,25 +49,35 @@ INSTRUCTION_SET(avx512)
 namespace fastddpm {
 namespace {
 
-constexpr int64_t GRAIN = 8192;  // elements that are worth a thread: a fork and join takes some microseconds
+constexpr int64_t GRAIN = 8192;  // work, in elements, that is worth a thread: a fork and join takes some microseconds
 constexpr int MOST_WORDS = 32;
+
+#define NAME(name, phases, words) #name,
+#define PHASE(name, phases, words) phases,
+#define WORD(name, phases, words) words,
+constexpr const char* NAMES[] = {FASTDDPM_KERNELS(NAME)};
+constexpr int PHASES[] = {FASTDDPM_KERNELS(PHASE)};
+constexpr int WORDS[] = {FASTDDPM_KERNELS(WORD)};
+constexpr int KERNELS = sizeof NAMES / sizeof *NAMES;
 
 struct InstructionSet {
     const char* name;
     const Function* kernels;
+    int (*columns)();
     bool (*supported)();
 };
 
 const InstructionSet INSTRUCTION_SETS[] = {
 #ifdef FASTDDPM_X86
-    {"avx512", avx512::kernels,
+    {"avx512", avx512::kernels, avx512::columns,
      [] {
          return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx2", avx2::kernels, [] { return bool(__builtin_cpu_supports("avx2")); }},
+    {"avx2", avx2::kernels, avx2::columns,
+     [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }},
 #endif
-    {"portable", portable::kernels, [] { return true; }},
+    {"portable", portable::kernels, portable::columns, [] { return true; }},
 };
 
 const InstructionSet* chosen = nullptr;
@@ -93,24 +107,39 @@ struct OpenMP {
     }
 } openmp;
 
-struct Task {
-    Function kernel;
-    int phases;
-    const int64_t* words;
+// A program is a sequence of calls, each [kernel, work, count, words...].
+constexpr int64_t HEAD = 3;
+
+// Words that begin with these 16 bits, which are those of a NaN, stand for a pointer that is given when a program runs:
+// 8 bits say which one, and 40 bits are added to it.
+constexpr uint64_t GIVEN = 0x7FFF;
+
+struct Program {
+    const int64_t *first, *last;
+    const int64_t* given;
+
+    int64_t resolved(int64_t word) const {
+        uint64_t bits = uint64_t(word);
+        return bits >> 48 == GIVEN ? given[bits >> 40 & 0xFF] + int64_t(bits & 0xFFFFFFFFFF) : word;
+    }
 
     void run(int thread, int threads) const {
-        for (int phase = 0; phase < phases; ++phase) {
-            if (phase && threads > 1) openmp.barrier();
-            kernel({words, phase, thread, threads});
+        int64_t words[MOST_WORDS];
+        for (const int64_t* call = first; call < last; call += HEAD + call[2]) {
+            int64_t useful = call[1] / GRAIN + 1, active = useful < threads ? useful : threads;
+            for (int64_t i = 0; i < call[2]; ++i) words[i] = resolved(call[HEAD + i]);
+            for (int phase = 0; phase < PHASES[call[0]]; ++phase) {
+                if (thread < active) chosen->kernels[call[0]]({words, phase, thread, int(active)});
+                if (threads > 1) openmp.barrier();
+            }
         }
     }
 };
 
-void run_in_parallel(const Task& task, int64_t elements, int64_t threads) {
-    threads = openmp.parallel ? (elements / GRAIN + 1 < threads ? elements / GRAIN + 1 : threads) : 1;
-    if (threads <= 1) return task.run(0, 1);
-    auto run = [](void* data) { static_cast<const Task*>(data)->run(openmp.thread(), openmp.threads()); };
-    openmp.parallel(run, const_cast<Task*>(&task), unsigned(threads), 0);
+void run_in_parallel(const Program& program, int64_t threads) {
+    if (!openmp.parallel || threads <= 1) return program.run(0, 1);
+    auto run = [](void* data) { static_cast<const Program*>(data)->run(openmp.thread(), openmp.threads()); };
+    openmp.parallel(run, const_cast<Program*>(&program), unsigned(threads), 0);
 }
 
 // One argument of a kernel: a whole number, a float, or None for a null pointer.
@@ -127,18 +156,52 @@ bool word_of(PyObject* argument, int64_t& word) {
     return true;
 }
 
-// kernel(elements, threads, *words)
-PyObject* call_kernel(int index, int phases, int words, PyObject* const* arguments, Py_ssize_t count) {
-    int64_t values[MOST_WORDS];
+// kernel(threads, work, *words)
+PyObject* call_kernel(int index, int words, PyObject* const* arguments, Py_ssize_t count) {
+    int64_t call[HEAD + MOST_WORDS], threads;
     if (count != words + 2) return PyErr_Format(PyExc_TypeError, "got %zd arguments, want %d", count, words + 2);
-    for (Py_ssize_t i = 0; i < count; ++i)
-        if (!word_of(arguments[i], values[i])) return nullptr;
+    if (!word_of(arguments[0], threads)) return nullptr;
+    for (Py_ssize_t i = 1; i < count; ++i)
+        if (!word_of(arguments[i], call[i == 1 ? 1 : HEAD + i - 2])) return nullptr;
     if (!chosen) return PyErr_Format(PyExc_RuntimeError, "no instruction set is chosen: call use() first");
-    Task task{chosen->kernels[index], phases, values + 2};
+    call[0] = index, call[2] = words;
+    Program program{call, call + HEAD + words, nullptr};
+    int64_t useful = call[1] / GRAIN + 1;
     PyThreadState* state = PyEval_SaveThread();
-    run_in_parallel(task, values[0], values[1]);
+    run_in_parallel(program, useful < threads ? useful : threads);
     PyEval_RestoreThread(state);
     Py_RETURN_NONE;
+}
+
+// replay(threads, program, *given)
+PyObject* replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    int64_t threads, given[MOST_WORDS];
+    char* bytes;
+    Py_ssize_t size;
+    if (count < 2 || count > 2 + MOST_WORDS) return PyErr_Format(PyExc_TypeError, "got %zd arguments", count);
+    if (!word_of(arguments[0], threads) || PyBytes_AsStringAndSize(arguments[1], &bytes, &size)) return nullptr;
+    for (Py_ssize_t i = 2; i < count; ++i)
+        if (!word_of(arguments[i], given[i - 2])) return nullptr;
+    auto words = reinterpret_cast<const int64_t*>(bytes);
+    Program program{words, words + size / 8, given};
+    PyThreadState* state = PyEval_SaveThread();
+    run_in_parallel(program, threads);
+    PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
+// record(name, work, *words) -> the bytes of a call in a program
+PyObject* record(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    int64_t call[HEAD + MOST_WORDS];
+    for (int index = 0; index < KERNELS && count >= 2; ++index) {
+        if (PyUnicode_CompareWithASCIIString(arguments[0], NAMES[index])) continue;
+        if (count != WORDS[index] + 2) break;
+        for (Py_ssize_t i = 1; i < count; ++i)
+            if (!word_of(arguments[i], call[i == 1 ? 1 : HEAD + i - 2])) return nullptr;
+        call[0] = index, call[2] = WORDS[index];
+        return PyBytes_FromStringAndSize(reinterpret_cast<char*>(call), (HEAD + WORDS[index]) * 8);
+    }
+    return PyErr_Format(PyExc_TypeError, "record: no kernel has this name and %zd words", count - 2);
 }
 
 enum Index {
@@ -149,7 +212,7 @@ enum Index {
 #define WRAPPER(name, phases, words)                                                        \
     PyObject* call_##name(PyObject*, PyObject* const* arguments, Py_ssize_t count) {        \
         static_assert(words + 2 <= MOST_WORDS);                                             \
-        return call_kernel(INDEX_##name, phases, words, arguments, count);                  \
+        return call_kernel(INDEX_##name, words, arguments, count);                          \
     }
 FASTDDPM_KERNELS(WRAPPER)
 
@@ -173,15 +236,21 @@ PyObject* supported(PyObject*, PyObject*) {
     return names;
 }
 
+PyObject* panel_columns(PyObject*, PyObject*) { return PyLong_FromLong(chosen ? chosen->columns() : 0); }
+
 PyObject* openmp_path(PyObject*, PyObject*) {
     if (!openmp.parallel) Py_RETURN_NONE;
     return PyUnicode_FromString(openmp.path ? openmp.path : "");
 }
 
-#define METHOD(name, phases, words) \
-    {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_##name)), METH_FASTCALL, nullptr},
+#define FAST(name, function, text) \
+    {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), METH_FASTCALL, text}
+#define METHOD(name, phases, words) FAST(#name, call_##name, nullptr),
 PyMethodDef methods[] = {
     FASTDDPM_KERNELS(METHOD)
+    FAST("record", record, "record(kernel, work, *words) -> the bytes of a call; a program is a sequence of them."),
+    FAST("replay", replay, "replay(threads, program, *pointers): run a program with the pointers that it is given."),
+    {"columns", panel_columns, METH_NOARGS, "The output channels of a panel of packed weights."},
     {"use", use, METH_O, "Choose the instruction set by its name; ValueError if this CPU does not have it."},
     {"supported", supported, METH_NOARGS, "The names of the instruction sets of this CPU, the fastest one first."},
     {"openmp", openmp_path, METH_NOARGS, "The file of the OpenMP runtime; None: there is none, so one thread works."},

@@ -1,0 +1,151 @@
+"""A fused `UNet2D` on a CPU in fp32, as a program of C++ kernels: one call evaluates the whole network.
+
+A program is made for each shape of the input. All of its memory is one block, in which buffers are reused as soon as
+nothing reads them any more, and weights are packed once. Biases, residuals and the time are added within the
+convolutions and norms; skips are read in place.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastddpm import ops
+from fastddpm.core import layout
+from fastddpm.kernels.cpu.program import Images, Program, Weights, given, pack  # type: ignore[import-not-found]
+from fastddpm.networks.layers import Attention, Conv2d, Downsample, GroupNorm, Resnet, Upsample, silu
+from fastddpm.networks.unet2d import UNet2D
+
+Pack = Callable[[Tensor, bool], Weights]  # (weight, whether for Winograd's method)
+
+MOST_SHAPES = 8  # programs that are kept
+LEAST_CHANNELS = 16  # for which Winograd's method is the faster one
+_X, _ROWS, _Y = 1, 2, 3  # the pointers that a program is given
+
+
+def can_be_planned(net: UNet2D) -> bool:
+    """Whether a copy by `for_inference` can be a program: it has kernels in C++, is in fp32, and has no rare option."""
+    weight, options = net.conv_in.weight, net.config
+    return (
+        ops.backend(weight.device) == "cpp"
+        and weight.dtype == torch.float32
+        and all(resnet.act is silu and not resnet.scale_shift for resnet in net.resnets)
+        and not options["center_input_sample"]
+    )
+
+
+class PlannedUNet:
+    """`UNet2D.denoise` of a copy by `for_inference`, as a program.
+
+    Args: net: the copy, for which `can_be_planned` is true.
+    """
+
+    def __init__(self, net: UNet2D):
+        self.net = net
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._packed: dict[tuple[int, bool], Weights] = {}
+        self._version = net.version
+
+    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Evaluate the network. Args and returns: see `UNet2D.denoise`."""
+        x, rows = layout.channels_last(x), rows.contiguous()
+        if self._version != self.net.version:
+            self._programs, self._packed, self._version = {}, {}, self.net.version
+        key = *x.shape, len(rows)
+        program = self._programs.get(key)
+        if program is None:
+            self.net.check_shape(x)
+            program = self._programs[key] = Builder(self.net, x, rows, self._pack).program
+            while len(self._programs) > MOST_SHAPES:
+                del self._programs[next(iter(self._programs))]
+        y = layout.empty(len(x), (self.net.config["out_channels"], *x.shape[2:]), dtype=x.dtype, device=x.device)
+        program.run(x.data_ptr(), rows.data_ptr(), y.data_ptr())
+        return y
+
+    def _pack(self, weight: Tensor, winograd: bool) -> Weights:
+        """A packed weight, which the programs of all shapes share."""
+        key = weight.data_ptr(), winograd
+        if key not in self._packed:
+            self._packed[key] = pack(weight.detach(), winograd=winograd)
+        return self._packed[key]
+
+
+class Builder:
+    """Builds the program of a network for inputs of one shape, by the steps of `UNet2D.denoise`.
+
+    Args: pack: packs a weight for Winograd's method or for the other.
+    """
+
+    def __init__(self, net: UNet2D, x: Tensor, rows: Tensor, pack: Pack):
+        self.program, self._pack = Program(), pack
+        self._entry_stride = rows.shape[1] if len(rows) > 1 else 0
+        self._column = 0  # of the time rows, for the next residual block
+        n, channels, height, width = x.shape
+        out = Images(given(_Y), n, height, width, net.config["out_channels"])
+        h = self._convolution(net.conv_in, Images(given(_X), n, height, width, channels))
+        skips = [h]
+        for block in net.down_blocks:
+            for resnet, attention in block.layers():
+                h = self._attention(attention, self._resnet(resnet, h))
+                skips.append(h)
+            for downsample in block.downsamplers:
+                h = self._downsample(downsample, h)
+                skips.append(h)
+        for resnet, attention in () if net.mid_block is None else net.mid_block.layers():
+            h = self._attention(attention, self._resnet(resnet, h))
+        for block in net.up_blocks:
+            for resnet, attention in block.layers():
+                h = self._attention(attention, self._resnet(resnet, h, skips.pop()))
+            for upsample in block.upsamplers:
+                h = self._upsample(upsample, h)
+        h = self._norm(net.conv_norm_out, h, silu=True)
+        self._convolution(net.conv_out, h, into=out)
+
+    def _resnet(self, resnet: Resnet, x: Images, skip: Images | None = None) -> Images:
+        add = given(_ROWS, 4 * self._column)
+        self._column += resnet.columns
+        h = self._norm(resnet.norm1, x, skip, silu=True)
+        h = self._convolution(resnet.conv1, h)
+        h = self._norm(resnet.norm2, h, add=add, silu=True)
+        if resnet.conv_shortcut is not None:
+            weights = self._pack(resnet.conv_shortcut.weight, False)
+            x = self.program.convolution(x, weights, skip=skip)
+        return self._convolution(resnet.conv2, h, resnet.bias, residual=x, scale=resnet.scale)
+
+    def _attention(self, attention: nn.Module, x: Images) -> Images:
+        if not isinstance(attention, Attention):  # the identity
+            return x
+        h = x if attention.group_norm is None else self._norm(attention.group_norm, x, silu=False)
+        qkv = cast(nn.Linear, attention.qkv)
+        h = self.program.convolution(h, self._pack(qkv.weight, False), qkv.bias)
+        h = self.program.attention(h, attention.head_dim)
+        weights = self._pack(cast(nn.Linear, attention.to_out[0]).weight, False)
+        return self.program.convolution(h, weights, attention.bias, residual=x, scale=attention.scale)
+
+    def _downsample(self, downsample: Downsample, x: Images) -> Images:
+        weights, padding = self._pack(downsample.conv.weight, False), downsample.padding
+        sides = (x.height + 2 * padding - 3 + (padding == 0)) // 2 + 1, (x.width + 2 * padding - 3 + (padding == 0)) // 2 + 1
+        return self.program.convolution(
+            x, weights, downsample.conv.bias, stride=2, padding=(padding, padding), size=sides
+        )
+
+    def _upsample(self, upsample: Upsample, x: Images) -> Images:
+        """Each phase is a 2 x 2 convolution, which writes every second row and column of the result."""
+        phases = cast(Conv2d, upsample.phases)
+        y = self.program.images(x.n, 2 * x.height, 2 * x.width, x.channels)
+        for i, weight in enumerate(phases.weight.chunk(4)):
+            row, column = divmod(i, 2)
+            weights, padding = self._pack(weight, False), (1 - row, 1 - column)
+            self.program.convolution(x, weights, upsample.bias, padding=padding, into=y, size=(x.height, x.width), phase=(row, column))
+        return y
+
+    def _convolution(self, conv: Conv2d, x: Images, bias: Tensor | None = None, **options: Any) -> Images:
+        """A 3 x 3 convolution of stride 1. Args: bias: instead of the convolution's own."""
+        weights = self._pack(conv.weight, x.channels >= LEAST_CHANNELS)
+        return self.program.convolution(x, weights, conv.bias if bias is None else bias, padding=(1, 1), **options)
+
+    def _norm(self, norm: GroupNorm, x: Images, skip: Images | None = None, *, add: int = 0, silu: bool) -> Images:
+        return self.program.group_norm(
+            x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, add=add, add_stride=self._entry_stride, silu=silu
+        )

@@ -1,0 +1,270 @@
+// Convolution in fp32 with everything that follows it: y = ((x * weights + bias) + residual) / scale.
+//
+// Two methods, both around a matrix product. Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2015, arXiv:1509.09308) takes
+// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1. The other one gathers the inputs of
+// each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels follow
+// each other, and its outputs may lie apart, as the four phases of an upsampling do.
+// Traffic: x once, weights once for each block of outputs, residual and y once.
+// Precision: fp32, products fused with sums where the CPU can; each output is summed in a fixed order, so no bit depends
+// on the batch or on the number of threads.
+// Spec: conv2d of torch. Proof: tests/ops/test_convolution.py (float64; bits across threads and batches).
+#include "gemm.h"
+#include "scratch.h"
+
+namespace fastddpm::FASTDDPM_ISA {
+
+int columns() { return COLUMNS; }
+
+namespace {
+
+constexpr int POSITIONS = 16;  // of a transformed 4 x 4 tile
+constexpr int64_t SCRATCH = 96 * 1024;  // floats of gathered or transformed inputs: a part of a second-level cache
+
+struct Convolution {
+    int64_t n, height, width, channels[2];  // of x and what follows it
+    int64_t out_height, out_width, out_channels;
+    int64_t kernel, stride, top, left;  // the last two: padding
+    const float* inputs[2];    // [n, height, width, channels]; the second may be null
+    const float* weights;      // packed
+    const float* bias;         // [out_channels], or null
+    const float* residual;     // like y, or null
+    float* y;                  // [n, out_height, out_width, out_channels]
+    int64_t entry_stride, row_stride, column_stride;  // of y and residual, in elements
+    float scale;
+
+    explicit Convolution(Arguments& a)
+        : n(a.size()), height(a.size()), width(a.size()), channels{a.size(), a.size()}, out_height(a.size()),
+          out_width(a.size()), out_channels(a.size()), kernel(a.size()), stride(a.size()), top(a.size()),
+          left(a.size()), inputs{a.pointer<const float>(), a.pointer<const float>()}, weights(a.pointer<const float>()),
+          bias(a.pointer<const float>()), residual(a.pointer<const float>()), y(a.pointer<float>()),
+          entry_stride(a.size()), row_stride(a.size()), column_stride(a.size()), scale(float(a.real())) {}
+
+    int64_t panels() const { return blocks_of(out_channels, COLUMNS); }
+    int64_t depth() const { return kernel * kernel * (channels[0] + channels[1]); }
+    int64_t chunks() const { return blocks_of(depth(), CHUNK); }
+
+    // Store the sums of up to COLUMNS channels of one output.
+    void store(int64_t entry, int64_t row, int64_t column, int64_t panel, const float* sums) const {
+        int64_t first = panel * COLUMNS;
+        int count = int(smaller<int64_t>(COLUMNS, out_channels - first));
+        int64_t at = entry * entry_stride + row * row_stride + column * column_stride + first;
+        const float* shift = bias ? bias + first : nullptr;
+        const float* other = residual ? residual + at : nullptr;
+        if (count == COLUMNS) return store_channels(COLUMNS, sums, shift, other, y + at);
+        store_channels(count, sums, shift, other, y + at);
+    }
+
+    void store_channels(int count, const float* sums, const float* shift, const float* other, float* to) const {
+        float values[COLUMNS];
+        for (int c = 0; c < count; ++c) values[c] = sums[c];
+        if (shift)
+            for (int c = 0; c < count; ++c) values[c] += shift[c];
+        if (other)
+            for (int c = 0; c < count; ++c) values[c] += other[c];
+        if (scale != 1)
+            for (int c = 0; c < count; ++c) values[c] /= scale;
+        for (int c = 0; c < count; ++c) to[c] = values[c];
+    }
+};
+
+// How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided among threads.
+struct Division {
+    int64_t rows, row_blocks, panels, panel_blocks;
+
+    // Args: most: rows whose inputs fit the scratch memory.
+    Division(int64_t total, int64_t all_panels, int64_t most, int64_t threads) {
+        most = most < ROWS ? ROWS : most / ROWS * ROWS;
+        row_blocks = blocks_of(total, most);
+        if (row_blocks % threads && row_blocks < 8 * threads) row_blocks = blocks_of(row_blocks, threads) * threads;
+        rows = blocks_of(blocks_of(total, row_blocks), ROWS) * ROWS;
+        row_blocks = blocks_of(total, rows);
+        panel_blocks = row_blocks < threads ? smaller(all_panels, blocks_of(threads, row_blocks)) : 1;
+        panels = blocks_of(all_panels, panel_blocks);
+        panel_blocks = blocks_of(all_panels, panels);
+    }
+
+    template <class Function> void each(int64_t total, int64_t all_panels, const Call& call, Function function) const {
+        Share share(row_blocks * panel_blocks, call);
+        for (int64_t unit = share.first; unit < share.last; ++unit) {
+            int64_t row = unit / panel_blocks * rows, panel = unit % panel_blocks * panels;
+            function(row, int(smaller(rows, total - row)), panel, smaller(panel + panels, all_panels));
+        }
+    }
+};
+
+// Row `row` of the matrix: the inputs of one output, tap by tap, padded with zeros.
+void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
+    int64_t at = 0;
+    auto append = [&](const float* from, int64_t count) {
+        while (count > 0) {
+            int64_t offset = at % CHUNK, part = smaller(CHUNK - offset, count);
+            float* target = to + at / CHUNK * stride * CHUNK + offset;
+            if (part == CHUNK && from)
+                std::memcpy(target, from, sizeof(float) * CHUNK);
+            else
+                for (int64_t i = 0; i < part; ++i) target[i] = from ? from[i] : 0.0f;
+            at += part;
+            count -= part;
+            if (from) from += part;
+        }
+    };
+    for (int64_t i = 0; i < conv.kernel; ++i)
+        for (int64_t j = 0; j < conv.kernel; ++j) {
+            int64_t y = row * conv.stride + i - conv.top, x = column * conv.stride + j - conv.left;
+            bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
+            int64_t pixel = (entry * conv.height + y) * conv.width + x;
+            for (int part = 0; part < 2; ++part)
+                append(inside && conv.inputs[part] ? conv.inputs[part] + pixel * conv.channels[part] : nullptr, conv.channels[part]);
+        }
+    append(nullptr, conv.chunks() * CHUNK - at);
+}
+
+void convolve_gathered(const Convolution& conv, const Call& call) {
+    int64_t pixels = conv.out_height * conv.out_width, total = conv.n * pixels, chunks = conv.chunks();
+    Division division(total, conv.panels(), SCRATCH / (chunks * CHUNK), call.threads);
+    float* a = scratch.floats(division.rows * (chunks * CHUNK + COLUMNS));
+    float* c = a + division.rows * chunks * CHUNK;
+    division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
+        for (int i = 0; i < count; ++i) {
+            int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
+            gather(conv, entry, pixel / conv.out_width, pixel % conv.out_width, a + i * CHUNK, division.rows);
+        }
+        for (; panel < last; ++panel) {
+            multiply(count, a, chunks, division.rows, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
+            for (int i = 0; i < count; ++i) {
+                int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
+                conv.store(entry, pixel / conv.out_width, pixel % conv.out_width, panel, c + i * COLUMNS);
+            }
+        }
+    });
+}
+
+// B^T d B of a 4 x 4 tile of inputs d, for CHUNK channels; `rows` are the tile's pixels, row by row.
+void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, int count, float* to, int64_t stride) {
+    constexpr int VECTORS = CHUNK / LANES;
+    for (int v = 0; v < VECTORS; ++v) {
+        Lanes d[4][4], t[4][4];
+        for (int i = 0; i < POSITIONS; ++i) {
+            Lanes value{};
+            int lanes = count - v * LANES;
+            if (lanes >= LANES) std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof value);
+            else if (lanes > 0) std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof(float) * lanes);
+            d[i / 4][i % 4] = value;
+        }
+        for (int j = 0; j < 4; ++j) {
+            t[0][j] = d[0][j] - d[2][j];
+            t[1][j] = d[1][j] + d[2][j];
+            t[2][j] = d[2][j] - d[1][j];
+            t[3][j] = d[1][j] - d[3][j];
+        }
+        for (int i = 0; i < 4; ++i) {
+            Lanes out[4] = {t[i][0] - t[i][2], t[i][1] + t[i][2], t[i][2] - t[i][1], t[i][1] - t[i][3]};
+            for (int j = 0; j < 4; ++j) std::memcpy(to + (i * 4 + j) * stride + v * LANES, &out[j], sizeof(Lanes));
+        }
+    }
+}
+
+// A^T m A of the 16 products of a tile, for COLUMNS channels: 2 x 2 outputs.
+void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
+    for (int v = 0; v < 2; ++v) {
+        Lanes p[4][4], t[2][4];
+        for (int i = 0; i < POSITIONS; ++i) std::memcpy(&p[i / 4][i % 4], m + i * stride + v * LANES, sizeof(Lanes));
+        for (int j = 0; j < 4; ++j) {
+            t[0][j] = (p[0][j] + p[1][j]) + p[2][j];
+            t[1][j] = (p[1][j] - p[2][j]) - p[3][j];
+        }
+        for (int i = 0; i < 2; ++i) {
+            Lanes even = (t[i][0] + t[i][1]) + t[i][2], odd = (t[i][1] - t[i][2]) - t[i][3];
+            std::memcpy(out[i][0] + v * LANES, &even, sizeof even);
+            std::memcpy(out[i][1] + v * LANES, &odd, sizeof odd);
+        }
+    }
+}
+
+void convolve_winograd(const Convolution& conv, const Call& call) {
+    int64_t across = blocks_of(conv.width, 2), tiles = blocks_of(conv.height, 2) * across, total = conv.n * tiles;
+    int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
+    Division division(total, conv.panels(), SCRATCH / (POSITIONS * depth), call.threads);
+    int64_t rows = division.rows, position = chunks * rows * CHUNK;  // stride from one position to the next
+    float* v = scratch.floats(POSITIONS * rows * (depth + COLUMNS) + depth);
+    float *m = v + POSITIONS * rows * depth, *zeros = m + POSITIONS * rows * COLUMNS;
+    std::memset(zeros, 0, sizeof(float) * depth);
+    division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
+        for (int i = 0; i < count; ++i) {
+            int64_t entry = (first + i) / tiles, tile = (first + i) % tiles;
+            int64_t top = tile / across * 2 - 1, left = tile % across * 2 - 1;
+            const float* pixels[POSITIONS];
+            for (int p = 0; p < POSITIONS; ++p) {
+                int64_t y = top + p / 4, x = left + p % 4;
+                bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
+                pixels[p] = inside ? conv.inputs[0] + ((entry * conv.height + y) * conv.width + x) * channels : zeros;
+            }
+            for (int64_t chunk = 0; chunk < chunks; ++chunk)
+                transform_input(pixels, chunk * CHUNK, int(channels - chunk * CHUNK), v + (chunk * rows + i) * CHUNK, position);
+        }
+        for (; panel < last; ++panel) {
+            for (int p = 0; p < POSITIONS; ++p)
+                multiply(count, v + p * position, chunks, rows, conv.weights + (panel * POSITIONS + p) * depth * COLUMNS,
+                         m + p * rows * COLUMNS);
+            for (int i = 0; i < count; ++i) {
+                int64_t entry = (first + i) / tiles, tile = (first + i) % tiles;
+                int64_t top = tile / across * 2, left = tile % across * 2;
+                float out[2][2][COLUMNS];
+                transform_output(m + i * COLUMNS, rows * COLUMNS, out);
+                for (int64_t y = 0; y < smaller<int64_t>(2, conv.height - top); ++y)
+                    for (int64_t x = 0; x < smaller<int64_t>(2, conv.width - left); ++x)
+                        conv.store(entry, top + y, left + x, panel, out[y][x]);
+            }
+        }
+    });
+}
+
+// G g G^T of a 3 x 3 kernel g, whose elements are `stride` apart: computed in float64, rounded once.
+void transform_kernel(const float* g, int64_t stride, float (&to)[POSITIONS]) {
+    constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+    double half[4][3];
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 3; ++j) {
+            half[i][j] = 0;
+            for (int k = 0; k < 3; ++k) half[i][j] += G[i][k] * double(g[(3 * k + j) * stride]);
+        }
+    for (int p = 0; p < POSITIONS; ++p) {
+        double sum = 0;
+        for (int k = 0; k < 3; ++k) sum += half[p / 4][k] * G[p % 4][k];
+        to[p] = float(sum);
+    }
+}
+
+}  // namespace
+
+void convolution(const Call& call) {
+    Arguments a(call);
+    const Convolution conv(a);
+    a.size() ? convolve_winograd(conv, call) : convolve_gathered(conv, call);
+}
+
+// Pack the weights of a convolution into panels of COLUMNS output channels, for Winograd's method or for gathered inputs.
+void pack(const Call& call) {
+    Arguments a(call);
+    int64_t out_channels = a.size(), channels = a.size(), kernel = a.size(), winograd = a.size();
+    auto packed = a.pointer<float>();         // [panels, POSITIONS or 1, depth padded to CHUNK, COLUMNS]
+    auto weights = a.pointer<const float>();  // [out_channels, kernel, kernel, channels]
+    int64_t depth = winograd ? channels : kernel * kernel * channels, padded = blocks_of(depth, CHUNK) * CHUNK;
+    int64_t positions = winograd ? POSITIONS : 1;
+    Share share(blocks_of(out_channels, COLUMNS), call);
+    for (int64_t panel = share.first; panel < share.last; ++panel) {
+        float* to = packed + panel * positions * padded * COLUMNS;
+        std::memset(to, 0, sizeof(float) * positions * padded * COLUMNS);
+        int64_t count = smaller<int64_t>(COLUMNS, out_channels - panel * COLUMNS);
+        for (int64_t c = 0; c < count; ++c) {
+            const float* from = weights + (panel * COLUMNS + c) * kernel * kernel * channels;
+            for (int64_t k = 0; k < depth; ++k) {
+                float transformed[POSITIONS] = {from[k]};
+                if (winograd) transform_kernel(from + k, channels, transformed);
+                for (int64_t p = 0; p < positions; ++p) to[(p * padded + k) * COLUMNS + c] = transformed[p];
+            }
+        }
+    }
+}
+
+}  // namespace fastddpm::FASTDDPM_ISA

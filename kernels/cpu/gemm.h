@@ -1,0 +1,49 @@
+// The matrix product in the middle of a convolution: rows of pixels or tiles times a panel of packed weights.
+//
+// C[row][column] = sum over k of A[row][k] B[k][column], in order of k. A is stored in chunks of CHUNK values of k:
+// A[k / CHUNK][row][k % CHUNK], so that the addresses of all rows are constant offsets from one pointer.
+#pragma once
+
+#include "kernel.h"
+
+namespace fastddpm::FASTDDPM_ISA {
+
+constexpr int CHUNK = 16;
+constexpr int COLUMNS = 2 * LANES;  // of a panel of weights
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;  // with 2 vectors each, 24 of 32 registers hold sums
+#else
+constexpr int ROWS = 6;
+#endif
+
+template <int COUNT>
+inline void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b, float* c) {
+    Lanes sum[COUNT][2] = {};
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, a += chunk_stride)
+        for (int k = 0; k < CHUNK; ++k, b += COLUMNS) {
+            Lanes left, right;
+            std::memcpy(&left, b, sizeof left);
+            std::memcpy(&right, b + LANES, sizeof right);
+#pragma GCC unroll 12
+            for (int row = 0; row < COUNT; ++row) {
+                float value = a[row * CHUNK + k];
+                sum[row][0] += value * left;
+                sum[row][1] += value * right;
+            }
+        }
+    for (int row = 0; row < COUNT; ++row) std::memcpy(c + row * COLUMNS, sum[row], sizeof sum[row]);
+}
+
+template <int COUNT = ROWS>
+inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b, float* c) {
+    if (count == COUNT) return product<COUNT>(a, chunks, chunk_stride, b, c);
+    if constexpr (COUNT > 1) product_of<COUNT - 1>(count, a, chunks, chunk_stride, b, c);
+}
+
+// C[count][COLUMNS] for any count; A has `stride` rows.
+inline void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, float* c) {
+    for (int row = 0; row < count; row += ROWS)
+        product_of(smaller(ROWS, count - row), a + row * CHUNK, chunks, stride * CHUNK, b, c + row * COLUMNS);
+}
+
+}  // namespace fastddpm::FASTDDPM_ISA

@@ -1,0 +1,210 @@
+"""Programs: calls of C++ kernels that are recorded once, with their buffers, and replayed as often as wanted.
+
+This is to a CPU what a captured CUDA graph is to a GPU. A replay allocates nothing, and its threads are started once.
+"""
+
+from bisect import insort
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .native import native
+
+ALIGNMENT = 64  # bytes: a cache line
+CHUNK = 16  # of gemm.h
+_GIVEN = 0x7FFF << 48  # of module.cpp: marks a pointer that is given to each replay
+_ARENA = 0  # which one of these is the memory of all buffers
+
+
+def given(which: int, offset: int = 0) -> int:
+    """The word for the which-th pointer given to a replay, 1 or more, plus an offset in bytes."""
+    return _GIVEN | which << 40 | offset
+
+
+class Images(NamedTuple):
+    """Activations in memory: [n, height, width, channels] fp32, at a pointer (a word)."""
+
+    at: "Buffer | int"
+    n: int
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> int:
+        return self.n * self.pixels * self.channels
+
+
+class Buffer:
+    """Memory of a program's arena, free again when nothing refers to it."""
+
+    def __init__(self, program: "Program", size: int):
+        self._program, self._size = program, -(-size // ALIGNMENT) * ALIGNMENT
+        self._offset = program._take(self._size)
+
+    def __int__(self) -> int:
+        return given(_ARENA, self._offset)
+
+    def __del__(self) -> None:
+        self._program._give_back(self._offset, self._size)
+
+
+class Program:
+    """A sequence of calls under construction, and then ready to run."""
+
+    def __init__(self) -> None:
+        self._calls: list[bytes] = []
+        self._code = b""
+        self._kept: list[Tensor] = []
+        self._free = [(0, 1 << 40)]  # (offset, size) of the arena, ascending
+        self._size = 0
+        self._arenas: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def run(self, *pointers: int) -> None:
+        """Run the calls. Args: pointers: those that `given` stands for."""
+        if not self._code:
+            self._code = b"".join(self._calls)
+        try:
+            arena = self._arenas.pop()  # several threads may run the same program
+        except IndexError:
+            arena = torch.empty(self._size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+        start = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+        native().module.replay(torch.get_num_threads(), self._code, start, *pointers)  # type: ignore[union-attr]
+        self._arenas.append(arena)
+
+    def images(self, n: int, height: int, width: int, channels: int) -> Images:
+        """New memory for activations."""
+        return Images(Buffer(self, 4 * n * height * width * channels), n, height, width, channels)
+
+    def group_norm(
+        self,
+        x: Images,
+        skip: Images | None,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        *,
+        add: int = 0,
+        add_stride: int = 0,
+        silu: bool,
+    ) -> Images:
+        """`ops.group_norm`. Args: add: pointer to a row of fp32 for each entry, add_stride elements apart, or 0."""
+        n, height, width, channels = x.n, x.height, x.width, x.channels + (skip.channels if skip else 0)
+        y, blocks = self.images(n, height, width, channels), -(-x.pixels // 64)
+        moments, transform = Buffer(self, n * blocks * 2 * channels * 8), Buffer(self, n * 3 * channels * 4)
+        self._call(
+            "group_norm", y.size, n, x.pixels, groups, x.channels, channels - x.channels,
+            y.at, x.at, skip.at if skip else 0, add, add_stride, self._keep(weight), self._keep(bias), eps,
+            silu, 0, moments, transform,
+        )  # fmt: skip
+        return y
+
+    def convolution(
+        self,
+        x: Images,
+        weights: "Weights",
+        bias: Tensor | None = None,
+        *,
+        skip: Images | None = None,
+        residual: Images | None = None,
+        scale: float = 1.0,
+        stride: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        size: tuple[int, int] | None = None,
+        into: Images | None = None,
+        phase: tuple[int, int] | None = None,
+    ) -> Images:
+        """((conv2d of x and the skip that follows its channels, + bias) + residual) / scale.
+
+        Args:
+            padding: above and on the left; what is missing on the other sides is zero as well.
+            size: height and width of the result; None: those of x.
+            into: where to write the result; None: new memory.
+            phase: write only every second row and column of `into`, from this one on.
+        """
+        height, width = size or (x.height, x.width)
+        y = into or self.images(x.n, height, width, weights.channels)
+        channels, step = y.channels, 2 if phase else 1
+        offset = 4 * channels * (phase[0] * y.width + phase[1]) if phase else 0
+        strides = y.pixels * channels, step * y.width * channels, step * channels
+        inputs = x.channels, skip.channels if skip else 0
+        work = x.n * height * width * channels * weights.kernel**2 * sum(inputs) // 128
+        self._call(
+            "convolution", work, x.n, x.height, x.width, *inputs, height, width, channels, weights.kernel, stride,
+            *padding, x.at, skip.at if skip else 0, self._keep(weights.packed), 0 if bias is None else self._keep(bias),
+            residual.at if residual else 0, int(y.at) + offset, *strides, float(scale), weights.winograd,
+        )  # fmt: skip
+        return y
+
+    def attention(self, qkv: Images, head_dim: int) -> Images:
+        """Self-attention. Args: qkv: queries, keys and values, one after the other in the channels."""
+        y = self.images(qkv.n, qkv.height, qkv.width, qkv.channels // 3)
+        tokens, heads, columns = qkv.pixels, y.channels // head_dim, native().module.columns()  # type: ignore[union-attr]
+        widest = max(-(-head_dim // CHUNK) * CHUNK, -(-head_dim // columns) * columns)
+        packed = Buffer(self, 4 * qkv.n * heads * 2 * -(-tokens // 32) * 32 * widest)
+        self._call("attention", y.size * tokens // 32, qkv.n, tokens, heads, head_dim, y.at, qkv.at, packed)
+        return y
+
+    def _call(self, name: str, work: int, *words: "int | float | Buffer") -> None:
+        numbers = (int(word) if isinstance(word, Buffer) else word for word in words)
+        self._calls.append(native().module.record(name, work, *numbers))  # type: ignore[union-attr]
+
+    def _keep(self, tensor: Tensor) -> int:
+        """The pointer to a tensor, which the program keeps."""
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _take(self, size: int) -> int:
+        """The offset of free memory, the lowest that is large enough."""
+        i, (offset, length) = next(item for item in enumerate(self._free) if item[1][1] >= size)
+        self._free[i : i + 1] = [(offset + size, length - size)] * (length > size)
+        self._size = max(self._size, offset + size)
+        return offset
+
+    def _give_back(self, offset: int, size: int) -> None:
+        insort(self._free, (offset, size))
+        merged: list[tuple[int, int]] = []
+        for start, length in self._free:
+            if merged and sum(merged[-1]) == start:
+                merged[-1] = merged[-1][0], merged[-1][1] + length
+            else:
+                merged.append((start, length))
+        self._free = merged
+
+
+class Weights(NamedTuple):
+    """Packed weights of a convolution: [channels, ..., kernel, kernel]."""
+
+    packed: Tensor
+    channels: int
+    kernel: int
+    winograd: bool
+
+
+def pack(weight: Tensor, *, winograd: bool = False) -> Weights:
+    """Pack weights for `Program.convolution`.
+
+    Args:
+        weight: [out_channels, channels, kernel, kernel] fp32, channels-last; or [out_channels, channels].
+        winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1.
+    """
+    module, (out_channels, channels), kernel = native().module, weight.shape[:2], weight.shape[-1]
+    if weight.ndim == 2:
+        kernel = 1
+    assert module is not None
+    depth = channels if winograd else channels * kernel**2
+    panels, padded = -(-out_channels // module.columns()), -(-depth // CHUNK) * CHUNK
+    size = panels * (16 if winograd else 1) * padded * module.columns()
+    packed = torch.empty(size, dtype=torch.float32, device="cpu")
+    words = out_channels, channels, kernel, winograd, packed.data_ptr(), weight.data_ptr()
+    module.pack(torch.get_num_threads(), 1 << 40, *words)
+    return Weights(packed, out_channels, kernel, winograd)

@@ -18,7 +18,7 @@ int columns() { return COLUMNS; }
 namespace {
 
 constexpr int POSITIONS = 16;  // of a transformed 4 x 4 tile
-constexpr int64_t SCRATCH = 96 * 1024;  // floats of gathered or transformed inputs: a part of a second-level cache
+const int64_t CACHED = second_level_cache() / 2 / int64_t(sizeof(float));  // floats of the inputs of a unit of work
 
 struct Convolution {
     int64_t n, height, width, channels[2];  // of x and what follows it
@@ -44,7 +44,7 @@ struct Convolution {
     int64_t chunks() const { return blocks_of(depth(), CHUNK); }
 
     // Store the sums of up to COLUMNS channels of one output.
-    void store(int64_t entry, int64_t row, int64_t column, int64_t panel, const float* sums) const {
+    __attribute__((noinline)) void store(int64_t entry, int64_t row, int64_t column, int64_t panel, const float* sums) const {
         int64_t first = panel * COLUMNS;
         int count = int(smaller<int64_t>(COLUMNS, out_channels - first));
         int64_t at = entry * entry_stride + row * row_stride + column * column_stride + first;
@@ -67,33 +67,42 @@ struct Convolution {
     }
 };
 
-// How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided among threads.
+// How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided into units of work.
+//
+// The inputs of the rows of a unit are gathered or transformed into scratch memory, which fits the second-level cache,
+// and the weights of its panels are read from beyond that cache. So threads that share rows repeat the former work, and
+// threads that share panels repeat the latter.
 struct Division {
     int64_t rows, row_blocks, panels, panel_blocks;
 
-    // Args: most: rows whose inputs fit the scratch memory.
-    Division(int64_t total, int64_t all_panels, int64_t most, int64_t threads) {
-        most = most < ROWS ? ROWS : most / ROWS * ROWS;
-        row_blocks = blocks_of(total, most);
-        if (row_blocks % threads && row_blocks < 8 * threads) row_blocks = blocks_of(row_blocks, threads) * threads;
-        rows = blocks_of(blocks_of(total, row_blocks), ROWS) * ROWS;
-        row_blocks = blocks_of(total, rows);
-        panel_blocks = row_blocks < threads ? smaller(all_panels, blocks_of(threads, row_blocks)) : 1;
-        panels = blocks_of(all_panels, panel_blocks);
-        panel_blocks = blocks_of(all_panels, panels);
+    // Args: depth: floats of a row's inputs; weights: floats of a panel.
+    Division(int64_t total, int64_t depth, int64_t all_panels, int64_t weights, int64_t threads) {
+        constexpr double GATHER = 0.4, READ = 1.0, READ_FROM_CACHE = 0.2;  // cycles per float
+        int64_t most = smaller(total, CACHED / depth > ROWS ? CACHED / depth : int64_t(ROWS));
+        double read = all_panels * weights > CACHED ? READ : READ_FROM_CACHE, least = 0;
+        for (int64_t parts = 1; parts <= smaller(threads, all_panels); ++parts) {
+            int64_t sharing = blocks_of(threads, parts);  // threads that share the rows
+            int64_t blocks = blocks_of(blocks_of(total, most), sharing) * sharing, count = blocks_of(total, blocks);
+            int64_t of_part = blocks_of(all_panels, parts), each = blocks_of(blocks * parts, threads);
+            double unit = double(count) * depth * (GATHER + double(of_part)) + double(of_part) * weights * read;
+            if (parts > 1 && each * unit >= least) continue;
+            least = each * unit;
+            rows = count, row_blocks = blocks_of(total, count);
+            panels = of_part, panel_blocks = blocks_of(all_panels, of_part);
+        }
     }
 
     template <class Function> void each(int64_t total, int64_t all_panels, const Call& call, Function function) const {
         Share share(row_blocks * panel_blocks, call);
         for (int64_t unit = share.first; unit < share.last; ++unit) {
-            int64_t row = unit / panel_blocks * rows, panel = unit % panel_blocks * panels;
+            int64_t row = unit % row_blocks * rows, panel = unit / row_blocks * panels;
             function(row, int(smaller(rows, total - row)), panel, smaller(panel + panels, all_panels));
         }
     }
 };
 
 // Row `row` of the matrix: the inputs of one output, tap by tap, padded with zeros.
-void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
+__attribute__((noinline)) void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
     int64_t at = 0;
     auto append = [&](const float* from, int64_t count) {
         while (count > 0) {
@@ -121,16 +130,17 @@ void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column,
 
 void convolve_gathered(const Convolution& conv, const Call& call) {
     int64_t pixels = conv.out_height * conv.out_width, total = conv.n * pixels, chunks = conv.chunks();
-    Division division(total, conv.panels(), SCRATCH / (chunks * CHUNK), call.threads);
-    float* a = scratch.floats(division.rows * (chunks * CHUNK + COLUMNS));
-    float* c = a + division.rows * chunks * CHUNK;
+    Division division(total, chunks * CHUNK, conv.panels(), chunks * CHUNK * COLUMNS, call.threads);
+    int64_t stride = division.rows | 1;  // odd: an even one would map many chunks to the same sets of the cache
+    float* a = scratch.floats(stride * (chunks * CHUNK + COLUMNS));
+    float* c = a + stride * chunks * CHUNK;
     division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
         for (int i = 0; i < count; ++i) {
             int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
-            gather(conv, entry, pixel / conv.out_width, pixel % conv.out_width, a + i * CHUNK, division.rows);
+            gather(conv, entry, pixel / conv.out_width, pixel % conv.out_width, a + i * CHUNK, stride);
         }
         for (; panel < last; ++panel) {
-            multiply(count, a, chunks, division.rows, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
+            multiply(count, a, chunks, stride, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
             for (int i = 0; i < count; ++i) {
                 int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
                 conv.store(entry, pixel / conv.out_width, pixel % conv.out_width, panel, c + i * COLUMNS);
@@ -140,7 +150,7 @@ void convolve_gathered(const Convolution& conv, const Call& call) {
 }
 
 // B^T d B of a 4 x 4 tile of inputs d, for CHUNK channels; `rows` are the tile's pixels, row by row.
-void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, int count, float* to, int64_t stride) {
+__attribute__((noinline)) void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, int count, float* to, int64_t stride) {
     constexpr int VECTORS = CHUNK / LANES;
     for (int v = 0; v < VECTORS; ++v) {
         Lanes d[4][4], t[4][4];
@@ -165,7 +175,7 @@ void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, i
 }
 
 // A^T m A of the 16 products of a tile, for COLUMNS channels: 2 x 2 outputs.
-void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
+__attribute__((noinline)) void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
     for (int v = 0; v < 2; ++v) {
         Lanes p[4][4], t[2][4];
         for (int i = 0; i < POSITIONS; ++i) std::memcpy(&p[i / 4][i % 4], m + i * stride + v * LANES, sizeof(Lanes));
@@ -184,8 +194,8 @@ void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS
 void convolve_winograd(const Convolution& conv, const Call& call) {
     int64_t across = blocks_of(conv.width, 2), tiles = blocks_of(conv.height, 2) * across, total = conv.n * tiles;
     int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
-    Division division(total, conv.panels(), SCRATCH / (POSITIONS * depth), call.threads);
-    int64_t rows = division.rows, position = chunks * rows * CHUNK;  // stride from one position to the next
+    Division division(total, POSITIONS * depth, conv.panels(), POSITIONS * depth * COLUMNS, call.threads);
+    int64_t rows = division.rows | 1, position = chunks * rows * CHUNK;  // stride from one position to the next
     float* v = scratch.floats(POSITIONS * rows * (depth + COLUMNS) + depth);
     float *m = v + POSITIONS * rows * depth, *zeros = m + POSITIONS * rows * COLUMNS;
     std::memset(zeros, 0, sizeof(float) * depth);

@@ -16,11 +16,14 @@ constexpr int ROWS = 12;  // with 2 vectors each, 24 of 32 registers hold sums
 constexpr int ROWS = 6;
 #endif
 
+// `next`: memory to fetch meanwhile, as much as b has.
 template <int COUNT>
-inline void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b, float* c) {
-    Lanes sum[COUNT][2] = {};
+__attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b, const float* next, float* c) {
+    Lanes sum[COUNT][2];
+    for (int row = 0; row < COUNT; ++row) sum[row][0] = sum[row][1] = Lanes{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk, a += chunk_stride)
-        for (int k = 0; k < CHUNK; ++k, b += COLUMNS) {
+        for (int k = 0; k < CHUNK; ++k, b += COLUMNS, next += COLUMNS) {
+            for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(next + i, 0, 2);
             Lanes left, right;
             std::memcpy(&left, b, sizeof left);
             std::memcpy(&right, b + LANES, sizeof right);
@@ -35,15 +38,20 @@ inline void product(const float* a, int64_t chunks, int64_t chunk_stride, const 
 }
 
 template <int COUNT = ROWS>
-inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b, float* c) {
-    if (count == COUNT) return product<COUNT>(a, chunks, chunk_stride, b, c);
-    if constexpr (COUNT > 1) product_of<COUNT - 1>(count, a, chunks, chunk_stride, b, c);
+inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b, const float* next,
+                       float* c) {
+    if (count == COUNT) return product<COUNT>(a, chunks, chunk_stride, b, next, c);
+    if constexpr (COUNT > 1) product_of<COUNT - 1>(count, a, chunks, chunk_stride, b, next, c);
 }
 
-// C[count][COLUMNS] for any count; A has `stride` rows.
+// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows.
 inline void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, float* c) {
-    for (int row = 0; row < count; row += ROWS)
-        product_of(smaller(ROWS, count - row), a + row * CHUNK, chunks, stride * CHUNK, b, c + row * COLUMNS);
+    int parts = (count + ROWS - 1) / ROWS;
+    for (int part = 0; part < parts; ++part) {
+        int row = count * part / parts, next = count * (part + 1) / parts;
+        const float* fetched = b + (part == 0 ? chunks * CHUNK * COLUMNS : 0);  // the next panel
+        product_of(next - row, a + row * CHUNK, chunks, stride * CHUNK, b, fetched, c + row * COLUMNS);
+    }
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

@@ -1,5 +1,7 @@
-// Memory of one thread, kept for its next call.
+// Memory of one thread, kept for its next call, and the size of its cache.
 #pragma once
+
+#include <unistd.h>
 
 #include <cstdlib>
 
@@ -25,5 +27,15 @@ class Scratch {
 };
 
 static thread_local Scratch scratch;
+
+// The size of a core's second-level cache in bytes, between 256 kB and 2 MB.
+inline int64_t second_level_cache() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    int64_t size = 0;
+#endif
+    return size < 1 << 18 ? 1 << 18 : smaller<int64_t>(size, 1 << 21);
+}
 
 }  // namespace fastddpm::FASTDDPM_ISA

@@ -24,21 +24,28 @@ LEAST_CHANNELS = 16  # for which Winograd's method is the faster one
 _X, _ROWS, _Y = 1, 2, 3  # the pointers that a program is given
 
 
-def can_be_planned(net: UNet2D) -> bool:
-    """Whether a copy by `for_inference` can be a program: it has kernels in C++, is in fp32, and has no rare option."""
+def fastest_forward(net: UNet2D) -> Callable[[Tensor, Tensor], Tensor]:
+    """What evaluates a copy by `for_inference`: a program if it can be one, else `net.denoise`, which has the same
+    arguments."""
+    return PlannedUNet(net) if _can_be_planned(net) else net.denoise
+
+
+def _can_be_planned(net: UNet2D) -> bool:
+    """Whether there are kernels in C++, the network is in fp32, and it has no option that programs lack."""
     weight, options = net.conv_in.weight, net.config
     return (
         ops.backend(weight.device) == "cpp"
         and weight.dtype == torch.float32
         and all(resnet.act is silu and not resnet.scale_shift for resnet in net.resnets)
         and not options["center_input_sample"]
+        and all(resnet.conv_shortcut is not None for block in net.up_blocks for resnet, _ in block.layers())
     )
 
 
 class PlannedUNet:
     """`UNet2D.denoise` of a copy by `for_inference`, as a program.
 
-    Args: net: the copy, for which `can_be_planned` is true.
+    Args: net: the copy.
     """
 
     def __init__(self, net: UNet2D):

@@ -291,7 +291,7 @@ class UNet2D(nn.Module):
         changed = False
         for name, parameter in self.named_parameters():
             value = state[name].to(parameter.dtype)
-            if not torch.equal(parameter, value):
+            if parameter.device.type != "cpu" or not torch.equal(parameter, value):  # a GPU would have to be waited for
                 parameter.copy_(value)
                 changed = True
         if changed:

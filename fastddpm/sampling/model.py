@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastddpm.core.precision import Compute, arithmetic
 from fastddpm.networks.obstacles import Obstacles
-from fastddpm.networks.planned import PlannedUNet, can_be_planned
+from fastddpm.networks.planned import fastest_forward
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
@@ -36,7 +36,7 @@ class PreparedModel:
     Attributes:
         obstacles: what prevents a fused copy of a `UNet2D`, see `networks.obstacles`.
         net: the copy of a `UNet2D` that is fused for inference; None for any other model.
-        plain_forward: what a step calls: `net.denoise`, or the model.
+        plain_forward: what a step calls: `net.denoise`, a program that does the same, or the model.
         forward: the same, compiled if `compiles`; None before the first `refresh`.
         memory_format: in which a network that is not fused is handed x.
     """
@@ -89,8 +89,7 @@ class PreparedModel:
             if isinstance(self.model, UNet2D) and not self.obstacles:
                 if self.net is None:
                     self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
-                    planned = not self.compiles and can_be_planned(self.net)
-                    self.plain_forward = PlannedUNet(self.net) if planned else self.net.denoise
+                    self.plain_forward = self.net.denoise if self.compiles else fastest_forward(self.net)
                 else:
                     self.net.refresh(self.model)
             if self.net is None:

@@ -2,7 +2,7 @@
 //
 // Traffic: each input is read once, keys and values once more for each block of queries.
 // Precision: fp32, products fused with sums where the CPU can, in an order that depends on neither batch nor threads.
-// Spec: scaled_dot_product_attention of torch. Proof: tests/ops/test_attention.py (float64).
+// Spec: scaled_dot_product_attention of torch. Proof: tests/kernels/cpu/test_program.py (float64).
 #include "exponential.h"
 #include "gemm.h"
 #include "scratch.h"
@@ -100,7 +100,8 @@ void attend(const Attention& attention, int64_t entry, int64_t head, int64_t fir
     for (int64_t part = 0; part < attention.dim; part += COLUMNS) {
         multiply(count, scores, keys / CHUNK, STRIDE, attention.panels(entry, head, 1) + part * keys, c);
         for (int row = 0; row < count; ++row) {
-            float* y = attention.y + ((entry * attention.tokens + first + row) * attention.heads + head) * attention.dim;
+            float* y =
+                attention.y + ((entry * attention.tokens + first + row) * attention.heads + head) * attention.dim;
             for (int64_t i = 0; i < smaller<int64_t>(COLUMNS, attention.dim - part); ++i)
                 y[part + i] = c[row * COLUMNS + i] / sums[row];
         }
@@ -116,8 +117,10 @@ void attention(const Call& call) {
     Share share(attention.n * attention.heads * blocks, call);
     for (int64_t unit = share.first; unit < share.last; ++unit) {
         int64_t head = unit / blocks % attention.heads, entry = unit / blocks / attention.heads;
-        if (call.phase == 0) pack_tokens(attention, entry, head, unit % blocks * KEYS);
-        else attend(attention, entry, head, unit % blocks * QUERIES);
+        if (call.phase == 0)
+            pack_tokens(attention, entry, head, unit % blocks * KEYS);
+        else
+            attend(attention, entry, head, unit % blocks * QUERIES);
     }
 }
 

@@ -1,13 +1,13 @@
 // Convolution in fp32 with everything that follows it: y = ((x * weights + bias) + residual) / scale.
 //
 // Two methods, both around a matrix product. Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2015, arXiv:1509.09308) takes
-// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1. The other one gathers the inputs of
-// each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels follow
-// each other, and its outputs may lie apart, as the four phases of an upsampling do.
+// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1. The other one gathers the inputs
+// of each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels
+// follow each other, and its outputs may lie apart, as the four phases of an upsampling do.
 // Traffic: x once, weights once for each block of outputs, residual and y once.
-// Precision: fp32, products fused with sums where the CPU can; each output is summed in a fixed order, so no bit depends
-// on the batch or on the number of threads.
-// Spec: conv2d of torch. Proof: tests/ops/test_convolution.py (float64; bits across threads and batches).
+// Precision: fp32, products fused with sums where the CPU can; each output is summed in a fixed order, so no bit
+// depends on the batch or on the number of threads.
+// Spec: conv2d of torch. Proof: tests/kernels/cpu/test_program.py (float64; bits across threads and batches).
 #include "gemm.h"
 #include "scratch.h"
 
@@ -18,7 +18,6 @@ int columns() { return COLUMNS; }
 namespace {
 
 constexpr int POSITIONS = 16;  // of a transformed 4 x 4 tile
-const int64_t CACHED = second_level_cache() / 2 / int64_t(sizeof(float));  // floats of the inputs of a unit of work
 
 struct Convolution {
     int64_t n, height, width, channels[2];  // of x and what follows it
@@ -44,7 +43,7 @@ struct Convolution {
     int64_t chunks() const { return blocks_of(depth(), CHUNK); }
 
     // Store the sums of up to COLUMNS channels of one output.
-    __attribute__((noinline)) void store(int64_t entry, int64_t row, int64_t column, int64_t panel, const float* sums) const {
+    void store(int64_t entry, int64_t row, int64_t column, int64_t panel, const float* sums) const {
         int64_t first = panel * COLUMNS;
         int count = int(smaller<int64_t>(COLUMNS, out_channels - first));
         int64_t at = entry * entry_stride + row * row_stride + column * column_stride + first;
@@ -78,8 +77,9 @@ struct Division {
     // Args: depth: floats of a row's inputs; weights: floats of a panel.
     Division(int64_t total, int64_t depth, int64_t all_panels, int64_t weights, int64_t threads) {
         constexpr double GATHER = 0.4, READ = 1.0, READ_FROM_CACHE = 0.2;  // cycles per float
-        int64_t most = smaller(total, CACHED / depth > ROWS ? CACHED / depth : int64_t(ROWS));
-        double read = all_panels * weights > CACHED ? READ : READ_FROM_CACHE, least = 0;
+        int64_t cached = second_level_cache() / 2 / int64_t(sizeof(float));
+        int64_t most = smaller(total, cached / depth > ROWS ? cached / depth : int64_t(ROWS));
+        double read = all_panels * weights > cached ? READ : READ_FROM_CACHE, least = 0;
         for (int64_t parts = 1; parts <= smaller(threads, all_panels); ++parts) {
             int64_t sharing = blocks_of(threads, parts);  // threads that share the rows
             int64_t blocks = blocks_of(blocks_of(total, most), sharing) * sharing, count = blocks_of(total, blocks);
@@ -92,7 +92,8 @@ struct Division {
         }
     }
 
-    template <class Function> void each(int64_t total, int64_t all_panels, const Call& call, Function function) const {
+    template <class Function>
+    void each(int64_t total, int64_t all_panels, const Call& call, Function function) const {
         Share share(row_blocks * panel_blocks, call);
         for (int64_t unit = share.first; unit < share.last; ++unit) {
             int64_t row = unit % row_blocks * rows, panel = unit / row_blocks * panels;
@@ -102,7 +103,7 @@ struct Division {
 };
 
 // Row `row` of the matrix: the inputs of one output, tap by tap, padded with zeros.
-__attribute__((noinline)) void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
+void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
     int64_t at = 0;
     auto append = [&](const float* from, int64_t count) {
         while (count > 0) {
@@ -123,7 +124,8 @@ __attribute__((noinline)) void gather(const Convolution& conv, int64_t entry, in
             bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
             int64_t pixel = (entry * conv.height + y) * conv.width + x;
             for (int part = 0; part < 2; ++part)
-                append(inside && conv.inputs[part] ? conv.inputs[part] + pixel * conv.channels[part] : nullptr, conv.channels[part]);
+                append(inside && conv.inputs[part] ? conv.inputs[part] + pixel * conv.channels[part] : nullptr,
+                       conv.channels[part]);
         }
     append(nullptr, conv.chunks() * CHUNK - at);
 }
@@ -150,15 +152,17 @@ void convolve_gathered(const Convolution& conv, const Call& call) {
 }
 
 // B^T d B of a 4 x 4 tile of inputs d, for CHUNK channels; `rows` are the tile's pixels, row by row.
-__attribute__((noinline)) void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, int count, float* to, int64_t stride) {
+void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, int count, float* to, int64_t stride) {
     constexpr int VECTORS = CHUNK / LANES;
     for (int v = 0; v < VECTORS; ++v) {
         Lanes d[4][4], t[4][4];
         for (int i = 0; i < POSITIONS; ++i) {
             Lanes value{};
             int lanes = count - v * LANES;
-            if (lanes >= LANES) std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof value);
-            else if (lanes > 0) std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof(float) * lanes);
+            if (lanes >= LANES)
+                std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof value);
+            else if (lanes > 0)
+                std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof(float) * lanes);
             d[i / 4][i % 4] = value;
         }
         for (int j = 0; j < 4; ++j) {
@@ -175,7 +179,7 @@ __attribute__((noinline)) void transform_input(const float* const (&pixels)[POSI
 }
 
 // A^T m A of the 16 products of a tile, for COLUMNS channels: 2 x 2 outputs.
-__attribute__((noinline)) void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
+void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
     for (int v = 0; v < 2; ++v) {
         Lanes p[4][4], t[2][4];
         for (int i = 0; i < POSITIONS; ++i) std::memcpy(&p[i / 4][i % 4], m + i * stride + v * LANES, sizeof(Lanes));
@@ -210,12 +214,13 @@ void convolve_winograd(const Convolution& conv, const Call& call) {
                 pixels[p] = inside ? conv.inputs[0] + ((entry * conv.height + y) * conv.width + x) * channels : zeros;
             }
             for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                transform_input(pixels, chunk * CHUNK, int(channels - chunk * CHUNK), v + (chunk * rows + i) * CHUNK, position);
+                transform_input(pixels, chunk * CHUNK, int(channels - chunk * CHUNK), v + (chunk * rows + i) * CHUNK,
+                                position);
         }
         for (; panel < last; ++panel) {
             for (int p = 0; p < POSITIONS; ++p)
-                multiply(count, v + p * position, chunks, rows, conv.weights + (panel * POSITIONS + p) * depth * COLUMNS,
-                         m + p * rows * COLUMNS);
+                multiply(count, v + p * position, chunks, rows,
+                         conv.weights + (panel * POSITIONS + p) * depth * COLUMNS, m + p * rows * COLUMNS);
             for (int i = 0; i < count; ++i) {
                 int64_t entry = (first + i) / tiles, tile = (first + i) % tiles;
                 int64_t top = tile / across * 2, left = tile % across * 2;
@@ -253,11 +258,12 @@ void convolution(const Call& call) {
     a.size() ? convolve_winograd(conv, call) : convolve_gathered(conv, call);
 }
 
-// Pack the weights of a convolution into panels of COLUMNS output channels, for Winograd's method or for gathered inputs.
+// Pack the weights of a convolution into panels of COLUMNS output channels, for Winograd's method or for gathered
+// inputs.
 void pack(const Call& call) {
     Arguments a(call);
     int64_t out_channels = a.size(), channels = a.size(), kernel = a.size(), winograd = a.size();
-    auto packed = a.pointer<float>();         // [panels, POSITIONS or 1, depth padded to CHUNK, COLUMNS]
+    auto packed = a.pointer<float>();  // [panels, POSITIONS or 1, depth padded to CHUNK, COLUMNS]
     auto weights = a.pointer<const float>();  // [out_channels, kernel, kernel, channels]
     int64_t depth = winograd ? channels : kernel * kernel * channels, padded = blocks_of(depth, CHUNK) * CHUNK;
     int64_t positions = winograd ? POSITIONS : 1;

@@ -32,10 +32,11 @@ struct Inputs {
         int64_t at = entry * per_sample + block * BLOCK;
         int count = int(smaller<int64_t>(BLOCK, per_sample - block * BLOCK));
         float x[BLOCK], target[BLOCK];
-        if (predicts != EPSILON) with_float_or_byte(x_0_dtype, [&](auto* type) {
-            auto clean = reinterpret_cast<decltype(type)>(x_0) + at;
-            for (int i = 0; i < count; ++i) x[i] = widen(clean[i]);
-        });
+        if (predicts != EPSILON)
+            with_float_or_byte(x_0_dtype, [&](auto* type) {
+                auto clean = reinterpret_cast<decltype(type)>(x_0) + at;
+                for (int i = 0; i < count; ++i) x[i] = widen(clean[i]);
+            });
         if (predicts == SAMPLE) {
             std::memcpy(target, x, sizeof(float) * count);
         } else {

@@ -51,14 +51,16 @@ inline void narrow(float x, Float16& to) {
 }
 
 // Call a function with a null pointer of the type that a dtype names.
-template <class Function> void with_float(int64_t dtype, Function function) {
+template <class Function>
+void with_float(int64_t dtype, Function function) {
     if (dtype == FLOAT32) return function(static_cast<float*>(nullptr));
     if (dtype == BFLOAT16) return function(static_cast<BFloat16*>(nullptr));
     assert(dtype == FLOAT16);
     function(static_cast<Float16*>(nullptr));
 }
 
-template <class Function> void with_float_or_byte(int64_t dtype, Function function) {
+template <class Function>
+void with_float_or_byte(int64_t dtype, Function function) {
     if (dtype == UINT8) return function(static_cast<uint8_t*>(nullptr));
     with_float(dtype, function);
 }

@@ -16,9 +16,10 @@ constexpr int ROWS = 12;  // with 2 vectors each, 24 of 32 registers hold sums
 constexpr int ROWS = 6;
 #endif
 
-// `next`: memory to fetch meanwhile, as much as b has.
+// `next`: memory to fetch meanwhile, as much as b has. Inlined into each other, these would spill their sums.
 template <int COUNT>
-__attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b, const float* next, float* c) {
+__attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
+                                       const float* next, float* c) {
     Lanes sum[COUNT][2];
     for (int row = 0; row < COUNT; ++row) sum[row][0] = sum[row][1] = Lanes{};
     for (int64_t chunk = 0; chunk < chunks; ++chunk, a += chunk_stride)
@@ -38,8 +39,8 @@ __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t c
 }
 
 template <int COUNT = ROWS>
-inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b, const float* next,
-                       float* c) {
+inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
+                       const float* next, float* c) {
     if (count == COUNT) return product<COUNT>(a, chunks, chunk_stride, b, next, c);
     if constexpr (COUNT > 1) product_of<COUNT - 1>(count, a, chunks, chunk_stride, b, next, c);
 }

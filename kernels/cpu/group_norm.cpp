@@ -2,7 +2,7 @@
 //
 // Traffic: each input element is read twice, the second time from the first-level cache, and once more to write y.
 // Precision: fp32, rounded once. Mean and variance of each channel over a block of pixels are computed in fp32, about
-// the block's mean, and combined in float64, so no bit depends on the batch, the number of threads or the instruction set.
+// the block's mean, and combined in float64. No bit depends on the batch, the number of threads or the instruction set.
 // Spec: cat, group_norm and silu of torch. Proof: tests/ops/test_group_norm.py (float64; bits across threads and
 // instruction sets).
 #include "floats.h"
@@ -15,14 +15,14 @@ constexpr int64_t ROWS = 64;  // pixels of a block, so that 64 channels of them 
 
 struct Norm {
     int64_t n, pixels, groups, channels[2];  // of x and skip
-    char* y;            // [n, pixels, channels] in dtype: [x's channels, skip's channels]
-    char* inputs[2];    // x and skip: [n, pixels, its channels] in dtype; skip may be null
-    const float *add;   // [n, channels], rows add_stride apart, or null
+    char* y;  // [n, pixels, channels] in dtype: [x's channels, skip's channels]
+    char* inputs[2];  // x and skip: [n, pixels, its channels] in dtype; skip may be null
+    const float* add;  // [n, channels], rows add_stride apart, or null
     int64_t add_stride;
     const float *weight, *bias;  // [channels]
     double eps;
     int64_t silu, dtype;
-    double* moments;   // [n, blocks, 2, channels], scratch: mean, and sum of squares about it
+    double* moments;  // [n, blocks, 2, channels], scratch: mean, and sum of squares about it
     float* transform;  // [n, 3, channels], scratch: y = (x - centre) * scale + shift
 
     explicit Norm(Arguments& a)
@@ -35,7 +35,8 @@ struct Norm {
     int64_t blocks() const { return blocks_of(pixels, ROWS); }
 };
 
-template <class T> Lanes load(const T* from, int count = LANES) {
+template <class T>
+Lanes load(const T* from, int count = LANES) {
     float widened[LANES] = {};
     for (int i = 0; i < count; ++i) widened[i] = widen(from[i]);
     Lanes lanes;
@@ -43,7 +44,8 @@ template <class T> Lanes load(const T* from, int count = LANES) {
     return lanes;
 }
 
-template <> inline Lanes load<float>(const float* from, int count) {
+template <>
+inline Lanes load<float>(const float* from, int count) {
     Lanes lanes{};
     std::memcpy(&lanes, from, sizeof(float) * count);
     return lanes;
@@ -74,7 +76,8 @@ void moments_of_channels(const T* x, int64_t rows, int64_t stride, int count, do
     }
 }
 
-template <class T> void moments_of_block(const Norm& norm, int64_t entry, int64_t block) {
+template <class T>
+void moments_of_block(const Norm& norm, int64_t entry, int64_t block) {
     int64_t first = block * ROWS, rows = smaller(ROWS, norm.pixels - first), width = norm.width();
     double* mean = norm.moments + (entry * norm.blocks() + block) * 2 * width;
     for (int part = 0; part < 2; ++part) {
@@ -97,7 +100,9 @@ void transform_of_group(const Norm& norm, int64_t entry, int64_t group) {
     const float* add = norm.add ? norm.add + entry * norm.add_stride : nullptr;
     double pixels = double(norm.pixels), sum = 0, squares = 0;
     auto rows = [&](int64_t block) { return double(smaller(ROWS, norm.pixels - block * ROWS)); };
-    auto mean_of = [&](int64_t block, int64_t c) { return moments[block * 2 * width + c] + (add ? double(add[c]) : 0.0); };
+    auto mean_of = [&](int64_t block, int64_t c) {
+        return moments[block * 2 * width + c] + (add ? double(add[c]) : 0.0);
+    };
     for (int64_t block = 0; block < blocks; ++block) {
         double part = 0;
         for (int64_t c = first; c < first + per_group; ++c) part += mean_of(block, c);
@@ -128,7 +133,8 @@ void transform_row(const T* __restrict__ x, int64_t channels, const float* __res
     }
 }
 
-template <class T> void transform_block(const Norm& norm, int64_t entry, int64_t block) {
+template <class T>
+void transform_block(const Norm& norm, int64_t entry, int64_t block) {
     int64_t first = block * ROWS, rows = smaller(ROWS, norm.pixels - first), width = norm.width();
     const float* centre = norm.transform + entry * 3 * width;
     for (int64_t pixel = entry * norm.pixels + first, end = pixel + rows; pixel < end; ++pixel) {
@@ -138,7 +144,8 @@ template <class T> void transform_block(const Norm& norm, int64_t entry, int64_t
             auto x = reinterpret_cast<const T*>(norm.inputs[part]) + pixel * channels;
             auto y = reinterpret_cast<T*>(norm.y) + pixel * width + offset;
             const float* at = centre + offset;
-            (norm.silu ? transform_row<true, T> : transform_row<false, T>)(x, channels, at, at + width, at + 2 * width, y);
+            (norm.silu ? transform_row<true, T> : transform_row<false, T>)(x, channels, at, at + width, at + 2 * width,
+                                                                           y);
             offset += channels;
         }
     }

@@ -26,7 +26,10 @@ namespace fastddpm::FASTDDPM_ISA {
 class Arguments {
   public:
     explicit Arguments(const Call& call) : word_(call.words) {}
-    template <class T> T* pointer() { return reinterpret_cast<T*>(*word_++); }
+    template <class T>
+    T* pointer() {
+        return reinterpret_cast<T*>(*word_++);
+    }
     int64_t size() {
         assert(*word_ >= 0);
         return *word_++;
@@ -63,11 +66,15 @@ constexpr int LANES = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
-template <class T> T smaller(T a, T b) { return b < a ? b : a; }
+template <class T>
+T smaller(T a, T b) {
+    return b < a ? b : a;
+}
 
 inline int64_t blocks_of(int64_t elements, int64_t block) { return (elements + block - 1) / block; }
 
-template <class To, class From> To bits_as(From value) {
+template <class To, class From>
+To bits_as(From value) {
     static_assert(sizeof(To) == sizeof(From));
     To result;
     std::memcpy(&result, &value, sizeof result);

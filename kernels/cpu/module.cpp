@@ -1,10 +1,9 @@
 // The Python module: chooses the kernels of an instruction set, and runs them on the threads that torch has.
 //
-// It uses neither torch's headers nor its libraries: pointers and sizes come in, and OpenMP's functions are those of the
-// library that torch has loaded, so that there is one pool of threads.
+// It uses neither torch's headers nor its libraries: pointers and sizes come in, and OpenMP's functions are those of
+// the library that torch has loaded, so that there is one pool of threads.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
-
 #include <dlfcn.h>
 
 #include <cstring>
@@ -13,27 +12,27 @@
 #include "kernel.h"
 
 #define FASTDDPM_KERNELS(X)     /* name, phases, words of a call */ \
-    X(attention, 2, 7)          \
-    X(convolution, 1, 23)       \
-    X(eps_loss, 2, 14)          \
-    X(eps_loss_backward, 1, 14) \
-    X(group_norm, 3, 17)        \
-    X(interleave, 1, 8)         \
-    X(noising, 1, 11)           \
-    X(normal, 1, 6)             \
-    X(pack, 1, 6)               \
-    X(residual, 1, 7)           \
-    X(silu, 1, 4)               \
-    X(step, 1, 13)              \
+    X(attention, 2, 7)                                          \
+    X(convolution, 1, 23)                                       \
+    X(eps_loss, 2, 14)                                          \
+    X(eps_loss_backward, 1, 14)                                 \
+    X(group_norm, 3, 17)                                        \
+    X(interleave, 1, 8)                                         \
+    X(noising, 1, 11)                                           \
+    X(normal, 1, 6)                                             \
+    X(pack, 1, 6)                                               \
+    X(residual, 1, 7)                                           \
+    X(silu, 1, 4)                                               \
+    X(step, 1, 13)                                              \
     X(x_0_error, 2, 13)
 
 #define DECLARE(name, phases, words) void name(const Call&);
 #define FUNCTION(name, phases, words) name,
-#define INSTRUCTION_SET(isa)                                    \
-    namespace fastddpm::isa {                                   \
-    int columns();                                              \
-    FASTDDPM_KERNELS(DECLARE)                                   \
-    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};    \
+#define INSTRUCTION_SET(isa)                                 \
+    namespace fastddpm::isa {                                \
+    int columns();                                           \
+    FASTDDPM_KERNELS(DECLARE)                                \
+    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)}; \
     }
 
 namespace fastddpm {
@@ -94,15 +93,18 @@ struct OpenMP {
         void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
         auto load = [&](auto& function, const char* name) {
             void* symbol = torch ? dlsym(torch, name) : nullptr;
-            function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(symbol ? symbol : dlsym(RTLD_DEFAULT, name));
+            function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(
+                symbol ? symbol : dlsym(RTLD_DEFAULT, name));
         };
         load(parallel, "GOMP_parallel");
         load(barrier, "GOMP_barrier");
         load(thread, "omp_get_thread_num");
         load(threads, "omp_get_num_threads");
         Dl_info info;
-        if (!parallel || !barrier || !thread || !threads) parallel = nullptr;
-        else if (dladdr(reinterpret_cast<void*>(parallel), &info)) path = info.dli_fname;
+        if (!parallel || !barrier || !thread || !threads)
+            parallel = nullptr;
+        else if (dladdr(reinterpret_cast<void*>(parallel), &info))
+            path = info.dli_fname;
         if (torch) dlclose(torch);
     }
 } openmp;
@@ -209,10 +211,10 @@ enum Index {
     FASTDDPM_KERNELS(INDEX)
 };
 
-#define WRAPPER(name, phases, words)                                                        \
-    PyObject* call_##name(PyObject*, PyObject* const* arguments, Py_ssize_t count) {        \
-        static_assert(words + 2 <= MOST_WORDS);                                             \
-        return call_kernel(INDEX_##name, words, arguments, count);                          \
+#define WRAPPER(name, phases, words)                                                 \
+    PyObject* call_##name(PyObject*, PyObject* const* arguments, Py_ssize_t count) { \
+        static_assert(words + 2 <= MOST_WORDS);                                      \
+        return call_kernel(INDEX_##name, words, arguments, count);                   \
     }
 FASTDDPM_KERNELS(WRAPPER)
 
@@ -248,7 +250,7 @@ PyObject* openmp_path(PyObject*, PyObject*) {
 #define METHOD(name, phases, words) FAST(#name, call_##name, nullptr),
 PyMethodDef methods[] = {
     FASTDDPM_KERNELS(METHOD)
-    FAST("record", record, "record(kernel, work, *words) -> the bytes of a call; a program is a sequence of them."),
+        FAST("record", record, "record(kernel, work, *words) -> the bytes of a call; a program is a sequence of them."),
     FAST("replay", replay, "replay(threads, program, *pointers): run a program with the pointers that it is given."),
     {"columns", panel_columns, METH_NOARGS, "The output channels of a panel of packed weights."},
     {"use", use, METH_O, "Choose the instruction set by its name; ValueError if this CPU does not have it."},

@@ -1,7 +1,8 @@
 // Fused forward noising x_0 -> x_t: reads x_0, writes x_t in the network's dtype; eps is made in registers.
 //
 // Traffic and precision: as kernels/noising.py, its twin.
-// Spec: fastddpm/reference/diffusion.py::add_noise with fastddpm/core/noise.py. Proof: tests/ops/test_noising.py (bits).
+// Spec: fastddpm/reference/diffusion.py::add_noise with fastddpm/core/noise.py.
+// Proof: tests/ops/test_noising.py (bits).
 #include "floats.h"
 #include "philox.h"
 

@@ -28,14 +28,18 @@ class Scratch {
 
 static thread_local Scratch scratch;
 
-// The size of a core's second-level cache in bytes, between 256 kB and 2 MB.
+// The size of a core's second-level cache in bytes, between 256 kB and 2 MB. It is not a constant of the file: that
+// would be computed when the module is loaded, perhaps by instructions that this CPU does not have.
 inline int64_t second_level_cache() {
+    static const int64_t size = [] {
 #ifdef _SC_LEVEL2_CACHE_SIZE
-    int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+        int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE);
 #else
-    int64_t size = 0;
+        int64_t found = 0;
 #endif
-    return size < 1 << 18 ? 1 << 18 : smaller<int64_t>(size, 1 << 21);
+        return found < 1 << 18 ? int64_t(1) << 18 : smaller<int64_t>(found, 1 << 21);
+    }();
+    return size;
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

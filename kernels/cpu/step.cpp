@@ -13,7 +13,8 @@ struct Row {  // fastddpm.core.table.COLUMNS
 };
 
 // The step of `count` elements without its noise: returns x_{t-1} in `next`.
-template <class M> void mean_of(const Row& row, bool clip, int count, const float* x, const M* m, float* next) {
+template <class M>
+void mean_of(const Row& row, bool clip, int count, const float* x, const M* m, float* next) {
     float widened[BLOCK];
     for (int i = 0; i < count; ++i) widened[i] = widen(m[i]);
     if (clip) {
@@ -28,7 +29,8 @@ template <class M> void mean_of(const Row& row, bool clip, int count, const floa
     }
 }
 
-template <class Copy> void store_copy(int count, const float* x, Copy* copy) {
+template <class Copy>
+void store_copy(int count, const float* x, Copy* copy) {
     for (int i = 0; i < count; ++i) narrow(x[i], copy[i]);
 }
 
@@ -76,7 +78,9 @@ void step(const Call& call) {
             for (int i = 0; i < count; ++i) next[i] += row.S * z[i];
         }
         std::memcpy(x + at, next, sizeof(float) * count);
-        if (copy) with_float(copy_dtype, [&](auto* type) { store_copy(count, next, reinterpret_cast<decltype(type)>(copy) + at); });
+        if (copy)
+            with_float(copy_dtype,
+                       [&](auto* type) { store_copy(count, next, reinterpret_cast<decltype(type)>(copy) + at); });
         if (bad && !all_finite(count, next)) raise_to(bad + entry, pos);
     }
 }

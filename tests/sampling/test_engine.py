@@ -70,7 +70,8 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
     monkeypatch.setattr(Replay, "prepare", remember_reset)
     monkeypatch.setattr(Replay, "_captured", capture)
-    return captured
+    with ops.forced_backend("torch"):  # whose operations can be recorded
+        yield captured
 
 
 def tiny_unet(**options):

@@ -20,7 +20,8 @@ from fastddpm.networks.unet2d import UNet2D
 Pack = Callable[[Tensor, bool], Weights]  # (weight, whether for Winograd's method)
 
 MOST_SHAPES = 8  # programs that are kept
-LEAST_CHANNELS = 16  # for which Winograd's method is the faster one
+LEAST_SIDE = 4  # of images for Winograd's method: it sums the zeros around smaller ones, too, and rounds more
+LEAST_CHANNELS = 32  # for which Winograd's method is faster, and as accurate even without fused multiply-adds
 _X, _ROWS, _Y = 1, 2, 3  # the pointers that a program is given
 
 
@@ -132,7 +133,10 @@ class Builder:
 
     def _downsample(self, downsample: Downsample, x: Images) -> Images:
         weights, padding = self._pack(downsample.conv.weight, False), downsample.padding
-        sides = (x.height + 2 * padding - 3 + (padding == 0)) // 2 + 1, (x.width + 2 * padding - 3 + (padding == 0)) // 2 + 1
+        sides = (
+            (x.height + 2 * padding - 3 + (padding == 0)) // 2 + 1,
+            (x.width + 2 * padding - 3 + (padding == 0)) // 2 + 1,
+        )
         return self.program.convolution(
             x, weights, downsample.conv.bias, stride=2, padding=(padding, padding), size=sides
         )
@@ -144,15 +148,26 @@ class Builder:
         for i, weight in enumerate(phases.weight.chunk(4)):
             row, column = divmod(i, 2)
             weights, padding = self._pack(weight, False), (1 - row, 1 - column)
-            self.program.convolution(x, weights, upsample.bias, padding=padding, into=y, size=(x.height, x.width), phase=(row, column))
+            self.program.convolution(
+                x, weights, upsample.bias, padding=padding, into=y, size=(x.height, x.width), phase=(row, column)
+            )
         return y
 
     def _convolution(self, conv: Conv2d, x: Images, bias: Tensor | None = None, **options: Any) -> Images:
         """A 3 x 3 convolution of stride 1. Args: bias: instead of the convolution's own."""
-        weights = self._pack(conv.weight, x.channels >= LEAST_CHANNELS)
+        winograd = x.channels >= LEAST_CHANNELS and min(x.height, x.width) >= LEAST_SIDE
+        weights = self._pack(conv.weight, winograd)
         return self.program.convolution(x, weights, conv.bias if bias is None else bias, padding=(1, 1), **options)
 
     def _norm(self, norm: GroupNorm, x: Images, skip: Images | None = None, *, add: int = 0, silu: bool) -> Images:
         return self.program.group_norm(
-            x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, add=add, add_stride=self._entry_stride, silu=silu
+            x,
+            skip,
+            norm.weight,
+            norm.bias,
+            norm.num_groups,
+            norm.eps,
+            add=add,
+            add_stride=self._entry_stride,
+            silu=silu,
         )

@@ -88,13 +88,13 @@ void attend(const Attention& attention, int64_t entry, int64_t head, int64_t fir
     for (int row = 0; row < count; ++row) {
         const float* q = attention.row(entry, head, first + row, 0);
         for (int64_t i = 0; i < depth; ++i)
-            queries[i / CHUNK * STRIDE * CHUNK + row * CHUNK + i % CHUNK] = i < attention.dim ? q[i] * scale : 0.0f;
+            queries[i / CHUNK * STRIDE * CHUNK + row * CHUNK + i % CHUNK] = i < attention.dim ? q[i] : 0.0f;
     }
     for (int64_t key = 0; key < keys; key += COLUMNS) {
         multiply(count, queries, depth / CHUNK, STRIDE, attention.panels(entry, head, 0) + key * depth, c);
         for (int row = 0; row < count; ++row)
             for (int64_t i = 0; i < COLUMNS; ++i)
-                scores[(key + i) / CHUNK * STRIDE * CHUNK + row * CHUNK + (key + i) % CHUNK] = c[row * COLUMNS + i];
+                scores[(key + i) / CHUNK * STRIDE * CHUNK + row * CHUNK + (key + i) % CHUNK] = c[row * COLUMNS + i] * scale;
     }
     exponentials(scores, count, attention.tokens, keys, sums);
     for (int64_t part = 0; part < attention.dim; part += COLUMNS) {

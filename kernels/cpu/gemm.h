@@ -1,6 +1,6 @@
 // The matrix product in the middle of a convolution: rows of pixels or tiles times a panel of packed weights.
 //
-// C[row][column] = sum over k of A[row][k] B[k][column], in order of k. A is stored in chunks of CHUNK values of k:
+// C[row][column] = sum over k of A[row][k] B[k][column], in a fixed order. A is stored in chunks of CHUNK values of k:
 // A[k / CHUNK][row][k % CHUNK], so that the addresses of all rows are constant offsets from one pointer.
 #pragma once
 
@@ -9,6 +9,7 @@
 namespace fastddpm::FASTDDPM_ISA {
 
 constexpr int CHUNK = 16;
+constexpr int SUMMED = 16;  // chunks that are summed before they are added to the rest, which bounds the error
 constexpr int COLUMNS = 2 * LANES;  // of a panel of weights
 #if defined(__AVX512F__)
 constexpr int ROWS = 12;  // with 2 vectors each, 24 of 32 registers hold sums
@@ -17,7 +18,7 @@ constexpr int ROWS = 6;
 #endif
 
 // `next`: memory to fetch meanwhile, as much as b has. Inlined into each other, these would spill their sums.
-template <int COUNT>
+template <int COUNT, bool ADD>
 __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
                                        const float* next, float* c) {
     Lanes sum[COUNT][2];
@@ -35,23 +36,33 @@ __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t c
                 sum[row][1] += value * right;
             }
         }
-    for (int row = 0; row < COUNT; ++row) std::memcpy(c + row * COLUMNS, sum[row], sizeof sum[row]);
+    for (int row = 0; row < COUNT; ++row) {
+        Lanes before[2] = {};
+        if (ADD) std::memcpy(before, c + row * COLUMNS, sizeof before);
+        Lanes after[2] = {before[0] + sum[row][0], before[1] + sum[row][1]};
+        std::memcpy(c + row * COLUMNS, after, sizeof after);
+    }
 }
 
-template <int COUNT = ROWS>
+template <bool ADD, int COUNT = ROWS>
 inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
                        const float* next, float* c) {
-    if (count == COUNT) return product<COUNT>(a, chunks, chunk_stride, b, next, c);
-    if constexpr (COUNT > 1) product_of<COUNT - 1>(count, a, chunks, chunk_stride, b, next, c);
+    if (count == COUNT) return product<COUNT, ADD>(a, chunks, chunk_stride, b, next, c);
+    if constexpr (COUNT > 1) product_of<ADD, COUNT - 1>(count, a, chunks, chunk_stride, b, next, c);
 }
 
 // C[count][COLUMNS] for any count, in equal parts; A has `stride` rows.
 inline void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, float* c) {
     int parts = (count + ROWS - 1) / ROWS;
-    for (int part = 0; part < parts; ++part) {
-        int row = count * part / parts, next = count * (part + 1) / parts;
-        const float* fetched = b + (part == 0 ? chunks * CHUNK * COLUMNS : 0);  // the next panel
-        product_of(next - row, a + row * CHUNK, chunks, stride * CHUNK, b, fetched, c + row * COLUMNS);
+    for (int64_t chunk = 0; chunk < chunks; chunk += SUMMED) {
+        int64_t depth = smaller<int64_t>(SUMMED, chunks - chunk);
+        const float *rows = a + chunk * stride * CHUNK, *panel = b + chunk * CHUNK * COLUMNS;
+        for (int part = 0; part < parts; ++part) {
+            int row = count * part / parts, rows_of_part = count * (part + 1) / parts - row;
+            const float* next = panel + (part == 0 ? depth * CHUNK * COLUMNS : 0);  // of the next call, likely
+            auto run = chunk ? product_of<true> : product_of<false>;
+            run(rows_of_part, rows + row * CHUNK, depth, stride * CHUNK, panel, next, c + row * COLUMNS);
+        }
     }
 }
 

@@ -62,7 +62,7 @@ class Program:
         self._code = b""
         self._kept: list[Tensor] = []
         self._free = [(0, 1 << 40)]  # (offset, size) of the arena, ascending
-        self._size = 0
+        self.memory = 0  # bytes of the arena
         self._arenas: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ class Program:
         try:
             arena = self._arenas.pop()  # several threads may run the same program
         except IndexError:
-            arena = torch.empty(self._size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+            arena = torch.empty(self.memory + ALIGNMENT, dtype=torch.uint8, device="cpu")
         start = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
         native().module.replay(torch.get_num_threads(), self._code, start, *pointers)  # type: ignore[union-attr]
         self._arenas.append(arena)
@@ -167,7 +167,7 @@ class Program:
         """The offset of free memory, the lowest that is large enough."""
         i, (offset, length) = next(item for item in enumerate(self._free) if item[1][1] >= size)
         self._free[i : i + 1] = [(offset + size, length - size)] * (length > size)
-        self._size = max(self._size, offset + size)
+        self.memory = max(self.memory, offset + size)
         return offset
 
     def _give_back(self, offset: int, size: int) -> None:

@@ -29,7 +29,7 @@ train: trainer initial grids batches run_folder state updates options
 sampling: job manifest sampler arguments loop watch batches engine runner model own_network capture fixed_reads \
           reachable
 checkpoints: loading diffusers weights parameters reading checkpoint shipped
-networks: unet2d obstacles config layers
+networks: planned unet2d obstacles config layers
 processes: progress displays distributed signals
 storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
          classes decoding npz idx arrays data_checks fingerprint indices files caches
@@ -38,7 +38,7 @@ core: noise schedule table betas layout precision memory checks names
 reference: likelihood unet diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual step tree philox \
          block columns launch
-| kernels.cpu: launch native
+| kernels.cpu: program launch native
 _moved
 _version
 """

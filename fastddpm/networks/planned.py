@@ -5,7 +5,7 @@ nothing reads them any more, and weights are packed once. Biases, residuals and 
 convolutions and norms; skips are read in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core import layout
-from fastddpm.kernels.cpu.program import Images, Program, Weights, given, pack  # type: ignore[import-not-found]
-from fastddpm.networks.layers import Attention, Conv2d, Downsample, GroupNorm, Resnet, Upsample, silu
+from fastddpm.kernels.cpu.program import (  # type: ignore[import-not-found]  # noqa: TID253 (it needs no Triton)
+    Images,
+    Program,
+    Weights,
+    given,
+    pack,
+)
+from fastddpm.networks.layers import Attention, Block, Conv2d, Downsample, GroupNorm, Resnet, Upsample, silu
 from fastddpm.networks.unet2d import UNet2D
 
 Pack = Callable[[Tensor, bool], Weights]  # (weight, whether for Winograd's method)
@@ -39,7 +45,11 @@ def _can_be_planned(net: UNet2D) -> bool:
         and weight.dtype == torch.float32
         and all(resnet.act is silu and not resnet.scale_shift for resnet in net.resnets)
         and not options["center_input_sample"]
-        and all(resnet.conv_shortcut is not None for block in net.up_blocks for resnet, _ in block.layers())
+        and all(
+            resnet.conv_shortcut is not None
+            for block in cast("Iterable[Block]", net.up_blocks)
+            for resnet, _ in block.layers()
+        )
     )
 
 
@@ -57,17 +67,19 @@ class PlannedUNet:
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """Evaluate the network. Args and returns: see `UNet2D.denoise`."""
+        self.net.check_shape(x)
         x, rows = layout.channels_last(x), rows.contiguous()
+        y = layout.empty(len(x), (self.net.config["out_channels"], *x.shape[2:]), dtype=x.dtype, device=x.device)
+        if not len(x):
+            return y
         if self._version != self.net.version:
             self._programs, self._packed, self._version = {}, {}, self.net.version
         key = *x.shape, len(rows)
         program = self._programs.get(key)
         if program is None:
-            self.net.check_shape(x)
             program = self._programs[key] = Builder(self.net, x, rows, self._pack).program
             while len(self._programs) > MOST_SHAPES:
                 del self._programs[next(iter(self._programs))]
-        y = layout.empty(len(x), (self.net.config["out_channels"], *x.shape[2:]), dtype=x.dtype, device=x.device)
         program.run(x.data_ptr(), rows.data_ptr(), y.data_ptr())
         return y
 
@@ -93,20 +105,20 @@ class Builder:
         out = Images(given(_Y), n, height, width, net.config["out_channels"])
         h = self._convolution(net.conv_in, Images(given(_X), n, height, width, channels))
         skips = [h]
-        for block in net.down_blocks:
+        for block in cast("Iterable[Block]", net.down_blocks):
             for resnet, attention in block.layers():
                 h = self._attention(attention, self._resnet(resnet, h))
                 skips.append(h)
             for downsample in block.downsamplers:
-                h = self._downsample(downsample, h)
+                h = self._downsample(cast(Downsample, downsample), h)
                 skips.append(h)
         for resnet, attention in () if net.mid_block is None else net.mid_block.layers():
             h = self._attention(attention, self._resnet(resnet, h))
-        for block in net.up_blocks:
+        for block in cast("Iterable[Block]", net.up_blocks):
             for resnet, attention in block.layers():
                 h = self._attention(attention, self._resnet(resnet, h, skips.pop()))
             for upsample in block.upsamplers:
-                h = self._upsample(upsample, h)
+                h = self._upsample(cast(Upsample, upsample), h)
         h = self._norm(net.conv_norm_out, h, silu=True)
         self._convolution(net.conv_out, h, into=out)
 
@@ -133,12 +145,9 @@ class Builder:
 
     def _downsample(self, downsample: Downsample, x: Images) -> Images:
         weights, padding = self._pack(downsample.conv.weight, False), downsample.padding
-        sides = (
-            (x.height + 2 * padding - 3 + (padding == 0)) // 2 + 1,
-            (x.width + 2 * padding - 3 + (padding == 0)) // 2 + 1,
-        )
+        half = x.height // 2, x.width // 2  # they are even
         return self.program.convolution(
-            x, weights, downsample.conv.bias, stride=2, padding=(padding, padding), size=sides
+            x, weights, downsample.conv.bias, stride=2, padding=(padding, padding), size=half
         )
 
     def _upsample(self, upsample: Upsample, x: Images) -> Images:

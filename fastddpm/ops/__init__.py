@@ -1,9 +1,9 @@
 """The fused operations: functions that check their arguments and call one torch.library operator each.
 
 Triton kernels on a GPU, C++ kernels on a CPU, torch's operations where there are none. The bits are the same on every
-device, except those of `group_norm`, whose kernels add in another order. torch.compile sees the operators as opaque, and traces through these functions without a
-graph break. Only `eps_loss` has a gradient. `predict_step` is an exception: it is not an operator, and where it runs
-torch's operations it is differentiable.
+device, except those of `group_norm`, whose kernels add in another order. torch.compile sees the operators as opaque,
+and traces through these functions without a graph break. Only `eps_loss` has a gradient. `predict_step` is an
+exception: it is not an operator, and where it runs torch's operations it is differentiable.
 """
 
 from fastddpm.ops.backend import backend, backend_reason, compiling, forced_backend

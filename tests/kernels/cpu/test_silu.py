@@ -1,4 +1,4 @@
-"""SiLU of the C++ kernels: at most 3.5 units in the last place for every float32, the same bits on all instruction sets."""
+"""SiLU of the C++ kernels: its error over all of float32, and the same bits on every instruction set."""
 
 import math
 

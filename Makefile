@@ -16,7 +16,7 @@ bench := $(VENV)/bench
 docs := $(VENV)/docs
 endif
 
-.PHONY: sample test lint docs gpu-test gpu-check bench smoke report clean
+.PHONY: sample test lint docs wheel gpu-test gpu-check bench smoke report clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -29,11 +29,18 @@ test: lint
 lint: $(test)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
+	$(PYTHON) -c 'from clang_format import clang_format; clang_format()' --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h
 	$(PYTHON) -m mypy
 
 # The documentation, in build/docs; a warning is an error
 docs: $(docs)
 	$(PYTHON) -m sphinx -W --keep-going -q -E docs build/docs
+
+# A wheel in dist, and the Linux systems that it runs on
+wheel: $(test)
+	rm -rf dist
+	$(PYTHON) -m build --wheel --no-isolation
+	$(PYTHON) -m auditwheel show dist/*.whl
 
 gpu-test: $(test)
 	$(PYTHON) -m pytest -m cuda
@@ -70,12 +77,12 @@ clean:
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 
-# What is installed depends on these two files alone: the package itself is installed as editable. To try other versions of
-# torch and triton: make test CONSTRAINTS=FILE VENV=FOLDER
-$(VENV)/package: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+# What is installed depends on these files alone: the package itself is installed as editable, and builds its C++ kernels
+# anew when their sources change. To try other versions of torch and triton: make test CONSTRAINTS=FILE VENV=FOLDER
+$(VENV)/package: pyproject.toml setup.py $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PYTHON) -m pip install --constraint $(CONSTRAINTS) --editable .
 	@touch $@
 
-$(VENV)/test $(VENV)/bench $(VENV)/docs: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+$(VENV)/test $(VENV)/bench $(VENV)/docs: pyproject.toml setup.py $(CONSTRAINTS) | $(VENV)/bin/python
 	$(PYTHON) -m pip install --constraint $(CONSTRAINTS) --editable '.[$(@F)]'
 	@touch $@

@@ -18,7 +18,7 @@ KERNELS = sorted(str(path) for path in FOLDER.glob("*.cpp") if path.name != "mod
 # No fused multiply-adds and no other order of sums: the bits are the same on every machine
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
 FUSED = {"attention.cpp", "convolution.cpp"}  # these are not specified to the bit, so products are fused with sums
-FLAGS += ["-fno-rtti", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS += ["-fno-rtti", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]

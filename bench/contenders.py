@@ -6,7 +6,9 @@ A contender is named "who engine precision":
 - "reference eager fp32": fastddpm/reference, plain torch that can be read in one sitting;
 - "diffusers eager fp32": diffusers with its defaults;
 - "diffusers eager bf16": what its documentation recommends first, bf16 and channels-last;
-- "diffusers compiled bf16": all that it recommends, including torch.compile with max-autotune.
+- "diffusers compiled bf16": all that it recommends, including torch.compile with max-autotune;
+- "diffusers compiled+frozen fp32": torch.compile with the weights as constants, for a CPU;
+- "onnxruntime exported fp32", "openvino exported bf16": diffusers' network in these runtimes, see bench/exported.py.
 """
 
 import time
@@ -20,11 +22,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import exported
 from bench.layouts import network
 from bench.machine import DEVICE, Call, judged, wait
 from fastddpm import Schedule
 from fastddpm.core import noise
-from fastddpm.core.precision import PRECISIONS, Compute, arithmetic
+from fastddpm.core.precision import PRECISIONS, Compute, arithmetic, has_native_bf16
 from fastddpm.reference.diffusion import Diffusion, linear_betas, update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.engine import Engine
@@ -68,6 +71,10 @@ def contender(name: str) -> Contender:
         torch.compiler.reset()  # discard what other cases compiled
     if found.who == "diffusers" and not find_spec("diffusers"):
         pytest.skip("diffusers is not installed")
+    if found.engine == "exported" and (missing := exported.missing_package(found.who) or not find_spec("diffusers")):
+        pytest.skip(f"{missing if isinstance(missing, str) else 'diffusers'} is not installed")
+    if found.precision == "bf16" and found.engine == "exported" and not has_native_bf16(DEVICE):
+        pytest.skip("this CPU has no bf16")
     return found
 
 
@@ -83,6 +90,10 @@ def forward(model: str, batch: int, who: Contender) -> Iterator[Prepared]:
         with runner_of(model, batch, who._replace(engine=uncaptured)) as runner:
             at_the_middle(runner, model)
             yield _ready(runner.predict, began, model, who)
+        return
+    if who.engine == "exported":
+        x, predict = inputs(model, batch).contiguous().numpy(), _exported(net, model, batch, who)
+        yield _ready(lambda: torch.from_numpy(predict(x, MIDDLE)), began, model, who)
         return
     x, t = inputs(model, batch).to(PRECISIONS[who.precision]), torch.full((batch,), MIDDLE, device=DEVICE)
     if who.who == "reference":
@@ -113,6 +124,11 @@ def loop(model: str, batch: int, steps: int, who: Contender) -> Iterator[Prepare
     elif who.who == "reference":
         with arithmetic("fp32", DEVICE):
             yield _loop_of_the_reference(net, model, batch, steps, who, began)
+    elif who.engine == "exported":
+        shape, predict = (batch, *sample_shape(network(model))), _exported(net, model, batch, who)
+        x = inputs(model, batch).contiguous().numpy()
+        first = _ready(lambda: torch.from_numpy(predict(x, MIDDLE)), began, model, who)
+        yield first._replace(run=lambda: torch.from_numpy(exported.sample(predict, shape, steps, T)))
     else:
         yield _loop_of_diffusers(net, model, batch, steps, who, began)
 
@@ -161,7 +177,7 @@ def _loop_of_diffusers(net: Any, model: str, batch: int, steps: int, who: Conten
     def run(steps: int = steps) -> Tensor:
         return pipeline(batch_size=batch, num_inference_steps=steps, output_type="pt").images.cpu()
 
-    run(3 if who.engine == "compiled" else 1)  # the warm-up, the capture and a replay of its graphs
+    run(3 if "compiled" in who.engine else 1)  # the warm-up, the capture and a replay of its graphs
     seconds = time.perf_counter() - began
     x = inputs(model, batch).to(PRECISIONS[who.precision])
     with torch.no_grad():  # as in the pipeline, otherwise it would be compiled again
@@ -187,9 +203,15 @@ def theirs(model: str) -> Any:
     return unet.to(DEVICE)
 
 
+def _exported(unet: Any, model: str, batch: int, who: Contender) -> exported.Predict:
+    return exported.predictor(who.who, unet, (batch, *sample_shape(network(model))), who.precision)
+
+
 def _made_fast(unet: Any, who: Contender) -> Any:
     if who.precision == "bf16":
         unet.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    if who.engine == "compiled+frozen":
+        return torch.compile(unet.requires_grad_(False), fullgraph=True, options={"freezing": True})
     if who.engine == "compiled":
         mode = "max-autotune" if DEVICE.type == "cuda" else "default"
         return torch.compile(unet, mode=mode, fullgraph=True)

@@ -23,7 +23,8 @@ CONTENDERS = {
     ],
     "cpu": [
         "fastddpm eager bf16", "fastddpm eager fp32", "diffusers eager fp32", "diffusers eager bf16",
-        "reference eager fp32", "fastddpm compiled bf16", "fastddpm compiled fp32", "diffusers compiled bf16",
+        "onnxruntime exported fp32", "openvino exported fp32", "openvino exported bf16", "reference eager fp32",
+        "fastddpm compiled bf16", "fastddpm compiled fp32", "diffusers compiled bf16", "diffusers compiled+frozen fp32",
     ],
     "tiny": [
         *["fastddpm graph bf16"] * (DEVICE.type == "cuda"), "fastddpm eager bf16", "fastddpm compiled fp32",

@@ -94,7 +94,8 @@ void attend(const Attention& attention, int64_t entry, int64_t head, int64_t fir
         multiply(count, queries, depth / CHUNK, STRIDE, attention.panels(entry, head, 0) + key * depth, c);
         for (int row = 0; row < count; ++row)
             for (int64_t i = 0; i < COLUMNS; ++i)
-                scores[(key + i) / CHUNK * STRIDE * CHUNK + row * CHUNK + (key + i) % CHUNK] = c[row * COLUMNS + i] * scale;
+                scores[(key + i) / CHUNK * STRIDE * CHUNK + row * CHUNK + (key + i) % CHUNK] =
+                    c[row * COLUMNS + i] * scale;
     }
     exponentials(scores, count, attention.tokens, keys, sums);
     for (int64_t part = 0; part < attention.dim; part += COLUMNS) {

@@ -72,10 +72,11 @@ struct Convolution {
 // and the weights of its panels are read from beyond that cache. So threads that share rows repeat the former work, and
 // threads that share panels repeat the latter.
 struct Division {
-    int64_t rows, row_blocks, panels, panel_blocks;
+    int64_t rows = 0, row_blocks = 0, panels = 0, panel_blocks = 0;
 
     // Args: depth: floats of a row's inputs; weights: floats of a panel.
     Division(int64_t total, int64_t depth, int64_t all_panels, int64_t weights, int64_t threads) {
+        if (total == 0) return;
         constexpr double GATHER = 0.4, READ = 1.0, READ_FROM_CACHE = 0.2;  // cycles per float
         int64_t cached = second_level_cache() / 2 / int64_t(sizeof(float));
         int64_t most = smaller(total, cached / depth > ROWS ? cached / depth : int64_t(ROWS));

@@ -23,7 +23,8 @@ SHAPE = (3, 20, 20)  # of a sample in the rungs of kernels: more than one block 
 DAMAGE = 1 + 1e-4  # factor on damaged coefficients
 FEW_STEPS = 20  # of runs that need not be complete
 # implementations of `ops`
-COMPILED, INTERPRETED, TORCH = "the kernel", "the interpreted kernel", "torch"
+COMPILED, INTERPRETED, CPP, TORCH = "the kernel", "the interpreted kernel", "the C++ kernel", "torch"
+BY_BACKEND = {"triton": COMPILED, "cpp": CPP, "torch": TORCH}
 SAME_CODE = "same code here"  # why a comparison is skipped
 
 
@@ -34,7 +35,7 @@ class Case:
     Attributes:
         schedule: the schedule under test.
         device: where `ops` computes.
-        implementation: what `ops` runs there: COMPILED, INTERPRETED or TORCH.
+        implementation: what `ops` runs there: COMPILED, INTERPRETED, CPP or TORCH.
     """
 
     schedule: Schedule

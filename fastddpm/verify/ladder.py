@@ -1,7 +1,7 @@
 """`fastddpm verify`: does this machine compute the same function as the reference?
 
-On a GPU the kernels run compiled. On a CPU torch's functions take their place; if Triton is installed, its interpreter
-runs the kernels as well.
+On a GPU the Triton kernels run compiled. On a CPU the C++ kernels run, or torch's functions if there are none; if Triton
+is installed, its interpreter runs its kernels as well.
 """
 
 import os
@@ -18,7 +18,7 @@ from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.verify import interpreter, rungs, sampling_rungs
 from fastddpm.verify.accuracy import Record
-from fastddpm.verify.case import COMPILED, TORCH, NetworkCase
+from fastddpm.verify.case import BY_BACKEND, NetworkCase
 
 
 def verify(
@@ -62,7 +62,7 @@ def verify(
     if learned:
         schedule = replace(schedule, variance_type="fixed_small")  # all but the variance is the same
     schedule.table(steps)  # raises if steps is wrong, before anything runs
-    implementation = COMPILED if ops.backend(sampler.device) == "triton" else TORCH
+    implementation = BY_BACKEND[ops.backend(sampler.device)]
     case = NetworkCase(schedule, sampler.device, implementation, net, sampler.shape, steps, progress)
     records = _climb_all(case, learned, damage, deadline)
     damaged = [record for record in records if record.rung == damage]

@@ -12,6 +12,7 @@ from bench.machine import DEVICE, SCALE, peak_bytes, say
 from fastddpm import UNet2D, ops
 from fastddpm.core import layout
 from fastddpm.core.precision import PRECISIONS, arithmetic
+from fastddpm.networks.planned import fastest_forward
 from fastddpm.sampling.sampler import sample_shape
 
 BATCHES = {"cuda": (1, 64), "cpu": (1,), "tiny": (2,)}[SCALE]
@@ -56,8 +57,8 @@ def held_by_the_network(batch: int, precision: str) -> dict[str, int]:
     x = layout.empty(batch, sample_shape(net), dtype=dtype, device=DEVICE).normal_()
     with arithmetic(precision, DEVICE):
         rows = fast.time_rows(torch.arange(T, device=DEVICE))
-        rows = rows if ops.backend(DEVICE) == "triton" else rows.to(x.dtype)
-        forward = partial(fast.denoise, x, rows[:1])
+        rows = rows if ops.backend(DEVICE) != "torch" else rows.to(x.dtype)
+        forward = partial(fastest_forward(fast), x, rows[:1])
         forward()  # libraries do some work once
         activations = peak_bytes(forward)
     state = 4 * batch * math.prod(sample_shape(net))

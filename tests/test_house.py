@@ -412,7 +412,7 @@ if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && 
     (tools / "python3").chmod(0o755)
     project = tmp_path / "project"
     project.mkdir()
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, project)
     inherited = ("MAKE", "MFLAGS", "PYTHON", "OUT", "BENCH", "CHECK", "GPU_CHECK")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(inherited)}
@@ -428,7 +428,12 @@ if [ "$2" = venv ]; then mkdir -p $3/bin && cp {tools}/python3 $3/bin/python && 
 
 
 PIP_INSTALL = ".venv/bin/python -m pip install --constraint constraints.txt --editable"
-LINT = [f"project/.venv/bin/python -m {tool}" for tool in ("ruff check", "ruff format --check", "mypy")]
+LINT = [f"project/.venv/bin/python {tool}" for tool in (
+    "-m ruff check",
+    "-m ruff format --check",
+    "-c from clang_format import clang_format; clang_format() --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h",
+    "-m mypy",
+)]  # fmt: skip
 
 
 def test_make_test_sets_up_once_then_lints_and_tests(make):
@@ -436,7 +441,7 @@ def test_make_test_sets_up_once_then_lints_and_tests(make):
     checks = [line.removeprefix("project/") for line in LINT] + [".venv/bin/python -m pytest -n 2"]
     assert make("test") == setup + checks
     assert make("test") == checks
-    for number, name in enumerate(("pyproject.toml", "constraints.txt"), 1):
+    for number, name in enumerate(("pyproject.toml", "setup.py", "constraints.txt"), 1):
         later = (make.project / ".venv/test").stat().st_mtime + 10 * number
         os.utime(make.project / name, (later, later))
         assert make("test") == setup[1:] + checks

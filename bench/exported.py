@@ -45,11 +45,15 @@ def export(unet: nn.Module, shape: tuple[int, ...], file: Path) -> None:
     """Write diffusers' network as ONNX."""
 
     class Output(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = unet
+
         def forward(self, x, t):
-            return unet(x, t, return_dict=False)[0]
+            return self.unet(x, t, return_dict=False)[0]
 
     inputs = torch.zeros(shape), torch.tensor(0)
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of checks of shapes, and of being deprecated
         torch.onnx.export(Output(), inputs, str(file), input_names=["x", "t"], output_names=["eps"], dynamo=False)
 
@@ -60,7 +64,7 @@ def _onnxruntime(file: Path, precision: str) -> Predict:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
-    return lambda x, t: session.run(None, {"x": x, "t": np.int64(t)})[0]
+    return lambda x, t: session.run(None, {"x": x, "t": np.array(t, np.int64)})[0]
 
 
 def _openvino(file: Path, precision: str) -> Predict:
@@ -72,7 +76,7 @@ def _openvino(file: Path, precision: str) -> Predict:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     model = openvino.Core().compile_model(openvino.Core().read_model(file.read_bytes()), "CPU", hints)
-    return lambda x, t: model([x, np.int64(t)])[0]
+    return lambda x, t: model([x, np.array(t, np.int64)])[0]
 
 
 @cache

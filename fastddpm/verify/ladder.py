@@ -1,7 +1,7 @@
 """`fastddpm verify`: does this machine compute the same function as the reference?
 
-On a GPU the Triton kernels run compiled. On a CPU the C++ kernels run, or torch's functions if there are none; if Triton
-is installed, its interpreter runs its kernels as well.
+On a GPU the Triton kernels run compiled. On a CPU the C++ kernels run, or torch's functions if there are none; and if
+Triton is installed, its interpreter runs the Triton kernels.
 """
 
 import os

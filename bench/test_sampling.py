@@ -13,6 +13,7 @@ from bench import kinds
 from bench.contenders import SCHEDULE, Contender, T, contender, judge_a_step, loop, runner_of
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, same_bits, say
+from bench.traffic import Bytes
 from fastddpm import Sampler
 from fastddpm.core import noise
 
@@ -107,6 +108,11 @@ def test_steps(measure, times, model, batch, name):
     fast = who.precision in ("bf16", "fp16") and (who.engine == "compiled" or "graph" in who.engine)
     steps = min(STEPS[model, batch], T if fast else SLOW)
     with loop(model, batch, steps, who) as ready:
+        operations = None
+        if who.who == "fastddpm" and who.engine == "eager":
+            with Bytes() as counted:
+                ready.run()
+            operations = round(counted.operations / steps)
         seconds = measure(
             ready.run,
             steps,
@@ -117,7 +123,7 @@ def test_steps(measure, times, model, batch, name):
             images=batch / T,
             precision=who.ceiling,
             errors=ready.errors,
-            facts={"steps": steps, "prepare_s": ready.seconds},
+            facts={"steps": steps, "prepare_s": ready.seconds, "torch_operations": operations},
         )
     times.setdefault((model, batch), {})[name] = seconds, ready.seconds
 

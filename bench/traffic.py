@@ -1,4 +1,4 @@
-"""The bytes that the operations of eager torch read and write."""
+"""The operations of eager torch, and the bytes that they read and write."""
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,12 +6,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class Bytes(TorchDispatchMode):
-    """Counts in `moved` the bytes of the inputs and outputs of each torch operation, except views.
+    """Counts in `moved` the bytes of the inputs and outputs of each torch operation, except views, and in `operations`
+    these operations.
 
     Operations such as `randn_like` do not read their input.
     """
 
-    moved = 0
+    moved = operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -20,5 +21,6 @@ class Bytes(TorchDispatchMode):
             for tensors in (() if str(func.overloadpacket).endswith("_like") else (args, kwargs), result)
         )
         if not func.is_view:
+            self.operations += 1
             self.moved += sum(nbytes for _, nbytes in (*read, *written))
         return result

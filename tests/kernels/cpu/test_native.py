@@ -183,3 +183,19 @@ def test_sources_that_cannot_be_built_leave_torch(tree):
 def test_ops_say_which_backend_runs():
     assert ops.backend("cpu") == "cpp"
     assert torch.get_num_threads() >= 1
+
+
+@pytest.mark.slow
+def test_installation_without_a_compiler_succeeds(tree, tmp_path):
+    folder, _ = tree
+    (folder / "kernels" / "cpu" / "_native.abi3.so").unlink()
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", site, folder]
+    without = os.environ | {"CC": "/no/compiler", "CXX": "/no/compiler"}
+    done = subprocess.run(command, env=without, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "torch the C++ kernels were not built when fastddpm was installed"

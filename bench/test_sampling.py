@@ -13,7 +13,7 @@ from bench import kinds
 from bench.contenders import SCHEDULE, Contender, T, contender, judge_a_step, loop, runner_of
 from bench.layouts import flops, moved, network
 from bench.machine import DEVICE, SCALE, same_bits, say
-from bench.traffic import Bytes
+from bench.traffic import Operations
 from fastddpm import Sampler
 from fastddpm.core import noise
 
@@ -110,9 +110,9 @@ def test_steps(measure, times, model, batch, name):
     with loop(model, batch, steps, who) as ready:
         operations = None
         if who.who == "fastddpm" and who.engine == "eager":
-            with Bytes() as counted:
+            with Operations() as counted:
                 ready.run()
-            operations = round(counted.operations / steps)
+            operations = round(counted.count / steps)
         seconds = measure(
             ready.run,
             steps,

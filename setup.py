@@ -11,33 +11,49 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FOLDER = Path("kernels/cpu")
 MODULE, *HEADERS = map(str, [FOLDER / "module.cpp", *sorted(FOLDER.glob("*.h"))])
 KERNELS = sorted(str(path) for path in FOLDER.glob("*.cpp") if path.name != "module.cpp")
 # No fused multiply-adds and no other order of sums: the bits are the same on every machine
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
-FUSED = {"attention.cpp", "convolution.cpp"}  # these are not specified to the bit, so products are fused with sums
+# these are not specified to the bit, so products are fused with sums
+FUSED = [str(FOLDER / name) for name in ("attention.cpp", "convolution.cpp")]
 FLAGS += ["-fno-rtti", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-psabi"]
-INSTRUCTION_SETS = {"portable": []}
+INSTRUCTION_SETS, EXTENSIONS = {"portable": []}, {}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
-    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-    INSTRUCTION_SETS["avx512"] = avx512
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
+    # AVX-512 with other kernels of FUSED, if the compiler knows them
+    EXTENSIONS["avx512_bf16"] = [*AVX512, "-mavx512bf16"]
+    EXTENSIONS["amx"] = [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-UNDEBUG", "-O1", "-g"]
 SANITIZES = os.environ.get("FASTDDPM_SANITIZE") == "1"
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        flags = FLAGS + SANITIZE * SANITIZES
-        ext.extra_compile_args = flags
+        ext.extra_compile_args = FLAGS + SANITIZE * SANITIZES
         for isa, options in INSTRUCTION_SETS.items():
-            folder, macros = os.path.join(self.build_temp, isa), [("FASTDDPM_ISA", isa)]
-            for kernel in KERNELS:
-                own = [*flags, *options, *["-ffp-contract=fast"] * (Path(kernel).name in FUSED)]
-                ext.extra_objects += self.compiler.compile([kernel], folder, macros, extra_postargs=own)
+            ext.extra_objects += self.compiled(isa, options, KERNELS)
+        for isa, options in EXTENSIONS.items():
+            try:
+                ext.extra_objects += self.compiled(isa, options, FUSED)
+            except CompileError:
+                print(f"this compiler does not know {isa}, which is left out")
+            else:
+                ext.define_macros.append((f"FASTDDPM_{isa.upper()}", None))
         super().build_extension(ext)
+
+    def compiled(self, isa: str, options: list[str], kernels: list[str]) -> list[str]:
+        """Compile kernels for an instruction set. Returns: the object files."""
+        folder, objects = os.path.join(self.build_temp, isa), []
+        for kernel in kernels:
+            flags = [*FLAGS, *SANITIZE * SANITIZES, *options, *["-ffp-contract=fast"] * (kernel in FUSED)]
+            macros = [("FASTDDPM_ISA", isa)]
+            objects += self.compiler.compile([kernel], folder, macros, extra_postargs=flags)
+        return objects
 
 
 kernels = Extension(

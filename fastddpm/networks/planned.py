@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core import layout
+from fastddpm.kernels.cpu.native import native  # type: ignore[import-not-found]  # noqa: TID253 (it needs no Triton)
 from fastddpm.kernels.cpu.program import (  # type: ignore[import-not-found]  # noqa: TID253 (it needs no Triton)
     Images,
     Program,
@@ -42,7 +43,7 @@ def _can_be_planned(net: UNet2D) -> bool:
     weight, options = net.conv_in.weight, net.config
     return (
         ops.backend(weight.device) == "cpp"
-        and weight.dtype == torch.float32
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native().module.bfloat16()))
         and all(resnet.act is silu and not resnet.scale_shift for resnet in net.resnets)
         and not options["center_input_sample"]
         and all(
@@ -98,7 +99,7 @@ class Builder:
     """
 
     def __init__(self, net: UNet2D, x: Tensor, rows: Tensor, pack: Pack):
-        self.program, self._pack = Program(), pack
+        self.program, self._pack = Program(x.dtype), pack
         self._entry_stride = rows.shape[1] if len(rows) > 1 else 0
         self._column = 0  # of the time rows, for the next residual block
         n, channels, height, width = x.shape
@@ -164,7 +165,11 @@ class Builder:
 
     def _convolution(self, conv: Conv2d, x: Images, bias: Tensor | None = None, **options: Any) -> Images:
         """A 3 x 3 convolution of stride 1. Args: bias: instead of the convolution's own."""
-        winograd = x.channels >= LEAST_CHANNELS and min(x.height, x.width) >= LEAST_SIDE
+        winograd = (
+            self.program.dtype == torch.float32
+            and x.channels >= LEAST_CHANNELS
+            and min(x.height, x.width) >= LEAST_SIDE
+        )
         weights = self._pack(conv.weight, winograd)
         return self.program.convolution(x, weights, conv.bias if bias is None else bias, padding=(1, 1), **options)
 

@@ -1,12 +1,12 @@
-// Convolution in fp32 with everything that follows it: y = ((x * weights + bias) + residual) / scale.
+// Convolution with everything that follows it: y = ((x * weights + bias) + residual) / scale.
 //
 // Two methods, both around a matrix product. Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2015, arXiv:1509.09308) takes
 // 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1. The other one gathers the inputs
 // of each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels
 // follow each other, and its outputs may lie apart, as the four phases of an upsampling do.
 // Traffic: x once, weights once for each block of outputs, residual and y once.
-// Precision: fp32, products fused with sums where the CPU can; each output is summed in a fixed order, so no bit
-// depends on the batch or on the number of threads.
+// Precision: sums in fp32, products fused with sums where the CPU can; in bf16 products of bf16 numbers, rounded once. Each
+// output is summed in a fixed order, so no bit depends on the batch or on the number of threads.
 // Spec: conv2d of torch. Proof: tests/kernels/cpu/test_program.py (float64; bits across threads and batches).
 #include "gemm.h"
 #include "scratch.h"
@@ -15,32 +15,35 @@ namespace fastddpm::FASTDDPM_ISA {
 
 int columns() { return COLUMNS; }
 
+bool multiplies_bfloat16() { return MULTIPLIES<BFloat16>; }
+
 namespace {
 
 constexpr int POSITIONS = 16;  // of a transformed 4 x 4 tile
 
+template <class T>
 struct Convolution {
     int64_t n, height, width, channels[2];  // of x and what follows it
     int64_t out_height, out_width, out_channels;
     int64_t kernel, stride, top, left;  // the last two: padding
-    const float* inputs[2];    // [n, height, width, channels]; the second may be null
-    const float* weights;      // packed
-    const float* bias;         // [out_channels], or null
-    const float* residual;     // like y, or null
-    float* y;                  // [n, out_height, out_width, out_channels]
+    const T* inputs[2];  // [n, height, width, channels]; the second may be null
+    const float* weights;  // packed
+    const float* bias;  // [out_channels], or null
+    const T* residual;  // like y, or null
+    T* y;  // [n, out_height, out_width, out_channels]
     int64_t entry_stride, row_stride, column_stride;  // of y and residual, in elements
     float scale;
 
     explicit Convolution(Arguments& a)
         : n(a.size()), height(a.size()), width(a.size()), channels{a.size(), a.size()}, out_height(a.size()),
           out_width(a.size()), out_channels(a.size()), kernel(a.size()), stride(a.size()), top(a.size()),
-          left(a.size()), inputs{a.pointer<const float>(), a.pointer<const float>()}, weights(a.pointer<const float>()),
-          bias(a.pointer<const float>()), residual(a.pointer<const float>()), y(a.pointer<float>()),
-          entry_stride(a.size()), row_stride(a.size()), column_stride(a.size()), scale(float(a.real())) {}
+          left(a.size()), inputs{a.pointer<const T>(), a.pointer<const T>()}, weights(a.pointer<const float>()),
+          bias(a.pointer<const float>()), residual(a.pointer<const T>()), y(a.pointer<T>()), entry_stride(a.size()),
+          row_stride(a.size()), column_stride(a.size()), scale(float(a.real())) {}
 
     int64_t panels() const { return blocks_of(out_channels, COLUMNS); }
     int64_t depth() const { return kernel * kernel * (channels[0] + channels[1]); }
-    int64_t chunks() const { return blocks_of(depth(), CHUNK); }
+    int64_t chunks() const { return blocks_of(depth(), CHUNK * PER_WORD<T>); }
 
     // Store the sums of up to COLUMNS channels of one output.
     void store(int64_t entry, int64_t row, int64_t column, int64_t panel, const float* sums) const {
@@ -48,21 +51,21 @@ struct Convolution {
         int count = int(smaller<int64_t>(COLUMNS, out_channels - first));
         int64_t at = entry * entry_stride + row * row_stride + column * column_stride + first;
         const float* shift = bias ? bias + first : nullptr;
-        const float* other = residual ? residual + at : nullptr;
+        const T* other = residual ? residual + at : nullptr;
         if (count == COLUMNS) return store_channels(COLUMNS, sums, shift, other, y + at);
         store_channels(count, sums, shift, other, y + at);
     }
 
-    void store_channels(int count, const float* sums, const float* shift, const float* other, float* to) const {
+    void store_channels(int count, const float* sums, const float* shift, const T* other, T* to) const {
         float values[COLUMNS];
         for (int c = 0; c < count; ++c) values[c] = sums[c];
         if (shift)
             for (int c = 0; c < count; ++c) values[c] += shift[c];
         if (other)
-            for (int c = 0; c < count; ++c) values[c] += other[c];
+            for (int c = 0; c < count; ++c) values[c] += widen(other[c]);
         if (scale != 1)
             for (int c = 0; c < count; ++c) values[c] /= scale;
-        for (int c = 0; c < count; ++c) to[c] = values[c];
+        for (int c = 0; c < count; ++c) narrow(values[c], to[c]);
     }
 };
 
@@ -104,16 +107,18 @@ struct Division {
 };
 
 // Row `row` of the matrix: the inputs of one output, tap by tap, padded with zeros.
-void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
+template <class T>
+void gather(const Convolution<T>& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
+    constexpr int64_t LENGTH = CHUNK * PER_WORD<T>;  // of a chunk
     int64_t at = 0;
-    auto append = [&](const float* from, int64_t count) {
+    auto append = [&](const T* from, int64_t count) {
         while (count > 0) {
-            int64_t offset = at % CHUNK, part = smaller(CHUNK - offset, count);
-            float* target = to + at / CHUNK * stride * CHUNK + offset;
-            if (part == CHUNK && from)
-                std::memcpy(target, from, sizeof(float) * CHUNK);
+            int64_t offset = at % LENGTH, part = smaller(LENGTH - offset, count);
+            T* target = reinterpret_cast<T*>(to + at / LENGTH * stride * CHUNK) + offset;
+            if (part == LENGTH && from)
+                std::memcpy(target, from, sizeof(T) * LENGTH);
             else
-                for (int64_t i = 0; i < part; ++i) target[i] = from ? from[i] : 0.0f;
+                for (int64_t i = 0; i < part; ++i) target[i] = from ? from[i] : T{};
             at += part;
             count -= part;
             if (from) from += part;
@@ -128,22 +133,24 @@ void gather(const Convolution& conv, int64_t entry, int64_t row, int64_t column,
                 append(inside && conv.inputs[part] ? conv.inputs[part] + pixel * conv.channels[part] : nullptr,
                        conv.channels[part]);
         }
-    append(nullptr, conv.chunks() * CHUNK - at);
+    append(nullptr, conv.chunks() * LENGTH - at);
 }
 
-void convolve_gathered(const Convolution& conv, const Call& call) {
+template <class T>
+void convolve_gathered(const Convolution<T>& conv, const Call& call) {
     int64_t pixels = conv.out_height * conv.out_width, total = conv.n * pixels, chunks = conv.chunks();
     Division division(total, chunks * CHUNK, conv.panels(), chunks * CHUNK * COLUMNS, call.threads);
     int64_t stride = division.rows | 1;  // odd: an even one would map many chunks to the same sets of the cache
-    float* a = scratch.floats(stride * (chunks * CHUNK + COLUMNS));
-    float* c = a + stride * chunks * CHUNK;
+    float* a = scratch.floats((stride * chunks + SLACK) * CHUNK + (stride + SLACK) * COLUMNS);
+    float* c = a + (stride * chunks + SLACK) * CHUNK;
+    [[maybe_unused]] Tiles tiles;
     division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
         for (int i = 0; i < count; ++i) {
             int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
             gather(conv, entry, pixel / conv.out_width, pixel % conv.out_width, a + i * CHUNK, stride);
         }
         for (; panel < last; ++panel) {
-            multiply(count, a, chunks, stride, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
+            multiply<T>(count, a, chunks, stride, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
             for (int i = 0; i < count; ++i) {
                 int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
                 conv.store(entry, pixel / conv.out_width, pixel % conv.out_width, panel, c + i * COLUMNS);
@@ -196,7 +203,7 @@ void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS
     }
 }
 
-void convolve_winograd(const Convolution& conv, const Call& call) {
+void convolve_winograd(const Convolution<float>& conv, const Call& call) {
     int64_t across = blocks_of(conv.width, 2), tiles = blocks_of(conv.height, 2) * across, total = conv.n * tiles;
     int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
     Division division(total, POSITIONS * depth, conv.panels(), POSITIONS * depth * COLUMNS, call.threads);
@@ -220,8 +227,8 @@ void convolve_winograd(const Convolution& conv, const Call& call) {
         }
         for (; panel < last; ++panel) {
             for (int p = 0; p < POSITIONS; ++p)
-                multiply(count, v + p * position, chunks, rows,
-                         conv.weights + (panel * POSITIONS + p) * depth * COLUMNS, m + p * rows * COLUMNS);
+                multiply<float>(count, v + p * position, chunks, rows,
+                                conv.weights + (panel * POSITIONS + p) * depth * COLUMNS, m + p * rows * COLUMNS);
             for (int i = 0; i < count; ++i) {
                 int64_t entry = (first + i) / tiles, tile = (first + i) % tiles;
                 int64_t top = tile / across * 2, left = tile % across * 2;
@@ -255,33 +262,53 @@ void transform_kernel(const float* g, int64_t stride, float (&to)[POSITIONS]) {
 
 void convolution(const Call& call) {
     Arguments a(call);
-    const Convolution conv(a);
-    a.size() ? convolve_winograd(conv, call) : convolve_gathered(conv, call);
+    int64_t dtype = a.size(), winograd = a.size();
+    if (dtype == FLOAT32) {
+        const Convolution<float> conv(a);
+        winograd ? convolve_winograd(conv, call) : convolve_gathered(conv, call);
+    }
+    if constexpr (MULTIPLIES<BFloat16>)
+        if (dtype == BFLOAT16) convolve_gathered(Convolution<BFloat16>(a), call);
 }
 
-// Pack the weights of a convolution into panels of COLUMNS output channels, for Winograd's method or for gathered
-// inputs.
-void pack(const Call& call) {
-    Arguments a(call);
-    int64_t out_channels = a.size(), channels = a.size(), kernel = a.size(), winograd = a.size();
-    auto packed = a.pointer<float>();  // [panels, POSITIONS or 1, depth padded to CHUNK, COLUMNS]
-    auto weights = a.pointer<const float>();  // [out_channels, kernel, kernel, channels]
-    int64_t depth = winograd ? channels : kernel * kernel * channels, padded = blocks_of(depth, CHUNK) * CHUNK;
-    int64_t positions = winograd ? POSITIONS : 1;
+namespace {
+
+template <class T>
+void pack_panels(Arguments& a, const Call& call, bool winograd) {
+    int64_t out_channels = a.size(), channels = a.size(), kernel = a.size();
+    auto packed = a.pointer<float>();  // [panels, POSITIONS or 1, words padded to CHUNK, COLUMNS]
+    auto weights = a.pointer<const T>();  // [out_channels, kernel, kernel, channels]
+    int64_t depth = winograd ? channels : kernel * kernel * channels;
+    int64_t padded = blocks_of(depth, CHUNK * PER_WORD<T>) * CHUNK, positions = winograd ? POSITIONS : 1;
     Share share(blocks_of(out_channels, COLUMNS), call);
     for (int64_t panel = share.first; panel < share.last; ++panel) {
         float* to = packed + panel * positions * padded * COLUMNS;
         std::memset(to, 0, sizeof(float) * positions * padded * COLUMNS);
         int64_t count = smaller<int64_t>(COLUMNS, out_channels - panel * COLUMNS);
         for (int64_t c = 0; c < count; ++c) {
-            const float* from = weights + (panel * COLUMNS + c) * kernel * kernel * channels;
+            const T* from = weights + (panel * COLUMNS + c) * kernel * kernel * channels;
             for (int64_t k = 0; k < depth; ++k) {
-                float transformed[POSITIONS] = {from[k]};
-                if (winograd) transform_kernel(from + k, channels, transformed);
-                for (int64_t p = 0; p < positions; ++p) to[(p * padded + k) * COLUMNS + c] = transformed[p];
+                if constexpr (PER_WORD<T> == 1) {
+                    float transformed[POSITIONS] = {from[k]};
+                    if (winograd) transform_kernel(from + k, channels, transformed);
+                    for (int64_t p = 0; p < positions; ++p) to[(p * padded + k) * COLUMNS + c] = transformed[p];
+                } else {
+                    auto words = reinterpret_cast<T*>(to + k / PER_WORD<T> * COLUMNS + c);
+                    words[k % PER_WORD<T>] = from[k];
+                }
             }
         }
     }
+}
+
+}  // namespace
+
+// Pack the weights of a convolution into panels of COLUMNS output channels, for Winograd's method or for gathered
+// inputs.
+void pack(const Call& call) {
+    Arguments a(call);
+    int64_t dtype = a.size(), winograd = a.size();
+    dtype == FLOAT32 ? pack_panels<float>(a, call, winograd) : pack_panels<BFloat16>(a, call, winograd);
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

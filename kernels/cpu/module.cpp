@@ -6,21 +6,27 @@
 #include <Python.h>
 #include <dlfcn.h>
 
+#ifdef FASTDDPM_X86
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstring>
 
 #define FASTDDPM_ISA module
 #include "kernel.h"
 
 #define FASTDDPM_KERNELS(X)     /* name, phases, words of a call */ \
-    X(attention, 2, 7)                                          \
-    X(convolution, 1, 23)                                       \
+    X(attention, 2, 8)                                          \
+    X(convolution, 1, 24)                                       \
     X(eps_loss, 2, 14)                                          \
     X(eps_loss_backward, 1, 14)                                 \
     X(group_norm, 3, 17)                                        \
     X(interleave, 1, 8)                                         \
     X(noising, 1, 11)                                           \
     X(normal, 1, 6)                                             \
-    X(pack, 1, 6)                                               \
+    X(pack, 1, 7)                                               \
     X(residual, 1, 7)                                           \
     X(silu, 1, 4)                                               \
     X(step, 1, 13)                                              \
@@ -31,8 +37,22 @@
 #define INSTRUCTION_SET(isa)                                 \
     namespace fastddpm::isa {                                \
     int columns();                                           \
+    bool multiplies_bfloat16();                              \
     FASTDDPM_KERNELS(DECLARE)                                \
     const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)}; \
+    }
+
+// AVX-512 with other products of bfloat16.
+#define EXTENSION(isa)                                                                                      \
+    namespace fastddpm::isa {                                                                               \
+    int columns();                                                                                          \
+    bool multiplies_bfloat16();                                                                             \
+    void attention(const Call&);                                                                            \
+    void convolution(const Call&);                                                                          \
+    void pack(const Call&);                                                                                 \
+    using avx512::eps_loss, avx512::eps_loss_backward, avx512::group_norm, avx512::interleave;              \
+    using avx512::noising, avx512::normal, avx512::residual, avx512::silu, avx512::step, avx512::x_0_error; \
+    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};                                                \
     }
 
 namespace fastddpm {
@@ -43,6 +63,12 @@ INSTRUCTION_SET(portable)
 #ifdef FASTDDPM_X86
 INSTRUCTION_SET(avx2)
 INSTRUCTION_SET(avx512)
+#endif
+#ifdef FASTDDPM_AVX512_BF16
+EXTENSION(avx512_bf16)
+#endif
+#ifdef FASTDDPM_AMX
+EXTENSION(amx)
 #endif
 
 namespace fastddpm {
@@ -63,20 +89,53 @@ struct InstructionSet {
     const char* name;
     const Function* kernels;
     int (*columns)();
+    bool (*multiplies_bfloat16)();
     bool (*supported)();
 };
 
-const InstructionSet INSTRUCTION_SETS[] = {
+#define ENTRY(isa, supported) {#isa, isa::kernels, isa::columns, isa::multiplies_bfloat16, supported}
+
 #ifdef FASTDDPM_X86
-    {"avx512", avx512::kernels, avx512::columns,
-     [] {
-         return bool(__builtin_cpu_supports("avx512f")) && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     }},
-    {"avx2", avx2::kernels, avx2::columns,
-     [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }},
+// Bits of the seventh leaf of CPUID: register 0 to 3 is eax to edx.
+bool has_feature(unsigned subleaf, int index, int bit) {
+    unsigned registers[4];
+    return __get_cpuid_count(7, subleaf, &registers[0], &registers[1], &registers[2], &registers[3]) &&
+           (registers[index] >> bit & 1);
+}
+
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_bf16() { return has_avx512() && has_feature(1, 0, 5); }
+
+// Linux gives the tile registers to processes that ask for them.
+bool has_amx() {
+#ifdef __linux__
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
+    return has_avx512_bf16() && has_feature(0, 3, 22) && has_feature(0, 3, 24) &&
+           syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+    return false;
 #endif
-    {"portable", portable::kernels, portable::columns, [] { return true; }},
+}
+#endif
+
+const InstructionSet INSTRUCTION_SETS[] = {
+#ifdef FASTDDPM_AMX
+    ENTRY(amx, has_amx),
+#endif
+#ifdef FASTDDPM_AVX512_BF16
+    ENTRY(avx512_bf16, has_avx512_bf16),
+#endif
+#ifdef FASTDDPM_X86
+    ENTRY(avx512, has_avx512),
+    ENTRY(avx2, has_avx2),
+#endif
+    ENTRY(portable, [] { return true; }),
 };
 
 const InstructionSet* chosen = nullptr;
@@ -240,6 +299,8 @@ PyObject* supported(PyObject*, PyObject*) {
 
 PyObject* panel_columns(PyObject*, PyObject*) { return PyLong_FromLong(chosen ? chosen->columns() : 0); }
 
+PyObject* bfloat16(PyObject*, PyObject*) { return PyBool_FromLong(chosen && chosen->multiplies_bfloat16()); }
+
 PyObject* openmp_path(PyObject*, PyObject*) {
     if (!openmp.parallel) Py_RETURN_NONE;
     return PyUnicode_FromString(openmp.path ? openmp.path : "");
@@ -253,6 +314,7 @@ PyMethodDef methods[] = {
         FAST("record", record, "record(kernel, work, *words) -> the bytes of a call; a program is a sequence of them."),
     FAST("replay", replay, "replay(threads, program, *pointers): run a program with the pointers that it is given."),
     {"columns", panel_columns, METH_NOARGS, "The output channels of a panel of packed weights."},
+    {"bfloat16", bfloat16, METH_NOARGS, "Whether convolutions and attention take bfloat16."},
     {"use", use, METH_O, "Choose the instruction set by its name; ValueError if this CPU does not have it."},
     {"supported", supported, METH_NOARGS, "The names of the instruction sets of this CPU, the fastest one first."},
     {"openmp", openmp_path, METH_NOARGS, "The file of the OpenMP runtime; None: there is none, so one thread works."},

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  # the module takes OpenMP's functions from the library that torch loads
 
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")  # the fastest one first
+INSTRUCTION_SETS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")  # the fastest one first
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]  # of a source tree
 

@@ -14,6 +14,7 @@ from .native import native
 ALIGNMENT = 64  # bytes: a cache line
 CHUNK = 16  # of gemm.h
 _GIVEN = 0x7FFF << 48  # of module.cpp: marks a pointer that is given to each replay
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of floats.h
 _ARENA = 0  # which one of these is the memory of all buffers
 
 
@@ -23,7 +24,7 @@ def given(which: int, offset: int = 0) -> int:
 
 
 class Images(NamedTuple):
-    """Activations in memory: [n, height, width, channels] fp32, at a pointer (a word)."""
+    """Activations in memory: [n, height, width, channels] of a program's dtype, at a pointer (a word)."""
 
     at: "Buffer | int"
     n: int
@@ -55,9 +56,13 @@ class Buffer:
 
 
 class Program:
-    """A sequence of calls under construction, and then ready to run."""
+    """A sequence of calls under construction, and then ready to run.
 
-    def __init__(self) -> None:
+    Args: dtype: of the activations and packed weights, float32 or bfloat16.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self._calls: list[bytes] = []
         self._code = b""
         self._kept: list[Tensor] = []
@@ -82,7 +87,7 @@ class Program:
 
     def images(self, n: int, height: int, width: int, channels: int) -> Images:
         """New memory for activations."""
-        return Images(Buffer(self, 4 * n * height * width * channels), n, height, width, channels)
+        return Images(Buffer(self, self.dtype.itemsize * n * height * width * channels), n, height, width, channels)
 
     def group_norm(
         self,
@@ -104,7 +109,7 @@ class Program:
         self._call(
             "group_norm", y.size, n, x.pixels, groups, x.channels, channels - x.channels,
             y.at, x.at, skip.at if skip else 0, add, add_stride, self._keep(weight), self._keep(bias), eps,
-            silu, 0, moments, transform,
+            silu, _DTYPES[self.dtype], moments, transform,
         )  # fmt: skip
         return y
 
@@ -134,14 +139,15 @@ class Program:
         height, width = size or (x.height, x.width)
         y = into or self.images(x.n, height, width, weights.channels)
         channels, step = y.channels, 2 if phase else 1
-        offset = 4 * channels * (phase[0] * y.width + phase[1]) if phase else 0
+        offset = self.dtype.itemsize * channels * (phase[0] * y.width + phase[1]) if phase else 0
         strides = y.pixels * channels, step * y.width * channels, step * channels
         inputs = x.channels, skip.channels if skip else 0
         work = x.n * height * width * channels * weights.kernel**2 * sum(inputs) // 128
+        pointers = (x.at, skip.at if skip else 0, self._keep(weights.packed))
+        pointers += (0 if bias is None else self._keep(bias.float()), residual.at if residual else 0)
         self._call(
-            "convolution", work, x.n, x.height, x.width, *inputs, height, width, channels, weights.kernel, stride,
-            *padding, x.at, skip.at if skip else 0, self._keep(weights.packed), 0 if bias is None else self._keep(bias),
-            residual.at if residual else 0, int(y.at) + offset, *strides, float(scale), weights.winograd,
+            "convolution", work, _DTYPES[self.dtype], weights.winograd, x.n, x.height, x.width, *inputs, height, width,
+            channels, weights.kernel, stride, *padding, *pointers, int(y.at) + offset, *strides, float(scale),
         )  # fmt: skip
         return y
 
@@ -151,7 +157,18 @@ class Program:
         tokens, heads, columns = qkv.pixels, y.channels // head_dim, native().module.columns()  # type: ignore[union-attr]
         widest = max(-(-head_dim // CHUNK) * CHUNK, -(-head_dim // columns) * columns)
         packed = Buffer(self, 4 * qkv.n * heads * 2 * -(-tokens // 32) * 32 * widest)
-        self._call("attention", y.size * tokens // 32, qkv.n, tokens, heads, head_dim, y.at, qkv.at, packed)
+        self._call(
+            "attention",
+            y.size * tokens // 32,
+            _DTYPES[self.dtype],
+            qkv.n,
+            tokens,
+            heads,
+            head_dim,
+            y.at,
+            qkv.at,
+            packed,
+        )
         return y
 
     def _call(self, name: str, work: int, *words: "int | float | Buffer") -> None:
@@ -194,7 +211,7 @@ def pack(weight: Tensor, *, winograd: bool = False) -> Weights:
     """Pack weights for `Program.convolution`.
 
     Args:
-        weight: [out_channels, channels, kernel, kernel] fp32, channels-last; or [out_channels, channels].
+        weight: [out_channels, channels, kernel, kernel] fp32 or bf16, channels-last; or [out_channels, channels].
         winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1.
     """
     module, (out_channels, channels), kernel = native().module, weight.shape[:2], weight.shape[-1]
@@ -202,9 +219,10 @@ def pack(weight: Tensor, *, winograd: bool = False) -> Weights:
         kernel = 1
     assert module is not None
     depth = channels if winograd else channels * kernel**2
-    panels, padded = -(-out_channels // module.columns()), -(-depth // CHUNK) * CHUNK
+    words = -(-depth * weight.itemsize // 4)
+    panels, padded = -(-out_channels // module.columns()), -(-words // CHUNK) * CHUNK
     size = panels * (16 if winograd else 1) * padded * module.columns()
     packed = torch.empty(size, dtype=torch.float32, device="cpu")
-    words = out_channels, channels, kernel, winograd, packed.data_ptr(), weight.data_ptr()
-    module.pack(torch.get_num_threads(), 1 << 40, *words)
+    shape, pointers = (out_channels, channels, kernel), (packed.data_ptr(), weight.data_ptr())
+    module.pack(torch.get_num_threads(), 1 << 40, _DTYPES[weight.dtype], winograd, *shape, *pointers)
     return Weights(packed, out_channels, kernel, winograd)

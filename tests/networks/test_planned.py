@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastddpm import Sampler, UNet2D, ops
+from fastddpm.kernels.cpu.native import native
 from fastddpm.networks.planned import MOST_SHAPES, PlannedUNet, fastest_forward
 from tests.support.check import TINY, at_once
 from tests.support.draws import generator
@@ -36,10 +37,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_float32_on_a_cpu_is_planned():
-    net = tiny()
-    assert isinstance(fastest_forward(net.for_inference(torch.float32)), PlannedUNet)
-    assert not isinstance(fastest_forward(net.for_inference(torch.bfloat16)), PlannedUNet)
+def test_precisions_that_the_kernels_multiply_are_planned():
+    net, planned = tiny(), {torch.float32: True, torch.bfloat16: native().module.bfloat16(), torch.float16: False}
+    for dtype, expected in planned.items():
+        assert isinstance(fastest_forward(net.for_inference(dtype)), PlannedUNet) == expected
     with ops.forced_backend("torch"):
         assert not isinstance(fastest_forward(net.for_inference(torch.float32)), PlannedUNet)
 

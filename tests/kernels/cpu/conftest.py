@@ -7,6 +7,7 @@ import pytest
 from fastddpm.kernels.cpu.native import native
 
 INSTRUCTION_SETS = native().module.supported() if native().module else []
+BFLOAT16 = [isa for isa in INSTRUCTION_SETS if isa in ("amx", "avx512_bf16")]  # which multiply bfloat16
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastddpm import ops
 from fastddpm.core import layout
 from fastddpm.kernels.cpu.program import Images, Program, given, pack
-from tests.kernels.cpu.conftest import INSTRUCTION_SETS
+from tests.kernels.cpu.conftest import BFLOAT16, INSTRUCTION_SETS
 from tests.support.check import assert_as_accurate, at_once
 from tests.support.draws import generator
 
@@ -49,17 +49,17 @@ class Convolution:
 
     def __init__(
         self, shape, out, kernel, *, skip=0, stride=1, padding=0, below=None, residual=False, bias=True, scale=1.0,
-        phase=None, winograd=False,
+        phase=None, winograd=False, dtype=torch.float32,
     ):  # fmt: skip
-        self.x = images(*shape)
-        self.skip = images(shape[0], skip, *shape[2:], seed=1) if skip else None
-        self.depth = (shape[1] + skip) * kernel**2
-        self.weight = layout.channels_last(normal(out, shape[1] + skip, kernel, kernel, seed=2) / self.depth**0.5)
+        self.x, self.dtype = images(*shape).to(dtype), dtype
+        self.skip = images(shape[0], skip, *shape[2:], seed=1).to(dtype) if skip else None
+        weight = normal(out, shape[1] + skip, kernel, kernel, seed=2) / ((shape[1] + skip) * kernel**2) ** 0.5
+        self.weight = layout.channels_last(weight.to(dtype))
         self.bias = normal(out, seed=3) if bias else None
         self.stride, self.padding, self.below = stride, padding, padding if below is None else below
         self.scale, self.phase, self.winograd = scale, phase, winograd
         self.size = self.plain(torch.float32, residual=False).shape
-        self.residual = images(*self.size, seed=4) if residual else None
+        self.residual = images(*self.size, seed=4).to(dtype) if residual else None
 
     def plain(self, dtype, residual=True) -> Tensor:
         """torch's result in a dtype."""
@@ -69,9 +69,9 @@ class Convolution:
         return (y + self.residual.to(dtype) if residual and self.residual is not None else y) / self.scale
 
     def run(self) -> Tensor:
-        program, step = Program(), 2 if self.phase else 1
+        program, step = Program(self.dtype), 2 if self.phase else 1
         n, channels, height, width = self.size
-        out = torch.full((n, height * step, width * step, channels), math.nan).movedim(-1, 1)
+        out = torch.full((n, height * step, width * step, channels), math.nan, dtype=self.dtype).movedim(-1, 1)
         given_tensors = [self.x, self.skip, self.residual, out]
         x, skip, residual, into = (None if t is None else described(k, t) for k, t in enumerate(given_tensors, 1))
         program.convolution(
@@ -122,6 +122,18 @@ def test_convolution_is_as_accurate_as_torch(name, isa, use):
     with use(isa):
         got = ALL[name].run()
     assert_as_accurate(got, ALL[name].plain(torch.float32), ALL[name].plain(torch.float64))
+
+
+@pytest.mark.parametrize("isa", BFLOAT16)
+@pytest.mark.parametrize("name", GATHERED)
+def test_convolution_in_bf16_is_as_accurate_as_torch(name, isa, use, threads):
+    *of, options = GATHERED[name]
+    conv = Convolution(*of, **options, residual="phase" not in options, dtype=torch.bfloat16)
+    with use(isa):
+        got = conv.run()
+        threads(3)
+        assert torch.equal(conv.run(), got)
+    assert_as_accurate(got, conv.plain(torch.bfloat16), conv.plain(torch.float64))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 16, 2, 2), (2, 5, 1, 3), (3, 17, 5, 2)], ids=str)
@@ -176,11 +188,11 @@ SHAPES = {  # n, height, width, heads, head_dim
 
 
 def attention_of(qkv: Tensor, head_dim: int) -> Tensor:
-    program = Program()
+    program = Program(qkv.dtype)
     n, channels, height, width = qkv.shape
-    y = torch.full((n, height, width, channels // 3), math.nan)
+    y = torch.full((n, height, width, channels // 3), math.nan, dtype=qkv.dtype)
     got = program.attention(described(1, qkv), head_dim)
-    identity = layout.channels_last(torch.eye(channels // 3)[..., None, None])
+    identity = layout.channels_last(torch.eye(channels // 3, dtype=qkv.dtype)[..., None, None])
     program.convolution(got, pack(identity), into=described(2, y.movedim(-1, 1)))
     program.run(qkv.data_ptr(), y.data_ptr())
     return y.movedim(-1, 1)
@@ -203,6 +215,16 @@ def test_attention_is_as_accurate_as_torch(name, spread, isa, use):
     with use(isa):
         got = attention_of(qkv, dim)
     assert_as_accurate(got, plain_attention(qkv, dim, torch.float32), plain_attention(qkv, dim, torch.float64))
+
+
+@pytest.mark.parametrize("isa", BFLOAT16)
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_in_bf16_is_as_accurate_as_torch(name, isa, use):
+    n, height, width, heads, dim = SHAPES[name]
+    qkv = images(n, 3 * heads * dim, height, width).bfloat16()
+    with use(isa):
+        got = attention_of(qkv, dim)
+    assert_as_accurate(got, plain_attention(qkv, dim, torch.bfloat16), plain_attention(qkv, dim, torch.float64))
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -68,36 +68,41 @@ def images():
                               floats(n * width) if add else None, width, floats(width), floats(width), 1e-5, 1, dtype,
                               memory(16 * n * blocks * width), floats(3 * n * width))
 
-def packed(out, channels, kernel, winograd):
-    depth = channels if winograd else channels * kernel**2
+def packed(out, channels, kernel, winograd, dtype=0):
+    depth = channels if winograd else -(-channels * kernel**2 * SIZES[dtype] // 4)
     panels, padded = -(-out // native.columns()), -(-depth // 16) * 16
     at = floats(panels * padded * native.columns() * (16 if winograd else 1))
-    native.pack(1, 1, out, channels, kernel, winograd, at, floats(out * channels * kernel**2))
+    native.pack(1, 1, dtype, winograd, out, channels, kernel, at, memory(SIZES[dtype] * out * channels * kernel**2))
     return at
 
 KINDS = [(3, 1, 1, 0, 1), (3, 1, 1, 5, 0), (1, 1, 0, 3, 0), (3, 2, 1, 0, 0)]
 
-def convolutions():
-    for n, h, w, c, out in [(0, 2, 2, 3, 4), (1, 1, 1, 1, 1), (2, 3, 5, 7, 9), (1, 8, 6, 33, 65), (3, 4, 4, 16, 32)]:
-        for kernel, stride, padding, skip, winograd in KINDS:
-            height, width = (h + stride - 1) // stride, (w + stride - 1) // stride
-            strides = height * width * out, width * out, out
-            native.convolution(
-                1, 1, n, h, w, c, skip, height, width, out, kernel, stride, padding, padding, floats(n * h * w * c),
-                floats(n * h * w * skip) if skip else None, packed(out, c + skip, kernel, winograd), floats(out),
-                floats(n * height * width * out), floats(n * height * width * out), *strides, 2.0, winograd)
+def convolutions(dtype):
+    shapes = [(0, 2, 2, 3, 4), (1, 1, 1, 1, 1), (2, 3, 5, 7, 9), (1, 8, 6, 33, 65), (3, 4, 4, 16, 32)]
+    for (n, h, w, c, out), (kernel, stride, padding, skip, winograd) in itertools.product(shapes, KINDS):
+        if winograd and dtype:
+            continue
+        height, width = (h + stride - 1) // stride, (w + stride - 1) // stride
+        strides = height * width * out, width * out, out
+        size, outputs = SIZES[dtype], SIZES[dtype] * n * height * width * out
+        native.convolution(
+            1, 1, dtype, winograd, n, h, w, c, skip, height, width, out, kernel, stride, padding, padding,
+            memory(size * n * h * w * c), memory(size * n * h * w * skip) if skip else None,
+            packed(out, c + skip, kernel, winograd, dtype), floats(out), memory(outputs), memory(outputs), *strides,
+            2.0)
     for n, tokens, heads, dim in [(0, 4, 1, 8), (1, 1, 1, 1), (2, 5, 3, 7), (1, 65, 2, 33)]:
         widest = max(-(-dim // 16) * 16, -(-dim // native.columns()) * native.columns())
-        native.attention(1, 1, n, tokens, heads, dim, floats(n * tokens * heads * dim),
-                         floats(3 * n * tokens * heads * dim), floats(n * heads * 2 * -(-tokens // 32) * 32 * widest))
+        native.attention(1, 1, dtype, n, tokens, heads, dim, memory(SIZES[dtype] * n * tokens * heads * dim),
+                         memory(SIZES[dtype] * 3 * n * tokens * heads * dim),
+                         floats(n * heads * 2 * -(-tokens // 32) * 32 * widest))
 
 def far():
     size = 1 << 34  # untouched memory takes no physical pages
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # without reserving it
     block = mmap.mmap(-1, size, flags=flags)
     at, stride = ctypes.addressof(ctypes.c_char.from_buffer(block)), (1 << 31) + 8  # elements
-    native.convolution(1, 1, 2, 2, 2, 1, 0, 2, 2, 1, 1, 1, 0, 0, floats(8, *[1.0] * 8), None,
-                       one(), None, None, at, stride, 2, 1, 1.0, 0)
+    native.convolution(1, 1, 0, 0, 2, 2, 2, 1, 0, 2, 2, 1, 1, 1, 0, 0, floats(8, *[1.0] * 8), None,
+                       one(), None, None, at, stride, 2, 1, 1.0)
     assert struct.unpack("4f", ctypes.string_at(at + 4 * stride, 16)) == (2.0,) * 4
     ctypes.memmove(at + 4 * stride, struct.pack("f", 3.0), 4)
     y = floats(4)
@@ -112,7 +117,9 @@ def one():
 
 for isa in native.supported():
     native.use(isa)
-    elementwise(), images(), convolutions(), far()
+    elementwise(), images(), convolutions(0), far()
+    if native.bfloat16():
+        convolutions(1)
 print("done")
 """
 

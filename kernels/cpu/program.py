@@ -143,11 +143,12 @@ class Program:
         strides = y.pixels * channels, step * y.width * channels, step * channels
         inputs = x.channels, skip.channels if skip else 0
         work = x.n * height * width * channels * weights.kernel**2 * sum(inputs) // 128
-        pointers = (x.at, skip.at if skip else 0, self._keep(weights.packed))
-        pointers += (0 if bias is None else self._keep(bias.float()), residual.at if residual else 0)
+        inputs_at = x.at, skip.at if skip else 0
+        parameters = self._keep(weights.packed), 0 if bias is None else self._keep(bias.float())
         self._call(
             "convolution", work, _DTYPES[self.dtype], weights.winograd, x.n, x.height, x.width, *inputs, height, width,
-            channels, weights.kernel, stride, *padding, *pointers, int(y.at) + offset, *strides, float(scale),
+            channels, weights.kernel, stride, *padding, *inputs_at, *parameters, residual.at if residual else 0,
+            int(y.at) + offset, *strides, float(scale),
         )  # fmt: skip
         return y
 

@@ -46,6 +46,7 @@ def _can_be_planned(net: UNet2D) -> bool:
         and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native().module.bfloat16()))
         and all(resnet.act is silu and not resnet.scale_shift for resnet in net.resnets)
         and not options["center_input_sample"]
+        and all(isinstance(m.phases, Conv2d) for m in net.modules() if isinstance(m, Upsample))
         and all(
             resnet.conv_shortcut is not None
             for block in cast("Iterable[Block]", net.up_blocks)

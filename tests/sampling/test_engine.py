@@ -205,7 +205,8 @@ def failing_captures(monkeypatch):
         monkeypatch.setattr(Engine, "captures", lambda engine, steps: engine.prepared.kind in ("auto", "graph"))
         return capture
 
-    return arrange
+    with ops.forced_backend("torch"):  # whose operations can be recorded
+        yield arrange
 
 
 def test_auto_retries_a_failed_capture(failing_captures):

@@ -18,12 +18,7 @@ void noising(const Call& call) {
     auto table = a.pointer<const float>();        // [T, 2]: sqrt(abar_t), sqrt(1 - abar_t)
     int64_t stream = a.size(), with_t = a.size(), x_t_dtype = a.size(), x_0_dtype = a.size();
 
-    int64_t blocks = blocks_of(per_sample, BLOCK);
-    Share share(n * blocks, call);
-    for (int64_t unit = share.first; unit < share.last; ++unit) {
-        int64_t entry = unit / blocks, block = unit % blocks;
-        int64_t at = entry * per_sample + block * BLOCK;
-        int count = int(smaller<int64_t>(BLOCK, per_sample - block * BLOCK));
+    each_block(n, per_sample, call, [&](int64_t entry, int64_t block, int64_t at, int count) {
         float signal = table[2 * t[entry]], noise = table[2 * t[entry] + 1];
         float eps[BLOCK];
         normals(addresses[entry], stream, with_t ? t[entry] : 0, block, eps);
@@ -35,7 +30,7 @@ void noising(const Call& call) {
             auto noised = reinterpret_cast<decltype(type)>(x_t) + at;
             for (int i = 0; i < count; ++i) narrow(eps[i], noised[i]);
         });
-    }
+    });
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

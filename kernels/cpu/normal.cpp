@@ -14,15 +14,11 @@ void normal(const Call& call) {
     auto addresses = a.pointer<const Address>();  // [n]
     int64_t stream = a.size();
 
-    int64_t blocks = blocks_of(per_sample, BLOCK);
-    Share share(n * blocks, call);
-    for (int64_t unit = share.first; unit < share.last; ++unit) {
-        int64_t entry = unit / blocks, block = unit % blocks;
-        int64_t count = smaller<int64_t>(BLOCK, per_sample - block * BLOCK);
+    each_block(n, per_sample, call, [&](int64_t entry, int64_t block, int64_t at, int count) {
         float out[BLOCK];
         normals(addresses[entry], stream, t[entry], block, out);
-        std::memcpy(z + entry * per_sample + block * BLOCK, out, sizeof(float) * count);
-    }
+        std::memcpy(z + at, out, sizeof(float) * count);
+    });
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

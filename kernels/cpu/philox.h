@@ -11,6 +11,19 @@ namespace fastddpm::FASTDDPM_ISA {
 constexpr int BLOCK = 1024;  // elements of a sample that a kernel computes at a time
 constexpr int64_t STEP_STREAM = 0;  // fastddpm.core.noise.STEP
 
+// Call function(entry, block, at, count) for each block of a thread's share of n entries: `at` is the position of its
+// first element in [n, per_sample], and `count` how many of its BLOCK elements exist.
+template <class Function>
+void each_block(int64_t n, int64_t per_sample, const Call& call, Function function) {
+    int64_t blocks = blocks_of(per_sample, BLOCK);
+    Share share(n * blocks, call);
+    for (int64_t unit = share.first; unit < share.last; ++unit) {
+        int64_t entry = unit / blocks, block = unit % blocks;
+        int count = int(smaller<int64_t>(BLOCK, per_sample - block * BLOCK));
+        function(entry, block, entry * per_sample + block * BLOCK, count);
+    }
+}
+
 struct Address {
     int64_t seed, sample;
 };

@@ -61,12 +61,7 @@ void step(const Call& call) {
     auto bad = a.pointer<int32_t>();           // [n], or null
     int64_t clip = a.size(), m_dtype = a.size(), copy_dtype = a.size();
 
-    int64_t blocks = blocks_of(per_sample, BLOCK);
-    Share share(n * blocks, call);
-    for (int64_t unit = share.first; unit < share.last; ++unit) {
-        int64_t entry = unit / blocks, block = unit % blocks;
-        int64_t at = entry * per_sample + block * BLOCK;
-        int count = int(smaller<int64_t>(BLOCK, per_sample - block * BLOCK));
+    each_block(n, per_sample, call, [&](int64_t entry, int64_t block, int64_t at, int count) {
         int32_t pos = positions[entry];
         const Row row = rows[pos];
         float next[BLOCK], z[BLOCK];
@@ -82,7 +77,7 @@ void step(const Call& call) {
             with_float(copy_dtype,
                        [&](auto* type) { store_copy(count, next, reinterpret_cast<decltype(type)>(copy) + at); });
         if (bad && !all_finite(count, next)) raise_to(bad + entry, pos);
-    }
+    });
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

@@ -69,6 +69,22 @@ struct Convolution {
     }
 };
 
+// Where the index-th of n images' outputs (or tiles) is, and then those after it.
+struct Place {
+    int64_t height, width, entry, row, column;
+
+    Place(int64_t index, int64_t height, int64_t width)
+        : height(height), width(width), entry(index / width / height), row(index / width % height),
+          column(index % width) {}
+    void next() {
+        if (++column < width) return;
+        column = 0;
+        if (++row < height) return;
+        row = 0;
+        ++entry;
+    }
+};
+
 // How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided into units of work.
 //
 // The inputs of the rows of a unit are gathered or transformed into scratch memory, which fits the second-level cache,
@@ -108,7 +124,7 @@ struct Division {
 
 // Row `row` of the matrix: the inputs of one output, tap by tap, padded with zeros.
 template <class T>
-void gather(const Convolution<T>& conv, int64_t entry, int64_t row, int64_t column, float* to, int64_t stride) {
+void gather(const Convolution<T>& conv, const Place& place, float* to, int64_t stride) {
     constexpr int64_t LENGTH = CHUNK * PER_WORD<T>;  // of a chunk
     int64_t at = 0;
     auto append = [&](const T* from, int64_t count) {
@@ -126,9 +142,9 @@ void gather(const Convolution<T>& conv, int64_t entry, int64_t row, int64_t colu
     };
     for (int64_t i = 0; i < conv.kernel; ++i)
         for (int64_t j = 0; j < conv.kernel; ++j) {
-            int64_t y = row * conv.stride + i - conv.top, x = column * conv.stride + j - conv.left;
+            int64_t y = place.row * conv.stride + i - conv.top, x = place.column * conv.stride + j - conv.left;
             bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-            int64_t pixel = (entry * conv.height + y) * conv.width + x;
+            int64_t pixel = (place.entry * conv.height + y) * conv.width + x;
             for (int part = 0; part < 2; ++part)
                 append(inside && conv.inputs[part] ? conv.inputs[part] + pixel * conv.channels[part] : nullptr,
                        conv.channels[part]);
@@ -138,41 +154,30 @@ void gather(const Convolution<T>& conv, int64_t entry, int64_t row, int64_t colu
 
 template <class T>
 void convolve_gathered(const Convolution<T>& conv, const Call& call) {
-    int64_t pixels = conv.out_height * conv.out_width, total = conv.n * pixels, chunks = conv.chunks();
+    int64_t total = conv.n * conv.out_height * conv.out_width, chunks = conv.chunks();
     Division division(total, chunks * CHUNK, conv.panels(), chunks * CHUNK * COLUMNS, call.threads);
     int64_t stride = division.rows | 1;  // odd: an even one would map many chunks to the same sets of the cache
     float* a = scratch.floats((stride * chunks + SLACK) * CHUNK + (stride + SLACK) * COLUMNS);
     float* c = a + (stride * chunks + SLACK) * CHUNK;
     [[maybe_unused]] Tiles tiles;
     division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
-        for (int i = 0; i < count; ++i) {
-            int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
-            gather(conv, entry, pixel / conv.out_width, pixel % conv.out_width, a + i * CHUNK, stride);
-        }
+        Place place(first, conv.out_height, conv.out_width);
+        for (int i = 0; i < count; ++i, place.next()) gather(conv, place, a + i * CHUNK, stride);
         for (; panel < last; ++panel) {
             multiply<T>(count, a, chunks, stride, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
-            for (int i = 0; i < count; ++i) {
-                int64_t entry = (first + i) / pixels, pixel = (first + i) % pixels;
-                conv.store(entry, pixel / conv.out_width, pixel % conv.out_width, panel, c + i * COLUMNS);
-            }
+            Place output(first, conv.out_height, conv.out_width);
+            for (int i = 0; i < count; ++i, output.next())
+                conv.store(output.entry, output.row, output.column, panel, c + i * COLUMNS);
         }
     });
 }
 
-// B^T d B of a 4 x 4 tile of inputs d, for CHUNK channels; `rows` are the tile's pixels, row by row.
-void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, int count, float* to, int64_t stride) {
+// B^T d B of a 4 x 4 tile of inputs d, for CHUNK channels; `pixels` are those of the tile, row by row.
+void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, float* to, int64_t stride) {
     constexpr int VECTORS = CHUNK / LANES;
     for (int v = 0; v < VECTORS; ++v) {
         Lanes d[4][4], t[4][4];
-        for (int i = 0; i < POSITIONS; ++i) {
-            Lanes value{};
-            int lanes = count - v * LANES;
-            if (lanes >= LANES)
-                std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof value);
-            else if (lanes > 0)
-                std::memcpy(&value, pixels[i] + channel + v * LANES, sizeof(float) * lanes);
-            d[i / 4][i % 4] = value;
-        }
+        for (int i = 0; i < POSITIONS; ++i) d[i / 4][i % 4] = load(pixels[i] + channel + v * LANES);
         for (int j = 0; j < 4; ++j) {
             t[0][j] = d[0][j] - d[2][j];
             t[1][j] = d[1][j] + d[2][j];
@@ -181,7 +186,7 @@ void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, i
         }
         for (int i = 0; i < 4; ++i) {
             Lanes out[4] = {t[i][0] - t[i][2], t[i][1] + t[i][2], t[i][2] - t[i][1], t[i][1] - t[i][3]};
-            for (int j = 0; j < 4; ++j) std::memcpy(to + (i * 4 + j) * stride + v * LANES, &out[j], sizeof(Lanes));
+            for (int j = 0; j < 4; ++j) store(out[j], to + (i * 4 + j) * stride + v * LANES);
         }
     }
 }
@@ -190,21 +195,21 @@ void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, i
 void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
     for (int v = 0; v < 2; ++v) {
         Lanes p[4][4], t[2][4];
-        for (int i = 0; i < POSITIONS; ++i) std::memcpy(&p[i / 4][i % 4], m + i * stride + v * LANES, sizeof(Lanes));
+        for (int i = 0; i < POSITIONS; ++i) p[i / 4][i % 4] = load(m + i * stride + v * LANES);
         for (int j = 0; j < 4; ++j) {
             t[0][j] = (p[0][j] + p[1][j]) + p[2][j];
             t[1][j] = (p[1][j] - p[2][j]) - p[3][j];
         }
         for (int i = 0; i < 2; ++i) {
             Lanes even = (t[i][0] + t[i][1]) + t[i][2], odd = (t[i][1] - t[i][2]) - t[i][3];
-            std::memcpy(out[i][0] + v * LANES, &even, sizeof even);
-            std::memcpy(out[i][1] + v * LANES, &odd, sizeof odd);
+            store(even, out[i][0] + v * LANES);
+            store(odd, out[i][1] + v * LANES);
         }
     }
 }
 
 void convolve_winograd(const Convolution<float>& conv, const Call& call) {
-    int64_t across = blocks_of(conv.width, 2), tiles = blocks_of(conv.height, 2) * across, total = conv.n * tiles;
+    int64_t across = blocks_of(conv.width, 2), down = blocks_of(conv.height, 2), total = conv.n * down * across;
     int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
     Division division(total, POSITIONS * depth, conv.panels(), POSITIONS * depth * COLUMNS, call.threads);
     int64_t rows = division.rows | 1, position = chunks * rows * CHUNK;  // stride from one position to the next
@@ -212,31 +217,38 @@ void convolve_winograd(const Convolution<float>& conv, const Call& call) {
     float *m = v + POSITIONS * rows * depth, *zeros = m + POSITIONS * rows * COLUMNS;
     std::memset(zeros, 0, sizeof(float) * depth);
     division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
-        for (int i = 0; i < count; ++i) {
-            int64_t entry = (first + i) / tiles, tile = (first + i) % tiles;
-            int64_t top = tile / across * 2 - 1, left = tile % across * 2 - 1;
+        Place tile(first, down, across);
+        for (int i = 0; i < count; ++i, tile.next()) {
             const float* pixels[POSITIONS];
             for (int p = 0; p < POSITIONS; ++p) {
-                int64_t y = top + p / 4, x = left + p % 4;
+                int64_t y = tile.row * 2 - 1 + p / 4, x = tile.column * 2 - 1 + p % 4;
                 bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-                pixels[p] = inside ? conv.inputs[0] + ((entry * conv.height + y) * conv.width + x) * channels : zeros;
+                int64_t pixel = (tile.entry * conv.height + y) * conv.width + x;
+                pixels[p] = inside ? conv.inputs[0] + pixel * channels : zeros;
             }
-            for (int64_t chunk = 0; chunk < chunks; ++chunk)
-                transform_input(pixels, chunk * CHUNK, int(channels - chunk * CHUNK), v + (chunk * rows + i) * CHUNK,
-                                position);
+            int64_t whole = channels / CHUNK;
+            for (int64_t chunk = 0; chunk < whole; ++chunk)
+                transform_input(pixels, chunk * CHUNK, v + (chunk * rows + i) * CHUNK, position);
+            if (whole == chunks) continue;
+            float padded[POSITIONS][CHUNK] = {};
+            for (int p = 0; p < POSITIONS; ++p) {
+                std::memcpy(padded[p], pixels[p] + whole * CHUNK, sizeof(float) * (channels % CHUNK));
+                pixels[p] = padded[p];
+            }
+            transform_input(pixels, 0, v + (whole * rows + i) * CHUNK, position);
         }
         for (; panel < last; ++panel) {
             for (int p = 0; p < POSITIONS; ++p)
                 multiply<float>(count, v + p * position, chunks, rows,
                                 conv.weights + (panel * POSITIONS + p) * depth * COLUMNS, m + p * rows * COLUMNS);
-            for (int i = 0; i < count; ++i) {
-                int64_t entry = (first + i) / tiles, tile = (first + i) % tiles;
-                int64_t top = tile / across * 2, left = tile % across * 2;
+            Place outputs(first, down, across);
+            for (int i = 0; i < count; ++i, outputs.next()) {
+                int64_t top = outputs.row * 2, left = outputs.column * 2;
                 float out[2][2][COLUMNS];
                 transform_output(m + i * COLUMNS, rows * COLUMNS, out);
                 for (int64_t y = 0; y < smaller<int64_t>(2, conv.height - top); ++y)
                     for (int64_t x = 0; x < smaller<int64_t>(2, conv.width - left); ++x)
-                        conv.store(entry, top + y, left + x, panel, out[y][x]);
+                        conv.store(outputs.entry, top + y, left + x, panel, out[y][x]);
             }
         }
     });

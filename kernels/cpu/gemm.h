@@ -48,18 +48,17 @@ Lanes add_product(Lanes sum, float a, Lanes b) {
     return sum + a * b;
 }
 
-// `next`: memory to fetch meanwhile, as much as b has. Inlined into each other, these would spill their sums.
-template <class T, int COUNT, bool ADD>
+// C = A B, or C += A B if `add` is set, for COUNT rows. FETCH: fetch as much memory as b has from `next` on meanwhile.
+// Inlined into each other, these would spill their sums.
+template <class T, int COUNT, bool FETCH>
 __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
-                                       const float* next, float* c) {
-    Lanes sum[COUNT][2];
-    for (int row = 0; row < COUNT; ++row) sum[row][0] = sum[row][1] = Lanes{};
+                                       const float* next, bool add, float* c) {
+    Lanes sum[COUNT][2] = {};
     for (int64_t chunk = 0; chunk < chunks; ++chunk, a += chunk_stride)
-        for (int k = 0; k < CHUNK; ++k, b += COLUMNS, next += COLUMNS) {
-            for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(next + i, 0, 2);
-            Lanes left, right;
-            std::memcpy(&left, b, sizeof left);
-            std::memcpy(&right, b + LANES, sizeof right);
+#pragma GCC unroll 4
+        for (int k = 0; k < CHUNK; ++k, b += COLUMNS, next += FETCH * COLUMNS) {
+            for (int i = 0; FETCH && i < COLUMNS; i += 16) __builtin_prefetch(next + i, 0, 2);
+            Lanes left = load(b), right = load(b + LANES);
 #pragma GCC unroll 12
             for (int row = 0; row < COUNT; ++row) {
                 float value = a[row * CHUNK + k];
@@ -67,22 +66,22 @@ __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t c
                 sum[row][1] = add_product<T>(sum[row][1], value, right);
             }
         }
-    for (int row = 0; row < COUNT; ++row) {
-        Lanes before[2] = {};
-        if (ADD) std::memcpy(before, c + row * COLUMNS, sizeof before);
-        Lanes after[2] = {before[0] + sum[row][0], before[1] + sum[row][1]};
-        std::memcpy(c + row * COLUMNS, after, sizeof after);
-    }
+    for (int row = 0; row < COUNT; ++row)
+        for (int i = 0; i < 2; ++i) {
+            float* to = c + row * COLUMNS + i * LANES;
+            store(add ? load(to) + sum[row][i] : sum[row][i], to);
+        }
 }
 
-template <class T, bool ADD, int COUNT = ROWS>
+template <class T, bool FETCH, int COUNT = ROWS>
 inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
-                       const float* next, float* c) {
-    if (count == COUNT) return product<T, COUNT, ADD>(a, chunks, chunk_stride, b, next, c);
-    if constexpr (COUNT > 1) product_of<T, ADD, COUNT - 1>(count, a, chunks, chunk_stride, b, next, c);
+                       const float* next, bool add, float* c) {
+    if (count == COUNT) return product<T, COUNT, FETCH>(a, chunks, chunk_stride, b, next, add, c);
+    if constexpr (COUNT > 1) product_of<T, FETCH, COUNT - 1>(count, a, chunks, chunk_stride, b, next, add, c);
 }
 
-// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows.
+// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows. The first part fetches the weights after these,
+// which are the next ones, likely.
 template <class T>
 void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, float* c) {
     int parts = (count + ROWS - 1) / ROWS;
@@ -91,9 +90,9 @@ void multiply(int count, const float* a, int64_t chunks, int64_t stride, const f
         const float *rows = a + chunk * stride * CHUNK, *panel = b + chunk * CHUNK * COLUMNS;
         for (int part = 0; part < parts; ++part) {
             int row = count * part / parts, rows_of_part = count * (part + 1) / parts - row;
-            const float* next = panel + (part == 0 ? depth * CHUNK * COLUMNS : 0);  // of the next call, likely
-            auto run = chunk ? product_of<T, true> : product_of<T, false>;
-            run(rows_of_part, rows + row * CHUNK, depth, stride * CHUNK, panel, next, c + row * COLUMNS);
+            const float* next = panel + depth * CHUNK * COLUMNS;
+            auto run = part ? product_of<T, false> : product_of<T, true>;
+            run(rows_of_part, rows + row * CHUNK, depth, stride * CHUNK, panel, next, chunk > 0, c + row * COLUMNS);
         }
     }
 }

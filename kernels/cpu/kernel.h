@@ -66,6 +66,11 @@ constexpr int LANES = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
+// Lanes at any address. memcpy would move them in halves, and whoever reads the whole must wait for both.
+typedef float LanesInMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+inline Lanes load(const float* from) { return *reinterpret_cast<const LanesInMemory*>(from); }
+inline void store(Lanes value, float* to) { *reinterpret_cast<LanesInMemory*>(to) = value; }
+
 template <class T>
 T smaller(T a, T b) {
     return b < a ? b : a;

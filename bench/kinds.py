@@ -2,12 +2,16 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.machine import DEVICE, Call, wait
+from fastddpm.kernels.cpu.program import Program
 
 OTHER = "copies, other"
 MATMUL = "convolution, matmul"
@@ -37,16 +41,28 @@ def microseconds(run: Call) -> dict[str, Counter[str]]:
 
 
 def events(run: Call) -> list[tuple[str, str, float]]:
-    """Return (name, kind, microseconds) of each kernel of a GPU, or operator of a CPU, that run() executes."""
+    """Return (name, kind, microseconds) of what run() executes: GPU kernels, or operators and C++ kernels of a CPU."""
     on_gpu = DEVICE.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiled:
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with _programs_call_by_call() as calls, profile(activities=[activity]) as profiled:
         run()
         wait()
     return [
         (event.name, _kind_of(event), event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total)
         for event in profiled.events()
         if (event.device_type != torch.autograd.DeviceType.CPU) == on_gpu
-    ]
+    ] + [(kernel, kind(kernel) or OTHER, 1e6 * seconds) for kernel, seconds in calls]
+
+
+@contextmanager
+def _programs_call_by_call() -> Iterator[list[tuple[str, float]]]:
+    """In this context programs of C++ kernels, which torch does not see, run call by call.
+
+    Yields: a list, to which the (kernel, seconds) of each call are added.
+    """
+    calls: list[tuple[str, float]] = []
+    with patch.object(Program, "run", lambda program, *pointers: calls.extend(program.seconds(*pointers))):
+        yield calls
 
 
 def _kind_of(event: Any) -> str:

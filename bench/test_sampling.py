@@ -16,6 +16,7 @@ from bench.machine import DEVICE, SCALE, same_bits, say
 from bench.traffic import Operations
 from fastddpm import Sampler
 from fastddpm.core import noise
+from fastddpm.core.precision import has_native_bf16
 
 STEPS = {  # of a run: a second or two at most
     "cuda": {
@@ -75,6 +76,11 @@ CASES = [
     if (name in LARGE if model == "celebahq-256" else batch in batches)
 ]
 BATCHES = {"cuda": (1, 64), "cpu": (1,), "tiny": (2,)}[SCALE]
+PROFILED = {  # steps
+    "cuda": {("cifar10-32", 1): 50, ("cifar10-32", 64): 50},
+    "cpu": {("cifar10-32", 1): 5, ("shipped", 1): 50, ("shipped", 16): 5},
+    "tiny": {("cifar10-32", 2): 2},
+}[SCALE]
 
 
 @pytest.fixture(scope="session")
@@ -151,13 +157,14 @@ def test_sampler(measure, batch):
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"] if DEVICE.type == "cuda" else ["eager"])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_kinds_of_kernels(measure, record, batch, engine):
-    """Where the time of a step goes. "gaps" is what is left of its time without a profiler: nothing runs."""
-    steps = {"cuda": 50, "cpu": 3, "tiny": 2}[SCALE]
-    who = Contender("fastddpm", engine, "bf16")
-    with runner_of("cifar10-32", batch, who) as runner:
-        errors = judge_a_step(runner, "cifar10-32", who)
+@pytest.mark.parametrize(("model", "batch"), PROFILED)
+def test_kinds_of_kernels(measure, record, model, batch, engine):
+    """Where the time of a step goes. "gaps" is what is left of its time without a profiler: on a GPU nothing runs then;
+    on a CPU it is the update, and everything in Python."""
+    steps = PROFILED[model, batch]
+    who = Contender("fastddpm", engine, "bf16" if DEVICE.type == "cuda" or has_native_bf16(DEVICE) else "fp32")
+    with runner_of(model, batch, who) as runner:
+        errors = judge_a_step(runner, model, who)
 
         def start():
             runner.load(SCHEDULE.table(), noise.address(0, batch))
@@ -167,10 +174,14 @@ def test_kinds_of_kernels(measure, record, batch, engine):
             for _ in range(steps):
                 runner.step()
 
-        work = batch * flops("cifar10-32")
-        bytes_moved = moved("cifar10-32", batch, "bf16")
         seconds = measure(
-            run, steps, bytes_moved=bytes_moved, flops=work, precision="bf16", before=start, errors=errors
+            run,
+            steps,
+            bytes_moved=moved(model, batch, who.precision),
+            flops=batch * flops(model),
+            precision=who.precision,
+            before=start,
+            errors=errors,
         )
         start()
         found = kinds.microseconds(run)

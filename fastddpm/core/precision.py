@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,16 +101,17 @@ def has_native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported()
 
 
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[None]:
     """In this context float32 on a GPU is IEEE float32, or TF32 if that is the precision.
 
     The end of the context restores torch's settings. By default cuDNN rounds the inputs of convolutions to TF32. The
     settings are those of the whole process, so one thread at a time holds them.
     """
-    if device.type != "cuda":
-        yield
-        return
+    return _arithmetic_of_a_gpu(precision) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _arithmetic_of_a_gpu(precision: str) -> Iterator[None]:
     with _settings, ExitStack() as restore:
         for get, set_, value in _float32_settings(precision == "tf32"):
             restore.callback(set_, get())

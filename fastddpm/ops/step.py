@@ -1,11 +1,13 @@
 """The reverse step x_t -> x_{t-1}, in place."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fastddpm.core import layout, noise
 from fastddpm.core.table import COLUMNS, StepColumns, StepTable
-from fastddpm.ops.backend import launcher
+from fastddpm.ops.backend import backend, launcher
 from fastddpm.ops.checks import check_address, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import update
@@ -50,6 +52,28 @@ def step(
     return x if out is None else (x, out)
 
 
+def repeated_step(
+    x: Tensor, table: StepTable, pos: Tensor, address: Tensor, *, out: Tensor | None = None, bad: Tensor | None = None
+) -> Callable[[Tensor], None]:
+    """`step` on the same tensors again and again, which are checked once: a function of m, which is checked each time.
+
+    A C++ kernel is called at once instead of by torch, which takes longer than the kernel for a small batch. So
+    torch.compile, autograd and torch's profiler do not see it.
+    """
+    _check_arguments(x, x, table, pos, address, None, out, bad)
+    fixed = table.rows, table.timesteps, pos, address
+    if backend(x.device) == "cpp" and (launch := launcher("repeated_step", x.device)):
+        run = launch(x, *fixed, out, bad, clip=table.clip)
+    else:
+        run = lambda m: torch.ops.fastddpm.step(x, m, *fixed, table.clip, out, bad)
+
+    def take(m: Tensor) -> None:
+        _check_model_output(x, m)
+        run(m)
+
+    return take
+
+
 def _check_arguments(
     x: Tensor,
     m: Tensor,
@@ -61,12 +85,7 @@ def _check_arguments(
     bad: Tensor | None,
 ) -> None:
     check_state("step", "x", x, (torch.float32,))
-    if not isinstance(m, Tensor) or m.shape != x.shape or m.device != x.device:
-        raise ValueError(
-            f"step: m is {tensor_summary(m)}, but x is {tuple(x.shape)} on {x.device}; "
-            "the network must return one value per element of x, on x's device"
-        )
-    check_state("step", "m", m, FLOATS)
+    _check_model_output(x, m)
     n = len(x)
     check_tensor("step", "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
     check_address("step", address, n, x.device)
@@ -86,6 +105,15 @@ def _check_arguments(
     if bad is not None:
         hint = "torch.full((n,), -1, dtype=torch.int32) makes one to start with"
         check_tensor("step", "bad", bad, (n,), torch.int32, x.device, hint)
+
+
+def _check_model_output(x: Tensor, m: Tensor) -> None:
+    if not isinstance(m, Tensor) or m.shape != x.shape or m.device != x.device:
+        raise ValueError(
+            f"step: m is {tensor_summary(m)}, but x is {tuple(x.shape)} on {x.device}; "
+            "the network must return one value per element of x, on x's device"
+        )
+    check_state("step", "m", m, FLOATS)
 
 
 def _step(

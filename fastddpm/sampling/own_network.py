@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def call(
     given = [] if labels is None else [labels.to(dtype if labels.is_floating_point() else None)]
     try:
         # autocast's cache would keep the current weights, and a graph would always use those
-        with torch.autocast(compute.device.type, compute.dtype, enabled=autocasts, cache_enabled=False):
+        with torch.autocast(compute.device.type, compute.dtype, cache_enabled=False) if autocasts else nullcontext():
             output = network(x, t, *given)
     except TypeError as error:
         if _takes(network, 2 + len(given)):

@@ -20,6 +20,7 @@ from fastddpm.core import layout, noise
 from fastddpm.core.precision import arithmetic
 from fastddpm.core.table import COLUMNS, StepTable
 from fastddpm.networks.unet2d import UNet2D
+from fastddpm.ops.step import repeated_step
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder, capture
 from fastddpm.sampling.fixed_reads import FixedReads
@@ -165,7 +166,8 @@ class BatchNetwork:
                 f"the network returned {_described(model_output)} for {_described(self.input)}; want a dense tensor "
                 "with one floating-point number per element: by itself, as `.sample`, or first in a tuple"
             )
-        return layout.channels_last(model_output if model_output.dtype in ops.FLOATS else model_output.float())
+        output = model_output if model_output.dtype in ops.FLOATS else model_output.float()
+        return output if layout.is_channels_last(output) else layout.channels_last(output)
 
     def constants(self) -> object:
         """What a captured graph fixes but the next batch may change: addresses, and torch's settings."""
@@ -219,6 +221,7 @@ class Runner:
             self.x = layout.empty(n, prepared.shape, dtype=torch.float32, device=device)
         self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
         self.bad = torch.empty(n, dtype=torch.int32, device=device)
+        self._one = torch.ones((), dtype=torch.int32, device=device)
         rows = torch.empty(T, len(COLUMNS), dtype=torch.float32, device=device)
         self.table = StepTable(rows, rows.new_ones(T), self.network.timesteps, clip=False, num_train_timesteps=T)
 
@@ -243,6 +246,10 @@ class Runner:
         self.table.scale[:S].copy_(table.scale)
         self.address.copy_(address)
         self.network.load(table.timesteps, labels)
+        copy = None if self.network.input is self.x else self.network.input
+        self._take_step = repeated_step(
+            self.x, self.table, self.network.positions, self.address, out=copy, bad=self.bad
+        )
         self.network.replay.prepare(self._predict_and_update, self.start, (table.clip, self.network.constants()))
 
     def start(self) -> None:
@@ -272,10 +279,8 @@ class Runner:
 
     def update(self, model_output: Tensor) -> None:
         """The second half of a step: x_t -> x_{t-1}, and on to the next row."""
-        network = self.network
-        copy = None if network.input is self.x else network.input
-        ops.step(self.x, model_output, self.table, network.positions, self.address, out=copy, bad=self.bad)
-        network.positions -= 1
+        self._take_step(model_output)
+        self.network.positions.sub_(self._one)
 
     @property
     def steps(self) -> int:

@@ -45,7 +45,7 @@ class Watch:
 class StepWatch:
     """Stops a run whose network returned NaN or infinity, naming the first bad step and the samples; counts steps.
 
-    On a GPU the host is at most two looks ahead.
+    On a CPU it looks after each step. On a GPU the host is at most two looks ahead.
 
     Args:
         occupied: [n] bool, on the CPU: which entries of the batch hold a sample.
@@ -55,14 +55,16 @@ class StepWatch:
 
     def __init__(self, runner: Runner, occupied: Tensor, samples: Tensor, on_steps: OnSteps):
         self.runner, self.occupied, self.samples, self.on_steps = runner, occupied, samples, on_steps
-        on_gpu = runner.bad.device.type == "cuda"
-        self.every, self.steps = (LOOK_EVERY if on_gpu else 1), 0
-        self.watch = Watch(behind=1 if on_gpu else 0)  # no callback: a cycle would keep the runner and its memory
+        self.on_gpu, self.steps = runner.bad.device.type == "cuda", 0
+        self.watch = Watch(behind=1)  # no callback: a cycle would keep the runner and its memory
 
     def after(self, row: int) -> None:
         """Call this after the step at a row of the table."""
+        if not self.on_gpu:
+            self._judge(self.runner.bad, 1)
+            return
         self.steps += 1
-        if row % self.every == 0:
+        if row % LOOK_EVERY == 0:
             steps, self.steps = self.steps, 0
             for due in self.watch.look(self.runner.bad, steps):
                 self._judge(*due)
@@ -71,7 +73,11 @@ class StepWatch:
                 self._judge(*due)
 
     def _judge(self, bad: Tensor, steps: int) -> None:
-        bad = bad[self.occupied]
+        if max(bad.tolist()) >= 0:  # rare: selecting the occupied entries would take longer than a small network
+            self._check(bad[self.occupied])
+        self.on_steps(steps, len(self.samples))
+
+    def _check(self, bad: Tensor) -> None:
         first = int(bad.max())
         if first >= 0:
             named = self.samples[bad == first].tolist()
@@ -79,4 +85,3 @@ class StepWatch:
                 f"{self.runner.describe_step(first)}: the network returned NaN or infinity for samples {named[:8]}"
                 f"{' ...' * (len(named) > 8)}; {self.runner.prepared.advice_on_nan()}"
             )
-        self.on_steps(steps, len(self.samples))

@@ -23,6 +23,15 @@ def launch_step(x, m, rows, timesteps, pos, address, copy, bad, *, clip):
     _run("step", x.numel(), len(x), x.shape[1:].numel(), *tensors, clip, *dtypes)
 
 
+def launch_repeated_step(x, rows, timesteps, pos, address, copy, bad, *, clip):
+    """`launch_step` on the same tensors, which the caller keeps, again and again: a function of m."""
+    run, count, n, threads = native().module.step, x.numel(), len(x), torch.get_num_threads
+    shape_and_x = n, count // n if n else 0, x.data_ptr()
+    others = *map(_pointer, (rows, timesteps, pos, address, copy, bad)), clip
+    dtype_of_copy = _DTYPES[None if copy is None else copy.dtype]
+    return lambda m: run(threads(), count, *shape_and_x, m.data_ptr(), *others, _DTYPES[m.dtype], dtype_of_copy)
+
+
 def launch_normal(z, t, address, *, stream):
     _run("normal", z.numel(), len(z), z.shape[1:].numel(), *map(_pointer, (z, t, address)), stream)
 

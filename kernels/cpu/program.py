@@ -4,6 +4,9 @@ This is to a CPU what a captured CUDA graph is to a GPU. A replay allocates noth
 """
 
 from bisect import insort
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -63,7 +66,7 @@ class Program:
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
-        self._calls: list[bytes] = []
+        self._calls: list[tuple[str, bytes]] = []  # (kernel, code)
         self._code = b""
         self._kept: list[Tensor] = []
         self._free = [(0, 1 << 40)]  # (offset, size) of the arena, ascending
@@ -76,13 +79,28 @@ class Program:
     def run(self, *pointers: int) -> None:
         """Run the calls. Args: pointers: those that `given` stands for."""
         if not self._code:
-            self._code = b"".join(self._calls)
+            self._code = b"".join(code for _, code in self._calls)
+        with self._arena() as arena:
+            native().module.replay(torch.get_num_threads(), self._code, arena, *pointers)  # type: ignore[union-attr]
+
+    def seconds(self, *pointers: int) -> list[tuple[str, float]]:
+        """Run the calls one by one, which takes longer. Returns: (kernel, seconds) of each."""
+        found = []
+        with self._arena() as arena:
+            for kernel, code in self._calls:
+                began = perf_counter()
+                native().module.replay(torch.get_num_threads(), code, arena, *pointers)  # type: ignore[union-attr]
+                found.append((kernel, perf_counter() - began))
+        return found
+
+    @contextmanager
+    def _arena(self) -> Iterator[int]:
+        """Memory for one run, of which several threads may need one each. Yields: where its first cache line begins."""
         try:
-            arena = self._arenas.pop()  # several threads may run the same program
+            arena = self._arenas.pop()
         except IndexError:
             arena = torch.empty(self.memory + ALIGNMENT, dtype=torch.uint8, device="cpu")
-        start = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
-        native().module.replay(torch.get_num_threads(), self._code, start, *pointers)  # type: ignore[union-attr]
+        yield -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
         self._arenas.append(arena)
 
     def images(self, n: int, height: int, width: int, channels: int) -> Images:
@@ -174,7 +192,7 @@ class Program:
 
     def _call(self, name: str, work: int, *words: "int | float | Buffer") -> None:
         numbers = (int(word) if isinstance(word, Buffer) else word for word in words)
-        self._calls.append(native().module.record(name, work, *numbers))  # type: ignore[union-attr]
+        self._calls.append((name, native().module.record(name, work, *numbers)))  # type: ignore[union-attr]
 
     def _keep(self, tensor: Tensor) -> int:
         """The pointer to a tensor, which the program keeps."""

@@ -204,4 +204,5 @@ def test_readme_links_work_wherever_it_is_shown():
 
 
 def test_readme_is_short():
-    assert len(README.read_text().splitlines()) <= 130
+    text = re.sub(r"<!-- BEGIN .*?<!-- END ", "", README.read_text(), flags=re.DOTALL)  # a table for each machine
+    assert len(text.splitlines()) <= 120

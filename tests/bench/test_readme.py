@@ -50,7 +50,7 @@ def test_table_shows_the_newest_run_with_both():
 
 def test_what_was_not_measured_has_no_figure():
     found = [cell(0.009, "diffusers eager fp32"), cell(0.004, "fastddpm eager fp32", invalid=["throttled"])]
-    other = [cell(1, name, group="U-Net forward, a") for name in ("fastddpm eager fp32", "reference eager fp32")]
+    other = [cell(1, name, group="sampling, a") for name in ("fastddpm eager fp32", "reference eager fp32")]
     [head, loop, network] = rows(*found, *other)
     assert head[1:-1] == ["diffusers eager fp32", "reference eager fp32", "fastddpm eager fp32"]
     assert loop[1:-1] == ["**9.00**", "–", "–"]

@@ -16,7 +16,7 @@ from setuptools.errors import CompileError
 FOLDER = Path("kernels/cpu")
 MODULE, *HEADERS = map(str, [FOLDER / "module.cpp", *sorted(FOLDER.glob("*.h"))])
 KERNELS = sorted(str(path) for path in FOLDER.glob("*.cpp") if path.name != "module.cpp")
-# No fused multiply-adds and no other order of sums: the bits are the same on every machine
+# No fused multiply-adds and no other order of sums: the bits are the same on every machine, except for those of FUSED
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions"]
 # these are not specified to the bit, so products are fused with sums
 FUSED = [str(FOLDER / name) for name in ("attention.cpp", "convolution.cpp")]

@@ -1,4 +1,4 @@
-"""A fused `UNet2D` on a CPU in fp32, as a program of C++ kernels: one call evaluates the whole network.
+"""A fused `UNet2D` on a CPU as a program of C++ kernels, in fp32 or native bf16: one call evaluates the network.
 
 A program is made for each shape of the input. All of its memory is one block, in which buffers are reused as soon as
 nothing reads them any more, and weights are packed once. Biases, residuals and the time are added within the
@@ -39,7 +39,7 @@ def fastest_forward(net: UNet2D) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _can_be_planned(net: UNet2D) -> bool:
-    """Whether there are kernels in C++, the network is in fp32, and it has no option that programs lack."""
+    """Whether there are C++ kernels for the dtype of the network, and it has no option that programs lack."""
     weight, options = net.conv_in.weight, net.config
     return (
         ops.backend(weight.device) == "cpp"

@@ -55,10 +55,10 @@ def step(
 def repeated_step(
     x: Tensor, table: StepTable, pos: Tensor, address: Tensor, *, out: Tensor | None = None, bad: Tensor | None = None
 ) -> Callable[[Tensor], None]:
-    """`step` on the same tensors again and again, which are checked once: a function of m, which is checked each time.
+    """Return a function of m that takes a `step` with these tensors. They are checked once, m in every call.
 
-    A C++ kernel is called at once instead of by torch, which takes longer than the kernel for a small batch. So
-    torch.compile, autograd and torch's profiler do not see it.
+    A C++ kernel is called directly: for a small batch, torch's dispatch takes longer than the kernel. So torch.compile,
+    autograd and torch's profiler do not see it.
     """
     _check_arguments(x, x, table, pos, address, None, out, bad)
     fixed = table.rows, table.timesteps, pos, address

@@ -64,7 +64,7 @@ void pack_tokens(const Attention<T>& attention, int64_t entry, int64_t head, int
     }
 }
 
-// Replace a row of scores by exp(s - max s), in the chunks of a matrix, and return their sum.
+// Write exp(s - max s) of a row of scores into the chunks of a matrix. Returns: their sum before they are rounded.
 template <class T>
 float exponentials(const float* scores, int64_t tokens, int64_t keys, float* to) {
     float most[CHUNK], sum[CHUNK] = {};

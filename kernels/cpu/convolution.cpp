@@ -4,7 +4,7 @@
 // 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1. The other one gathers the inputs
 // of each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels
 // follow each other, and its outputs may lie apart, as the four phases of an upsampling do.
-// Traffic: x once, weights once for each block of outputs, residual and y once.
+// Traffic: x once for each block of panels, weights once for each block of outputs, residual and y once.
 // Precision: sums in fp32, products fused with sums where the CPU can; in bf16 products of bf16 numbers, rounded once. Each
 // output is summed in a fixed order, so no bit depends on the batch or on the number of threads.
 // Spec: conv2d of torch. Proof: tests/kernels/cpu/test_program.py (float64; bits across threads and batches).
@@ -88,8 +88,8 @@ struct Place {
 // How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided into units of work.
 //
 // The inputs of the rows of a unit are gathered or transformed into scratch memory, which fits the second-level cache,
-// and the weights of its panels are read from beyond that cache. So threads that share rows repeat the former work, and
-// threads that share panels repeat the latter.
+// and the weights of its panels are read from beyond that cache. So threads with the same rows repeat the former work,
+// and threads with the same panels repeat the latter.
 struct Division {
     int64_t rows = 0, row_blocks = 0, panels = 0, panel_blocks = 0;
 
@@ -101,7 +101,7 @@ struct Division {
         int64_t most = smaller(total, cached / depth > ROWS ? cached / depth : int64_t(ROWS));
         double read = all_panels * weights > cached ? READ : READ_FROM_CACHE, least = 0;
         for (int64_t parts = 1; parts <= smaller(threads, all_panels); ++parts) {
-            int64_t sharing = blocks_of(threads, parts);  // threads that share the rows
+            int64_t sharing = blocks_of(threads, parts);  // threads among which the rows are divided
             int64_t blocks = blocks_of(blocks_of(total, most), sharing) * sharing, count = blocks_of(total, blocks);
             int64_t of_part = blocks_of(all_panels, parts), each = blocks_of(blocks * parts, threads);
             double unit = double(count) * depth * (GATHER + double(of_part)) + double(of_part) * weights * read;

@@ -48,8 +48,8 @@ Lanes add_product(Lanes sum, float a, Lanes b) {
     return sum + a * b;
 }
 
-// C = A B, or C += A B if `add` is set, for COUNT rows. FETCH: fetch as much memory as b has from `next` on meanwhile.
-// Inlined into each other, these would spill their sums.
+// C = A B, or C += A B if `add` is set, for COUNT rows. FETCH: also fetch as many floats from `next` on
+// as b has. Functions that are inlined into each other would spill their sums.
 template <class T, int COUNT, bool FETCH>
 __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
                                        const float* next, bool add, float* c) {

@@ -93,7 +93,7 @@ void moments_of_block(const Norm& norm, int64_t entry, int64_t block) {
     }
 }
 
-// From the moments of all blocks, what y is: for the channels of one group of an entry.
+// The centre, scale and shift of the channels of one group of an entry, from the moments of all blocks.
 void transform_of_group(const Norm& norm, int64_t entry, int64_t group) {
     int64_t width = norm.width(), per_group = width / norm.groups, first = group * per_group, blocks = norm.blocks();
     const double* moments = norm.moments + entry * blocks * 2 * width;

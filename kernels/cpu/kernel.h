@@ -2,8 +2,9 @@
 //
 // A kernel is a function of a Call: its arguments as 64-bit words, and which share of the work to do. Every thread of a
 // call runs the same function. Kernels with several phases are called once for each; all threads finish a phase before
-// any of them begins the next. The compiler neither fuses multiplications with additions nor reorders sums, so a kernel
-// that computes each element on its own has the same bits on every instruction set and with any number of threads.
+// any of them begins the next. The compiler reorders no sums and, outside attention.cpp and convolution.cpp, fuses
+// no products with sums. So there a kernel that computes each element on its own has the same bits on every instruction
+// set and with any number of threads.
 #pragma once
 
 #include <cassert>

@@ -24,7 +24,7 @@ def launch_step(x, m, rows, timesteps, pos, address, copy, bad, *, clip):
 
 
 def launch_repeated_step(x, rows, timesteps, pos, address, copy, bad, *, clip):
-    """`launch_step` on the same tensors, which the caller keeps, again and again: a function of m."""
+    """Return a function of m that launches a step with these tensors, which the caller keeps."""
     run, count, n, threads = native().module.step, x.numel(), len(x), torch.get_num_threads
     shape_and_x = n, count // n if n else 0, x.data_ptr()
     others = *map(_pointer, (rows, timesteps, pos, address, copy, bad)), clip

@@ -42,7 +42,7 @@
     const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)}; \
     }
 
-// AVX-512 with other products of bfloat16.
+// AVX-512 with products of bfloat16.
 #define EXTENSION(isa)                                                                                      \
     namespace fastddpm::isa {                                                                               \
     int columns();                                                                                          \

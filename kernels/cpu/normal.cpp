@@ -1,4 +1,4 @@
-// Standard normals of many samples: writes them, reads nothing but addresses.
+// Standard normals of many samples: writes them, reads t and addresses alone.
 //
 // Traffic: 4 bytes per element. Precision: the noise standard.
 // Spec: fastddpm/core/noise.py::normal. Proof: tests/ops/test_normal.py (bits).

@@ -18,11 +18,11 @@ ALIGNMENT = 64  # bytes: a cache line
 CHUNK = 16  # of gemm.h
 _GIVEN = 0x7FFF << 48  # of module.cpp: marks a pointer that is given to each replay
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of floats.h
-_ARENA = 0  # which one of these is the memory of all buffers
+_ARENA = 0  # of these pointers: the memory of all buffers
 
 
 def given(which: int, offset: int = 0) -> int:
-    """The word for the which-th pointer given to a replay, 1 or more, plus an offset in bytes."""
+    """The word for a pointer of a replay, plus an offset in bytes: 0 is the arena, 1 the first pointer given to `run`."""
     return _GIVEN | which << 40 | offset
 
 
@@ -218,7 +218,7 @@ class Program:
 
 
 class Weights(NamedTuple):
-    """Packed weights of a convolution: [channels, ..., kernel, kernel]."""
+    """Packed weights of a convolution with so many output channels, and a kernel of kernel x kernel."""
 
     packed: Tensor
     channels: int

@@ -1,6 +1,6 @@
 // SiLU of each element: reads x, writes y.
 //
-// Traffic: twice the element size. Precision: as silu.h, rounded once. Proof: tests/kernels/test_silu.py.
+// Traffic: twice the element size. Precision: as silu.h, rounded once. Proof: tests/kernels/cpu/test_silu.py.
 #include "silu.h"
 
 #include "floats.h"

@@ -1,7 +1,7 @@
 // SiLU, x / (1 + exp(-x)), at most 3.5 units in the last place from the exact value for every float32.
 //
 // torch's own returns -0 below -88.7, where the exact value is as large as -2.7e-37, and NaN for -infinity.
-// Proof: tests/kernels/test_silu.py (all of float32).
+// Proof: tests/kernels/cpu/test_silu.py (all of float32).
 #pragma once
 
 #include "exponential.h"

@@ -7,6 +7,7 @@ FASTDDPM_SANITIZE=1 builds them with assertions, AddressSanitizer and UBSan inst
 import os
 import platform
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -67,8 +68,9 @@ kernels = Extension(
     optional=True,
 )
 
+# Free-threaded Python has no stable interface
 setup(
-    ext_modules=[] if sys.platform == "win32" else [kernels],
+    ext_modules=[] if sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED") else [kernels],
     cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

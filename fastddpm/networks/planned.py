@@ -6,6 +6,7 @@ convolutions and norms; skips are read in place.
 """
 
 from collections.abc import Callable, Iterable
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,7 @@ class PlannedUNet:
         self._programs: dict[tuple[int, ...], Program] = {}
         self._packed: dict[tuple[int, bool], Weights] = {}
         self._version = net.version
+        self._lock = Lock()  # several threads may evaluate the network
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """Evaluate the network. Args and returns: see `UNet2D.denoise`."""
@@ -74,16 +76,21 @@ class PlannedUNet:
         y = layout.empty(len(x), (self.net.config["out_channels"], *x.shape[2:]), dtype=x.dtype, device=x.device)
         if not len(x):
             return y
+        with self._lock:
+            program = self._program(x, rows)
+        program.run(x.data_ptr(), rows.data_ptr(), y.data_ptr())
+        return y
+
+    def _program(self, x: Tensor, rows: Tensor) -> Program:
+        """The program for inputs of these shapes, with the current weights."""
         if self._version != self.net.version:
             self._programs, self._packed, self._version = {}, {}, self.net.version
         key = *x.shape, len(rows)
-        program = self._programs.get(key)
-        if program is None:
-            program = self._programs[key] = Builder(self.net, x, rows, self._pack).program
+        if key not in self._programs:
+            self._programs[key] = Builder(self.net, x, rows, self._pack).program
             while len(self._programs) > MOST_SHAPES:
                 del self._programs[next(iter(self._programs))]
-        program.run(x.data_ptr(), rows.data_ptr(), y.data_ptr())
-        return y
+        return self._programs[key]
 
     def _pack(self, weight: Tensor, winograd: bool) -> Weights:
         """A packed weight, which the programs of all shapes share."""

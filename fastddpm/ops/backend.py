@@ -30,6 +30,8 @@ def backend_reason(device: torch.device | str) -> str:
 def launcher(operation: str, device: torch.device) -> Callable[..., Any] | None:
     """The function that launches a kernel of an operation on a device; None: torch's operations run."""
     name = backend(device)
+    if name == "cpp" and device.type != "cpu":
+        raise ValueError(f"{operation}: C++ kernels run on a CPU, but the tensors are on '{device}'")
     return None if name == "torch" else _launcher(name, operation)
 
 

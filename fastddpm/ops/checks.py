@@ -40,6 +40,16 @@ def check_address(op: str, address: Tensor, n: int, device: torch.device) -> Non
     check_tensor(op, "address", address, (n, 2), torch.int64, device, hint)
 
 
+def check_rows(op: str, name: str, rows: Tensor, count: int) -> None:
+    """Check that these are rows of a table of so many, on a CPU: a GPU would have to be waited for."""
+    if rows.device.type == "cpu" and len(rows):
+        low, high = (int(row) for row in rows.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(
+                f"{op}: {name} is {low if low < 0 else high}; want 0 to {count - 1}, the rows of the table"
+            )
+
+
 def check_noising(
     op: str,
     x_0: Tensor,

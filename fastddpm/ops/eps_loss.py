@@ -8,7 +8,7 @@ from torch import Tensor
 from fastddpm.core import layout, noise
 from fastddpm.core.checks import one_of
 from fastddpm.ops.backend import launcher
-from fastddpm.ops.checks import check_model_output, check_noising
+from fastddpm.ops.checks import check_model_output, check_noising, check_rows
 from fastddpm.ops.library import LIBRARY, PREDICTIONS, register
 from fastddpm.ops.noising import data_units, eps_of, has_t
 from fastddpm.reference import diffusion
@@ -49,6 +49,7 @@ def eps_loss(
 def _eps_loss(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, predicts: str, stream: int) -> Tensor:
     if not m.numel():
         return m.new_zeros(len(m), dtype=torch.float32)
+    check_rows("eps_loss", "t", t, len(table))
     if (launch := launcher("eps_loss", m.device)) is not None:
         return launch(m, x_0, t, address, table, predicts=predicts, stream=stream, with_t=has_t(stream))
     return squared_error(m, _target(x_0, t, address, table, predicts, stream))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastddpm.core import layout, noise
 from fastddpm.ops.backend import launcher
-from fastddpm.ops.checks import check_noising, dtype_names
+from fastddpm.ops.checks import check_noising, check_rows, dtype_names
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import add_noise
 
@@ -58,6 +58,7 @@ def eps_of(x_0: Tensor, t: Tensor, address: Tensor, stream: int) -> Tensor:
 
 def _noising(x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
     x_t = _noising_fake(x_0, t, address, table, stream, dtype)
+    check_rows("noising", "t", t, len(table))
     if (launch := launcher("noising", x_0.device)) is not None:
         launch(x_t, x_0, t, address, table, stream=stream, with_t=has_t(stream))
         return x_t

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastddpm.core import layout, noise
 from fastddpm.core.table import COLUMNS, StepColumns, StepTable
 from fastddpm.ops.backend import backend, launcher
-from fastddpm.ops.checks import check_address, check_state, check_tensor, tensor_summary
+from fastddpm.ops.checks import check_address, check_rows, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import update
 
@@ -35,15 +35,15 @@ def step(
         m: like x in fp16/bf16/fp32; the network's output (eps, x_0 or v, as the table was built for).
         table: StepTable of S rows on x's device.
         pos: [N] int32 on x's device, 0 <= pos < S: the row each entry is at; row S-1 is the first step taken.
-            Unchecked: reading it would sync.
+            Unchecked on a GPU: reading it would sync.
         address: [N, 2] int64 on x's device; (seed, sample index) of each entry, see `noise.address`.
         out_dtype: also return x_{t-1} rounded to this dtype (bf16/fp16), for the network; in fp32 x is all it needs.
         out: like x in bf16/fp16: overwritten with the rounded x_{t-1} and returned, instead of a new tensor.
         bad: [N] int32 on x's device: if x_{t-1} of entry n holds a value that is not finite, bad[n] becomes
             max(bad[n], pos[n]). Positions descend, so an entry that starts at -1 keeps the row of its first bad step.
     Returns: x, or (x, x in out_dtype or out).
-    Raises: ValueError: a shape, dtype, layout or device is not as above, out and out_dtype are both given, or an
-        argument requires a gradient.
+    Raises: ValueError: a shape, dtype, layout or device is not as above, pos is out of range on a CPU, out and
+        out_dtype are both given, or an argument requires a gradient.
     """
     _check_arguments(x, m, table, pos, address, out_dtype, out, bad)
     if out_dtype is not None:
@@ -63,9 +63,15 @@ def repeated_step(
     _check_arguments(x, x, table, pos, address, None, out, bad)
     fixed = table.rows, table.timesteps, pos, address
     if backend(x.device) == "cpp" and (launch := launcher("repeated_step", x.device)):
-        run = launch(x, *fixed, out, bad, clip=table.clip)
+        take_step = launch(x, *fixed, out, bad, clip=table.clip)
+
+        def run(m: Tensor) -> None:
+            take_step(m.resolve_neg())  # memory may hold the negative numbers
+
     else:
-        run = lambda m: torch.ops.fastddpm.step(x, m, *fixed, table.clip, out, bad)
+
+        def run(m: Tensor) -> None:
+            torch.ops.fastddpm.step(x, m, *fixed, table.clip, out, bad)
 
     def take(m: Tensor) -> None:
         _check_model_output(x, m)
@@ -127,6 +133,7 @@ def _step(
     copy: Tensor | None,
     bad: Tensor | None,
 ) -> None:
+    check_rows("step", "pos", pos, len(rows))
     if (launch := launcher("step", x.device)) is not None:
         written = [tensor for tensor in (x, copy, bad) if tensor is not None]
         torch.autograd.graph.increment_version(written)  # autograd does not see what a kernel writes

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastddpm.core import layout, noise
 from fastddpm.ops.backend import launcher
-from fastddpm.ops.checks import check_model_output, check_no_gradients, check_noising
+from fastddpm.ops.checks import check_model_output, check_no_gradients, check_noising, check_rows
 from fastddpm.ops.library import register
 from fastddpm.ops.noising import data_units, eps_of, has_t
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, squared_error
@@ -41,6 +41,7 @@ def x_0_error(
 def _x_0_error(m: Tensor, x_0: Tensor, t: Tensor, address: Tensor, table: Tensor, stream: int) -> Tensor:
     if not m.numel():
         return m.new_zeros(len(m), dtype=torch.float32)
+    check_rows("x_0_error", "t", t, len(table))
     if (launch := launcher("x_0_error", m.device)) is not None:
         return launch(m, x_0, t, address, table, stream=stream, with_t=has_t(stream))
     x, (noising_row, prediction_row) = data_units(x_0), table[t].split([2, 5], 1)

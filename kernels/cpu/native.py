@@ -59,12 +59,23 @@ def _rebuild_if_stale() -> str | None:
         return None  # an installed package, or one that could not be built
     if built.stat().st_mtime_ns >= max(path.stat().st_mtime_ns for path in sources):
         return None
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
-        command = [sys.executable, "setup.py", "build_ext", "--build-lib", folder, "--build-temp", f"{folder}/objects"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        made = Path(folder, "fastddpm", "kernels", "cpu", built.name)
-        if done.returncode or not made.is_file():
-            reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-            return f"the C++ kernels are older than their sources and could not be built again: {' '.join(reason)}"
-        os.replace(made, built)
+    failure = "the C++ kernels are older than their sources and could not be built again: "
+    try:
+        with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+            command = [
+                sys.executable,
+                "setup.py",
+                "build_ext",
+                "--build-lib",
+                folder,
+                "--build-temp",
+                f"{folder}/objects",
+            ]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            made = Path(folder, "fastddpm", "kernels", "cpu", built.name)
+            if done.returncode or not made.is_file():
+                return failure + " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-1:])
+            os.replace(made, built)
+    except OSError as error:  # such as a folder that belongs to another user
+        return f"{failure}{error}"
     return None

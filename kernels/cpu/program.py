@@ -22,7 +22,7 @@ _ARENA = 0  # of these pointers: the memory of all buffers
 
 
 def given(which: int, offset: int = 0) -> int:
-    """The word for a pointer of a replay, plus an offset in bytes: 0 is the arena, 1 the first pointer given to `run`."""
+    """The word for a pointer plus an offset in bytes: 0 is the arena, 1 the first pointer that `run` is given."""
     return _GIVEN | which << 40 | offset
 
 
@@ -126,7 +126,7 @@ class Program:
         moments, transform = Buffer(self, n * blocks * 2 * channels * 8), Buffer(self, n * 3 * channels * 4)
         self._call(
             "group_norm", y.size, n, x.pixels, groups, x.channels, channels - x.channels,
-            y.at, x.at, skip.at if skip else 0, add, add_stride, self._keep(weight), self._keep(bias), eps,
+            y.at, x.at, skip.at if skip else 0, add, add_stride, self._keep(weight), self._keep(bias), float(eps),
             silu, _DTYPES[self.dtype], moments, transform,
         )  # fmt: skip
         return y

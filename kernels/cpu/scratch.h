@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <cstdio>
 #include <cstdlib>
 
 #include "kernel.h"
@@ -15,7 +16,11 @@ class Scratch {
         if (count > count_) {
             std::free(memory_);
             memory_ = static_cast<float*>(std::aligned_alloc(64, size_t(count * 4 + 63) / 64 * 64));
-            count_ = memory_ ? count : 0;
+            if (!memory_) {  // exceptions are disabled
+                std::fprintf(stderr, "fastddpm: no memory is left for a kernel on the CPU\n");
+                std::abort();
+            }
+            count_ = count;
         }
         return memory_;
     }

@@ -72,6 +72,19 @@ def test_bits_depend_on_neither_batch_nor_threads_nor_rows(threads):
         assert torch.equal(forward(x[n : n + 1], rows), want[n : n + 1])
 
 
+def test_options_may_be_whole_numbers():
+    """A kernel takes a float's bits."""
+    options = {"block_out_channels": (32, 64), "norm_eps": 1, "mid_block_scale_factor": 2}
+    net, same = tiny(**options), tiny(**{name: float(x) if isinstance(x, int) else x for name, x in options.items()})
+    x, t = torch.randn(2, net.config["in_channels"], 8, 8), torch.tensor([3])
+    same.load_state_dict(net.state_dict())
+    results = []
+    for one in (net, same):
+        fused = one.for_inference(torch.float32)
+        results.append(fastest_forward(fused)(x, fused.time_rows(t)))
+    assert torch.equal(*results)
+
+
 def test_empty_batch_gives_an_empty_result():
     fused = tiny().for_inference(torch.float32)
     assert fastest_forward(fused)(images(0), fused.time_rows(torch.tensor([7]))).shape == (0, 3, 16, 16)

@@ -148,6 +148,7 @@ def test_empty_input_gives_zero(device):
             lambda x: x.int(),
             "x_0 is (2, 3, 8, 8) torch.int32 on cpu; want [N, C, *spatial] or [N, D] of float32",
         ),
+        ("t", lambda t: t * 0 + 1000, "t is 1000; want 0 to 999, the rows of the table"),
         ("t", lambda t: t.int(), "t is (2,) torch.int32 on cpu; want (2,) torch.int64 on cpu"),
         ("address", lambda a: a[:1], "address is (1, 2) torch.int64 on cpu; want (2, 2)"),
         ("table", lambda a: a.double(), "table is (1000, 2) torch.float64 on cpu; want (1000, 2) torch.float32"),

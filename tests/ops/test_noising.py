@@ -86,6 +86,8 @@ BAD = [
     ("x_0", lambda x: x.contiguous(), r"x_0 has strides .*, not channels-last; use layout.channels_last\(x_0\)"),
     ("x_0", lambda x: x.float().requires_grad_(), r"x_0 requires a gradient"),
     ("t", lambda t: t.int(), r"t is \(2,\) torch.int32 on cpu; want \(2,\) torch.int64 on cpu"),
+    ("t", lambda t: t + 1, "t is 1000; want 0 to 999, the rows of the table"),
+    ("t", lambda t: t - 1, "t is -1; want 0 to 999, the rows of the table"),
     ("t", lambda t: t[0], r"t is \(\) torch.int64 on cpu; want \(2,\)"),
     ("address", lambda a: a[:1], r"address is \(1, 2\) torch.int64 on cpu; want \(2, 2\)"),
     (

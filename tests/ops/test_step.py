@@ -12,6 +12,7 @@ from fastddpm import ops
 from fastddpm.core import layout, noise
 from fastddpm.core.schedule import Schedule
 from fastddpm.core.table import StepColumns
+from fastddpm.ops.step import repeated_step
 from fastddpm.reference.diffusion import update
 from tests.support.bits import assert_same_bits
 from tests.support.draws import POSITIONS, addresses, generator, numpy_warns, positions, step_inputs
@@ -285,6 +286,7 @@ BAD = [
     ("pos", lambda pos: pos[:1].expand(2), r"pos is .* contiguous"),
     ("pos", lambda pos: pos.to("meta"), r"pos is \(2,\) torch.int32 on meta; want .* on cpu"),
     ("address", lambda a: a[0], r"address is \(2,\) torch.int64 on cpu; want \(2, 2\) .*: noise.address\("),
+    ("pos", lambda pos: pos + 1, "pos is 1000; want 0 to 999, the rows of the table"),
     ("address", lambda a: a.int(), r"address is \(2, 2\) torch.int32 on cpu; want \(2, 2\) torch.int64"),
     ("table", lambda table: table.to("meta"), r"table.rows is \(1000, 8\) .* on meta; want \(1000, 8\) .* on cpu"),
     ("table", lambda table: replace(table, rows=table.rows.double()), r"table.rows is .* torch.float64 .*; want"),
@@ -381,6 +383,22 @@ def test_step_in_inference_mode(device):
     with torch.inference_mode():
         got = ops.step(**step_arguments(device), out_dtype=torch.bfloat16)
     assert all(map(torch.equal, got, want))
+
+
+def test_repeated_step_takes_the_same_step():
+    """Also if m's memory holds the negative numbers, as after torch._neg_view."""
+    arguments = step_arguments()
+    x, m = arguments["x"], arguments.pop("m")
+    want, bad, want_bad = x.clone(memory_format=torch.preserve_format), flags(), flags()
+    ops.step(**arguments | {"x": want, "m": m, "bad": want_bad})
+    for negative in (False, True):
+        state = x.clone(memory_format=torch.preserve_format)
+        take = repeated_step(**arguments | {"x": state, "bad": bad})
+        take(torch._neg_view(-m) if negative else m)
+        assert_same_bits(state, want)
+        assert torch.equal(bad, want_bad)
+    with pytest.raises(ValueError, match="step: m is"):
+        take(m[:1])
 
 
 @pytest.mark.parametrize(("pos", "drawn"), [([0, 0], 0), ([0, 1], 1), ([999, 999], 1)])

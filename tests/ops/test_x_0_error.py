@@ -95,6 +95,7 @@ def test_empty_input_gives_zero(device):
         ("m", lambda m: m[:1], "m is (1, 3, 8, 8) torch.float32 on cpu, but x_0 is (2, 3, 8, 8) on cpu; the"),
         ("m", lambda m: m.requires_grad_(), "m requires a gradient, but x_0_error is not differentiable in it"),
         ("x_0", lambda x: x.int(), "x_0 is (2, 3, 8, 8) torch.int32 on cpu; want [N, C, *spatial] or [N, D] of"),
+        ("t", lambda t: t * 0 + 1000, "t is 1000; want 0 to 999, the rows of the table"),
         ("t", lambda t: t.int(), "t is (2,) torch.int32 on cpu; want (2,) torch.int64 on cpu"),
         ("address", lambda a: a[:1], "address is (1, 2) torch.int64 on cpu; want (2, 2)"),
         ("table", lambda a: a[:, :2], "table is (1000, 2) torch.float32 on cpu; want (1000, 7) torch.float32"),

@@ -224,6 +224,7 @@ class Runner:
         self._one = torch.ones((), dtype=torch.int32, device=device)
         rows = torch.empty(T, len(COLUMNS), dtype=torch.float32, device=device)
         self.table = StepTable(rows, rows.new_ones(T), self.network.timesteps, clip=False, num_train_timesteps=T)
+        self._take_step = self._step_of_table()
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -246,10 +247,7 @@ class Runner:
         self.table.scale[:S].copy_(table.scale)
         self.address.copy_(address)
         self.network.load(table.timesteps, labels)
-        copy = None if self.network.input is self.x else self.network.input
-        self._take_step = repeated_step(
-            self.x, self.table, self.network.positions, self.address, out=copy, bad=self.bad
-        )
+        self._take_step = self._step_of_table()
         self.network.replay.prepare(self._predict_and_update, self.start, (table.clip, self.network.constants()))
 
     def start(self) -> None:
@@ -290,6 +288,10 @@ class Runner:
     def describe_step(self, row: int) -> str:
         """What messages call the step at a row."""
         return f"step {self.steps - row} of {self.steps} (t = {int(self._loaded.timesteps[row])})"
+
+    def _step_of_table(self) -> Callable[[Tensor], None]:
+        copy = None if self.network.input is self.x else self.network.input
+        return repeated_step(self.x, self.table, self.network.positions, self.address, out=copy, bad=self.bad)
 
     def _predict_and_update(self, network: Network | None) -> None:
         self.update(self.predict(network))

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from threading import Thread
 
 import pytest
 import torch
 
 from fastddpm import Sampler, UNet2D, ops
 from fastddpm.kernels.cpu.native import native
+from fastddpm.kernels.cpu.program import pack as program_pack
 from fastddpm.networks.planned import MOST_SHAPES, PlannedUNet, fastest_forward
 from tests.support.check import TINY, at_once
 from tests.support.draws import generator
@@ -121,6 +123,29 @@ def test_changed_weights_are_packed_anew():
     rows = anew.time_rows(torch.tensor([7]))
     assert torch.equal(forward(x, rows), fastest_forward(anew)(x, rows))
     assert not torch.equal(forward(x, rows), before)
+
+
+def test_weights_that_change_while_a_program_is_built_are_packed_anew(monkeypatch):
+    """Another thread then evaluates an input of another shape."""
+    net = tiny(block_out_channels=(32, 64))
+    fused, packed, threads = net.for_inference(torch.float32), [], []
+    planned, row = fastest_forward(fused), fused.time_rows(torch.tensor([3]))
+
+    def pack(*args, **options):
+        packed.append(program_pack(*args, **options))
+        if len(packed) == 1:  # the first weight, which changes now
+            with torch.no_grad():
+                net.conv_in.weight.mul_(2)
+            fused.refresh(net)
+            threads.append(Thread(target=planned, args=(images(1, 8), row)))
+            threads[0].start()
+            threads[0].join(0.5)  # it waits, or must not disturb the program that is being built
+        return packed[-1]
+
+    monkeypatch.setattr("fastddpm.networks.planned.pack", pack)
+    planned(images(1), row)
+    threads[0].join()
+    assert torch.equal(planned(images(1), row), fastest_forward(fused)(images(1), row))
 
 
 def test_threads_may_share_a_network():

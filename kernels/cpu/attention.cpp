@@ -108,14 +108,16 @@ void attend(const Attention<T>& attention, int64_t entry, int64_t head, int64_t 
         }
     }
     for (int64_t key = 0; key < keys; key += COLUMNS) {
-        multiply<T>(count, queries, depth / CHUNK, STRIDE, attention.panels(entry, head, 0) + key * depth, c);
+        const float* panel = attention.panels(entry, head, 0) + key * depth;
+        multiply<T>(count, queries, depth / CHUNK, STRIDE, panel, panel + depth * COLUMNS, c);
         for (int row = 0; row < count; ++row)
             for (int i = 0; i < COLUMNS; ++i) scores[row * keys + key + i] = c[row * COLUMNS + i] * scale;
     }
     for (int row = 0; row < count; ++row)
         sums[row] = exponentials<T>(scores + row * keys, attention.tokens, keys, weights + row * CHUNK);
     for (int64_t part = 0; part < dim; part += COLUMNS) {
-        multiply<T>(count, weights, words / CHUNK, STRIDE, attention.panels(entry, head, 1) + part * words, c);
+        const float* panel = attention.panels(entry, head, 1) + part * words;
+        multiply<T>(count, weights, words / CHUNK, STRIDE, panel, panel + words * COLUMNS, c);
         for (int row = 0; row < count; ++row) {
             T* y = attention.y + ((entry * attention.tokens + first + row) * attention.heads + head) * dim + part;
             for (int64_t i = 0; i < smaller<int64_t>(COLUMNS, dim - part); ++i)

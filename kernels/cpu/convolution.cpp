@@ -85,6 +85,8 @@ struct Place {
     }
 };
 
+int64_t half_of_cache() { return second_level_cache() / 2 / int64_t(sizeof(float)); }  // in floats
+
 // How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided into units of work.
 //
 // The inputs of the rows of a unit are gathered or transformed into scratch memory, which fits the second-level cache,
@@ -93,12 +95,11 @@ struct Place {
 struct Division {
     int64_t rows = 0, row_blocks = 0, panels = 0, panel_blocks = 0;
 
-    // Args: depth: floats of a row's inputs; weights: floats of a panel.
-    Division(int64_t total, int64_t depth, int64_t all_panels, int64_t weights, int64_t threads) {
+    // Args: depth: floats of a row's inputs, of which `near` are to fit half of the cache; weights: floats of a panel.
+    Division(int64_t total, int64_t depth, int64_t near, int64_t all_panels, int64_t weights, int64_t threads) {
         if (total == 0) return;
         constexpr double GATHER = 0.4, READ = 1.0, READ_FROM_CACHE = 0.2;  // cycles per float
-        int64_t cached = second_level_cache() / 2 / int64_t(sizeof(float));
-        int64_t most = smaller(total, cached / depth > ROWS ? cached / depth : int64_t(ROWS));
+        int64_t cached = half_of_cache(), most = smaller(total, larger(cached / near, int64_t(ROWS)));
         double read = all_panels * weights > cached ? READ : READ_FROM_CACHE, least = 0;
         for (int64_t parts = 1; parts <= smaller(threads, all_panels); ++parts) {
             int64_t sharing = blocks_of(threads, parts);  // threads among which the rows are divided
@@ -155,7 +156,8 @@ void gather(const Convolution<T>& conv, const Place& place, float* to, int64_t s
 template <class T>
 void convolve_gathered(const Convolution<T>& conv, const Call& call) {
     int64_t total = conv.n * conv.out_height * conv.out_width, chunks = conv.chunks();
-    Division division(total, chunks * CHUNK, conv.panels(), chunks * CHUNK * COLUMNS, call.threads);
+    int64_t depth = chunks * CHUNK;
+    Division division(total, depth, depth, conv.panels(), depth * COLUMNS, call.threads);
     int64_t stride = division.rows | 1;  // odd: an even one would map many chunks to the same sets of the cache
     float* a = scratch.floats((stride * chunks + SLACK) * CHUNK + (stride + SLACK) * COLUMNS);
     float* c = a + (stride * chunks + SLACK) * CHUNK;
@@ -164,7 +166,8 @@ void convolve_gathered(const Convolution<T>& conv, const Call& call) {
         Place place(first, conv.out_height, conv.out_width);
         for (int i = 0; i < count; ++i, place.next()) gather(conv, place, a + i * CHUNK, stride);
         for (; panel < last; ++panel) {
-            multiply<T>(count, a, chunks, stride, conv.weights + panel * chunks * CHUNK * COLUMNS, c);
+            const float* weights = conv.weights + panel * depth * COLUMNS;
+            multiply<T>(count, a, chunks, stride, weights, weights + depth * COLUMNS, c);
             Place output(first, conv.out_height, conv.out_width);
             for (int i = 0; i < count; ++i, output.next())
                 conv.store(output.entry, output.row, output.column, panel, c + i * COLUMNS);
@@ -211,10 +214,15 @@ void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS
 void convolve_winograd(const Convolution<float>& conv, const Call& call) {
     int64_t across = blocks_of(conv.width, 2), down = blocks_of(conv.height, 2), total = conv.n * down * across;
     int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
-    Division division(total, POSITIONS * depth, conv.panels(), POSITIONS * depth * COLUMNS, call.threads);
+    int64_t width = POSITIONS * depth, near = (width + POSITIONS * COLUMNS) / 2;  // of a row, with and without products
+    Division division(total, width, near, conv.panels(), width * COLUMNS, call.threads);
     int64_t rows = division.rows | 1, position = chunks * rows * CHUNK;  // stride from one position to the next
-    float* v = scratch.floats(POSITIONS * rows * (depth + COLUMNS) + depth);
-    float *m = v + POSITIONS * rows * depth, *zeros = m + POSITIONS * rows * COLUMNS;
+    // Panels whose products fit half of the cache are multiplied position by position, so that a position's inputs stay
+    // in the first-level cache or near it.
+    int64_t group = smaller(division.panels, larger(half_of_cache() / (POSITIONS * rows * COLUMNS), int64_t(1)));
+    int64_t products = group * rows * COLUMNS;  // stride from one position to the next, of the products
+    float* v = scratch.floats(POSITIONS * (position + products) + depth);
+    float *m = v + POSITIONS * position, *zeros = m + POSITIONS * products;
     std::memset(zeros, 0, sizeof(float) * depth);
     division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
         Place tile(first, down, across);
@@ -237,18 +245,25 @@ void convolve_winograd(const Convolution<float>& conv, const Call& call) {
             }
             transform_input(pixels, 0, v + (whole * rows + i) * CHUNK, position);
         }
-        for (; panel < last; ++panel) {
+        for (int64_t begin = panel; begin < last; begin += group) {
+            int64_t end = smaller(begin + group, last);
             for (int p = 0; p < POSITIONS; ++p)
-                multiply<float>(count, v + p * position, chunks, rows,
-                                conv.weights + (panel * POSITIONS + p) * depth * COLUMNS, m + p * rows * COLUMNS);
+                for (int64_t of = begin; of < end; ++of) {
+                    auto weights = [&](int64_t of) { return conv.weights + (of * POSITIONS + p) * depth * COLUMNS; };
+                    const float* following = of + 1 < end ? weights(of + 1) : weights(begin) + depth * COLUMNS;
+                    multiply<float>(count, v + p * position, chunks, rows, weights(of), following,
+                                    m + p * products + (of - begin) * rows * COLUMNS);
+                }
             Place outputs(first, down, across);
             for (int i = 0; i < count; ++i, outputs.next()) {
                 int64_t top = outputs.row * 2, left = outputs.column * 2;
-                float out[2][2][COLUMNS];
-                transform_output(m + i * COLUMNS, rows * COLUMNS, out);
-                for (int64_t y = 0; y < smaller<int64_t>(2, conv.height - top); ++y)
-                    for (int64_t x = 0; x < smaller<int64_t>(2, conv.width - left); ++x)
-                        conv.store(outputs.entry, top + y, left + x, panel, out[y][x]);
+                for (int64_t of = begin; of < end; ++of) {
+                    float out[2][2][COLUMNS];
+                    transform_output(m + ((of - begin) * rows + i) * COLUMNS, products, out);
+                    for (int64_t y = 0; y < smaller<int64_t>(2, conv.height - top); ++y)
+                        for (int64_t x = 0; x < smaller<int64_t>(2, conv.width - left); ++x)
+                            conv.store(outputs.entry, top + y, left + x, of, out[y][x]);
+                }
             }
         }
     });

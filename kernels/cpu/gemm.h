@@ -16,6 +16,7 @@ namespace fastddpm::FASTDDPM_ISA {
 constexpr int CHUNK = 16;
 constexpr int SUMMED = 16;  // chunks that are summed before they are added to the rest, which bounds the error
 constexpr int COLUMNS = 2 * LANES;  // of a panel of weights
+constexpr int LINE = 16;  // floats of a cache line
 constexpr int SLACK = 32;  // rows beyond the last one that A and C must have: they are computed, but not used
 #if defined(__AVX512F__)
 constexpr int ROWS = 12;  // with 2 vectors each, 24 of 32 registers hold sums
@@ -48,22 +49,25 @@ Lanes add_product(Lanes sum, float a, Lanes b) {
     return sum + a * b;
 }
 
-// C = A B, or C += A B if `add` is set, for COUNT rows. FETCH: also fetch as many floats from `next` on
-// as b has. Functions that are inlined into each other would spill their sums.
-template <class T, int COUNT, bool FETCH>
+// C = A B, or C += A B if `add` is set, for COUNT rows. For each 4 rows of B, also fetch `lines` cache lines from `next`
+// on. Functions that are inlined into each other would spill their sums.
+template <class T, int COUNT>
 __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
-                                       const float* next, bool add, float* c) {
-    Lanes sum[COUNT][2] = {};
+                                       const float* next, int lines, bool add, float* c) {
+    Lanes sum[COUNT][2];
+    for (auto& of_row : sum) of_row[0] = of_row[1] = Lanes{};  // an empty list would fill memory first
     for (int64_t chunk = 0; chunk < chunks; ++chunk, a += chunk_stride)
+        for (int begin = 0; begin < CHUNK; begin += 4) {
+            for (int line = 0; line < lines; ++line, next += LINE) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 4
-        for (int k = 0; k < CHUNK; ++k, b += COLUMNS, next += FETCH * COLUMNS) {
-            for (int i = 0; FETCH && i < COLUMNS; i += 16) __builtin_prefetch(next + i, 0, 2);
-            Lanes left = load(b), right = load(b + LANES);
+            for (int k = begin; k < begin + 4; ++k, b += COLUMNS) {
+                Lanes left = load(b), right = load(b + LANES);
 #pragma GCC unroll 12
-            for (int row = 0; row < COUNT; ++row) {
-                float value = a[row * CHUNK + k];
-                sum[row][0] = add_product<T>(sum[row][0], value, left);
-                sum[row][1] = add_product<T>(sum[row][1], value, right);
+                for (int row = 0; row < COUNT; ++row) {
+                    float value = a[row * CHUNK + k];
+                    sum[row][0] = add_product<T>(sum[row][0], value, left);
+                    sum[row][1] = add_product<T>(sum[row][1], value, right);
+                }
             }
         }
     for (int row = 0; row < COUNT; ++row)
@@ -73,26 +77,30 @@ __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t c
         }
 }
 
-template <class T, bool FETCH, int COUNT = ROWS>
+template <class T, int COUNT = ROWS>
 inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
-                       const float* next, bool add, float* c) {
-    if (count == COUNT) return product<T, COUNT, FETCH>(a, chunks, chunk_stride, b, next, add, c);
-    if constexpr (COUNT > 1) product_of<T, FETCH, COUNT - 1>(count, a, chunks, chunk_stride, b, next, add, c);
+                       const float* next, int lines, bool add, float* c) {
+    if (count == COUNT) return product<T, COUNT>(a, chunks, chunk_stride, b, next, lines, add, c);
+    if constexpr (COUNT > 1) product_of<T, COUNT - 1>(count, a, chunks, chunk_stride, b, next, lines, add, c);
 }
 
-// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows. The first part fetches the weights after these,
-// which are the next ones, likely.
+// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows. Each part also fetches its share of the panel that
+// is multiplied next.
 template <class T>
-void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, float* c) {
+void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, const float* following,
+              float* c) {
     int parts = (count + ROWS - 1) / ROWS;
     for (int64_t chunk = 0; chunk < chunks; chunk += SUMMED) {
         int64_t depth = smaller<int64_t>(SUMMED, chunks - chunk);
         const float *rows = a + chunk * stride * CHUNK, *panel = b + chunk * CHUNK * COLUMNS;
+        const float* next = chunk + depth < chunks ? panel + depth * CHUNK * COLUMNS : following;
         for (int part = 0; part < parts; ++part) {
+            constexpr int LINES = 4 * COLUMNS / LINE;
             int row = count * part / parts, rows_of_part = count * (part + 1) / parts - row;
-            const float* next = panel + depth * CHUNK * COLUMNS;
-            auto run = part ? product_of<T, false> : product_of<T, true>;
-            run(rows_of_part, rows + row * CHUNK, depth, stride * CHUNK, panel, next, chunk > 0, c + row * COLUMNS);
+            int lines = LINES * (part + 1) / parts - LINES * part / parts;
+            product_of<T>(rows_of_part, rows + row * CHUNK, depth, stride * CHUNK, panel, next, lines, chunk > 0,
+                          c + row * COLUMNS);
+            next += depth * CHUNK / 4 * lines * LINE;
         }
     }
 }
@@ -115,8 +123,9 @@ class Tiles {
 
 // As for the other types, 32 rows at a time. Tiles 0 to 3 hold sums, 4 and 5 rows of A, 6 and 7 columns of B.
 template <>
-inline void multiply<BFloat16>(int count, const float* a, int64_t chunks, int64_t stride, const float* b, float* c) {
-    constexpr int LINE = CHUNK * sizeof(float), PANEL = COLUMNS * sizeof(float);  // bytes from one row to the next
+inline void multiply<BFloat16>(int count, const float* a, int64_t chunks, int64_t stride, const float* b, const float*,
+                               float* c) {
+    constexpr int ROW = CHUNK * sizeof(float), PANEL = COLUMNS * sizeof(float);  // bytes from one row to the next
     for (int row = 0; row < count; row += 32) {
         bool both = count - row > 16;
         _tile_zero(0);
@@ -125,13 +134,13 @@ inline void multiply<BFloat16>(int count, const float* a, int64_t chunks, int64_
         _tile_zero(3);
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const float *rows = a + (chunk * stride + row) * CHUNK, *panel = b + chunk * CHUNK * COLUMNS;
-            _tile_loadd(4, rows, LINE);
+            _tile_loadd(4, rows, ROW);
             _tile_loadd(6, panel, PANEL);
             _tile_dpbf16ps(0, 4, 6);
             _tile_loadd(7, panel + 16, PANEL);
             _tile_dpbf16ps(1, 4, 7);
             if (both) {
-                _tile_loadd(5, rows + 16 * CHUNK, LINE);
+                _tile_loadd(5, rows + 16 * CHUNK, ROW);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }

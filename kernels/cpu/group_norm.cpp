@@ -59,7 +59,8 @@ void moments_of_channels(const T* x, int64_t rows, int64_t stride, int count, do
         const T* from = x + row * stride + v * LANES;
         return v + 1 == VECTORS && count < LANES ? load(from, count) : load(from);
     };
-    Lanes sum[VECTORS] = {}, centre[VECTORS], first[VECTORS] = {}, second[VECTORS] = {};
+    Lanes sum[VECTORS], centre[VECTORS], first[VECTORS], second[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) sum[v] = first[v] = second[v] = Lanes{};
     for (int64_t row = 0; row < rows; ++row)
         for (int v = 0; v < VECTORS; ++v) sum[v] += vector(row, v);
     for (int v = 0; v < VECTORS; ++v) centre[v] = sum[v] / float(rows);

@@ -77,6 +77,11 @@ T smaller(T a, T b) {
     return b < a ? b : a;
 }
 
+template <class T>
+T larger(T a, T b) {
+    return b < a ? a : b;
+}
+
 inline int64_t blocks_of(int64_t elements, int64_t block) { return (elements + block - 1) / block; }
 
 template <class To, class From>

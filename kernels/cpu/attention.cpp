@@ -54,46 +54,51 @@ void pack_tokens(const Attention<T>& attention, int64_t entry, int64_t head, int
     float *keys = attention.panels(entry, head, 0), *values = attention.panels(entry, head, 1);
     int64_t depth = attention.depth(), rows = attention.keys() / PER_WORD<T>, dim = attention.dim;
     for (int64_t token = first; token < first + KEYS; ++token) {
-        bool exists = token < attention.tokens;
         const T *k = attention.row(entry, head, token, 1), *v = attention.row(entry, head, token, 2);
+        int64_t column = token % COLUMNS, count = token < attention.tokens ? dim : 0, i = 0;
         float* panel = keys + token / COLUMNS * depth * COLUMNS;
-        for (int64_t i = 0; i < depth * PER_WORD<T>; ++i)
-            element<T>(panel, i, token % COLUMNS) = exists && i < dim ? k[i] : T{};
-        for (int64_t i = 0; i < attention.values(); ++i)
-            element<T>(values + i / COLUMNS * rows * COLUMNS, token, i % COLUMNS) = exists && i < dim ? v[i] : T{};
+        for (; i < count; ++i) element<T>(panel, i, column) = k[i];
+        for (; i < depth * PER_WORD<T>; ++i) element<T>(panel, i, column) = T{};
+        for (int64_t part = 0; part < attention.values(); part += COLUMNS) {
+            float* to = values + part * rows;
+            int64_t exist = count - part;
+            for (int c = 0; c < COLUMNS; ++c) element<T>(to, token, c) = c < exist ? v[part + c] : T{};
+        }
     }
 }
 
 // Write exp(s - max s) of a row of scores into the chunks of a matrix. Returns: their sum before they are rounded.
 template <class T>
 float exponentials(const float* scores, int64_t tokens, int64_t keys, float* to) {
-    float most[CHUNK], sum[CHUNK] = {};
-    std::memcpy(most, scores, sizeof most);
-    for (int64_t token = CHUNK; token < keys; token += CHUNK)
-        for (int i = 0; i < CHUNK; ++i) {
-            float score = scores[token + i];
-            most[i] = token + i < tokens && score > most[i] ? score : most[i];
-        }
-    float max = most[0];
-    for (int i = 1; i < CHUNK; ++i) max = i < tokens && most[i] > max ? most[i] : max;
-    for (int64_t token = 0; token < keys; token += CHUNK) {
-        constexpr int64_t LENGTH = Attention<T>::LENGTH;
-        T* chunk = reinterpret_cast<T*>(to + token / LENGTH * STRIDE * CHUNK) + token % LENGTH;
-        for (int i = 0; i < CHUNK; ++i) {
-            float value = Exponential(scores[token + i] - max).value();
-            value = token + i < tokens ? value : 0.0f;
+    constexpr int VECTORS = KEYS / LANES;
+    constexpr int64_t LENGTH = Attention<T>::LENGTH;
+    float order[LANES];
+    for (int i = 0; i < LANES; ++i) order[i] = float(i);
+    auto exist = [&](int64_t token) { return load(order) < float(tokens - token); };
+    Lanes most = load(scores), sum[VECTORS] = {};
+    for (int64_t token = 0; token < keys; token += LANES) {
+        Lanes score = load(scores + token);
+        most = exist(token) & (score > most) ? score : most;
+    }
+    float max = most[0], total = 0;
+    for (int i = 1; i < LANES; ++i) max = i < tokens && most[i] > max ? most[i] : max;
+    for (int64_t token = 0; token < keys; token += KEYS) {
+        Lanes values[VECTORS];
+        for (int i = 0; i < VECTORS; ++i) values[i] = load(scores + token + i * LANES) - max;
+        Exponentials<VECTORS> e(values);
+        for (int i = 0; i < VECTORS; ++i) {
+            int64_t at = token + i * LANES;
+            Lanes value = exist(at) ? e.value(i) : Lanes{};
             sum[i] += value;
-            narrow(value, chunk[i]);
+            store(value, reinterpret_cast<T*>(to + at / LENGTH * STRIDE * CHUNK) + at % LENGTH, LANES);
         }
     }
-    float total = 0;
-    for (int i = 0; i < CHUNK; ++i) total += sum[i];
+    for (int i = 0; i < KEYS; ++i) total += sum[i / LANES][i % LANES];
     return total;
 }
 
 template <class T>
-void attend(const Attention<T>& attention, int64_t entry, int64_t head, int64_t first) {
-    int count = int(smaller<int64_t>(QUERIES, attention.tokens - first));
+void attend(const Attention<T>& attention, int64_t entry, int64_t head, int64_t first, int count) {
     int64_t depth = attention.depth(), keys = attention.keys(), words = keys / PER_WORD<T>, dim = attention.dim;
     float* queries = scratch.floats((STRIDE + SLACK) * (depth + words + COLUMNS) + QUERIES * keys);
     float *weights = queries + (STRIDE + SLACK) * depth, *c = weights + (STRIDE + SLACK) * words;
@@ -102,9 +107,10 @@ void attend(const Attention<T>& attention, int64_t entry, int64_t head, int64_t 
     constexpr int64_t LENGTH = Attention<T>::LENGTH;
     for (int row = 0; row < count; ++row) {
         const T* q = attention.row(entry, head, first + row, 0);
-        for (int64_t i = 0; i < depth * PER_WORD<T>; ++i) {
+        for (int64_t i = 0; i < dim; i += LENGTH) {
             T* chunk = reinterpret_cast<T*>(queries + (i / LENGTH * STRIDE + row) * CHUNK);
-            chunk[i % LENGTH] = i < dim ? q[i] : T{};
+            int64_t exist = dim - i;
+            for (int j = 0; j < LENGTH; ++j) chunk[j] = j < exist ? q[i + j] : T{};
         }
     }
     for (int64_t key = 0; key < keys; key += COLUMNS) {
@@ -129,14 +135,17 @@ void attend(const Attention<T>& attention, int64_t entry, int64_t head, int64_t 
 template <class T>
 void run(const Attention<T>& attention, const Call& call) {
     [[maybe_unused]] Tiles tiles;
-    int64_t blocks = call.phase == 0 ? attention.keys() / KEYS : blocks_of(attention.tokens, QUERIES);
-    Share share(attention.n * attention.heads * blocks, call);
+    int64_t pairs = attention.n * attention.heads, tokens = attention.tokens;  // pairs of an entry and a head
+    int64_t blocks = call.phase == 0 ? attention.keys() / KEYS : blocks_of(tokens, QUERIES);
+    while (call.phase == 1 && pairs * blocks % call.threads && blocks < tokens) ++blocks;  // all threads do as much
+    Share share(pairs * blocks, call);
     for (int64_t unit = share.first; unit < share.last; ++unit) {
-        int64_t head = unit / blocks % attention.heads, entry = unit / blocks / attention.heads;
+        int64_t pair = unit / blocks, block = unit % blocks, head = pair % attention.heads;
+        int64_t entry = pair / attention.heads, first = tokens * block / blocks;
         if (call.phase == 0)
-            pack_tokens(attention, entry, head, unit % blocks * KEYS);
+            pack_tokens(attention, entry, head, block * KEYS);
         else
-            attend(attention, entry, head, unit % blocks * QUERIES);
+            attend(attention, entry, head, first, int(tokens * (block + 1) / blocks - first));
     }
 }
 

@@ -141,14 +141,21 @@ void gather(const Convolution<T>& conv, const Place& place, float* to, int64_t s
             if (from) from += part;
         }
     };
+    // The taps of a row of the kernel are adjacent in memory, except where a second tensor's channels come in between.
+    int64_t together = conv.inputs[1] ? 1 : conv.kernel;
     for (int64_t i = 0; i < conv.kernel; ++i)
-        for (int64_t j = 0; j < conv.kernel; ++j) {
+        for (int64_t j = 0; j < conv.kernel; j += together) {
             int64_t y = place.row * conv.stride + i - conv.top, x = place.column * conv.stride + j - conv.left;
-            bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-            int64_t pixel = (place.entry * conv.height + y) * conv.width + x;
-            for (int part = 0; part < 2; ++part)
-                append(inside && conv.inputs[part] ? conv.inputs[part] + pixel * conv.channels[part] : nullptr,
-                       conv.channels[part]);
+            bool inside = y >= 0 && y < conv.height;
+            int64_t first = inside ? smaller(larger<int64_t>(-x, 0), together) : together;  // taps before the image
+            int64_t last = larger(smaller(conv.width - x, together), first);
+            int64_t pixel = (place.entry * conv.height + y) * conv.width + x + first;
+            for (int part = 0; part < 2; ++part) {
+                int64_t channels = conv.channels[part];
+                append(nullptr, first * channels);
+                if (last > first) append(conv.inputs[part] + pixel * channels, (last - first) * channels);
+                append(nullptr, (together - last) * channels);
+            }
         }
     append(nullptr, conv.chunks() * LENGTH - at);
 }

@@ -50,6 +50,31 @@ inline void narrow(float x, Float16& to) {
     to.bits = uint16_t(top | sign);
 }
 
+// LANES elements as floats, and back; those from `count` on are 0, and are not in memory.
+template <class T>
+Lanes load(const T* from, int count = LANES) {
+    if constexpr (std::is_same_v<T, float>)
+        if (count == LANES) return load(static_cast<const float*>(from));
+    float values[LANES] = {};
+    if (count == LANES)
+        for (int i = 0; i < LANES; ++i) values[i] = widen(from[i]);
+    else
+        for (int i = 0; i < count; ++i) values[i] = widen(from[i]);
+    return load(values);
+}
+
+template <class T>
+void store(Lanes lanes, T* to, int count) {
+    if constexpr (std::is_same_v<T, float>)
+        if (count == LANES) return store(lanes, static_cast<float*>(to));
+    float values[LANES];
+    store(lanes, values);
+    if (count == LANES)
+        for (int i = 0; i < LANES; ++i) narrow(values[i], to[i]);
+    else
+        for (int i = 0; i < count; ++i) narrow(values[i], to[i]);
+}
+
 // Call a function with a null pointer of the type that a dtype names.
 template <class Function>
 void with_float(int64_t dtype, Function function) {

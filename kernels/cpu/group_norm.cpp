@@ -11,7 +11,8 @@
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
-constexpr int64_t ROWS = 64;  // pixels of a block, so that 64 channels of them fit the first-level cache
+constexpr int64_t ROWS = 64;  // pixels of a block
+constexpr int VECTORS = 4, CHANNELS = VECTORS * LANES;  // at a time: those of a block fit the first-level cache
 
 struct Norm {
     int64_t n, pixels, groups, channels[2];  // of x and skip
@@ -33,65 +34,48 @@ struct Norm {
 
     int64_t width() const { return channels[0] + channels[1]; }
     int64_t blocks() const { return blocks_of(pixels, ROWS); }
+    int64_t slices(int part) const { return blocks_of(channels[part], CHANNELS); }
 };
 
-template <class T>
-Lanes load(const T* from, int count = LANES) {
-    float widened[LANES] = {};
-    for (int i = 0; i < count; ++i) widened[i] = widen(from[i]);
-    Lanes lanes;
-    std::memcpy(&lanes, widened, sizeof lanes);
-    return lanes;
-}
-
-template <>
-inline Lanes load<float>(const float* from, int count) {
-    Lanes lanes{};
-    std::memcpy(&lanes, from, sizeof(float) * count);
-    return lanes;
-}
-
-// Statistics of the adjacent channels of VECTORS vectors, the last of which has `count` channels, over the rows of a
+// Statistics of the adjacent channels of COUNT vectors, the last of which has `count` channels, over the rows of a
 // block, which are `stride` elements apart. Several vectors hide the latency of the additions.
-template <int VECTORS, class T>
+template <int COUNT, class T>
 void moments_of_channels(const T* x, int64_t rows, int64_t stride, int count, double* mean, double* squares) {
     auto vector = [&](int64_t row, int v) {
         const T* from = x + row * stride + v * LANES;
-        return v + 1 == VECTORS && count < LANES ? load(from, count) : load(from);
+        return v + 1 == COUNT && count < LANES ? load(from, count) : load(from);
     };
-    Lanes sum[VECTORS], centre[VECTORS], first[VECTORS], second[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) sum[v] = first[v] = second[v] = Lanes{};
+    Lanes sum[COUNT], centre[COUNT], first[COUNT], second[COUNT];
+    for (int v = 0; v < COUNT; ++v) sum[v] = first[v] = second[v] = Lanes{};
     for (int64_t row = 0; row < rows; ++row)
-        for (int v = 0; v < VECTORS; ++v) sum[v] += vector(row, v);
-    for (int v = 0; v < VECTORS; ++v) centre[v] = sum[v] / float(rows);
+        for (int v = 0; v < COUNT; ++v) sum[v] += vector(row, v);
+    for (int v = 0; v < COUNT; ++v) centre[v] = sum[v] / float(rows);
     for (int64_t row = 0; row < rows; ++row)
-        for (int v = 0; v < VECTORS; ++v) {
+        for (int v = 0; v < COUNT; ++v) {
             Lanes off = vector(row, v) - centre[v];
             first[v] += off;
             second[v] += off * off;
         }
-    for (int c = 0; c < (VECTORS - 1) * LANES + count; ++c) {
+    for (int c = 0; c < (COUNT - 1) * LANES + count; ++c) {
         double total = first[c / LANES][c % LANES], correction = total / double(rows);
         mean[c] = double(centre[c / LANES][c % LANES]) + correction;
         squares[c] = double(second[c / LANES][c % LANES]) - correction * total;
     }
 }
 
-template <class T>
-void moments_of_block(const Norm& norm, int64_t entry, int64_t block) {
-    int64_t first = block * ROWS, rows = smaller(ROWS, norm.pixels - first), width = norm.width();
-    double* mean = norm.moments + (entry * norm.blocks() + block) * 2 * width;
-    for (int part = 0; part < 2; ++part) {
-        int64_t channels = norm.channels[part];
-        auto x = reinterpret_cast<const T*>(norm.inputs[part]) + (entry * norm.pixels + first) * channels;
-        int64_t c = 0;
-        for (; c + 4 * LANES <= channels; c += 4 * LANES)
-            moments_of_channels<4>(x + c, rows, channels, LANES, mean + c, mean + width + c);
-        for (; c < channels; c += LANES)
-            moments_of_channels<1>(x + c, rows, channels, int(smaller<int64_t>(LANES, channels - c)), mean + c,
-                                   mean + width + c);
-        mean += channels;
-    }
+// Statistics of a unit of work: up to VECTORS vectors of channels of one tensor in a block of pixels.
+template <class T, int COUNT = VECTORS>
+void moments_of_unit(const Norm& norm, int64_t unit) {
+    int64_t slices = norm.slices(0) + norm.slices(1), slice = unit % slices, block = unit / slices;  // of all entries
+    int part = slice >= norm.slices(0);
+    int64_t first = (slice - part * norm.slices(0)) * CHANNELS, channels = norm.channels[part], width = norm.width();
+    int64_t exist = smaller<int64_t>(CHANNELS, channels - first);
+    if constexpr (COUNT > 1)
+        if (exist <= (COUNT - 1) * LANES) return moments_of_unit<T, COUNT - 1>(norm, unit);
+    int64_t pixel = block % norm.blocks() * ROWS, rows = smaller(ROWS, norm.pixels - pixel);
+    auto x = reinterpret_cast<const T*>(norm.inputs[part]) + (block / norm.blocks() * norm.pixels + pixel) * channels;
+    double* mean = norm.moments + block * 2 * width + part * norm.channels[0] + first;
+    moments_of_channels<COUNT>(x + first, rows, channels, int(exist - (COUNT - 1) * LANES), mean, mean + width);
 }
 
 // The centre, scale and shift of the channels of one group of an entry, from the moments of all blocks.
@@ -125,29 +109,35 @@ void transform_of_group(const Norm& norm, int64_t entry, int64_t group) {
     }
 }
 
-template <bool SILU, class T>
-void transform_row(const T* __restrict__ x, int64_t channels, const float* __restrict__ centre,
-                   const float* __restrict__ scale, const float* __restrict__ shift, T* __restrict__ y) {
-    for (int64_t c = 0; c < channels; ++c) {
-        float value = (widen(x[c]) - centre[c]) * scale[c] + shift[c];
-        narrow(SILU ? silu(value) : value, y[c]);
+// Transform up to COUNT vectors of channels of a pixel. Args: centre: of the first of them.
+template <class T, int COUNT = VECTORS>
+void transform_vectors(const Norm& norm, const T* x, int64_t exist, const float* centre, T* y) {
+    if constexpr (COUNT > 1)
+        if (exist <= (COUNT - 1) * LANES) return transform_vectors<T, COUNT - 1>(norm, x, exist, centre, y);
+    Lanes values[COUNT];
+    auto size = [&](int v) { return v + 1 < COUNT ? LANES : int(smaller<int64_t>(LANES, exist - v * LANES)); };
+    for (int v = 0; v < COUNT; ++v) {
+        const float *from = centre + v * LANES, *scale = from + norm.width(), *shift = scale + norm.width();
+        values[v] = (load(x + v * LANES, size(v)) - load(from, size(v))) * load(scale, size(v)) + load(shift, size(v));
     }
+    if (norm.silu) silu(values);
+    for (int v = 0; v < COUNT; ++v) store(values[v], y + v * LANES, size(v));
 }
 
 template <class T>
-void transform_block(const Norm& norm, int64_t entry, int64_t block) {
-    int64_t first = block * ROWS, rows = smaller(ROWS, norm.pixels - first), width = norm.width();
-    const float* centre = norm.transform + entry * 3 * width;
-    for (int64_t pixel = entry * norm.pixels + first, end = pixel + rows; pixel < end; ++pixel) {
-        int64_t offset = 0;
+void transform_pixels(const Norm& norm, const Share& pixels) {
+    int64_t width = norm.width(), entry = pixels.first / norm.pixels;
+    for (int64_t pixel = pixels.first; pixel < pixels.last; ++pixel) {
+        if (pixel == (entry + 1) * norm.pixels) ++entry;
+        int64_t column = 0;
         for (int part = 0; part < 2; ++part) {
             int64_t channels = norm.channels[part];
             auto x = reinterpret_cast<const T*>(norm.inputs[part]) + pixel * channels;
-            auto y = reinterpret_cast<T*>(norm.y) + pixel * width + offset;
-            const float* at = centre + offset;
-            (norm.silu ? transform_row<true, T> : transform_row<false, T>)(x, channels, at, at + width, at + 2 * width,
-                                                                           y);
-            offset += channels;
+            auto y = reinterpret_cast<T*>(norm.y) + pixel * width + column;
+            const float* centre = norm.transform + entry * 3 * width + column;
+            for (int64_t c = 0; c < channels; c += CHANNELS)
+                transform_vectors(norm, x + c, channels - c, centre + c, y + c);
+            column += channels;
         }
     }
 }
@@ -163,12 +153,11 @@ void group_norm(const Call& call) {
             transform_of_group(norm, unit / norm.groups, unit % norm.groups);
         return;
     }
-    int64_t blocks = norm.blocks();
-    Share share(norm.n * blocks, call);
     with_float(norm.dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        for (int64_t unit = share.first; unit < share.last; ++unit)
-            (call.phase == 0 ? moments_of_block<T> : transform_block<T>)(norm, unit / blocks, unit % blocks);
+        if (call.phase == 2) return transform_pixels<T>(norm, Share(norm.n * norm.pixels, call));
+        Share share(norm.n * norm.blocks() * (norm.slices(0) + norm.slices(1)), call);
+        for (int64_t unit = share.first; unit < share.last; ++unit) moments_of_unit<T>(norm, unit);
     });
 }
 

@@ -66,6 +66,8 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t SignedBits __attribute__((vector_size(4 * LANES)));
 
 // Lanes at any address. memcpy would move them in halves, and whoever reads the whole must wait for both.
 typedef float LanesInMemory __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

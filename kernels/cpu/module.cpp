@@ -74,7 +74,8 @@ EXTENSION(amx)
 namespace fastddpm {
 namespace {
 
-constexpr int64_t GRAIN = 8192;  // work, in elements, that is worth a thread: a fork and join takes some microseconds
+// Work, in elements, that is worth a thread: a fork and join takes some microseconds, and calls of a program share one.
+constexpr int64_t GRAIN = 8192, GRAIN_OF_PROGRAM = 1024;
 constexpr int MOST_WORDS = 32;
 
 #define NAME(name, phases, words) #name,
@@ -178,6 +179,7 @@ constexpr uint64_t GIVEN = 0x7FFF;
 struct Program {
     const int64_t *first, *last;
     const int64_t* given;
+    int64_t grain;
 
     int64_t resolved(int64_t word) const {
         uint64_t bits = uint64_t(word);
@@ -187,7 +189,7 @@ struct Program {
     void run(int thread, int threads) const {
         int64_t words[MOST_WORDS];
         for (const int64_t* call = first; call < last; call += HEAD + call[2]) {
-            int64_t useful = call[1] / GRAIN + 1, active = useful < threads ? useful : threads;
+            int64_t useful = call[1] / grain + 1, active = useful < threads ? useful : threads;
             for (int64_t i = 0; i < call[2]; ++i) words[i] = resolved(call[HEAD + i]);
             for (int phase = 0; phase < PHASES[call[0]]; ++phase) {
                 if (thread < active) chosen->kernels[call[0]]({words, phase, thread, int(active)});
@@ -226,7 +228,7 @@ PyObject* call_kernel(int index, int words, PyObject* const* arguments, Py_ssize
         if (!word_of(arguments[i], call[i == 1 ? 1 : HEAD + i - 2])) return nullptr;
     if (!chosen) return PyErr_Format(PyExc_RuntimeError, "no instruction set is chosen: call use() first");
     call[0] = index, call[2] = words;
-    Program program{call, call + HEAD + words, nullptr};
+    Program program{call, call + HEAD + words, nullptr, GRAIN};
     int64_t useful = call[1] / GRAIN + 1;
     PyThreadState* state = PyEval_SaveThread();
     run_in_parallel(program, useful < threads ? useful : threads);
@@ -244,7 +246,7 @@ PyObject* replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     for (Py_ssize_t i = 2; i < count; ++i)
         if (!word_of(arguments[i], given[i - 2])) return nullptr;
     auto words = reinterpret_cast<const int64_t*>(bytes);
-    Program program{words, words + size / 8, given};
+    Program program{words, words + size / 8, given, GRAIN_OF_PROGRAM};
     PyThreadState* state = PyEval_SaveThread();
     run_in_parallel(program, threads);
     PyEval_RestoreThread(state);

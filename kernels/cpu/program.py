@@ -160,7 +160,7 @@ class Program:
         offset = self.dtype.itemsize * channels * (phase[0] * y.width + phase[1]) if phase else 0
         strides = y.pixels * channels, step * y.width * channels, step * channels
         inputs = x.channels, skip.channels if skip else 0
-        work = x.n * height * width * channels * weights.kernel**2 * sum(inputs) // 128
+        work = x.n * height * width * channels * (1 + weights.kernel**2 * sum(inputs) // 128)
         inputs_at = x.at, skip.at if skip else 0
         parameters = self._keep(weights.packed), 0 if bias is None else self._keep(bias.float())
         self._call(

@@ -17,8 +17,12 @@ void silu(const Call& call) {
         using T = std::remove_pointer_t<decltype(type)>;
         auto from = reinterpret_cast<const T*>(x);
         auto to = reinterpret_cast<T*>(y);
-#pragma GCC ivdep
-        for (int64_t i = share.first; i < share.last; ++i) narrow(silu(widen(from[i])), to[i]);
+        for (int64_t i = share.first; i < share.last; i += LANES) {
+            int exist = int(smaller<int64_t>(LANES, share.last - i));
+            Lanes values[1] = {load(from + i, exist)};
+            silu(values);
+            store(values[0], to + i, exist);
+        }
     });
 }
 

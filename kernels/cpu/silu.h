@@ -8,18 +8,16 @@
 
 namespace fastddpm::FASTDDPM_ISA {
 
-// Bits of b where the mask is set, else of a. Selecting by `?:`, the compiler computes both results to the end.
-inline float select(float a, float b, uint32_t mask) {
-    return bits_as<float>((bits_as<uint32_t>(a) & ~mask) | (bits_as<uint32_t>(b) & mask));
-}
-
-inline float silu(float x) {
-    uint32_t negative = uint32_t(bits_as<int32_t>(x) >> 31);
-    float a = bits_as<float>(bits_as<uint32_t>(x) | 0x80000000);  // -|x|
-    a = a < -120.0f ? -120.0f : a;  // also where it is a factor: the product of infinity and 0 is NaN
-    Exponential e(a);
-    float quotient = select(x, a * e.fraction, negative) / (1.0f + e.value());
-    return quotient * select(1.0f, e.first, negative) * select(1.0f, e.second, negative);
+template <int COUNT>
+void silu(Lanes (&x)[COUNT]) {
+    Lanes a[COUNT];  // -|x|, bounded also because it is a factor: the product of infinity and 0 is NaN
+    for (int i = 0; i < COUNT; ++i) a[i] = at_least(-120.0f, bits_as<Lanes>(bits_as<Bits>(x[i]) | 0x80000000u));
+    Exponentials<COUNT> e(a);
+    for (int i = 0; i < COUNT; ++i) {
+        auto negative = bits_as<SignedBits>(x[i]) < 0;
+        Lanes quotient = (negative ? a[i] * e.fraction[i] : x[i]) / (1.0f + e.value(i));
+        x[i] = quotient * (negative ? e.first(i) : all(1.0f)) * (negative ? e.second(i) : all(1.0f));
+    }
 }
 
 }  // namespace fastddpm::FASTDDPM_ISA

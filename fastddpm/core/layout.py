@@ -22,6 +22,8 @@ def channels_last(x: Tensor) -> Tensor:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether x, [N, C, *spatial], is a dense [N, *spatial, C] in memory."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # as nearly always: torch knows it already
+        return True
     return x.movedim(1, -1).is_contiguous()
 
 

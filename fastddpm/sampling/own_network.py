@@ -51,7 +51,8 @@ def call(
     Returns: what the network returned; of an object with a `sample` that, of a tuple or list its first item.
     Raises: ValueError: it does not accept these arguments, or x in this dtype.
     """
-    x = x.to(dtype or torch.float32, copy=True, memory_format=memory_format)
+    # a copy in either case
+    x = x.clone(memory_format=memory_format) if dtype is None else x.to(dtype, memory_format=memory_format)
     autocasts = dtype is None and compute.dtype != torch.float32
     given = [] if labels is None else [labels.to(dtype if labels.is_floating_point() else None)]
     try:

@@ -52,6 +52,7 @@ class BatchNetwork:
         dtype = torch.float32 if net is None else prepared.dtype
         self.input = layout.empty(n, prepared.shape, dtype=dtype, device=device)
         self.timesteps = torch.empty(T, dtype=torch.int32, device=device)
+        self._t = torch.empty(T, dtype=torch.int64, device=device) if net is None else None  # for another network
         self.positions = torch.empty(n, dtype=torch.int32, device=device)
         self.labels: Tensor | None = None
         self._time_rows: Tensor | None = None  # [T, columns] of a `UNet2D`
@@ -76,7 +77,7 @@ class BatchNetwork:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that a call reads and writes on the device."""
-        buffers = self.input, self.timesteps, self.positions, self.labels, self._time_rows, self._output
+        buffers = self.input, self.timesteps, self._t, self.positions, self.labels, self._time_rows, self._output
         yield from (buffer for buffer in buffers if buffer is not None)
         yield from self.prepared.weights()
 
@@ -119,6 +120,8 @@ class BatchNetwork:
         S, device = len(timesteps), self.prepared.device
         self._is_first = True
         self.timesteps[:S].copy_(timesteps)
+        if self._t is not None:
+            self._t[:S].copy_(timesteps)
         if labels is None or self.labels is None or labels.shape != self.labels.shape:
             dtype = torch.float32 if labels is not None and labels.is_floating_point() else torch.int64
             self.labels = None if labels is None else labels.to(device, dtype, copy=True)
@@ -145,7 +148,7 @@ class BatchNetwork:
                     columns = self._columns()
                 model_output = network(self.input, columns)
             else:
-                t = self.timesteps.index_select(0, self.positions).long()
+                t = cast(Tensor, self._t).index_select(0, self.positions)
                 with own_network.noticing_random_numbers(prepared.device) if self._is_first else nullcontext():
                     model_output = own_network.call(
                         network,

@@ -160,9 +160,11 @@ class Builder:
         )
 
     def _upsample(self, upsample: Upsample, x: Images) -> Images:
-        """Each phase is a 2 x 2 convolution, which writes every second row and column of the result."""
-        phases = cast(Conv2d, upsample.phases)
-        y = self.program.images(x.n, 2 * x.height, 2 * x.width, x.channels)
+        """Without Winograd's method, each phase is a 2 x 2 convolution, which writes every second row and column."""
+        phases, size = cast(Conv2d, upsample.phases), (2 * x.height, 2 * x.width)
+        if self._takes_winograd(x):
+            return self.program.convolution(x, self._pack(phases.weight, True), upsample.bias, size=size)
+        y = self.program.images(x.n, *size, x.channels)
         for i, weight in enumerate(phases.weight.chunk(4)):
             row, column = divmod(i, 2)
             weights, padding = self._pack(weight, False), (1 - row, 1 - column)
@@ -173,13 +175,12 @@ class Builder:
 
     def _convolution(self, conv: Conv2d, x: Images, bias: Tensor | None = None, **options: Any) -> Images:
         """A 3 x 3 convolution of stride 1. Args: bias: instead of the convolution's own."""
-        winograd = (
-            self.program.dtype == torch.float32
-            and x.channels >= LEAST_CHANNELS
-            and min(x.height, x.width) >= LEAST_SIDE
-        )
-        weights = self._pack(conv.weight, winograd)
+        weights = self._pack(conv.weight, self._takes_winograd(x))
         return self.program.convolution(x, weights, conv.bias if bias is None else bias, padding=(1, 1), **options)
+
+    def _takes_winograd(self, x: Images) -> bool:
+        large = x.channels >= LEAST_CHANNELS and min(x.height, x.width) >= LEAST_SIDE
+        return large and self.program.dtype == torch.float32
 
     def _norm(self, norm: GroupNorm, x: Images, skip: Images | None = None, *, add: int = 0, silu: bool) -> Images:
         return self.program.group_norm(

@@ -1,7 +1,8 @@
 // Convolution with everything that follows it: y = ((x * weights + bias) + residual) / scale.
 //
 // Two methods, both around a matrix product. Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2015, arXiv:1509.09308) takes
-// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1. The other one gathers the inputs
+// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1, and 9 if the input is first doubled
+// in size by nearest neighbours: the others would be of differences of equal pixels. The other method gathers the inputs
 // of each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels
 // follow each other, and its outputs may lie apart, as the four phases of an upsampling do.
 // Traffic: x once for each block of panels, weights once for each block of outputs, residual and y once.
@@ -18,8 +19,6 @@ int columns() { return COLUMNS; }
 bool multiplies_bfloat16() { return MULTIPLIES<BFloat16>; }
 
 namespace {
-
-constexpr int POSITIONS = 16;  // of a transformed 4 x 4 tile
 
 template <class T>
 struct Convolution {
@@ -182,44 +181,69 @@ void convolve_gathered(const Convolution<T>& conv, const Call& call) {
     });
 }
 
-// B^T d B of a 4 x 4 tile of inputs d, for CHUNK channels; `pixels` are those of the tile, row by row.
-void transform_input(const float* const (&pixels)[POSITIONS], int64_t channel, float* to, int64_t stride) {
+// Winograd's method in one dimension: the transform of 4 inputs, and 2 outputs of the sums of products. Of 4 inputs of
+// which the second and the third are equal, 3 are stored, and the product of their difference is left out.
+template <int SIDE>
+void transform_inputs(const Lanes (&d)[SIDE], Lanes (&t)[SIDE]) {
+    if constexpr (SIDE == 4)
+        t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+    else
+        t[0] = d[0] - d[1], t[1] = d[1], t[2] = d[1] - d[2];
+}
+
+template <int SIDE>
+void transform_products(const Lanes (&m)[SIDE], Lanes (&y)[2]) {
+    if constexpr (SIDE == 4)
+        y[0] = (m[0] + m[1]) + m[2], y[1] = (m[1] - m[2]) - m[3];
+    else
+        y[0] = m[0] + m[1], y[1] = m[1] - m[2];
+}
+
+// B^T d B of a tile of inputs d, for CHUNK channels; `pixels` are those of the tile, row by row.
+template <int SIDE>
+void transform_tile(const float* const (&pixels)[SIDE * SIDE], int64_t channel, float* to, int64_t stride) {
     constexpr int VECTORS = CHUNK / LANES;
     for (int v = 0; v < VECTORS; ++v) {
-        Lanes d[4][4], t[4][4];
-        for (int i = 0; i < POSITIONS; ++i) d[i / 4][i % 4] = load(pixels[i] + channel + v * LANES);
-        for (int j = 0; j < 4; ++j) {
-            t[0][j] = d[0][j] - d[2][j];
-            t[1][j] = d[1][j] + d[2][j];
-            t[2][j] = d[2][j] - d[1][j];
-            t[3][j] = d[1][j] - d[3][j];
+        Lanes half[SIDE][SIDE];
+        for (int j = 0; j < SIDE; ++j) {
+            Lanes d[SIDE], t[SIDE];
+            for (int i = 0; i < SIDE; ++i) d[i] = load(pixels[i * SIDE + j] + channel + v * LANES);
+            transform_inputs(d, t);
+            for (int i = 0; i < SIDE; ++i) half[i][j] = t[i];
         }
-        for (int i = 0; i < 4; ++i) {
-            Lanes out[4] = {t[i][0] - t[i][2], t[i][1] + t[i][2], t[i][2] - t[i][1], t[i][1] - t[i][3]};
-            for (int j = 0; j < 4; ++j) store(out[j], to + (i * 4 + j) * stride + v * LANES);
+        for (int i = 0; i < SIDE; ++i) {
+            Lanes t[SIDE];
+            transform_inputs(half[i], t);
+            for (int j = 0; j < SIDE; ++j) store(t[j], to + (i * SIDE + j) * stride + v * LANES);
         }
     }
 }
 
-// A^T m A of the 16 products of a tile, for COLUMNS channels: 2 x 2 outputs.
+// A^T m A of the products of a tile, for COLUMNS channels: 2 x 2 outputs.
+template <int SIDE>
 void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS]) {
     for (int v = 0; v < 2; ++v) {
-        Lanes p[4][4], t[2][4];
-        for (int i = 0; i < POSITIONS; ++i) p[i / 4][i % 4] = load(m + i * stride + v * LANES);
-        for (int j = 0; j < 4; ++j) {
-            t[0][j] = (p[0][j] + p[1][j]) + p[2][j];
-            t[1][j] = (p[1][j] - p[2][j]) - p[3][j];
+        Lanes half[2][SIDE];
+        for (int j = 0; j < SIDE; ++j) {
+            Lanes p[SIDE], y[2];
+            for (int i = 0; i < SIDE; ++i) p[i] = load(m + (i * SIDE + j) * stride + v * LANES);
+            transform_products(p, y);
+            half[0][j] = y[0], half[1][j] = y[1];
         }
         for (int i = 0; i < 2; ++i) {
-            Lanes even = (t[i][0] + t[i][1]) + t[i][2], odd = (t[i][1] - t[i][2]) - t[i][3];
-            store(even, out[i][0] + v * LANES);
-            store(odd, out[i][1] + v * LANES);
+            Lanes y[2];
+            transform_products(half[i], y);
+            store(y[0], out[i][0] + v * LANES);
+            store(y[1], out[i][1] + v * LANES);
         }
     }
 }
 
+// Args: SIDE: of a tile: 4, or 3 if the input is doubled in size first.
+template <int SIDE>
 void convolve_winograd(const Convolution<float>& conv, const Call& call) {
-    int64_t across = blocks_of(conv.width, 2), down = blocks_of(conv.height, 2), total = conv.n * down * across;
+    constexpr int POSITIONS = SIDE * SIDE, STEP = SIDE - 2;  // the latter: from one tile to the next, in pixels
+    int64_t across = blocks_of(conv.width, STEP), down = blocks_of(conv.height, STEP), total = conv.n * down * across;
     int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
     int64_t width = POSITIONS * depth, near = (width + POSITIONS * COLUMNS) / 2;  // of a row, with and without products
     Division division(total, width, near, conv.panels(), width * COLUMNS, call.threads);
@@ -236,21 +260,21 @@ void convolve_winograd(const Convolution<float>& conv, const Call& call) {
         for (int i = 0; i < count; ++i, tile.next()) {
             const float* pixels[POSITIONS];
             for (int p = 0; p < POSITIONS; ++p) {
-                int64_t y = tile.row * 2 - 1 + p / 4, x = tile.column * 2 - 1 + p % 4;
+                int64_t y = tile.row * STEP - 1 + p / SIDE, x = tile.column * STEP - 1 + p % SIDE;
                 bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
                 int64_t pixel = (tile.entry * conv.height + y) * conv.width + x;
                 pixels[p] = inside ? conv.inputs[0] + pixel * channels : zeros;
             }
             int64_t whole = channels / CHUNK;
             for (int64_t chunk = 0; chunk < whole; ++chunk)
-                transform_input(pixels, chunk * CHUNK, v + (chunk * rows + i) * CHUNK, position);
+                transform_tile<SIDE>(pixels, chunk * CHUNK, v + (chunk * rows + i) * CHUNK, position);
             if (whole == chunks) continue;
             float padded[POSITIONS][CHUNK] = {};
             for (int p = 0; p < POSITIONS; ++p) {
                 std::memcpy(padded[p], pixels[p] + whole * CHUNK, sizeof(float) * (channels % CHUNK));
                 pixels[p] = padded[p];
             }
-            transform_input(pixels, 0, v + (whole * rows + i) * CHUNK, position);
+            transform_tile<SIDE>(pixels, 0, v + (whole * rows + i) * CHUNK, position);
         }
         for (int64_t begin = panel; begin < last; begin += group) {
             int64_t end = smaller(begin + group, last);
@@ -266,9 +290,9 @@ void convolve_winograd(const Convolution<float>& conv, const Call& call) {
                 int64_t top = outputs.row * 2, left = outputs.column * 2;
                 for (int64_t of = begin; of < end; ++of) {
                     float out[2][2][COLUMNS];
-                    transform_output(m + ((of - begin) * rows + i) * COLUMNS, products, out);
-                    for (int64_t y = 0; y < smaller<int64_t>(2, conv.height - top); ++y)
-                        for (int64_t x = 0; x < smaller<int64_t>(2, conv.width - left); ++x)
+                    transform_output<SIDE>(m + ((of - begin) * rows + i) * COLUMNS, products, out);
+                    for (int64_t y = 0; y < smaller<int64_t>(2, conv.out_height - top); ++y)
+                        for (int64_t x = 0; x < smaller<int64_t>(2, conv.out_width - left); ++x)
                             conv.store(outputs.entry, top + y, left + x, of, out[y][x]);
                 }
             }
@@ -277,7 +301,7 @@ void convolve_winograd(const Convolution<float>& conv, const Call& call) {
 }
 
 // G g G^T of a 3 x 3 kernel g, whose elements are `stride` apart: computed in float64, rounded once.
-void transform_kernel(const float* g, int64_t stride, float (&to)[POSITIONS]) {
+void transform_kernel(const float* g, int64_t stride, float* to) {
     constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
     double half[4][3];
     for (int i = 0; i < 4; ++i)
@@ -285,9 +309,23 @@ void transform_kernel(const float* g, int64_t stride, float (&to)[POSITIONS]) {
             half[i][j] = 0;
             for (int k = 0; k < 3; ++k) half[i][j] += G[i][k] * double(g[(3 * k + j) * stride]);
         }
-    for (int p = 0; p < POSITIONS; ++p) {
+    for (int p = 0; p < 16; ++p) {
         double sum = 0;
         for (int k = 0; k < 3; ++k) sum += half[p / 4][k] * G[p % 4][k];
+        to[p] = float(sum);
+    }
+}
+
+// The same of a kernel that follows the doubling of the size, from those of its four phases, 2 x 2 each and `phase` apart:
+// its first row, the sum of all and the last one; likewise its columns.
+void transform_phases(const float* g, int64_t stride, int64_t phase, float* to) {
+    for (int p = 0; p < 9; ++p) {
+        int i = p / 3, j = p % 3;
+        const float* kernel = g + (i / 2 * 2 + j / 2) * phase;
+        double sum = 0;
+        for (int row = i / 2; row <= (i + 1) / 2; ++row)
+            for (int column = j / 2; column <= (j + 1) / 2; ++column)
+                sum += double(kernel[(row * 2 + column) * stride]);
         to[p] = float(sum);
     }
 }
@@ -299,7 +337,10 @@ void convolution(const Call& call) {
     int64_t dtype = a.size(), winograd = a.size();
     if (dtype == FLOAT32) {
         const Convolution<float> conv(a);
-        winograd ? convolve_winograd(conv, call) : convolve_gathered(conv, call);
+        auto run = !winograd          ? convolve_gathered<float>
+                   : conv.kernel == 3 ? convolve_winograd<4>
+                                      : convolve_winograd<3>;
+        run(conv, call);
     }
     if constexpr (MULTIPLIES<BFloat16>)
         if (dtype == BFLOAT16) convolve_gathered(Convolution<BFloat16>(a), call);
@@ -310,10 +351,11 @@ namespace {
 template <class T>
 void pack_panels(Arguments& a, const Call& call, bool winograd) {
     int64_t out_channels = a.size(), channels = a.size(), kernel = a.size();
-    auto packed = a.pointer<float>();  // [panels, POSITIONS or 1, words padded to CHUNK, COLUMNS]
-    auto weights = a.pointer<const T>();  // [out_channels, kernel, kernel, channels]
+    auto packed = a.pointer<float>();  // [panels, 16, 9 or 1, words padded to CHUNK, COLUMNS]
+    auto weights = a.pointer<const T>();  // [out_channels, kernel, kernel, channels], of each phase if there are four
     int64_t depth = winograd ? channels : kernel * kernel * channels;
-    int64_t padded = blocks_of(depth, CHUNK * PER_WORD<T>) * CHUNK, positions = winograd ? POSITIONS : 1;
+    int64_t padded = blocks_of(depth, CHUNK * PER_WORD<T>) * CHUNK,
+            positions = winograd ? (kernel + 1) * (kernel + 1) : 1;
     Share share(blocks_of(out_channels, COLUMNS), call);
     for (int64_t panel = share.first; panel < share.last; ++panel) {
         float* to = packed + panel * positions * padded * COLUMNS;
@@ -323,8 +365,10 @@ void pack_panels(Arguments& a, const Call& call, bool winograd) {
             const T* from = weights + (panel * COLUMNS + c) * kernel * kernel * channels;
             for (int64_t k = 0; k < depth; ++k) {
                 if constexpr (PER_WORD<T> == 1) {
-                    float transformed[POSITIONS] = {from[k]};
-                    if (winograd) transform_kernel(from + k, channels, transformed);
+                    float transformed[16] = {from[k]};
+                    if (winograd && kernel == 3) transform_kernel(from + k, channels, transformed);
+                    if (winograd && kernel == 2)
+                        transform_phases(from + k, channels, out_channels * 4 * channels, transformed);
                     for (int64_t p = 0; p < positions; ++p) to[(p * padded + k) * COLUMNS + c] = transformed[p];
                 } else {
                     auto words = reinterpret_cast<T*>(to + k / PER_WORD<T> * COLUMNS + c);
@@ -337,8 +381,8 @@ void pack_panels(Arguments& a, const Call& call, bool winograd) {
 
 }  // namespace
 
-// Pack the weights of a convolution into panels of COLUMNS output channels, for Winograd's method or for gathered
-// inputs.
+// Pack the weights of a convolution into panels of COLUMNS output channels, for gathered inputs or for Winograd's method:
+// kernels of 3 x 3, or those of 2 x 2 of the four phases of an upsampling.
 void pack(const Call& call) {
     Arguments a(call);
     int64_t dtype = a.size(), winograd = a.size();

@@ -149,6 +149,7 @@ class Program:
         """((conv2d of x and the skip that follows its channels, + bias) + residual) / scale.
 
         Args:
+            weights: those of an upsampling's phases for Winograd's method need a size twice that of x.
             padding: above and on the left; what is missing on the other sides is zero as well.
             size: height and width of the result; None: those of x.
             into: where to write the result; None: new memory.
@@ -218,7 +219,10 @@ class Program:
 
 
 class Weights(NamedTuple):
-    """Packed weights of a convolution with so many output channels, and a kernel of kernel x kernel."""
+    """Packed weights of a convolution with so many output channels, and a kernel of kernel x kernel.
+
+    With Winograd's method, a kernel of 2 x 2 stands for the four phases of an upsampling.
+    """
 
     packed: Tensor
     channels: int
@@ -231,16 +235,19 @@ def pack(weight: Tensor, *, winograd: bool = False) -> Weights:
 
     Args:
         weight: [out_channels, channels, kernel, kernel] fp32 or bf16, channels-last; or [out_channels, channels].
-        winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1.
+        winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1; or those of an
+            upsampling's four phases, [4 * out_channels, channels, 2, 2], as in `networks.layers.Upsample`.
     """
     module, (out_channels, channels), kernel = native().module, weight.shape[:2], weight.shape[-1]
     if weight.ndim == 2:
         kernel = 1
+    if winograd and kernel == 2:
+        out_channels //= 4
     assert module is not None
     depth = channels if winograd else channels * kernel**2
     words = -(-depth * weight.itemsize // 4)
     panels, padded = -(-out_channels // module.columns()), -(-words // CHUNK) * CHUNK
-    size = panels * (16 if winograd else 1) * padded * module.columns()
+    size = panels * ((kernel + 1) ** 2 if winograd else 1) * padded * module.columns()
     packed = torch.empty(size, dtype=torch.float32, device="cpu")
     shape, pointers = (out_channels, channels, kernel), (packed.data_ptr(), weight.data_ptr())
     module.pack(torch.get_num_threads(), 1 << 40, _DTYPES[weight.dtype], winograd, *shape, *pointers)

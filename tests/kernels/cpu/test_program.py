@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core import layout
-from fastddpm.kernels.cpu.program import Images, Program, given, pack
+from fastddpm.kernels.cpu.program import Images, Program, Weights, given, pack
+from fastddpm.networks.layers import Upsample
 from tests.kernels.cpu.conftest import BFLOAT16, INSTRUCTION_SETS
 from tests.support.check import assert_as_accurate, at_once
 from tests.support.draws import generator
@@ -44,12 +45,12 @@ class Convolution:
 
     Args:
         shape: of x; skip: channels of a second input; sides: padding below and on the right, if it differs from
-            `padding`; phase: see `Program.convolution`.
+            `padding`; phase: see `Program.convolution`; doubled: whether nearest neighbours double the size of x first.
     """
 
     def __init__(
         self, shape, out, kernel, *, skip=0, stride=1, padding=0, below=None, residual=False, bias=True, scale=1.0,
-        phase=None, winograd=False, dtype=torch.float32,
+        phase=None, winograd=False, doubled=False, dtype=torch.float32,
     ):  # fmt: skip
         self.x, self.dtype = images(*shape).to(dtype), dtype
         self.skip = images(shape[0], skip, *shape[2:], seed=1).to(dtype) if skip else None
@@ -57,16 +58,25 @@ class Convolution:
         self.weight = layout.channels_last(weight.to(dtype))
         self.bias = normal(out, seed=3) if bias else None
         self.stride, self.padding, self.below = stride, padding, padding if below is None else below
-        self.scale, self.phase, self.winograd = scale, phase, winograd
+        self.scale, self.phase, self.winograd, self.doubled = scale, phase, winograd, doubled
         self.size = self.plain(torch.float32, residual=False).shape
         self.residual = images(*self.size, seed=4).to(dtype) if residual else None
 
     def plain(self, dtype, residual=True) -> Tensor:
         """torch's result in a dtype."""
         x = torch.cat([self.x, *([] if self.skip is None else [self.skip])], 1).to(dtype)
+        if self.doubled:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         x = F.pad(x, (self.padding, self.below) * 2)
         y = F.conv2d(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride)
         return (y + self.residual.to(dtype) if residual and self.residual is not None else y) / self.scale
+
+    def packed(self) -> Weights:
+        if not self.doubled:
+            return pack(self.weight, winograd=self.winograd)
+        upsample = Upsample(len(self.weight))
+        upsample.conv.weight = nn.Parameter(self.weight)
+        return pack(layout.channels_last(dict(upsample.fused_parameters())["phases.weight"].detach()), winograd=True)
 
     def run(self) -> Tensor:
         program, step = Program(self.dtype), 2 if self.phase else 1
@@ -75,7 +85,7 @@ class Convolution:
         given_tensors = [self.x, self.skip, self.residual, out]
         x, skip, residual, into = (None if t is None else described(k, t) for k, t in enumerate(given_tensors, 1))
         program.convolution(
-            x, pack(self.weight, winograd=self.winograd), self.bias, skip=skip, residual=residual, scale=self.scale,
+            x, self.packed(), self.bias, skip=skip, residual=residual, scale=self.scale,
             stride=self.stride, padding=(self.padding, self.padding), size=(height, width), into=into,
             phase=self.phase,
         )  # fmt: skip
@@ -96,6 +106,7 @@ WINOGRAD = {
     "wide": ((1, 48, 16, 16), 96),
     "many tiles": ((2, 32, 40, 38), 40),
 }
+DOUBLED = {"one pixel": ((2, 16, 1, 1), 16), "odd": ((3, 40, 5, 7), 40), "many": ((1, 33, 18, 16), 33)}
 GATHERED = {
     "pointwise": ((2, 40, 5, 6), 70, 1, {}),
     "linear": ((1, 64, 1, 9), 192, 1, {}),
@@ -112,6 +123,7 @@ END = [{}, {"bias": False}, {"residual": True}, {"residual": True, "scale": 3.0}
 ALL = {
     name: Convolution(*of, 3, padding=1, winograd=True, **END[i % 4]) for i, (name, of) in enumerate(WINOGRAD.items())
 }
+ALL |= {f"doubled, {name}": Convolution(*of, 3, padding=1, winograd=True, doubled=True) for name, of in DOUBLED.items()}
 ALL |= {name: Convolution(*of, **options, **END[i % 4 if "phase" not in options else i % 2])
         for i, (name, (*of, options)) in enumerate(GATHERED.items())}  # fmt: skip
 
@@ -136,9 +148,10 @@ def test_convolution_in_bf16_is_as_accurate_as_torch(name, isa, use, threads):
     assert_as_accurate(got, conv.plain(torch.bfloat16), conv.plain(torch.float64))
 
 
+@pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (1, 16, 2, 2), (2, 5, 1, 3), (3, 17, 5, 2)], ids=str)
-def test_winograd_is_exact_for_small_whole_numbers(shape):
-    conv = Convolution(shape, 5, 3, padding=1, winograd=True)
+def test_winograd_is_exact_for_small_whole_numbers(shape, doubled):
+    conv = Convolution(shape, shape[1], 3, padding=1, winograd=True, doubled=doubled)
     for tensor in (conv.x, conv.weight, conv.bias):
         tensor.copy_(torch.randint(-9, 10, tensor.shape, generator=generator(5)))
     assert torch.equal(conv.run().double(), conv.plain(torch.float64))

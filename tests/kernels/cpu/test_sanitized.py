@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[3]
 CODE = """
 import ctypes, importlib.util, itertools, mmap, struct, sys
 spec = importlib.util.spec_from_file_location("_native", sys.argv[1])
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert module.openmp() is not None
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 
@@ -29,6 +30,18 @@ def longs(*values): return memory(8 * len(values), struct.pack(f"{len(values)}q"
 def ints(*values): return memory(4 * len(values), struct.pack(f"{len(values)}i", *values))
 def floats(count, *values): return memory(4 * count, struct.pack(f"{len(values)}f", *values))
 
+class Native:  # the module, whose kernels run on one thread, on three, and on three as a program
+    def __getattr__(self, name):
+        if name in ("supported", "use", "columns", "bfloat16"):
+            return getattr(module, name)
+        def run(*words):
+            for threads in (1, 3):
+                getattr(module, name)(threads, MUCH, *words)
+            module.replay(3, module.record(name, MUCH, *words))
+        return run
+
+native, MUCH = Native(), 1 << 40  # elements, which are worth all threads
+
 SIZES = {0: 4, 1: 2, 2: 2, 3: 1}  # bytes of the dtypes
 ENTRIES = [(0, 5), (1, 1), (1, 3), (2, 7), (1, 1023), (2, 1025), (3, 2050)]  # n, elements of an entry
 
@@ -38,19 +51,19 @@ def elementwise():
         t, address = longs(*[999] * n), longs(*[-1] * 2 * n)
         rows = floats(16, *[0.5] * 16)
         bad, pos = ints(*[-1] * n), ints(*[1] * n)
-        native.step(1, total, n, size, memory(4 * total), memory(SIZES[m] * total), rows, ints(7, 9), pos, address,
+        native.step(n, size, memory(4 * total), memory(SIZES[m] * total), rows, ints(7, 9), pos, address,
                     memory(SIZES[copy] * total) if copy else None, bad if m else None, copy, m, copy)
-        native.normal(1, total, n, size, memory(4 * total), t, address, 255)
-        native.silu(1, total, total, memory(SIZES[m] * total), memory(SIZES[m] * total), m)
+        native.normal(n, size, memory(4 * total), t, address, 255)
+        native.silu(total, memory(SIZES[m] * total), memory(SIZES[m] * total), m)
         for x_0 in (m, 3):
             x = memory(SIZES[x_0] * total)
-            native.noising(1, total, n, size, memory(SIZES[copy] * total), x, t, address, floats(2000), 3, 1, copy, x_0)
+            native.noising(n, size, memory(SIZES[copy] * total), x, t, address, floats(2000), 3, 1, copy, x_0)
             sums, out, blocks = floats(n * (-(-size // 1024))), floats(n), None
             for predicts in range(3):
                 loss = n, size, memory(SIZES[m] * total), x, t, address, floats(2000), predicts, 2, 0, m, x_0
-                native.eps_loss(1, total, *loss, out, sums)
-                native.eps_loss_backward(1, total, *loss, memory(SIZES[m] * total), floats(n))
-            native.x_0_error(1, total, n, size, memory(SIZES[m] * total), x, t, address, floats(7000), 3, 1, m, x_0,
+                native.eps_loss(*loss, out, sums)
+                native.eps_loss_backward(*loss, memory(SIZES[m] * total), floats(n))
+            native.x_0_error(n, size, memory(SIZES[m] * total), x, t, address, floats(7000), 3, 1, m, x_0,
                              out, sums)
 
 def images():
@@ -58,41 +71,44 @@ def images():
     for (n, h, w, c), dtype in itertools.product(shapes, (0, 1, 2)):
         count, size = n * h * w * c, SIZES[dtype]
         for bias, scale in itertools.product((floats(c), None), (1.0, 3.0)):
-            native.residual(1, count, n * h * w, c, memory(size * count), memory(size * count), bias, scale, dtype)
-        native.interleave(1, 4 * count, n, h, w, c, memory(4 * size * count),
+            native.residual(n * h * w, c, memory(size * count), memory(size * count), bias, scale, dtype)
+        native.interleave(n, h, w, c, memory(4 * size * count),
                           memory(4 * size * n * (h + 1) * (w + 1) * c), floats(c), dtype)
         for skip, add in itertools.product((0, 11), (None, 1)):
             width, blocks = c + skip, -(-h * w // 64)
-            native.group_norm(1, n * h * w * width, n, h * w, 1, c, skip, memory(size * n * h * w * width),
+            native.group_norm(n, h * w, 1, c, skip, memory(size * n * h * w * width),
                               memory(size * count), memory(size * n * h * w * skip) if skip else None,
                               floats(n * width) if add else None, width, floats(width), floats(width), 1e-5, 1, dtype,
                               memory(16 * n * blocks * width), floats(3 * n * width))
 
 def packed(out, channels, kernel, winograd, dtype=0):
     depth = channels if winograd else -(-channels * kernel**2 * SIZES[dtype] // 4)
-    panels, padded = -(-out // native.columns()), -(-depth // 16) * 16
-    at = floats(panels * padded * native.columns() * (16 if winograd else 1))
-    native.pack(1, 1, dtype, winograd, out, channels, kernel, at, memory(SIZES[dtype] * out * channels * kernel**2))
+    panels, padded, phases = -(-out // native.columns()), -(-depth // 16) * 16, 4 if winograd and kernel == 2 else 1
+    at = floats(panels * padded * native.columns() * ((kernel + 1) ** 2 if winograd else 1))
+    native.pack(dtype, winograd, out, channels, kernel, at, memory(SIZES[dtype] * phases * out * channels * kernel**2))
     return at
 
-KINDS = [(3, 1, 1, 0, 1), (3, 1, 1, 5, 0), (1, 1, 0, 3, 0), (3, 2, 1, 0, 0)]
+KINDS = [(3, 1, 1, 0, 1), (3, 1, 1, 5, 0), (1, 1, 0, 3, 0), (3, 2, 1, 0, 0), (2, 1, 1, 0, 1)]
 
 def convolutions(dtype):
     shapes = [(0, 2, 2, 3, 4), (1, 1, 1, 1, 1), (2, 3, 5, 7, 9), (1, 8, 6, 33, 65), (3, 4, 4, 16, 32)]
     for (n, h, w, c, out), (kernel, stride, padding, skip, winograd) in itertools.product(shapes, KINDS):
         if winograd and dtype:
             continue
-        height, width = (h + stride - 1) // stride, (w + stride - 1) // stride
+        if winograd and kernel == 2:  # the input is doubled in size
+            height, width = 2 * h, 2 * w
+        else:
+            height, width = (h + stride - 1) // stride, (w + stride - 1) // stride
         strides = height * width * out, width * out, out
         size, outputs = SIZES[dtype], SIZES[dtype] * n * height * width * out
         native.convolution(
-            1, 1, dtype, winograd, n, h, w, c, skip, height, width, out, kernel, stride, padding, padding,
+            dtype, winograd, n, h, w, c, skip, height, width, out, kernel, stride, padding, padding,
             memory(size * n * h * w * c), memory(size * n * h * w * skip) if skip else None,
             packed(out, c + skip, kernel, winograd, dtype), floats(out), memory(outputs), memory(outputs), *strides,
             2.0)
     for n, tokens, heads, dim in [(0, 4, 1, 8), (1, 1, 1, 1), (2, 5, 3, 7), (1, 65, 2, 33)]:
         widest = max(-(-dim // 16) * 16, -(-dim // native.columns()) * native.columns())
-        native.attention(1, 1, dtype, n, tokens, heads, dim, memory(SIZES[dtype] * n * tokens * heads * dim),
+        native.attention(dtype, n, tokens, heads, dim, memory(SIZES[dtype] * n * tokens * heads * dim),
                          memory(SIZES[dtype] * 3 * n * tokens * heads * dim),
                          floats(n * heads * 2 * -(-tokens // 32) * 32 * widest))
 
@@ -101,12 +117,12 @@ def far():
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # without reserving it
     block = mmap.mmap(-1, size, flags=flags)
     at, stride = ctypes.addressof(ctypes.c_char.from_buffer(block)), (1 << 31) + 8  # elements
-    native.convolution(1, 1, 0, 0, 2, 2, 2, 1, 0, 2, 2, 1, 1, 1, 0, 0, floats(8, *[1.0] * 8), None,
+    native.convolution(0, 0, 2, 2, 2, 1, 0, 2, 2, 1, 1, 1, 0, 0, floats(8, *[1.0] * 8), None,
                        one(), None, None, at, stride, 2, 1, 1.0)
     assert struct.unpack("4f", ctypes.string_at(at + 4 * stride, 16)) == (2.0,) * 4
     ctypes.memmove(at + 4 * stride, struct.pack("f", 3.0), 4)
     y = floats(4)
-    native.group_norm(1, 4, 2, 1, 1, 2, 0, y, floats(4), None, at, stride, floats(2, 1.0, 1.0), floats(2), 1e-5, 0, 0,
+    native.group_norm(2, 1, 1, 2, 0, y, floats(4), None, at, stride, floats(2, 1.0, 1.0), floats(2), 1e-5, 0, 0,
                       memory(16 * 2 * 2), floats(12))
     assert struct.unpack("4f", ctypes.string_at(y, 16))[2] > 0.9
 
@@ -125,7 +141,7 @@ print("done")
 
 DAMAGED = """
 native.use("portable")
-native.silu(1, 9, 9, memory(36), memory(32), 0)
+native.silu(9, memory(36), memory(32), 0)
 print("done")
 """
 
@@ -134,13 +150,19 @@ print("done")
 def sanitized(tmp_path_factory):
     """The module with sanitizers, and the environment to load it."""
     folder = tmp_path_factory.mktemp("sanitized")
-    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = os.environ | {"FASTDDPM_SANITIZE": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
     module = folder / "fastddpm" / "kernels" / "cpu" / "_native.abi3.so"
-    loading = {"LD_PRELOAD": library.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=0"}
+    libraries = f"{library('libasan.so')}:{library('libgomp.so')}"
+    loading = {"LD_PRELOAD": libraries, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=0"}
     return module, os.environ | loading
+
+
+def library(name: str) -> str:
+    """The path of a library of gcc's."""
+    command = ["gcc", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def run(sanitized, code: str) -> subprocess.CompletedProcess[str]:
@@ -167,6 +189,6 @@ def test_a_read_beyond_a_tensor_is_detected(sanitized):
 
 
 def test_a_negative_size_is_detected(sanitized):
-    done = run(sanitized, CODE.partition("for isa in")[0] + DAMAGED.replace("9, 9,", "9, -9,"))
+    done = run(sanitized, CODE.partition("for isa in")[0] + DAMAGED.replace("silu(9,", "silu(-9,"))
     assert done.returncode != 0
     assert "Assertion" in done.stderr

@@ -160,7 +160,7 @@ class Builder:
         )
 
     def _upsample(self, upsample: Upsample, x: Images) -> Images:
-        """Without Winograd's method, each phase is a 2 x 2 convolution, which writes every second row and column."""
+        """One convolution by Winograd's method, or one of 2 x 2 for each phase, into every second row and column."""
         phases, size = cast(Conv2d, upsample.phases), (2 * x.height, 2 * x.width)
         if self._takes_winograd(x):
             return self.program.convolution(x, self._pack(phases.weight, True), upsample.bias, size=size)

@@ -52,7 +52,7 @@ class BatchNetwork:
         dtype = torch.float32 if net is None else prepared.dtype
         self.input = layout.empty(n, prepared.shape, dtype=dtype, device=device)
         self.timesteps = torch.empty(T, dtype=torch.int32, device=device)
-        self._t = torch.empty(T, dtype=torch.int64, device=device) if net is None else None  # for another network
+        self._t = torch.empty(T, dtype=torch.int64, device=device) if net is None else None  # other networks' t
         self.positions = torch.empty(n, dtype=torch.int32, device=device)
         self.labels: Tensor | None = None
         self._time_rows: Tensor | None = None  # [T, columns] of a `UNet2D`

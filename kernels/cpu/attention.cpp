@@ -1,8 +1,8 @@
 // Self-attention softmax(Q K^T / sqrt(d)) V of each head: reads queries, keys and values, writes y.
 //
 // Traffic: each input is read once, keys and values once more for each block of queries.
-// Precision: scores, exponentials and sums in fp32; in bf16 the products are those of bf16 numbers. The order of all sums
-// depends on neither batch nor threads.
+// Precision: scores, exponentials and sums in fp32; in bf16 the products are those of bf16 numbers. The order of all
+// sums depends on neither batch nor threads.
 // Spec: scaled_dot_product_attention of torch. Proof: tests/kernels/cpu/test_program.py (float64).
 #include "exponential.h"
 #include "gemm.h"
@@ -11,9 +11,9 @@
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
-constexpr int QUERIES = 48;  // of a unit of work
+constexpr int QUERIES = 48;  // of a unit of work, at most
 constexpr int STRIDE = QUERIES | 1;  // between chunks, in rows: odd, to use all sets of the cache
-constexpr int KEYS = 32;  // likewise: a multiple of a chunk of any type, and of COLUMNS
+constexpr int KEYS = 32;  // of a unit of work: a multiple of a chunk of any type, and of COLUMNS
 
 template <class T>
 struct Attention {
@@ -76,7 +76,7 @@ float exponentials(const float* scores, int64_t tokens, int64_t keys, float* to)
     for (int i = 0; i < LANES; ++i) order[i] = float(i);
     auto exist = [&](int64_t token) { return load(order) < float(tokens - token); };
     Lanes most = load(scores), sum[VECTORS] = {};
-    for (int64_t token = 0; token < keys; token += LANES) {
+    for (int64_t token = LANES; token < keys; token += LANES) {
         Lanes score = load(scores + token);
         most = exist(token) & (score > most) ? score : most;
     }
@@ -132,12 +132,23 @@ void attend(const Attention<T>& attention, int64_t entry, int64_t head, int64_t 
     }
 }
 
+// Into how many blocks to divide the queries of each of so many pairs of an entry and a head. A thread's time is that
+// of its queries, and for each block that of reading keys and values, about as long as ROWS queries take.
+int64_t query_blocks(int64_t tokens, int64_t pairs, int64_t threads) {
+    int64_t fewest = blocks_of(tokens, QUERIES), best = fewest, least = 0;
+    for (int64_t blocks = fewest; blocks <= smaller(tokens, fewest + threads); ++blocks) {
+        int64_t time = blocks_of(pairs * blocks, threads) * (blocks_of(tokens, blocks) + ROWS);
+        if (blocks > fewest && time >= least) continue;
+        best = blocks, least = time;
+    }
+    return best;
+}
+
 template <class T>
 void run(const Attention<T>& attention, const Call& call) {
     [[maybe_unused]] Tiles tiles;
-    int64_t pairs = attention.n * attention.heads, tokens = attention.tokens;  // pairs of an entry and a head
-    int64_t blocks = call.phase == 0 ? attention.keys() / KEYS : blocks_of(tokens, QUERIES);
-    while (call.phase == 1 && pairs * blocks % call.threads && blocks < tokens) ++blocks;  // all threads do as much
+    int64_t pairs = attention.n * attention.heads, tokens = attention.tokens;
+    int64_t blocks = call.phase == 0 ? attention.keys() / KEYS : query_blocks(tokens, pairs, call.threads);
     Share share(pairs * blocks, call);
     for (int64_t unit = share.first; unit < share.last; ++unit) {
         int64_t pair = unit / blocks, block = unit % blocks, head = pair % attention.heads;

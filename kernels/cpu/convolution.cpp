@@ -1,13 +1,13 @@
 // Convolution with everything that follows it: y = ((x * weights + bias) + residual) / scale.
 //
 // Two methods, both around a matrix product. Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2015, arXiv:1509.09308) takes
-// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1, and 9 if the input is first doubled
-// in size by nearest neighbours: the others would be of differences of equal pixels. The other method gathers the inputs
-// of each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose channels
-// follow each other, and its outputs may lie apart, as the four phases of an upsampling do.
+// 16 multiplications for 2 x 2 outputs instead of 36, for 3 x 3 kernels of stride 1; and 9 if nearest neighbours double
+// the input first: the other 7 would multiply differences of equal pixels, which are 0. The other method gathers the
+// inputs of each output into a row of a matrix, for all kernels and strides. Its input may be two tensors, whose
+// channels follow each other, and its outputs may lie apart, as the four phases of an upsampling do.
 // Traffic: x once for each block of panels, weights once for each block of outputs, residual and y once.
-// Precision: sums in fp32, products fused with sums where the CPU can; in bf16 products of bf16 numbers, rounded once. Each
-// output is summed in a fixed order, so no bit depends on the batch or on the number of threads.
+// Precision: sums in fp32, products fused with sums where the CPU can; in bf16 products of bf16 numbers, rounded once.
+// Each output is summed in a fixed order, so no bit depends on the batch or on the number of threads.
 // Spec: conv2d of torch. Proof: tests/kernels/cpu/test_program.py (float64; bits across threads and batches).
 #include "gemm.h"
 #include "scratch.h"
@@ -88,13 +88,14 @@ int64_t half_of_cache() { return second_level_cache() / 2 / int64_t(sizeof(float
 
 // How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided into units of work.
 //
-// The inputs of the rows of a unit are gathered or transformed into scratch memory, which fits the second-level cache,
-// and the weights of its panels are read from beyond that cache. So threads with the same rows repeat the former work,
-// and threads with the same panels repeat the latter.
+// The inputs of the rows of a unit are gathered or transformed into scratch memory. They fit the second-level cache,
+// unless those of ROWS rows do not. The weights of its panels are read from beyond that cache. So threads with the same
+// rows repeat the former work, and threads with the same panels repeat the latter.
 struct Division {
     int64_t rows = 0, row_blocks = 0, panels = 0, panel_blocks = 0;
 
-    // Args: depth: floats of a row's inputs, of which `near` are to fit half of the cache; weights: floats of a panel.
+    // Args: depth: floats of a row's inputs; near: those of a row that are to fit half of the cache; weights: those of
+    //     a panel.
     Division(int64_t total, int64_t depth, int64_t near, int64_t all_panels, int64_t weights, int64_t threads) {
         if (total == 0) return;
         constexpr double GATHER = 0.4, READ = 1.0, READ_FROM_CACHE = 0.2;  // cycles per float
@@ -181,8 +182,9 @@ void convolve_gathered(const Convolution<T>& conv, const Call& call) {
     });
 }
 
-// Winograd's method in one dimension: the transform of 4 inputs, and 2 outputs of the sums of products. Of 4 inputs of
-// which the second and the third are equal, 3 are stored, and the product of their difference is left out.
+// Winograd's method in one dimension: the transform of 4 inputs, and that of their products into 2 outputs. In a
+// doubled image the second and the third input are equal. SIDE = 3 keeps one of them, leaves out the product of their
+// difference, and leaves the factor 2 of their sum to the kernel.
 template <int SIDE>
 void transform_inputs(const Lanes (&d)[SIDE], Lanes (&t)[SIDE]) {
     if constexpr (SIDE == 4)
@@ -239,22 +241,24 @@ void transform_output(const float* m, int64_t stride, float (&out)[2][2][COLUMNS
     }
 }
 
-// Args: SIDE: of a tile: 4, or 3 if the input is doubled in size first.
+// Args: SIDE: of a tile, in pixels of x: 4, or 3 if x is doubled in size first.
 template <int SIDE>
 void convolve_winograd(const Convolution<float>& conv, const Call& call) {
     constexpr int POSITIONS = SIDE * SIDE, STEP = SIDE - 2;  // the latter: from one tile to the next, in pixels
     int64_t across = blocks_of(conv.width, STEP), down = blocks_of(conv.height, STEP), total = conv.n * down * across;
     int64_t channels = conv.channels[0], chunks = blocks_of(channels, CHUNK), depth = chunks * CHUNK;
-    int64_t width = POSITIONS * depth, near = (width + POSITIONS * COLUMNS) / 2;  // of a row, with and without products
-    Division division(total, width, near, conv.panels(), width * COLUMNS, call.threads);
+    // floats of a row's inputs; half of them and of a panel's products, so that all of them fit the whole cache
+    int64_t length = POSITIONS * depth, near = (length + POSITIONS * COLUMNS) / 2;
+    Division division(total, length, near, conv.panels(), length * COLUMNS, call.threads);
     int64_t rows = division.rows | 1, position = chunks * rows * CHUNK;  // stride from one position to the next
-    // Panels whose products fit half of the cache are multiplied position by position, so that a position's inputs stay
-    // in the first-level cache or near it.
+    // A group is as many panels as have products that fit half of the cache. All of a group are multiplied at a
+    // position before the next one, so that the position's inputs stay in a cache.
     int64_t group = smaller(division.panels, larger(half_of_cache() / (POSITIONS * rows * COLUMNS), int64_t(1)));
     int64_t products = group * rows * COLUMNS;  // stride from one position to the next, of the products
     float* v = scratch.floats(POSITIONS * (position + products) + depth);
     float *m = v + POSITIONS * position, *zeros = m + POSITIONS * products;
     std::memset(zeros, 0, sizeof(float) * depth);
+    auto weights = [&](int64_t panel, int p) { return conv.weights + (panel * POSITIONS + p) * depth * COLUMNS; };
     division.each(total, conv.panels(), call, [&](int64_t first, int count, int64_t panel, int64_t last) {
         Place tile(first, down, across);
         for (int i = 0; i < count; ++i, tile.next()) {
@@ -280,9 +284,9 @@ void convolve_winograd(const Convolution<float>& conv, const Call& call) {
             int64_t end = smaller(begin + group, last);
             for (int p = 0; p < POSITIONS; ++p)
                 for (int64_t of = begin; of < end; ++of) {
-                    auto weights = [&](int64_t of) { return conv.weights + (of * POSITIONS + p) * depth * COLUMNS; };
-                    const float* following = of + 1 < end ? weights(of + 1) : weights(begin) + depth * COLUMNS;
-                    multiply<float>(count, v + p * position, chunks, rows, weights(of), following,
+                    bool ends = of + 1 == end, is_last = ends && p + 1 == POSITIONS;
+                    auto following = is_last ? weights(end, 0) : ends ? weights(begin, p + 1) : weights(of + 1, p);
+                    multiply<float>(count, v + p * position, chunks, rows, weights(of, p), following,
                                     m + p * products + (of - begin) * rows * COLUMNS);
                 }
             Place outputs(first, down, across);
@@ -316,8 +320,8 @@ void transform_kernel(const float* g, int64_t stride, float* to) {
     }
 }
 
-// The same of a kernel that follows the doubling of the size, from those of its four phases, 2 x 2 each and `phase` apart:
-// its first row, the sum of all and the last one; likewise its columns.
+// The transform, 3 x 3, of a 3 x 3 kernel that follows a doubling: its first row, the sum of its rows and its last row;
+// likewise columns. In float64, from the 2 x 2 kernels of the four phases, which are `phase` elements apart.
 void transform_phases(const float* g, int64_t stride, int64_t phase, float* to) {
     for (int p = 0; p < 9; ++p) {
         int i = p / 3, j = p % 3;
@@ -351,11 +355,12 @@ namespace {
 template <class T>
 void pack_panels(Arguments& a, const Call& call, bool winograd) {
     int64_t out_channels = a.size(), channels = a.size(), kernel = a.size();
-    auto packed = a.pointer<float>();  // [panels, 16, 9 or 1, words padded to CHUNK, COLUMNS]
-    auto weights = a.pointer<const T>();  // [out_channels, kernel, kernel, channels], of each phase if there are four
+    auto packed = a.pointer<float>();  // [panels, positions (16, 9 or 1), words padded to CHUNK, COLUMNS]
+    auto weights = a.pointer<const T>();  // [out_channels, kernel, kernel, channels], or [4, ...] for phases
     int64_t depth = winograd ? channels : kernel * kernel * channels;
-    int64_t padded = blocks_of(depth, CHUNK * PER_WORD<T>) * CHUNK,
-            positions = winograd ? (kernel + 1) * (kernel + 1) : 1;
+    assert(!winograd || kernel == 2 || kernel == 3);
+    int64_t padded = blocks_of(depth, CHUNK * PER_WORD<T>) * CHUNK;
+    int64_t positions = winograd ? (kernel + 1) * (kernel + 1) : 1;
     Share share(blocks_of(out_channels, COLUMNS), call);
     for (int64_t panel = share.first; panel < share.last; ++panel) {
         float* to = packed + panel * positions * padded * COLUMNS;
@@ -366,8 +371,9 @@ void pack_panels(Arguments& a, const Call& call, bool winograd) {
             for (int64_t k = 0; k < depth; ++k) {
                 if constexpr (PER_WORD<T> == 1) {
                     float transformed[16] = {from[k]};
-                    if (winograd && kernel == 3) transform_kernel(from + k, channels, transformed);
-                    if (winograd && kernel == 2)
+                    if (winograd && kernel == 3)
+                        transform_kernel(from + k, channels, transformed);
+                    else if (winograd)
                         transform_phases(from + k, channels, out_channels * 4 * channels, transformed);
                     for (int64_t p = 0; p < positions; ++p) to[(p * padded + k) * COLUMNS + c] = transformed[p];
                 } else {
@@ -381,8 +387,8 @@ void pack_panels(Arguments& a, const Call& call, bool winograd) {
 
 }  // namespace
 
-// Pack the weights of a convolution into panels of COLUMNS output channels, for gathered inputs or for Winograd's method:
-// kernels of 3 x 3, or those of 2 x 2 of the four phases of an upsampling.
+// Pack the weights of a convolution into panels of COLUMNS output channels, for gathered inputs or for Winograd's
+// method, which takes kernels of 3 x 3, or the four 2 x 2 kernels of an upsampling's phases.
 void pack(const Call& call) {
     Arguments a(call);
     int64_t dtype = a.size(), winograd = a.size();

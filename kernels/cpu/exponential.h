@@ -1,4 +1,4 @@
-// exp(a) for a <= 0, as a product of three factors.
+// exp(a) of vectors, for a <= 0, as a product of three factors.
 #pragma once
 
 #include "kernel.h"
@@ -12,7 +12,7 @@ inline Lanes at_least(float least, Lanes a) { return a < least ? all(least) : a;
 inline Lanes power_of_two(Bits k) { return bits_as<Lanes>((k + 127u) << 23); }  // -126 <= k <= 127, as signed
 
 // exp(a) = fraction * first * second of COUNT vectors. The latter two are powers of two and not subnormal, so that a
-// subnormal product is rounded once. One vector after the other would be a long chain; so they wait for each other less.
+// subnormal product is rounded once. A vector is a chain of dependent operations; several at a time hide its latency.
 template <int COUNT>
 struct Exponentials {
     Lanes fraction[COUNT];
@@ -24,7 +24,7 @@ struct Exponentials {
             // exp(a) = 2^k exp(r), |r| <= ln(2) / 2; adding and subtracting 1.5 2^23 rounds to a whole number
             Lanes shifted = bounded * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
             k[i] = bits_as<Bits>(shifted) - 0x4B400000u;
-            // ln(2) in two parts, the first of 17 bits
+            // r, for now; ln(2) is in two parts, the first of 15 bits, so that its product is exact
             fraction[i] = (bounded - whole * 0.693145752f) - whole * 1.42860677e-6f;
         }
         for (int i = 0; i < COUNT; ++i) {

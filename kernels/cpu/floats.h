@@ -50,13 +50,13 @@ inline void narrow(float x, Float16& to) {
     to.bits = uint16_t(top | sign);
 }
 
-// LANES elements as floats, and back; those from `count` on are 0, and are not in memory.
+// Load LANES elements as floats, or store them. Only the first `count` are read or written; the others are loaded as 0.
 template <class T>
 Lanes load(const T* from, int count = LANES) {
     if constexpr (std::is_same_v<T, float>)
         if (count == LANES) return load(static_cast<const float*>(from));
     float values[LANES] = {};
-    if (count == LANES)
+    if (count == LANES)  // a constant, so that the compiler uses vectors
         for (int i = 0; i < LANES; ++i) values[i] = widen(from[i]);
     else
         for (int i = 0; i < count; ++i) values[i] = widen(from[i]);

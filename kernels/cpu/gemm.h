@@ -1,8 +1,8 @@
 // The matrix product in the middle of a convolution: rows of pixels or tiles times a panel of packed weights.
 //
-// C[row][column] = sum over k of A[row][k] B[k][column] in fp32, in a fixed order. A and B consist of words: a float, or
-// two bfloat16 with adjacent k. A is stored in chunks of CHUNK words: A[k / CHUNK][row][k % CHUNK], so that the addresses
-// of all rows are constant offsets from one pointer; B[k][column] is a panel of COLUMNS columns.
+// C[row][column] = sum over k of A[row][k] B[k][column] in fp32, in a fixed order. A and B consist of words: a float,
+// or two bfloat16 with adjacent k. A is stored in chunks of CHUNK words: A[k / CHUNK][row][k % CHUNK], so that the
+// addresses of all rows are constant offsets from one pointer; B[k][column] is a panel of COLUMNS columns.
 #pragma once
 
 #include "floats.h"
@@ -49,13 +49,13 @@ Lanes add_product(Lanes sum, float a, Lanes b) {
     return sum + a * b;
 }
 
-// C = A B, or C += A B if `add` is set, for COUNT rows. For each 4 rows of B, also fetch `lines` cache lines from `next`
-// on. Functions that are inlined into each other would spill their sums.
+// C = A B, or C += A B if `add` is set, for COUNT rows. With every 4 rows of B, also prefetch the following `lines`
+// cache lines of `next`. Functions that are inlined into each other would spill their sums.
 template <class T, int COUNT>
 __attribute__((noinline)) void product(const float* a, int64_t chunks, int64_t chunk_stride, const float* b,
                                        const float* next, int lines, bool add, float* c) {
     Lanes sum[COUNT][2];
-    for (auto& of_row : sum) of_row[0] = of_row[1] = Lanes{};  // an empty list would fill memory first
+    for (auto& of_row : sum) of_row[0] = of_row[1] = Lanes{};  // gcc would zero `= {}` in memory first
     for (int64_t chunk = 0; chunk < chunks; ++chunk, a += chunk_stride)
         for (int begin = 0; begin < CHUNK; begin += 4) {
             for (int line = 0; line < lines; ++line, next += LINE) __builtin_prefetch(next, 0, 2);
@@ -84,8 +84,8 @@ inline void product_of(int count, const float* a, int64_t chunks, int64_t chunk_
     if constexpr (COUNT > 1) product_of<T, COUNT - 1>(count, a, chunks, chunk_stride, b, next, lines, add, c);
 }
 
-// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows. Each part also fetches its share of the panel that
-// is multiplied next.
+// C[count][COLUMNS] for any count, in equal parts; A has `stride` rows. Each part also prefetches its share of the
+// weights that come next: those of this panel, then of `following`.
 template <class T>
 void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, const float* following,
               float* c) {

@@ -12,7 +12,7 @@ namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
 constexpr int64_t ROWS = 64;  // pixels of a block
-constexpr int VECTORS = 4, CHANNELS = VECTORS * LANES;  // at a time: those of a block fit the first-level cache
+constexpr int VECTORS = 4, CHANNELS = VECTORS * LANES;  // of a unit of work; a block of them fits the first-level cache
 
 struct Norm {
     int64_t n, pixels, groups, channels[2];  // of x and skip
@@ -66,16 +66,17 @@ void moments_of_channels(const T* x, int64_t rows, int64_t stride, int count, do
 // Statistics of a unit of work: up to VECTORS vectors of channels of one tensor in a block of pixels.
 template <class T, int COUNT = VECTORS>
 void moments_of_unit(const Norm& norm, int64_t unit) {
-    int64_t slices = norm.slices(0) + norm.slices(1), slice = unit % slices, block = unit / slices;  // of all entries
+    int64_t slices = norm.slices(0) + norm.slices(1), slice = unit % slices,
+            block = unit / slices;  // counted over all entries
     int part = slice >= norm.slices(0);
     int64_t first = (slice - part * norm.slices(0)) * CHANNELS, channels = norm.channels[part], width = norm.width();
-    int64_t exist = smaller<int64_t>(CHANNELS, channels - first);
+    int64_t count = smaller<int64_t>(CHANNELS, channels - first);
     if constexpr (COUNT > 1)
-        if (exist <= (COUNT - 1) * LANES) return moments_of_unit<T, COUNT - 1>(norm, unit);
+        if (count <= (COUNT - 1) * LANES) return moments_of_unit<T, COUNT - 1>(norm, unit);
     int64_t pixel = block % norm.blocks() * ROWS, rows = smaller(ROWS, norm.pixels - pixel);
     auto x = reinterpret_cast<const T*>(norm.inputs[part]) + (block / norm.blocks() * norm.pixels + pixel) * channels;
     double* mean = norm.moments + block * 2 * width + part * norm.channels[0] + first;
-    moments_of_channels<COUNT>(x + first, rows, channels, int(exist - (COUNT - 1) * LANES), mean, mean + width);
+    moments_of_channels<COUNT>(x + first, rows, channels, int(count - (COUNT - 1) * LANES), mean, mean + width);
 }
 
 // The centre, scale and shift of the channels of one group of an entry, from the moments of all blocks.
@@ -109,13 +110,13 @@ void transform_of_group(const Norm& norm, int64_t entry, int64_t group) {
     }
 }
 
-// Transform up to COUNT vectors of channels of a pixel. Args: centre: of the first of them.
+// Transform up to COUNT vectors of channels of a pixel, of which `count` channels are left. Args: centre: of the first.
 template <class T, int COUNT = VECTORS>
-void transform_vectors(const Norm& norm, const T* x, int64_t exist, const float* centre, T* y) {
+void transform_vectors(const Norm& norm, const T* x, int64_t count, const float* centre, T* y) {
     if constexpr (COUNT > 1)
-        if (exist <= (COUNT - 1) * LANES) return transform_vectors<T, COUNT - 1>(norm, x, exist, centre, y);
+        if (count <= (COUNT - 1) * LANES) return transform_vectors<T, COUNT - 1>(norm, x, count, centre, y);
     Lanes values[COUNT];
-    auto size = [&](int v) { return v + 1 < COUNT ? LANES : int(smaller<int64_t>(LANES, exist - v * LANES)); };
+    auto size = [&](int v) { return v + 1 < COUNT ? LANES : int(smaller<int64_t>(LANES, count - v * LANES)); };
     for (int v = 0; v < COUNT; ++v) {
         const float *from = centre + v * LANES, *scale = from + norm.width(), *shift = scale + norm.width();
         values[v] = (load(x + v * LANES, size(v)) - load(from, size(v))) * load(scale, size(v)) + load(shift, size(v));

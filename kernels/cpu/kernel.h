@@ -57,7 +57,7 @@ struct Share {
     }
 };
 
-// A vector register of floats.
+// Floats of a vector register, and their bits.
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 #elif defined(__AVX__)

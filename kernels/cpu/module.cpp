@@ -74,7 +74,8 @@ EXTENSION(amx)
 namespace fastddpm {
 namespace {
 
-// Work, in elements, that is worth a thread: a fork and join takes some microseconds, and calls of a program share one.
+// Work, in elements, that is worth a thread. A fork and join takes some microseconds; the calls of a program share one,
+// so less is enough there.
 constexpr int64_t GRAIN = 8192, GRAIN_OF_PROGRAM = 1024;
 constexpr int MOST_WORDS = 32;
 

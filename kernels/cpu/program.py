@@ -149,7 +149,8 @@ class Program:
         """((conv2d of x and the skip that follows its channels, + bias) + residual) / scale.
 
         Args:
-            weights: those of an upsampling's phases for Winograd's method need a size twice that of x.
+            weights: packed from an upsampling's phases for Winograd's method, they need a size twice that of x, and
+                take no padding.
             padding: above and on the left; what is missing on the other sides is zero as well.
             size: height and width of the result; None: those of x.
             into: where to write the result; None: new memory.
@@ -235,8 +236,8 @@ def pack(weight: Tensor, *, winograd: bool = False) -> Weights:
 
     Args:
         weight: [out_channels, channels, kernel, kernel] fp32 or bf16, channels-last; or [out_channels, channels].
-        winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1; or those of an
-            upsampling's four phases, [4 * out_channels, channels, 2, 2], as in `networks.layers.Upsample`.
+        winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1, or the four phases of
+            an upsampling, [4 * out_channels, channels, 2, 2], as in `networks.layers.Upsample`.
     """
     module, (out_channels, channels), kernel = native().module, weight.shape[:2], weight.shape[-1]
     if weight.ndim == 2:

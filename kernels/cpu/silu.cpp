@@ -9,19 +9,19 @@ namespace fastddpm::FASTDDPM_ISA {
 
 void silu(const Call& call) {
     Arguments a(call);
-    int64_t count = a.size();
-    auto y = a.pointer<char>();  // [count] in dtype
+    int64_t total = a.size();
+    auto y = a.pointer<char>();  // [total] in dtype
     auto x = a.pointer<char>();  // like y; may be y
-    Share share(count, call);
+    Share share(total, call);
     with_float(a.size(), [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         auto from = reinterpret_cast<const T*>(x);
         auto to = reinterpret_cast<T*>(y);
         for (int64_t i = share.first; i < share.last; i += LANES) {
-            int exist = int(smaller<int64_t>(LANES, share.last - i));
-            Lanes values[1] = {load(from + i, exist)};
+            int count = int(smaller<int64_t>(LANES, share.last - i));
+            Lanes values[1] = {load(from + i, count)};
             silu(values);
-            store(values[0], to + i, exist);
+            store(values[0], to + i, count);
         }
     });
 }

@@ -44,8 +44,8 @@ class Convolution:
     """A convolution of random tensors.
 
     Args:
-        shape: of x; skip: channels of a second input; sides: padding below and on the right, if it differs from
-            `padding`; phase: see `Program.convolution`; doubled: whether nearest neighbours double the size of x first.
+        shape: of x; skip: channels of a second input; below: padding below and on the right, if it differs from
+            `padding`; phase: see `Program.convolution`; doubled: whether nearest neighbours double the size of x.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ WINOGRAD = {
     "narrow": ((3, 17, 9, 12), 1),
     "wide": ((1, 48, 16, 16), 96),
     "many tiles": ((2, 32, 40, 38), 40),
+    "many tiles and panels": ((1, 32, 24, 26), 200),
+    "deep tiles": ((1, 272, 4, 4), 8),
 }
 DOUBLED = {"one pixel": ((2, 16, 1, 1), 16), "odd": ((3, 40, 5, 7), 40), "many": ((1, 33, 18, 16), 33)}
 GATHERED = {
@@ -123,7 +125,10 @@ END = [{}, {"bias": False}, {"residual": True}, {"residual": True, "scale": 3.0}
 ALL = {
     name: Convolution(*of, 3, padding=1, winograd=True, **END[i % 4]) for i, (name, of) in enumerate(WINOGRAD.items())
 }
-ALL |= {f"doubled, {name}": Convolution(*of, 3, padding=1, winograd=True, doubled=True) for name, of in DOUBLED.items()}
+ALL |= {
+    f"doubled, {name}": Convolution(*of, 3, padding=1, winograd=True, doubled=True, **END[i % 4])
+    for i, (name, of) in enumerate(DOUBLED.items())
+}
 ALL |= {name: Convolution(*of, **options, **END[i % 4 if "phase" not in options else i % 2])
         for i, (name, (*of, options)) in enumerate(GATHERED.items())}  # fmt: skip
 
@@ -245,7 +250,7 @@ def test_bits_of_attention_depend_on_neither_batch_nor_threads(name, threads):
     n, height, width, heads, dim = SHAPES[name]
     qkv = images(n, 3 * heads * dim, height, width)
     want = attention_of(qkv, dim)
-    for count in (1, 3):
+    for count in (1, 3, 7):
         threads(count)
         assert torch.equal(attention_of(qkv, dim), want)
     assert torch.equal(attention_of(layout.channels_last(qkv[-1:]), dim), want[-1:])

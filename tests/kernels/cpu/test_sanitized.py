@@ -30,7 +30,7 @@ def longs(*values): return memory(8 * len(values), struct.pack(f"{len(values)}q"
 def ints(*values): return memory(4 * len(values), struct.pack(f"{len(values)}i", *values))
 def floats(count, *values): return memory(4 * count, struct.pack(f"{len(values)}f", *values))
 
-class Native:  # the module, whose kernels run on one thread, on three, and on three as a program
+class Native:  # runs each kernel of the module on one thread, on three, and on three in a program
     def __getattr__(self, name):
         if name in ("supported", "use", "columns", "bfloat16"):
             return getattr(module, name)
@@ -40,7 +40,7 @@ class Native:  # the module, whose kernels run on one thread, on three, and on t
             module.replay(3, module.record(name, MUCH, *words))
         return run
 
-native, MUCH = Native(), 1 << 40  # elements, which are worth all threads
+native, MUCH = Native(), 1 << 40  # elements: enough work for all threads
 
 SIZES = {0: 4, 1: 2, 2: 2, 3: 1}  # bytes of the dtypes
 ENTRIES = [(0, 5), (1, 1), (1, 3), (2, 7), (1, 1023), (2, 1025), (3, 2050)]  # n, elements of an entry
@@ -160,7 +160,7 @@ def sanitized(tmp_path_factory):
 
 
 def library(name: str) -> str:
-    """The path of a library of gcc's."""
+    """The path of one of gcc's libraries."""
     command = ["gcc", f"-print-file-name={name}"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,11 +1,12 @@
-"""Fused group norm silu(normalised(cat([x, skip]) + add) * weight + bias): reads x, skip and add, writes y.
+"""Fused group norm silu((normalised(cat([x, skip]) + add) * weight + bias) * (1 + scale) + shift), with two inputs.
 
 Traffic: each input element is read once and y is written, 4 bytes per element in bf16, if a program holds its groups in
 registers. Programs share groups that are too large for that, in two launches that read the input twice: 6 bytes.
 Precision: fp32, rounded once. The variance is computed about the mean, in a second pass that also corrects the mean;
 for shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is approximate, and in 16 bits
 its division is too: nothing here is specified to the bit.
-Spec: cat, group_norm and silu of torch. Proof: tests/ops/test_group_norm.py (float64), tests/kernels/test_compiled.py.
+Spec: cat, group_norm, * (1 + scale) + shift, and silu of torch. Proof: tests/ops/test_group_norm.py (float64),
+tests/kernels/test_compiled.py.
 """
 
 from math import gcd, prod
@@ -95,10 +96,12 @@ def held_kernel(
     add_ptr,  # [N, channels] fp32, rows add_stride apart (0: one row for all), or None
     weight_ptr,  # [channels] fp32
     bias_ptr,  # [channels] fp32
+    scale_shift_ptr,  # [N, 2, channels] fp32: scales, then shifts; rows scale_shift_stride apart; or None
     pixels,
     channels,
     x_channels,
     add_stride,
+    scale_shift_stride,
     eps,
     SILU: tl.constexpr,
     PER_GROUP: tl.constexpr,  # channels of a group
@@ -116,7 +119,8 @@ def held_kernel(
     mask = (row < pixels)[:, None] & exists[None, :]
     x = _load_tile(x_ptr, skip_ptr, n, row, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
     add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
-    weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
+    at = n * scale_shift_stride + c
+    weight, bias = _affine(weight_ptr, bias_ptr, scale_shift_ptr, c, at, inside, channels)
     count = _values_per_place(row < pixels, PER_GROUP, WIDTH)
     centred, _, delta, var = _group_moments(x, add, count, None, pixels * PER_GROUP)
     scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))
@@ -181,11 +185,13 @@ def apply_kernel(
     add_ptr,
     weight_ptr,
     bias_ptr,
+    scale_shift_ptr,
     statistics_ptr,
     pixels,
     channels,
     x_channels,
     add_stride,
+    scale_shift_stride,
     slabs,
     eps,
     SILU: tl.constexpr,
@@ -205,7 +211,8 @@ def apply_kernel(
     column = tl.arange(0, GROUPS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     c, inside = _channels_of(column, stripe, channels, PER_GROUP, WIDTH, GROUPS)
     add = _centred(add_ptr, n * add_stride + c, inside, PER_GROUP)
-    weight, bias = tl.load(weight_ptr + c, mask=inside)[None], tl.load(bias_ptr + c, mask=inside)[None]
+    at = n * scale_shift_stride + c
+    weight, bias = _affine(weight_ptr, bias_ptr, scale_shift_ptr, c, at, inside, channels)
 
     each = tl.arange(0, SLABS)[:, None]
     g = stripe * GROUPS + tl.arange(0, GROUPS)[None, :]
@@ -275,6 +282,16 @@ def _centred(add_ptr, at, mask, PER_GROUP: tl.constexpr):
 
 
 @triton.jit
+def _affine(weight_ptr, bias_ptr, scale_shift_ptr, c, at, mask, channels):
+    """Weight and bias of the channels c, [1, groups, width] each, changed by the scales and shifts at `at`."""
+    weight, bias = tl.load(weight_ptr + c, mask=mask), tl.load(bias_ptr + c, mask=mask)
+    if scale_shift_ptr is not None:
+        scale = 1 + tl.load(scale_shift_ptr + at, mask=mask)
+        weight, bias = weight * scale, bias * scale + tl.load(scale_shift_ptr + at + channels, mask=mask)
+    return weight[None], bias[None]
+
+
+@triton.jit
 def _values_per_place(seen, PER_GROUP: tl.constexpr, WIDTH: tl.constexpr):
     """How many values each place of a tile has accumulated, from the number of each row: [rows, 1, 1 or WIDTH] fp32."""
     count = seen.to(tl.float32)[:, None, None]
@@ -310,22 +327,27 @@ def _total(x):
     return tl.sum(tl.sum(x, 2), 0)
 
 
-def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
+def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, scale_shift, *, silu):
     """Launches only: fastddpm.ops has checked every argument."""
     n, channels, *spatial = y.shape
     pixels, per_group = prod(spatial), channels // groups
     division = plan(n, pixels, channels, groups, y.element_size())
     stripes, slabs = triton.cdiv(groups, division.groups), triton.cdiv(pixels, division.slab)
-    inputs, affine = (x, skip, add), (weight, bias)
-    sizes = (pixels, channels, x.shape[1], 0 if add is None or len(add) == 1 else add.stride(0))
+    inputs, affine = (x, skip, add), (weight, bias, scale_shift)
+    sizes, stride = (pixels, channels, x.shape[1], _stride_of_rows(add)), _stride_of_rows(scale_shift)
     tile = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "GROUPS": division.groups}
     tile |= {"STRIPES": stripes, "ROWS": division.rows, "num_warps": division.warps, **OPTIONS}
     with torch.cuda.device_of(x):
         if division.rows >= pixels:
-            return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, eps, SILU=silu, **tile)
+            return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, stride, eps, SILU=silu, **tile)
         statistics = torch.empty(n, slabs, 3, groups, dtype=torch.float32, device=x.device)
         grid = (n * stripes * slabs,)
         tile["SLAB"] = division.slab
         launch(statistics_kernel, grid, statistics, *inputs, *sizes, slabs, **tile)
         tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}
-        launch(apply_kernel, grid, y, *inputs, *affine, statistics, *sizes, slabs, eps, **tile)
+        launch(apply_kernel, grid, y, *inputs, *affine, statistics, *sizes, stride, slabs, eps, **tile)
+
+
+def _stride_of_rows(rows):
+    """From the row of an entry to the next; 0: there are no rows, or one for all entries."""
+    return 0 if rows is None or len(rows) == 1 else rows.stride(0)

@@ -135,22 +135,25 @@ def tree_sum_variant() -> Variant:
 
 
 def group_norm_variants(
-    dtype: str, n: int, pixels: int, channels: int, *, skip: bool = False, add: bool = False, silu: bool = True
-) -> Iterator[Variant]:
+    dtype: str, n: int, pixels: int, channels: int, *, skip: bool = False, add: bool = False,
+    scale_shift: bool = False, silu: bool = True,
+) -> Iterator[Variant]:  # fmt: skip
     """The kernels that are launched by `group_norm.plan` for n samples of [pixels, channels] in 32 groups."""
     plan = group_norm.plan(n, pixels, channels, 32, BYTES[dtype])
     width = triton.next_power_of_2(channels // 32)
     types = dict.fromkeys(("y_ptr", "x_ptr", "skip_ptr"), f"*{dtype}") | {"eps": "fp32"}
-    types |= dict.fromkeys(("add_ptr", "weight_ptr", "bias_ptr", "statistics_ptr"), "*fp32")
-    types |= dict.fromkeys(("pixels", "channels", "x_channels", "add_stride", "slabs"), "i32")
+    types |= dict.fromkeys(("add_ptr", "weight_ptr", "bias_ptr", "scale_shift_ptr", "statistics_ptr"), "*fp32")
+    types |= dict.fromkeys(("pixels", "channels", "x_channels", "add_stride", "scale_shift_stride", "slabs"), "i32")
     constants = {"SILU": silu, "PER_GROUP": channels // 32, "WIDTH": width, "GROUPS": plan.groups, "ROWS": plan.rows}
     constants |= {"STRIPES": triton.cdiv(32, plan.groups), "SLAB": plan.slab}
     constants |= {"SLABS": triton.next_power_of_2(triton.cdiv(pixels, plan.slab))}
-    constants |= ({} if skip else {"skip_ptr": None}) | ({} if add else {"add_ptr": None})
+    given = {"skip": skip, "add": add, "scale_shift": scale_shift}
+    constants |= {f"{argument}_ptr": None for argument, present in given.items() if not present}
     options, held = {"num_warps": plan.warps, **group_norm.OPTIONS}, plan.rows >= pixels
     for kernel in [group_norm.held_kernel] if held else [group_norm.statistics_kernel, group_norm.apply_kernel]:
         what = kernel.__name__.removesuffix("_kernel")
-        name = f"norm {what} {dtype} {n}x{pixels}x{channels}{', skip' * skip}{', add' * add}{', silu' * silu}"
+        what_is_given = "".join(f", {argument}" for argument, present in given.items() if present)
+        name = f"norm {what} {dtype} {n}x{pixels}x{channels}{what_is_given}{', silu' * silu}"
         own, typed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (constants, types))
         written = 0 if kernel is group_norm.statistics_kernel else BYTES[dtype]
         elements = plan.rows * plan.groups * width
@@ -205,6 +208,8 @@ VARIANTS = (
     *group_norm_variants("bf16", 64, 1024, 128, add=True),
     *group_norm_variants("fp32", 64, 1024, 256, add=True),
     *group_norm_variants("bf16", 1, 256 * 256, 128, add=True),
+    *group_norm_variants("bf16", 64, 1024, 128, add=True, scale_shift=True),
+    *group_norm_variants("bf16", 1, 256 * 256, 128, add=True, scale_shift=True),
     residual_variant("bf16", bias=True),
     interleave_variant("bf16", bias=True),
     interleave_variant("fp32", bias=False),

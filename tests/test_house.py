@@ -29,7 +29,7 @@ train: trainer initial grids batches run_folder state updates options
 sampling: job manifest sampler arguments loop watch batches engine runner model own_network capture fixed_reads \
           reachable
 checkpoints: loading diffusers weights parameters reading checkpoint shipped
-networks: planned unet2d obstacles config layers
+networks: planned unet2d obstacles config resnet layers
 processes: progress displays distributed signals
 storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
          classes decoding npz idx arrays data_checks fingerprint indices files caches

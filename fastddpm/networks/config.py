@@ -6,9 +6,9 @@ from typing import Any
 from fastddpm.core.checks import flag, one_of, real, shown, whole
 from fastddpm.networks.layers import ACTIVATIONS
 
-HAS_ATTENTION = {"DownBlock2D": False, "AttnDownBlock2D": True, "UpBlock2D": False, "AttnUpBlock2D": True}
-DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D")
+DOWN_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D")
+UP_BLOCKS = ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D")
+HAS_ATTENTION = {kind: kind.startswith("Attn") for kind in (*DOWN_BLOCKS, *UP_BLOCKS)}
 
 DEFAULTS: dict[str, Any] = {  # diffusers' UNet2DModel
     "sample_size": None,
@@ -78,6 +78,15 @@ def _size(name: str, value: Any) -> Any:
     return tuple(sides) if isinstance(value, tuple) else sides
 
 
+def _heads(name: str, value: Any) -> int | tuple[int, ...]:
+    """A num_attention_heads: one number, or that of the way down and the middle, and that of the way up."""
+    if not isinstance(value, list | tuple):
+        return whole(name, value, 1, MOST_CHANNELS)
+    if len(value) != 2:
+        raise ValueError(f"{name} is {shown(value)}; want a whole number, or one for the way down and one for that up")
+    return tuple(whole(f"{name}: an entry", heads, 1, MOST_CHANNELS) for heads in value)
+
+
 def _per_level(check: Check) -> Check:
     def check_all(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_LEVELS:
@@ -108,8 +117,8 @@ CHECKS: dict[str, Check] = {  # of every option; those of one option alone
     "layers_per_block": _count(MOST_LAYERS),
     "mid_block_scale_factor": _number(0, LARGEST, above=True),
     "downsample_padding": _count(1, low=0),
-    "downsample_type": _choice("conv"),
-    "upsample_type": _choice("conv"),
+    "downsample_type": _choice("conv", "resnet", "pool"),
+    "upsample_type": _choice("conv", "resnet", "nearest"),
     "dropout": _number(0, 1),
     "act_fn": _choice(*ACTIVATIONS),
     "attention_head_dim": _optional(_count(MOST_CHANNELS)),
@@ -124,18 +133,34 @@ CHECKS: dict[str, Check] = {  # of every option; those of one option alone
 }
 
 
+OWN: dict[str, Check] = {  # options that diffusers lacks; a complete configuration has those that are not None
+    "num_attention_heads": _heads,
+    "time_proj_dim": _count(LARGEST, low=2),
+}
+
+
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return all options: those given, and diffusers' defaults for the others. Ignores keys that begin with "_".
+
+    As in diffusers, "resnet" for a downsample_type or an upsample_type changes only the blocks with attention; others
+    are called ResnetDownsampleBlock2D and ResnetUpsampleBlock2D if residual blocks change the size. Of our own are:
+        num_attention_heads: in each attention, whatever its width, instead of heads of attention_head_dim channels; one
+            number, or two: for the way down and the middle, and for the way up.
+        time_proj_dim: the number of sines and cosines of t; None: block_out_channels[0].
+        downsample_type "pool": the mean of 2 x 2 pixels; upsample_type "nearest": nearest neighbours; no convolution.
 
     Raises: ValueError: an option, or a value of one, is unknown or not supported; the message names it.
     """
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown = sorted(
-        key for key in config.keys() - DEFAULTS.keys() if config[key] is not None and config[key] is not False
+        key
+        for key in config.keys() - DEFAULTS.keys() - OWN.keys()
+        if config[key] is not None and config[key] is not False
     )
     if unknown:
-        raise ValueError(f"UNet2D: unknown option {shown(unknown)[1:-1]}; known: {', '.join(DEFAULTS)}")
-    config = {key: check(f"UNet2D: {key}", config.get(key, DEFAULTS[key])) for key, check in CHECKS.items()}
+        raise ValueError(f"UNet2D: unknown option {shown(unknown)[1:-1]}; known: {', '.join([*DEFAULTS, *OWN])}")
+    own = {key: check(f"UNet2D: {key}", config[key]) for key, check in OWN.items() if config.get(key) is not None}
+    config = {key: check(f"UNet2D: {key}", config.get(key, DEFAULTS[key])) for key, check in CHECKS.items()} | own
     widths = config["block_out_channels"]
     for key in ("down_block_types", "up_block_types"):
         if len(config[key]) != len(widths):
@@ -143,8 +168,9 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
                 f"UNet2D: {key} has {len(config[key])} entries, but block_out_channels has {len(widths)}; "
                 "give one of each per level"
             )
-    if not config["freq_shift"] < widths[0] // 2:
-        raise ValueError(f"UNet2D: freq_shift is {config['freq_shift']!r}; want less than {widths[0] // 2}")
+    waves = config.get("time_proj_dim", widths[0]) // 2
+    if not config["freq_shift"] < waves:
+        raise ValueError(f"UNet2D: freq_shift is {config['freq_shift']!r}; want less than {waves}")
     _check_divisors(config)
     if (count := least_parameters(config)) > MOST_PARAMETERS:
         raise ValueError(
@@ -165,6 +191,22 @@ def least_parameters(config: dict[str, Any]) -> int:
     return ends + residual_blocks + embed * (embed + classes)
 
 
+def heads_of(config: dict[str, Any], width: int, *, up: bool) -> int:
+    """The number of heads of an attention of so many channels. Args: up: whether it is on the way up."""
+    heads = config.get("num_attention_heads")
+    if heads is None:
+        return width // (config["attention_head_dim"] or width)
+    return heads[up] if isinstance(heads, tuple) else heads
+
+
+def sampler_of(config: dict[str, Any], kind: str) -> str:
+    """How a block of this kind changes the size: "conv", "resnet", "pool" or "nearest"."""
+    if kind.startswith("Resnet"):
+        return "resnet"
+    chosen = config["downsample_type" if kind in DOWN_BLOCKS else "upsample_type"]
+    return "conv" if chosen == "resnet" and not HAS_ATTENTION[kind] else chosen  # as in diffusers
+
+
 def _check_divisors(config: dict[str, Any]) -> None:
     """Check that the widths divide into groups of the norms, and into heads where there is attention."""
     widths = config["block_out_channels"]
@@ -172,8 +214,10 @@ def _check_divisors(config: dict[str, Any]) -> None:
     attended = {width for kind, width in zip(kinds, (*widths, *reversed(widths)), strict=True) if HAS_ATTENTION[kind]}
     if config["mid_block_type"] is not None and config["add_attention"]:
         attended.add(widths[-1])
-    divisors = (("norm_num_groups", widths), ("attention_head_dim", attended), ("attn_norm_num_groups", widths[-1:]))
+    heads = "num_attention_heads" if "num_attention_heads" in config else "attention_head_dim"
+    divisors = (("norm_num_groups", widths), (heads, attended), ("attn_norm_num_groups", widths[-1:]))
     for key, multiples in divisors:
         value = config[key]
-        if value is not None and any(width % value for width in multiples):
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        if any(width % number for width in multiples for number in values):
             raise ValueError(f"UNet2D: {key} is {value}; want a whole number that divides {sorted(set(multiples))}")

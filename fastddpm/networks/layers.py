@@ -46,108 +46,6 @@ def norm_and_activation(norm: nn.Module, x: Tensor, act: Activation, skip: Tenso
     return act(norm(x).clone())  # act may overwrite its input, which a replaced norm may keep
 
 
-class Resnet(nn.Module):
-    """A residual block: two convolutions with norm and activation before each, the time embedding between them.
-
-    Args:
-        embed_width: of the time embedding.
-        scale_shift: whether the time embedding scales and shifts the second norm's output, or is added to its input.
-        scale: the divisor of the sum of the block and its input.
-    """
-
-    def __init__(
-        self,
-        c_in: int,
-        c_out: int,
-        *,
-        embed_width: int,
-        groups: int,
-        eps: float,
-        act: str,
-        scale_shift: bool,
-        dropout: float,
-        scale: float,
-    ):
-        super().__init__()
-        self.norm1 = GroupNorm(groups, c_in, eps)
-        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
-        self.columns = 2 * c_out if scale_shift else c_out
-        self.time_emb_proj = Linear(embed_width, self.columns)
-        self.norm2 = GroupNorm(groups, c_out, eps)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv2d(c_out, c_out, 3, padding=1)
-        self.conv_shortcut = Conv2d(c_in, c_out, 1) if c_in != c_out else None
-        self.bias: nn.Parameter | None = None  # of the residual sum, if a kernel adds it
-        self.scale_shift, self.scale = scale_shift, scale
-        self.kernels = False
-        self.act: Activation = ACTIVATIONS[act]
-
-    def time_columns(self, embed: Tensor) -> Tensor:
-        """The activated time embedding [N, embed_width] -> this block's columns of the time rows [N, self.columns]."""
-        if is_unchanged(self.time_emb_proj, nn.Linear) and self.time_emb_proj.bias is not None:
-            return F.linear(embed, *self.time_projection())
-        columns, bias = self.time_emb_proj(embed), self._bias_of_rows()
-        return columns if bias is None else columns + bias
-
-    def time_projection(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of `time_columns`; the biases are added before any rounding."""
-        weight, bias, of_conv1 = self.time_emb_proj.weight, self.time_emb_proj.bias, self._bias_of_rows()
-        return weight, bias if of_conv1 is None else bias + of_conv1
-
-    def _bias_of_rows(self) -> Tensor | None:
-        """The bias of the first convolution, where the columns of the time rows take its place."""
-        return None if self.scale_shift or not is_unchanged(self.conv1, Conv2d) else self.conv1.bias
-
-    def fuse(self, kernels: bool) -> None:
-        """Let the network project the time for all blocks at once. kernels: whether a kernel adds the biases."""
-        del self.time_emb_proj
-        self.kernels = kernels
-        if not self.scale_shift:
-            self.conv1.bias = None
-        if kernels:
-            self.bias = nn.Parameter(torch.empty_like(cast(Tensor, self.conv2.bias)))
-            self.conv2.bias = None
-            if self.conv_shortcut is not None:
-                self.conv_shortcut.bias = None
-
-    def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        bias = cast(Tensor, self.conv2.bias)
-        yield "bias", bias if self.conv_shortcut is None else bias + cast(Tensor, self.conv_shortcut.bias)
-
-    def forward(self, x: Tensor, columns: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Args: columns: [1 or N, self.columns] of the time rows; skip: channels that follow those of x."""
-        if skip is not None and not self.kernels:
-            x, skip = torch.cat([x, skip], 1), None
-        h = norm_and_activation(self.norm1, x, self.act, skip)
-        if self.scale_shift:
-            scale, shift = columns.to(h.dtype)[:, :, None, None].chunk(2, 1)
-            h = self.act(self.norm2(self.conv1(h)) * (1 + scale) + shift)
-        elif self.kernels:
-            h = self.norm2(self.conv1(h), self.act, add=columns)
-        else:
-            plain = is_unchanged(self.conv1, Conv2d)
-            h = self.conv1(h, columns) if plain else self.conv1(h) + columns.to(h.dtype)[:, :, None, None]
-            h = norm_and_activation(self.norm2, h, self.act)
-        h = self.conv2(self.dropout(h))
-        if self.kernels:
-            h = ops.residual(h, self._shortcut(x, skip), self.bias)
-        else:
-            shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-            h = h.add_(shortcut) if is_unchanged(self.conv2, Conv2d) else h + shortcut  # others may keep their output
-        return h if self.scale == 1 else h / self.scale
-
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
-        """The input, projected if widths differ: x and skip by a matrix product each, without concatenating them."""
-        if self.conv_shortcut is None:
-            return x if skip is None else torch.cat([x, skip], 1)
-        inputs = [x] if skip is None else [x, skip]
-        weights = self.conv_shortcut.weight.flatten(1).split([part.shape[1] for part in inputs], 1)
-        y = F.linear(_pixels(x), weights[0])
-        if skip is not None:
-            y.addmm_(_pixels(skip), weights[1].t())
-        return y.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-
 class Attention(nn.Module):
     """Self-attention over the pixels, with a residual."""
 
@@ -178,7 +76,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         h = x if self.group_norm is None else self.group_norm(x)
-        h = _pixels(h).view(n, height * width, c)
+        h = as_pixels(h).view(n, height * width, c)
         if self.qkv is not None:
             q, k, v = self.qkv(h).chunk(3, -1)
         else:
@@ -191,12 +89,22 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """The layers of one resolution: only a container, which gives the parameters diffusers' names."""
+    """The layers of one resolution: only a container, which gives the parameters diffusers' names.
+
+    Attributes: timed: whether its downsamplers or upsamplers are residual blocks, which take columns of the time rows.
+    """
 
     def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]):
         super().__init__()
+        self.timed = False
         self.resnets, self.attentions = nn.ModuleList(resnets), nn.ModuleList(attentions)
         self.downsamplers, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+
+    def timed_parts(self) -> Iterator[nn.Module]:
+        """The parts that take columns of the time rows, in the order of execution."""
+        yield from self.resnets
+        if self.timed:
+            yield from (*self.downsamplers, *self.upsamplers)
 
     def layers(self) -> Iterator[tuple[Any, Any]]:
         """Pairs of a residual block and what follows it: attention, or the identity."""
@@ -213,6 +121,20 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+
+
+class Pool(nn.Module):
+    """Halves the size by the mean of 2 x 2 pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+
+class Nearest(nn.Module):
+    """Doubles the size by nearest neighbours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Upsample(nn.Module):
@@ -240,9 +162,8 @@ class Upsample(nn.Module):
         del self.conv
 
     def fused_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        width, tap, bias = self.conv.in_channels, self.conv.weight, cast(Tensor, self.conv.bias)
-        meets = tap.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, input pixel, tap]
-        yield "phases.weight", torch.einsum("apk,bql,oikl->aboipq", meets, meets, tap).reshape(4 * width, width, 2, 2)
+        bias = cast(Tensor, self.conv.bias)
+        yield "phases.weight", phases_of(self.conv.weight)
         yield "phases.bias", bias.repeat(4)
         yield "bias", bias
 
@@ -250,6 +171,12 @@ class Upsample(nn.Module):
         if self.phases is None:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return ops.interleave(channels_last(self.phases(x)), self.bias)
+
+
+def phases_of(weight: Tensor) -> Tensor:
+    """Weights [out, in, 3, 3] of a convolution after an upsampling -> [4 out, in, 2, 2], for `ops.interleave`."""
+    meets = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # [parity, input pixel, tap]
+    return torch.einsum("apk,bql,oikl->aboipq", meets, meets, weight).reshape(-1, weight.shape[1], 2, 2)
 
 
 class TimeMLP(nn.Module):
@@ -315,12 +242,26 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(*args, **{"dtype": torch.float32, **options})
 
     def forward(
-        self, x: Tensor, act: Activation | None = None, *, skip: Tensor | None = None, add: Tensor | None = None
+        self,
+        x: Tensor,
+        act: Activation | None = None,
+        *,
+        skip: Tensor | None = None,
+        add: Tensor | None = None,
+        scale_shift: Tensor | None = None,
     ) -> Tensor:
-        """Args: skip: channels that follow those of x; add: [1 or N, C], added to x first. Both need kernels."""
+        """Args: skip, add, scale_shift: as in `ops.group_norm`; they need kernels."""
         if self.kernels:
             y = ops.group_norm(
-                x, self.weight, self.bias, self.num_groups, eps=self.eps, skip=skip, add=add, silu=act is silu
+                x,
+                self.weight,
+                self.bias,
+                self.num_groups,
+                eps=self.eps,
+                skip=skip,
+                add=add,
+                scale_shift=scale_shift,
+                silu=act is silu,
             )
             return y if act is None or act is silu else act(y)
         on_cpu, affine = x.device.type == "cpu", self.weight is not None and self.bias is not None
@@ -335,7 +276,7 @@ class GroupNorm(nn.GroupNorm):
         return (y if act is None else act(y)).to(x.dtype)
 
 
-def _pixels(x: Tensor) -> Tensor:
+def as_pixels(x: Tensor) -> Tensor:
     """[N, C, H, W] channels-last -> [N * H * W, C], a view."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
@@ -351,7 +292,7 @@ def _two_pass_group_norm(norm: GroupNorm, x: Tensor) -> Tensor:
     pixels = x.shape[2:].numel()
     mean = x.mean((2, 3), keepdim=True)
     centred = x - mean
-    parts = _pixels(centred).view(n, pixels, c).split(max(1, CACHED_ELEMENTS // (n * c)), 1)
+    parts = as_pixels(centred).view(n, pixels, c).split(max(1, CACHED_ELEMENTS // (n * c)), 1)
     variances = sum((part.square().sum(1) for part in parts), x.new_zeros(n, c)) / pixels
     means = mean.view(n, norm.num_groups, -1).double()  # a rounded mean of a group would double the error
     offset = (means - means.mean(2, keepdim=True)).float()  # of each channel from its group

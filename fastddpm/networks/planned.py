@@ -18,11 +18,13 @@ from fastddpm.kernels.cpu.native import native  # type: ignore[import-not-found]
 from fastddpm.kernels.cpu.program import (  # type: ignore[import-not-found]  # noqa: TID253 (it needs no Triton)
     Images,
     Program,
+    Rows,
     Weights,
     given,
     pack,
 )
-from fastddpm.networks.layers import Attention, Block, Conv2d, Downsample, GroupNorm, Resnet, Upsample, silu
+from fastddpm.networks.layers import Attention, Block, Conv2d, Downsample, GroupNorm, Pool, Upsample, silu
+from fastddpm.networks.resnet import Resnet
 from fastddpm.networks.unet2d import UNet2D
 
 Pack = Callable[[Tensor, bool], Weights]  # (weight, whether for Winograd's method)
@@ -45,7 +47,7 @@ def _can_be_planned(net: UNet2D) -> bool:
     return (
         ops.backend(weight.device) == "cpp"
         and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native().module.bfloat16()))
-        and all(resnet.act is silu and not resnet.scale_shift for resnet in net.resnets)
+        and all(resnet.act is silu for resnet in net.resnets)
         and not options["center_input_sample"]
         and all(isinstance(m.phases, Conv2d) for m in net.modules() if isinstance(m, Upsample))
         and all(
@@ -119,7 +121,7 @@ class Builder:
                 h = self._attention(attention, self._resnet(resnet, h))
                 skips.append(h)
             for downsample in block.downsamplers:
-                h = self._downsample(cast(Downsample, downsample), h)
+                h = self._downsample(downsample, h)
                 skips.append(h)
         for resnet, attention in () if net.mid_block is None else net.mid_block.layers():
             h = self._attention(attention, self._resnet(resnet, h))
@@ -127,19 +129,28 @@ class Builder:
             for resnet, attention in block.layers():
                 h = self._attention(attention, self._resnet(resnet, h, skips.pop()))
             for upsample in block.upsamplers:
-                h = self._upsample(cast(Upsample, upsample), h)
+                h = self._upsample(upsample, h)
         h = self._norm(net.conv_norm_out, h, silu=True)
         self._convolution(net.conv_out, h, into=out)
 
     def _resnet(self, resnet: Resnet, x: Images, skip: Images | None = None) -> Images:
-        add = given(_ROWS, 4 * self._column)
+        columns = Rows(given(_ROWS, 4 * self._column), self._entry_stride)
         self._column += resnet.columns
         h = self._norm(resnet.norm1, x, skip, silu=True)
-        h = self._convolution(resnet.conv1, h)
-        h = self._norm(resnet.norm2, h, add=add, silu=True)
+        if resnet.phases is not None:
+            h = self._polyphase(resnet.phases, h)
+        else:
+            h = self.program.resample(h, up=False) if resnet.sampling == "down" else h
+            h = self._convolution(resnet.conv1, h)
+        if resnet.bias1 is None:
+            h = self._norm(resnet.norm2, h, add=columns, silu=True)
+        else:
+            bias = Rows(self.program.keep(resnet.bias1))
+            h = self._norm(resnet.norm2, h, add=bias, scale_shift=columns, silu=True)
         if resnet.conv_shortcut is not None:
-            weights = self._pack(resnet.conv_shortcut.weight, False)
-            x = self.program.convolution(x, weights, skip=skip)
+            x = self.program.convolution(x, self._pack(resnet.conv_shortcut.weight, False), skip=skip)
+        elif resnet.sampling is not None:
+            x = self.program.resample(x, up=resnet.sampling == "up")
         return self._convolution(resnet.conv2, h, resnet.bias, residual=x, scale=resnet.scale)
 
     def _attention(self, attention: nn.Module, x: Images) -> Images:
@@ -152,24 +163,34 @@ class Builder:
         weights = self._pack(cast(nn.Linear, attention.to_out[0]).weight, False)
         return self.program.convolution(h, weights, attention.bias, residual=x, scale=attention.scale)
 
-    def _downsample(self, downsample: Downsample, x: Images) -> Images:
-        weights, padding = self._pack(downsample.conv.weight, False), downsample.padding
+    def _downsample(self, downsample: nn.Module, x: Images) -> Images:
+        if isinstance(downsample, Resnet):
+            return self._resnet(downsample, x)
+        if isinstance(downsample, Pool):
+            return self.program.resample(x, up=False)
+        conv, padding = cast(Downsample, downsample).conv, cast(Downsample, downsample).padding
         half = x.height // 2, x.width // 2  # they are even
-        return self.program.convolution(
-            x, weights, downsample.conv.bias, stride=2, padding=(padding, padding), size=half
-        )
+        weights = self._pack(conv.weight, False)
+        return self.program.convolution(x, weights, conv.bias, stride=2, padding=(padding, padding), size=half)
 
-    def _upsample(self, upsample: Upsample, x: Images) -> Images:
+    def _upsample(self, upsample: nn.Module, x: Images) -> Images:
+        if isinstance(upsample, Resnet):
+            return self._resnet(upsample, x)
+        if isinstance(upsample, Upsample):
+            return self._polyphase(cast(Conv2d, upsample.phases), x, upsample.bias)
+        return self.program.resample(x, up=True)
+
+    def _polyphase(self, phases: Conv2d, x: Images, bias: Tensor | None = None) -> Images:
         """One convolution by Winograd's method, or one of 2 x 2 for each phase, into every second row and column."""
-        phases, size = cast(Conv2d, upsample.phases), (2 * x.height, 2 * x.width)
+        size = 2 * x.height, 2 * x.width
         if self._takes_winograd(x):
-            return self.program.convolution(x, self._pack(phases.weight, True), upsample.bias, size=size)
-        y = self.program.images(x.n, *size, x.channels)
+            return self.program.convolution(x, self._pack(phases.weight, True), bias, size=size)
+        y = self.program.images(x.n, *size, phases.out_channels // 4)
         for i, weight in enumerate(phases.weight.chunk(4)):
             row, column = divmod(i, 2)
             weights, padding = self._pack(weight, False), (1 - row, 1 - column)
             self.program.convolution(
-                x, weights, upsample.bias, padding=padding, into=y, size=(x.height, x.width), phase=(row, column)
+                x, weights, bias, padding=padding, into=y, size=(x.height, x.width), phase=(row, column)
             )
         return y
 
@@ -182,15 +203,5 @@ class Builder:
         large = x.channels >= LEAST_CHANNELS and min(x.height, x.width) >= LEAST_SIDE
         return large and self.program.dtype == torch.float32
 
-    def _norm(self, norm: GroupNorm, x: Images, skip: Images | None = None, *, add: int = 0, silu: bool) -> Images:
-        return self.program.group_norm(
-            x,
-            skip,
-            norm.weight,
-            norm.bias,
-            norm.num_groups,
-            norm.eps,
-            add=add,
-            add_stride=self._entry_stride,
-            silu=silu,
-        )
+    def _norm(self, norm: GroupNorm, x: Images, skip: Images | None = None, **options: Any) -> Images:
+        return self.program.group_norm(x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps, **options)

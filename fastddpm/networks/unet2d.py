@@ -21,7 +21,7 @@ from fastddpm.core.checks import shown
 from fastddpm.core.layout import channels_last
 from fastddpm.core.precision import named_device
 from fastddpm.networks import layers
-from fastddpm.networks.config import HAS_ATTENTION, complete_config
+from fastddpm.networks.config import HAS_ATTENTION, UP_BLOCKS, complete_config, heads_of, sampler_of
 from fastddpm.networks.layers import (
     ACTIVATIONS,
     Attention,
@@ -30,7 +30,8 @@ from fastddpm.networks.layers import (
     Downsample,
     GroupNorm,
     Linear,
-    Resnet,
+    Nearest,
+    Pool,
     TimeMLP,
     Upsample,
     is_unchanged,
@@ -38,6 +39,7 @@ from fastddpm.networks.layers import (
     silu,
 )
 from fastddpm.networks.obstacles import Obstacles, Part, obstacles, parts, remember
+from fastddpm.networks.resnet import Resnet
 
 POLYPHASE_DEVICES = ("cpu",)  # device types with polyphase `Upsample`; add "cuda" if it proves faster on a GPU
 
@@ -45,7 +47,8 @@ POLYPHASE_DEVICES = ("cpu",)  # device types with polyphase `Upsample`; add "cud
 class UNet2D(nn.Module):
     """eps_theta(x_t, t) as in diffusers' `UNet2DModel`: same options, same parameters, same function.
 
-    Args: diffusers' configuration as keywords; keys that begin with "_" are ignored.
+    Args: diffusers' configuration as keywords, and options of our own (see `networks.config.complete_config`); keys
+        that begin with "_" are ignored.
     Raises: ValueError: an option, or a value of one, is unknown or not supported; the message names it.
     """
 
@@ -54,8 +57,9 @@ class UNet2D(nn.Module):
         self.config = c = complete_config(config)
         widths = c["block_out_channels"]
         self._embed_width = c["time_embedding_dim"] or widths[0] * 4
+        self._waves = c.get("time_proj_dim", widths[0])
         self.conv_in = Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.time_embedding = TimeMLP(widths[0], self._embed_width)
+        self.time_embedding = TimeMLP(self._waves, self._embed_width)
         self.class_embedding: nn.Module | None = self._class_embedding()
         skips = [widths[0]]  # channels of the tensors that the way down passes to the way up
         self.down_blocks = nn.ModuleList(self._down_blocks(skips))
@@ -72,14 +76,14 @@ class UNet2D(nn.Module):
         """The residual blocks in the order of execution, also those within parts that wrap them."""
         found: list[Resnet] = []
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
-            for part in () if block is None else cast(Block, block).resnets:
+            for part in () if block is None else cast(Block, block).timed_parts():
                 found += [part] if isinstance(part, Resnet) else [m for m in part.modules() if isinstance(m, Resnet)]
         return found
 
     def _class_embedding(self) -> nn.Module | None:
         c = self.config
         if c["class_embed_type"] == "timestep":
-            return TimeMLP(c["block_out_channels"][0], self._embed_width)
+            return TimeMLP(self._waves, self._embed_width)
         if c["class_embed_type"] == "identity":
             return nn.Identity()
         return (
@@ -96,7 +100,8 @@ class UNet2D(nn.Module):
             ins = [widths[max(i - 1, 0)]] + [width] * (c["layers_per_block"] - 1)
             block = self._block(kind, ins, width)
             if i < last:
-                block.downsamplers = nn.ModuleList([Downsample(width, c["downsample_padding"])])
+                block.downsamplers = nn.ModuleList([self._sampler(kind, width, "down")])
+                block.timed = isinstance(block.downsamplers[0], Resnet)
             skips += [width] * (len(ins) + (i < last))
             yield block
 
@@ -107,8 +112,8 @@ class UNet2D(nn.Module):
         width, scale = c["block_out_channels"][-1], c["mid_block_scale_factor"]
         scale_shift = c["resnet_time_scale_shift"] == "scale_shift"
         groups = c["attn_norm_num_groups"] or (None if scale_shift else c["norm_num_groups"])
-        attentions = [self._attention(width, groups, scale)] if c["add_attention"] else []
-        return Block([self._resnet(width, width, scale) for _ in range(2)], attentions)
+        attentions = [self._attention(width, groups, scale=scale)] if c["add_attention"] else []
+        return Block([self._resnet(width, width, scale=scale) for _ in range(2)], attentions)
 
     def _up_blocks(self, skips: list[int]) -> Iterable[Block]:
         """The blocks of the way up. They remove the channels of their skips from skips."""
@@ -117,17 +122,27 @@ class UNet2D(nn.Module):
         for i, (kind, width) in enumerate(zip(c["up_block_types"], reversed(widths), strict=True)):
             block = self._block(kind, [n + skips.pop() for n in [below] + [width] * c["layers_per_block"]], width)
             if i < len(widths) - 1:
-                block.upsamplers = nn.ModuleList([Upsample(width)])
+                block.upsamplers = nn.ModuleList([self._sampler(kind, width, "up")])
+                block.timed = isinstance(block.upsamplers[0], Resnet)
             below = width
             yield block
 
     def _block(self, kind: str, ins: list[int], width: int) -> Block:
         """Args: ins: the input channels of each residual block; width: their output channels."""
         resnets = [self._resnet(n, width) for n in ins]
-        groups = self.config["norm_num_groups"]
-        return Block(resnets, [self._attention(width, groups) for _ in ins] if HAS_ATTENTION[kind] else [])
+        groups, up = self.config["norm_num_groups"], kind in UP_BLOCKS
+        return Block(resnets, [self._attention(width, groups, up=up) for _ in ins] if HAS_ATTENTION[kind] else [])
 
-    def _resnet(self, c_in: int, c_out: int, scale: float = 1.0) -> Resnet:
+    def _sampler(self, kind: str, width: int, direction: str) -> nn.Module:
+        """What changes the size at the end of a block of this kind. Args: direction: "down" or "up"."""
+        how = sampler_of(self.config, kind)
+        if how == "resnet":
+            return self._resnet(width, width, sampling=direction)
+        if how == "conv":
+            return Upsample(width) if direction == "up" else Downsample(width, self.config["downsample_padding"])
+        return Nearest() if direction == "up" else Pool()
+
+    def _resnet(self, c_in: int, c_out: int, *, scale: float = 1.0, sampling: str | None = None) -> Resnet:
         c = self.config
         return Resnet(
             c_in,
@@ -139,10 +154,12 @@ class UNet2D(nn.Module):
             scale_shift=c["resnet_time_scale_shift"] == "scale_shift",
             dropout=c["dropout"],
             scale=scale,
+            sampling=sampling,
         )
 
-    def _attention(self, width: int, groups: int | None, scale: float = 1.0) -> Attention:
-        return Attention(width, self.config["attention_head_dim"] or width, groups, self.config["norm_eps"], scale)
+    def _attention(self, width: int, groups: int | None, *, scale: float = 1.0, up: bool = False) -> Attention:
+        head_dim = width // heads_of(self.config, width, up=up)
+        return Attention(width, head_dim, groups, self.config["norm_eps"], scale)
 
     def forward(self, x: Tensor, t: int | Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Predict the noise in x_t (or x_0, or v: what the network was trained for).
@@ -218,7 +235,7 @@ class UNet2D(nn.Module):
                 h = attention(resnet(h, next(columns)))
                 skips.append(h)
             for downsample in block.downsamplers:
-                h = downsample(h)
+                h = downsample(h, next(columns)) if block.timed else downsample(h)
                 skips.append(h)
         if self.mid_block is not None:
             for resnet, attention in self.mid_block.layers():
@@ -227,7 +244,7 @@ class UNet2D(nn.Module):
             for resnet, attention in block.layers():
                 h = attention(resnet(h, next(columns), skips.pop()))
             for upsample in block.upsamplers:
-                h = upsample(h)
+                h = upsample(h, next(columns)) if block.timed else upsample(h)
         return self.conv_out(norm_and_activation(self.conv_norm_out, h, silu))
 
     def for_inference(
@@ -255,10 +272,11 @@ class UNet2D(nn.Module):
         with torch.device("meta"):
             net = UNet2D(**self.config)
             net.projection = Linear(net._embed_width, sum(resnet.columns for resnet in net.resnets))
+            polyphase = device.type in POLYPHASE_DEVICES
             for module in list(net.modules()):
-                if isinstance(module, Resnet | Attention) or (
-                    isinstance(module, Upsample) and device.type in POLYPHASE_DEVICES
-                ):
+                if isinstance(module, Resnet):
+                    module.fuse(kernels, polyphase)
+                elif isinstance(module, Attention) or (isinstance(module, Upsample) and polyphase):
                     module.fuse(kernels)
         for module in net.modules():
             if isinstance(module, Conv2d):
@@ -301,9 +319,8 @@ class UNet2D(nn.Module):
                     module.version += 1
 
     def _sinusoid(self, t: Tensor) -> Tensor:
-        """Sinusoidal embedding of t [N] -> [N, block_out_channels[0]] in the time MLP's dtype."""
-        width = self.config["block_out_channels"][0]
-        half = width // 2
+        """Sinusoidal embedding of t [N] -> [N, time_proj_dim] in the time MLP's dtype."""
+        width, half = self._waves, self._waves // 2
         # an angle of 4000 would be off by 1e-4 in float32
         exponent = -math.log(10000) * torch.arange(half, dtype=torch.float64, device=t.device)
         angle = t.unsqueeze(1) * torch.exp(exponent / (half - self.config["freq_shift"]))
@@ -354,4 +371,4 @@ def _is_packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-remember([*vars(nn).values(), *vars(layers).values(), UNet2D])
+remember([*vars(nn).values(), *vars(layers).values(), Resnet, UNet2D])

@@ -1,4 +1,4 @@
-"""Group norm of two inputs and a time bias, with SiLU."""
+"""Group norm of two inputs and a time bias, with scale, shift and SiLU."""
 
 from math import inf
 from typing import Any
@@ -22,9 +22,12 @@ def group_norm(
     eps: float,
     skip: Tensor | None = None,
     add: Tensor | None = None,
+    scale_shift: Tensor | None = None,
     silu: bool = False,
 ) -> Tensor:
     """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, followed by SiLU if `silu`.
+
+    With `scale_shift`, the norm is multiplied by 1 + scale, and shift is added to it, before the SiLU.
 
     In fp32, rounded once; the kernel stores neither the sum nor the concatenation. An entry's bits do not depend on
     the other entries, but on the size of the batch, by which the kernel decides how to divide its work.
@@ -37,6 +40,7 @@ def group_norm(
         skip: [N, C2, *spatial], the channels that follow x's, like x; or None.
         add: [1 or N, C] fp32 of any row stride, added before the statistics (the time bias, a slice of a table's
             columns); or None.
+        scale_shift: [1 or N, 2 C] fp32 of any row stride: the scale of each channel, then the shift of each; or None.
         silu: whether to return y * sigmoid(y) instead of y.
     Returns: [N, C, *spatial] like x, new.
     Raises: ValueError: a shape, dtype, layout or device is not as above, groups do not divide the channels, eps is not
@@ -51,12 +55,12 @@ def group_norm(
     hint = "one value per channel of the result"
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_tensor("group_norm", name, parameter, (channels,), torch.float32, x.device, hint)
-    if add is not None:
-        _check_add(add, x, channels)
+    _check_rows("add", add, x, channels)
+    _check_rows("scale_shift", scale_shift, x, 2 * channels)
     if not isinstance(eps, int | float) or not 0 < eps < inf:
         raise ValueError(f"group_norm: eps is {eps!r}; want a number > 0")
-    check_no_gradients("group_norm", weight=weight, bias=bias, add=add)
-    return torch.ops.fastddpm.group_norm(x, weight, bias, groups, float(eps), skip, add, silu)
+    check_no_gradients("group_norm", weight=weight, bias=bias, add=add, scale_shift=scale_shift)
+    return torch.ops.fastddpm.group_norm(x, weight, bias, groups, float(eps), skip, add, scale_shift, silu)
 
 
 def _check_inputs(x: Tensor, skip: Tensor | None) -> int:
@@ -78,17 +82,17 @@ def _check_inputs(x: Tensor, skip: Tensor | None) -> int:
     return channels
 
 
-def _check_add(add: Any, x: Tensor, channels: int) -> None:
-    if (
-        not isinstance(add, Tensor)
-        or add.shape not in ((1, channels), (len(x), channels))
-        or add.dtype != torch.float32
-        or add.device != x.device
-        or (add.stride(1) != 1 and channels > 1)
+def _check_rows(name: str, rows: Any, x: Tensor, columns: int) -> None:
+    if rows is not None and (
+        not isinstance(rows, Tensor)
+        or rows.shape not in ((1, columns), (len(x), columns))
+        or rows.dtype != torch.float32
+        or rows.device != x.device
+        or (rows.stride(1) != 1 and columns > 1)
     ):
         raise ValueError(
-            f"group_norm: add is {tensor_summary(add)}; want (1 or {len(x)}, {channels}) torch.float32 on {x.device}, "
-            "each row contiguous: one for all entries of x or one for each"
+            f"group_norm: {name} is {tensor_summary(rows)}; want (1 or {len(x)}, {columns}) torch.float32 on "
+            f"{x.device}, each row contiguous: one for all entries of x or one for each"
         )
 
 
@@ -100,19 +104,23 @@ def _group_norm(
     eps: float,
     skip: Tensor | None,
     add: Tensor | None,
+    scale_shift: Tensor | None,
     silu: bool,
 ) -> Tensor:
     y = _group_norm_fake(x, weight)
     if y.numel() == 0:
         return y
     if (launch := launcher("group_norm", x.device)) is not None:
-        launch(y, x, weight, bias, groups, eps, skip, add, silu=silu)
+        launch(y, x, weight, bias, groups, eps, skip, add, scale_shift, silu=silu)
         return y
     v = x.float() if skip is None else torch.cat([x, skip], 1).float()
     if add is not None:
         v = v + add.view(*add.shape, *[1] * (x.ndim - 2))
     # contiguous: for channels-last memory torch's CPU kernel computes the variance as E[x^2] - E[x]^2
     v = torch.group_norm(v.contiguous(), groups, weight, bias, eps)
+    if scale_shift is not None:
+        scale, shift = scale_shift.view(*scale_shift.shape, *[1] * (x.ndim - 2)).chunk(2, 1)
+        v = v * (1 + scale) + shift
     return y.copy_(F.silu(v) if silu else v)
 
 
@@ -121,8 +129,8 @@ def _group_norm_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 
 register(
-    "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? add, bool silu)"
-    " -> Tensor",
+    "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? add, "
+    "Tensor? scale_shift, bool silu) -> Tensor",
     _group_norm,
     _group_norm_fake,
 )

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DOWN_BLOCKS = ["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"]
+UP_BLOCKS = ["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -51,10 +53,21 @@ class EmbeddingMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 
+def halve(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H/2, W/2]: the mean of 2 x 2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2H, 2W]: every pixel four times."""
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
 class ResidualBlock(nn.Module):
     """[N, channels, H, W], embedding [N, emb_width] -> [N, out, H, W]: two normalised convolutions and a shortcut.
 
     The embedding is added between the convolutions; with scale_shift it scales and shifts the second norm's output.
+    resample (halve or double) changes the size before the first convolution and on the shortcut.
     """
 
     def __init__(
@@ -69,9 +82,11 @@ class ResidualBlock(nn.Module):
         scale_shift: bool,
         dropout: float,
         rescale: float = 1,
+        resample: Callable[[Tensor], Tensor] | None = None,
     ):
         super().__init__()
         self.act, self.scale_shift, self.rescale = act, scale_shift, rescale
+        self.resample: Callable[[Tensor], Tensor] = resample or nn.Identity()
         self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_width, 2 * out if scale_shift else out)
@@ -82,13 +97,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         emb = self.time_emb_proj(self.act(embedding))[:, :, None, None]
-        h = self.conv1(self.act(self.norm1(x)))
+        h = self.conv1(self.resample(self.act(self.norm1(x))))
         if self.scale_shift:
             scale, shift = emb.chunk(2, 1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + emb)
-        return (self.conv_shortcut(x) + self.conv2(self.dropout(self.act(h)))) / self.rescale
+        return (self.conv_shortcut(self.resample(x)) + self.conv2(self.dropout(self.act(h)))) / self.rescale
 
 
 class Attention(nn.Module):
@@ -140,11 +155,22 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+        return self.conv(double(x))
+
+
+class Resample(nn.Module):
+    """Changes the size by a function alone: halve or double."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class DownBlock(nn.Module):
-    """One resolution on the way down: residual blocks, each followed by its attention, then a Downsample."""
+    """One resolution on the way down: residual blocks, each followed by its attention, then what halves the size."""
 
     def __init__(
         self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], downsamplers: Iterable[nn.Module]
@@ -160,7 +186,7 @@ class DownBlock(nn.Module):
             h = attention(resnet(h, embedding))
             skips.append(h)
         for downsample in self.downsamplers:
-            h = downsample(h)
+            h = downsample(h, embedding) if isinstance(downsample, ResidualBlock) else downsample(h)
             skips.append(h)
         return h
 
@@ -179,7 +205,7 @@ class MidBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One resolution on the way up: residual blocks, which also take a skip, each with its attention; an Upsample."""
+    """One resolution on the way up: residual blocks, which also take a skip, each with its attention; then doubling."""
 
     def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module], upsamplers: Iterable[nn.Module]):
         super().__init__()
@@ -192,13 +218,15 @@ class UpBlock(nn.Module):
         for resnet, attention in zip(self.resnets, self.attentions, strict=True):
             h = attention(resnet(torch.cat([h, skips.pop()], 1), embedding))
         for upsample in self.upsamplers:
-            h = upsample(h)
+            h = upsample(h, embedding) if isinstance(upsample, ResidualBlock) else upsample(h)
         return h
 
 
 class UNet(nn.Module):
     """eps_theta(x_t, t). The arguments are the configuration of diffusers' UNet2DModel, with its defaults.
 
+    Beyond those: num_attention_heads of every attention (one number, or that of the way down and the middle, and that
+    of the way up), time_proj_dim sines and cosines of t, downsample_type "pool" and upsample_type "nearest".
     Options that start with "_" are ignored.
 
     Raises: ValueError: an option, or a value of one, is unknown or not supported.
@@ -235,16 +263,18 @@ class UNet(nn.Module):
         add_attention: bool = True,
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
+        num_attention_heads: int | Sequence[int] | None = None,
+        time_proj_dim: int | None = None,
         **others: object,
     ):
         super().__init__()
         _check_known("time_embedding_type", [time_embedding_type], ["positional"])
-        _check_known("down_block_types", down_block_types, ["DownBlock2D", "AttnDownBlock2D"])
+        _check_known("down_block_types", down_block_types, DOWN_BLOCKS)
         _check_known("mid_block_type", [mid_block_type], ["UNetMidBlock2D", None])
-        _check_known("up_block_types", up_block_types, ["UpBlock2D", "AttnUpBlock2D"])
+        _check_known("up_block_types", up_block_types, UP_BLOCKS)
         _check_known("downsample_padding", [downsample_padding], [0, 1])
-        _check_known("downsample_type", [downsample_type], ["conv"])
-        _check_known("upsample_type", [upsample_type], ["conv"])
+        _check_known("downsample_type", [downsample_type], ["conv", "resnet", "pool"])
+        _check_known("upsample_type", [upsample_type], ["conv", "resnet", "nearest"])
         _check_known("act_fn", [act_fn], [*ACTIVATIONS])
         _check_known("resnet_time_scale_shift", [resnet_time_scale_shift], ["default", "scale_shift"])
         _check_known("class_embed_type", [class_embed_type], [None, "timestep", "identity"])
@@ -271,16 +301,22 @@ class UNet(nn.Module):
             scale_shift=scale_shift,
             dropout=dropout,
         )
-        attention = functools.partial(Attention, head_dim=attention_head_dim, groups=norm_num_groups, eps=norm_eps)
+        heads = num_attention_heads if isinstance(num_attention_heads, Sequence) else (num_attention_heads,) * 2
 
+        def attention(width: int, groups: int | None = norm_num_groups, *, up: bool = False, **options) -> Attention:
+            count = heads[up]
+            head_dim = width // count if count else attention_head_dim
+            return Attention(width, head_dim=head_dim, groups=groups, eps=norm_eps, **options)
+
+        waves = time_proj_dim or channels
         self.embed = functools.partial(
-            timestep_embedding, width=channels, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
+            timestep_embedding, width=waves, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift
         )
-        self.time_embedding = EmbeddingMLP(channels, emb_width)
+        self.time_embedding = EmbeddingMLP(waves, emb_width)
         self.class_embed_type = class_embed_type
         self.class_embedding: nn.Module | None = None
         if class_embed_type == "timestep":
-            self.class_embedding = EmbeddingMLP(channels, emb_width)
+            self.class_embedding = EmbeddingMLP(waves, emb_width)
         elif class_embed_type == "identity":
             self.class_embedding = nn.Identity()
         elif num_class_embeds is not None:
@@ -292,8 +328,15 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         for level, (kind, out) in enumerate(zip(down_block_types, block_out_channels, strict=True), 1):
             resnets = [resnet(c, out) for c in [channels, *[out] * (layers_per_block - 1)]]
-            attentions = [attention(out) if kind == "AttnDownBlock2D" else nn.Identity() for _ in resnets]
-            downsamplers = [Downsample(out, downsample_padding)] if level < levels else []
+            attended, downsamplers = kind == "AttnDownBlock2D", list[nn.Module]()
+            attentions = [attention(out) if attended else nn.Identity() for _ in resnets]
+            if level < levels:
+                if kind == "ResnetDownsampleBlock2D" or (attended and downsample_type == "resnet"):
+                    downsamplers.append(resnet(out, out, resample=halve))
+                else:
+                    downsamplers.append(
+                        Resample(halve) if downsample_type == "pool" else Downsample(out, downsample_padding)
+                    )
             self.down_blocks.append(DownBlock(resnets, attentions, downsamplers))
             skips += [out] * (len(resnets) + len(downsamplers))
             channels = out
@@ -302,14 +345,19 @@ class UNet(nn.Module):
         if mid_block_type is not None:
             scale = mid_block_scale_factor
             resnets = [resnet(bottom, bottom, rescale=scale) for _ in range(2)]
-            attentions = [attention(bottom, groups=mid_groups, rescale=scale) if add_attention else nn.Identity()]
+            attentions = [attention(bottom, mid_groups, rescale=scale) if add_attention else nn.Identity()]
             self.mid_block = MidBlock(resnets, attentions)
 
         self.up_blocks = nn.ModuleList()
         for level, (kind, out) in enumerate(zip(up_block_types, reversed(block_out_channels), strict=True), 1):
             resnets = [resnet(c + skips.pop(), out) for c in [channels, *[out] * layers_per_block]]
-            attentions = [attention(out) if kind == "AttnUpBlock2D" else nn.Identity() for _ in resnets]
-            upsamplers = [Upsample(out)] if level < levels else []
+            attended, upsamplers = kind == "AttnUpBlock2D", list[nn.Module]()
+            attentions = [attention(out, up=True) if attended else nn.Identity() for _ in resnets]
+            if level < levels:
+                if kind == "ResnetUpsampleBlock2D" or (attended and upsample_type == "resnet"):
+                    upsamplers = [resnet(out, out, resample=double)]
+                else:
+                    upsamplers = [Resample(double) if upsample_type == "nearest" else Upsample(out)]
             self.up_blocks.append(UpBlock(resnets, attentions, upsamplers))
             channels = out
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels, norm_eps)

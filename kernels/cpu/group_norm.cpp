@@ -1,9 +1,10 @@
-// Fused group norm silu(normalised(cat([x, skip]) + add) * weight + bias): reads x, skip and add, writes y.
+// Fused group norm silu((normalised(cat([x, skip]) + add) * weight + bias) * (1 + scale) + shift): reads x, skip, add and
+// the scales and shifts, writes y.
 //
 // Traffic: each input element is read twice, the second time from the first-level cache, and once more to write y.
 // Precision: fp32, rounded once. Mean and variance of each channel over a block of pixels are computed in fp32, about
 // the block's mean, and combined in float64. No bit depends on the batch, the number of threads or the instruction set.
-// Spec: cat, group_norm and silu of torch. Proof: tests/ops/test_group_norm.py (float64; bits across threads and
+// Spec: cat, group_norm, * (1 + scale) + shift, and silu of torch. Proof: tests/ops/test_group_norm.py (float64; bits across threads and
 // instruction sets).
 #include "floats.h"
 #include "silu.h"
@@ -20,6 +21,8 @@ struct Norm {
     char* inputs[2];  // x and skip: [n, pixels, its channels] in dtype; skip may be null
     const float* add;  // [n, channels], rows add_stride apart, or null
     int64_t add_stride;
+    const float* scale_shift;  // [n, 2, channels]: scales, then shifts; rows scale_shift_stride apart; or null
+    int64_t scale_shift_stride;
     const float *weight, *bias;  // [channels]
     double eps;
     int64_t silu, dtype;
@@ -29,8 +32,9 @@ struct Norm {
     explicit Norm(Arguments& a)
         : n(a.size()), pixels(a.size()), groups(a.size()), channels{a.size(), a.size()}, y(a.pointer<char>()),
           inputs{a.pointer<char>(), a.pointer<char>()}, add(a.pointer<const float>()), add_stride(a.size()),
-          weight(a.pointer<const float>()), bias(a.pointer<const float>()), eps(a.real()), silu(a.size()),
-          dtype(a.size()), moments(a.pointer<double>()), transform(a.pointer<float>()) {}
+          scale_shift(a.pointer<const float>()), scale_shift_stride(a.size()), weight(a.pointer<const float>()),
+          bias(a.pointer<const float>()), eps(a.real()), silu(a.size()), dtype(a.size()), moments(a.pointer<double>()),
+          transform(a.pointer<float>()) {}
 
     int64_t width() const { return channels[0] + channels[1]; }
     int64_t blocks() const { return blocks_of(pixels, ROWS); }
@@ -102,11 +106,18 @@ void transform_of_group(const Norm& norm, int64_t entry, int64_t group) {
         }
     double factor = 1 / __builtin_sqrt(squares / (pixels * double(per_group)) + norm.eps);
     float* centre = norm.transform + entry * 3 * width;
+    const float* of_entry = norm.scale_shift ? norm.scale_shift + entry * norm.scale_shift_stride : nullptr;
     for (int64_t c = first; c < first + per_group; ++c) {
-        double exact = mean - (add ? double(add[c]) : 0.0), scale = norm.weight[c] * factor;
+        double weight = norm.weight[c], bias = norm.bias[c];
+        if (of_entry) {
+            double times = 1 + double(of_entry[c]);
+            weight *= times;
+            bias = bias * times + double(of_entry[width + c]);
+        }
+        double exact = mean - (add ? double(add[c]) : 0.0), scale = weight * factor;
         centre[c] = float(exact);
         centre[width + c] = float(scale);
-        centre[2 * width + c] = float(norm.bias[c] + (double(centre[c]) - exact) * scale);
+        centre[2 * width + c] = float(bias + (double(centre[c]) - exact) * scale);
     }
 }
 

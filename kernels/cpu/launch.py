@@ -62,17 +62,17 @@ def launch_x_0_error(m, x_0, t, address, table, *, stream, with_t):
     return out
 
 
-def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, *, silu):
+def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, scale_shift, *, silu):
     n, channels = y.shape[:2]
     pixels = y.shape[2:].numel()
     moments = -(-pixels // ROWS) * 2 * channels  # float64, of an entry
     scratch = torch.empty(n * (8 * moments + 12 * channels), dtype=torch.uint8, device="cpu")
-    add_stride = 0 if add is None or len(add) == 1 else add.stride(0)
+    rows = [word for row in (add, scale_shift) for word in (_pointer(row), _stride_of_rows(row))]
     at = scratch.data_ptr()
     _run(
         "group_norm", y.numel(),
         n, pixels, groups, x.shape[1], channels - x.shape[1],
-        y.data_ptr(), x.data_ptr(), _pointer(skip), _pointer(add), add_stride, weight.data_ptr(), bias.data_ptr(),
+        y.data_ptr(), x.data_ptr(), _pointer(skip), *rows, weight.data_ptr(), bias.data_ptr(),
         eps, silu, _DTYPES[y.dtype], at, at + 8 * n * moments,
     )  # fmt: skip
 
@@ -96,6 +96,11 @@ def launch_silu(y, x):
 def _run(name: str, elements: int, *words: Any) -> None:
     """Call a kernel. Args: elements: how many it computes, which decides how many threads work."""
     getattr(native().module, name)(torch.get_num_threads(), elements, *words)
+
+
+def _stride_of_rows(rows: Tensor | None) -> int:
+    """From the row of an entry to the next; 0: there are no rows, or one for all entries."""
+    return 0 if rows is None or len(rows) == 1 else rows.stride(0)
 
 
 def _pointer(x: Tensor | None) -> int:

@@ -22,11 +22,12 @@
     X(convolution, 1, 24)                                       \
     X(eps_loss, 2, 14)                                          \
     X(eps_loss_backward, 1, 14)                                 \
-    X(group_norm, 3, 17)                                        \
+    X(group_norm, 3, 19)                                        \
     X(interleave, 1, 8)                                         \
     X(noising, 1, 11)                                           \
     X(normal, 1, 6)                                             \
     X(pack, 1, 7)                                               \
+    X(resample, 1, 8)                                           \
     X(residual, 1, 7)                                           \
     X(silu, 1, 4)                                               \
     X(step, 1, 13)                                              \
@@ -43,16 +44,17 @@
     }
 
 // AVX-512 with products of bfloat16.
-#define EXTENSION(isa)                                                                                      \
-    namespace fastddpm::isa {                                                                               \
-    int columns();                                                                                          \
-    bool multiplies_bfloat16();                                                                             \
-    void attention(const Call&);                                                                            \
-    void convolution(const Call&);                                                                          \
-    void pack(const Call&);                                                                                 \
-    using avx512::eps_loss, avx512::eps_loss_backward, avx512::group_norm, avx512::interleave;              \
-    using avx512::noising, avx512::normal, avx512::residual, avx512::silu, avx512::step, avx512::x_0_error; \
-    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};                                                \
+#define EXTENSION(isa)                                                                                     \
+    namespace fastddpm::isa {                                                                              \
+    int columns();                                                                                         \
+    bool multiplies_bfloat16();                                                                            \
+    void attention(const Call&);                                                                           \
+    void convolution(const Call&);                                                                         \
+    void pack(const Call&);                                                                                \
+    using avx512::eps_loss, avx512::eps_loss_backward, avx512::group_norm, avx512::interleave;             \
+    using avx512::noising, avx512::normal, avx512::resample, avx512::residual, avx512::silu, avx512::step; \
+    using avx512::x_0_error;                                                                               \
+    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};                                               \
     }
 
 namespace fastddpm {

@@ -44,6 +44,13 @@ class Images(NamedTuple):
         return self.n * self.pixels * self.channels
 
 
+class Rows(NamedTuple):
+    """A row of fp32 for each entry, at a pointer (a word), `stride` elements apart; 0: one row for all."""
+
+    at: int
+    stride: int = 0
+
+
 class Buffer:
     """Memory of a program's arena, free again when nothing refers to it."""
 
@@ -116,17 +123,18 @@ class Program:
         groups: int,
         eps: float,
         *,
-        add: int = 0,
-        add_stride: int = 0,
+        add: Rows | None = None,
+        scale_shift: Rows | None = None,
         silu: bool,
     ) -> Images:
-        """`ops.group_norm`. Args: add: pointer to a row of fp32 for each entry, add_stride elements apart, or 0."""
+        """`ops.group_norm`. Args: add: rows of [channels]; scale_shift: rows of [2, channels]."""
         n, height, width, channels = x.n, x.height, x.width, x.channels + (skip.channels if skip else 0)
         y, blocks = self.images(n, height, width, channels), -(-x.pixels // 64)
         moments, transform = Buffer(self, n * blocks * 2 * channels * 8), Buffer(self, n * 3 * channels * 4)
         self._call(
             "group_norm", y.size, n, x.pixels, groups, x.channels, channels - x.channels,
-            y.at, x.at, skip.at if skip else 0, add, add_stride, self._keep(weight), self._keep(bias), float(eps),
+            y.at, x.at, skip.at if skip else 0, *(add or (0, 0)), *(scale_shift or (0, 0)), self.keep(weight),
+            self.keep(bias), float(eps),
             silu, _DTYPES[self.dtype], moments, transform,
         )  # fmt: skip
         return y
@@ -164,12 +172,20 @@ class Program:
         inputs = x.channels, skip.channels if skip else 0
         work = x.n * height * width * channels * (1 + weights.kernel**2 * sum(inputs) // 128)
         inputs_at = x.at, skip.at if skip else 0
-        parameters = self._keep(weights.packed), 0 if bias is None else self._keep(bias.float())
+        parameters = self.keep(weights.packed), 0 if bias is None else self.keep(bias.float())
         self._call(
             "convolution", work, _DTYPES[self.dtype], weights.winograd, x.n, x.height, x.width, *inputs, height, width,
             channels, weights.kernel, stride, *padding, *inputs_at, *parameters, residual.at if residual else 0,
             int(y.at) + offset, *strides, float(scale),
         )  # fmt: skip
+        return y
+
+    def resample(self, x: Images, *, up: bool) -> Images:
+        """Twice as many rows and columns, by nearest neighbours; or half as many, by the mean of 2 x 2 pixels."""
+        size = (2 * x.height, 2 * x.width) if up else (x.height // 2, x.width // 2)
+        y = self.images(x.n, *size, x.channels)
+        work = max(x.size, y.size)
+        self._call("resample", work, x.n, x.height, x.width, x.channels, up, y.at, x.at, _DTYPES[self.dtype])
         return y
 
     def attention(self, qkv: Images, head_dim: int) -> Images:
@@ -196,7 +212,7 @@ class Program:
         numbers = (int(word) if isinstance(word, Buffer) else word for word in words)
         self._calls.append((name, native().module.record(name, work, *numbers)))  # type: ignore[union-attr]
 
-    def _keep(self, tensor: Tensor) -> int:
+    def keep(self, tensor: Tensor) -> int:
         """The pointer to a tensor, which the program keeps."""
         self._kept.append(tensor)
         return tensor.data_ptr()

@@ -101,6 +101,7 @@ LAUNCHED |= {"eps_loss bf16", "eps_loss bf16, backward", "eps_loss bf16, v_predi
 LAUNCHED |= {f"predict_step {kind}" for kind in ("fp32, clip, z fp32", "fp32, clip, z registers", "bf16, clip, z bf16")}
 LAUNCHED |= {f"norm held bf16 {shape}, silu" for shape in ("1x1024x256, skip", "64x1024x128, add")}
 LAUNCHED |= {f"norm {kernel} bf16 1x65536x128, add, silu" for kernel in ("statistics", "apply")}
+LAUNCHED |= {f"norm {of}, add, scale_shift, silu" for of in ("held bf16 64x1024x128", "apply bf16 1x65536x128")}
 
 
 @pytest.mark.slow
@@ -234,7 +235,7 @@ with launch.compiling():
         residual.launch_residual(h, h, bias, 1.0)
     for pixels in (64, 1 << 16):  # one launch, and two
         x, bias = torch.zeros(1, 32, pixels, dtype=torch.bfloat16), torch.zeros(32)
-        group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, silu=True)
+        group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, None, silu=True)
     for side in (1, 4, 16):  # all sizes share one compiled kernel
         y = torch.zeros(1, 128, side + 1, side + 1, dtype=torch.bfloat16)
         interleave.launch_interleave(y.new_zeros(1, 32, 2 * side, 2 * side), y, bias)

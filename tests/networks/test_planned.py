@@ -11,6 +11,7 @@ from fastddpm import Sampler, UNet2D, ops
 from fastddpm.kernels.cpu.native import native
 from fastddpm.kernels.cpu.program import pack as program_pack
 from fastddpm.networks.planned import MOST_SHAPES, PlannedUNet, fastest_forward
+from tests.networks.test_unet2d import OPTIONS, OWN
 from tests.support.check import TINY, at_once
 from tests.support.draws import generator
 
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the C++ ker
 
 UNPLANNED = {  # options that programs lack
     "mish": {"act_fn": "mish"},
-    "scale_shift": {"resnet_time_scale_shift": "scale_shift"},
     "center_input_sample": {"center_input_sample": True},
 }
 
@@ -52,6 +52,12 @@ def test_networks_that_cannot_be_planned_run_layer_by_layer(option):
     net = tiny(**UNPLANNED[option])
     fused = net.for_inference(torch.float32)
     assert fastest_forward(fused) == fused.denoise
+
+
+@pytest.mark.parametrize("option", ["scale_shift", "resnet samplers", "guided-diffusion", "no convolution"])
+def test_options_of_other_projects_are_planned(option):
+    config = {**OPTIONS, **OWN}[option]
+    assert isinstance(fastest_forward(tiny(**config).for_inference(torch.float32)), PlannedUNet)
 
 
 def test_sampler_uses_a_program_unless_it_compiles():

@@ -15,7 +15,7 @@ from fastddpm.core.schedule import Schedule
 from fastddpm.networks.layers import GroupNorm
 from fastddpm.networks.planned import fastest_forward
 from fastddpm.networks.unet2d import UNet2D
-from fastddpm.reference.unet import timestep_embedding
+from fastddpm.reference.unet import UNet, timestep_embedding
 from tests.reference.test_unet import TrueTime
 from tests.support import check
 from tests.support.check import TINY, error_line
@@ -64,6 +64,24 @@ OPTIONS = {
     "norm_num_groups": {"norm_num_groups": 8},
     "dropout": {"dropout": 0.5},
     "sample_size": {"sample_size": (8, 24)},
+    "resnet samplers": {
+        **THREE,
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
+    "resnet samplers of attended blocks": {"downsample_type": "resnet", "upsample_type": "resnet"},
+    "guided-diffusion": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 4,
+        "num_class_embeds": 10,
+        "out_channels": 6,
+    },
     "class embedding": {"num_class_embeds": 10},
     "class embedding as of t": {"class_embed_type": "timestep"},
     "class embedding given": {"class_embed_type": "identity"},
@@ -147,7 +165,9 @@ def test_every_option_is_as_accurate_as_diffusers(option):
     Case({**TINY, **OPTIONS[option]}, one_t=True).assert_as_accurate_as_diffusers()
 
 
-@pytest.mark.parametrize("option", ["defaults", "three levels", "scale_shift", "class embedding", "no middle"])
+@pytest.mark.parametrize("option", [
+    "defaults", "three levels", "scale_shift", "class embedding", "no middle", "guided-diffusion"
+])  # fmt: skip
 def test_each_entry_may_have_its_own_t(option):
     Case({**TINY, **OPTIONS[option]}).assert_as_accurate_as_diffusers()
 
@@ -155,7 +175,7 @@ def test_each_entry_may_have_its_own_t(option):
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [
     "defaults", "two layers", "downsample_padding 0", "odd width", "mish", "scale_shift", "mid_block_scale_factor",
-    "channels", "class embedding"
+    "channels", "class embedding", "resnet samplers", "guided-diffusion"
 ])  # fmt: skip
 def test_execution_with_kernels_is_as_accurate_as_diffusers(option, interpreted):
     """Skips without concatenation, shortcuts as matrix products, biases added in the norms and the residuals."""
@@ -219,6 +239,36 @@ def test_public_layouts_have_the_parameters_of_diffusers(config):
     assert ours == theirs
     if config is CIFAR10:
         assert sum(shape.numel() for shape in ours.values()) == 35_746_307
+
+
+OWN = {  # options that diffusers lacks
+    "heads": {"num_attention_heads": 2},
+    "heads down and up": {**THREE, "num_attention_heads": (4, 2)},
+    "time_proj_dim": {"time_proj_dim": 20},
+    "no convolution": {**THREE, "downsample_type": "pool", "upsample_type": "nearest"},
+    "no convolution in bf16's kernels": {"downsample_type": "pool", "upsample_type": "nearest", "dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("option", OWN)
+def test_our_own_options_are_as_accurate_as_the_reference(option):
+    torch.manual_seed(0)
+    config, dtypes = {**TINY, **OWN[option]}, (torch.float32, torch.bfloat16)
+    net, x, t = UNet2D(**config).eval(), torch.randn(2, 3, 16, 16).bfloat16().float(), torch.tensor([3, 700])
+    plain = UNet(**config).eval()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        ref = plain.double()(x.double(), t)
+        results = {dtype: plain.to(dtype)(x.to(dtype), t) for dtype in dtypes}
+        check.assert_as_accurate(net(x, t), results[torch.float32], ref)
+        for dtype in dtypes:
+            fast = net.for_inference(dtype)
+            check.assert_as_accurate(fastest_forward(fast)(x.to(dtype), fast.time_rows(t)), results[dtype], ref)
+
+
+def test_own_options_are_in_a_configuration_only_if_given():
+    assert UNet2D(**TINY, num_attention_heads=None, time_proj_dim=None).config == UNet2D(**TINY).config
+    assert UNet2D(**TINY, num_attention_heads=[2, 4]).config["num_attention_heads"] == (2, 4)
 
 
 def test_configuration_is_completed_as_diffusers_does():
@@ -329,11 +379,12 @@ def test_we_load_diffusers_checkpoints(option, tmp_path):
     [
         {"time_embedding_type": "fourier"},
         {"time_embedding_type": "learned"},
-        {"downsample_type": "resnet"},
-        {"upsample_type": "resnet"},
-        {"down_block_types": ("ResnetDownsampleBlock2D", "DownBlock2D")},
+        {"downsample_type": "fir"},
+        {"upsample_type": "pool"},
+        {"num_attention_heads": [1, 2, 3]},
+        {"time_proj_dim": 1},
+        {"down_block_types": ("ResnetUpsampleBlock2D", "DownBlock2D")},
         {"down_block_types": ("DownBlock2D", "AttnSkipDownBlock2D")},
-        {"up_block_types": ("ResnetUpsampleBlock2D", "UpBlock2D")},
         {"up_block_types": ("UpBlock2D", "SkipUpBlock2D")},
         {"down_block_types": ("UpBlock2D", "DownBlock2D")},
         {"downsample_padding": 2},
@@ -348,7 +399,7 @@ def test_errors_name_the_unsupported_option(option):
     text = check.error_line(UNet2D, **{**TINY, **option})
     assert text.startswith("UNet2D: ")
     assert key in text
-    if key != "cross_attention_dim":
+    if key in TINY or isinstance(value, str):
         odd = next(entry for entry in value if entry not in TINY[key]) if isinstance(value, tuple) else value
         assert repr(odd) in text
 
@@ -362,6 +413,9 @@ def test_errors_name_the_unsupported_option(option):
         ({"norm_num_groups": None}, "norm_num_groups is None; want a whole number from 1 to 65536"),
         ({"attn_norm_num_groups": 3}, "attn_norm_num_groups is 3; want a whole number that divides [16]"),
         ({"attention_head_dim": 5}, "attention_head_dim is 5; want a whole number that divides [16]"),
+        ({"num_attention_heads": (2, 3)}, "num_attention_heads is (2, 3); want a whole number that divides [16]"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; want a whole number from 1 to 65536"),
+        ({"time_proj_dim": 8, "freq_shift": 4}, "freq_shift is 4; want less than 4"),
         ({"layers_per_block": [1, 1]}, "layers_per_block is [1, 1]; want a whole number from 1 to 100"),
         ({"layers_per_block": 0}, "layers_per_block is 0; want a whole number from 1 to 100"),
         ({"in_channels": "3"}, "in_channels is '3'; want a whole number from 1 to 65536"),

@@ -29,8 +29,10 @@ MEANS = {torch.float32: 1000.0, torch.float16: 100.0, torch.bfloat16: 10.0}
 class Problem:
     """Arguments of `ops.group_norm`, and the result of plain torch."""
 
-    def __init__(self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, silu=True, seed=0):
-        """Args: skip: number of channels to append to those of shape; rows: number of rows of add, 0 for no add."""
+    def __init__(self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, scaled=0, silu=True, seed=0):
+        """Args: skip: number of channels to append to those of shape; rows: number of rows of add, 0 for no add;
+        scaled: number of rows of scale_shift.
+        """
         n, channels, *spatial = shape
         channels += skip
         both = (torch.randn(n, channels, *spatial, generator=generator(seed)) + mean).to(dtype)
@@ -39,15 +41,18 @@ class Problem:
         self.weight, self.bias, shifts = torch.randn(3, channels, generator=generator(seed + 1)).unbind()
         self.table = torch.full((rows, channels + 5), nan)  # add is a slice of its columns
         self.table[:, 2:-3] = 3 * torch.randn(rows, channels, generator=generator(seed + 2)) + 5 * shifts
+        self.scaled = torch.full((scaled, 2 * channels + 5), nan)  # scale_shift is a slice of its columns
+        self.scaled[:, 2:-3] = 2 * torch.randn(scaled, 2 * channels, generator=generator(seed + 3))
         self.groups, self.silu, self.eps = groups, silu, 1e-5
 
     def arguments(self, device="cpu"):
         """Positional and keyword arguments."""
-        add = self.table.to(device)[:, 2:-3] if len(self.table) else None
+        add, scale_shift = (table.to(device)[:, 2:-3] if len(table) else None for table in (self.table, self.scaled))
         x, skip, weight, bias = (
             None if a is None else a.to(device) for a in (self.x, self.skip, self.weight, self.bias)
         )
-        return (x, weight, bias, self.groups), {"eps": self.eps, "skip": skip, "add": add, "silu": self.silu}
+        options = {"eps": self.eps, "skip": skip, "add": add, "scale_shift": scale_shift, "silu": self.silu}
+        return (x, weight, bias, self.groups), options
 
     def run(self, device="cpu") -> Tensor:
         args, options = self.arguments(device)
@@ -60,6 +65,9 @@ class Problem:
         if options["add"] is not None:
             v = v + options["add"].to(dtype).view(*options["add"].shape, *[1] * (x.ndim - 2))
         y = torch.group_norm(v, groups, weight.to(dtype), bias.to(dtype), self.eps)
+        if (rows := options["scale_shift"]) is not None:
+            scale, shift = rows.to(dtype).view(*rows.shape, *[1] * (x.ndim - 2)).chunk(2, 1)
+            y = y * (1 + scale) + shift
         y = F.silu(y) if self.silu else y
         return y if dtype == torch.float64 else y.to(x.dtype)
 
@@ -99,12 +107,16 @@ def planned(monkeypatch, kernel):
     return lambda plan: monkeypatch.setattr(kernel, "plan", lambda *shape: kernel.Plan(*plan))
 
 
-@pytest.mark.parametrize(("rows", "silu"), [(0, False), (1, True), ("n", True)], ids=["", "add, silu", "adds, silu"])
+@pytest.mark.parametrize(
+    ("rows", "scaled", "silu"),
+    [(0, 0, False), (1, 0, True), ("n", 0, True), (1, "n", True), (0, 1, False)],
+    ids=["", "add, silu", "adds, silu", "add, scales and shifts, silu", "scale and shift"],
+)
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize(("shape", "skip", "groups"), SHAPES, ids=str)
-def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, silu, device, guards):
-    rows = shape[0] if rows == "n" else rows
-    problem = Problem(shape, skip, groups, dtype=dtype, mean=MEANS[dtype], rows=rows, silu=silu)
+def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, scaled, silu, device, guards):
+    rows, scaled = (shape[0] if count == "n" else count for count in (rows, scaled))
+    problem = Problem(shape, skip, groups, dtype=dtype, mean=MEANS[dtype], rows=rows, scaled=scaled, silu=silu)
     args, options = problem.arguments(device)
     x = guards.holding(problem.x, device)
     options["skip"] = None if problem.skip is None else guards.holding(problem.skip, device)
@@ -123,7 +135,7 @@ PLANS = [(1, 16, 16, 4), (2, 16, 16, 4), (4, 16, 16, 4), (1, 2, 4, 4), (2, 4, 8,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_every_plan_is_as_accurate_as_torch(plan, dtype, kernel_device, guards, planned):
-    problem = Problem((2, 20, 5, 3), 16, 3, dtype=dtype, mean=MEANS[dtype], rows=2)
+    problem = Problem((2, 20, 5, 3), 16, 3, dtype=dtype, mean=MEANS[dtype], rows=2, scaled=2)
     planned(plan)
     problem.check(problem.run(kernel_device))
     guards.check()
@@ -174,16 +186,17 @@ HELD_AND_SHARED = [(4, 16, 16, 4), (2, 4, 8, 4)]
 @pytest.mark.parametrize("rows", [1, 2])
 def test_entries_do_not_depend_on_each_other(rows, plan, device, planned):
     planned(plan)
-    y = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows).run(device)
+    y = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows, scaled=rows).run(device)
     for i in range(2):
-        problem = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows)
-        for tensor in (problem.x, problem.skip, *[problem.table] * (rows > 1)):
+        problem = Problem((2, 20, 3, 3), 16, 4, dtype=torch.bfloat16, rows=rows, scaled=rows)
+        for tensor in (problem.x, problem.skip, *[problem.table, problem.scaled] * (rows > 1)):
             tensor[1 - i] = nan
         got = problem.run(device)
         assert torch.equal(got[i], y[i])
         assert got[1 - i].isnan().all()
         problem.x, problem.skip = problem.x[i : i + 1], problem.skip[i : i + 1]
-        problem.table = problem.table[i : i + 1] if rows > 1 else problem.table
+        if rows > 1:
+            problem.table, problem.scaled = problem.table[i : i + 1], problem.scaled[i : i + 1]
         assert torch.equal(problem.run(device)[0], y[i])
 
 
@@ -221,6 +234,26 @@ def test_one_row_equals_the_same_row_for_each_entry(plan, device, planned):
     args, options = one.arguments(device)
     assert torch.equal(ops.group_norm(*args, **options | {"add": options["add"].expand(2, -1)}), y)
     one.check(ops.group_norm(*args, **options | {"add": options["add"].contiguous()}))
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("skip", [0, 16])
+def test_a_scale_of_minus_one_leaves_the_shift(skip, plan, device, planned):
+    """Exactly: whatever the norm is, it is multiplied by 0."""
+    planned(plan)
+    problem = Problem((2, 20, 3, 3), skip, 4, scaled=2, silu=False)
+    channels = 20 + skip
+    problem.scaled[:, 2 : 2 + channels] = -1
+    shift = problem.scaled[:, 2 + channels : -3, None, None].expand(2, channels, 3, 3)
+    assert torch.equal(problem.run(device).cpu(), shift)
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+def test_one_scale_equals_the_same_for_each_entry(plan, device, planned):
+    planned(plan)
+    one, each = (Problem((2, 20, 3, 3), 16, 4, rows=1, scaled=rows) for rows in (1, 2))
+    each.scaled[:] = one.scaled
+    assert torch.equal(one.run(device), each.run(device))
 
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
@@ -287,14 +320,15 @@ def check(group):
     assert (group.cpu().double() - want).abs().max() <= torch.finfo(torch.float16).eps * want.abs().max()
 
 inputs, sizes = (x, skip, None), (pixels, channels, 4, 0)
+affine = weight, bias, None
 y, group = far(channels)
-kernels.held_kernel[n,](y, *inputs, weight, bias, *sizes, 1e-5, SILU=False, ROWS=2, **tile)
+kernels.held_kernel[n,](y, *inputs, *affine, *sizes, 0, 1e-5, SILU=False, ROWS=2, **tile)
 check(group)
 statistics = torch.empty(n * 2 * 3 * (channels // 8), device=device)  # 2^31 bytes and more
 tile |= {"ROWS": 1, "SLAB": 1}
 y, group = far(channels)
 kernels.statistics_kernel[2 * n,](statistics, *inputs, *sizes, 2, **tile)
-kernels.apply_kernel[2 * n,](y, *inputs, weight, bias, statistics, *sizes, 2, 1e-5, SILU=False, SLABS=2, **tile)
+kernels.apply_kernel[2 * n,](y, *inputs, *affine, statistics, *sizes, 0, 2, 1e-5, SILU=False, SLABS=2, **tile)
 check(group)
 """
 
@@ -367,7 +401,7 @@ def test_programs_share_large_groups_so_that_one_sample_fills_a_gpu(pixels, chan
 def damaged_arguments(name, damage):
     """Arguments of which one is damaged."""
     names = ("x", "weight", "bias", "groups")
-    args, options = Problem((2, 8, 3, 3), 4, 3, rows=2).arguments()
+    args, options = Problem((2, 8, 3, 3), 4, 3, rows=2, scaled=2).arguments()
     named = dict(zip(names, args, strict=True)) | options
     return named | {name: damage(named[name])}
 
@@ -423,6 +457,13 @@ BAD = [
     ),
     ("add", lambda add: add.clone().requires_grad_(), "add requires a gradient"),
     ("add", lambda add: 1.0, "add is float; want (1 or 2, 12)"),
+    ("scale_shift", lambda rows: rows[:, 1:], "scale_shift is (2, 23) torch.float32 on cpu; want (1 or 2, 24)"),
+    (
+        "scale_shift",
+        lambda rows: rows.half(),
+        "scale_shift is (2, 24) torch.float16 on cpu; want (1 or 2, 24) torch.fl",
+    ),
+    ("scale_shift", lambda rows: rows.clone().requires_grad_(), "scale_shift requires a gradient"),
     ("eps", lambda eps: 0, "eps is 0; want a number > 0"),
     ("eps", lambda eps: nan, "eps is nan; want a number > 0"),
     ("eps", lambda eps: "1e-5", "eps is '1e-5'; want a number > 0"),
@@ -478,9 +519,10 @@ def test_torch_compile_traces_group_norm(device, dynamic):
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_group_norm_passes_opcheck(full, device):
-    problem = Problem((2, 8, 3, 3), 4 * full, 2, dtype=torch.bfloat16, rows=2 * full)
+    problem = Problem((2, 8, 3, 3), 4 * full, 2, dtype=torch.bfloat16, rows=2 * full, scaled=2 * full)
     args, o = problem.arguments(device)
-    torch.library.opcheck(torch.ops.fastddpm.group_norm.default, (*args, 1e-5, o["skip"], o["add"], full))
+    rest = 1e-5, o["skip"], o["add"], o["scale_shift"], full
+    torch.library.opcheck(torch.ops.fastddpm.group_norm.default, (*args, *rest))
 
 
 def test_group_norm_supports_fake_tensors():

@@ -43,6 +43,17 @@ OPTIONS = {  # what differs from SMALL and from diffusers' defaults
         "down_block_types": ("AttnDownBlock2D",),
         "up_block_types": ("UpBlock2D",),
     },
+    "resnet_samplers": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attn_norm_num_groups": 8,
+        "num_class_embeds": 5,
+        "out_channels": 6,
+    },
+    "resnet_samplers_of_attended_blocks": {"downsample_type": "resnet", "upsample_type": "resnet"},
     **{act: {"act_fn": act} for act in ("swish", "mish", "gelu", "relu")},
 }
 CIFAR10 = {
@@ -151,7 +162,9 @@ def test_equals_diffusers_in_float64(options):
     assert want.std() > 0.1  # the output is not just a bias
 
 
-@pytest.mark.parametrize("name", ["attention_at_the_ends", "scale_shift_norm", "classes", "classes_timestep"])
+@pytest.mark.parametrize("name", [
+    "attention_at_the_ends", "scale_shift_norm", "classes", "classes_timestep", "resnet_samplers"
+])  # fmt: skip
 @torch.no_grad()
 def test_every_parameter_matters(name):
     """Otherwise the comparison above could not detect a parameter in the wrong place."""
@@ -166,6 +179,56 @@ def test_every_parameter_matters(name):
         parameter += torch.randn_like(parameter)
         assert error(net(x, t, labels), want) > 1e-6, name
         parameter.copy_(kept)
+
+
+# Options that diffusers lacks: its network, with the parts changed
+
+
+@pytest.mark.parametrize("heads", [2, (2, 1), [1, 4]])
+@torch.no_grad()
+def test_num_attention_heads_is_the_number_of_heads(heads):
+    everywhere = {kind: (value,) * 3 for kind, value in
+                  (("down_block_types", "AttnDownBlock2D"), ("up_block_types", "AttnUpBlock2D"))}  # fmt: skip
+    theirs = diffusers_unet(**SMALL | everywhere)
+    down, up = (heads, heads) if isinstance(heads, int) else heads
+    for name, module in theirs.named_modules():
+        if hasattr(module, "to_q"):
+            module.heads = up if "up_blocks" in name else down
+            module.scale = (module.to_q.out_features / module.heads) ** -0.5
+    ours = UNet(**{**theirs.config, "num_attention_heads": heads}).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, t, _ = inputs(theirs)
+    assert error(ours(x, t), theirs(x, t).sample) <= 1e-12
+    assert error(plain_unet(theirs)(x, t), theirs(x, t).sample) > 1e-6
+
+
+@torch.no_grad()
+def test_time_proj_dim_is_the_number_of_sines_and_cosines():
+    theirs = diffusers_unet(**SMALL, time_embedding_dim=64)
+    wide = torch.randn(64, 32, dtype=torch.float64)
+    theirs.time_embedding.linear_1.weight.data = wide
+    theirs.time_proj = TrueTime({**theirs.config, "block_out_channels": (32,)})
+    ours = UNet(**{**theirs.config, "time_proj_dim": 32}).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, t, _ = inputs(theirs)
+    assert error(ours(x, t), theirs(x, t).sample) <= 1e-12
+
+
+@torch.no_grad()
+def test_sizes_may_change_without_a_convolution():
+    """As in diffusers' network whose convolutions are the identity: 2 x 2 means with stride 2, and one pixel."""
+    theirs = diffusers_unet(**SMALL)
+    ours = UNet(**{**theirs.config, "downsample_type": "pool", "upsample_type": "nearest"}).double()
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if "samplers" not in name})
+    for name, module in theirs.named_modules():
+        if name.endswith("samplers.0.conv"):
+            size, taps = (2, slice(1, 3)) if "down" in name else (1, slice(1, 2))
+            module.weight.zero_()
+            module.bias.zero_()
+            channels = range(len(module.bias))
+            module.weight[channels, channels, taps, taps] = 1 / size**2
+    x, t, _ = inputs(theirs)
+    assert error(ours(x, t), theirs(x, t).sample) <= 1e-12
 
 
 def test_gradients_equal_diffusers_in_float64():
@@ -273,8 +336,8 @@ def test_timestep_embedding_equals_diffusers_within_its_rounding(flip, shift):
         ({"up_block_types": ("UpBlock2D",)}, "block_out_channels has 3 levels"),
         ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type has 'UNetMidBlock2DCrossAttn'"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type has 'fourier'"),
-        ({"downsample_type": "resnet"}, "downsample_type has 'resnet'"),
-        ({"upsample_type": "resnet"}, "upsample_type has 'resnet'"),
+        ({"downsample_type": "fir"}, "downsample_type has 'fir'"),
+        ({"upsample_type": "pool"}, "upsample_type has 'pool'"),
         ({"downsample_padding": 2}, "downsample_padding has 2"),
         ({"act_fn": "tanh"}, "act_fn has 'tanh'"),
         ({"resnet_time_scale_shift": "ada_group"}, "resnet_time_scale_shift has 'ada_group'"),

@@ -28,7 +28,18 @@ def machine_code(source: Path, folder: Path, *flags: str) -> str:
 def test_kernel_compiles_to_vector_instructions(name, tmp_path):
     contract = "fast" if name in FUSED else "off"
     code = machine_code(SOURCES / f"{name}.cpp", tmp_path, "-DFASTDDPM_ISA=portable", f"-ffp-contract={contract}")
-    if name in ("interleave", "residual", "normal", "step", "noising", "eps_loss", "group_norm", "silu", *FUSED):
+    if name in (
+        "interleave",
+        "residual",
+        "normal",
+        "step",
+        "noising",
+        "eps_loss",
+        "group_norm",
+        "resample",
+        "silu",
+        *FUSED,
+    ):
         assert re.search(VECTOR if name not in FUSED else r"\bfml[as]\s+v\d+\.4s", code)
     if name not in FUSED:
         assert not re.search(r"\bfn?m(?:add|sub|la|ls)\b", code)

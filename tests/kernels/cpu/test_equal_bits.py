@@ -46,7 +46,8 @@ def noised(dtype):
 
 def activations(dtype):
     x, skip, add = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype), normal(3, 40, seed=2)
-    y = ops.group_norm(x, normal(40, seed=3), normal(40, seed=4), 5, eps=1e-5, skip=skip, add=add, silu=True)
+    rows = {"add": add, "scale_shift": normal(3, 80, seed=7)}
+    y = ops.group_norm(x, normal(40, seed=3), normal(40, seed=4), 5, eps=1e-5, skip=skip, **rows, silu=True)
     return y, ops.residual(x, skip, normal(20, seed=5), 3.0), ops.interleave(skip, normal(5, seed=6))
 
 

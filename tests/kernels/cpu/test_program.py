@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core import layout
-from fastddpm.kernels.cpu.program import Images, Program, Weights, given, pack
+from fastddpm.kernels.cpu.native import native
+from fastddpm.kernels.cpu.program import Images, Program, Rows, Weights, given, pack
 from fastddpm.networks.layers import Upsample
 from tests.kernels.cpu.conftest import BFLOAT16, INSTRUCTION_SETS
 from tests.support.check import assert_as_accurate, at_once
@@ -256,22 +257,50 @@ def test_bits_of_attention_depend_on_neither_batch_nor_threads(name, threads):
     assert torch.equal(attention_of(layout.channels_last(qkv[-1:]), dim), want[-1:])
 
 
+@pytest.mark.parametrize("scaled", [0, 1, 2])
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("skip", [0, 10])
-def test_norm_of_a_program_is_the_operation(skip, rows):
+def test_norm_of_a_program_is_the_operation(skip, rows, scaled):
     x, second = images(2, 22, 9, 9), images(2, skip, 9, 9, seed=1) if skip else None
     channels = 22 + skip
     weight, bias, add = normal(channels, seed=2), normal(channels, seed=3), normal(max(rows, 1), channels, seed=4)
-    options = {"eps": 1e-5, "silu": True}
-    want = ops.group_norm(x, weight, bias, 2, skip=second, add=add if rows else None, **options)
+    scale_shift = normal(max(scaled, 1), 2 * channels, seed=5)
+    options = {"eps": 1e-5, "silu": True, "add": add if rows else None, "scale_shift": scale_shift if scaled else None}
+    want = ops.group_norm(x, weight, bias, 2, skip=second, **options)
     program, y = Program(), torch.full(want.shape, math.nan).movedim(1, -1).contiguous().movedim(-1, 1)
-    stride = channels if rows > 1 else 0
     got = program.group_norm(
         described(1, x), described(2, second) if skip else None, weight, bias, 2, 1e-5,
-        add=given(3) if rows else 0, add_stride=stride, silu=True,
+        add=Rows(given(3), channels * (rows > 1)) if rows else None,
+        scale_shift=Rows(given(5), 2 * channels * (scaled > 1)) if scaled else None, silu=True,
     )  # fmt: skip
     program.convolution(got, pack(layout.channels_last(torch.eye(channels)[..., None, None])), into=described(4, y))
-    program.run(x.data_ptr(), second.data_ptr() if skip else 0, add.data_ptr(), y.data_ptr())
+    program.run(x.data_ptr(), second.data_ptr() if skip else 0, add.data_ptr(), y.data_ptr(), scale_shift.data_ptr())
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 7, 6, 4), (3, 40, 4, 10)], ids=str)
+def test_resampling_has_the_bits_of_torch(shape, up, dtype, isa, use):
+    x, (n, channels, height, width) = images(*shape).to(dtype), shape
+    want = F.interpolate(x, scale_factor=2.0, mode="nearest") if up else F.avg_pool2d(x, 2)
+    for count in (1, 3):
+        y = layout.channels_last(torch.full_like(want, math.nan))
+        with use(isa):
+            pointers = y.data_ptr(), x.data_ptr(), {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
+            native().module.resample(count, 1 << 40, n, height, width, channels, up, *pointers)
+        assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+def test_a_program_resamples(up):
+    x, program = images(2, 32, 4, 6), Program()
+    want = F.interpolate(x, scale_factor=2.0, mode="nearest") if up else F.avg_pool2d(x, 2)
+    y = layout.channels_last(torch.full_like(want, math.nan))
+    one = pack(layout.channels_last(torch.eye(32)[..., None, None]))
+    program.convolution(program.resample(described(1, x), up=up), one, into=described(2, y))
+    program.run(x.data_ptr(), y.data_ptr())
     assert torch.equal(y, want)
 
 

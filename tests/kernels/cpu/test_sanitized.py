@@ -74,11 +74,16 @@ def images():
             native.residual(n * h * w, c, memory(size * count), memory(size * count), bias, scale, dtype)
         native.interleave(n, h, w, c, memory(4 * size * count),
                           memory(4 * size * n * (h + 1) * (w + 1) * c), floats(c), dtype)
-        for skip, add in itertools.product((0, 11), (None, 1)):
+        for up in (0, 1):  # both sides even, to be halved
+            native.resample(n, 2 * h, 2 * w, c, up, memory(size * count * (16 if up else 1)),
+                            memory(4 * size * count), dtype)
+        for skip, add, scaled in itertools.product((0, 11), (None, 1), (None, 1)):
             width, blocks = c + skip, -(-h * w // 64)
             native.group_norm(n, h * w, 1, c, skip, memory(size * n * h * w * width),
                               memory(size * count), memory(size * n * h * w * skip) if skip else None,
-                              floats(n * width) if add else None, width, floats(width), floats(width), 1e-5, 1, dtype,
+                              floats(n * width) if add else None, width,
+                              floats(2 * n * width) if scaled else None, 2 * width, floats(width), floats(width),
+                              1e-5, 1, dtype,
                               memory(16 * n * blocks * width), floats(3 * n * width))
 
 def packed(out, channels, kernel, winograd, dtype=0):
@@ -122,9 +127,11 @@ def far():
     assert struct.unpack("4f", ctypes.string_at(at + 4 * stride, 16)) == (2.0,) * 4
     ctypes.memmove(at + 4 * stride, struct.pack("f", 3.0), 4)
     y = floats(4)
-    native.group_norm(2, 1, 1, 2, 0, y, floats(4), None, at, stride, floats(2, 1.0, 1.0), floats(2), 1e-5, 0, 0,
-                      memory(16 * 2 * 2), floats(12))
-    assert struct.unpack("4f", ctypes.string_at(y, 16))[2] > 0.9
+    for add, scaled in ((at, None), (None, at)):
+        ctypes.memmove(at + 4 * (stride + 2), struct.pack("2f", 3.0, 3.0), 8)
+        native.group_norm(2, 1, 1, 2, 0, y, floats(4), None, add, stride, scaled, stride, floats(2, 1.0, 1.0),
+                          floats(2), 1e-5, 0, 0, memory(16 * 2 * 2), floats(12))
+        assert struct.unpack("4f", ctypes.string_at(y, 16))[2] > 0.9
 
 def one():
     at = packed(1, 1, 1, 0)

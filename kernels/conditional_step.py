@@ -1,7 +1,7 @@
 """Fused reverse step x_t -> x_{t-1} of a conditional network: guidance, learned variances, known parts of x_0.
 
-Traffic: 8 bytes per element for x, plus all elements of m: twice as many with guidance, and again for learned variances;
-5 bytes for known parts. Both kinds of noise are made in registers.
+Traffic: 8 bytes per element for x, plus all elements of m: twice as many with guidance, and again for learned
+variances; 5 bytes for known parts. Both kinds of noise are made in registers.
 Precision: all arithmetic in fp32 in the written order.
 Faults: as in step.py.
 Spec: fastddpm/reference/diffusion.py::update, guided, deviation, replaced; noise of streams 0 and 4.

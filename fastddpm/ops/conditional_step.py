@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import noise
-from fastddpm.core.table import COLUMNS, StepColumns, StepTable
+from fastddpm.core.table import COLUMNS, StepTable
 from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_address, check_rows, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, register
@@ -29,8 +29,8 @@ def conditional_step(
 ) -> None:
     """Take one reverse step, x_t -> x_{t-1}, in place.
 
-    Bit for bit `reference.diffusion.update`, with m = `guided(m_c, m_u, guidance)` and followed by `replaced`. The noise
-    z is that of `ops.step`; the noise of the known part has the stream noise.KNOWN and the same t.
+    Bit for bit `reference.diffusion.update`, with m = `guided(m_c, m_u, guidance)` and followed by `replaced`. z is the
+    noise of `ops.step`; the noise of the known part has the stream noise.KNOWN and the same t.
 
     Args:
         x: [N, C, *spatial] or [N, D] fp32, channels-last, data units; overwritten with x_{t-1}.

@@ -28,7 +28,7 @@ train: trainer initial grids batches run_folder state updates options
 | diffusers: accelerating decoding pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
 sampling: job manifest sampler arguments loop watch batches engine runner model own_network capture fixed_reads \
           reachable
-checkpoints: loading diffusers weights parameters reading checkpoint shipped
+checkpoints: loading diffusers guided_diffusion flags lucidrains files weights parameters reading checkpoint shipped
 networks: planned unet2d obstacles config resnet layers
 processes: progress displays distributed signals
 storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \

@@ -2,8 +2,8 @@
 
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.diffusers import save
-from fastddpm.checkpoints.loading import load
+from fastddpm.checkpoints.loading import FORMATS, load
 from fastddpm.checkpoints.parameters import load_into
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
 
-__all__ = ["SHIPPED_MODEL", "Checkpoint", "load", "load_into", "save", "shipped_model"]
+__all__ = ["FORMATS", "SHIPPED_MODEL", "Checkpoint", "load", "load_into", "save", "shipped_model"]

@@ -1,32 +1,131 @@
 """Loads a checkpoint of any format: finds or downloads it, recognises its format and calls that format's module."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fastddpm.checkpoints import diffusers
+from fastddpm.checkpoints import diffusers, files, guided_diffusion, lucidrains
 from fastddpm.checkpoints.checkpoint import Checkpoint
+from fastddpm.checkpoints.flags import FORMATS as OF_UNETMODEL
+from fastddpm.checkpoints.flags import OF_ONE_FORMAT, check_names, parse_flags
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
-from fastddpm.core.checks import checked_call, shown
+from fastddpm.core.checks import checked_call, one_of, shown
 from fastddpm.core.schedule import Schedule
+
+FORMATS = ("diffusers", *OF_UNETMODEL, "lucidrains")
+_OF_DIFFUSERS = ("model_index.json", "unet", "unet_ema", "scheduler", "scheduler_config.json")
+_FILE = "a .pt file of guided-diffusion, improved-diffusion or lucidrains"
 
 
 @checked_call
-def load(source: str | os.PathLike[str], *, variant: str | None = None, schedule: Schedule | None = None) -> Checkpoint:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    schedule: Schedule | None = None,
+    format: str = "auto",
+    **config: Any,
+) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         source: a folder; or "fashion-mnist", the bundled model; or the id of a model on the Hugging Face hub
-            ("google/ddpm-cifar10-32"), which is downloaded once.
+            ("google/ddpm-cifar10-32"), which is downloaded once; or a file of weights of another project, such as
+            `256x256_diffusion.pt` or `model-100.pt`, or the folder that holds it.
         variant: the variant of the weights, such as "fp16" for diffusion_pytorch_model.fp16.safetensors.
         schedule: use this one and not that of the checkpoint, which then needs none.
-    Raises: ValueError: there is no checkpoint, or one of its files is missing, damaged or for another class.
+        format: one of FORMATS; "auto": recognise it.
+        config: how a file of weights was made, under the original names: the flags of guided-diffusion's and
+            improved-diffusion's scripts, or the options of lucidrains' Unet and GaussianDiffusion. They come before
+            those in the JSON file beside it, which has the file's name or is called config.json.
+    Raises: ValueError: there is no checkpoint, or one of its files is missing, damaged or for another class; or an
+        option is unknown, or differs from what the file shows.
     """
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     if not path or not isinstance(path, str):
-        raise ValueError(f"the checkpoint is {shown(source)}; {diffusers.WANTED}")
+        raise ValueError(f"the checkpoint is {shown(source)}; {diffusers.WANTED}, or {_FILE}")
     if schedule is not None and not isinstance(schedule, Schedule):
         raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule, or None for the checkpoint's")
+    one_of("format", format, ("auto", *FORMATS))
+    place, notes = _file_of_weights(path, format)
+    if place is not None:
+        if variant is not None:
+            raise ValueError(f"variant is {shown(variant)}, but {place} is one file; leave it out")
+        return _load_file(place, format, config, schedule, notes)
+    if config:
+        raise ValueError(
+            f"there is no argument {shown(next(iter(config)))} for a checkpoint of diffusers; leave it out"
+        )
     folder = Path(path)
     if not os.path.isdir(path):
         folder = shipped_model() if path == SHIPPED_MODEL else diffusers.download(path, variant)
-    return diffusers.read(folder, variant, schedule)  # the only format so far; its errors name the files it looked for
+    return diffusers.read(folder, variant, schedule)
+
+
+def _file_of_weights(path: str, format: str) -> tuple[Path | None, tuple[str, ...]]:
+    """(the file of weights that a source stands for, notes); None: the source is a checkpoint of diffusers."""
+    place = Path(path)
+    if format == "diffusers":
+        return None, ()
+    is_file = os.path.lexists(place) and not os.path.isdir(place)
+    if place.suffix in files.SUFFIXES and (is_file or place.suffix in files.SUFFIXES[:2]):
+        return place, ()
+    if not os.path.isdir(place) or any(os.path.lexists(place / name) for name in _OF_DIFFUSERS):
+        return None, ()
+    found, notes = files.weights_in(place)
+    if found is None and not os.path.lexists(place / files.CONFIG):
+        raise ValueError(
+            f"{place} is not a DDPM checkpoint: it has no unet/{files.CONFIG} and no {files.CONFIG}, as diffusers "
+            f"writes them, and no {_FILE.removeprefix('a ')}"
+        )
+    return found, notes
+
+
+def _load_file(
+    path: Path,
+    format: str,
+    config: Mapping[str, Any],
+    schedule: Schedule | None,
+    notes: tuple[str, ...],
+) -> Checkpoint:
+    content = files.read_content(path)
+    options, place = files.read_options(path)
+    state = files.find_state(content, guided_diffusion.FIRST)
+    if format in ("auto", "lucidrains") and lucidrains.is_lucidrains(content):
+        found = lucidrains.build(path, content, {**options, **config}, schedule)
+    elif format in ("auto", *OF_UNETMODEL) and state is not None:
+        source = "a flag" if place is None else str(place)
+        in_file, ignored = parse_flags(options.get("flags", options), source)
+        if options.get("NUM_CLASSES") is not None:
+            in_file["NUM_CLASSES"] = options["NUM_CLASSES"]
+        check_names(list(config))
+        given = in_file | parse_flags(config, "a flag")[0]
+        if "flags" not in options and place is not None and place.name == files.CONFIG and not in_file:
+            ignored = ()  # a configuration of something else
+        project = _project(format, options, {**options.get("flags", options), **config})
+        if ignored:
+            notes += (f"{place}: {', '.join(map(shown, ignored[:5]))} is no flag of {project}; it was ignored",)
+        weights = files.check_tensors(path, state[0])
+        found = guided_diffusion.build(path, weights, given, project, schedule)
+        if state[1]:
+            notes += (f"{path} holds the network under {shown(state[1])}",)
+    else:
+        wanted = f"{guided_diffusion.FIRST} (guided-diffusion, improved-diffusion) or ema with model.init_conv.weight"
+        raise ValueError(
+            f"{path} is not a checkpoint of {'a known format' if format == 'auto' else format}: it has no {wanted} "
+            "(lucidrains); want one of those files, or the folder that diffusers wrote"
+        )
+    return found.with_notes(notes)
+
+
+def _project(format: str, options: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
+    """Which of the two projects a UNetModel is from: the file shows nothing, but some flags belong to one of them."""
+    if format != "auto":
+        return format
+    named = str(options.get("project", ""))
+    for project in OF_UNETMODEL:
+        if project in named:
+            return project
+    guided, improved = (bool(OF_ONE_FORMAT[project] & flags.keys()) for project in OF_UNETMODEL)
+    return OF_UNETMODEL[improved and not guided]

@@ -56,7 +56,7 @@ def read_weights(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], 
     if name is None:
         raise ValueError(f"{folder} has no weights; looked for {', '.join(readers)}{_way_out(folder, variant)}")
     content = readers[name](folder / name)
-    if others := [key for key, value in content.items() if not _is_plain(value)]:
+    if others := [key for key, value in content.items() if not is_plain(value)]:
         surplus = f"entries that are not dense floating-point tensors ({first_few(others)})"
         raise ValueError(f"{folder / name} holds {surplus}; want a network's parameters alone")
     content, removed = _with_current_names(content)
@@ -72,7 +72,7 @@ def _way_out(folder: Path, variant: str | None) -> str:
     return f'; it has those of variant {found[0]}: pass variant="{found[0]}" (--variant {found[0]})' if found else ""
 
 
-def _is_plain(value: object) -> bool:
+def is_plain(value: object) -> bool:
     """Whether value is a tensor of numbers that are all in memory: not sparse, quantised, on meta or expanded."""
     return (
         isinstance(value, Tensor)

@@ -21,7 +21,7 @@ MOST_NUMBERS = 10_000_000  # in a list that is kept in memory
 
 def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the argument CHECKPOINT and the option --variant."""
-    text = "a diffusers checkpoint: a folder or a Hugging Face Hub id"
+    text = "a checkpoint: a folder, a Hugging Face Hub id, or another project's .pt file"
     if required:
         text = f"{text}; or {SHIPPED_MODEL}, the bundled model"
         parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
@@ -41,6 +41,9 @@ def checkpoint_files(source: str | None) -> list[Path]:
     folder = source or ""
     if source in (None, SHIPPED_MODEL) and not os.path.isdir(folder):
         folder = str(shipped_model())
+    if os.path.isfile(folder):
+        path = Path(folder)
+        return [path, path.with_suffix(".json"), path.parent / "config.json"]
     if not os.path.isdir(folder):
         return []
     files = [*Path(folder).glob("*"), *Path(folder).glob("*/*")]

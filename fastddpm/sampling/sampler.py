@@ -160,31 +160,36 @@ class Sampler:
         precision: str = "auto",
         engine: str = "auto",
         batch_invariant: bool | int = False,
+        format: str = "auto",
+        **config: Any,
     ) -> "Sampler":
-        """Load a DDPM checkpoint in the format of diffusers.
+        """Load a DDPM checkpoint in the format of diffusers, guided-diffusion, improved-diffusion or lucidrains.
 
         Args:
             source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None or "fashion-mnist": the
-                bundled model, 28 x 28 garments.
+                bundled model, 28 x 28 garments; or a file of weights of another project, such as "model-100.pt".
             variant: of the weights, such as "fp16".
             schedule: use this one and not that of the checkpoint, which then needs none.
             shape: (C, H, W) of one sample; None: that of the checkpoint.
             device, precision, engine, batch_invariant: as in the constructor.
+            format, config: of a file of weights: see `fastddpm.checkpoints.load`.
         Raises: ValueError: there is no checkpoint, or it is damaged or needs something that is not supported.
         """
         compute = Compute.resolve(device, precision)
         folder = checkpoints.shipped_model() if source is None else source
-        checkpoint = checkpoints.load(folder, variant=variant, schedule=schedule)
+        checkpoint = checkpoints.load(folder, variant=variant, schedule=schedule, format=format, **config)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=3)
-        with torch.device("meta"):
-            net = UNet2D(**checkpoint.config)
-        net.to_empty(device=compute.device)
-        checkpoints.load_into(net, checkpoint.parameters)
+        net = checkpoint.network
+        if net is None:
+            with torch.device("meta"):
+                net = UNet2D(**checkpoint.config)
+            net.to_empty(device=compute.device)
+            checkpoints.load_into(net, checkpoint.parameters)
         sampler = cls(
             net.eval(),
             checkpoint.schedule,
-            shape=shape,
+            shape=checkpoint.shape if shape is None else shape,
             device=compute.device,
             precision=compute.precision,
             engine=engine,

@@ -58,6 +58,8 @@ def _loaded(source: str, place: str | Path) -> Initial:
     checkpoint = checkpoints.load(place)
     if checkpoint.decoder is not None:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
+    if checkpoint.network is not None:
+        raise ValueError(f"init is {source}, whose network is not a UNet2D; start from another checkpoint")
     if not all(weights.isfinite().all() for weights in checkpoint.parameters.values()):
         raise ValueError(f"init is {source}, whose weights are not finite; start from another checkpoint")
     for note in checkpoint.notes:

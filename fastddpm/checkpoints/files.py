@@ -1,0 +1,77 @@
+"""A checkpoint that is one file of weights, such as `model.pt`, with its options in a JSON file beside it."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastddpm.checkpoints.parameters import first_few
+from fastddpm.checkpoints.reading import read_json, read_pickle, read_safetensors
+from fastddpm.checkpoints.weights import is_plain
+
+SUFFIXES = (".pt", ".pth", ".safetensors")
+CONFIG = "config.json"
+
+
+def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """(the file of weights in a folder that is no checkpoint of diffusers, notes); None: there is none.
+
+    Averages of the weights come first, then later steps.
+    """
+    names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES[:2]) and not name.startswith("opt")]
+    if not names:
+        return None, ()
+    configured = read_json(folder / CONFIG).get("checkpoint") if os.path.lexists(folder / CONFIG) else None
+    if configured in names:
+        return folder / configured, ()
+
+    def rank(name: str) -> tuple[bool, int, str]:
+        numbers = re.findall(r"\d+", name)
+        return name.startswith("ema"), int(numbers[-1][:18]) if numbers else -1, name
+
+    best = max(names, key=rank)
+    others = len(names) - 1
+    note = f"{folder} holds {len(names)} files of weights, of which {best} was read; the others are checkpoints, too"
+    return folder / best, (note,) if others else ()
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What a file of weights holds. Raises: ValueError: it cannot be read, or its pickle needs code."""
+    return dict(read_safetensors(path)) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def read_options(path: Path) -> tuple[dict[str, Any], Path | None]:
+    """(the options beside a file of weights, the JSON file that holds them): of its name, or else `config.json`."""
+    for place in (path.with_suffix(".json"), path.parent / CONFIG):
+        if os.path.lexists(place):
+            return read_json(place), place
+    return {}, None
+
+
+def find_state(content: Mapping[str, Any], first: str) -> tuple[dict[str, Any], str] | None:
+    """(the parameters among which `first` is, under their own names; where they were), or None.
+
+    They may be in dictionaries within the content, and have a prefix, such as that of DistributedDataParallel. Averages
+    of the weights are preferred.
+    """
+    found = []
+    for place, state in [
+        ("", content),
+        *((key, value) for key, value in content.items() if isinstance(value, Mapping)),
+    ]:
+        for key in state:
+            if isinstance(key, str) and (key == first or key.endswith(f".{first}")):
+                prefix = key.removesuffix(first)
+                own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+                found.append((own, ".".join(part for part in (place, prefix.rstrip(".")) if part)))
+    return next((item for item in found if "ema" in item[1].lower()), found[0] if found else None)
+
+
+def check_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters, detached. Raises: ValueError: one is not a dense tensor of floating-point numbers."""
+    if others := [name for name, value in state.items() if not is_plain(value)]:
+        raise ValueError(f"{path} holds entries that are not dense floating-point tensors ({first_few(others)})")
+    return {name: value.detach() for name, value in state.items()}

@@ -148,8 +148,8 @@ def _check_flags(path: Path, layout: Layout, given: Mapping[str, Any], flags: Ma
         del shown["conv_resample"]  # without effect
     if len(layout.widths) == 1:
         del shown["resblock_updown"]  # likewise
-    images = layout.out_channels / (2 if flags["learn_sigma"] else 1)
-    if layout.in_channels in (images, 2 * images):  # twice: super-resolution
+    images, rest = divmod(layout.out_channels, 2 if flags["learn_sigma"] else 1)
+    if not rest and layout.in_channels in (images, 2 * images):  # twice: super-resolution
         del shown["learn_sigma"]
     elif "learn_sigma" not in given:
         raise ValueError(f"{path} holds a network of {layout.in_channels} channels in and {layout.out_channels} out")

@@ -1,6 +1,7 @@
 """Checkpoints of guided-diffusion and improved-diffusion: networks, flags and loops, as the projects compute them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastddpm import Sampler, UNet2D, checkpoints, ops
+from fastddpm import Sampler, UNet2D, checkpoints
 from fastddpm.checkpoints.flags import DEFAULTS
-from fastddpm.core import noise
 from fastddpm.networks.planned import fastest_forward
 from fastddpm.reference.unet import UNet
 from tests.support import check
+from tests.support.recorded import replay
 from tests.support.unet_model import UNetModel
 
 FIXTURE = Path(__file__).parents[1] / "data" / "guided-diffusion-cond-updown"
@@ -114,27 +115,6 @@ def test_a_wrong_order_or_number_of_heads_fails(option, tmp_path):
         assert (reference(x, t) - want).abs().max() > 1e-6 * want.abs().max()
 
 
-def loop(found, forward, prefix: str, monkeypatch, **how) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the state after each step, the timesteps), fed with the recorded noises."""
-    table = found.schedule.table(**how)
-    visited = table.timesteps.flip(0).tolist()
-    noises = dict(zip(visited, EXPECTED[f"{prefix}_z"], strict=True))
-    monkeypatch.setattr(
-        noise, "normal", lambda address, shape, *, stream, t: torch.stack(
-            [noises[int(each)][i] for i, each in enumerate(t)]
-        )
-    )  # fmt: skip
-    x, states, address = EXPECTED[f"{prefix}_xT"].clone(), [], torch.zeros(2, 2, dtype=torch.int64)
-    x = x.contiguous(memory_format=torch.channels_last)
-    with ops.forced_backend("torch"):
-        for row in reversed(range(len(table))):
-            pos = torch.full((2,), row, dtype=torch.int32)
-            m = forward(x, table.timesteps[pos]).contiguous(memory_format=torch.channels_last)
-            ops.conditional_step(x, m, table, pos, address)
-            states.append(x.clone())
-    return torch.stack(states), torch.tensor(visited)
-
-
 LOOPS = {
     "ddpm25": {"steps": 25},
     "ddim10": {"timesteps": range(900, -1, -100), "sampler": "ddim"},
@@ -155,17 +135,24 @@ def test_the_project_s_network_is_matched():
 
 @pytest.mark.parametrize("prefix", LOOPS)
 def test_the_project_s_loops_are_matched(prefix, monkeypatch):
-    found = checkpoints.load(FIXTURE)
-    net = UNet2D(**found.config).eval()
-    checkpoints.load_into(net, found.parameters)
-    fast = net.for_inference(torch.float32)
-    forward = fastest_forward(fast)
-    got, visited = loop(
-        found, lambda x, t: forward(x, fast.time_rows(t, EXPECTED["sample_y"])), prefix, monkeypatch, **LOOPS[prefix]
-    )
-    assert visited.tolist() == EXPECTED[f"{prefix}_t"].tolist()
-    assert (got - EXPECTED[f"{prefix}_traj"]).abs().max() <= 1e-4
-    assert (got[-1] - EXPECTED[f"{prefix}_x0"]).abs().max() <= 1e-4
+    sampler = Sampler.from_pretrained(FIXTURE, device="cpu", precision="fp32")
+    labels = EXPECTED["sample_y"]
+    got, visited, states = replay(sampler, EXPECTED, prefix, monkeypatch, class_labels=labels, **LOOPS[prefix])
+    assert visited == EXPECTED[f"{prefix}_t"].tolist()
+    want = EXPECTED[f"{prefix}_traj"]
+    for state, before in zip(states[1:], want[:-1], strict=True):
+        assert (state - before).abs().max() <= 1e-4
+    assert (got - EXPECTED[f"{prefix}_x0"]).abs().max() <= 1e-4
+    assert torch.equal(want[-1], EXPECTED[f"{prefix}_x0"])
+
+
+def test_the_wrong_eps_fails(monkeypatch):
+    """DDIM with the network's eps, though x_0 is clipped: what diffusers does by default."""
+    schedule = replace(checkpoints.load(FIXTURE).schedule, use_clipped_model_output=False)
+    sampler = Sampler.from_pretrained(FIXTURE, schedule=schedule, device="cpu", precision="fp32")
+    labels = EXPECTED["sample_y"]
+    got, _, _ = replay(sampler, EXPECTED, "ddim10", monkeypatch, class_labels=labels, **LOOPS["ddim10"])
+    assert (got - EXPECTED["ddim10_x0"]).abs().max() > 1e-3
 
 
 # Schedules
@@ -187,11 +174,9 @@ def test_the_project_s_loops_are_matched(prefix, monkeypatch):
 def test_flags_decide_the_schedule(flags, want, tmp_path):
     net = model(learn_sigma=flags.get("learn_sigma", False))
     schedule = checkpoints.load(written(tmp_path / "model.pt", net, {**TINY, **flags})).schedule
-    assert (
-        {name: getattr(schedule, name) for name in want} == pytest.approx(want)
-        if all(isinstance(value, float) for value in want.values())
-        else {name: getattr(schedule, name) for name in want} == want
-    )
+    for name, value in want.items():
+        got = getattr(schedule, name)
+        assert got == (pytest.approx(value) if isinstance(value, float) else value)
     assert schedule.clip_sample
     assert schedule.use_clipped_model_output
 

@@ -1,9 +1,9 @@
 """Checkpoints on disk, one file per format."""
 
 from fastddpm.checkpoints.checkpoint import Checkpoint
-from fastddpm.checkpoints.diffusers import save
+from fastddpm.checkpoints.diffusers import beyond_diffusers, save
 from fastddpm.checkpoints.loading import FORMATS, load
 from fastddpm.checkpoints.parameters import load_into
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
 
-__all__ = ["FORMATS", "SHIPPED_MODEL", "Checkpoint", "load", "load_into", "save", "shipped_model"]
+__all__ = ["FORMATS", "SHIPPED_MODEL", "Checkpoint", "beyond_diffusers", "load", "load_into", "save", "shipped_model"]

@@ -23,6 +23,7 @@ from fastddpm.checkpoints.weights import WEIGHTS, read_weights, weight_files
 from fastddpm.core.checks import checked_call, flag, is_whole, real, shown
 from fastddpm.core.names import SHIPPED_MODEL
 from fastddpm.core.schedule import Schedule
+from fastddpm.networks.config import beyond_diffusers as config_beyond_diffusers
 from fastddpm.networks.config import complete_config, least_parameters
 from fastddpm.storage.files import atomic, check_regular
 
@@ -37,16 +38,19 @@ _DECODERS = re.compile("vae|vq|autoencoder", re.IGNORECASE)  # in the name or th
 _EMA_STATE = {
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
 }  # fmt: skip
+_SCALE = "timestep_scale"  # which we write among the options of a network that is given t times this
+_OWN_CLASS = "UNet2D"  # of the networks that diffusers does not have; so it does not load them as others
 
 
 def read(folder: Path, variant: str | None = None, schedule: Schedule | None = None) -> Checkpoint:
     """Read a checkpoint of diffusers: see `fastddpm.checkpoints.load`."""
     unet, notes = _network_folder(folder)
     config = read_json(unet / _CONFIG)
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+    if config.get("_class_name", "UNet2DModel") not in ("UNet2DModel", _OWN_CLASS):
         class_name = named(config["_class_name"])
         raise ValueError(f"{unet / _CONFIG} configures a {class_name}; want a UNet2DModel, DDPM's network")
-    options = {key: value for key, value in _options(config).items() if key not in _EMA_STATE}
+    options = {key: value for key, value in _options(config).items() if key not in (*_EMA_STATE, _SCALE)}
+    scale = None if config.get(_SCALE) is None else real(f"{unet / _CONFIG}: {_SCALE}", config[_SCALE], 0, above=True)
     with _naming(unet / _CONFIG):
         complete = complete_config(options)
     home, scheduler = _home(folder)
@@ -62,7 +66,8 @@ def read(folder: Path, variant: str | None = None, schedule: Schedule | None = N
         )
     classes, ignored = _read_classes(home, complete["num_class_embeds"])
     decoder = home if _has_latents(home) else None
-    return Checkpoint(options, parameters, schedule, classes, decoder, (*notes, *renamed, *ignored))
+    notes = *notes, *renamed, *ignored
+    return Checkpoint(options, parameters, schedule, classes, decoder, notes, timestep_scale=scale)
 
 
 def decoder_of(folder: Path) -> tuple[str, str] | None:
@@ -116,9 +121,11 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     pipeline: bool = True,
+    timestep_scale: float | None = None,
 ) -> None:
     """Write a checkpoint that `fastddpm.checkpoints.load` and diffusers' `DDPMPipeline.from_pretrained` read.
 
+    diffusers does not read a network that it lacks: see `beyond_diffusers`.
     Each file is replaced in one step, the weights last, so an interrupted save leaves the old weights in place.
 
     Args:
@@ -128,6 +135,7 @@ def save(
         schedule: the noise schedule the network was trained for.
         dtype: of the parameters in the file; None keeps theirs.
         pipeline: write into `unet/` and `scheduler/`, as diffusers does; False: write into the folder itself.
+        timestep_scale: the network is given t times this; None: t itself.
     Raises: ValueError: pipeline is False, but the folder holds a pipeline; or an argument is not as above.
     """
     from safetensors.torch import save as serialise
@@ -146,16 +154,19 @@ def save(
     if not flag("pipeline", pipeline) and (root / "unet").exists():
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
+    known = not beyond_diffusers(config, timestep_scale)
+    class_name = "UNet2DModel" if known else _OWN_CLASS
     index = {
         "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
+        "unet": ["diffusers" if known else "fastddpm", class_name],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
     weights = unet / f"{WEIGHTS}.safetensors"
     for path in (root / _INDEX, unet / _CONFIG, scheduler / _SCHEDULER, weights):
         check_regular(path)  # writing into a pipe would wait for its reader
     _write_json(root / _INDEX, index)
-    _write_json(unet / _CONFIG, {"_class_name": "UNet2DModel", **_options(config)})
+    scale = {} if timestep_scale is None else {_SCALE: timestep_scale}
+    _write_json(unet / _CONFIG, {"_class_name": class_name, **_options(config), **scale})
     _write_json(scheduler / _SCHEDULER, schedule.to_config())
     # safetensors wants tensors that are contiguous and share no memory
     tensors = {
@@ -164,6 +175,12 @@ def save(
     }
     with atomic(weights) as file:
         file.write(serialise(tensors, metadata={"format": "pt"}))
+
+
+def beyond_diffusers(config: Mapping[str, Any], timestep_scale: float | None = None) -> list[str]:
+    """Why diffusers cannot load a checkpoint, as sentences without a subject; empty: it can."""
+    found = config_beyond_diffusers(complete_config(dict(config)))
+    return found if timestep_scale is None else [*found, f"is given t times {timestep_scale:g}"]
 
 
 def _network_folder(folder: Path) -> tuple[Path, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastddpm.checkpoints.parameters import first_few
 from fastddpm.checkpoints.reading import read_json, read_pickle, read_safetensors
 from fastddpm.checkpoints.weights import is_plain
+from fastddpm.core.checks import shown
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
 CONFIG = "config.json"
@@ -43,6 +44,14 @@ def read_content(path: Path) -> dict[str, Any]:
     return dict(read_safetensors(path)) if path.suffix == ".safetensors" else read_pickle(path)
 
 
+def section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The options in a section of others; empty: there is none. Raises: ValueError: it is no object."""
+    value = options.get(name, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {shown(value)}; want options by name")
+    return value
+
+
 def read_options(path: Path) -> tuple[dict[str, Any], Path | None]:
     """(the options beside a file of weights, the JSON file that holds them): of its name, or else `config.json`."""
     for place in (path.with_suffix(".json"), path.parent / CONFIG):
@@ -58,14 +67,12 @@ def find_state(content: Mapping[str, Any], first: str) -> tuple[dict[str, Any], 
     of the weights are preferred.
     """
     found = []
-    for place, state in [
-        ("", content),
-        *((key, value) for key, value in content.items() if isinstance(value, Mapping)),
-    ]:
-        for key in state:
-            if isinstance(key, str) and (key == first or key.endswith(f".{first}")):
+    for place, state in [("", content), *content.items()]:
+        names = [name for name in state if isinstance(name, str)] if isinstance(state, Mapping) else []
+        for key in names:
+            if key == first or key.endswith(f".{first}"):
                 prefix = key.removesuffix(first)
-                own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+                own = {name.removeprefix(prefix): state[name] for name in names if name.startswith(prefix)}
                 found.append((own, ".".join(part for part in (place, prefix.rstrip(".")) if part)))
     return next((item for item in found if "ema" in item[1].lower()), found[0] if found else None)
 

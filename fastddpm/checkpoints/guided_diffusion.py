@@ -105,11 +105,11 @@ def read_layout(path: Path, state: Mapping[str, Tensor]) -> Layout:
         model_channels = state["time_embed.0.weight"].shape[1]
         columns = len(state["input_blocks.1.0.emb_layers.1.weight"])
         ends = state[FIRST].shape[1], len(state["out.2.weight"])
-    except (KeyError, IndexError, StopIteration) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{path} does not hold the UNetModel of guided-diffusion or improved-diffusion: it has no {error}"
         ) from error
-    if not widths or count % each or columns not in (widths[0], 2 * widths[0]):
+    if not widths or not layers or count % each or columns not in (widths[0], 2 * widths[0]):
         raise ValueError(f"{path} does not hold a whole UNetModel of guided-diffusion or improved-diffusion")
     classes = len(state["label_emb.weight"]) if "label_emb.weight" in state else None
     return Layout(widths, layers, attended, sampling, model_channels, *ends, classes, columns == 2 * widths[0])
@@ -261,6 +261,8 @@ def _parameters(
             width = len(value) // 3
             count = config.get("num_attention_heads") or width // config["attention_head_dim"]
             count = count if isinstance(count, int) else count[name.startswith("up_blocks")]
+            if not count or len(value) % (3 * count):
+                raise ValueError(f"{path}: {key} has {len(value)} rows; want those of queries, keys and values alike")
             for part, rows in zip("qkv", _split_heads(value, count, new_order), strict=True):
                 yield f"{name}.to_{part}.{leaf}", rows
         elif rest in ("norm", "proj_out"):

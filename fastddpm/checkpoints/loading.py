@@ -9,6 +9,7 @@ from fastddpm.checkpoints import diffusers, files, guided_diffusion, lucidrains
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.flags import FORMATS as OF_UNETMODEL
 from fastddpm.checkpoints.flags import OF_ONE_FORMAT, check_names, parse_flags
+from fastddpm.checkpoints.reading import named
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
 from fastddpm.core.checks import checked_call, one_of, shown
 from fastddpm.core.schedule import Schedule
@@ -69,8 +70,10 @@ def _file_of_weights(path: str, format: str) -> tuple[Path | None, tuple[str, ..
     if format == "diffusers":
         return None, ()
     is_file = os.path.lexists(place) and not os.path.isdir(place)
-    if place.suffix in files.SUFFIXES and (is_file or place.suffix in files.SUFFIXES[:2]):
+    if place.suffix in files.SUFFIXES and is_file:
         return place, ()
+    if place.suffix in files.SUFFIXES[:2] and not os.path.isdir(place):
+        raise ValueError(f"there is no file {named(path)}; want {_FILE}, or {diffusers.WANTED.removeprefix('want ')}")
     if not os.path.isdir(place) or any(os.path.lexists(place / name) for name in _OF_DIFFUSERS):
         return None, ()
     found, notes = files.weights_in(place)
@@ -95,27 +98,39 @@ def _load_file(
     if format in ("auto", "lucidrains") and lucidrains.is_lucidrains(content):
         found = lucidrains.build(path, content, {**options, **config}, schedule)
     elif format in ("auto", *OF_UNETMODEL) and state is not None:
-        source = "a flag" if place is None else str(place)
-        in_file, ignored = parse_flags(options.get("flags", options), source)
-        if options.get("NUM_CLASSES") is not None:
-            in_file["NUM_CLASSES"] = options["NUM_CLASSES"]
-        check_names(list(config))
-        given = in_file | parse_flags(config, "a flag")[0]
-        if "flags" not in options and place is not None and place.name == files.CONFIG and not in_file:
-            ignored = ()  # a configuration of something else
-        project = _project(format, options, {**options.get("flags", options), **config})
-        if ignored:
-            notes += (f"{place}: {', '.join(map(shown, ignored[:5]))} is no flag of {project}; it was ignored",)
-        weights = files.check_tensors(path, state[0])
-        found = guided_diffusion.build(path, weights, given, project, schedule)
-        if state[1]:
-            notes += (f"{path} holds the network under {shown(state[1])}",)
+        found = _of_unetmodel(path, state, format, options, place, config, schedule)
     else:
         wanted = f"{guided_diffusion.FIRST} (guided-diffusion, improved-diffusion) or ema with model.init_conv.weight"
         raise ValueError(
             f"{path} is not a checkpoint of {'a known format' if format == 'auto' else format}: it has no {wanted} "
             "(lucidrains); want one of those files, or the folder that diffusers wrote"
         )
+    return found.with_notes(notes)
+
+
+def _of_unetmodel(
+    path: Path,
+    state: tuple[dict[str, Any], str],
+    format: str,
+    options: Mapping[str, Any],
+    place: Path | None,
+    config: Mapping[str, Any],
+    schedule: Schedule | None,
+) -> Checkpoint:
+    """A checkpoint of guided-diffusion or improved-diffusion. Args: options: those in the file `place`."""
+    in_file = files.section(options, "flags") if "flags" in options else options
+    if options.get("NUM_CLASSES") is not None:
+        in_file = {**in_file, "NUM_CLASSES": options["NUM_CLASSES"]}
+    beside, ignored = parse_flags(in_file, str(place))
+    check_names(list(config))
+    given = beside | parse_flags(config, "a flag")[0]
+    project = _project(format, options, {**in_file, **config})
+    notes: tuple[str, ...] = ()
+    if ignored:
+        notes += (f"{place}: {', '.join(map(shown, ignored[:5]))} is no flag of {project}; it was ignored",)
+    if state[1]:
+        notes += (f"{path} holds the network under {shown(state[1])}",)
+    found = guided_diffusion.build(path, files.check_tensors(path, state[0]), given, project, schedule)
     return found.with_notes(notes)
 
 

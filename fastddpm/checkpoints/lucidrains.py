@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.checkpoints.checkpoint import Checkpoint
-from fastddpm.checkpoints.files import check_tensors
+from fastddpm.checkpoints.files import check_tensors, section
 from fastddpm.checkpoints.parameters import load_into
 from fastddpm.checkpoints.reading import in_one_line
-from fastddpm.core.checks import one_of, shown
+from fastddpm.core.checks import one_of, real, shown, whole
 from fastddpm.core.schedule import Schedule
 
 PACKAGE = "denoising_diffusion_pytorch"
@@ -33,6 +33,9 @@ DIFFUSION = {  # options of GaussianDiffusion
     "image_size", "timesteps", "sampling_timesteps", "objective", "beta_schedule", "schedule_fn_kwargs",
     "ddim_sampling_eta", "auto_normalize", "offset_noise_strength", "min_snr_loss_weight", "min_snr_gamma",
     "immiscible",
+}  # fmt: skip
+_BESIDE = {  # what else a file of options may hold
+    "unet", "diffusion", "unet_class", "diffusion_class", "project", "version", "ema_pytorch", "checkpoint", "sampling",
 }  # fmt: skip
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
@@ -51,7 +54,8 @@ def _with_prefix(content: Mapping[str, Any], key: str, prefix: str) -> dict[str,
     state = content.get(key)
     if not isinstance(state, Mapping) or f"{prefix}model.init_conv.weight" not in state:
         return {}
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    names = [name for name in state if isinstance(name, str) and name.startswith(prefix)]
+    return {name.removeprefix(prefix): state[name] for name in names}
 
 
 def build(path: Path, content: Mapping[str, Any], given: Mapping[str, Any], schedule: Schedule | None) -> Checkpoint:
@@ -75,7 +79,10 @@ def build(path: Path, content: Mapping[str, Any], given: Mapping[str, Any], sche
     if diffusion.get("auto_normalize") is False:
         notes += (f"{path} was trained without auto_normalize: its samples are in the range of its own data",)
     size = diffusion.get("image_size")
-    shape = None if size is None else (options["channels"], *((size, size) if isinstance(size, int) else size))
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if size is not None and len(sides) != 2:
+        raise ValueError(f"image_size is {shown(size)}; want a whole number, or height and width")
+    shape = None if size is None else (options["channels"], *(whole("image_size", side, 1) for side in sides))
     return Checkpoint({}, {}, schedule, notes=notes, shape=shape, network=_network(path, options, weights))
 
 
@@ -85,9 +92,10 @@ def _sorted_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         if given.get(name, want) != want:
             raise ValueError(f"{name} is {shown(given[name])}; of lucidrains' networks only {want} is supported")
     flat = {name: value for name, value in given.items() if name in UNET or name in DIFFUSION}
-    unet, diffusion = ({**given.get(section, {}), **flat} for section in ("unet", "diffusion"))
-    for name in (*given.get("unet", {}), *given.get("diffusion", {})):
-        one_of("an option of lucidrains", name, (*UNET, *DIFFUSION))
+    sections = [section(given, name) for name in ("unet", "diffusion")]
+    for name in (*sections[0], *sections[1], *given):
+        one_of("an option of lucidrains", name, (*UNET, *DIFFUSION, *_BESIDE))
+    unet, diffusion = ({**options, **flat} for options in sections)
     for name, reason in (
         ("self_condition", "the network is given its own last prediction"),
         ("learned_variance", "LearnedGaussianDiffusion learns the variances in a way of its own"),
@@ -173,7 +181,7 @@ def _schedule(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any])
             f"timesteps is {given['timesteps']}, but {path} holds a schedule of {steps} timesteps; correct the option "
             "or leave it out"
         )
-    name, options = given.get("beta_schedule"), dict(given.get("schedule_fn_kwargs") or {})
+    name, options = given.get("beta_schedule"), section({"schedule_fn_kwargs": {}, **given}, "schedule_fn_kwargs")
     if name is not None:
         one_of("beta_schedule", name, BETA_SCHEDULES)
     names = BETA_SCHEDULES if name is None else (name,)
@@ -209,7 +217,9 @@ def _objective(
         return wanted, () if "objective" in given else (note,)
     abar = (1 - betas).cumprod(0)
     snr = abar / (1 - abar)
-    gammas = [given.get("min_snr_gamma", 5)] if given.get("min_snr_loss_weight") else [math.inf, 5]
+    gammas = (
+        [real("min_snr_gamma", given.get("min_snr_gamma", 5))] if given.get("min_snr_loss_weight") else [math.inf, 5]
+    )
     matches = [
         objective
         for gamma in gammas
@@ -234,8 +244,8 @@ def named_betas(name: str, steps: int, **options: Any) -> Tensor:
     defaults: dict[str, dict[str, float]] = {
         "linear": {}, "cosine": {"s": 0.008}, "sigmoid": {"start": -3, "end": 3, "tau": 1, "clamp_min": 1e-5}
     }  # fmt: skip
-    for option in options:
-        one_of(f"schedule_fn_kwargs of {name}", option, tuple(defaults[name]))
+    for option, value in options.items():
+        real(one_of(f"schedule_fn_kwargs of {name}", option, tuple(defaults[name])), value)
     o = {**defaults[name], **options}
     if name == "linear":
         return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""The command line, `fastddpm sample | merge | train | likelihood | fid | verify | info`."""
+"""The command line, `fastddpm sample | merge | train | likelihood | fid | convert | verify | info`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fastddpm._version import __version__
-from fastddpm.cli import fid, info, likelihood, merge, sample, terminal, train, verify
+from fastddpm.cli import convert, fid, info, likelihood, merge, sample, terminal, train, verify
 from fastddpm.processes.signals import Stopped
 from fastddpm.storage.caches import library_caches
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": train,
     "likelihood": likelihood,
     "fid": fid,
+    "convert": convert,
     "verify": verify,
     "info": info,
 }

@@ -191,6 +191,21 @@ def least_parameters(config: dict[str, Any]) -> int:
     return ends + residual_blocks + embed * (embed + classes)
 
 
+def beyond_diffusers(config: dict[str, Any]) -> list[str]:
+    """What of a complete configuration diffusers' UNet2DModel cannot express, as sentences without a subject."""
+    widths, found = config["block_out_channels"], []
+    if (heads := config.get("num_attention_heads")) is not None:
+        found.append(f"has num_attention_heads {heads}, not attention_head_dim channels in each head")
+    if (waves := config.get("time_proj_dim", widths[0])) != widths[0]:
+        found.append(f"embeds t by {waves} sines and cosines, not by block_out_channels[0] = {widths[0]}")
+    for key, kinds, value in (
+        ("downsample_type", config["down_block_types"], "pool"), ("upsample_type", config["up_block_types"], "nearest")
+    ):  # fmt: skip
+        if config[key] == value and len(widths) > 1 and any(sampler_of(config, kind) == value for kind in kinds[:-1]):
+            found.append(f"has {key} '{value}', without a convolution")
+    return found
+
+
 def heads_of(config: dict[str, Any], width: int, *, up: bool) -> int:
     """The number of heads of an attention of so many channels. Args: up: whether it is on the way up."""
     heads = config.get("num_attention_heads")

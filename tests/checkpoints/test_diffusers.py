@@ -217,7 +217,7 @@ def test_save_refuses_a_folder_whose_pipeline_would_be_loaded_instead(folder, op
 
 
 def test_source_that_is_not_a_folder(tmp_path):
-    file = tmp_path / "model.safetensors"
+    file = tmp_path / "model.bin"
     file.touch()
     assert check.error_line(checkpoints.load, file).startswith(f"{file} is a file; want the folder that holds")
     assert check.error_line(checkpoints.load, "").startswith("the checkpoint is ''; want a folder")
@@ -228,7 +228,7 @@ def test_source_that_is_not_a_folder(tmp_path):
 
 def test_empty_folder(tmp_path):
     text = check.error_line(checkpoints.load, tmp_path)
-    assert text == f"{tmp_path} is not a DDPM checkpoint of diffusers: it has no unet/config.json and no config.json"
+    assert text.startswith(f"{tmp_path} is not a DDPM checkpoint: it has no unet/config.json and no config.json, as")
 
 
 @pytest.mark.parametrize(

@@ -326,10 +326,54 @@ def test_other_files_are_refused(tmp_path):
         assert str(path) in check.error_line(checkpoints.load, path, **TINY)
     torch.save({name: value.int() for name, value in net.state_dict().items()}, path)
     assert "holds entries that are not dense floating-point tensors" in check.error_line(checkpoints.load, path)
-    assert "cannot read" in check.error_line(checkpoints.load, tmp_path / "none.pt")
     assert check.error_line(checkpoints.load, path, format="ddpm").startswith(
         "format is 'ddpm'; want one of auto, diff"
     )
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a/\x1b[2Jb", "\ud800/x", "a\n/b"])
+def test_odd_names_are_shown_short_and_printable(name):
+    line = check.error_line(checkpoints.load, f"{name}.pt")
+    assert line.startswith("there is no file ")
+    assert line.isprintable()
+    assert len(line) < 500
+
+
+@pytest.mark.parametrize("damage", [
+    lambda state: state.update({"time_embed.0.weight": torch.ones(())}),
+    lambda state: state.update({"out.2.weight": torch.ones(())}),
+    lambda state: state.update({"input_blocks.1.0.emb_layers.1.weight": torch.ones(5, 5)}),
+    lambda state: state.update({"middle_block.1.qkv.weight": torch.ones(7, 64, 1)}),
+    lambda state: state.update({"output_blocks.999.0.in_layers.0.weight": torch.ones(3)}),
+    lambda state: state.pop("input_blocks.1.0.out_layers.0.weight"),
+    lambda state: state.pop("output_blocks.1.0.in_layers.0.weight"),
+])  # fmt: skip
+def test_damaged_states_are_refused_in_one_line(damage, tmp_path):
+    state = model().state_dict()
+    damage(state)
+    torch.save(state, tmp_path / "model.pt")
+    assert check.error_line(Sampler.from_pretrained, tmp_path / "model.pt", **TINY)
+
+
+@pytest.mark.parametrize("content", [{"flags": [1]}, {"flags": {"num_heads": [4]}}, [1], {"num_heads": 1e400}], ids=str)
+def test_damaged_options_are_refused_in_one_line(content, tmp_path):
+    path = written(tmp_path / "model.pt", model())
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert check.error_line(checkpoints.load, path)
+
+
+def test_super_resolution_networks_take_more_channels_than_they_return(tmp_path):
+    """As guided-diffusion's SuperResModel: the enlarged image follows x_t's channels."""
+    torch.manual_seed(0)
+    net = UNetModel(in_channels=6, out_channels=6, num_heads=1).eval().requires_grad_(False)
+    flags = {"large_size": SIZE, "small_size": 4, "num_channels": 32, "num_res_blocks": 1, "num_heads": 1,
+             "attention_resolutions": "4", "use_scale_shift_norm": False, "learn_sigma": True}  # fmt: skip
+    sampler = Sampler.from_pretrained(written(tmp_path / "model.pt", net, flags), device="cpu", precision="fp32")
+    assert sampler.shape == (3, SIZE, SIZE)
+    assert sampler.schedule.variance_type == "learned_range"
+    x, t = torch.randn(2, 6, SIZE, SIZE), torch.tensor([3, 977])
+    assert (sampler.model(x, t) - net(x, t)).abs().max() <= 1e-4
+    assert sampler.sample(2, steps=2, concat=torch.zeros(2, 3, SIZE, SIZE), progress=False).shape == (2, 3, SIZE, SIZE)
 
 
 def test_a_folder_without_checkpoint_says_what_was_looked_for(tmp_path):

@@ -1,5 +1,6 @@
 """The README and the pages in docs/: their Python runs, their shell commands exist, and their links lead somewhere."""
 
+import json
 import re
 import shlex
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import torch
 from fastddpm import Schedule, checkpoints
 from fastddpm.storage.images import save_pngs
 from tests.support.jobs import tiny_unet
+from tests.support.unet_model import UNetModel
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -63,6 +65,11 @@ def readers_folder(tmp_path, monkeypatch):
     np.savez("test.npz", x=rng.integers(0, 256, (3, 28, 28), np.uint8))
     np.savez("cifar10.npz", x=rng.integers(0, 256, (6, 32, 32, 3), np.uint8))
     save_pngs(rng.integers(0, 256, (6, 32, 32, 3), np.uint8), "drawn")
+    (tmp_path / "imagenet").mkdir()
+    classes = UNetModel(num_classes=1000, out_channels=6)
+    torch.save(classes.state_dict(), "imagenet/256x256_diffusion.pt")
+    flags = {"image_size": 8, "num_heads": 1, "class_cond": True, "learn_sigma": True}
+    (tmp_path / "imagenet/256x256_diffusion.json").write_text(json.dumps(flags))
     features = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
     torch.jit.script(features).save("inception.pt")
     return tmp_path

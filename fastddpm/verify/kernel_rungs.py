@@ -225,29 +225,33 @@ def step64_rung(case: Case, damage: bool) -> Iterator[Record]:
 def norm_rung(case: Case, damage: bool) -> Iterator[Record]:
     groups, eps, damage_factor = 4, 1e-5, 1.01 if damage else 1
     weight, bias, *time_bias = normal_inputs(4, (32,), 1).to(case.device)
+    scales_and_shifts = normal_inputs(2, (64,), 2).to(case.device)
 
-    def plain(dtype: torch.dtype, x: Tensor, skip: Tensor | None, add: Tensor | None) -> Tensor:
+    def plain(dtype: torch.dtype, x: Tensor, skip: Tensor | None, add: Tensor | None, rows: Tensor | None) -> Tensor:
         whole = (x if skip is None else torch.cat([x, skip], 1)).contiguous().to(dtype)
         whole = whole if add is None else whole + add.to(dtype)[:, :, None, None]
         y = F.group_norm(whole, groups, weight.to(dtype), bias.to(dtype), eps)
+        if rows is not None:
+            scale, shift = rows.to(dtype)[:, :, None, None].chunk(2, 1)
+            y = y * (1 + scale) + shift
         return y if add is None else F.silu(y)
 
     # bare: without skip, time bias and SiLU; large: more than one program of the kernel can hold
-    kinds = (("bare ", (9, 7), 0), ("", (9, 7), 0), ("", (9, 7), 1000), ("large ", (47, 45), 1000))
+    kinds = (("bare ", (9, 7), 0), ("", (9, 7), 0), ("", (9, 7), 1000), ("large ", (47, 45), 1000),
+             ("scaled ", (9, 7), 0))  # fmt: skip
     for dtype, (kind, size, centre) in product(case.dtypes, kinds):
         x, rest = ((normal_inputs(2, (c, *size), c) + centre).to(case.device, dtype) for c in (24, 8))
         skip: Tensor | None = rest
         add: Tensor | None = torch.stack(time_bias)
         if kind == "bare ":
             x, skip, add = torch.cat([x, rest], 1), None, None
-        x = layout.channels_last(x)
-        ours = ops.group_norm(
-            x, weight * damage_factor, bias, groups, eps=eps, skip=skip, add=add, silu=add is not None
-        )
+        x, rows = layout.channels_last(x), scales_and_shifts if kind == "scaled " else None
+        factors, silu = weight * damage_factor, add is not None
+        ours = ops.group_norm(x, factors, bias, groups, eps=eps, skip=skip, add=add, scale_shift=rows, silu=silu)
         precision = next(name for name, value in PRECISIONS.items() if value == dtype)
         compared = f"{precision} {kind}group norm about {centre} by {case.implementation} with float64"
-        theirs = plain(torch.float32, x, skip, add).to(dtype)
-        yield from accuracy_records("norm", compared, ours, theirs, plain(torch.float64, x, skip, add))
+        theirs = plain(torch.float32, x, skip, add, rows).to(dtype)
+        yield from accuracy_records("norm", compared, ours, theirs, plain(torch.float64, x, skip, add, rows))
 
 
 def residual_rung(case: Case, damage: bool) -> Iterator[Record]:

@@ -145,10 +145,10 @@ def test_a_scheduler_of_a_user_class_is_left_alone():
 
 @pytest.mark.parametrize("make", [lambda **options: pipeline(diffusers, **options), walk], ids=["DDPM", "walk"])
 def test_a_network_that_cannot_be_replaced_is_left_alone(make):
-    pipe, plain = (make(down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D")) for _ in range(2))
+    pipe, plain = (make(down_block_types=("SkipDownBlock2D", "AttnDownBlock2D")) for _ in range(2))
     report = accelerate(pipe)
     assert "unet" in report.left
-    assert "ResnetDownsampleBlock2D" in report.left["unet"]
+    assert "SkipDownBlock2D" in report.left["unet"]
     assert type(pipe.unet) is diffusers.UNet2DModel
     assert type(pipe.scheduler) is fast.DDPMScheduler
     assert torch.equal(sample(pipe), sample(plain))

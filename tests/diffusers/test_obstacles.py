@@ -56,9 +56,9 @@ def one_by_one(conv):
 OBSTACLES = {
     "fourier": ({"time_embedding_type": "fourier"}, None, "time_embedding_type is 'fourier'"),
     "other blocks": (
-        {"down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D")},
+        {"down_block_types": ("SkipDownBlock2D", "AttnDownBlock2D")},
         None,
-        "ResnetDownsampleBlock2D",
+        "SkipDownBlock2D",
     ),
     "channels": ({"out_channels": 6}, None, "6 channels for 3"),
     "hook": ({}, lambda unet: unet.register_forward_hook(lambda *args: None), "it has hooks"),

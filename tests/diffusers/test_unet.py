@@ -44,6 +44,12 @@ CONFIGS = {
     "plain": {},
     "scale and shift": {"resnet_time_scale_shift": "scale_shift"},
     "google": {"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "attention_head_dim": None},
+    "resnet samplers": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+    },
     "no middle": {"mid_block_type": None, "act_fn": "gelu", "center_input_sample": True},
     "other blocks": {
         "down_block_types": ("UNetResDownBlock2D", "UNetResAttnDownBlock2D"),

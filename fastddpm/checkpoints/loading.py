@@ -96,7 +96,9 @@ def _load_file(
     options, place = files.read_options(path)
     state = files.find_state(content, guided_diffusion.FIRST)
     if format in ("auto", "lucidrains") and lucidrains.is_lucidrains(content):
-        found = lucidrains.build(path, content, {**options, **config}, schedule)
+        known = {*lucidrains.UNET, *lucidrains.DIFFUSION, *lucidrains.SECTIONS}
+        beside = {name: value for name, value in options.items() if name in known}
+        found = lucidrains.build(path, content, {**beside, **config}, schedule)
     elif format in ("auto", *OF_UNETMODEL) and state is not None:
         found = _of_unetmodel(path, state, format, options, place, config, schedule)
     else:

@@ -34,9 +34,7 @@ DIFFUSION = {  # options of GaussianDiffusion
     "ddim_sampling_eta", "auto_normalize", "offset_noise_strength", "min_snr_loss_weight", "min_snr_gamma",
     "immiscible",
 }  # fmt: skip
-_BESIDE = {  # what else a file of options may hold
-    "unet", "diffusion", "unet_class", "diffusion_class", "project", "version", "ema_pytorch", "checkpoint", "sampling",
-}  # fmt: skip
+SECTIONS = ("unet", "diffusion", "unet_class", "diffusion_class")
 OBJECTIVES = {"pred_noise": "epsilon", "pred_x0": "sample", "pred_v": "v_prediction"}
 BETA_SCHEDULES = ("linear", "cosine", "sigmoid")
 
@@ -93,8 +91,8 @@ def _sorted_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             raise ValueError(f"{name} is {shown(given[name])}; of lucidrains' networks only {want} is supported")
     flat = {name: value for name, value in given.items() if name in UNET or name in DIFFUSION}
     sections = [section(given, name) for name in ("unet", "diffusion")]
-    for name in (*sections[0], *sections[1], *given):
-        one_of("an option of lucidrains", name, (*UNET, *DIFFUSION, *_BESIDE))
+    for name in (*sections[1], *given):  # of others for the network, the package decides
+        one_of("an option of lucidrains", name, (*UNET, *DIFFUSION, *SECTIONS))
     unet, diffusion = ({**options, **flat} for options in sections)
     for name, reason in (
         ("self_condition", "the network is given its own last prediction"),
@@ -102,7 +100,7 @@ def _sorted_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     ):
         if unet.get(name):
             raise ValueError(f"{name} is True, which is not supported: {reason}")
-    return {k: v for k, v in unet.items() if k in UNET}, {k: v for k, v in diffusion.items() if k in DIFFUSION}
+    return {k: v for k, v in unet.items() if k not in DIFFUSION}, {k: v for k, v in diffusion.items() if k in DIFFUSION}
 
 
 def _unet_options(path: Path, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -228,11 +228,12 @@ def test_the_parameters_may_be_wrapped(tmp_path):
         {f"module.{name}": value for name, value in state.items()},
         {name: nn.Parameter(value) for name, value in state.items()},
     ):
-        torch.save(content, tmp_path / "model.pt")
-        found = checkpoints.load(tmp_path / "model.pt")
-        assert found.parameters.keys() == want.keys()
-        assert all(torch.equal(value, want[name]) for name, value in found.parameters.items())
-        assert not any(value.requires_grad for value in found.parameters.values())
+        for zipped in (True, False):  # the format since torch 1.6, and that before
+            torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+            found = checkpoints.load(tmp_path / "model.pt")
+            assert found.parameters.keys() == want.keys()
+            assert all(torch.equal(value, want[name]) for name, value in found.parameters.items())
+            assert not any(value.requires_grad for value in found.parameters.values())
 
 
 def test_flags_come_from_keywords_or_from_a_file_beside(tmp_path):

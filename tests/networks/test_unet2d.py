@@ -285,11 +285,13 @@ def test_sinusoids_are_rounded_once(options, dtype):
     assert torch.equal(net._sinusoid(t), want.float())
 
 
-def test_gradients_equal_diffusers():
-    case = Case({**TINY, "freq_shift": 0})
+@pytest.mark.parametrize("option", ["defaults", "guided-diffusion"])
+def test_gradients_equal_diffusers(option):
+    case = Case({**TINY, **OPTIONS[option]})
     theirs, ours = case.theirs.double().requires_grad_(), case.ours.double().train()
     theirs.time_proj = TrueTime(theirs.config)
-    for y in (theirs(case.x.double(), case.t).sample, ours(case.x.double(), case.t)):
+    args = case.x.double(), case.t, case.labels
+    for y in (theirs(*args).sample, ours(*args)):
         y.square().sum().backward()
     got, want = ({k: v.grad for k, v in net.named_parameters()} for net in (ours, theirs))
     scale = torch.cat([gradient.flatten() for gradient in want.values()]).norm()

@@ -50,7 +50,7 @@ def draw(folder):
     nn.init.zeros_(network.bias)
     sampler = Sampler(lambda x, t: network(x), Schedule(num_train_timesteps=20), shape=(1, 4, 4), device="cpu")
     yield sampler.sample(3, batch_size=2, callback=lambda *seen: None, progress=False)
-    yield sampler.sample([5, 7], sampler="ddim", eta=0.3, steps=7, output="uint8", progress=False)
+    yield sampler.sample([5, 7], sampler="ddim", eta=0.3, steps=5, output="uint8", progress=False)
 
 
 def draw_with_the_bundled_model(folder):

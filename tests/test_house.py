@@ -126,6 +126,7 @@ WHOLE = {  # functions that are best read whole, though they are longer than 60 
     "fastddpm/reference/diffusion.py": {"predict_step"},  # the branches of one formula
     "fastddpm/ops/predict_step.py": {"predict_step"},  # half of it says what its arguments are
     "fastddpm/sampling/job.py": {"sample_to"},  # likewise
+    "fastddpm/sampling/sampler.py": {"batches"},  # likewise
 }
 
 

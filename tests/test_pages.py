@@ -41,6 +41,7 @@ LONG = "takes hours, or much of the memory"
 NEEDS = {  # {page: [(text, stand-in, why it cannot run as it stands)]}
     "gpu.md": [('device="cuda"', 'device="cpu"', "a GPU"), ('"graph"', '"eager"', "a GPU")],
     "samples.md": [("50_000", "6", LONG)],
+    "recipes.md": [("[950, 750, 500, 250, 50]", "[95, 75, 50, 25, 5]", "the stand-in has a tenth of the timesteps")],
     "training.md": [("TrainOptions(steps=20_000)", "TrainOptions(steps=2, batch_size=4, channels=(8,), "
                      "attention=(), sample_every=0)", LONG)],
 }  # fmt: skip

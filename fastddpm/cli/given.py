@@ -54,6 +54,8 @@ def given(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str,
     for name, default in (("guidance_scale", None), ("strength", None), ("resample", 1)):
         if getattr(args, name) != default:
             found[name] = getattr(args, name)
+    if args.null_label is not None and args.guidance_scale is None:
+        raise ValueError("--null-label is given without --guidance-scale; give both")
     if args.null_label is not None:
         found["uncond_kwargs"] = {"class_labels": args.null_label}
     elif args.guidance_scale is not None and sampler.null_label is None:

@@ -155,10 +155,7 @@ def step_rows(
         A = abar_prev.sqrt() * beta / noise_var  # eq. 7
         B = alpha.sqrt() * noise_var_prev / noise_var
         C = torch.zeros_like(A)
-        if schedule.learns_variance:
-            S, L, V = _learned_deviation(schedule, posterior_var, beta)
-        else:
-            S = (posterior_var if schedule.variance_type.startswith("fixed_small") else beta).sqrt()
+        S, L, V = _deviation(schedule.variance_type, posterior_var, beta)
     else:
         # 1 - abar_prev - sigma_t^2, arranged so that nothing cancels for eta <= 1
         direction_var = noise_var_prev * (alpha * noise_var_prev + (1 - eta * eta) * beta) / noise_var
@@ -175,27 +172,32 @@ def step_rows(
         A, B, C = torch.zeros_like(A), B + A * cx, C + A * cm
     S[0] = 0
     S = noise * S
-    low, high = (-math.inf, math.inf)
-    if schedule.clip_sample:
-        low, high = clip_range or (-schedule.clip_sample_range, schedule.clip_sample_range)
+    lo, hi = (bound / scale for bound in _bounds(schedule, clip_range))
     P, Q = abar_prev.sqrt(), noise_var_prev.sqrt()
     P[0], Q[0] = 1, 0  # the last step returns x_0
     R, U = alpha.sqrt(), beta.sqrt()
-    lo, hi = low / scale, high / scale
     columns = StepColumns(cx=cx, cm=cm, lo=lo, hi=hi, A=A, B=B, C=C, S=S, L=L, V=V, P=P, Q=Q, R=R, U=U)
     return torch.stack(columns, 1), scale
 
 
-def _learned_deviation(schedule: Process, posterior_var: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S, L and V for sigma_t = S exp(L + V v), or S sqrt(v): arXiv:2102.09672, eq. 15 with (v + 1) / 2 between 0 and 1.
+def _deviation(variance_type: str, posterior_var: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S, L and V: sigma_t is S exp(L + V v), or S sqrt(v) for "learned". posterior_var is 0 in the last step's row."""
+    zero = torch.zeros_like(beta)
+    if variance_type == "learned":
+        return torch.ones_like(beta), zero, zero
+    if variance_type != "learned_range":
+        return (posterior_var if variance_type.startswith("fixed_small") else beta).sqrt(), zero, zero
+    L, V = zero.clone(), zero.clone()  # arXiv:2102.09672, eq. 15, where (v + 1) / 2 interpolates
+    log_min, log_max = posterior_var[1:].log(), beta[1:].log()
+    L[1:], V[1:] = (log_max + log_min) / 4, (log_max - log_min) / 4
+    return torch.ones_like(beta), L, V
 
-    posterior_var is 0 in the row of the last step, which adds no noise.
-    """
-    S, L, V = torch.ones_like(beta), torch.zeros_like(beta), torch.zeros_like(beta)
-    if schedule.variance_type == "learned_range":
-        log_min, log_max = posterior_var[1:].log(), beta[1:].log()
-        L[1:], V[1:] = (log_max + log_min) / 4, (log_max - log_min) / 4
-    return S, L, V
+
+def _bounds(schedule: Process, clip_range: tuple[float, float] | None) -> tuple[float, float]:
+    """Between which numbers x_0 is clipped."""
+    if not schedule.clip_sample:
+        return -math.inf, math.inf
+    return clip_range or (-schedule.clip_sample_range, schedule.clip_sample_range)
 
 
 def x_0_rows(rows: Tensor, scale: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def checked_times(scale: Any, values: Any, T: int) -> Tensor | None:
     if values is None:
         return None
     try:
-        times = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach().cpu().float()
+        values = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+        times = values.detach().cpu().float()
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"timestep_values is {shown(values)}; want {T} numbers") from error
     if times.shape not in ((T,), (T, 1)) or not times.isfinite().all():

@@ -1,7 +1,6 @@
 """Where a run begins: with pure noise, with a state x_t, or with a noised x_0; and which steps remain to be taken."""
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -47,7 +46,8 @@ def remaining_steps(
     if init is not None:
         steps = _steps_of_strength(table, strength)
         return table.last(steps), schedule.noising_table()[int(table.timesteps[steps - 1])]
-    _check_begins_with_noise(table, schedule, listed)
+    if listed:
+        _check_begins_with_noise(table, schedule)
     return table, None
 
 
@@ -74,21 +74,15 @@ def _steps_of_strength(table: StepTable, strength: Any) -> int:
     return steps
 
 
-def _check_begins_with_noise(table: StepTable, schedule: Schedule, listed: bool) -> None:
+def _check_begins_with_noise(table: StepTable, schedule: Schedule) -> None:
     """A run that begins with pure noise should begin where x_t is almost that, or as near as its spacing allows."""
     visited = table.timesteps.long()
     first, T = int(visited[-1]), table.num_train_timesteps
     gaps = torch.diff(visited, prepend=visited.new_tensor([-1]))
     signal = math.exp(schedule.log_alphas_cumprod[first] / 2)
-    if T - 1 - first <= 1.5 * int(gaps.max()) or signal <= LEAST_SIGNAL or (len(table) == 1 and not listed):
-        return  # a single step is a trial, whatever the spacing
-    what = f"the first timestep is {first} of {T}, where x_t still is {signal:.2g} x_0 and noise, not pure noise"
-    if listed:
+    if T - 1 - first > 1.5 * int(gaps.max()) and signal > LEAST_SIGNAL:
         raise ValueError(
-            f"timesteps begins late: {what}; give the state there (start=x_t, start_timestep={first}), or an x_0 that "
-            f"is noised (init=x_0, strength=1.0), or begin near {T - 1}"
+            f"timesteps begins late: the first timestep is {first} of {T}, where x_t still is {signal:.2g} x_0 and "
+            f"noise, not pure noise; give the state there (start=x_t, start_timestep={first}), or an x_0 to be noised "
+            f"(init=x_0, strength=1.0), or begin near {T - 1}"
         )
-    warnings.warn(
-        f"{len(table)} steps begin late: {what}; timestep_spacing 'trailing' or 'linspace' begins at {T - 1}",
-        stacklevel=5,
-    )

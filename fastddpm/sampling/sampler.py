@@ -393,5 +393,7 @@ class Sampler:
 def sample_shape(net: UNet2D, schedule: Schedule | None = None) -> tuple[int, ...]:
     """(C, H, W) of a network's samples, from its configuration; half of the channels may be for the variance."""
     size = net.config["sample_size"]
-    channels = net.config["out_channels"] // (2 if schedule is not None and schedule.learns_variance else 1)
+    channels = min(net.config["in_channels"], net.config["out_channels"])
+    if schedule is not None and schedule.learns_variance and net.config["out_channels"] % 2 == 0:
+        channels = net.config["out_channels"] // 2
     return (channels, *((size, size) if isinstance(size, int) else size))

@@ -43,6 +43,11 @@ class Case:
     implementation: str
 
     @property
+    def fixed_schedule(self) -> Schedule:
+        """The schedule, with a fixed variance: all else is the same."""
+        return replace(self.schedule, variance_type="fixed_small") if self.schedule.learns_variance else self.schedule
+
+    @property
     def dtypes(self) -> list[torch.dtype]:
         """The dtypes of results that can be compared: Triton's interpreter truncates to bfloat16 and does not round."""
         return [dtype for dtype in ops.FLOATS if dtype != torch.bfloat16 or self.implementation != INTERPRETED]
@@ -148,7 +153,9 @@ class NetworkCase(Case):
         x = noise.normal(address, self.shape, stream=noise.START, t=table.num_train_timesteps).to(rows.dtype)
         for row, t in zip(rows.to(self.device).flip(0), table.timesteps.flip(0).tolist(), strict=True):
             z = noise.normal(address, self.shape, stream=noise.STEP, t=t).to(rows.dtype)
-            x = update(x, self.plain_output(precision, x, t, labels), row, z, clip=table.clip)
+            output = self.plain_output(precision, x, t, labels)
+            m, v = output[:, : self.shape[0]], output[:, self.shape[0] :]
+            x = update(x, m, row, z, clip=table.clip, v=v, learned=table.learned)
             yield x
 
     def bar(self, steps: Iterable[Any], what: str) -> Iterable[Any]:

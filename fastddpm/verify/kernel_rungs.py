@@ -13,7 +13,8 @@ from fastddpm import ops
 from fastddpm.core import layout, noise
 from fastddpm.core.precision import PRECISIONS
 from fastddpm.core.table import StepColumns, StepTable, step_rows, x_0_rows
-from fastddpm.reference.diffusion import Diffusion, add_noise, predicted_x_0, squared_error, target, update
+from fastddpm.ops.conditional_step import model_outputs
+from fastddpm.reference.diffusion import Diffusion, add_noise, predicted_x_0, replaced, squared_error, target, update
 from fastddpm.verify.accuracy import Record, accuracy_records, unequal
 from fastddpm.verify.case import (
     DAMAGE,
@@ -97,7 +98,7 @@ def noise_rung(case: Case, damage: bool) -> Iterator[Record]:
 
 
 def step_rung(case: Case, damage: bool) -> Iterator[Record]:
-    table, address, t = case.schedule.table(), extreme_addresses(), key_timesteps(case.schedule)
+    table, address, t = case.fixed_schedule.table(), extreme_addresses(), key_timesteps(case.schedule)
     used_table = step_table(table, damage=damage).to(case.device)
     used_positions, used_address = t.int().to(case.device), address.to(case.device)
     x, z = 1.5 * normal_inputs(4, SHAPE), noise.normal(address, SHAPE, stream=noise.STEP, t=t)
@@ -122,6 +123,37 @@ def step_rung(case: Case, damage: bool) -> Iterator[Record]:
     expected = torch.where(torch.tensor([True, False, True, False], dtype=torch.bool, device="cpu"), t.int(), -1)
     compared = f"rows with NaN or infinity flagged by {case.implementation} with those expected"
     yield Record("step", compared, unequal(bad, expected), 0)
+    if not same_code:
+        yield _conditional_step_record(case, damage)
+
+
+def _conditional_step_record(case: Case, damage: bool) -> Record:
+    """A step with all that it can be given: guidance, a part that is known, and a variance if it is learned."""
+    table, address, t = case.schedule.table(), extreme_addresses(), key_timesteps(case.schedule)
+    channels = SHAPE[0] * (1 if table.learned is None else 2)
+    x, known = 1.5 * normal_inputs(4, SHAPE), normal_inputs(4, SHAPE, 5)
+    z, known_z = (noise.normal(address, SHAPE, stream=stream, t=t) for stream in (noise.STEP, noise.KNOWN))
+    m = normal_inputs(8, (channels, *SHAPE[1:]), 4)
+    if table.learned == "learned":
+        m[:, SHAPE[0] :].abs_()  # which is the variance
+    guidance, mask = torch.tensor([1.0, 0.0, 7.5, -2.0], dtype=torch.float32, device="cpu"), known > 0
+    of_mean, v = model_outputs(m, x, guidance)
+    want = update(x, of_mean, table.rows[t], z, clip=table.clip, v=v, learned=table.learned)
+    want = replaced(want, known, mask, table.rows[t], known_z)
+    got = x.to(case.device, copy=True)
+    ops.conditional_step(
+        got,
+        m.to(case.device),
+        step_table(table, damage=damage).to(case.device),
+        t.int().to(case.device),
+        address.to(case.device),
+        guidance=guidance.to(case.device),
+        known=known.to(case.device),
+        mask=mask.to(case.device),
+    )
+    variance = "" if table.learned is None else ", with a learned variance"
+    compared = f"guided update by {case.implementation} with the float32 reference{variance}"
+    return Record("step", compared, unequal(got, want), 0)
 
 
 def noising_rung(case: Case, damage: bool) -> Iterator[Record]:
@@ -194,10 +226,10 @@ def unequal_in_loss(
 
 
 def step64_rung(case: Case, damage: bool) -> Iterator[Record]:
-    n, T, table = 16, case.schedule.num_train_timesteps, case.schedule.table()
+    n, T, table = 16, case.schedule.num_train_timesteps, case.fixed_schedule.table()
     address, t = noise.address(0, n), torch.linspace(0, T - 1, n, dtype=torch.float32, device="cpu").round().long()
     z = noise.normal(address, SHAPE, stream=noise.STEP, t=t)
-    rows, scale = step_rows(case.schedule, torch.arange(T, device="cpu"))
+    rows, scale = step_rows(case.fixed_schedule, torch.arange(T, device="cpu"))
     rows, scale = rows[t], scale[t].view(-1, 1, 1, 1)
     x, x_0 = normal_inputs(n, SHAPE, 1), 0.3 * normal_inputs(n, SHAPE, 2)  # rarely clipped
     columns = StepColumns.of(rows)
@@ -206,7 +238,7 @@ def step64_rung(case: Case, damage: bool) -> Iterator[Record]:
 
     def plain(dtype: torch.dtype) -> Tensor:
         """By the paper's formulas, which predict epsilon, or else by the rows in float64."""
-        schedule = case.schedule
+        schedule = case.fixed_schedule
         if schedule.prediction_type != "epsilon":
             return update(x.to(dtype), m.to(dtype), rows, z.to(dtype), clip=table.clip)
         small = schedule.variance_type.startswith("fixed_small")

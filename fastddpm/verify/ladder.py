@@ -6,7 +6,6 @@ Triton is installed, its interpreter runs the Triton kernels.
 
 import os
 import time
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -33,8 +32,6 @@ def verify(
 ) -> list[Record]:
     """Climb the ladder with a checkpoint. With the bundled model it takes a minute or two on two cores.
 
-    `Sampler` does not sample with learned variances; for such a checkpoint the rungs of sampling are skipped.
-
     Args:
         source: folder or hub id, as `Sampler.from_pretrained` takes it; None: the bundled model.
         variant: of the weights, such as "fp16".
@@ -58,34 +55,26 @@ def verify(
     sampler = Sampler.from_pretrained(source, variant=variant, device=device, precision="fp32")
     schedule, net = sampler.schedule, cast(UNet2D, sampler.model)
     check_output_channels(schedule, sampler.shape[0], net.config["out_channels"])
-    learned = schedule.variance_type if schedule.learns_variance else None
-    if learned:
-        schedule = replace(schedule, variance_type="fixed_small")  # all but the variance is the same
     schedule.table(steps)  # raises if steps is wrong, before anything runs
     implementation = BY_BACKEND[ops.backend(sampler.device)]
     case = NetworkCase(schedule, sampler.device, implementation, net, sampler.shape, steps, progress)
-    records = _climb_all(case, learned, damage, deadline)
+    records = _climb_all(case, damage, deadline)
     damaged = [record for record in records if record.rung == damage]
     if damaged and all(record.verdict == "skipped" for record in damaged):
         raise ValueError(f"damage is {damage!r}, but that rung is skipped: {damaged[0].note}; choose another")
     return records
 
 
-def _climb_all(case: NetworkCase, learned: str | None, damage: str | None, deadline: float | None) -> list[Record]:
+def _climb_all(case: NetworkCase, damage: str | None, deadline: float | None) -> list[Record]:
     """Climb all rungs.
 
     Args:
-        learned: the checkpoint's variance_type, if it is learned.
         damage: as of `verify`.
         deadline: when to have finished, as time.monotonic counts; None: at any time.
     """
     records: list[Record] = []
     interpreted: list[Record] = []
     for name in case.bar(rungs.RUNGS, "verify"):
-        if learned and name in rungs.OF_SAMPLING:
-            note = f"sampling with variance_type {learned!r} is not supported"
-            records.append(Record(name, "samples with the reference's", note=note))
-            continue
         if deadline is not None and name in rungs.OF_SAMPLING and name not in rungs.OF_KERNELS:
             sampling_rungs.fit_into(case, deadline - time.monotonic())
             deadline = None

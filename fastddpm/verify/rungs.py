@@ -28,7 +28,7 @@ RUNGS: dict[str, Callable[[Any, bool], Iterator[Record]]] = {
     "distribution": sampling_rungs.distribution_rung,
 }
 OF_KERNELS = ("noise", "step", "noising", "loss", "step64", "norm", "residual")  # also run in Triton's interpreter
-OF_SAMPLING = ("step", "step64", "engines", "trajectory", "batch", "distribution")  # need a fixed variance
+OF_SAMPLING = ("step", "step64", "engines", "trajectory", "batch", "distribution")
 
 
 def climb(name: str, case: Case, damage: bool) -> list[Record]:

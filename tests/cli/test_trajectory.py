@@ -62,7 +62,7 @@ def test_batches_of_one_size_are_no_obstacle(tiny):
 def test_few_large_samples_are_shown(tiny, shape, gif, png):
     sampler = Sampler(lambda x, t: x, shape=shape)
     for path, count in (("a.gif", gif), ("a.png", png)):
-        assert len(command.Trajectory(sampler, range(100), None, None, path).samples) == count
+        assert len(command.Trajectory(sampler, range(100), None, 1000, path).samples) == count
 
 
 def test_transparency_is_left_out(tmp_path):

@@ -518,10 +518,3 @@ def test_a_term_that_is_not_finite_raises_at_once(t, most):
     line = error_line(evaluated, model, Schedule(**OPTIONS, clip_sample=False), images(), (1, 8, 8), batch_size=4)
     assert line.startswith(f"the term of image 0 at t = {t} is ")
     assert len(calls) <= most + 3  # of 48
-
-
-def test_sampling_with_learned_variances_raises():
-    sampler = Sampler(custom_learned, Schedule(**OPTIONS, variance_type="learned"), shape=(1, 8, 8), device="cpu")
-    assert error_line(sampler.sample, 1).startswith(
-        "variance_type is 'learned'; sampling with learned variances is not"
-    )

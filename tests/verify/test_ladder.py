@@ -8,15 +8,18 @@ from functools import cache
 import pytest
 import torch
 
+from fastddpm import checkpoints
 from fastddpm.cli.main import main
 from fastddpm.core.schedule import LEARNED_VARIANCE_TYPES
-from fastddpm.verify import interpreter, rungs, sampling_rungs
+from fastddpm.core.table import StepColumns
+from fastddpm.networks.unet2d import UNet2D
+from fastddpm.verify import interpreter, kernel_rungs, rungs, sampling_rungs
 from fastddpm.verify.accuracy import Record
 from fastddpm.verify.ladder import verify
 from fastddpm.verify.rungs import OF_KERNELS, RUNGS
 from tests.conftest import needs_gpu
 from tests.support import check
-from tests.verify.checkpoint import SCHEDULE, save_tiny
+from tests.verify.checkpoint import NETWORK, SCHEDULE, save_tiny
 
 interpreted = cache(interpreter.climb_interpreted)
 
@@ -93,19 +96,46 @@ def test_the_ladder_on_a_gpu(mark, damage, tiny, capsys):
 
 
 @pytest.mark.parametrize("variance_type", LEARNED_VARIANCE_TYPES)
-def test_learned_variances_skip_the_rungs_of_sampling(variance_type, tmp_path, monkeypatch, only):
+def test_learned_variances_pass(variance_type, tmp_path, monkeypatch, only):
     monkeypatch.setattr(rungs, "OF_KERNELS", ())
-    source = save_tiny(tmp_path, replace(SCHEDULE, variance_type=variance_type), out_channels=2)
+    source = save_learned(tmp_path, variance_type)
     records = verify(source, device="cpu", progress=False)
     verdicts = {(record.rung, record.verdict) for record in records}
-    sampling = {"step", "step64", "engines", "trajectory", "batch", "distribution"}
-    assert verdicts == {(name, "skipped" if name in sampling else "pass") for name in RUNGS}
-    note = f"sampling with variance_type '{variance_type}' is not supported"
-    assert {record.note for record in records if record.verdict == "skipped"} == {note}
+    assert verdicts == {(name, "skipped" if name == "engines" else "pass") for name in RUNGS}
+    assert any(record.compared.endswith("with a learned variance") for record in records)
     only("unet", "trajectory")
     assert verify(source, device="cpu", damage="unet", progress=False)[0].verdict == "FAIL"
-    message = check.error_line(verify, source, device="cpu", damage="trajectory", progress=False)
-    assert message == f"damage is 'trajectory', but that rung is skipped: {note}; choose another"
+    damaged = verify(source, device="cpu", damage="trajectory", progress=False)
+    assert {record.rung for record in damaged if record.verdict == "FAIL"} == {"trajectory"}
+
+
+def save_learned(folder, variance_type):
+    """A checkpoint whose variances are positive, or between their bounds."""
+    torch.manual_seed(0)
+    net = UNet2D(**{**NETWORK, "out_channels": 2})
+    net.conv_out.weight.data[1:] *= 0.01
+    net.conv_out.bias.data[1:] = 0.1
+    checkpoints.save(folder, net.config, net.state_dict(), replace(SCHEDULE, variance_type=variance_type))
+    return str(folder)
+
+
+@pytest.mark.parametrize("damage", ["step", "trajectory"])
+def test_damaged_learned_variance_is_found(damage, tmp_path, monkeypatch, only):
+    """Also where only the columns of the variance are wrong."""
+
+    def damaged(table, *, damage):
+        rows = table.rows.clone()
+        StepColumns.of(rows).L.add_(0.01 * damage)
+        return replace(table, rows=rows)
+
+    for module in (kernel_rungs, sampling_rungs):
+        monkeypatch.setattr(module, "step_table", damaged)
+    source = save_learned(tmp_path, "learned_range")
+    only(damage)
+    monkeypatch.setattr(rungs, "OF_KERNELS", ())
+    verdicts = {record.verdict for record in verify(source, device="cpu", damage=damage, progress=False)}
+    assert "FAIL" in verdicts
+    assert {record.verdict for record in verify(source, device="cpu", progress=False)} == {"pass"}
 
 
 @pytest.mark.parametrize(("variance_type", "channels"), [("learned_range", 1), ("fixed_small", 2)])

@@ -141,16 +141,7 @@ def save(
     from safetensors.torch import save as serialise
 
     root = as_folder("folder", folder)
-    if not isinstance(config, Mapping):
-        raise ValueError(f"config is {shown(config)}; want the options of a UNet2D by name")
-    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"state_dict is {shown(state_dict)}; want parameters by name, such as unet.state_dict()")
-    if not isinstance(schedule, Schedule):
-        raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(
-            f"dtype is {shown(dtype)}; want that of floating-point numbers, such as torch.float16, or None"
-        )
+    _check_content(config, state_dict, schedule, dtype)
     if not flag("pipeline", pipeline) and (root / "unet").exists():
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
@@ -175,6 +166,20 @@ def save(
     }
     with atomic(weights) as file:
         file.write(serialise(tensors, metadata={"format": "pt"}))
+
+
+def _check_content(config: Any, state_dict: Any, schedule: Any, dtype: Any) -> None:
+    """Check arguments of `save`. Raises: ValueError: one is not as described there."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config is {shown(config)}; want the options of a UNet2D by name")
+    if not isinstance(state_dict, Mapping) or not all(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"state_dict is {shown(state_dict)}; want parameters by name, such as unet.state_dict()")
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"dtype is {shown(dtype)}; want that of floating-point numbers, such as torch.float16, or None"
+        )
 
 
 def beyond_diffusers(config: Mapping[str, Any], timestep_scale: float | None = None) -> list[str]:

@@ -105,6 +105,7 @@ WITHOUT_EFFECT = {
     *("use_checkpoint", "use_fp16", "use_kl", "rescale_learned_sigmas", "data_dir", "schedule_sampler", "lr"),
     *("weight_decay", "lr_anneal_steps", "batch_size", "microbatch", "ema_rate", "log_interval", "save_interval"),
     *("resume_checkpoint", "fp16_scale_growth", "clip_denoised", "num_samples", "use_ddim", "model_path"),
+    *("project", "commit", "checkpoint", "sampling"),  # of a file of options
     *("base_samples", "anneal_lr", "iterations", "eval_interval", "noised", "val_data_dir", "in_channels"),
 }
 

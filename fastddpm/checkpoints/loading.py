@@ -11,6 +11,7 @@ from fastddpm.checkpoints.flags import FORMATS as OF_UNETMODEL
 from fastddpm.checkpoints.flags import OF_ONE_FORMAT, check_names, parse_flags
 from fastddpm.checkpoints.reading import named
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
+from fastddpm.checkpoints.weights import WEIGHTS
 from fastddpm.core.checks import checked_call, one_of, shown
 from fastddpm.core.schedule import Schedule
 
@@ -75,6 +76,8 @@ def _file_of_weights(path: str, format: str) -> tuple[Path | None, tuple[str, ..
     if place.suffix in files.SUFFIXES[:2] and not os.path.isdir(place):
         raise ValueError(f"there is no file {named(path)}; want {_FILE}, or {diffusers.WANTED.removeprefix('want ')}")
     if not os.path.isdir(place) or any(os.path.lexists(place / name) for name in _OF_DIFFUSERS):
+        return None, ()
+    if any(name.startswith(WEIGHTS) for name in os.listdir(place)):
         return None, ()
     found, notes = files.weights_in(place)
     if found is None and not os.path.lexists(place / files.CONFIG):

@@ -199,6 +199,25 @@ def test_improved_diffusion_rescales_its_timesteps(tmp_path):
     assert checkpoints.load(path, format="improved-diffusion", diffusion_steps=1000).timestep_scale is None
 
 
+def test_the_network_of_improved_diffusion_is_given_scaled_timesteps(tmp_path):
+    net, flags = model(), {**TINY, "diffusion_steps": 4000, "noise_schedule": "cosine"}
+    path = written(tmp_path / "model.pt", net, flags)
+    sampler = Sampler.from_pretrained(path, format="improved-diffusion", device="cpu", precision="fp32")
+    seen = {}
+    sampler.sample(
+        2, timesteps=[3999, 1402], sampler="ddim", progress=False,
+        callback=lambda step, t, x_0, indices, x_t: seen.update(x_0=x_0, x_t=x_t),
+    )  # fmt: skip
+    abar = sampler.schedule.alphas_cumprod[1402]
+
+    def x_0_of(t):
+        eps = net.double()(seen["x_t"].double(), torch.tensor([t, t]))
+        return ((seen["x_t"] - (1 - abar).sqrt() * eps) / abar.sqrt()).clamp(-1, 1)
+
+    assert (seen["x_0"] - x_0_of(350.5)).abs().max() <= 1e-5
+    assert (seen["x_0"] - x_0_of(1402.0)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "scale"),
     [

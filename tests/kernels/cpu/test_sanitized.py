@@ -49,7 +49,7 @@ def elementwise():
     for (n, size), m, copy in itertools.product(ENTRIES, (0, 1, 2), (0, 1, 2)):
         total = n * size
         t, address = longs(*[999] * n), longs(*[-1] * 2 * n)
-        rows = floats(16, *[0.5] * 16)
+        rows = floats(28, *[0.5] * 28)
         bad, pos = ints(*[-1] * n), ints(*[1] * n)
         native.step(n, size, memory(4 * total), memory(SIZES[m] * total), rows, ints(7, 9), pos, address,
                     memory(SIZES[copy] * total) if copy else None, bad if m else None, copy, m, copy)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastddpm import checkpoints
 from fastddpm.core.checks import shown
 from fastddpm.core.schedule import Schedule
+from fastddpm.train.options import TrainOptions
 from fastddpm.train.state import saved_init
 
 
@@ -25,6 +26,7 @@ class Initial(NamedTuple):
         weights: by name.
         schedule: its noise schedule.
         classes: the names of its classes; None: it has none, or does not name them.
+        null_label: the label that stands for none; None: it has no such label.
     """
 
     source: str
@@ -32,6 +34,7 @@ class Initial(NamedTuple):
     weights: dict[str, Tensor]
     schedule: Schedule
     classes: tuple[str, ...] | None
+    null_label: int | None
 
 
 def load_initial(init: str | os.PathLike[str], out: Path) -> Initial:
@@ -62,7 +65,14 @@ def _loaded(source: str, place: str | Path) -> Initial:
         raise ValueError(f"init is {source}, whose weights are not finite; start from another checkpoint")
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=4)
-    return Initial(source, checkpoint.config, checkpoint.parameters, checkpoint.schedule, checkpoint.classes)
+    return Initial(
+        source,
+        checkpoint.config,
+        checkpoint.parameters,
+        checkpoint.schedule,
+        checkpoint.classes,
+        checkpoint.null_label,
+    )
 
 
 def numbered_as(
@@ -92,6 +102,25 @@ def numbered_as(
         )
     number = np.array([initial.classes.index(name) for name in names])
     return number[np.asarray(labels)], len(initial.classes), initial.classes
+
+
+def null_label(options: TrainOptions, initial: Initial | None, count: int | None) -> int | None:
+    """The null label of a run: that of its checkpoint, if it starts from one; else it has one if labels are dropped.
+
+    Args: count: classes without the null label; None: there are no labels.
+    Raises: ValueError: labels are to be dropped, but there are none, or the checkpoint has no null label.
+    """
+    asked = f"label_dropout is {options.label_dropout:g}"
+    if options.label_dropout and count is None:
+        raise ValueError(f"{asked}, but there are no labels; give labels (--class-conditional), or leave it out")
+    if initial is None:
+        return count if options.label_dropout else None
+    if options.label_dropout and initial.null_label is None:
+        raise ValueError(
+            f"{asked}, but init is {initial.source}, which has no null label; leave it out, or start from a "
+            "checkpoint that was trained with it, or from none"
+        )
+    return None if initial.null_label is None else count
 
 
 def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def run_identity(
     identity = asdict(options) | {"schedule": options.schedule.to_config(), "warmup": warmup_steps(options)}
     for free in ("log_every", "save_every", "sample_every", "precision", "engine"):
         del identity[free]
+    if not options.label_dropout:  # which runs of older versions do not have
+        del identity["label_dropout"]
     identity["data"] = {"shape": data.shape, "crc32": zlib.crc32(data.data)}
     if labels is not None:
         identity["labels"] = {"crc32": zlib.crc32(np.ascontiguousarray(labels, np.int64).data)}

@@ -73,7 +73,7 @@ def test_gradients_are_as_accurate_as_plain_torchs(tmp_path, precision, engine):
     plain = UNet(**ours.net.config).cuda().to(memory_format=torch.channels_last)
     dtype = ours.compute.dtype
     plain.load_state_dict(ours.net.state_dict())
-    x_t = add_noise(value.float(), eps, ours.table[t])
+    x_t = add_noise(value.float(), eps, ours.loss.table[t])
     with ours.compute.arithmetic():
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             model_output = plain(x_t, t)

@@ -50,7 +50,7 @@ class TrainingLoss:
         mean_factor = log_abar_prev.exp().sqrt() * betas / noise.square() * x_0_factor  # eq. 7
         self.target_table = torch.stack(of_target, 1).float().to(device)
         columns = (x_0_factor, mean_factor, posterior_var.log(), betas.log())
-        self.rows = torch.stack(columns, 1).float().to(device)  # [T, 4]
+        self.rows = torch.stack(columns, 1).to(device)  # [T, 4] float64
 
     def __call__(self, model_output: Tensor, x_0: Tensor, t: Tensor, address: Tensor, at_0: Tensor | None) -> Tensor:
         """The loss of each entry, summed over its elements: [N] fp32.
@@ -72,19 +72,23 @@ class TrainingLoss:
         return errors + HYBRID_WEIGHT * self.schedule.num_train_timesteps * bits
 
     def _terms(self, m: Tensor, v: Tensor, x_0: Tensor, t: Tensor, address: Tensor, at_0: Tensor) -> Tensor:
-        """The term of the bound at each t: [N] nats. Differentiable in v."""
-        x_0_factor, mean_factor, log_small, log_large = self.rows[t].view(len(t), 4, *[1] * (v.ndim - 1)).unbind(1)
+        """The term of the bound at each t: [N] nats fp32. Differentiable in v."""
+        rows = self.rows[t].view(len(t), 4, *[1] * (v.ndim - 1))
         error = m.float() - ops.noising(x_0, t, address, self.target_table)
-        v = v.float()
-        if self.schedule.variance_type == "learned":
-            log_var = v.log()
-        else:
-            share = (v + 1) / 2  # arXiv:2102.09672, eq. 15
-            log_var = share * log_large + (1 - share) * log_small
-        zero = torch.zeros_like(error[:1, :1])
-        terms = normal_kl(mean_factor * error, log_small, zero, log_var).flatten(1).sum(1)
+        _, mean_factor, log_small, _ = rows.float().unbind(1)
+        kl = normal_kl(mean_factor * error, log_small, torch.zeros_like(log_small), self._log_var(v.float(), rows))
+        terms = kl.flatten(1).sum(1)
         if not len(at_0):
             return terms
-        x = data_units(x_0[at_0])
-        decoder = decoder_nll(x, x + (x_0_factor * error)[at_0], log_var[at_0])
-        return terms.index_copy(0, at_0, decoder.flatten(1).sum(1))
+        # few entries, in float64: far from the mean, the probability of a bin is a difference of almost equal numbers
+        x, rows = data_units(x_0[at_0]).double(), rows[at_0]
+        nll = decoder_nll(x, x + rows[:, 0] * error[at_0], self._log_var(v[at_0].double(), rows))
+        return terms.index_copy(0, at_0, nll.flatten(1).sum(1).float())
+
+    def _log_var(self, v: Tensor, rows: Tensor) -> Tensor:
+        """The logarithm of the variance, in the dtype of v."""
+        if self.schedule.variance_type == "learned":
+            return v.log()
+        log_small, log_large = rows.to(v.dtype).unbind(1)[2:]
+        share = (v + 1) / 2  # arXiv:2102.09672, eq. 15
+        return share * log_large + (1 - share) * log_small

@@ -82,8 +82,6 @@ def run_identity(
     identity = asdict(options) | {"schedule": options.schedule.to_config(), "warmup": warmup_steps(options)}
     for free in ("log_every", "save_every", "sample_every", "precision", "engine"):
         del identity[free]
-    if not options.label_dropout:  # which runs of older versions do not have
-        del identity["label_dropout"]
     identity["data"] = {"shape": data.shape, "crc32": zlib.crc32(data.data)}
     if labels is not None:
         identity["labels"] = {"crc32": zlib.crc32(np.ascontiguousarray(labels, np.int64).data)}
@@ -109,7 +107,8 @@ def load_state(
     with _reported(path):
         held = _read(path)
         state, before = RunState.from_file(held["progress"]), _mapping("its run", held["run"])
-        if "classes" not in before:  # a run of an older version
+        before = {"label_dropout": 0.0} | before  # runs of older versions have neither this nor classes
+        if "classes" not in before:
             identity = {name: value for name, value in identity.items() if name != "classes"}
         changed = differing(before, identity)
         text = in_short(changed)

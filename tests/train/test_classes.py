@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline
 
 from fastddpm import Sampler, checkpoints
 from fastddpm.processes.distributed import Ranks
@@ -96,3 +97,67 @@ def test_initial_checkpoint_without_names_is_taken_to_have_the_natural_order(tmp
         trainer = started_from(first, tmp_path / "second", LABELS, NAMES)
     assert trainer.class_names == NAMES
     started_from(first, tmp_path / "third", LABELS, ("1", "2", "3"))  # in the order of any version
+
+
+DROPPED = dataclasses.replace(ONE_STEP, label_dropout=0.5)
+
+
+def test_label_dropout_adds_the_null_label(tmp_path):
+    """The network, the names and the grid: a row for each class, none for the null label."""
+    out = run(tmp_path, dataclasses.replace(DROPPED, sample_every=1), labels=LABELS, classes=NAMES)
+    held = checkpoints.load(out)
+    assert (held.config["num_class_embeds"], held.null_label, held.classes) == (4, 3, NAMES)
+    before = parameters(out)
+    (out / "unet" / "config.json").unlink()
+    assert_same(parameters(run(tmp_path, DROPPED, labels=LABELS, classes=NAMES)), before)
+    assert checkpoints.load(out).null_label == 3
+    trainer = Trainer(pictures(), LABELS, tmp_path, DROPPED, Ranks(), NAMES)
+    assert set(trainer.grids.labels) == {0, 1, 2}
+    pipeline = DDPMPipeline.from_pretrained(out)
+    assert pipeline.unet.config.num_class_embeds == 4
+    assert_same(dict(pipeline.unet.state_dict()), before)
+
+
+def test_label_dropout_trains_the_null_label(tmp_path):
+    start = run(tmp_path / "start", dataclasses.replace(DROPPED, learning_rate=1e-30), labels=LABELS)
+    trained = run(tmp_path / "trained", dataclasses.replace(DROPPED, steps=8, weight_decay=0.0), labels=LABELS)
+    moved = (parameters(trained)["class_embedding.weight"] - parameters(start)["class_embedding.weight"]).abs().amax(1)
+    assert moved.shape == (4,)
+    assert (moved > 0).all()
+
+
+def test_label_dropout_needs_labels(tmp_path):
+    line = error_line(run, tmp_path / "run", DROPPED)
+    assert line == "label_dropout is 0.5, but there are no labels; give labels (--class-conditional), or leave it out"
+    assert "label_dropout is 1.0; want a number, 0 <= label_dropout < 1" in error_line(
+        run, tmp_path / "run", dataclasses.replace(SMALL, label_dropout=1.0), labels=LABELS
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("classes", [NAMES, ("10", "1"), None])
+def test_run_that_starts_from_a_null_label_keeps_it(tmp_path, label_dropout, classes):
+    first = run(tmp_path / "first", DROPPED, labels=LABELS, classes=NAMES)
+    options = dataclasses.replace(STARTED, init=str(first), label_dropout=label_dropout, sample_every=0)
+    labels = LABELS % len(classes or NAMES)
+    second = run(tmp_path / "second", options, labels=labels, classes=classes)
+    held = checkpoints.load(second)
+    assert (held.config["num_class_embeds"], held.null_label, held.classes) == (4, 3, NAMES)
+    before = parameters(second)
+    assert_same(parameters(run(second, options, labels=labels, classes=classes)), before)
+
+
+def test_null_label_and_initial_checkpoint_must_fit(tmp_path):
+    plain = run(tmp_path / "plain", ONE_STEP, labels=LABELS)
+    options = dataclasses.replace(STARTED, init=str(plain), label_dropout=0.5)
+    assert error_line(run, tmp_path / "run", options, labels=LABELS) == (
+        f"label_dropout is 0.5, but init is {plain}, which has no null label; leave it out, or start from a checkpoint "
+        "that was trained with it, or from none"
+    )
+    dropped = run(tmp_path / "dropped", DROPPED, labels=LABELS)
+    options = dataclasses.replace(STARTED, init=str(dropped))
+    assert "num_class_embeds is 4; these images need None: give labels" in error_line(run, tmp_path / "run", options)
+    line = error_line(run, tmp_path / "run", options, labels=np.arange(7) % 4)
+    assert "whose num_class_embeds is 4; these images need 5: leave labels out" in line
+    assert not (tmp_path / "run").exists()

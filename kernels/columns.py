@@ -11,7 +11,13 @@ A = tl.constexpr(4)
 B = tl.constexpr(5)
 C = tl.constexpr(6)
 S = tl.constexpr(7)
-STEP_COLUMNS = tl.constexpr(8)
+L = tl.constexpr(8)
+V = tl.constexpr(9)
+P = tl.constexpr(10)
+Q = tl.constexpr(11)
+R = tl.constexpr(12)
+U = tl.constexpr(13)
+STEP_COLUMNS = tl.constexpr(14)
 
 # A row of a noising table. The rows of predict_step and x_0_error begin with the same two columns.
 SIGNAL = tl.constexpr(0)  # sqrt(abar_t)
@@ -25,7 +31,13 @@ SIGMA = tl.constexpr(4)
 LOG_MIN = tl.constexpr(5)  # bounds of the log variance, for learned_range
 LOG_MAX = tl.constexpr(6)
 NOISY = tl.constexpr(7)  # 0: the step adds no noise
-PREDICT_STEP_COLUMNS = tl.constexpr(8)
+PREDICT_L = tl.constexpr(8)
+V = tl.constexpr(9)
+P = tl.constexpr(10)
+Q = tl.constexpr(11)
+R = tl.constexpr(12)
+U = tl.constexpr(13)
+STEP_COLUMNS = tl.constexpr(14)
 
 # The other columns of a row of x_0_error: x_0 = scale clamp(cx x_t + cm m, lo, hi).
 PREDICTED_CX = tl.constexpr(2)

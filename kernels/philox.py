@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 STEP_STREAM = tl.constexpr(0)  # fastddpm.core.noise.STEP
+KNOWN_STREAM = tl.constexpr(4)  # fastddpm.core.noise.KNOWN
 
 _SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 _ANGLE = tl.constexpr(math.pi / 2 / (1 << 24))

@@ -25,7 +25,7 @@ OPTIONS = {"num_warps": 2, "enable_fp_fusion": False}  # 16 elements per thread 
 def step_kernel(
     x_ptr,  # [N, per_sample] fp32, channels-last; updated in place
     m_ptr,  # like x, the network's dtype
-    row_ptr,  # [S, 8] fp32: a step table, see columns.py
+    row_ptr,  # [S, 14] fp32: a step table, see columns.py
     t_ptr,  # [S] int32: training timestep of each row
     pos_ptr,  # [N] int32: the row each entry is at; one captured graph serves all steps
     address_ptr,  # [N, 2] int64: (seed, sample index) of each entry
@@ -43,13 +43,7 @@ def step_kernel(
     row = row_ptr + pos * STEP_COLUMNS
     of_x, of_m = tl.load(row + B), tl.load(row + C)
 
-    if CLIP:  # the order of operations is the specification: results are compared bit for bit
-        x_0 = tl.load(row + CX) * x + tl.load(row + CM) * m
-        x_0 = tl.maximum(x_0, tl.load(row + LO), propagate_nan=tl.PropagateNan.ALL)
-        x_0 = tl.minimum(x_0, tl.load(row + HI), propagate_nan=tl.PropagateNan.ALL)
-        x_prev = (tl.load(row + A) * x_0 + of_x * x) + of_m * m
-    else:
-        x_prev = of_x * x + of_m * m
+    x_prev = mean(x, m, row, of_x, of_m, CLIP)
     sigma = tl.load(row + S)  # loaded here because sm_100 spills if it is loaded with B and C
     if sigma != 0:
         x_prev += sigma * entry_normals(n, STEP_STREAM, tl.load(t_ptr + pos), block, address_ptr, BLOCK)
@@ -58,15 +52,33 @@ def step_kernel(
     if copy_ptr is not None:
         tl.store(copy_ptr + at, x_prev.to(copy_ptr.dtype.element_ty), mask=mask)
     if bad_ptr is not None:
-        # the 16 elements of a thread, which holds as many adjacent ones as 16 bytes of m do
-        adjacent: tl.constexpr = 128 // m_ptr.dtype.element_ty.primitive_bitwidth
-        worst = tl.abs(x_prev).reshape(16 // adjacent, BLOCK // 16, adjacent)
-        worst = worst.permute(1, 0, 2).reshape(BLOCK // 16, 16)
-        for i in tl.static_range(4):
-            a, b = tl.split(worst.reshape(BLOCK // 16, 8 >> i, 2))
-            worst = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-        entry = tl.broadcast_to(bad_ptr + n, worst.shape)
-        tl.atomic_max(entry, pos, mask=~(worst < float("inf")), sem="relaxed")
+        # 16 bytes of m are adjacent elements of a thread
+        flag(bad_ptr + n, pos, x_prev, 128 // m_ptr.dtype.element_ty.primitive_bitwidth, BLOCK)
+
+
+@triton.jit
+def mean(x, m, row, of_x, of_m, CLIP: tl.constexpr):
+    """x_{t-1} without its noise. Args: row: a pointer to a row; of_x, of_m: its columns B and C."""
+    if CLIP:  # the order of operations is the specification: results are compared bit for bit
+        x_0 = tl.load(row + CX) * x + tl.load(row + CM) * m
+        x_0 = tl.maximum(x_0, tl.load(row + LO), propagate_nan=tl.PropagateNan.ALL)
+        x_0 = tl.minimum(x_0, tl.load(row + HI), propagate_nan=tl.PropagateNan.ALL)
+        x_prev = (tl.load(row + A) * x_0 + of_x * x) + of_m * m
+    else:
+        x_prev = of_x * x + of_m * m
+    return x_prev
+
+
+@triton.jit
+def flag(bad_ptr, pos, x_prev, adjacent: tl.constexpr, BLOCK: tl.constexpr):
+    """Raise a flag to pos if a value is not finite. Args: adjacent: how many of the 16 elements of a thread are."""
+    worst = tl.abs(x_prev).reshape(16 // adjacent, BLOCK // 16, adjacent)
+    worst = worst.permute(1, 0, 2).reshape(BLOCK // 16, 16)
+    for i in tl.static_range(4):
+        a, b = tl.split(worst.reshape(BLOCK // 16, 8 >> i, 2))
+        worst = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    entry = tl.broadcast_to(bad_ptr, worst.shape)
+    tl.atomic_max(entry, pos, mask=~(worst < float("inf")), sem="relaxed")
 
 
 def launch_step(x, m, rows, timesteps, pos, address, copy, bad, *, clip):

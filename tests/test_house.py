@@ -33,11 +33,12 @@ networks: planned unet2d obstacles config layers
 processes: progress displays distributed signals
 storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
          classes decoding npz idx arrays data_checks fingerprint indices files caches
-ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual step checks library backend
+ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual conditional_step step checks \
+     library backend
 core: noise schedule table betas layout precision memory checks names
 reference: likelihood unet diffusion
-kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual step tree philox \
-         block columns launch
+kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual conditional_step step \
+         tree philox block columns launch
 | kernels.cpu: program launch native
 _moved
 _version

@@ -50,14 +50,16 @@ class Schedule:
         trained_betas: the T betas themselves instead of a named schedule: a sequence, an array or a tensor.
         variance_type: of the DDPM sampler: fixed_small is the posterior's (eq. 7), fixed_large is beta_t, and `_log`
             changes nothing. With learned and learned_range, the network has twice the channels, and the second half
-            of its output is the variance or an interpolation (arXiv:2102.09672, eq. 15); only `likelihood` supports
-            these two, `table` raises ValueError.
+            of its output is the variance, or interpolates between those two (arXiv:2102.09672, eq. 15). DDIM does not
+            use it.
         clip_sample, clip_sample_range: clip the predicted x_0 to +-range.
         prediction_type: what the network returns: epsilon, sample (x_0) or v_prediction (arXiv:2202.00512).
         timestep_spacing, steps_offset: which timesteps fewer than T steps visit; only leading spacing uses the offset.
         rescale_betas_zero_snr: make x_T pure noise, abar_{T-1} = 0 (Lin et al. 2023, arXiv:2305.08891, algorithm 1).
         thresholding: dynamic thresholding; must be False.
         set_alpha_to_one: DDIM's last step ends at abar = 1, else at abar_0.
+        use_clipped_model_output: DDIM takes the eps that corresponds to the clipped x_0, as guided-diffusion does, not
+            the network's.
     Raises: ValueError: an option is unknown, unsupported or out of range.
     """
 
@@ -75,6 +77,7 @@ class Schedule:
     rescale_betas_zero_snr: bool = False
     thresholding: bool = False
     set_alpha_to_one: bool = True
+    use_clipped_model_output: bool = False
 
     def __post_init__(self) -> None:
         self._check_options()
@@ -97,7 +100,8 @@ class Schedule:
             self._set(name, whole(name, getattr(self, name), low, MOST_TIMESTEPS))
         for name in ("beta_start", "beta_end", "clip_sample_range"):
             self._set(name, real(name, getattr(self, name), 0, above=True))
-        for name in ("clip_sample", "rescale_betas_zero_snr", "thresholding", "set_alpha_to_one"):
+        flags = "clip_sample", "rescale_betas_zero_snr", "thresholding", "set_alpha_to_one", "use_clipped_model_output"
+        for name in flags:
             flag(name, getattr(self, name))
         one_of("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         one_of("variance_type", self.variance_type, (*VARIANCE_TYPES, *LEARNED_VARIANCE_TYPES))
@@ -149,6 +153,8 @@ class Schedule:
     def to_config(self) -> dict[str, Any]:
         """A JSON-ready dict that diffusers' DDPMScheduler.from_config and Schedule.from_config load."""
         config = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not self.use_clipped_model_output:  # an argument of DDIM's step in diffusers, which warns of the option
+            del config["use_clipped_model_output"]
         betas = self.trained_betas
         return {"_class_name": _SCHEDULERS[0], **config, "trained_betas": None if betas is None else list(betas)}
 
@@ -219,6 +225,8 @@ class Schedule:
         eta: float = 0.0,
         timesteps: Iterable[int] | None = None,
         noise: float = True,
+        clip_range: tuple[float, float] | None = None,
+        with_x_0: bool = False,
     ) -> StepTable:
         """The rows of one sampler, on the CPU.
 
@@ -229,8 +237,9 @@ class Schedule:
                 sigma_t^2 <= 1 - abar_prev.
             timesteps: visit exactly these, strictly descending, instead of `steps`.
             noise: a factor of sigma_t z; with False (or 0) every step returns its mean.
-        Raises: ValueError: an argument is not as above, the network predicts epsilon where abar_t = 0, or variances are
-            learned.
+            clip_range: where x_0 is clipped, clip it to these two numbers instead of +-clip_sample_range.
+            with_x_0: rows of the form that contains x_0, also where it is not clipped.
+        Raises: ValueError: an argument is not as above, or the network predicts epsilon where abar_t = 0.
         """
         if timesteps is None:
             visited = self.timesteps(steps)
@@ -238,13 +247,15 @@ class Schedule:
             visited = _descending(timesteps, self.num_train_timesteps).flip(0)
         else:
             raise ValueError(f"steps is {steps}, but timesteps is given too; pass one of them")
-        rows, scale = step_rows(self, visited, sampler=sampler, eta=eta, noise=noise)
+        how = {"sampler": sampler, "eta": eta, "noise": noise, "clip_range": clip_range, "with_x_0": with_x_0}
+        rows, scale = step_rows(self, visited, **how)
         return StepTable(
             rows=rows.float(),
             scale=scale.float(),
             timesteps=visited.int(),
-            clip=self.clip_sample,
+            clip=self.clip_sample or with_x_0,
             num_train_timesteps=self.num_train_timesteps,
+            learned=None if not self.learns_variance else self.variance_type if sampler == "ddpm" else "unused",
         )
 
     def noising_table(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The step table: one row of eight float32 coefficients per reverse step, and the formulas of these coefficients.
+"""The step table: one row of float32 coefficients per reverse step, and the formulas of these coefficients.
 
 Every supported sampler is an affine update of the state, so samplers differ only in their rows. With x the state, m
 the network's output and z standard normal (specification: `fastddpm.reference.diffusion.update`):
@@ -9,6 +9,10 @@ the network's output and z standard normal (specification: `fastddpm.reference.d
 
 The scale is kept apart because late steps predict x_0 as a small difference times a large number (eq. 15). Two large
 products would lose the digits in which they agree.
+
+Where the network learns the variance, with v the second half of its output, S is multiplied by exp(L + V*v) or sqrt(v).
+For inpainting, the part of x_0 that is known becomes P*x_0 + Q*z in x_prev (eq. 4), and R*x_prev + U*z goes back from
+x_prev to x_t (eq. 2).
 
 Equation numbers are those of Ho et al. 2020 (arXiv:2006.11239) unless another paper is named.
 """
@@ -28,7 +32,7 @@ MOST_NOISE = 1e6  # by which sigma_t z may be multiplied: float32 holds the stat
 
 
 class StepColumns(NamedTuple):
-    """The columns of step rows, each [...] of rows [..., 8]."""
+    """The columns of step rows, each [...] of rows [..., 14]."""
 
     cx: Tensor
     cm: Tensor
@@ -38,10 +42,16 @@ class StepColumns(NamedTuple):
     B: Tensor
     C: Tensor
     S: Tensor
+    L: Tensor
+    V: Tensor
+    P: Tensor
+    Q: Tensor
+    R: Tensor
+    U: Tensor
 
     @classmethod
     def of(cls, rows: Tensor) -> "StepColumns":
-        """The columns of rows [..., 8], as views."""
+        """The columns of rows [..., 14], as views."""
         return cls(*rows.unbind(-1))
 
 
@@ -53,12 +63,14 @@ class StepTable:
     """The visited timesteps in ascending order, one row of coefficients each; row S-1 is the first step taken.
 
     Attributes:
-        rows: [S, 8] float32, COLUMNS. cx and cm give w whether or not x_0 is clipped; without clipping, lo and hi are
+        rows: [S, 14] float32, COLUMNS. cx and cm give w whether or not x_0 is clipped; without clipping, lo and hi are
             infinite.
         scale: [S] float32.
         timesteps: [S] int32, ascending, each 0 <= t < num_train_timesteps.
-        clip: whether x_0 is clipped, which decides for which of the two forms of the update the rows are.
+        clip: for which of the two forms of the update the rows are; True: for the one with x_0.
         num_train_timesteps: T.
+        learned: what the second half of the network's output is: None (there is none), "unused", "learned" (the
+            variance) or "learned_range" (interpolates between two).
     """
 
     rows: Tensor
@@ -66,9 +78,14 @@ class StepTable:
     timesteps: Tensor
     clip: bool
     num_train_timesteps: int
+    learned: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def last(self, steps: int) -> "StepTable":
+        """The table of the last so many steps."""
+        return replace(self, rows=self.rows[:steps], scale=self.scale[:steps], timesteps=self.timesteps[:steps])
 
     @property
     def columns(self) -> StepColumns:
@@ -99,12 +116,21 @@ class Process(Protocol):
     def clip_sample_range(self) -> float: ...
     @property
     def set_alpha_to_one(self) -> bool: ...
+    @property
+    def use_clipped_model_output(self) -> bool: ...
 
 
 def step_rows(
-    schedule: Process, timesteps: Tensor, *, sampler: str = "ddpm", eta: float = 0.0, noise: float = True
+    schedule: Process,
+    timesteps: Tensor,
+    *,
+    sampler: str = "ddpm",
+    eta: float = 0.0,
+    noise: float = True,
+    clip_range: tuple[float, float] | None = None,
+    with_x_0: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The rows and scales of `Schedule.table` before they are rounded: [S, 8] and [S] float64.
+    """The rows and scales of `Schedule.table` before they are rounded: [S, 14] and [S] float64.
 
     Args: timesteps: [S] int64, ascending; the others as in `Schedule.table`.
     """
@@ -123,34 +149,59 @@ def step_rows(
     posterior_var = noise_var_prev / noise_var * beta  # eq. 7
 
     (scale, cx, cm), (ex, em) = _predictions(schedule.prediction_type, abar, noise_var, timesteps)
+    with_x_0 = with_x_0 or schedule.clip_sample
+    L = V = torch.zeros_like(scale)
     if sampler == "ddpm":
         A = abar_prev.sqrt() * beta / noise_var  # eq. 7
         B = alpha.sqrt() * noise_var_prev / noise_var
         C = torch.zeros_like(A)
-        S = (posterior_var if schedule.variance_type.startswith("fixed_small") else beta).sqrt()
+        if schedule.learns_variance:
+            S, L, V = _learned_deviation(schedule, posterior_var, beta)
+        else:
+            S = (posterior_var if schedule.variance_type.startswith("fixed_small") else beta).sqrt()
     else:
         # 1 - abar_prev - sigma_t^2, arranged so that nothing cancels for eta <= 1
         direction_var = noise_var_prev * (alpha * noise_var_prev + (1 - eta * eta) * beta) / noise_var
         if not (direction_var >= 0).all():
             t = int(timesteps[int((direction_var >= 0).long().argmin())])
             raise ValueError(f"eta is {eta}, so that sigma_t^2 > 1 - abar_prev at t={t}; use 0 <= eta <= 1")
-        A = abar_prev.sqrt()  # arXiv:2010.02502, eq. 12, with the eps of the unclipped x_0
-        B = direction_var.sqrt() * ex
-        C = direction_var.sqrt() * em
+        A, B, C = abar_prev.sqrt(), direction_var.sqrt() * ex, direction_var.sqrt() * em  # arXiv:2010.02502, eq. 12
+        if with_x_0 and schedule.use_clipped_model_output:  # the eps that the clipped x_0 corresponds to (eq. 4)
+            A = A - direction_var.sqrt() * (abar / noise_var).sqrt()
+            B, C = (direction_var / noise_var).sqrt(), torch.zeros_like(C)
         S = eta * posterior_var.sqrt()  # eq. 16
     A = A * scale
-    if not schedule.clip_sample:
+    if not with_x_0:
         A, B, C = torch.zeros_like(A), B + A * cx, C + A * cm
     S[0] = 0
     S = noise * S
-    hi = (schedule.clip_sample_range if schedule.clip_sample else math.inf) / scale
-    return torch.stack(StepColumns(cx=cx, cm=cm, lo=-hi, hi=hi, A=A, B=B, C=C, S=S), 1), scale
+    low, high = (-math.inf, math.inf)
+    if schedule.clip_sample:
+        low, high = clip_range or (-schedule.clip_sample_range, schedule.clip_sample_range)
+    P, Q = abar_prev.sqrt(), noise_var_prev.sqrt()
+    P[0], Q[0] = 1, 0  # the last step returns x_0
+    R, U = alpha.sqrt(), beta.sqrt()
+    lo, hi = low / scale, high / scale
+    columns = StepColumns(cx=cx, cm=cm, lo=lo, hi=hi, A=A, B=B, C=C, S=S, L=L, V=V, P=P, Q=Q, R=R, U=U)
+    return torch.stack(columns, 1), scale
+
+
+def _learned_deviation(schedule: Process, posterior_var: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S, L and V for sigma_t = S exp(L + V v), or S sqrt(v): arXiv:2102.09672, eq. 15 with (v + 1) / 2 between 0 and 1.
+
+    posterior_var is 0 in the row of the last step, which adds no noise.
+    """
+    S, L, V = torch.ones_like(beta), torch.zeros_like(beta), torch.zeros_like(beta)
+    if schedule.variance_type == "learned_range":
+        log_min, log_max = posterior_var[1:].log(), beta[1:].log()
+        L[1:], V[1:] = (log_max + log_min) / 4, (log_max - log_min) / 4
+    return S, L, V
 
 
 def x_0_rows(rows: Tensor, scale: Tensor) -> Tensor:
     """The columns that define the predicted x_0 = scale clamp(cx x + cm m, lo, hi): cx, cm, lo, hi, scale.
 
-    Args: rows: [S, 8] step rows; scale: [S].
+    Args: rows: [S, 14] step rows; scale: [S].
     Returns: [S, 5].
     """
     columns = StepColumns.of(rows)
@@ -159,11 +210,6 @@ def x_0_rows(rows: Tensor, scale: Tensor) -> Tensor:
 
 def _check_sampler(schedule: Process, sampler: str, eta: float, noise: float) -> None:
     one_of("sampler", sampler, SAMPLERS)
-    if schedule.learns_variance:
-        raise ValueError(
-            f"variance_type is {schedule.variance_type!r}; sampling with learned variances is not supported, "
-            "use fixed_small or fixed_large with a network that does not return the variance"
-        )
     if not is_real(eta) or eta < 0:
         raise ValueError(f"eta is {shown(eta)}; want a number, 0 <= eta (1 gives DDPM's noise)")
     if not isinstance(noise, bool) and (not is_real(noise) or not 0 <= noise <= MOST_NOISE):

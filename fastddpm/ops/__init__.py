@@ -7,6 +7,7 @@ exception: it is not an operator, and where it runs torch's operations it is dif
 """
 
 from fastddpm.ops.backend import backend, backend_reason, compiling, forced_backend
+from fastddpm.ops.conditional_step import conditional_step
 from fastddpm.ops.eps_loss import eps_loss
 from fastddpm.ops.group_norm import group_norm
 from fastddpm.ops.interleave import interleave
@@ -27,6 +28,7 @@ __all__ = [
     "backend",
     "backend_reason",
     "compiling",
+    "conditional_step",
     "eps_loss",
     "forced_backend",
     "group_norm",

@@ -17,7 +17,17 @@ Model = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t, t [N] int64) -> eps
 VarianceType = Literal["fixed_small", "fixed_large"]  # sigma_t^2 is the posterior's variance, or beta_t
 
 
-def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -> Tensor:
+def update(
+    x: Tensor,
+    m: Tensor,
+    row: Tensor,
+    z: Tensor | None,
+    *,
+    clip: bool,
+    x_0: Tensor | None = None,
+    v: Tensor | None = None,
+    learned: str | None = None,
+) -> Tensor:
     """Take one step of any sampler, as an affine update of the state in the written order of operations.
 
     Each product and each sum is rounded separately: every implementation of the step returns the same bits as this one.
@@ -25,19 +35,75 @@ def update(x: Tensor, m: Tensor, row: Tensor, z: Tensor | None, *, clip: bool) -
     Args:
         x: [N, ...] state, floating point.
         m: like x, of any float dtype (converted to that of x first): the network's output.
-        row: [8], or [N, 8] with one row for each entry: cx, cm, lo, hi, A, B, C, S.
+        row: [8 or more], or [N, 8 or more] with one row for each entry: cx, cm, lo, hi, A, B, C, S, and for learned
+            variances L, V.
         z: like x, standard normal; None adds nothing, nor does S = 0.
         clip: whether the row is for a clamped x_0; without, the x_0 is folded into B and C.
+        x_0: like x: x_0 / scale, instead of the one that x and m predict; needs a row with clip.
+        v: like m: the network's output for the variance, if it is learned.
+        learned: None, "learned" or "learned_range": see `deviation`.
     Returns: the next state, like x.
     """
-    cx, cm, lo, hi, A, B, C, S = _broadcast_columns(row, x)
+    cx, cm, lo, hi, A, B, C, S, *others = _broadcast_columns(row, x)
     m = m.to(x.dtype)
     if clip:
-        w = torch.minimum(torch.maximum(cx * x + cm * m, lo), hi)  # x_0 / scale: A contains the scale
+        # x_0 / scale: A contains the scale
+        w = torch.minimum(torch.maximum(cx * x + cm * m, lo), hi) if x_0 is None else x_0
         mean = (A * w + B * x) + C * m
     else:
         mean = B * x + C * m
-    return mean if z is None else torch.where(S == 0, mean, mean + S * z)
+    if z is None:
+        return mean
+    scale = S if learned is None or v is None else S * deviation(v.to(x.dtype), *others[:2], learned)
+    return torch.where(S == 0, mean, mean + scale * z)
+
+
+def guided(m_c: Tensor, m_u: Tensor, scale: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598), in the written order.
+
+    Args: m_c, m_u: the network's output with and without the condition; scale: broadcastable; 1 gives m_c.
+    """
+    return m_u + scale * (m_c - m_u)
+
+
+def deviation(v: Tensor, L: Tensor, V: Tensor, learned: str) -> Tensor:
+    """sigma_t of a learned variance: sqrt(v), or exp(L + V v) for "learned_range" (arXiv:2102.09672, eq. 15)."""
+    if learned == "learned":
+        return v.double().sqrt().to(v.dtype)  # torch's square root on a CPU may be one unit off
+    return exponential(L + V * v)
+
+
+def exponential(a: Tensor) -> Tensor:
+    """exp(a), rounded as written for float32, within one unit in the last place. Infinite above 88.37."""
+    if a.dtype != torch.float32:
+        return a.exp()
+    a = torch.where(a < -87.0, -87.0, torch.where(a > 88.5, 88.5, a))
+    shifted = a * 1.44269504 + 12582912.0  # adding and subtracting 1.5 2^23 rounds to a whole number
+    whole = shifted - 12582912.0
+    r = (a - whole * 0.693145752) - whole * 1.42860677e-6  # exp(a) = 2^whole exp(r), |r| <= ln(2) / 2
+    p = r * 1.97903e-4 + 1.3944703e-3
+    for k in (8.333498e-3, 4.1666295e-2, 1.6666666e-1, 0.5):
+        p = p * r + k
+    power = ((shifted.view(torch.int32) - 0x4B400000 + 127) << 23).view(torch.float32)
+    return ((p * (r * r) + r) + 1.0) * power
+
+
+def replaced(x: Tensor, known: Tensor, mask: Tensor, row: Tensor, z: Tensor) -> Tensor:
+    """Replace the known part of a state by P known + Q z, which has the distribution q(x_prev | x_0), eq. 4.
+
+    Args:
+        x: [N, ...]: x_prev; known: like x: x_0; mask: like x, bool: where x_0 is known.
+        row: [14] or [N, 14], as in `update`; Q = 0 adds no z.
+        z: like x, standard normal.
+    """
+    *_, P, Q, _, _ = _broadcast_columns(row, x)
+    return torch.where(mask, torch.where(Q == 0, P * known, P * known + Q * z), x)
+
+
+def renoised(x: Tensor, row: Tensor, z: Tensor) -> Tensor:
+    """Go back from x_prev to x_t: R x + U z, the forward process (eq. 2) of the skipped timesteps in one step."""
+    *_, R, U = _broadcast_columns(row, x)
+    return R * x + U * z
 
 
 def predict_step(

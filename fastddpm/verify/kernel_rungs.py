@@ -84,7 +84,7 @@ def noise_rung(case: Case, damage: bool) -> Iterator[Record]:
     used_address = torch.stack([address[:, 0] ^ damage, address[:, 1]], 1).to(case.device)
     z, zero = (torch.zeros_like(normal_inputs(4, SHAPE)).to(case.device) for _ in range(2))
     # x_prev = z
-    only_z = torch.tensor(4 * [[0, 0, -math.inf, math.inf, 0, 0, 0, 1]], dtype=torch.float32, device="cpu")
+    only_z = torch.tensor(4 * [[0, 0, -math.inf, math.inf, 0, 0, 0, 1, *6 * [0]]], dtype=torch.float32, device="cpu")
     scale = torch.ones_like(only_z[:, 0])
     table = StepTable(only_z, scale, t.int(), clip=False, num_train_timesteps=1000).to(case.device)
     ops.step(z, zero, table, torch.arange(4, dtype=torch.int32, device=case.device), used_address)

@@ -32,6 +32,15 @@ def launch_repeated_step(x, rows, timesteps, pos, address, copy, bad, *, clip):
     return lambda m: run(threads(), count, *shape_and_x, m.data_ptr(), *others, _DTYPES[m.dtype], dtype_of_copy)
 
 
+def launch_conditional_step(
+    x, m, rows, timesteps, pos, address, guidance, known, mask, bad, *, clip, guide_variance, learned
+):
+    tensors = map(_pointer, (x, m, rows, timesteps, pos, address, guidance, known, mask, bad))
+    outputs = x.shape[1], m.shape[1] // x.shape[1], _DTYPES[m.dtype]
+    shape = len(x), x.shape[1:].numel()
+    _run("conditional_step", x.numel(), *shape, *tensors, *outputs, clip, guide_variance, learned)
+
+
 def launch_normal(z, t, address, *, stream):
     _run("normal", z.numel(), len(z), z.shape[1:].numel(), *map(_pointer, (z, t, address)), stream)
 

@@ -19,6 +19,7 @@
 
 #define FASTDDPM_KERNELS(X)     /* name, phases, words of a call */ \
     X(attention, 2, 8)                                          \
+    X(conditional_step, 1, 18)                                  \
     X(convolution, 1, 24)                                       \
     X(eps_loss, 2, 14)                                          \
     X(eps_loss_backward, 1, 14)                                 \
@@ -50,7 +51,8 @@
     void attention(const Call&);                                                                            \
     void convolution(const Call&);                                                                          \
     void pack(const Call&);                                                                                 \
-    using avx512::eps_loss, avx512::eps_loss_backward, avx512::group_norm, avx512::interleave;              \
+    using avx512::conditional_step, avx512::eps_loss, avx512::eps_loss_backward, avx512::group_norm;        \
+    using avx512::interleave;                                                                               \
     using avx512::noising, avx512::normal, avx512::residual, avx512::silu, avx512::step, avx512::x_0_error; \
     const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};                                                \
     }

@@ -10,6 +10,7 @@ namespace fastddpm::FASTDDPM_ISA {
 
 constexpr int BLOCK = 1024;  // elements of a sample that a kernel computes at a time
 constexpr int64_t STEP_STREAM = 0;  // fastddpm.core.noise.STEP
+constexpr int64_t KNOWN_STREAM = 4;  // fastddpm.core.noise.KNOWN
 
 // Call function(entry, block, at, count) for each block of a thread's share of n entries: `at` is the position of its
 // first element in [n, per_sample], and `count` how many of its BLOCK elements exist.

@@ -35,9 +35,14 @@ def textbook_step(s: Schedule, x: Decimal, m: Decimal, abar: Decimal, abar_prev:
     posterior_var = (1 - abar_prev) / (1 - abar) * beta
     if sampler == "ddpm":  # arXiv:2006.11239, eq. 7
         mean = abar_prev.sqrt() * beta / (1 - abar) * x_0 + alpha.sqrt() * (1 - abar_prev) / (1 - abar) * x
+        if s.variance_type == "learned_range" and posterior_var:  # arXiv:2102.09672, eq. 15, with m as v
+            share = (m + 1) / 2
+            return x_0, mean, ((share * beta.ln() + (1 - share) * posterior_var.ln()) / 2).exp()
         return x_0, mean, (posterior_var if "small" in s.variance_type else beta).sqrt()
     sigma = Decimal(eta) * posterior_var.sqrt()  # arXiv:2010.02502, eq. 16 and 12
     direction = max(1 - abar_prev - sigma**2, Decimal(0)).sqrt()
+    if s.use_clipped_model_output:
+        eps = (x - abar.sqrt() * x_0) / (1 - abar).sqrt()
     return x_0, abar_prev.sqrt() * x_0 + direction * eps, sigma
 
 
@@ -54,11 +59,18 @@ def assert_textbook(
             want = [
                 textbook_step(s, Decimal(a), Decimal(b), abar_t, abar_prev, sampler, eta) for a, b in PROBES.tolist()
             ]
+            of_x_0 = float64([[abar_prev.sqrt(), (1 - abar_prev).sqrt()]])[0]
+            back = float64([[(abar_t / abar_prev).sqrt(), (1 - abar_t / abar_prev).sqrt()]])[0]
         x_0, mean, sigma = float64(want).unbind(1)
-        c = StepColumns.of(row)
+        c, last_row = StepColumns.of(row), row is steps[0][0]
         assert_close(factor * (c.cx * x + c.cm * m).clamp(c.lo, c.hi), x_0)
         assert_close(update(x, m, row, None, clip=s.clip_sample), mean)
-        assert_close(c.S.expand_as(sigma), torch.zeros_like(sigma) if row is steps[0][0] else sigma)
+        learned = s.variance_type == "learned_range" and sampler == "ddpm"
+        got = c.S * torch.exp(c.L + c.V * m)
+        assert learned or c.L == c.V == 0
+        assert_close(got, torch.zeros_like(sigma) if last_row else sigma)
+        assert_close(torch.stack([c.P, c.Q]), of_x_0.new_tensor([1, 0]) if last_row else of_x_0)
+        assert_close(torch.stack([c.R, c.U]), back)
 
 
 def check_rows(s: Schedule, visited: list[int], sampler: str = "ddpm", eta: float = 0.0, at=slice(None)) -> None:
@@ -83,7 +95,7 @@ def test_a_damaged_row_is_not_textbook(column):
 
 
 SAMPLERS = [  # (sampler, eta, variance_type)
-    *(("ddpm", 0.0, variance_type) for variance_type in VARIANCE_TYPES),
+    *(("ddpm", 0.0, variance_type) for variance_type in (*VARIANCE_TYPES, "learned_range")),
     *(("ddim", eta, "fixed_small") for eta in (0.0, 0.3, 1.0)),
 ]
 
@@ -97,13 +109,14 @@ def cases(draw):
         "num_train_timesteps": T,
         "beta_schedule": draw(named),
         "trained_betas": draw(st.none() | trained),
-        "variance_type": draw(st.sampled_from(VARIANCE_TYPES)),
+        "variance_type": draw(st.sampled_from([*VARIANCE_TYPES, "learned_range"])),
         "clip_sample": draw(st.booleans()),
         "clip_sample_range": draw(st.sampled_from([1.0, 0.5, 3.0])),
         "prediction_type": draw(st.sampled_from(PREDICTION_TYPES)),
         "timestep_spacing": draw(st.sampled_from(["leading", "trailing", "linspace"])),
         "steps_offset": draw(st.integers(0, 2)),
         "set_alpha_to_one": draw(st.booleans()),
+        "use_clipped_model_output": draw(st.booleans()),
     }
     rescale = draw(st.booleans()) and T > 1 and options["prediction_type"] != "epsilon"
     return Schedule(**options, rescale_betas_zero_snr=rescale), draw(st.integers(1, T))
@@ -168,7 +181,7 @@ def test_rows_take_the_steps_of_the_specification(variance_type, clip):
 
 
 def assert_same_but_for_sigma(some: StepColumns, others: StepColumns) -> None:
-    assert all(torch.equal(one, other) for one, other in zip(some[:-1], others[:-1], strict=True))
+    assert all(torch.equal(getattr(some, name), getattr(others, name)) for name in COLUMNS if name != "S")
 
 
 @pytest.mark.parametrize("factor", [0.5, 1, 0, 2.0])
@@ -212,20 +225,42 @@ def test_x_0_rows_are_the_columns_of_x_0():
     rows, scale = step_rows(Schedule(), torch.arange(1000))
     c = StepColumns.of(rows)
     assert torch.equal(x_0_rows(rows, scale), torch.stack([c.cx, c.cm, c.lo, c.hi, scale], 1))
-    assert COLUMNS == ("cx", "cm", "lo", "hi", "A", "B", "C", "S")
-
-
-# Bad input
+    assert " ".join(COLUMNS) == "cx cm lo hi A B C S L V P Q R U"
 
 
 @pytest.mark.parametrize("kind", LEARNED_VARIANCE_TYPES)
-def test_learned_variances_are_read_but_have_no_step_table(kind):
+def test_learned_variances_are_those_of_ddpm(kind):
     schedule = Schedule.from_config({"variance_type": kind})
     assert schedule.to_config()["variance_type"] == kind
     assert torch.equal(schedule.noising_table(), Schedule().noising_table())
-    for sampler in ("ddpm", "ddim"):
-        message = f"variance_type is '{kind}'; sampling with learned variances is not supported, use fixed_small or"
-        assert error_line(schedule.table, 5, sampler=sampler).startswith(message)
+    table, ddim = schedule.table(5), schedule.table(5, sampler="ddim", eta=1.0)
+    assert (table.learned, ddim.learned, Schedule().table().learned) == (kind, "unused", None)
+    assert table.columns.S.tolist() == [0, 1, 1, 1, 1]
+    assert_same_but_for_sigma(ddim.columns, Schedule().table(5, sampler="ddim", eta=1.0).columns)
+    assert torch.equal(ddim.columns.S, Schedule().table(5, sampler="ddim", eta=1.0).columns.S)
+
+
+def test_clip_range_replaces_clip_sample_range():
+    table = Schedule().table(5, clip_range=(0.0, 2.0))
+    assert torch.equal(table.columns.lo, torch.zeros(5))
+    assert torch.equal(table.columns.hi, 2 * Schedule().table(5).columns.hi)
+    assert Schedule(clip_sample=False).table(5, clip_range=(0.0, 2.0)).columns.hi.tolist() == [math.inf] * 5
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_rows_with_x_0_take_the_same_step(sampler):
+    """The form with x_0, but not clipped, is the folded form within rounding."""
+    s = Schedule(clip_sample=False)
+    apart, folded = s.table(9, sampler=sampler, with_x_0=True), s.table(9, sampler=sampler)
+    assert (apart.clip, folded.clip) == (True, False)
+    x, m = torch.randn(2, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    one, other = (update(x, m, table.rows.double(), None, clip=table.clip) for table in (apart, folded))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert torch.equal(apart.last(3).rows, apart.rows[:3])
+    assert apart.last(3).timesteps.tolist() == apart.timesteps[:3].tolist()
+
+
+# Bad input
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True}

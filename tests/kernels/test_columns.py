@@ -15,7 +15,7 @@ def values(*names):
 
 
 def test_step_columns_are_those_of_the_schedule():
-    assert values(*(name.upper() for name in COLUMNS)) == list(range(8))
+    assert values(*(name.upper() for name in COLUMNS)) == list(range(14))
     assert values("STEP_COLUMNS") == [len(COLUMNS)]
 
 

@@ -101,7 +101,9 @@ def test_unaligned_memory(device):
 def test_nothing_is_added_if_no_z_is_drawn(device):
     x = torch.full((2, 1, 2, 2), -0.0)
     pos, address = positions(0, 0), addresses(2)
-    row = torch.tensor([[1.0, 0.0, -inf, inf, 0.0, 1.0, 1.0, 0.0]])  # adding +0 would lose the sign of x_prev = -0
+    row = torch.tensor(
+        [[1.0, 0.0, -inf, inf, 0.0, 1.0, 1.0, *7 * [0.0]]]
+    )  # adding +0 would lose the sign of x_prev = -0
     table = replace(TABLES[False], rows=row, timesteps=torch.zeros(1, dtype=torch.int32))
     assert_same_bits(run_step(device, x, x.clone(), table, pos, address), x)
 
@@ -290,7 +292,7 @@ BAD = [
     ("address", lambda a: a.int(), r"address is \(2, 2\) torch.int32 on cpu; want \(2, 2\) torch.int64"),
     ("table", lambda table: table.to("meta"), r"table.rows is \(1000, 8\) .* on meta; want \(1000, 8\) .* on cpu"),
     ("table", lambda table: replace(table, rows=table.rows.double()), r"table.rows is .* torch.float64 .*; want"),
-    ("table", lambda table: replace(table, rows=table.rows[:, :6]), r"table.rows is \(1000, 6\) .*; want \(1000, 8\)"),
+    ("table", lambda table: replace(table, rows=table.rows[:, :6]), r"table.rows is \(1000, 6\) .*; want \(1000, 14\)"),
     ("table", lambda table: replace(table, timesteps=table.timesteps[1:]), r"table.timesteps is \(999,\) .*; want"),
     ("out_dtype", lambda _: torch.float64, r"out_dtype is torch.float64; want bfloat16, float16, or None"),
     ("out_dtype", lambda _: torch.float32, r"out_dtype is torch.float32; want .* None: x itself is float32"),

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler,
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from fastddpm import Sampler, Schedule, checkpoints
+from fastddpm import Sampler, Schedule, UNet2D, checkpoints
 from fastddpm.checkpoints import shipped_model
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.train.initial import load_initial

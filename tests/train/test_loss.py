@@ -166,6 +166,19 @@ def test_step_takes_the_gradient_of_the_specification(tmp_path, engine):
         assert_as_accurate(ours_, theirs, true)
 
 
+def test_ranks_together_take_the_gradient_of_one_process(tmp_path):
+    """Unequal shares, of which one has no t = 0; the mean of the ranks' gradients is that of the whole batch."""
+    schedule = Schedule(num_train_timesteps=4, variance_type="learned_range")
+    options = dataclasses.replace(LEARNED, batch_size=7, grad_clip=math.inf, seed=1, schedule=schedule)
+    ranks = [Trainer(pictures(), None, tmp_path, options, Ranks(rank, 3)) for rank in range(3)]
+    assert sorted(len(one.batches.at_0(0)) for one in ranks) == [0, 1, 1]
+    for one in ranks:
+        one.step(one.net, 0)
+    parts = torch.stack([torch.cat([weight.grad.flatten() for weight in one.net.parameters()]) for one in ranks])
+    plain, exact = (specified_gradient(tmp_path, options, dtype)[1] for dtype in (torch.float32, torch.float64))
+    assert_as_accurate(parts.mean(0), plain, exact)
+
+
 def bounds(out, x_0, variance_types):
     """L_vlb in bits per dimension of a checkpoint with each variance, over all t, and L_simple."""
     checkpoint = checkpoints.load(out)

@@ -31,13 +31,7 @@ SIGMA = tl.constexpr(4)
 LOG_MIN = tl.constexpr(5)  # bounds of the log variance, for learned_range
 LOG_MAX = tl.constexpr(6)
 NOISY = tl.constexpr(7)  # 0: the step adds no noise
-PREDICT_L = tl.constexpr(8)
-V = tl.constexpr(9)
-P = tl.constexpr(10)
-Q = tl.constexpr(11)
-R = tl.constexpr(12)
-U = tl.constexpr(13)
-STEP_COLUMNS = tl.constexpr(14)
+PREDICT_STEP_COLUMNS = tl.constexpr(8)
 
 # The other columns of a row of x_0_error: x_0 = scale clamp(cx x_t + cm m, lo, hi).
 PREDICTED_CX = tl.constexpr(2)

@@ -26,8 +26,8 @@ verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung 
 train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
 | diffusers: accelerating decoding pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
-sampling: job manifest sampler arguments loop watch batches engine runner model own_network capture fixed_reads \
-          reachable
+sampling: job manifest sampler run given beginning arguments loop watch batches engine runner batch_network replay \
+          model own_network conditions capture fixed_reads reachable
 checkpoints: loading diffusers weights parameters reading checkpoint shipped
 networks: planned unet2d obstacles config layers
 processes: progress displays distributed signals

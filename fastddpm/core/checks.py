@@ -37,6 +37,20 @@ def checked_call(function: Function) -> Function:
     return cast(Function, call)
 
 
+def takes_options_of(other: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Decorate a function that passes its **options on to `other`: its signature then names them."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        keywords = [p for p in inspect.signature(other).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        more = [p for p in keywords if p.name not in signature.parameters]
+        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether value is a whole number of Python or numpy; a bool is not one."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -82,7 +82,7 @@ class Schedule:
     def __post_init__(self) -> None:
         self._check_options()
         if self.trained_betas is not None:
-            self._set("trained_betas", self._checked_betas(_elements(self.trained_betas)))
+            self._set("trained_betas", self._checked_betas(elements(self.trained_betas)))
         if self.rescale_betas_zero_snr and self.num_train_timesteps == 1:
             raise ValueError(
                 "rescale_betas_zero_snr is True; it keeps abar_0 and makes abar_{T-1} zero, so it needs T >= 2"
@@ -247,8 +247,9 @@ class Schedule:
             visited = _descending(timesteps, self.num_train_timesteps).flip(0)
         else:
             raise ValueError(f"steps is {steps}, but timesteps is given too; pass one of them")
-        how = {"sampler": sampler, "eta": eta, "noise": noise, "clip_range": clip_range, "with_x_0": with_x_0}
-        rows, scale = step_rows(self, visited, **how)
+        rows, scale = step_rows(
+            self, visited, sampler=sampler, eta=eta, noise=noise, clip_range=clip_range, with_x_0=with_x_0
+        )
         return StepTable(
             rows=rows.float(),
             scale=scale.float(),
@@ -268,7 +269,7 @@ Schedule.__init__ = checked_call(Schedule.__init__)  # type: ignore[method-assig
 
 
 def _descending(timesteps: Any, T: int) -> Tensor:
-    visited = [whole("timesteps: an entry", t, 0, T - 1) for t in _elements(timesteps)]
+    visited = [whole("timesteps: an entry", t, 0, T - 1) for t in elements(timesteps)]
     if not visited:
         raise ValueError("timesteps is empty; want a strictly descending list of timesteps, or None")
     for before, after in pairwise(visited):
@@ -277,7 +278,7 @@ def _descending(timesteps: Any, T: int) -> Tensor:
     return torch.tensor(visited, dtype=torch.int64, device="cpu")
 
 
-def _elements(values: Any) -> list:
+def elements(values: Any) -> list:
     """The elements of a sequence, an array or a tensor, as Python objects; of a single value, a list of it."""
     if isinstance(values, Tensor):
         if values.is_meta:

@@ -16,8 +16,8 @@ from fastddpm.diffusers.disguise import Disguised
 from fastddpm.diffusers.obstacles import can_be_fused, fits
 from fastddpm.networks.obstacles import remember
 from fastddpm.networks.unet2d import with_parameters
+from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.engine import Engine
-from fastddpm.sampling.runner import BatchNetwork
 
 DEFAULT_T = 1000  # of a network whose configuration has no num_train_timesteps
 

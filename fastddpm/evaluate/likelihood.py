@@ -26,9 +26,9 @@ from fastddpm.core.checks import checked_call, flag, is_whole, shown, whole
 from fastddpm.core.memory import send
 from fastddpm.core.schedule import Schedule
 from fastddpm.evaluate.terms import BoundTerms, prior_kl, systematic
+from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.batches import evaluating, size_after_failure
 from fastddpm.sampling.engine import Engine
-from fastddpm.sampling.runner import BatchNetwork
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.watch import Watch
 

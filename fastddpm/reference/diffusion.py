@@ -54,8 +54,10 @@ def update(
         mean = B * x + C * m
     if z is None:
         return mean
-    scale = S if learned is None or v is None else S * deviation(v.to(x.dtype), *others[:2], learned)
-    return torch.where(S == 0, mean, mean + scale * z)
+    if learned is not None and v is not None:
+        L, V, *_ = others
+        S = S * deviation(v.to(x.dtype), L, V, learned)
+    return torch.where(S == 0, mean, mean + S * z)
 
 
 def guided(m_c: Tensor, m_u: Tensor, scale: Tensor) -> Tensor:

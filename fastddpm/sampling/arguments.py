@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastddpm.core.checks import one_of, shown, whole
-from fastddpm.core.schedule import Schedule
+from fastddpm.core.checks import is_real, is_whole, one_of, shown, whole
+from fastddpm.core.schedule import Schedule, elements
+from fastddpm.core.table import StepTable
 from fastddpm.networks.unet2d import UNet2D
 
 MOST_ELEMENTS = 1 << 31  # of a sample
@@ -50,6 +51,49 @@ def checked_shape(shape: Any) -> tuple[int, ...]:
     if count > MOST_ELEMENTS:
         raise ValueError(f"shape is {shown(sizes)}, which is {count} numbers; want at most {MOST_ELEMENTS}")
     return sizes
+
+
+def checked_range(given: Any) -> tuple[float, float] | None:
+    """The least and the largest value of the data; None: unknown."""
+    if given is None:
+        return None
+    try:
+        low, high = given
+    except (TypeError, ValueError):
+        low = high = None
+    if not is_real(low) or not is_real(high) or not low < high:
+        raise ValueError(f"value_range is {shown(given)}; want two numbers, the least and the largest of the data")
+    return float(low), float(high)
+
+
+def checked_times(scale: Any, values: Any, T: int) -> Tensor | None:
+    """What the network is told for each timestep: [T] or [T, 1] float32; None: the timestep itself."""
+    if scale is not None and values is not None:
+        raise ValueError("timestep_scale and timestep_values are both given; want one of them")
+    if scale is not None:
+        if not is_real(scale) or not scale:
+            raise ValueError(f"timestep_scale is {shown(scale)}; want a number, the factor of t")
+        return (torch.arange(T, dtype=torch.float64, device="cpu") * float(scale)).float()
+    if values is None:
+        return None
+    try:
+        times = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values)).detach().cpu().float()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"timestep_values is {shown(values)}; want {T} numbers") from error
+    if times.shape not in ((T,), (T, 1)) or not times.isfinite().all():
+        raise ValueError(f"timestep_values are {tuple(times.shape)}; want {T} finite numbers, one for each timestep")
+    return times
+
+
+def frame_rows(timesteps: Any, table: StepTable) -> frozenset[int]:
+    """The rows of a table that visit these timesteps."""
+    if timesteps is None:
+        return frozenset()
+    visited = {t: row for row, t in enumerate(table.timesteps.tolist())}
+    wanted = elements(timesteps)
+    if unvisited := [t for t in wanted if not is_whole(t) or t not in visited]:
+        raise ValueError(f"trajectory has {shown(unvisited[0])}; want timesteps that the steps visit")
+    return frozenset(visited[t] for t in wanted)
 
 
 def checked_output(output: Any, shape: tuple[int, ...], decoder: object) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core.checks import one_of
@@ -16,12 +16,15 @@ from fastddpm.core.names import ENGINES
 from fastddpm.core.precision import Compute
 from fastddpm.networks.obstacles import called_as_it_is
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
+from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.capture import empty_cache
+from fastddpm.sampling.conditions import NOTHING, Form
 from fastddpm.sampling.model import Model, PreparedModel
-from fastddpm.sampling.runner import BatchNetwork, Runner, plain_modes
+from fastddpm.sampling.replay import plain_modes
+from fastddpm.sampling.runner import Runner
 
 WORTH_CAPTURING = 16  # steps: capturing takes as long as a few of them
-KEPT = 4  # batch sizes whose buffers and graph are kept
+KEPT = 4  # sizes and forms of batches whose buffers and graph are kept
 
 
 class Engine:
@@ -30,7 +33,7 @@ class Engine:
     All work runs on the caller's current CUDA stream, so results can be used there without synchronization.
 
     Args:
-        model, shape, num_train_timesteps, compute, own_dtype: see `PreparedModel`.
+        model, shape, num_train_timesteps, compute, own_dtype, times: see `PreparedModel`.
         kind: one of ENGINES, or "auto": a fused `UNet2D` on a GPU with Triton is captured if the run has at least
             WORTH_CAPTURING steps; everything else runs eagerly. If a capture fails twice, "auto" warns and runs
             eagerly. Both ways launch the same kernels on the same values, so the results have the same bits.
@@ -47,6 +50,7 @@ class Engine:
         compute: Compute,
         kind: str = "auto",
         own_dtype: torch.dtype | None = None,
+        times: Tensor | None = None,
     ):
         one_of("engine", kind, ("auto", *ENGINES))
         if "graph" in kind and compute.device.type != "cuda":
@@ -54,19 +58,19 @@ class Engine:
                 f"engine is {kind!r}, but '{compute.device}' has no CUDA graphs; use 'eager' or 'compiled'"
             )
         self.model, self.compute = model, compute
-        self._arguments = model, shape, num_train_timesteps, compute, kind, own_dtype
+        self._arguments = model, shape, num_train_timesteps, compute, kind, own_dtype, times
         self._warned_of: set[str] = set()
-        self._idle: dict[tuple[type, int, bool], Any] = {}
+        self._idle: dict[tuple[type, int, bool, Form], Any] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> tuple[Any, ...]:
         return self._arguments
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        model, shape, num_train_timesteps, compute, kind, own_dtype = state
+        model, shape, num_train_timesteps, compute, kind, own_dtype, times = state
         if compute.device.type == "cpu":  # perhaps in place of a GPU, see `Compute`
             kind = {"graph": "eager", "compiled+graph": "compiled"}.get(kind, kind)
-        Engine.__init__(self, model, shape, num_train_timesteps, compute, kind, own_dtype)
+        Engine.__init__(self, model, shape, num_train_timesteps, compute, kind, own_dtype, times)
 
     @cached_property
     def prepared(self) -> PreparedModel:
@@ -90,29 +94,29 @@ class Engine:
         return "graph" in self.prepared.kind
 
     @contextmanager
-    def runner(self, n: int, *, capture: bool) -> Iterator[Runner]:
+    def runner(self, n: int, *, capture: bool, form: Form = NOTHING.form) -> Iterator[Runner]:
         """A runner for a batch of n, with the model's current weights, for exclusive use until the context ends.
 
         The caller's modes, such as autocast, do not apply in this context.
 
         Args: capture: whether to take steps as replays of a CUDA graph; see `captures`.
         """
-        with self._held(Runner, n, capture) as runner, runner.working():
+        with self._held(Runner, n, capture, form) as runner, runner.working():
             yield runner
 
     @contextmanager
     def network(self, n: int, *, capture: bool) -> Iterator[BatchNetwork]:
         """The network alone, for batches of n; otherwise like `runner`. Call it in its `working` context."""
-        with self._held(BatchNetwork, n, capture) as network:
+        with self._held(BatchNetwork, n, capture, NOTHING.form) as network:
             yield network
 
     @contextmanager
-    def _held(self, kind: type, n: int, capture: bool) -> Iterator[Any]:
-        key = kind, n, capture
+    def _held(self, kind: type, n: int, capture: bool, form: Form) -> Iterator[Any]:
+        key = kind, n, capture, form
         with self._lock, plain_modes(self.device):
             self._look_at_model()
             self.prepared.refresh()
-            held = self._idle.pop(key, None) or kind(self.prepared, n, capture=capture)
+            held = self._idle.pop(key, None) or kind(self.prepared, n, capture=capture, form=form)
         yield held
         with self._lock:
             if held.prepared is self.prepared:

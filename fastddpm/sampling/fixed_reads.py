@@ -94,10 +94,10 @@ class _Reads(TorchDispatchMode):
         self.places: dict[Place, int] = {}
         self.made: set[int] = set()
 
-    def call(self, *args: Tensor) -> Any:
-        self.made = set(map(_storage, args))
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.made = {_storage(x) for x in _tensors((args, kwargs))}
         with self:
-            return self.network(*args)
+            return self.network(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

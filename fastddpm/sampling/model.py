@@ -33,12 +33,14 @@ class PreparedModel:
         kind: one of ENGINES, or "auto".
         own_dtype: in which a network that is not a `UNet2D` is handed x, if it is not float32. A `UNet2D` that is not
             fused is handed x in the dtype of its parameters.
+        times: [T] or [T, 1]: what the network is told for each timestep; None: the timestep.
     Attributes:
         obstacles: what prevents a fused copy of a `UNet2D`, see `networks.obstacles`.
         net: the copy of a `UNet2D` that is fused for inference; None for any other model.
         plain_forward: what a step calls: `net.denoise`, a program that does the same, or the model.
         forward: the same, compiled if `compiles`; None before the first `refresh`.
         memory_format: in which a network that is not fused is handed x.
+        takes_index: whether the network has an argument `sample_index`.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PreparedModel:
         compute: Compute,
         kind: str,
         own_dtype: torch.dtype | None = None,
+        times: Tensor | None = None,
     ):
         self.model, self.shape, self.num_train_timesteps = model, shape, num_train_timesteps
         self.compute, self.kind, self.compiles = compute, kind, "compiled" in kind
@@ -60,6 +63,8 @@ class PreparedModel:
         self.plain_forward: Callable[..., Any] = model
         self.forward: Callable[..., Any] | None = None
         self.memory_format = torch.contiguous_format
+        self.takes_index = not isinstance(model, UNet2D) and own_network.takes(model, own_network.INDEX)
+        self.times = None if times is None else times.to(compute.device)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +79,7 @@ class PreparedModel:
         """This one; or a new one, if a `UNet2D` was changed, except for the values of its parameters."""
         if not isinstance(self.model, UNet2D):
             return self
-        new = PreparedModel(self.model, self.shape, self.num_train_timesteps, self.compute, self.kind)
+        new = PreparedModel(self.model, self.shape, self.num_train_timesteps, self.compute, self.kind, times=self.times)
         same = (new.obstacles, new.own_dtype, new._config) == (self.obstacles, self.own_dtype, self._config)
         return self if same else new
 
@@ -107,6 +112,11 @@ class PreparedModel:
         if self.compute.precision != "fp32":
             return "try precision fp32, or another checkpoint"
         return "its parameters are finite, so look into the network itself, or try another checkpoint"
+
+    def t_of(self, timesteps: Tensor) -> Tensor:
+        """What the network is told for timesteps [S] on the device: [S] or [S, 1], a new tensor."""
+        t = timesteps.to(torch.int64, copy=True)
+        return t if self.times is None else self.times[t]
 
     def weights(self) -> list[Tensor]:
         """The parameters of the fused copy, if there is one."""

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,16 @@ from fastddpm.core import layout
 from fastddpm.core.memory import is_out_of_memory
 from fastddpm.core.precision import Compute
 from fastddpm.sampling.reachable import parameters
+
+INDEX = "sample_index"  # an argument that a network or another function of the user's may ask for
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a module or a function has an argument of this name."""
+    try:
+        return name in inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (ValueError, TypeError):  # a builtin function without a signature
+        return False
 
 
 def own_dtype(model: Callable[..., Any]) -> torch.dtype | None:
@@ -40,29 +50,28 @@ def call(
     *,
     dtype: torch.dtype | None,
     memory_format: torch.memory_format,
-    labels: Tensor | None = None,
+    kwargs: Mapping[str, Any],
 ) -> Any:
     """Call a network on a copy of x, which it may write to.
 
     Args:
-        x: [N, *shape] float32, channels-last; t: [N] int64.
+        x: [N, *shape] float32, channels-last; t: [N] or [N, 1].
         dtype: in which x is handed over; None: in float32, under autocast if the precision has 16 bits.
-        labels: [N, ...], a third argument for the network, if there are any.
+        kwargs: further arguments.
     Returns: what the network returned; of an object with a `sample` that, of a tuple or list its first item.
     Raises: ValueError: it does not accept these arguments, or x in this dtype.
     """
     # without another dtype `to` would do the same as `clone`, but take longer
     x = x.clone(memory_format=memory_format) if dtype is None else x.to(dtype, copy=True, memory_format=memory_format)
     autocasts = dtype is None and compute.dtype != torch.float32
-    given = [] if labels is None else [labels.to(dtype if labels.is_floating_point() else None)]
     try:
         # autocast's cache would keep the current weights, and a graph would always use those
         with torch.autocast(compute.device.type, compute.dtype, cache_enabled=False) if autocasts else nullcontext():
-            output = network(x, t, *given)
+            output = network(x, t, **kwargs)
     except TypeError as error:
-        if _takes(network, 2 + len(given)):
+        if _accepts(network, kwargs):
             raise
-        wanted = "model(x_t, t, class_labels)" if given else "model(x_t, t)"
+        wanted = f"model({', '.join(['x_t', 't', *(f'{name}=...' for name in kwargs)])})"
         raise ValueError(f"the network cannot be called as {wanted} ({error})") from error
     except RuntimeError as error:
         dtypes = _dtypes(parameters(network).values())
@@ -97,10 +106,10 @@ def _generators(device: torch.device) -> list[bytes]:
     return [state.numpy().tobytes() for state in states]
 
 
-def _takes(network: Callable[..., Any], count: int) -> bool:
-    """Whether a network can be called with so many arguments, as far as Python knows."""
+def _accepts(network: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a network can be called with x, t and these arguments, as far as Python knows."""
     try:
-        inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(*range(count))
+        inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(None, None, **kwargs)
     except TypeError:
         return False
     except ValueError:  # a builtin function without a signature

@@ -7,8 +7,7 @@ Sample i of a seed starts from noise that is a function of (seed, i), and every 
 import os
 import sys
 import warnings
-from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,40 +16,33 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints
-from fastddpm.core.checks import checked_call, is_whole, shown, whole
+from fastddpm.core.checks import checked_call, is_whole, shown, takes_options_of, whole
 from fastddpm.core.noise import address as noise_address  # `noise` is an argument where this is called
 from fastddpm.core.precision import PRECISIONS, Compute
-from fastddpm.core.schedule import Schedule
-from fastddpm.core.table import StepColumns, StepTable
+from fastddpm.core.schedule import Schedule, elements
+from fastddpm.core.table import StepTable
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.arguments import (
     check_functions,
     checked_labels,
     checked_model,
     checked_output,
+    checked_range,
     checked_schedule,
     checked_shape,
-    takes_x_t,
+    checked_times,
+    frame_rows,
 )
-from fastddpm.sampling.batches import (
-    MOST_ENTRIES,
-    PIXELS_PER_BATCH,
-    PIXELS_PER_MICRO_BATCH,
-    InOrder,
-    default_size,
-    evaluating,
-    size_after_failure,
-    split,
-)
+from fastddpm.sampling.batches import MOST_ENTRIES, PIXELS_PER_BATCH, PIXELS_PER_MICRO_BATCH, default_size
+from fastddpm.sampling.beginning import remaining_steps
+from fastddpm.sampling.conditions import Conditions, X0Function
 from fastddpm.sampling.engine import Engine
-from fastddpm.sampling.loop import Observe, reverse_process
+from fastddpm.sampling.given import Given
 from fastddpm.sampling.model import Model
 from fastddpm.sampling.own_network import own_dtype
-from fastddpm.sampling.runner import Runner
-from fastddpm.sampling.watch import OnSteps, StepWatch
+from fastddpm.sampling.run import Callback, Run
+from fastddpm.sampling.watch import OnSteps
 from fastddpm.storage import images
-
-Callback = Callable[..., object]  # (step, t, x_0, sample indices), and x_t for one with an argument of this name
 
 
 class Sampler:
@@ -63,7 +55,8 @@ class Sampler:
             calls it. It is handed x_t in its own dtype and in contiguous memory, or in channels-last memory if it was
             converted to that. A `UNet2D` is fused; one that was changed (hooks, replaced parts, other methods or
             attributes) is called as it is, with one warning that names the change.
-        schedule: the noise schedule that the model was trained for.
+        schedule: the noise schedule that the model was trained for. If it learns variances, the network returns twice
+            the channels.
         shape: of one sample, channels first; None: that of a `UNet2D`.
         device: None: "cuda" if there is a GPU, else "cpu".
         precision: "fp32", "tf32" (on a GPU: float32 whose products are rounded to TF32), "bf16", "fp16" or "auto". The
@@ -80,6 +73,11 @@ class Sampler:
         batch_invariant: give sample i the same bits whatever is drawn with it. Every batch then has the same number of
             entries, with sample i at entry i modulo that number; other entries stay empty. True chooses the number by
             the device and the size of a sample; a whole number sets it.
+        timestep_scale: the network is told the float t * timestep_scale instead of the integer t.
+        timestep_values: [T] or [T, 1]: what the network is told for t = 0, ..., T - 1, as networks of a continuous time
+            need; instead of timestep_scale.
+        value_range: the least and the largest number of the data, to which x_0 is clipped if the schedule clips; None:
+            +- its clip_sample_range. uint8 images have 0 and 255 there (None: at -1 and 1).
     Raises: ValueError: an argument is not as above.
     """
 
@@ -94,19 +92,26 @@ class Sampler:
         precision: str = "auto",
         engine: str = "auto",
         batch_invariant: bool | int = False,
+        timestep_scale: float | None = None,
+        timestep_values: Iterable[float] | Tensor | None = None,
+        value_range: tuple[float, float] | None = None,
     ):
         checked_model(model)
+        self.schedule = checked_schedule(schedule)
         if shape is None and isinstance(model, UNet2D) and model.config["sample_size"]:
-            shape = sample_shape(model)
-        self.schedule, self.shape = checked_schedule(schedule), checked_shape(shape)
+            shape = sample_shape(model, self.schedule)
+        self.shape, self.value_range = checked_shape(shape), checked_range(value_range)
         self._classes: tuple[str, ...] | None = None
         self._decoder: Path | None = None
+        self._null_label: int | None = None
+        T = self.schedule.num_train_timesteps
+        times = checked_times(timestep_scale, timestep_values, T)
         own = None
         if not isinstance(model, UNet2D) and precision == "auto":
             own = own_dtype(model)
             precision = next((name for name, dtype in PRECISIONS.items() if dtype == own), "fp32")
         self.compute = Compute.resolve(device, precision)
-        self.engine = Engine(model, self.shape, self.schedule.num_train_timesteps, self.compute, engine, own)
+        self.engine = Engine(model, self.shape, T, self.compute, engine, own, times)
         self.micro_batch = self._micro_batch(batch_invariant)
         self._largest = sys.maxsize  # batches are at most this large, after a larger one ran out of memory
         if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
@@ -141,6 +146,11 @@ class Sampler:
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes in the order of their labels, if the checkpoint has them."""
         return self._classes
+
+    @property
+    def null_label(self) -> int | None:
+        """The class label that stands for no class, for guidance, if the checkpoint has one."""
+        return self._null_label
 
     @property
     def decoder(self) -> Path | None:
@@ -194,60 +204,6 @@ class Sampler:
         return sampler
 
     @checked_call
-    def sample(
-        self,
-        samples: int | Iterable[int],
-        *,
-        output: str = "float",
-        seed: int = 0,
-        steps: int | None = None,
-        timesteps: Iterable[int] | None = None,
-        sampler: str = "ddpm",
-        eta: float = 0.0,
-        noise: float = True,
-        batch_size: int | None = None,
-        class_labels: Iterable[int] | Tensor | None = None,
-        progress: bool | OnSteps = True,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Draw samples.
-
-        Args:
-            samples: how many (indices 0, 1, ...), or the sample indices, each 0 <= index < 2^56.
-            output: "float": [N, *shape] float32 in data units, [-1, 1] if the schedule clips;
-                "uint8": images [N, H, W, C].
-            seed, steps, ..., callback: as in `batches`.
-        Returns: all samples on the CPU, in the order requested.
-        Raises: ValueError: an argument is not as above, or the network returned something else than one finite number
-            per element; the message names the step.
-        """
-        checked_output(output, self.shape, self.decoder)
-        samples = noise_address(seed, samples)[:, 1]
-        batches = self.batches(
-            samples,
-            seed=seed,
-            steps=steps,
-            timesteps=timesteps,
-            sampler=sampler,
-            eta=eta,
-            noise=noise,
-            batch_size=batch_size,
-            class_labels=class_labels,
-            progress=progress,
-            callback=callback,
-        )
-        shape, dtype = self.shape, torch.float32
-        if output == "uint8":
-            shape, dtype = (*self.shape[1:], self.shape[0]), torch.uint8
-        out = torch.empty(len(samples), *shape, dtype=dtype, device="cpu")
-        done = 0
-        with closing(batches):  # so that its progress bar ends before an error is shown
-            for _, x in batches:
-                out[done : done + len(x)] = images.to_uint8(x) if output == "uint8" else x
-                done += len(x)
-        return out
-
-    @checked_call
     def batches(
         self,
         samples: int | Iterable[int],
@@ -260,10 +216,28 @@ class Sampler:
         noise: float = True,
         batch_size: int | None = None,
         class_labels: Iterable[int] | Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        concat: Tensor | None = None,
+        guidance_scale: float | Tensor | None = None,
+        uncond_kwargs: Mapping[str, Any] | None = None,
+        guide_variance: bool = False,
+        start: Tensor | None = None,
+        start_timestep: int | None = None,
+        init: Tensor | None = None,
+        strength: float | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        resample: int = 1,
+        x_0_fn: X0Function | None = None,
+        trajectory: Iterable[int] | None = None,
         progress: bool | OnSteps = True,
         callback: Callback | None = None,
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Draw samples, and yield each batch when it is finished.
+
+        What belongs to a sample ([N, ...] below: a tensor or an array with an entry per sample, in the order of
+        `samples`) follows it into whatever batch it is in. A function that needs more can ask for `sample_index`: a
+        network, or an x_0_fn, that has an argument of this name is given the sample indices [n] int64 of its entries.
 
         Args:
             samples: how many, or which, as in `sample`.
@@ -276,6 +250,25 @@ class Sampler:
             batch_size: samples computed together; None chooses by the device and the size of a sample. If memory runs
                 out it is halved, with a warning, for all later batches too. It does not apply with batch_invariant.
             class_labels: one per sample, for a class-conditional `UNet2D`.
+            model_kwargs: further arguments of the network by name: [N, ...] tensors, also in dicts and lists; numbers,
+                strings and None are the same for all samples.
+            concat: [N, C', *spatial]: channels that follow those of x_t on the way into the network.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598): m_u + scale (m_c - m_u), one number or [N].
+            uncond_kwargs: with guidance, what the network is given for m_u instead of model_kwargs: numbers, a tensor
+                like one sample's, or [N, ...]. For a `UNet2D` the null label: {"class_labels": k}; None: that of the
+                checkpoint.
+            guide_variance: guide a learned variance, too, as code does that combines all channels of the output; else
+                it is that of m_c, as in DiT, GLIDE and DeepFloyd IF.
+            start: [N, *shape]: the states x_t at start_timestep, to begin with instead of x_T.
+            init: [N, *shape]: an x_0 to begin with, noised to take only the last of the steps; strength, 0 to 1, is
+                their share (SDEdit, arXiv:2108.01073).
+            known, mask: [N, *shape], and a mask for one sample or [N, ...], true where known holds the x_0: after each
+                step this part is drawn from q(x_{t-1} | x_0), and in the result it is x_0 (inpainting).
+            resample: with known: how often to take each step but the last, going back to x_t before each repetition
+                (RePaint, arXiv:2201.09865, with jumps of one step).
+            x_0_fn: x_0_fn(x_0 [n, *shape], t [n] int64) returns the x_0 with which the step continues: for
+                thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`).
+            trajectory: visited timesteps at which to keep x_t: a sample is then [K + 1, *shape], these states and x_0.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
                 batch).
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the clean
@@ -286,75 +279,96 @@ class Sampler:
         Raises: ValueError: as in `sample`; for a bad argument at the call, not in the first iteration.
         """
         check_functions(progress, callback)
-        table = self.schedule.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise)
+        timesteps = None if timesteps is None else elements(timesteps)
+        table, noising = remaining_steps(
+            self.table(steps, sampler=sampler, eta=eta, timesteps=timesteps, noise=noise, with_x_0=x_0_fn is not None),
+            self.schedule,
+            start=start,
+            start_timestep=start_timestep,
+            init=init,
+            strength=strength,
+            listed=timesteps is not None,
+        )
         addresses = noise_address(seed, samples)
+        given = Given(
+            class_labels=class_labels,
+            model_kwargs=model_kwargs,
+            concat=concat,
+            guidance_scale=guidance_scale,
+            uncond_kwargs=uncond_kwargs,
+            guide_variance=guide_variance,
+            start=start,
+            init=init,
+            known=known,
+            mask=mask,
+            resample=resample,
+            x_0_fn=x_0_fn,
+        )
         size = self.default_batch_size() if batch_size is None else whole("batch_size", batch_size, 1)
-        labels = self.checked_labels(class_labels, len(addresses))
-        return self._batches(table, addresses, labels, size, progress, callback)
+        run = Run(
+            table,
+            addresses,
+            self.conditions(given, len(addresses), noising),
+            min(size, self._largest),
+            micro_batch=self.micro_batch,
+            frames=frame_rows(trajectory, table),
+            progress=progress,
+            callback=callback,
+            on_smaller=self._batches_are_at_most,
+        )
+        return run.batches(self.engine)
 
-    def _batches(
-        self,
-        table: StepTable,
-        addresses: Tensor,
-        labels: Tensor | None,
-        size: int,
-        progress: bool | OnSteps,
-        callback: Callback | None,
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        from tqdm import tqdm
+    @checked_call
+    @takes_options_of(batches)
+    def sample(self, samples: int | Iterable[int], *, output: str = "float", **options: Any) -> Tensor:
+        """Draw samples.
 
-        size = min(size, self._largest, max(1, len(addresses)))
-        samples = addresses[:, 1]
-        waiting, in_order = deque(split(samples, size, self.micro_batch)), InOrder(samples)
-        silent = callable(progress) or not progress
-        bar = tqdm(total=len(waiting) * len(table), desc="sample", unit="step", disable=silent)
-        on_steps = progress if callable(progress) else lambda steps, _: bar.update(steps)
-        with bar, evaluating(self.model):
-            while waiting:
-                batch, done = waiting.popleft(), bar.n
-                try:
-                    x = self._run(table, batch, addresses, labels, callback, bar, on_steps)
-                except torch.OutOfMemoryError as error:
-                    failure, x = str(error).splitlines()[0], None  # the error itself would keep the memory
-                if x is None:
-                    size = size_after_failure(self.engine, len(batch), failure, self.micro_batch)
-                    if size < len(batch):
-                        self._largest = size
-                    waiting = deque(torch.cat([batch, *waiting]).split(size))
-                    bar.n, bar.total = done, done + len(waiting) * len(table)
-                else:
-                    yield from in_order.put(batch, x)
+        Args:
+            samples: how many (indices 0, 1, ...), or the sample indices, each 0 <= index < 2^56.
+            output: "float": [N, *shape] float32 in data units, such as [-1, 1];
+                "uint8": images [N, H, W, C].
+            options: as in `batches`: seed, steps, class_labels and so on.
+        Returns: all samples on the CPU, in the order requested; with a trajectory of K timesteps [N, K + 1, ...].
+        Raises: ValueError: an argument is not as above, or the network returned something else than one finite number
+            per element; the message names the step.
+        """
+        checked_output(output, self.shape, self.decoder)
+        samples = noise_address(options.get("seed", 0), samples)[:, 1]
+        shape, dtype = self.shape, torch.float32
+        if output == "uint8":
+            shape, dtype = (*self.shape[1:], self.shape[0]), torch.uint8
+        out, done = None, 0
+        with closing(self.batches(samples, **options)) as batches:  # so that its progress bar ends before an error
+            for _, x in batches:
+                frames = x.shape[1 : x.ndim - len(shape)]
+                if out is None:
+                    out = torch.empty(len(samples), *frames, *shape, dtype=dtype, device="cpu")
+                out[done : done + len(x)] = self._uint8(x) if output == "uint8" else x
+                done += len(x)
+        return torch.empty(0, *shape, dtype=dtype, device="cpu") if out is None else out
 
-    def _run(
-        self,
-        table: StepTable,
-        batch: Tensor,
-        addresses: Tensor,
-        labels: Tensor | None,
-        callback: Callback | None,
-        bar: Any,
-        on_steps: OnSteps,
-    ) -> Tensor:
-        """All steps of one batch: [n, *shape] float32 on the CPU, contiguous, without empty entries."""
-        occupied = batch >= 0
-        places = batch.clamp(min=0)  # an empty entry computes the first sample; the result is dropped
-        capture = callback is None and self.engine.captures(len(table))
-        with self.engine.runner(len(batch), capture=capture) as runner:
-            if self.engine.compiles:
-                bar.set_description("compile")  # which takes minutes
-            runner.load(table, addresses[places], None if labels is None else labels[places])
-            bar.set_description("sample", refresh=False)
-            samples = addresses[places, 1][occupied]
-            watch = StepWatch(runner, occupied, samples, on_steps)
-            observe = None if callback is None else _observer(callback, runner, table, occupied, samples)
-            for row in reverse_process(runner, observe):
-                watch.after(row)
-            x = runner.x.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return x if occupied.all() else x[occupied]
+    def table(self, steps: int | None = None, **options: Any) -> StepTable:
+        """`Schedule.table` with x_0 clipped to the range of the values. Raises: ValueError: as that."""
+        return self.schedule.table(steps, clip_range=self.value_range, **options)
 
     def checked_labels(self, given: Iterable[int] | Tensor | None, count: int) -> Tensor | None:
         """See `arguments.checked_labels`."""
         return checked_labels(given, count, self.model)
+
+    def conditions(self, given: Given, count: int, noising: Tensor | None = None) -> Conditions:
+        """See `Given.conditions`."""
+        null_label = self.null_label
+        return given.conditions(count, model=self.model, shape=self.shape, null_label=null_label, noising=noising)
+
+    def _batches_are_at_most(self, size: int) -> None:
+        self._largest = size
+
+    def _uint8(self, x: Tensor) -> Tensor:
+        """Samples, or frames of samples, as images."""
+        low, high = self.value_range or (-1.0, 1.0)
+        if (low, high) != (-1.0, 1.0):
+            x = (x - low) * (2 / (high - low)) - 1
+        return images.to_uint8(x.flatten(0, -4)).unflatten(0, x.shape[:-3])
 
     def default_batch_size(self) -> int:
         """How many samples are computed together by default."""
@@ -370,21 +384,8 @@ class Sampler:
         return int(batch_invariant)
 
 
-def _observer(callback: Callback, runner: Runner, table: StepTable, occupied: Tensor, samples: Tensor) -> Observe:
-    """A function that calls the callback with x_0 of a step (eq. 15), clipped if the schedule clips."""
-    sees_x_t = takes_x_t(callback)
-
-    def observe(row: int, model_output: Tensor) -> None:
-        c = StepColumns.of(runner.table.rows[row])
-        x_0 = runner.table.scale[row] * (c.cx * runner.x + c.cm * model_output.float()).clamp(c.lo, c.hi)
-        occupied_of = lambda x: x.contiguous() if occupied.all() else x[occupied.to(x.device)].contiguous()
-        more = {"x_t": occupied_of(runner.x.clone())} if sees_x_t else {}
-        callback(len(table) - 1 - row, int(table.timesteps[row]), occupied_of(x_0), samples.clone(), **more)
-
-    return observe
-
-
-def sample_shape(net: UNet2D) -> tuple[int, ...]:
-    """(C, H, W) of a network's samples, from its configuration."""
+def sample_shape(net: UNet2D, schedule: Schedule | None = None) -> tuple[int, ...]:
+    """(C, H, W) of a network's samples, from its configuration; half of the channels may be for the variance."""
     size = net.config["sample_size"]
-    return (net.config["in_channels"], *((size, size) if isinstance(size, int) else size))
+    channels = net.config["out_channels"] // (2 if schedule is not None and schedule.learns_variance else 1)
+    return (channels, *((size, size) if isinstance(size, int) else size))

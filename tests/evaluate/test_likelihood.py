@@ -14,7 +14,7 @@ from fastddpm.evaluate.likelihood import BIN_TERMS, Bound, bound, systematic
 from fastddpm.reference.diffusion import Diffusion, linear_betas
 from fastddpm.reference.likelihood import prior_kl, term
 from fastddpm.reference.unet import UNet
-from fastddpm.sampling.runner import BatchNetwork
+from fastddpm.sampling.batch_network import BatchNetwork
 from tests.reference.test_likelihood import MU, VAR, expected_term
 from tests.support.check import TINY, assert_as_accurate, error_line
 

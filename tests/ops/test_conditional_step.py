@@ -131,7 +131,7 @@ def test_guidance_of_1_is_the_conditional_step_within_rounding(device):
 def test_bad_values_are_flagged(where, device):
     table, pos, address = TABLES["learned_range"], positions(700, 1), addresses(2)
     x, m, options = inputs((2, 3, 8, 8), table)
-    m[(where[0], where[1] + 3) + where[2:]] = nan if where[0] else inf
+    m[(where[0], where[1] + 3, *where[2:])] = nan if where[0] else inf
     bad = torch.full((2,), -1, dtype=torch.int32)
     flags = bad.to(device)
     got = run(device, x, m, table, pos, address, bad=flags, **options)

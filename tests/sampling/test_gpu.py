@@ -14,7 +14,8 @@ from fastddpm.reference import diffusion
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError
 from fastddpm.sampling.engine import Engine
-from fastddpm.sampling.runner import Replay, Runner
+from fastddpm.sampling.replay import Replay
+from fastddpm.sampling.runner import Runner
 from tests.conftest import needs_gpu
 from tests.support import check, predict_step
 

@@ -1,0 +1,94 @@
+"""Where a run begins: with pure noise, with a state x_t, or with a noised x_0; and which steps remain to be taken."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastddpm.core.checks import is_real, shown, whole
+from fastddpm.core.schedule import Schedule
+from fastddpm.core.table import StepTable
+
+LEAST_SIGNAL = 0.05  # sqrt(abar_t): a state with less of x_0 is almost pure noise
+
+
+def remaining_steps(
+    table: StepTable,
+    schedule: Schedule,
+    *,
+    start: Any = None,
+    start_timestep: Any = None,
+    init: Any = None,
+    strength: Any = None,
+    listed: bool = False,
+) -> tuple[StepTable, Tensor | None]:
+    """The steps that a run takes.
+
+    Args:
+        table: all steps; listed: whether the user listed its timesteps.
+        start, ..., strength: as in `Sampler.batches`.
+    Returns: the last steps of the table; and [2] float32, sqrt(abar_t) and sqrt(1 - abar_t) of the first of them if
+        there is an init.
+    Raises: ValueError: the arguments do not fit each other; or the list begins late, but without a state.
+    """
+    for name, value, needed, other in (
+        ("start", start, "start_timestep", start_timestep),
+        ("init", init, "strength", strength),
+    ):
+        if (value is None) != (other is None):
+            present, missing = (needed, name) if value is None else (name, needed)
+            raise ValueError(f"{present} is given, but {missing} is missing; give both: start is x_t, init is x_0")
+    if start is not None and init is not None:
+        raise ValueError("start and init are both given; want one: start is x_t, init is an x_0 that is noised")
+    if start is not None:
+        return table.last(_steps_from(table, start_timestep)), None
+    if init is not None:
+        steps = _steps_of_strength(table, strength)
+        return table.last(steps), schedule.noising_table()[int(table.timesteps[steps - 1])]
+    _check_begins_with_noise(table, schedule, listed)
+    return table, None
+
+
+def _steps_from(table: StepTable, start_timestep: Any) -> int:
+    visited = table.timesteps.tolist()
+    t = whole("start_timestep", start_timestep, 0, table.num_train_timesteps - 1)
+    if t not in visited:
+        near = sorted(sorted(visited, key=lambda other: abs(other - t))[:2])
+        raise ValueError(
+            f"start_timestep is {t}, which these steps do not visit; want a visited one, such as "
+            f"{' or '.join(map(str, near))}, or list the timesteps from {t} on: timesteps=[{t}, ...]"
+        )
+    return visited.index(t) + 1
+
+
+def _steps_of_strength(table: StepTable, strength: Any) -> int:
+    if not is_real(strength) or not 0 < strength <= 1:
+        raise ValueError(f"strength is {shown(strength)}; want a number, 0 < strength <= 1: the share of the steps")
+    steps = int(len(table) * strength + 1e-9)  # which may be a whole number but for rounding
+    if not steps:
+        raise ValueError(
+            f"strength is {strength}, less than one of {len(table)} steps; want at least {1 / len(table):.3g}"
+        )
+    return steps
+
+
+def _check_begins_with_noise(table: StepTable, schedule: Schedule, listed: bool) -> None:
+    """A run that begins with pure noise should begin where x_t is almost that, or as near as its spacing allows."""
+    visited = table.timesteps.long()
+    first, T = int(visited[-1]), table.num_train_timesteps
+    gaps = torch.diff(visited, prepend=visited.new_tensor([-1]))
+    signal = math.exp(schedule.log_alphas_cumprod[first] / 2)
+    if T - 1 - first <= 1.5 * int(gaps.max()) or signal <= LEAST_SIGNAL or (len(table) == 1 and not listed):
+        return  # a single step is a trial, whatever the spacing
+    what = f"the first timestep is {first} of {T}, where x_t still is {signal:.2g} x_0 and noise, not pure noise"
+    if listed:
+        raise ValueError(
+            f"timesteps begins late: {what}; give the state there (start=x_t, start_timestep={first}), or an x_0 that "
+            f"is noised (init=x_0, strength=1.0), or begin near {T - 1}"
+        )
+    warnings.warn(
+        f"{len(table)} steps begin late: {what}; timestep_spacing 'trailing' or 'linspace' begins at {T - 1}",
+        stacklevel=5,
+    )

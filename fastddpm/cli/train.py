@@ -17,6 +17,7 @@ examples:
   fastddpm train fashion-mnist.npz --out runs/garments
   fastddpm train photographs/ --out runs/photographs --channels 64,128,256 --attention 1,2 --layers 2 --flip
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
+  fastddpm train animals/ --out runs/guided --class-conditional --label-dropout 0.1    for classifier-free guidance
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
 DATA is an .npz or .npy with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file

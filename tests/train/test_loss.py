@@ -1,5 +1,6 @@
 """The training loss with a learned variance, next to the specification in float64."""
 
+import copy
 import dataclasses
 import math
 
@@ -46,7 +47,7 @@ def ours(schedule, output, x_0, address):
     return value.detach(), output.grad
 
 
-def specified(schedule, output, x_0, address, dtype):
+def by_specification(schedule, output, x_0, address, dtype):
     """The same of the specification, in any dtype."""
     output = output.to(dtype, copy=True).requires_grad_()
     eps = noise.normal(address, SHAPE[1:], stream=noise.TRAIN, t=0).to(dtype)
@@ -70,8 +71,8 @@ def specified(schedule, output, x_0, address, dtype):
 def test_loss_and_gradient_are_as_accurate_as_the_specification(predicts, variance_type, dtype, device):
     schedule = Schedule(prediction_type=predicts, variance_type=variance_type)
     output, x_0, address = inputs(schedule, dtype)
-    exact = specified(schedule, output, x_0, address, torch.float64)
-    plain = specified(schedule, output, x_0, address, torch.float32)
+    exact = by_specification(schedule, output, x_0, address, torch.float64)
+    plain = by_specification(schedule, output, x_0, address, torch.float32)
     got = ours(schedule, output.to(device), x_0.to(device), address.to(device))
     assert exact[1].isfinite().all()
     assert_as_accurate(got[0].cpu(), plain[0], exact[0])
@@ -89,7 +90,7 @@ def test_bound_does_not_train_the_mean(variance_type):
     simple_value, simple = ours(Schedule(), layout.channels_last(output[:, :3]), x_0, address)
     assert torch.equal(gradient[:, :3], simple)
     assert (gradient[:, 3:].flatten(1).abs().amax(1) > 0).all()
-    exact, in_float64 = specified(schedule, output, x_0, address, torch.float64)
+    exact, in_float64 = by_specification(schedule, output, x_0, address, torch.float64)
     assert exact > simple_value
     only_mean = output[:, :3].double().requires_grad_()
     eps = noise.normal(address, SHAPE[1:], stream=noise.TRAIN, t=0).double()
@@ -138,45 +139,49 @@ def test_learned_variance_of_gaussian_pixels_is_the_true_one():
     assert ((found / true).log().abs() <= 5 * math.sqrt(2 / (n * 64))).all()  # five standard deviations of a variance
 
 
-def first_gradient(folder, options):
-    """(loss, gradient) of the first step of a run."""
-    trainer = Trainer(pictures(), None, folder, options, Ranks())
-    loss, _ = trainer.step(trainer.wrapped_network(), 0)
-    return loss, torch.cat([weight.grad.flatten() for weight in trainer.net.parameters()])
+def gradient(net):
+    return torch.cat([weight.grad.flatten() for weight in net.parameters()])
 
 
-def specified_gradient(folder, options, dtype):
-    """The same by the specification."""
-    trainer = Trainer(pictures(), None, folder, options, Ranks())
-    net, (x_0, t, address, _) = trainer.net.to(dtype), trainer.batches.of_step(0)
+def specified(trainer, options, dtype, k):
+    """(loss, gradient) of step k by the specification."""
+    net, (x_0, t, address, _) = copy.deepcopy(trainer.net).to(dtype), trainer.batches.of_step(k)
     eps = noise.normal(address, x_0.shape[1:], stream=noise.TRAIN, t=0).to(dtype)
+    net.zero_grad()
     loss = hybrid_loss(Diffusion(options.schedule.betas), net, (x_0.to(dtype) - 127.5) / 127.5, t, eps)
     loss.backward()
-    return loss.detach(), torch.cat([weight.grad.flatten() for weight in net.parameters()])
+    return loss.detach(), gradient(net)
 
 
 @pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
-def test_step_takes_the_gradient_of_the_specification(tmp_path, engine):
+def test_steps_take_the_loss_and_the_gradient_of_the_specification(tmp_path, engine):
+    """Of several steps, in which the weights do not change; with each t in the batch."""
     schedule = Schedule(num_train_timesteps=4, variance_type="learned_range")
     options = dataclasses.replace(LEARNED, batch_size=6, grad_clip=math.inf, engine=engine, schedule=schedule)
-    options = dataclasses.replace(options, channels=(8,), attention=())
-    got = first_gradient(tmp_path, options)
-    plain, exact = (specified_gradient(tmp_path, options, dtype) for dtype in (torch.float32, torch.float64))
-    for ours_, theirs, true in zip(got, plain, exact, strict=True):
-        assert_as_accurate(ours_, theirs, true)
+    options = dataclasses.replace(options, channels=(8,), attention=(), seed=4, learning_rate=1e-30)
+    trainer = Trainer(pictures(), None, tmp_path, options, Ranks())
+    network = trainer.wrapped_network()
+    values = []
+    for k in range(12):
+        plain, exact = (specified(trainer, options, dtype, k) for dtype in (torch.float32, torch.float64))
+        loss, _ = trainer.step(network, k)
+        values.append((loss, plain[0], exact[0]))
+        assert_as_accurate(gradient(trainer.net), plain[1], exact[1])
+    assert_as_accurate(*map(torch.stack, zip(*values, strict=True)))
+    assert len(trainer.batches.at_0(0)) == 2
 
 
 def test_ranks_together_take_the_gradient_of_one_process(tmp_path):
     """Unequal shares, of which one has no t = 0; the mean of the ranks' gradients is that of the whole batch."""
     schedule = Schedule(num_train_timesteps=4, variance_type="learned_range")
-    options = dataclasses.replace(LEARNED, batch_size=7, grad_clip=math.inf, seed=1, schedule=schedule)
+    options = dataclasses.replace(LEARNED, batch_size=7, grad_clip=math.inf, seed=4, schedule=schedule)
     ranks = [Trainer(pictures(), None, tmp_path, options, Ranks(rank, 3)) for rank in range(3)]
     assert sorted(len(one.batches.at_0(0)) for one in ranks) == [0, 1, 1]
+    alone = Trainer(pictures(), None, tmp_path, options, Ranks())
+    plain, exact = (specified(alone, options, dtype, 0)[1] for dtype in (torch.float32, torch.float64))
     for one in ranks:
         one.step(one.net, 0)
-    parts = torch.stack([torch.cat([weight.grad.flatten() for weight in one.net.parameters()]) for one in ranks])
-    plain, exact = (specified_gradient(tmp_path, options, dtype)[1] for dtype in (torch.float32, torch.float64))
-    assert_as_accurate(parts.mean(0), plain, exact)
+    assert_as_accurate(torch.stack([gradient(one.net) for one in ranks]).mean(0), plain, exact)
 
 
 def bounds(out, x_0, variance_types):

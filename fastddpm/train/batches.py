@@ -98,7 +98,8 @@ class Batches:
         if not self.options.schedule.learns_variance:
             return None
         t = draws(k, len(self.pixels), self.options).t[self.group.share(self.options.batch_size)]
-        return send((t == 0).nonzero()[:, 0], self.device)
+        found = (t == 0).nonzero()[:, 0]
+        return send(found, self.device) if len(found) else found.to(self.device)  # nothing is not pinned
 
     def _labels(self, k: int, index: Tensor, share: slice) -> Tensor:
         """The labels of the images at index, [N] int64, some of which are dropped."""

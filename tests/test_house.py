@@ -36,7 +36,7 @@ storage: datasets merge shards shard_formats trajectory class_grid images plots 
 ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual conditional_step step checks \
      library backend
 core: noise schedule table betas layout precision memory checks names
-reference: likelihood unet diffusion
+reference: likelihood unet conditional diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual conditional_step step \
          tree philox block columns launch
 | kernels.cpu: program launch native

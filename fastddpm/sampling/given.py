@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastddpm.core.checks import flag, is_real, shown, whole
 from fastddpm.networks.unet2d import UNet2D
@@ -18,7 +17,7 @@ from fastddpm.sampling.conditions import Conditions
 MOST_VISITS = 4096  # of a timestep: the noise of each has an address
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Given:
     """The arguments of `Sampler.batches` that it only passes on to `conditions`, under the same names."""
 
@@ -230,17 +229,13 @@ def _without(name: str, value: Any, condition: Any) -> Any:
 
 
 def arguments(conditions: Conditions) -> dict[str, Any]:
-    """Checked conditions as arguments of `Sampler.batches`, without the class labels of a `UNet2D`."""
-    names = "guide_variance", "concat", "known", "mask", "start", "init", "resample", "x_0_fn"
-    kwargs, uncond = dict(conditions.kwargs), dict(conditions.uncond)
-    return {
-        **{name: getattr(conditions, name) for name in names},
-        "model_kwargs": kwargs or None,
+    """Checked conditions as arguments of `Sampler.batches`; those that are not given are left out."""
+    named = {
+        "model_kwargs": dict(conditions.kwargs),
         "guidance_scale": conditions.guidance,
-        "uncond_kwargs": uncond or None,
+        "uncond_kwargs": dict(conditions.uncond),
+        "guide_variance": conditions.guide_variance,
+        **{name: getattr(conditions, name) for name in ("concat", "known", "mask", "start", "init", "x_0_fn")},
     }
-
-
-def tensors(tree: Any) -> Any:
-    """A copy of a tree with every tensor on the CPU, for hashing."""
-    return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, tree)
+    found = {name: value for name, value in named.items() if value is not None and value is not False and value != {}}
+    return found | ({"resample": conditions.resample} if conditions.resample > 1 else {})

@@ -16,15 +16,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastddpm.core.checks import checked_call, flag, shown
+from fastddpm.core.checks import checked_call, flag, shown, takes_options_of
 from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import JobProgress, LostError
 from fastddpm.processes.signals import Stopped, stoppable
+from fastddpm.sampling.conditions import Conditions
+from fastddpm.sampling.given import Given, arguments
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.storage.fingerprint import weights_sums
+from fastddpm.storage.indices import Indices
 from fastddpm.storage.shards import ShardFolder, continued, is_shard_folder
 
 WAITING = 2  # shards that may wait to be written before drawing waits too
@@ -32,6 +35,7 @@ PATIENCE = 600  # tenths of a second to wait for torch to report whether process
 
 
 @checked_call
+@takes_options_of(Given)
 def sample_to(
     out: str | os.PathLike[str],
     from_sampler: Sampler,
@@ -48,8 +52,12 @@ def sample_to(
     sampler: str = "ddpm",
     eta: float = 0.0,
     noise: float = True,
+    start_timestep: int | None = None,
+    strength: float | None = None,
+    trajectory: Iterable[int] | None = None,
     progress: bool = True,
     json_log: str | os.PathLike[str] | None = None,
+    **given: Any,
 ) -> ShardFolder:
     """Draw samples into a folder; if it already holds some of the same job, draw those that are missing.
 
@@ -69,7 +77,10 @@ def sample_to(
         batch_size: samples computed together; None: as in the folder, else the default of `Sampler.batches`. With
             batch_invariant it only sets the default of shard_size.
         seed: 0 <= seed < 2^64.
-        steps, timesteps, sampler, eta, noise: as in `Sampler.batches`.
+        steps, timesteps, sampler, eta, noise, start_timestep, strength: as in `Sampler.batches`.
+        trajectory: as in `Sampler.batches`; the states are stored with the samples, as float32.
+        given: what `Sampler.batches` can give the samples besides, such as model_kwargs, guidance_scale or known. A
+            folder of samples that are given something does not grow.
         progress: show the progress of all processes.
         json_log: a file to append the progress to, as a JSON line every ten seconds: a new one, or such a log.
     Returns: the folder with the finished samples, in every process.
@@ -91,13 +102,22 @@ def sample_to(
                 batch_size = before.get("batch_size") or from_sampler.default_batch_size()
             if shard_size is None:
                 shard_size = before.get("shard_size") or batch_size
-            drawing = Drawing(seed, batch_size, steps, timesteps, sampler, eta, noise)
-            drawer = _Drawer(from_sampler, drawing)
+            drawing = Drawing(
+                *(seed, batch_size, steps, timesteps, sampler, eta, noise), start_timestep, strength, trajectory
+            )
+            conditions = _conditions(from_sampler, samples, class_labels, given)
             facts = manifest(
-                from_sampler, drawing, samples, format=format, class_labels=class_labels, shard_size=shard_size
+                from_sampler,
+                drawing,
+                samples,
+                format=format,
+                class_labels=class_labels,
+                shard_size=shard_size,
+                given={} if conditions is None else arguments(conditions),
             )
             shards = ShardFolder(out, continued(before, facts))
-            from_sampler.batches(shards.indices(0), class_labels=shards.labels(0), **vars(drawing))  # checks them
+            drawer = _Drawer(from_sampler, drawing, conditions)
+            from_sampler.batches(shards.indices(0), **drawer.options(shards, 0))  # checks them
             _check_log(json_log, shards)
         group.agree_on(shards.manifest)
         with stoppable(lambda: _how_to_resume(shards) if group.rank == 0 else "") as stopped:
@@ -195,21 +215,42 @@ def _missing(shards: ShardFolder, group: Ranks, progress: bool) -> list[int]:
     return sorted(k for part in group.gather(missing) for k in part)
 
 
+def _conditions(
+    sampler: Sampler, samples: int | Iterable[int], class_labels: Iterable[int] | None, given: Mapping[str, Any]
+) -> Conditions | None:
+    """What all samples are given; None: nothing but labels, which may be too many to list."""
+    if not given:
+        return None
+    count = len(Indices.of(samples))
+    if class_labels is None:
+        return sampler.conditions(Given(**given), count)
+    labels = Indices.of(class_labels)
+    repeated = labels.take(np.arange(count) % len(labels)) if labels else np.empty(0, np.int64)
+    return sampler.conditions(Given(class_labels=repeated, **given), count)
+
+
 class _Drawer:
     """Draws shards with the weights that the sampler's model has now."""
 
-    def __init__(self, sampler: Sampler, drawing: Drawing):
-        self.sampler, self.drawing = sampler, drawing
+    def __init__(self, sampler: Sampler, drawing: Drawing, conditions: Conditions | None):
+        self.sampler, self.drawing, self.conditions = sampler, drawing, conditions
         self.weights = self._weights()
+
+    def options(self, shards: ShardFolder, k: int) -> dict[str, Any]:
+        """The arguments of `Sampler.batches` for shard k."""
+        if self.conditions is None:
+            return {"class_labels": shards.labels(k), **vars(self.drawing)}
+        first = k * shards.shard_size  # such a folder has not grown
+        places = torch.arange(first, first + shards.count(k), device="cpu")
+        return {**arguments(self.conditions.take(places)), **vars(self.drawing)}
 
     def draw(self, shards: ShardFolder, k: int, progress: JobProgress) -> np.ndarray:
         """The samples of shard k. Raises: ValueError: the weights are others now."""
         x = self.sampler.sample(
             shards.indices(k),
-            output="uint8" if draws_images(self.sampler) else "float",
-            class_labels=shards.labels(k),
+            output="uint8" if draws_images(self.sampler, self.drawing) else "float",
             progress=progress.stepped,
-            **vars(self.drawing),
+            **self.options(shards, k),
         )
         if self._weights() != self.weights:
             kept = f"shards of the old weights stay in {shards.path}"

@@ -4,8 +4,9 @@ A job resumes only if its manifest is the same. Its keys and values are part of 
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import nn
 
 from fastddpm.core import checks
 from fastddpm.core.checks import one_of, shown, whole
+from fastddpm.core.schedule import elements
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.fingerprint import code_sha256, machine, weights_sha256
+from fastddpm.storage.fingerprint import code_sha256, machine, value_sha256, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
 from fastddpm.storage.shard_formats import FORMATS, are_images
 
@@ -32,10 +34,14 @@ class Drawing:
     sampler: str
     eta: float
     noise: float
+    start_timestep: int | None = None
+    strength: float | None = None
+    trajectory: Iterable[int] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.timesteps, Iterator):
-            object.__setattr__(self, "timesteps", tuple(self.timesteps))  # it is read for each shard
+        for name in ("timesteps", "trajectory"):
+            if isinstance(given := getattr(self, name), Iterator):
+                object.__setattr__(self, name, tuple(given))  # it is read for each shard
 
 
 def manifest(
@@ -46,10 +52,16 @@ def manifest(
     format: str,
     class_labels: Iterable[int] | None,
     shard_size: int,
+    given: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """The manifest of a job, with JSON's types. Raises: ValueError: an argument is not as in `job.sample_to`."""
-    where = _storage(sampler, samples, format, class_labels, shard_size, drawing.batch_size)
-    return json.loads(json.dumps(where | _origin(sampler, drawing)))
+    """The manifest of a job, with JSON's types.
+
+    Args: given: what the samples are given besides labels, as `given.arguments` returns it.
+    Raises: ValueError: an argument is not as in `job.sample_to`.
+    """
+    where = _storage(sampler, samples, format, class_labels, shard_size, drawing)
+    hashes = {name: value_sha256(value) for name, value in given.items()}
+    return json.loads(json.dumps(where | _origin(sampler, drawing) | ({"given": hashes} if hashes else {})))
 
 
 def _storage(
@@ -58,15 +70,17 @@ def _storage(
     format: str,
     class_labels: Iterable[int] | None,
     shard_size: int,
-    batch_size: int,
+    drawing: Drawing,
 ) -> dict[str, Any]:
     """What decides where each sample is stored; see `ShardFolder`."""
     indices = Indices.of(samples)
     classes = None if class_labels is None else _labels(class_labels)
     one_of("format", format, FORMATS)
-    if format == "png" and not draws_images(sampler):
+    if format == "png" and not draws_images(sampler, drawing):
         what = f"samples are {sampler.shape}"
-        if sampler.decoder is not None:
+        if drawing.trajectory is not None:
+            what = "samples are trajectories, of several images"
+        elif sampler.decoder is not None:
             what = f"{what} latents, which the VAE of the pipeline turns into images"
         else:
             what = f"{what}, which are not images"
@@ -75,7 +89,7 @@ def _storage(
         raise ValueError("no samples were requested; want at least one")
     if (twice := indices.duplicate()) is not None:
         raise ValueError(f"sample {twice} is requested twice; want each once")
-    whole("batch_size", batch_size, 1, LIMIT)
+    whole("batch_size", drawing.batch_size, 1, LIMIT)
     shard_size = whole("shard_size", shard_size, 1, LIMIT)
     if classes is not None and len(classes) > len(indices):
         raise ValueError(f"there are {len(classes)} class labels for {len(indices)} samples; want at most one each")
@@ -104,7 +118,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
     if not isinstance(sampler.model, nn.Module):
         way_out = "want an nn.Module, whose weights tell whether a job is the same"
         raise ValueError(f"the sampler's model is a {type(sampler.model).__name__}; {way_out}")
-    table = sampler.schedule.table(
+    table = sampler.table(
         drawing.steps,
         sampler=drawing.sampler,
         eta=drawing.eta,
@@ -121,9 +135,11 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
             "noise": float(drawing.noise),
             "steps": len(table),
             "timesteps": table.timesteps.tolist() if drawing.timesteps is not None else None,
+            **_beginning_and_end(drawing),
         },
         "schedule": sampler.schedule.to_config(),
-        "shape": sampler.shape,
+        "shape": _stored_shape(sampler, drawing),
+        **_scales(sampler),
         **({} if sampler.decoder is None else {"latents": True}),
         "model": {
             "class": type(model).__qualname__,
@@ -140,6 +156,28 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
     }
 
 
-def draws_images(sampler: Sampler) -> bool:
+def _beginning_and_end(drawing: Drawing) -> dict[str, Any]:
+    """Where the steps begin, and which states are kept, if this is unusual."""
+    found: dict[str, Any] = {"start_timestep": drawing.start_timestep, "strength": drawing.strength}
+    if drawing.trajectory is not None:
+        found["trajectory"] = elements(drawing.trajectory)
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _scales(sampler: Sampler) -> dict[str, Any]:
+    """What the network is told of the time, and the range of the data, if they are unusual."""
+    times = sampler.engine.prepared.times
+    found = {"timestep_values": times if times is None else value_sha256(times), "value_range": sampler.value_range}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _stored_shape(sampler: Sampler, drawing: Drawing) -> tuple[int, ...]:
+    """The shape of a sample; with a trajectory, of all its states."""
+    frames = () if drawing.trajectory is None else (len(set(elements(drawing.trajectory))) + 1,)
+    return frames + sampler.shape
+
+
+def draws_images(sampler: Sampler, drawing: Drawing | None = None) -> bool:
     """Whether the samples of a sampler are stored as images."""
-    return are_images(sampler.shape, latents=sampler.decoder is not None)
+    shape = sampler.shape if drawing is None else _stored_shape(sampler, drawing)
+    return are_images(shape, latents=sampler.decoder is not None)

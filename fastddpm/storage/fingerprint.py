@@ -95,6 +95,11 @@ def code_sha256(network: nn.Module, *, numbers: bool = False) -> dict[str, str]:
     }
 
 
+def value_sha256(value: Any) -> str:
+    """A hexadecimal digest of tensors, arrays, plain values and functions, in any nesting; of functions the code."""
+    return hashlib.sha256("\n".join(_described(value, set())).encode()).hexdigest()[:16]
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The hardware and software of this process; on others a network may round differently."""
     versions = {"fastddpm": __version__, "torch": str(torch.__version__)}

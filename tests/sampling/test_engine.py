@@ -9,8 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastddpm import Sampler, Schedule, UNet2D, ops
 from fastddpm.core import layout, noise
@@ -19,60 +17,12 @@ from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder
 from fastddpm.sampling.engine import KEPT, WORTH_CAPTURING, Engine
-from fastddpm.sampling.replay import Replay
 from fastddpm.sampling.runner import Runner
 from tests.support.check import TINY, assert_as_accurate, at_once
+from tests.support.graphs import Recording, eager, graphed
 
 SMALL = {**TINY, "sample_size": 8, "in_channels": 1, "out_channels": 1}
 SHAPE = (1, 8, 8)
-
-
-class Recording(TorchDispatchMode):
-    """A fake CUDA graph: records the operations of a function, with their tensors and numbers, and repeats them."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, out))
-        return out
-
-    def replay(self):
-        for func, args, kwargs, out in self.calls:
-            for place, value in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(place, torch.Tensor) and address(place) != address(value):
-                    place.copy_(value)  # what was allocated stays where it is
-
-
-def address(x):
-    return x.untyped_storage().data_ptr()
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Replaces captures by recordings on the CPU; returns the list of them."""
-    captured, resets, prepare = [], {}, Replay.prepare
-
-    def remember_reset(replay, run, reset, constants):
-        resets[id(replay)] = reset
-        prepare(replay, run, reset, constants)
-
-    def capture(replay, run):
-        resets.pop(id(replay))()  # unlike a capture, a recording executes the work
-        graph = Recording()
-        with graph:
-            run(None)
-        captured.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # no packed weights, as on a GPU
-    monkeypatch.setattr(Replay, "prepare", remember_reset)
-    monkeypatch.setattr(Replay, "_captured", capture)
-    with ops.forced_backend("torch"):  # whose operations can be recorded
-        yield captured
 
 
 def tiny_unet(**options):
@@ -82,17 +32,6 @@ def tiny_unet(**options):
 
 def elementwise(x, t):
     return (x * 0.9 + t.reshape(-1, *[1] * (x.ndim - 1)) * 1e-4).sin()
-
-
-def graphed(model, schedule=None, **options):
-    """A sampler that captures."""
-    sampler = Sampler(model, schedule, device="cpu", **options)
-    sampler.engine.prepared.kind = "graph"
-    return sampler
-
-
-def eager(model, schedule=None, **options):
-    return Sampler(model, schedule, device="cpu", engine="eager", **options)
 
 
 RUNS = [

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import signal
 import sys
 import tarfile
 import threading
@@ -28,7 +27,18 @@ from fastddpm.storage import fingerprint
 from fastddpm.storage.indices import Indices
 from fastddpm.storage.shards import FORMATS, ShardFolder
 from tests.support.check import error_line
-from tests.support.jobs import command, commands, contents, drawn, finished, note_drawn, options, save_tiny, tiny_unet
+from tests.support.jobs import (
+    command,
+    commands,
+    contents,
+    die_storing,
+    drawn,
+    finished,
+    note_drawn,
+    options,
+    save_tiny,
+    tiny_unet,
+)
 from tests.support.processes import run_ranks, start
 
 SCHEDULE = Schedule(num_train_timesteps=6)
@@ -119,19 +129,6 @@ def test_batch_invariant_samples_have_the_same_bits_in_any_shards(tmp_path):
         settings = {"shard_size": size, "batch_size": batch, "format": "npz", "progress": False}
         store = job.sample_to(tmp_path / str(size), sampler, samples, **settings)
         assert np.array_equal(arrays(store), np.stack([want[i] for i in samples]))
-
-
-def die_storing(shard: int) -> None:
-    """Kill this process before it stores its shard of this number, counted from 0."""
-    left, write = [shard], ShardFolder.write
-
-    def counted(self, k, samples):
-        left[0] -= 1
-        if left[0] < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(self, k, samples)
-
-    ShardFolder.write = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.slow

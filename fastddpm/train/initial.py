@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastddpm import checkpoints
@@ -105,22 +106,44 @@ def numbered_as(
 
 
 def null_label(options: TrainOptions, initial: Initial | None, count: int | None) -> int | None:
-    """The null label of a run: that of its checkpoint, if it starts from one; else it has one if labels are dropped.
+    """The null label of a run, which follows its classes: it has one if labels are dropped, or its checkpoint has one.
 
     Args: count: classes without the null label; None: there are no labels.
-    Raises: ValueError: labels are to be dropped, but there are none, or the checkpoint has no null label.
+    Raises: ValueError: labels are to be dropped, but there are none.
     """
-    asked = f"label_dropout is {options.label_dropout:g}"
     if options.label_dropout and count is None:
-        raise ValueError(f"{asked}, but there are no labels; give labels (--class-conditional), or leave it out")
-    if initial is None:
-        return count if options.label_dropout else None
-    if options.label_dropout and initial.null_label is None:
         raise ValueError(
-            f"{asked}, but init is {initial.source}, which has no null label; leave it out, or start from a "
-            "checkpoint that was trained with it, or from none"
+            f"label_dropout is {options.label_dropout:g}, but there are no labels; give labels (--class-conditional), "
+            "or leave it out"
         )
-    return None if initial.null_label is None else count
+    held = initial is not None and initial.null_label is not None
+    return count if options.label_dropout or held else None
+
+
+def with_embeddings(initial: Initial, count: int | None, null_label: int | None) -> Initial:
+    """The checkpoint with embeddings of the classes or the null label that it lacks.
+
+    They are zero, with which the network first computes what it did without them.
+
+    Args: count: classes without the null label; None: there are no labels.
+    Raises: ValueError: the checkpoint has another number of classes.
+    """
+    if count is None or initial.config.get("class_embed_type") is not None:
+        return initial  # if it does not fit, `config_for_images` refuses it
+    held, want = initial.config.get("num_class_embeds"), count + (null_label is not None)
+    if held is not None and (classes := held - (initial.null_label is not None)) != count:
+        raise ValueError(
+            f"init is {initial.source}, which has {classes} classes, but these images have {count}; start from another "
+            "checkpoint, or from none"
+        )
+    like = initial.weights.get("time_embedding.linear_2.bias")
+    rows = initial.weights.get("class_embedding.weight")
+    if held == want or like is None or (held and (rows is None or rows.shape != (held, *like.shape))):
+        return initial  # if its weights are not those of its configuration, loading them says so
+    new = like.new_zeros(want - (held or 0), len(like))
+    rows = torch.cat([rows, new]) if held and rows is not None else new
+    config = initial.config | {"num_class_embeds": want}
+    return initial._replace(config=config, weights=initial.weights | {"class_embedding.weight": rows})
 
 
 def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -132,9 +155,7 @@ def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any
     for name in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
         value, need = initial.config.get(name), wanted.get(name)
         if value != need:
-            hint = ""
-            if name == "num_class_embeds":
-                hint = "leave labels out, or " if need else "give labels (--class-conditional), or "
+            hint = "give labels (--class-conditional), or " if name == "num_class_embeds" and need is None else ""
             raise ValueError(
                 f"init is {initial.source}, whose {name} is {value}; these images need {need}: "
                 f"{hint}start from another checkpoint, or from none"

@@ -33,7 +33,7 @@ from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.train import run_folder
 from fastddpm.train.batches import Batches, check_classes, check_images, check_labels, check_sides
 from fastddpm.train.grids import GridPlan, Interrupted, draw_grid
-from fastddpm.train.initial import config_for_images, load_initial, null_label, numbered_as
+from fastddpm.train.initial import config_for_images, load_initial, null_label, numbered_as, with_embeddings
 from fastddpm.train.loss import TrainingLoss
 from fastddpm.train.options import TrainOptions, check_can_sample, check_options, resolve_engine
 from fastddpm.train.state import RunState, load_state, run_identity, save_state
@@ -130,6 +130,7 @@ class Trainer:
         self.null_label = null_label(options, initial, count)
         config = options.unet_config(*shape, count if count is None or self.null_label is None else count + 1)
         if initial is not None:
+            initial = with_embeddings(initial, count, self.null_label)
             config = config_for_images(initial, config)
         check_sides(*shape[:2], levels=len(config["block_out_channels"]))
         group.share(options.batch_size)  # fails if there are more processes than images in a batch

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline
 
-from fastddpm import Sampler, checkpoints
+from fastddpm import Sampler, UNet2D, checkpoints
 from fastddpm.processes.distributed import Ranks
 from fastddpm.train import TrainOptions, train
 from fastddpm.train.trainer import Trainer
@@ -145,16 +146,37 @@ def test_run_that_starts_from_a_null_label_keeps_it(tmp_path, label_dropout, cla
     assert_same(parameters(run(second, options, labels=labels, classes=classes)), before)
 
 
-def test_null_label_and_initial_checkpoint_must_fit(tmp_path):
-    plain = run(tmp_path / "plain", ONE_STEP, labels=LABELS)
-    options = dataclasses.replace(STARTED, init=str(plain), label_dropout=0.5)
-    assert error_line(run, tmp_path / "run", options, labels=LABELS) == (
-        f"label_dropout is 0.5, but init is {plain}, which has no null label; leave it out, or start from a checkpoint "
-        "that was trained with it, or from none"
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("label_dropout", [0.0, 0.5])
+def test_run_adds_the_embeddings_that_its_initial_checkpoint_lacks(tmp_path, held, label_dropout):
+    """Those of the classes, of the null label or of both; the network computes what it did before."""
+    given = {"labels": LABELS, "classes": NAMES} if held else {}
+    first = run(tmp_path / "first", ONE_STEP, **given)
+    options = dataclasses.replace(STARTED, init=str(first), label_dropout=label_dropout, sample_every=0)
+    before = UNet2D(**checkpoints.load(first).config)
+    checkpoints.load_into(before, parameters(first))
+    trainer = Trainer(pictures(), LABELS, tmp_path / "second", options, Ranks(), NAMES)
+    x, t, labels = torch.ones(3, 1, 8, 8), torch.tensor([1, 5, 19]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        assert torch.equal(trainer.net(x, t, labels), before(x, t, labels if held else None))
+    second = run(tmp_path / "second", options, labels=LABELS, classes=NAMES)
+    got = checkpoints.load(second)
+    assert (got.config["num_class_embeds"], got.null_label, got.classes) == (
+        (4, 3, NAMES) if label_dropout else (3, None, NAMES)
     )
+    after = parameters(second)
+    assert_same(parameters(run(second, options, labels=LABELS, classes=NAMES)), after)
+
+
+def test_labels_and_initial_checkpoint_must_fit(tmp_path):
     dropped = run(tmp_path / "dropped", DROPPED, labels=LABELS)
     options = dataclasses.replace(STARTED, init=str(dropped))
     assert "num_class_embeds is 4; these images need None: give labels" in error_line(run, tmp_path / "run", options)
     line = error_line(run, tmp_path / "run", options, labels=np.arange(7) % 4)
-    assert "whose num_class_embeds is 4; these images need 5: leave labels out" in line
+    assert f"init is {dropped}, which has 3 classes, but these images have 4; start from another checkpoint" in line
+    plain = run(tmp_path / "plain", ONE_STEP, labels=LABELS)
+    for label_dropout in (0.0, 0.5):
+        options = dataclasses.replace(STARTED, init=str(plain), label_dropout=label_dropout)
+        line = error_line(run, tmp_path / "run", options, labels=np.arange(7) % 2)
+        assert f"init is {plain}, which has 3 classes, but these images have 2; start from another" in line
     assert not (tmp_path / "run").exists()

@@ -36,7 +36,7 @@ def conditional_step_kernel(
     bad_ptr,  # [N] int32, or None
     per_sample,
     channels,
-    halves,  # 1, or 2 if m has a second half of channels
+    HALVES: tl.constexpr,  # 1, or 2 if m has a second half of channels
     CLIP: tl.constexpr,
     GUIDE_VARIANCE: tl.constexpr,
     LEARNED: tl.constexpr,  # 0, 1: the variance itself, 2: an interpolation
@@ -45,10 +45,11 @@ def conditional_step_kernel(
     n, block, at, mask = block_of_entry(per_sample, BLOCK)
 
     x = tl.load(x_ptr + at, mask=mask, other=0.0)  # the flag needs finite values beyond the sample
-    element = block * BLOCK + tl.arange(0, BLOCK)
-    place = element // channels * channels * halves + element % channels
-    outputs = m_ptr + n * per_sample * halves
-    without = outputs + tl.num_programs(0).to(tl.int64) * per_sample * halves  # the outputs without the condition
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    if HALVES == 2:
+        place += place // channels * channels
+    outputs = m_ptr + n * per_sample * HALVES
+    without = outputs + tl.num_programs(0).to(tl.int64) * per_sample * HALVES  # the outputs without the condition
     m = tl.load(outputs + place, mask=mask, other=0.0).to(tl.float32)
     if guidance_ptr is not None:
         m = _guided(m, tl.load(without + place, mask=mask, other=0.0), guidance_ptr + n)
@@ -114,6 +115,6 @@ def launch_conditional_step(
     with torch.cuda.device_of(x):
         grid = len(x), triton.cdiv(per_sample, BLOCK)
         tensors = x, m, rows, timesteps, pos, address, guidance, known, mask, bad
-        numbers = per_sample, channels, m.shape[1] // channels
         flags = {"CLIP": clip, "GUIDE_VARIANCE": guide_variance, "LEARNED": learned, "BLOCK": BLOCK}
-        launch(conditional_step_kernel, grid, *tensors, *numbers, **flags, **OPTIONS)
+        flags |= {"HALVES": m.shape[1] // channels}
+        launch(conditional_step_kernel, grid, *tensors, per_sample, channels, **flags, **OPTIONS)

@@ -18,7 +18,19 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import eps_loss, group_norm, interleave, noising, normal, predict_step, residual, step, tree, x_0_error
+from . import (
+    conditional_step,
+    eps_loss,
+    group_norm,
+    interleave,
+    noising,
+    normal,
+    predict_step,
+    residual,
+    step,
+    tree,
+    x_0_error,
+)
 
 CAPABILITIES = (80, 90, 100, 120)  # A100, H100 and H200, B200, RTX 50
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1}
@@ -48,6 +60,23 @@ def step_variant(m: str, copy: str | None, *, clip: bool, bad: bool = True) -> V
     name = f"step m {m}{', clip' if clip else ''}{f', copy {copy}' if copy else ''}{'' if bad else ', without flags'}"
     written = 4 + (BYTES[copy] if copy else 0)
     return Variant(name, step.step_kernel, types, constants, step.OPTIONS, step.BLOCK, 4 + BYTES[m], written)
+
+
+def conditional_step_variant(
+    m: str, *, guided: bool = False, learned: int = 0, known: bool = False, guide_variance: bool = False
+) -> Variant:
+    types = {"x_ptr": "*fp32", "m_ptr": f"*{m}", "row_ptr": "*fp32", "t_ptr": "*i32", "pos_ptr": "*i32"}
+    types |= {"address_ptr": "*i64", "guidance_ptr": "*fp32", "known_ptr": "*fp32", "mask_ptr": "*i8"}
+    types |= {"bad_ptr": "*i32", "per_sample": "i32", "channels": "i32"}
+    constants: dict[str, Any] = {"CLIP": True, "GUIDE_VARIANCE": guide_variance, "LEARNED": learned}
+    constants |= {"HALVES": 2 if learned else 1, "BLOCK": conditional_step.BLOCK}
+    constants |= {} if guided else {"guidance_ptr": None}
+    constants |= {} if known else {"known_ptr": None, "mask_ptr": None}
+    given = {"guided": guided, "learned": learned, "known": known}
+    name = ", ".join([f"conditional_step {m}", *(kind for kind, is_given in given.items() if is_given)])
+    read = 4 + BYTES[m] * (1 + guided) * (2 if learned else 1) + 5 * known
+    kernel, elements = conditional_step.conditional_step_kernel, conditional_step.BLOCK
+    return Variant(name, kernel, types, constants, conditional_step.OPTIONS, elements, read, 4)
 
 
 def predict_step_variant(
@@ -184,6 +213,11 @@ VARIANTS = (
     step_variant("bf16", "bf16", clip=True),
     step_variant("bf16", "bf16", clip=False),
     step_variant("fp16", "fp16", clip=True),
+    conditional_step_variant("bf16", guided=True),
+    conditional_step_variant("fp32", known=True),
+    conditional_step_variant("bf16", learned=2),
+    conditional_step_variant("bf16", guided=True, learned=2, known=True, guide_variance=True),
+    conditional_step_variant("fp32", guided=True, learned=1),
     predict_step_variant("fp32", "fp32", "fp32"),
     predict_step_variant("fp32", "fp32", "registers"),
     predict_step_variant("fp32", "fp32", "fp32", learned="learned_range"),

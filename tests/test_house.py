@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # import each other. In each room __init__ is on top: it only gathers names.
 ORDER = """
 __main__
-cli: main sample trajectory merge train likelihood labels fid verify info options terminal
+cli: main sample given trajectory merge train likelihood labels fid verify info options terminal
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
 train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet

@@ -5,10 +5,11 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastddpm.cli.given import add_given, given, steps_of
 from fastddpm.cli.labels import class_labels
 from fastddpm.cli.options import (
     add_batch_size,
@@ -39,6 +40,9 @@ examples:
   fastddpm sample runs/mine --sampler ddim --steps 50      a local folder; 50 deterministic steps instead of all T
   fastddpm sample --num-samples 8 --trajectory way.gif     also the states from noise to garments
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
+  fastddpm sample runs/mine --class-labels 0-9 --guidance-scale 2
+  fastddpm sample --init garment.png --strength 0.5        variations of a picture
+  fastddpm sample --known garment.png --mask left.png      other right halves of a picture
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
   fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset
   torchrun --nproc-per-node 8 -m fastddpm sample runs/mine --num-samples 50000 --out samples/
@@ -99,6 +103,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-invariant", action="store_true", help="give each sample the same bits whatever is drawn with it"
     )
+    add_given(parser)
     add_network(parser)
     add_device(parser)
 
@@ -126,12 +131,13 @@ def run(args: argparse.Namespace) -> None:
                 _check_what_is_drawn(args, sampler, format)
             labels = class_labels(args.class_labels, sampler, samples)
             sampler.schedule.table(args.steps, sampler=args.sampler, eta=args.eta, noise=not args.no_noise)  # checks
+            conditions = given(args, sampler, len(samples))
         if not args.quiet and group.rank == 0:
             tell(_what_is_drawn(args, sampler, samples, out))
         if into_folder:
-            _sample_into_folder(args, sampler, samples, labels, out, format, group)
+            _sample_into_folder(args, sampler, samples, labels, conditions, out, format, group)
         else:
-            _sample_into_file(args, sampler, samples, labels, out, format)
+            _sample_into_file(args, sampler, samples, labels, conditions, out, format)
 
 
 def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group: "Ranks") -> "Sampler":
@@ -153,10 +159,10 @@ def _load_sampler(args: argparse.Namespace, out: Path, into_folder: bool, group:
 
 
 def _what_is_drawn(args: argparse.Namespace, sampler: "Sampler", samples: Indices, out: Path) -> str:
-    steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
+    steps = steps_of(args, sampler)
     size = " x ".join(map(str, sampler.shape))
     where = f"{sampler.precision} on {sampler.device}"
-    long = how_long(sampler, len(samples) * steps)
+    long = how_long(sampler, len(samples) * steps * (1 if args.guidance_scale is None else 2))
     return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}{long}"
 
 
@@ -165,6 +171,7 @@ def _sample_into_folder(
     sampler: "Sampler",
     samples: Indices,
     labels: Indices | None,
+    conditions: dict[str, Any],
     out: Path,
     format: str,
     group: "Ranks",
@@ -187,6 +194,7 @@ def _sample_into_folder(
         noise=not args.no_noise,
         progress=not args.quiet,
         json_log=args.json_log,
+        **conditions,
     )
     if not args.quiet and group.rank == 0:
         print(f"{out}: all {len(store.samples)} samples are done; {time.monotonic() - began:.1f} s this time")
@@ -197,6 +205,7 @@ def _sample_into_file(
     sampler: "Sampler",
     samples: Indices,
     labels: Indices | None,
+    conditions: dict[str, Any],
     out: Path,
     format: str,
 ) -> None:
@@ -210,7 +219,7 @@ def _sample_into_file(
     classes = None if labels is None else labels.take(np.arange(len(samples)) % len(labels)).tolist()
     trajectory = None
     if args.trajectory is not None:
-        trajectory = Trajectory(sampler, samples, classes, args.steps, args.trajectory)
+        trajectory = Trajectory(sampler, samples, classes, steps_of(args, sampler), args.trajectory)
     if args.decode:  # whether the VAE can be loaded and run is found out before the work
         _decoded(sampler, torch.zeros(1, *sampler.shape, dtype=torch.float32, device="cpu"), 1)
     began = time.monotonic()
@@ -226,6 +235,7 @@ def _sample_into_file(
         noise=not args.no_noise,
         progress=not args.quiet,
         callback=trajectory,
+        **conditions,
     )
     seconds = time.monotonic() - began
     if args.decode and not args.quiet:
@@ -275,8 +285,8 @@ def _decoded(sampler: "Sampler", latents: "Tensor", batch_size: int | None) -> "
 
 
 def _check_options_of_a_folder(args: argparse.Namespace) -> None:
-    for option, given in (("--decode", args.decode), ("--trajectory", args.trajectory is not None)):
-        if given:
+    for option, is_given in (("--decode", args.decode), ("--trajectory", args.trajectory is not None)):
+        if is_given:
             raise ValueError(f"{option} is for one file, not for a folder; use --out x.png, or --out x.npz")
 
 

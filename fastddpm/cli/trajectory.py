@@ -22,17 +22,14 @@ class Trajectory:
     Args:
         samples: the indices that are drawn; the first of them are shown.
         labels: the class of each, by which the picture is arranged or its rows are named; None: none.
-        steps: as `Sampler.sample` takes it.
+        steps: how many steps the run takes.
         path: of the picture, a .gif or a .png.
     Attributes:
         about: what the picture shows, in words.
     """
 
-    def __init__(
-        self, sampler: Sampler, samples: Sequence[int], labels: Sequence[int] | None, steps: int | None, path: str
-    ):
+    def __init__(self, sampler: Sampler, samples: Sequence[int], labels: Sequence[int] | None, steps: int, path: str):
         self.path, self.names = path, sampler.classes
-        steps = sampler.schedule.num_train_timesteps if steps is None else steps
         self.steps = trajectory.shown_steps(steps, path)
         suffix = Path(path).suffix.lower()
         most = min(MOST_SAMPLES[suffix], max(1, MOST_PIXELS[suffix] // math.prod(sampler.shape[1:])))

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 INSTRUCTIONS = {
     "step": 80,
+    "conditional_step": 210,  # with two normals
     "predict_step": 106,
     "normal": 80,
     "noising": 80,
@@ -42,7 +43,9 @@ def assert_lean(record):
         assert set(record["inexact"]) <= FAST, record
         assert record["shared_bytes"] <= 1024, record  # to sum over a program's warps: its tile stays in registers
     else:
-        assert record["load_bytes_128"] == record["load_bytes"], record
+        # two halves of channels are not adjacent, and a thread has 8 bytes of a mask
+        narrow = operation == "conditional_step" and re.search("learned|known", record["kernel"])
+        assert narrow or record["load_bytes_128"] == record["load_bytes"], record
         assert record["inexact"] == [], record
 
 
@@ -96,7 +99,7 @@ def test_a_norm_that_is_not_lean_is_detected(damage):
 # Kernels that the sampler, the trainer and diffusers' schedulers launch.
 LAUNCHED = {"step m fp32, clip", "step m fp32", "step m bf16, clip, copy bf16", "step m bf16, copy bf16"}
 LAUNCHED |= {"normal", "noising u8 to fp32", "noising u8 to bf16", "residual bf16, bias", "interleave bf16, bias"}
-LAUNCHED |= {"x_0_error bf16, u8"}
+LAUNCHED |= {"x_0_error bf16, u8", "conditional_step bf16, guided", "conditional_step bf16, guided, learned, known"}
 LAUNCHED |= {"eps_loss bf16", "eps_loss bf16, backward", "eps_loss bf16, v_prediction u8", "tree_sum"}
 LAUNCHED |= {f"predict_step {kind}" for kind in ("fp32, clip, z fp32", "fp32, clip, z registers", "bf16, clip, z bf16")}
 LAUNCHED |= {f"norm held bf16 {shape}, silu" for shape in ("1x1024x256, skip", "64x1024x128, add")}

@@ -28,6 +28,16 @@ def step(dtype):
     return x, out, bad
 
 
+def conditional_step(dtype):
+    """With everything: two halves of channels, guidance, a learned variance, a known part."""
+    x, m = normal(*SHAPE), normal(2 * SHAPE[0], 2 * SHAPE[1], *SHAPE[2:], seed=1, dtype=dtype)
+    pos, bad = torch.tensor([999, 0, 3], dtype=torch.int32), torch.full((3,), -1, dtype=torch.int32)
+    given = {"known": normal(*SHAPE, seed=2), "mask": normal(*SHAPE, seed=3) > 0, "guidance": torch.tensor([2.0, 0, 9])}
+    table = Schedule(variance_type="learned_range").table()
+    ops.conditional_step(x, m, table, pos, noise.address(9, 3), guide_variance=True, bad=bad, **given)
+    return x, bad
+
+
 def losses(dtype):
     m, x_0 = normal(*SHAPE, dtype=dtype).requires_grad_(), normal(*SHAPE, seed=1)
     t = torch.tensor([999, 0, 500])
@@ -51,7 +61,7 @@ def activations(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernels", [step, losses, noised, activations])
+@pytest.mark.parametrize("kernels", [step, conditional_step, losses, noised, activations])
 def test_bits_are_the_same_everywhere(kernels, dtype, use):
     with ops.forced_backend("cpp"):
         want = kernels(dtype)

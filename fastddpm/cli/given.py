@@ -1,0 +1,143 @@
+"""What samples are given on the command line: guidance, arguments of the network, images to change or to complete."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastddpm.core.checks import shown
+
+if TYPE_CHECKING:
+    from fastddpm.sampling.sampler import Sampler
+
+_FILES = "an image for all samples, a folder of images, or an .npy or .npz with one entry per sample"
+
+
+def add_given(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    group = parser.add_argument_group("what samples are given")
+    group.add_argument(
+        "--guidance-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none, 2 to 8 are usual"
+    )
+    group.add_argument(
+        "--null-label", type=int, metavar="K", help="the class label that means no class (default: the checkpoint's)"
+    )
+    group.add_argument(
+        "--cond", metavar="FILE", help="an .npz with further arguments of the network, one entry per sample"
+    )
+    group.add_argument("--concat", metavar="PATH", help=f"channels that follow those of x_t: {_FILES}")
+    group.add_argument("--init", metavar="PATH", help=f"begin with these, noised as --strength says: {_FILES}")
+    group.add_argument(
+        "--strength", type=float, metavar="R", help="the share of the steps taken from --init, 0 < R <= 1"
+    )
+    group.add_argument("--known", metavar="PATH", help=f"complete these where --mask is black: {_FILES}")
+    group.add_argument("--mask", metavar="PATH", help="white (or 1) where --known is kept: an image, or an .npy")
+    group.add_argument(
+        "--resample", type=int, default=1, metavar="R", help="with --known: take each step R times (default: 1)"
+    )
+
+
+def given(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str, Any]:
+    """The arguments of `Sampler.batches` that the options mean; those not given are left out.
+
+    Raises: ValueError: a file cannot be read, or does not fit the samples.
+    """
+    found: dict[str, Any] = {}
+    if args.cond is not None:
+        found["model_kwargs"] = _arrays("--cond", args.cond)
+    for name in ("concat", "init", "known"):
+        if (path := getattr(args, name)) is not None:
+            found[name] = _states(f"--{name}", path, sampler, count, own_channels=name == "concat")
+    if args.mask is not None:
+        found["mask"] = _mask(args.mask)
+    for name, default in (("guidance_scale", None), ("strength", None), ("resample", 1)):
+        if getattr(args, name) != default:
+            found[name] = getattr(args, name)
+    if args.null_label is not None:
+        found["uncond_kwargs"] = {"class_labels": args.null_label}
+    elif args.guidance_scale is not None and sampler.null_label is None:
+        raise ValueError(
+            "--guidance-scale is given, but the checkpoint does not say which label is null; --null-label does"
+        )
+    return found
+
+
+def steps_of(args: argparse.Namespace, sampler: "Sampler") -> int:
+    """How many steps a run with these options takes."""
+    steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
+    if args.strength is not None:
+        steps = int(steps * args.strength + 1e-9)
+    return args.resample * (steps - 1) + 1
+
+
+def _states(option: str, path: str, sampler: "Sampler", count: int, *, own_channels: bool) -> np.ndarray:
+    """[count, *shape] float32 in data units."""
+    shape = sampler.shape
+    values = _values(option, path)
+    if values.dtype == np.uint8:  # images, channels last
+        values = values.reshape(-1, *values.shape[-3:])
+        if not own_channels and values.shape[-1] == 3 and shape[0] == 1:
+            raise ValueError(
+                f"{option} is {path}, whose images have colour, but those of the model are grey; convert them"
+            )
+        low, high = sampler.value_range or (-1.0, 1.0)
+        values = np.moveaxis(values, -1, 1) * np.float32((high - low) / 255) + np.float32(low)
+    elif values.ndim == len(shape):
+        values = values[None]
+    if values.shape[2:] != shape[1:] or not (own_channels or values.shape[1] == shape[0]):
+        raise ValueError(
+            f"{option} is {path}, which holds {values.shape}; want images of {shape}, as the model draws them"
+        )
+    if len(values) not in (1, count):
+        raise ValueError(
+            f"{option} is {path}, which holds {len(values)} entries for {count} samples; want one, or one each"
+        )
+    return np.ascontiguousarray(np.broadcast_to(values, (count, *values.shape[1:])), dtype=np.float32)
+
+
+def _mask(path: str) -> np.ndarray:
+    values = _values("--mask", path)
+    if values.dtype == np.uint8 and Path(path).suffix != ".npy":
+        values = values[0, ..., 0] > 127
+    return values
+
+
+def _values(option: str, path: str) -> np.ndarray:
+    """uint8 images [N, H, W, C], or the array of a file."""
+    from PIL import Image
+
+    from fastddpm.storage.datasets import load_images
+
+    suffix = Path(path).suffix.lower()
+    if suffix == ".npy":
+        return _read(option, path)
+    if suffix == ".npz":
+        arrays = _arrays(option, path)
+        if len(arrays) != 1:
+            raise ValueError(f"{option} is {path}, which holds {', '.join(arrays) or 'no arrays'}; want a single array")
+        return next(iter(arrays.values()))
+    if Path(path).is_dir():
+        return load_images(path, progress=False)
+    try:
+        with Image.open(path) as image:
+            kept = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            pixels = np.asarray(kept)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: cannot read {path} ({error}); want {_FILES}") from error
+    return pixels.reshape(1, *pixels.shape[:2], -1)
+
+
+def _arrays(option: str, path: str) -> dict[str, np.ndarray]:
+    arrays = _read(option, path)
+    if isinstance(arrays, np.ndarray):
+        raise ValueError(f"{option} is {path}, a single array; want an .npz with named arrays")
+    with arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _read(option: str, path: str) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option}: cannot read {shown(path)} ({error}); want an .npy or .npz of numbers") from error

@@ -20,6 +20,8 @@ class Checkpoint:
         classes: the names of the classes in the order of their labels; None: the checkpoint names none.
         decoder: the folder of the pipeline whose VAE turns the samples, latents, into images; None: samples are images.
         notes: sentences about what was assumed or changed in reading, for the user to see.
+        null_label: the last label, which stands for no class, for classifier-free guidance; None: all labels are
+            classes.
     """
 
     config: dict[str, Any]
@@ -28,3 +30,4 @@ class Checkpoint:
     classes: tuple[str, ...] | None = None
     decoder: Path | None = None
     notes: tuple[str, ...] = ()
+    null_label: int | None = None

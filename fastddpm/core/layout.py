@@ -17,7 +17,8 @@ def channels_last(x: Tensor) -> Tensor:
     depend on them.
     """
     n, c, *spatial = x.shape
-    return x.movedim(1, -1).reshape(-1).view(n, *spatial, c).movedim(-1, 1)
+    dense = x.movedim(1, -1).contiguous()  # not reshape(-1), which keeps the stride of one channel out of several
+    return dense.view(-1).view(n, *spatial, c).movedim(-1, 1)
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -201,6 +201,7 @@ class Sampler:
             batch_invariant=batch_invariant,
         )
         sampler._classes, sampler._decoder = checkpoint.classes, checkpoint.decoder
+        sampler._null_label = checkpoint.null_label
         return sampler
 
     @checked_call

@@ -474,8 +474,10 @@ def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, given, monkeyp
                 labels = torch.zeros(runner.network.entries, dtype=torch.int64, device="cuda")
                 runner.network.kwargs = {"class_labels": labels}
             if form.guided:
-                new = {"guidance": torch.ones(2), "known": torch.ones(shape), "mask": torch.ones(shape) > 0}
-                runner.conditions = Conditions(**{name: layout_on_gpu(value) for name, value in new.items()})
+                known = layout.channels_last(torch.ones(shape, device="cuda"))
+                runner.conditions = Conditions(
+                    guidance=torch.ones(2, device="cuda"), known=known, mask=known > 0, guide_variance=True
+                )
                 runner.table = replace(runner.table, learned="learned_range")
                 runner._take_step = runner._step_of_table()
             runner._loaded = table
@@ -490,10 +492,6 @@ def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, given, monkeyp
             assert all(tensor.device.type == "cuda" for tensor in runner._tensors())
             with pytest.raises(DataDependentOutputException):
                 runner.bad.max().item()
-
-
-def layout_on_gpu(x):
-    return (x if x.ndim == 1 else layout.channels_last(x)).to("cuda")
 
 
 def test_entries_may_be_at_different_rows():

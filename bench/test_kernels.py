@@ -18,7 +18,7 @@ from bench.machine import DEVICE, SCALE, Call, judged, repeated, rotated, same_b
 from bench.traffic import Bytes
 from fastddpm import ops
 from fastddpm.core import layout, noise
-from fastddpm.reference.diffusion import Diffusion, add_noise, linear_betas, squared_error, update
+from fastddpm.reference.diffusion import Diffusion, add_noise, guided, linear_betas, squared_error, update
 
 SHAPES = {
     "cuda": [(21_846, 3, 32, 32), (342, 3, 256, 256), (64, 3, 32, 32), (1, 3, 32, 32)],
@@ -34,6 +34,7 @@ STEP = [
     *(("reference step", dtype) for dtype in ("bf16", "fp32")),
     ("diffusers step", "fp32"),
 ]
+GUIDED = [(f"{who} guided_step", dtype) for who in ("fastddpm", "reference") for dtype in ("bf16", "fp32")]
 NOISING = [
     *(("fastddpm noising", dtype) for dtype in ("uint8", "fp32")),
     *(("reference noising", dtype) for dtype in ("uint8", "fp32")),
@@ -121,6 +122,32 @@ def _textbook_step(x: Tensor, m: Tensor, z: Tensor) -> Tensor:
     diffusion.betas = 1 - diffusion.alphas
     diffusion.posterior_var = (1 - diffusion.alphas_cumprod_prev) / (1 - abar) * diffusion.betas
     return diffusion.step(x, m, MIDDLE, z, clip=1)
+
+
+def guided_step_problem(shape: tuple[int, ...], dtype: torch.dtype, who: str = "fastddpm") -> Problem:
+    """The same with classifier-free guidance: the network's outputs with and without the condition."""
+    n, *sample = shape
+    x = layout.empty(n, sample, dtype=torch.float32, device=DEVICE).normal_()
+    m = layout.empty(2 * n, sample, dtype=dtype, device=DEVICE).normal_()
+    table, address = SCHEDULE.table().to(DEVICE), noise.address(0, n, DEVICE)
+    pos = torch.full((n,), MIDDLE, dtype=torch.int32, device=DEVICE)
+    guidance = torch.full((n,), 2.0, dtype=torch.float32, device=DEVICE)
+    row, few = table.rows[MIDDLE], slice(min(n, JUDGED))
+    of_mean = guided(m[:n][few].float(), m[n:][few].float(), guidance[0])
+    z = noise.normal(address[few], sample, stream=noise.STEP, t=MIDDLE)
+    want = update(x[few], of_mean, row, z, clip=table.clip)
+    bytes_moved, flops = 2 * x.nbytes + m.nbytes, 15 * x.numel()
+    if who == "fastddpm":
+        call: Call = partial(ops.conditional_step, x, m, table, pos, address, guidance=guidance)
+        call()
+        return Problem(call, bytes_moved, flops, same_bits(x[few], want))
+
+    def reference() -> Tensor:
+        both = guided(m[:n].float(), m[n:].float(), guidance[0])
+        return update(x, both, row, torch.randn_like(x), clip=table.clip)
+
+    exact = update(x[few].double(), of_mean.double(), row.double(), z.double(), clip=table.clip)
+    return Problem(reference, bytes_moved, flops, judged(want, want, exact))
 
 
 # Noising to bfloat16; dtype: that of the data
@@ -254,6 +281,12 @@ def _data(x_0: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "dtype"), STEP)
 def test_step(measure, shape, name, dtype):
     timed(measure, step_problem, shape, name, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), GUIDED)
+def test_guided_step(measure, shape, name, dtype):
+    timed(measure, guided_step_problem, shape, name, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

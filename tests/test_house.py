@@ -23,7 +23,7 @@ ORDER = """
 __main__
 cli: main sample given trajectory merge train likelihood labels fid convert verify info options terminal
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
-train: trainer initial grids batches run_folder state updates options
+train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
 | diffusers: accelerating decoding pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
 sampling: job manifest sampler run given beginning arguments loop watch batches engine runner batch_network replay \

@@ -32,6 +32,7 @@ _INDEX = "model_index.json"
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
 _CLASSES = "classes.json"
+_NULL_LABEL = "_null_label"  # in the options of the network, of which diffusers ignores those that begin with "_"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _DECODERS = re.compile("vae|vq|autoencoder", re.IGNORECASE)  # in the name or the class of a pipeline's component
 # the state of diffusers' EMAModel, which it saves among the options of the network
@@ -53,6 +54,7 @@ def read(folder: Path, variant: str | None = None, schedule: Schedule | None = N
     scale = None if config.get(_SCALE) is None else real(f"{unet / _CONFIG}: {_SCALE}", config[_SCALE], 0, above=True)
     with _naming(unet / _CONFIG):
         complete = complete_config(options)
+        null_label = _null_label(config.get(_NULL_LABEL), complete)
     home, scheduler = _home(folder)
     if schedule is None:
         schedule, assumed = _read_schedule(folder, home, scheduler)
@@ -64,10 +66,10 @@ def read(folder: Path, variant: str | None = None, schedule: Schedule | None = N
             f"{unet / _CONFIG} configures a network of {least} parameters or more, but its weights are {saved} "
             "numbers; want the configuration that they were saved with"
         )
-    classes, ignored = _read_classes(home, complete["num_class_embeds"])
+    classes, ignored = _read_classes(home, complete["num_class_embeds"] if null_label is None else null_label)
     decoder = home if _has_latents(home) else None
     notes = *notes, *renamed, *ignored
-    return Checkpoint(options, parameters, schedule, classes, decoder, notes, timestep_scale=scale)
+    return Checkpoint(options, parameters, schedule, classes, decoder, notes, null_label, timestep_scale=scale)
 
 
 def decoder_of(folder: Path) -> tuple[str, str] | None:
@@ -121,6 +123,7 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     pipeline: bool = True,
+    null_label: int | None = None,
     timestep_scale: float | None = None,
 ) -> None:
     """Write a checkpoint that `fastddpm.checkpoints.load` and diffusers' `DDPMPipeline.from_pretrained` read.
@@ -135,6 +138,7 @@ def save(
         schedule: the noise schedule the network was trained for.
         dtype: of the parameters in the file; None keeps theirs.
         pipeline: write into `unet/` and `scheduler/`, as diffusers does; False: write into the folder itself.
+        null_label: the last label, if it stands for no class: see `Checkpoint`.
         timestep_scale: the network is given t times this; None: t itself.
     Raises: ValueError: pipeline is False, but the folder holds a pipeline; or an argument is not as above.
     """
@@ -142,6 +146,7 @@ def save(
 
     root = as_folder("folder", folder)
     _check_content(config, state_dict, schedule, dtype)
+    null_label = _null_label(null_label, config)
     if not flag("pipeline", pipeline) and (root / "unet").exists():
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
@@ -156,8 +161,9 @@ def save(
     for path in (root / _INDEX, unet / _CONFIG, scheduler / _SCHEDULER, weights):
         check_regular(path)  # writing into a pipe would wait for its reader
     _write_json(root / _INDEX, index)
+    private = {"_class_name": class_name} | ({} if null_label is None else {_NULL_LABEL: null_label})
     scale = {} if timestep_scale is None else {_SCALE: timestep_scale}
-    _write_json(unet / _CONFIG, {"_class_name": class_name, **_options(config), **scale})
+    _write_json(unet / _CONFIG, private | _options(config) | scale)
     _write_json(scheduler / _SCHEDULER, schedule.to_config())
     # safetensors wants tensors that are contiguous and share no memory
     tensors = {
@@ -239,6 +245,17 @@ def _read_classes(home: Path, count: int | None) -> tuple[tuple[str, ...] | None
     if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
         return tuple(names), ()
     return None, (f"{path} was ignored: it is not a list of names of the network's {count} classes",)
+
+
+def _null_label(value: Any, config: Mapping[str, Any]) -> int | None:
+    """The null label of a network. Raises: ValueError: it is not the last label of the network's classes."""
+    last = (config.get("num_class_embeds") or 0) - 1
+    if value is None:
+        return None
+    if not is_whole(value) or value != last or last < 1 or config.get("class_embed_type") is not None:
+        wanted = f"the last label, {last}" if last > 0 else "None, for this network has not several classes"
+        raise ValueError(f"null_label is {shown(value)}; want {wanted}")
+    return int(value)
 
 
 def _has_latents(home: Path) -> bool:

@@ -75,9 +75,10 @@ def _means_others(entry: str, label: int, classes: int) -> bool:
 
 
 def _every_class(sampler: "Sampler", samples: Indices) -> Indices | None:
-    """For a model with K classes, the label i mod K of each sample i."""
+    """For a model with K classes, the label i mod K of each sample i; never the null label."""
     config = getattr(sampler.model, "config", {})
     classes = config.get("num_class_embeds") if config.get("class_embed_type") is None else None
+    classes = classes if sampler.null_label is None else sampler.null_label
     if classes is None:
         return None
     if len(samples.starts) == 1:

@@ -161,7 +161,7 @@ def _labels_of_data(args: argparse.Namespace, sampler: "Sampler", count: int) ->
     from fastddpm.storage import datasets
 
     config = cast("UNet2D", sampler.model).config
-    classes = config["num_class_embeds"]
+    classes = config["num_class_embeds"] if sampler.null_label is None else sampler.null_label
     if not classes and not config["class_embed_type"]:
         return None
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.cli.options import add_device, add_network, number_list
-from fastddpm.core.names import BETA_SCHEDULES, PREDICTION_TYPES, TRAIN_ENGINES, TRAIN_PRECISIONS
+from fastddpm.core.names import BETA_SCHEDULES, PREDICTION_TYPES, TRAIN_ENGINES, TRAIN_PRECISIONS, TRAIN_VARIANCE_TYPES
 from fastddpm.storage.files import check_writable
 
 SUMMARY = "train a model on images (Algorithm 1 of the DDPM paper)"
@@ -17,6 +17,7 @@ examples:
   fastddpm train fashion-mnist.npz --out runs/garments
   fastddpm train photographs/ --out runs/photographs --channels 64,128,256 --attention 1,2 --layers 2 --flip
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
+  fastddpm train animals/ --out runs/guided --class-conditional --label-dropout 0.1    for classifier-free guidance
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
 DATA is an .npz or .npy with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file
@@ -40,6 +41,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its defau
     "attention": ((2,), "levels with self-attention; 0 is the finest"),
     "groups": (8, "groups of the group norms"),
     "dropout": (0.0, "dropout rate in the residual blocks"),
+    "label_dropout": (0.0, "share of the labels that are dropped, for classifier-free guidance, such as 0.1"),
     "seed": (0, "seed of the initial weights, the batches and the noise"),
     "save_every": (1000, "steps between checkpoints"),
     "log_every": (50, "steps between log lines"),
@@ -78,6 +80,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         choices=PREDICTION_TYPES,
         default="epsilon",
         help="what the network learns to predict (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--variance-type",
+        choices=TRAIN_VARIANCE_TYPES,
+        default="fixed_small",
+        help="variance of the reverse process; with learned_range the network returns it too (default: %(default)s)",
     )
     parser.add_argument("--class-conditional", action="store_true", help="condition the model on the classes of DATA")
     parser.add_argument(
@@ -121,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
             beta_schedule=args.beta_schedule,
             num_train_timesteps=args.timesteps,
             prediction_type=args.prediction,
+            variance_type=args.variance_type,
         ),
     )
     with ranks(args.device) as group:

@@ -17,7 +17,10 @@ def channels_last(x: Tensor) -> Tensor:
     depend on them.
     """
     n, c, *spatial = x.shape
-    return x.movedim(1, -1).reshape(-1).view(n, *spatial, c).movedim(-1, 1)
+    flat = x.movedim(1, -1).reshape(-1)
+    if flat.stride() != (1,):  # one channel out of several
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(n, *spatial, c).movedim(-1, 1)
 
 
 def is_channels_last(x: Tensor) -> bool:

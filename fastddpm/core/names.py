@@ -17,3 +17,4 @@ SCALE_NAMES = ("fid", "unit", "signed", "bytes")  # of pixels, for the networks 
 
 TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # fp16 gradients would need a scaled loss
 TRAIN_ENGINES = ("auto", "eager", "compiled", "compiled+graph")
+TRAIN_VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")

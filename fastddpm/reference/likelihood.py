@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastddpm.reference.diffusion import Diffusion, Model
+from fastddpm.reference.diffusion import Diffusion, Model, target
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+HYBRID_WEIGHT = 0.001  # of L_vlb in L_hybrid
 
 
 def normal_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
@@ -172,3 +173,37 @@ def bound(
             discrete=discrete,
         )
     return total
+
+
+def hybrid_loss(
+    process: Diffusion,
+    model: Model,
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    predicts: str = "epsilon",
+    variance_type: str = "learned_range",
+) -> Tensor:
+    """L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16), at given t and eps.
+
+    L_simple is the squared error of the network's output, averaged over the elements. L_vlb is T times the `term` at t,
+    in bits per dimension, without clipping x_0, as in the authors' code; averaged over uniform t, it is the bound but
+    for L_T, which nothing can train. Its gradient reaches the variance only, not the mean.
+
+    Args:
+        model: (x_t, t [N]) -> [N, 2C, ...]: the prediction, and the variance as `log_variance` takes it.
+        x_0: [N, C, ...]: bytes u as (u - 127.5) / 127.5, floating point.
+        t: [N] int64.
+        eps: like x_0, standard normal: the noise in x_t.
+        predicts: see `predicted_x_0`.
+        variance_type: "learned" or "learned_range".
+    Returns: [], in the dtype of x_0.
+    """
+    m, v = model(process.noised(x_0, t, eps), t).to(x_0.dtype).chunk(2, 1)
+    frozen = torch.cat([m.detach(), v], 1)
+    rows = torch.stack([process.alphas_cumprod.sqrt(), (1 - process.alphas_cumprod).sqrt()], -1)
+    simple = (m - target(x_0, eps, rows[t], predicts)).square().mean()
+    nats = term(process, lambda *_: frozen, x_0, t, eps, predicts=predicts, variance_type=variance_type)
+    vlb = process.T * nats.mean() / (math.log(2) * x_0[0].numel())
+    return simple + HYBRID_WEIGHT * vlb

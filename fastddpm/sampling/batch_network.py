@@ -49,6 +49,8 @@ class BatchNetwork:
         channels, *spatial = prepared.shape
         self.entries = 2 * n if form.guided else n
         self.input = layout.empty(self.entries, (channels + form.concat, *spatial), dtype=dtype, device=device)
+        twice = self.input.unflatten(0, (self.entries // n if n else 1, n))  # with guidance
+        self._states, self._concat = twice.narrow(2, 0, channels), twice.narrow(2, channels, form.concat)
         self.timesteps = torch.zeros(T, dtype=torch.int32, device=device)
         self._t = prepared.t_of(self.timesteps)  # what the network is told
         self.positions = torch.empty(n, dtype=torch.int32, device=device)
@@ -136,17 +138,14 @@ class BatchNetwork:
             kwargs = {name: tree_map(_joined, value, without[name]) for name, value in kwargs.items()}
         self._load_kwargs(kwargs)
         if conditions.concat is not None:
-            concat = conditions.concat.to(self.input.device)
-            for part in self.input[:, -self.form.concat :].split(len(concat)):
-                part.copy_(concat)
+            self._concat.copy_(conditions.concat)
         if self.prepared.net is not None and self.labels is None:
             with arithmetic("fp32", self.prepared.device):
                 cast(Tensor, self._time_rows)[:S] = self.prepared.net.time_rows(self._t[:S])
 
     def read_states(self, x: Tensor) -> None:
         """Copy states [n, *shape] into the input."""
-        for part in self.input[:, : x.shape[1]].split(len(x)) if len(x) else ():
-            part.copy_(x)
+        self._states.copy_(x)
 
     def predict(self, network: Network | None = None, *, outputs: tuple[int, ...] = (1,)) -> Tensor:
         """Evaluate the network on the buffers.

@@ -207,6 +207,7 @@ class Sampler:
             timestep_scale=checkpoint.timestep_scale,
         )
         sampler._classes, sampler._decoder = checkpoint.classes, checkpoint.decoder
+        sampler._null_label = checkpoint.null_label
         return sampler
 
     @checked_call

@@ -15,6 +15,7 @@ from fastddpm.storage.images import grid, png
 MOST_ROWS = 32  # with more classes than this, a grid is a plain one
 WIDE = 16  # images in a row; rows with more become several, unless the picture is hardly wider than high
 _MARGIN = 6  # pixels on both sides of a name
+NO_CLASS = "no class"  # the title of the null label
 _LONGEST = 24  # characters of a name that are shown
 
 
@@ -75,7 +76,7 @@ def with_titles(
     Args:
         picture: uint8 [height, width, C].
         labels: the classes, from above.
-        names: of the classes 0, 1, ...; None: their numbers.
+        names: of the classes 0, 1, ...; a label after them is the null label. None: their numbers.
         rows: how many rows each has; None: one.
     """
     from PIL import Image, ImageDraw
@@ -84,7 +85,8 @@ def with_titles(
     height, _, channels = picture.shape
     row = height / sum(rows)
     letters = font(int(min(14, max(8, row * 0.8))))
-    titles = [_title(str(label) if names is None else names[label]) for label in labels]
+    shown = map(str, labels) if names is None else ([*names, NO_CLASS][min(label, len(names))] for label in labels)
+    titles = [_title(name) for name in shown]
     width = round(max(letters.getlength(title) for title in titles)) + 2 * _MARGIN
     canvas = Image.new("L", (width, height), 255)
     draw = ImageDraw.Draw(canvas)

@@ -55,6 +55,7 @@ class Batches:
     Args:
         data: [N, H, W, C] uint8.
         labels: [N] integers, or None.
+        null_label: that takes the place of dropped labels; None: the network has none.
         options: of the run.
         group: the processes that share each batch.
         device: of this rank.
@@ -64,11 +65,13 @@ class Batches:
         self,
         data: np.ndarray,
         labels: np.ndarray | None,
+        null_label: int | None,
         options: TrainOptions,
         group: Ranks,
         device: torch.device,
     ):
         self.options = options
+        self.null_label = null_label
         self.group = group
         self.device = device
         self.pixels = images_on_device(channels_last(torch.from_numpy(data).movedim(-1, 1)), device)
@@ -78,7 +81,7 @@ class Batches:
         """This rank's share of the batch of step k."""
         share = self.group.share(self.options.batch_size)
         index, t, mirrored, address = (drawn[share] for drawn in draws(k, len(self.pixels), self.options))
-        labels = [] if self.labels is None else [self.labels[index]]
+        labels = [] if self.labels is None else [self._labels(k, index, share)]
         x_0 = self.pixels[index if self.pixels.device.type == "cpu" else send(index, self.device)]
         x_0 = send(x_0, self.device)
         numbers = send(torch.stack([t, mirrored, *address.T, *labels]), self.device)  # in one copy
@@ -86,6 +89,31 @@ class Batches:
         if self.options.flip:
             x_0 = torch.where(mirrored.bool()[:, None, None, None], x_0.flip(-1), x_0)
         return Batch(channels_last(x_0), t, torch.stack([seed, sample], 1), labels[0] if labels else None)
+
+    def at_0(self, k: int) -> Tensor | None:
+        """[M] int64: the entries of this rank's share of step k with t = 0; None: the variance is not learned.
+
+        The host knows them, so that nothing waits for a GPU.
+        """
+        if not self.options.schedule.learns_variance:
+            return None
+        t = draws(k, len(self.pixels), self.options).t[self.group.share(self.options.batch_size)]
+        found = (t == 0).nonzero()[:, 0]
+        return send(found, self.device) if len(found) else found.to(self.device)  # nothing is not pinned
+
+    def _labels(self, k: int, index: Tensor, share: slice) -> Tensor:
+        """The labels of the images at index, [N] int64, some of which are dropped."""
+        assert self.labels is not None
+        labels = self.labels[index]
+        if not self.options.label_dropout or self.null_label is None:
+            return labels
+        return labels.masked_fill(dropped(k, self.options)[share], self.null_label)
+
+
+def dropped(k: int, options: TrainOptions) -> Tensor:
+    """Which labels of step k are dropped: [batch_size] bool, a function of the seed, k and the batch size."""
+    generator = np.random.default_rng((options.seed, 3, k))  # of its own: `draws` gives the same with and without it
+    return torch.from_numpy(generator.random(options.batch_size) < options.label_dropout)
 
 
 def draws(k: int, total: int, options: TrainOptions) -> Draws:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastddpm import checkpoints
 from fastddpm.core.checks import shown
 from fastddpm.core.schedule import Schedule
+from fastddpm.train.options import TrainOptions
 from fastddpm.train.state import saved_init
 
 
@@ -25,6 +27,7 @@ class Initial(NamedTuple):
         weights: by name.
         schedule: its noise schedule.
         classes: the names of its classes; None: it has none, or does not name them.
+        null_label: the label that stands for none; None: it has no such label.
     """
 
     source: str
@@ -32,6 +35,7 @@ class Initial(NamedTuple):
     weights: dict[str, Tensor]
     schedule: Schedule
     classes: tuple[str, ...] | None
+    null_label: int | None
 
 
 def load_initial(init: str | os.PathLike[str], out: Path) -> Initial:
@@ -60,11 +64,23 @@ def _loaded(source: str, place: str | Path) -> Initial:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
     if checkpoint.network is not None:
         raise ValueError(f"init is {source}, whose network is not a UNet2D; start from another checkpoint")
+    if checkpoint.timestep_scale is not None:
+        raise ValueError(
+            f"init is {source}, whose network is given t times {checkpoint.timestep_scale:g}, which training does not "
+            "do; start from another checkpoint"
+        )
     if not all(weights.isfinite().all() for weights in checkpoint.parameters.values()):
         raise ValueError(f"init is {source}, whose weights are not finite; start from another checkpoint")
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=4)
-    return Initial(source, checkpoint.config, checkpoint.parameters, checkpoint.schedule, checkpoint.classes)
+    return Initial(
+        source,
+        checkpoint.config,
+        checkpoint.parameters,
+        checkpoint.schedule,
+        checkpoint.classes,
+        checkpoint.null_label,
+    )
 
 
 def numbered_as(
@@ -96,6 +112,47 @@ def numbered_as(
     return number[np.asarray(labels)], len(initial.classes), initial.classes
 
 
+def null_label(options: TrainOptions, initial: Initial | None, count: int | None) -> int | None:
+    """The null label of a run, which follows its classes: it has one if labels are dropped, or its checkpoint has one.
+
+    Args: count: classes without the null label; None: there are no labels.
+    Raises: ValueError: labels are to be dropped, but there are none.
+    """
+    if options.label_dropout and count is None:
+        raise ValueError(
+            f"label_dropout is {options.label_dropout:g}, but there are no labels; give labels (--class-conditional), "
+            "or leave it out"
+        )
+    held = initial is not None and initial.null_label is not None
+    return count if options.label_dropout or held else None
+
+
+def with_embeddings(initial: Initial, count: int | None, null_label: int | None) -> Initial:
+    """The checkpoint with embeddings of the classes or the null label that it lacks.
+
+    They are zero, with which the network first computes what it did without them.
+
+    Args: count: classes without the null label; None: there are no labels.
+    Raises: ValueError: the checkpoint has another number of classes.
+    """
+    if count is None or initial.config.get("class_embed_type") is not None:
+        return initial  # if it does not fit, `config_for_images` refuses it
+    held, want = initial.config.get("num_class_embeds"), count + (null_label is not None)
+    if held is not None and (classes := held - (initial.null_label is not None)) != count:
+        raise ValueError(
+            f"init is {initial.source}, which has {classes} classes, but these images have {count}; start from another "
+            "checkpoint, or from none"
+        )
+    like = initial.weights.get("time_embedding.linear_2.bias")
+    rows = initial.weights.get("class_embedding.weight")
+    if held == want or like is None or (held and (rows is None or rows.shape != (held, *like.shape))):
+        return initial  # if its weights are not those of its configuration, loading them says so
+    new = like.new_zeros(want - (held or 0), len(like))
+    rows = torch.cat([rows, new]) if held and rows is not None else new
+    config = initial.config | {"num_class_embeds": want}
+    return initial._replace(config=config, weights=initial.weights | {"class_embedding.weight": rows})
+
+
 def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's configuration, for images of another size.
 
@@ -105,9 +162,7 @@ def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any
     for name in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
         value, need = initial.config.get(name), wanted.get(name)
         if value != need:
-            hint = ""
-            if name == "num_class_embeds":
-                hint = "leave labels out, or " if need else "give labels (--class-conditional), or "
+            hint = "give labels (--class-conditional), or " if name == "num_class_embeds" and need is None else ""
             raise ValueError(
                 f"init is {initial.source}, whose {name} is {value}; these images need {need}: "
                 f"{hint}start from another checkpoint, or from none"

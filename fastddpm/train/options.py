@@ -42,6 +42,8 @@ class TrainOptions:
         attention: levels with self-attention; level 0 has the full resolution.
         groups: of the group norms.
         dropout: in the residual blocks.
+        label_dropout: share of the labels that are replaced by the null label, for classifier-free guidance (Ho &
+            Salimans 2022, arXiv:2207.12598). A network of K classes then has one more embedding, K, the null label.
         seed: of the initial weights and all random numbers; 0 <= seed < 2^64.
         precision: "fp32", "tf32" (on a GPU), "bf16" (autocast), or "auto": the precision of the run that is resumed, or
             for a new run bf16 where the device computes it natively, else fp32. The weights, their average and the
@@ -53,7 +55,8 @@ class TrainOptions:
         sample_every: steps between grids of samples; 0: draw none. They are drawn less often where they would take more
             than about a tenth of the training, and are smaller in a short run. The last step always draws one.
         init: a checkpoint to start from. Its layout and schedule replace those of these options.
-        schedule: the noise schedule, and what the network predicts: epsilon, x_0 or v.
+        schedule: the noise schedule, and what the network predicts: epsilon, x_0 or v. With variance_type
+            "learned_range" it also returns the variance, and is trained by L_hybrid (arXiv:2102.09672, eq. 16).
     """
 
     steps: int = 20_000
@@ -69,6 +72,7 @@ class TrainOptions:
     attention: tuple[int, ...] = (2,)
     groups: int = 8
     dropout: float = 0.0
+    label_dropout: float = 0.0
     seed: int = 0
     precision: str = "auto"
     engine: str = "auto"
@@ -79,13 +83,16 @@ class TrainOptions:
     schedule: Schedule = field(default_factory=Schedule)
 
     def unet_config(self, height: int, width: int, channels: int, classes: int | None = None) -> dict[str, Any]:
-        """The configuration of the U-Net, in diffusers' names, for images of this size and this number of classes."""
+        """The configuration of the U-Net, in diffusers' names, for images of this size.
+
+        Args: classes: how many there are, with the null label; None: the network is not class-conditional.
+        """
         levels = range(len(self.channels))
         down = ["AttnDownBlock2D" if i in self.attention else "DownBlock2D" for i in levels]
         return {
             "sample_size": height if height == width else (height, width),
             "in_channels": channels,
-            "out_channels": channels,
+            "out_channels": 2 * channels if self.schedule.learns_variance else channels,
             "block_out_channels": self.channels,
             "layers_per_block": self.layers,
             "down_block_types": tuple(down),
@@ -122,7 +129,7 @@ def check_options(options: TrainOptions, device: torch.device | str | None) -> T
     plain["weight_decay"] = checks.real("weight_decay", options.weight_decay, 0)
     unlimited = isinstance(options.grad_clip, numbers.Real) and options.grad_clip == math.inf
     plain["grad_clip"] = math.inf if unlimited else checks.real("grad_clip", options.grad_clip, 0, above=True)
-    for name in ("ema", "dropout"):
+    for name in ("ema", "dropout", "label_dropout"):
         plain[name] = share = checks.real(name, getattr(options, name))
         if not 0 <= share < 1:
             raise ValueError(f"{name} is {share}; want a number, 0 <= {name} < 1")
@@ -136,6 +143,11 @@ def check_options(options: TrainOptions, device: torch.device | str | None) -> T
     options = replace(options, **plain)
     if options.init is not None:
         _check_beside_init(options)
+    elif options.schedule.variance_type == "learned":
+        raise ValueError(
+            "variance_type is 'learned', for which the network returns the variance itself; that of random weights is "
+            "often negative: use learned_range, or init, a checkpoint with a learned variance"
+        )
     check_can_sample(options)
     resolve_engine(options.engine, Compute.resolve(device, options.precision).device)
     return options

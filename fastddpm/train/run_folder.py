@@ -50,7 +50,9 @@ def save_checkpoint(out: Path, checkpoint: Checkpoint, *, unless_same: bool = Fa
     if checkpoint.classes is not None:
         with atomic(out / CLASSES) as file:
             file.write((json.dumps(checkpoint.classes, indent=1) + "\n").encode())
-    checkpoints.save(out, checkpoint.config, checkpoint.parameters, checkpoint.schedule)
+    checkpoints.save(
+        out, checkpoint.config, checkpoint.parameters, checkpoint.schedule, null_label=checkpoint.null_label
+    )
 
 
 def _holds(out: Path, checkpoint: Checkpoint) -> bool:
@@ -62,6 +64,7 @@ def _holds(out: Path, checkpoint: Checkpoint) -> bool:
     return (
         held.config == json.loads(json.dumps(checkpoint.config))
         and (held.schedule, held.classes) == (checkpoint.schedule, checkpoint.classes)
+        and held.null_label == checkpoint.null_label
         and held.parameters.keys() == checkpoint.parameters.keys()
         and all(equal(held.parameters[name], value.cpu()) for name, value in checkpoint.parameters.items())
     )

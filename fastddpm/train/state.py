@@ -107,7 +107,8 @@ def load_state(
     with _reported(path):
         held = _read(path)
         state, before = RunState.from_file(held["progress"]), _mapping("its run", held["run"])
-        if "classes" not in before:  # a run of an older version
+        before = {"label_dropout": 0.0} | before  # runs of older versions have neither this nor classes
+        if "classes" not in before:
             identity = {name: value for name, value in identity.items() if name != "classes"}
         changed = differing(before, identity)
         text = in_short(changed)

@@ -1,8 +1,8 @@
 """Training: Algorithm 1 of Ho et al. 2020 (arXiv:2006.11239), with checkpoints, a log and grids of samples.
 
-All random numbers of step k (images, flips, t, eps) depend only on the seed, k, the batch size and the size of the data
-set. So a run that was killed and resumed takes the same steps as an uninterrupted one, and several processes take the
-same steps as one. The exception is dropout, which also depends on the rank of the process.
+All random numbers of step k (images, flips, t, eps, dropped labels) depend only on the seed, k, the batch size and the
+size of the data set. So a run that was killed and resumed takes the same steps as an uninterrupted one, and several
+processes take the same steps as one. The exception is dropout, which also depends on the rank of the process.
 """
 
 import copy
@@ -33,7 +33,8 @@ from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.train import run_folder
 from fastddpm.train.batches import Batches, check_classes, check_images, check_labels, check_sides
 from fastddpm.train.grids import GridPlan, Interrupted, draw_grid
-from fastddpm.train.initial import config_for_images, load_initial, numbered_as
+from fastddpm.train.initial import config_for_images, load_initial, null_label, numbered_as, with_embeddings
+from fastddpm.train.loss import TrainingLoss
 from fastddpm.train.options import TrainOptions, check_can_sample, check_options, resolve_engine
 from fastddpm.train.state import RunState, load_state, run_identity, save_state
 from fastddpm.train.updates import clip_gradients, learning_rate_at, update_average
@@ -100,6 +101,7 @@ class Trainer:
         net: the network that is trained.
         ema: the same network with averaged weights.
         class_names: the names of its classes; None: it has none, or they have no names.
+        null_label: the label that stands for none; None: the network has no such label.
         batches: the batch of each step.
         identity: what must be the same when the run is resumed.
         state: how far the run has come.
@@ -125,8 +127,10 @@ class Trainer:
         self.class_names = check_classes(classes, count)
         if initial is not None and labels is not None:
             labels, count, self.class_names = numbered_as(initial, labels, count, self.class_names)
-        config = options.unet_config(*shape, count)
+        self.null_label = null_label(options, initial, count)
+        config = options.unet_config(*shape, count if count is None or self.null_label is None else count + 1)
         if initial is not None:
+            initial = with_embeddings(initial, count, self.null_label)
             config = config_for_images(initial, config)
         check_sides(*shape[:2], levels=len(config["block_out_channels"]))
         group.share(options.batch_size)  # fails if there are more processes than images in a batch
@@ -149,9 +153,9 @@ class Trainer:
         data = np.require(data, requirements=["C", "W"])  # torch takes neither negative strides nor read-only memory
         self.identity = run_identity(data, labels, self.class_names, options)
         self.state, self.saved_step = RunState(), 0
-        self.batches = Batches(data, labels, options, group, device)
+        self.batches = Batches(data, labels, self.null_label, options, group, device)
         self.grids = GridPlan.of(options, count)
-        self.table = options.schedule.noising_table().to(device)
+        self.loss = TrainingLoss(options.schedule, device)
 
     def resume(self) -> None:
         """Load the state of this run from its folder, if there is one, and prepare the folder for writing."""
@@ -236,12 +240,12 @@ class Trainer:
         # lines 2 to 4: images x_0, timesteps t, and the addresses from which noise eps ~ N(0, I) is made
         x_0, t, address, labels = self.batches.of_step(k)
         # eq. 4: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
-        x_t = ops.noising(x_0, t, address, self.table, dtype=dtype)
+        x_t = ops.noising(x_0, t, address, self.loss.table, dtype=dtype)
         # line 5: the gradient of |eps - eps_theta(x_t, t)|^2 (eq. 14; or of x_0 or v), averaged over the batch
         with torch.autocast(device_type, enabled=False), compute.arithmetic():  # the caller's autocast must not apply
             with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
                 model_output = network(x_t, t, labels)
-            errors = ops.eps_loss(model_output, x_0, t, address, self.table, predicts=options.schedule.prediction_type)
+            errors = self.loss(model_output, x_0, t, address, self.batches.at_0(k))
             loss = errors.sum() / (options.batch_size * x_0.shape[1:].numel())
             (loss * self.group.size).backward()  # the ranks average their gradients: the factor makes that a sum
         norm = clip_gradients(list(self.net.parameters()), options.grad_clip)
@@ -353,7 +357,9 @@ class Trainer:
 
     def _save_checkpoint(self, *, unless_same: bool = False) -> None:
         ema, schedule = self.ema, self.options.schedule
-        checkpoint = Checkpoint(dict(ema.config), ema.state_dict(), schedule, self.class_names)
+        checkpoint = Checkpoint(
+            dict(ema.config), ema.state_dict(), schedule, self.class_names, null_label=self.null_label
+        )
         run_folder.save_checkpoint(self.out, checkpoint, unless_same=unless_same)
 
     def _draw_grid(self, bar: Any, caught: list[int]) -> bool:

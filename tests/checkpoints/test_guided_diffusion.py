@@ -13,6 +13,7 @@ from fastddpm import Sampler, UNet2D, checkpoints
 from fastddpm.checkpoints.flags import DEFAULTS
 from fastddpm.networks.planned import fastest_forward
 from fastddpm.reference.unet import UNet
+from fastddpm.train.initial import load_initial
 from tests.support import check
 from tests.support.recorded import replay
 from tests.support.unet_model import UNetModel
@@ -197,6 +198,11 @@ def test_improved_diffusion_rescales_its_timesteps(tmp_path):
     assert checkpoints.load(path, format="guided-diffusion", rescale_timesteps=True).timestep_scale == 0.25
     assert checkpoints.load(path, format="improved-diffusion", rescale_timesteps=False).timestep_scale is None
     assert checkpoints.load(path, format="improved-diffusion", diffusion_steps=1000).timestep_scale is None
+
+
+def test_training_cannot_continue_from_scaled_timesteps(tmp_path):
+    path = written(tmp_path / "model.pt", model(), {**TINY, "diffusion_steps": 500, "rescale_timesteps": True})
+    assert "whose network is given t times 2" in check.error_line(load_initial, path, tmp_path / "out")
 
 
 def test_the_network_of_improved_diffusion_is_given_scaled_timesteps(tmp_path):

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler,
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from fastddpm import Sampler, Schedule, checkpoints
+from fastddpm import Sampler, Schedule, UNet2D, checkpoints
 from fastddpm.checkpoints import shipped_model
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.train.initial import load_initial
@@ -245,6 +245,33 @@ def test_other_files_of_that_name_are_ignored(with_classes, content):
     assert got.notes == (
         f"{with_classes / 'classes.json'} was ignored: it is not a list of names of the network's 3 classes",
     )
+
+
+def test_null_label_is_the_last_one_and_has_no_name(with_classes):
+    """diffusers ignores the key, and its save keeps the other options."""
+    (with_classes / "classes.json").write_text('["bag", "boot"]')
+    got = checkpoints.load(with_classes)
+    assert (got.classes, got.null_label) == (None, None)
+    checkpoints.save(with_classes, got.config, got.parameters, got.schedule, null_label=2)
+    again = checkpoints.load(with_classes)
+    assert (again.classes, again.null_label, again.notes) == (("bag", "boot"), 2, ())
+    assert again.config == got.config
+    assert json.loads((with_classes / "unet" / "config.json").read_text())["_null_label"] == 2
+    pipeline = DDPMPipeline.from_pretrained(with_classes)
+    assert pipeline.unet.config.num_class_embeds == 3
+    assert_same_tensors(pipeline.unet.state_dict(), got.parameters)
+    assert UNet2D(**again.config, _null_label=2).config == UNet2D(**again.config).config
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, -1, "2", 2.0, True, [2]])
+def test_null_label_must_be_the_last(with_classes, value):
+    path = with_classes / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_null_label": value}))
+    line = error_line(checkpoints.load, with_classes)
+    assert line == f"{path}: null_label is {value!r}; want the last label, 2"
+    got = checkpoints.load("fashion-mnist")
+    line = error_line(checkpoints.save, "x", got.config, got.parameters, got.schedule, null_label=value)
+    assert line == f"null_label is {value!r}; want None, for this network has not several classes"
 
 
 def test_networks_without_classes_have_no_names(folder):

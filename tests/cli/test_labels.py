@@ -102,6 +102,14 @@ def test_every_class_in_turn_by_sample_index(unnamed):
     assert labels(f"5-{10**12}") == [2, 0, 1, 2, 0, 1, 2, 0, 1]
 
 
+def test_the_null_label_is_not_a_class(tmp_path):
+    """Without labels each sample is of a class; the null label can be asked for by its number."""
+    sampler = Sampler.from_pretrained(save_tiny(tmp_path, num_class_embeds=3, null_label=2))
+    assert list(class_labels(None, sampler, Indices.of(range(5)))) == [0, 1]
+    assert list(class_labels(None, sampler, Indices.parse("0,4,7"))) == [0, 0, 1]
+    assert list(class_labels("2", sampler, Indices.of(range(5)))) == [2]
+
+
 def test_too_many_scattered_samples_need_labels(unnamed):
     sampler, samples = Sampler.from_pretrained(unnamed), Indices.parse("0,5-99999999999")
     with pytest.raises(ValueError, match="give --class-labels for so many samples, 99999999996"):

@@ -173,6 +173,16 @@ def test_names_of_classes_are_labels(tiny, tmp_path, images_with_labels, capsys)
     assert by_name == total([named, "images.npz", "--class-labels", "1,0,1"], capsys)
 
 
+def test_folders_are_the_classes_without_the_null_label(tmp_path, images_with_labels, capsys):
+    null = save_tiny(tmp_path / "null", num_class_embeds=3, null_label=2)
+    for i, (image, label) in enumerate(zip(images_with_labels[..., 0], "aab", strict=True)):
+        Path("folder", label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(f"folder/{label}/{i}.png")
+    conditional = total([null, "folder"], capsys)
+    assert conditional == total([null, "folder", "--class-labels", "0,0,1"], capsys)
+    assert conditional != total([null, "folder", "--class-labels", "2,2,2"], capsys)
+
+
 def test_a_class_conditional_model_needs_labels(conditional, images_with_labels, capsys):
     np.savez("unlabelled.npz", x=images_with_labels)
     line = error_line(["likelihood", conditional, "unlabelled.npz", "--quiet"], capsys)

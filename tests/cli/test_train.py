@@ -34,11 +34,13 @@ def test_train_passes_all_options(monkeypatch):
     want |= {"warmup": 7, "attention": (0, 1), "groups": 4, "precision": "fp32", "engine": "compiled"}
     del want["schedule"], want["init"]
     flags = ["--beta-schedule", "sigmoid", "--timesteps", "50", "--prediction", "v_prediction", "--device", "cpu"]
+    flags += ["--variance-type", "learned_range"]
     for name, value in want.items():
         text = [] if value is True else [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
         flags += ["--" + name.replace("_", "-"), *text]
     assert main(["train", "data.npz", "--out", "run", "--class-conditional", *flags, "--quiet"]) == 0
     schedule = Schedule(beta_schedule="sigmoid", num_train_timesteps=50, prediction_type="v_prediction")
+    schedule = dataclasses.replace(schedule, variance_type="learned_range")
     assert given["options"] == TrainOptions(**want, schedule=schedule)
     assert (given["device"], given["labels"].tolist()) == ("cpu", [0, 1, 1])
     assert main(["train", "data.npz", "--out", "run", "--init", "somewhere", "--quiet"]) == 0
@@ -99,6 +101,29 @@ def test_class_conditional_model(capsys):
     assert checkpoints.load("run").classes == ("1", "2", "10")
     run_hint(out, "run")
     assert main(["sample", "run", "--class-labels", "10", "--out", "x.npz", "--quiet"]) == 0
+
+
+MORE = ["--variance-type learned_range", "--class-conditional --label-dropout 0.5"]
+
+
+@pytest.mark.parametrize("flags", MORE)
+def test_train_then_draw_and_evaluate(flags, capsys):
+    """A model with a learned variance, and one with a null label."""
+    for name in ("cat", "dog"):
+        save_images(f"animals/{name}", 3)
+    assert main(["train", "animals", "--out", "run", *TINY.split(), *flags.split(), "--sample-every", "1"]) == 0
+    run_hint(capsys.readouterr().out, "run")
+    assert Path("run/samples/step-0000002.png").exists()
+    assert main(["likelihood", "run", "animals", "--num-images", "2", "--terms", "2", "--quiet"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", MORE)
+def test_train_then_verify(flags):
+    for name in ("cat", "dog"):
+        save_images(f"animals/{name}", 3)
+    assert main(["train", "animals", "--out", "run", *TINY.split(), *flags.split(), "--quiet"]) == 0
+    assert main(["verify", "run", "--steps", "3", "--quiet"]) == 0
 
 
 def test_classes_of_init_number_the_folders():

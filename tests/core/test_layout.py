@@ -18,6 +18,17 @@ def test_is_channels_last_judges_the_order_of_memory(shape):
             assert layout.is_channels_last(view) == view.movedim(1, -1).is_contiguous()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_channels_last_is_dense_whatever_the_strides(shape):
+    """Also of one channel out of several, whose elements are equally far apart."""
+    whole = torch.arange(2.0 * torch.Size(shape).numel()).reshape(shape[0], 2 * shape[1], *shape[2:])
+    for x in (whole, layout.channels_last(whole), whole[::2], whole[..., ::2]):
+        for view in (x, x[:, :1], x[:, 1:2], x[:, : shape[1]], x[:, shape[1] :]):
+            got = layout.channels_last(view)
+            assert torch.equal(got, view)
+            assert got.stride() == layout.empty(len(view), view.shape[1:], dtype=view.dtype).stride()
+
+
 def test_is_channels_last_answers_within_vmap():
     answers = []
     torch.func.vmap(lambda x: answers.append(layout.is_channels_last(x)) or x)(torch.zeros(2, 2, 3, 4, 4))

@@ -1,5 +1,6 @@
 """What samples are given: every kind equals the reference, eagerly and in a graph, and depends on no other sample."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,6 +219,20 @@ def test_one_graph_serves_every_step_and_the_next_call(graphs, name):
     changed = Kind(other, kind.net, {}, schedule=kind.schedule)
     assert torch.equal(draw(sampler, changed), draw(sampler_of(changed), changed))
     assert len(graphs) == 1 or name == "nested kwargs"  # whose number is part of the graph
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", KINDS)
+def test_graph_on_a_gpu_has_the_bits_of_eager_steps(name):
+    kind = KINDS[name]
+    net = copy.deepcopy(kind.net)
+    samplers = [Sampler(net, kind.schedule, shape=SHAPE, device="cuda", engine=engine) for engine in ("eager", "graph")]
+    for options in (kind.options, {key: _changed(value) for key, value in kind.options.items()}):
+        one, other = (draw(sampler, Kind(options, net, {})) for sampler in samplers)
+        assert torch.equal(one, other)
+    on_cpu = draw(sampler_of(kind), Kind(options, net, {}, schedule=kind.schedule))
+    assert (on_cpu - one).abs().max() <= 1e-3
 
 
 def _changed(value):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from fastddpm.core.precision import Compute, arithmetic
 from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder
+from fastddpm.sampling.conditions import Conditions, Form
 from fastddpm.sampling.engine import KEPT, WORTH_CAPTURING, Engine
 from fastddpm.sampling.runner import Runner
 from tests.support.check import TINY, assert_as_accurate, at_once
@@ -434,9 +436,16 @@ def test_unknown_engine_is_an_error(kind, message):
     assert "\n" not in str(caught.value)
 
 
+GIVEN = {
+    "labels": {"num_class_embeds": 3},
+    "guidance, known, learned": {"num_class_embeds": 3, "out_channels": 2},
+    "concat": {"in_channels": 3},
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("labels", [False, True])
-def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkeypatch):
+@pytest.mark.parametrize("given", ["", *GIVEN])
+def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, given, monkeypatch):
     """Uses fake tensors, which have a device and a shape but no values: reading a value is an error."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -446,25 +455,37 @@ def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, labels, monkey
         Schedule().table(10),
     )
     with ops.forced_backend("triton"):
-        net = tiny_unet(**({"num_class_embeds": 3} if labels else {})).for_inference(made.prepared.dtype, "meta")
+        net = UNet2D(**{**SMALL, **GIVEN.get(given, {})}).for_inference(made.prepared.dtype, "meta")
     made.prepared.net, made.prepared.forward = net, net.denoise
     monkeypatch.setattr(made.prepared, "refresh", lambda: None)
     monkeypatch.setattr("fastddpm.sampling.batch_network.StreamOrder", lambda device: StreamOrder(torch.device("cpu")))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    # a copy within a device, which torch without CUDA cannot fake
+    monkeypatch.setattr("fastddpm.sampling.batch_network.BatchNetwork.read_states", lambda network, x: None)
     with FakeTensorMode():
         for module in net.modules():
             for name, value in module._parameters.items():
                 if value is not None:
                     fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
-        with made.runner(2, capture=False) as runner:
-            if labels:
-                runner.network.kwargs = {"class_labels": torch.zeros(2, dtype=torch.int64, device="cuda")}
+        form, shape = Form(concat=2 * (given == "concat"), guided="guidance" in given), (2, *SHAPE)
+        with made.runner(2, capture=False, form=form) as runner:
+            if "num_class_embeds" in GIVEN.get(given, {}):
+                labels = torch.zeros(runner.network.entries, dtype=torch.int64, device="cuda")
+                runner.network.kwargs = {"class_labels": labels}
+            if form.guided:
+                known = layout.channels_last(torch.ones(shape, device="cuda"))
+                runner.conditions = Conditions(
+                    guidance=torch.ones(2, device="cuda"), known=known, mask=known > 0, guide_variance=True
+                )
+                runner.table = replace(runner.table, learned="learned_range")
+                runner._take_step = runner._step_of_table()
             runner._loaded = table
             assert ops.backend(runner.x.device) == "triton"
             with NoWaiting():
                 m = runner.predict()
-                assert (m.shape, m.dtype, m.device.type) == (runner.x.shape, made.prepared.dtype, "cuda")
+                entries, channels = (4, 2) if form.guided else (2, 1)
+                assert (m.shape, m.dtype, m.device.type) == ((entries, channels, 8, 8), made.prepared.dtype, "cuda")
                 runner.update(m)
                 with pytest.raises(ValueError, match="copies between the host and the GPU"):
                     runner.bad.cpu()

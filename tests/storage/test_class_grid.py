@@ -83,6 +83,11 @@ def test_titles_are_in_the_middle_of_several_rows():
     assert [part.mean() for part in middle] == pytest.approx([1.5 * rows, 4 * rows], abs=4)
 
 
+def test_the_null_label_has_a_title_too():
+    x, names = shades(3), ["bag", "shoe"]
+    assert np.array_equal(class_grid(x, [1, 2, 0], names), class_grid(x, [1, 2, 0], [*names, "no class"]))
+
+
 def test_many_classes_are_a_plain_grid():
     many = MOST_ROWS + 1
     x = np.zeros((many, 2, 2, 1), np.uint8)

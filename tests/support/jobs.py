@@ -36,10 +36,10 @@ def tiny_unet(seed: int = 0, **config) -> UNet2D:
     return UNet2D(**{**TINY, "in_channels": 1, "out_channels": 1, **config})
 
 
-def save_tiny(folder: Path, seed: int = 0, **config) -> str:
+def save_tiny(folder: Path, seed: int = 0, null_label: int | None = None, **config) -> str:
     """Save a checkpoint of a random network, 4 x 4 grey, T = 6. Returns: its folder."""
     net = tiny_unet(seed, **config)
-    checkpoints.save(folder, net.config, net.state_dict(), Schedule(num_train_timesteps=6))
+    checkpoints.save(folder, net.config, net.state_dict(), Schedule(num_train_timesteps=6), null_label=null_label)
     return str(folder)
 
 

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMPipeline
 
-from fastddpm import Sampler, checkpoints
+from fastddpm import Sampler, UNet2D, checkpoints
 from fastddpm.processes.distributed import Ranks
 from fastddpm.train import TrainOptions, train
 from fastddpm.train.trainer import Trainer
@@ -96,3 +98,85 @@ def test_initial_checkpoint_without_names_is_taken_to_have_the_natural_order(tmp
         trainer = started_from(first, tmp_path / "second", LABELS, NAMES)
     assert trainer.class_names == NAMES
     started_from(first, tmp_path / "third", LABELS, ("1", "2", "3"))  # in the order of any version
+
+
+DROPPED = dataclasses.replace(ONE_STEP, label_dropout=0.5)
+
+
+def test_label_dropout_adds_the_null_label(tmp_path):
+    """The network, the names and the grid: a row for each class, none for the null label."""
+    out = run(tmp_path, dataclasses.replace(DROPPED, sample_every=1), labels=LABELS, classes=NAMES)
+    held = checkpoints.load(out)
+    assert (held.config["num_class_embeds"], held.null_label, held.classes) == (4, 3, NAMES)
+    before = parameters(out)
+    (out / "unet" / "config.json").unlink()
+    assert_same(parameters(run(tmp_path, DROPPED, labels=LABELS, classes=NAMES)), before)
+    assert checkpoints.load(out).null_label == 3
+    trainer = Trainer(pictures(), LABELS, tmp_path, DROPPED, Ranks(), NAMES)
+    assert set(trainer.grids.labels) == {0, 1, 2}
+    pipeline = DDPMPipeline.from_pretrained(out)
+    assert pipeline.unet.config.num_class_embeds == 4
+    assert_same(dict(pipeline.unet.state_dict()), before)
+
+
+def test_label_dropout_trains_the_null_label(tmp_path):
+    start = run(tmp_path / "start", dataclasses.replace(DROPPED, learning_rate=1e-30), labels=LABELS)
+    trained = run(tmp_path / "trained", dataclasses.replace(DROPPED, steps=8, weight_decay=0.0), labels=LABELS)
+    moved = (parameters(trained)["class_embedding.weight"] - parameters(start)["class_embedding.weight"]).abs().amax(1)
+    assert moved.shape == (4,)
+    assert (moved > 0).all()
+
+
+def test_label_dropout_needs_labels(tmp_path):
+    line = error_line(run, tmp_path / "run", DROPPED)
+    assert line == "label_dropout is 0.5, but there are no labels; give labels (--class-conditional), or leave it out"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 0.5])
+@pytest.mark.parametrize("classes", [NAMES, ("10", "1"), None])
+def test_run_that_starts_from_a_null_label_keeps_it(tmp_path, label_dropout, classes):
+    first = run(tmp_path / "first", DROPPED, labels=LABELS, classes=NAMES)
+    options = dataclasses.replace(STARTED, init=str(first), label_dropout=label_dropout, sample_every=0)
+    labels = LABELS % len(classes or NAMES)
+    second = run(tmp_path / "second", options, labels=labels, classes=classes)
+    held = checkpoints.load(second)
+    assert (held.config["num_class_embeds"], held.null_label, held.classes) == (4, 3, NAMES)
+    before = parameters(second)
+    assert_same(parameters(run(second, options, labels=labels, classes=classes)), before)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("label_dropout", [0.0, 0.5])
+def test_run_adds_the_embeddings_that_its_initial_checkpoint_lacks(tmp_path, held, label_dropout):
+    """Those of the classes, of the null label or of both; the network computes what it did before."""
+    given = {"labels": LABELS, "classes": NAMES} if held else {}
+    first = run(tmp_path / "first", ONE_STEP, **given)
+    options = dataclasses.replace(STARTED, init=str(first), label_dropout=label_dropout, sample_every=0)
+    before = UNet2D(**checkpoints.load(first).config)
+    checkpoints.load_into(before, parameters(first))
+    trainer = Trainer(pictures(), LABELS, tmp_path / "second", options, Ranks(), NAMES)
+    x, t, labels = torch.ones(3, 1, 8, 8), torch.tensor([1, 5, 19]), torch.tensor([0, 1, 2])
+    with torch.no_grad():
+        assert torch.equal(trainer.net(x, t, labels), before(x, t, labels if held else None))
+    second = run(tmp_path / "second", options, labels=LABELS, classes=NAMES)
+    got = checkpoints.load(second)
+    assert (got.config["num_class_embeds"], got.null_label, got.classes) == (
+        (4, 3, NAMES) if label_dropout else (3, None, NAMES)
+    )
+    after = parameters(second)
+    assert_same(parameters(run(second, options, labels=LABELS, classes=NAMES)), after)
+
+
+def test_labels_and_initial_checkpoint_must_fit(tmp_path):
+    dropped = run(tmp_path / "dropped", DROPPED, labels=LABELS)
+    options = dataclasses.replace(STARTED, init=str(dropped))
+    assert "num_class_embeds is 4; these images need None: give labels" in error_line(run, tmp_path / "run", options)
+    line = error_line(run, tmp_path / "run", options, labels=np.arange(7) % 4)
+    assert f"init is {dropped}, which has 3 classes, but these images have 4; start from another checkpoint" in line
+    plain = run(tmp_path / "plain", ONE_STEP, labels=LABELS)
+    for label_dropout in (0.0, 0.5):
+        options = dataclasses.replace(STARTED, init=str(plain), label_dropout=label_dropout)
+        line = error_line(run, tmp_path / "run", options, labels=np.arange(7) % 2)
+        assert f"init is {plain}, which has 3 classes, but these images have 2; start from another" in line
+    assert not (tmp_path / "run").exists()

@@ -73,7 +73,7 @@ def test_gradients_are_as_accurate_as_plain_torchs(tmp_path, precision, engine):
     plain = UNet(**ours.net.config).cuda().to(memory_format=torch.channels_last)
     dtype = ours.compute.dtype
     plain.load_state_dict(ours.net.state_dict())
-    x_t = add_noise(value.float(), eps, ours.table[t])
+    x_t = add_noise(value.float(), eps, ours.loss.table[t])
     with ours.compute.arithmetic():
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             model_output = plain(x_t, t)
@@ -84,11 +84,22 @@ def test_gradients_are_as_accurate_as_plain_torchs(tmp_path, precision, engine):
 
 
 @pytest.mark.parametrize("held", ["on the GPU", "on the host"])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_steps_do_not_wait_for_the_gpu(tmp_path, monkeypatch, held, dropout):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropout": 0.1},
+        {"label_dropout": 0.1},
+        {"schedule": Schedule(num_train_timesteps=10, variance_type="learned_range")},  # t = 0 in most batches
+        {"schedule": Schedule(num_train_timesteps=1000, variance_type="learned_range")},  # and in few
+    ],
+    ids=str,
+)
+def test_steps_do_not_wait_for_the_gpu(tmp_path, monkeypatch, held, options):
     if held == "on the host":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 30))
-    ours = trainer(tmp_path, precision="bf16", engine="eager", dropout=dropout)
+    options, labels = dataclasses.replace(OPTIONS, precision="bf16", engine="eager", **options), np.arange(40) % 3
+    ours = Trainer(pictures(), labels, tmp_path, options, Ranks(device="cuda"))
     assert ours.batches.pixels.device.type == ("cpu" if held == "on the host" else "cuda")
     network = ours.wrapped_network()
     for k in range(2):

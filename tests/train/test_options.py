@@ -27,6 +27,8 @@ def test_unet_config_follows_the_options():
         "dropout": 0.25,
     }
     assert options.unet_config(8, 8, 1)["sample_size"] == 8
+    learned = dataclasses.replace(options, schedule=Schedule(variance_type="learned_range")).unet_config(8, 8, 3, 11)
+    assert (learned["in_channels"], learned["out_channels"], learned["num_class_embeds"]) == (3, 6, 11)
 
 
 def test_numbers_of_numpy_become_numbers_of_python():
@@ -100,6 +102,8 @@ def test_bad_labels_are_refused(tmp_path, labels, what):
         (None, {"ema": -0.1}, "ema is -0.1"),
         (None, {"dropout": 1.0}, "dropout is 1.0"),
         (None, {"dropout": -0.1}, "dropout is -0.1"),
+        (None, {"label_dropout": 1.0}, "label_dropout is 1.0; want a number, 0 <= label_dropout < 1"),
+        (None, {"label_dropout": "0.1"}, "label_dropout is '0.1'"),
         (None, {"learning_rate": 0.0}, "learning_rate is 0.0"),
         (None, {"learning_rate": float("inf")}, "learning_rate is inf"),
         (None, {"learning_rate": float("nan")}, "learning_rate is nan"),

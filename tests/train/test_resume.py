@@ -26,7 +26,7 @@ class Killed(BaseException):
     """Stands for a kill: the trainer must not catch it."""
 
 
-def killed_run(monkeypatch, owner, name, call, out, options=SMALL):
+def killed_run(monkeypatch, owner, name, call, out, options=SMALL, **arguments):
     """Run until call number `call`, counted from 1, of owner.name raises Killed."""
     original, calls = getattr(owner, name), []
 
@@ -39,7 +39,7 @@ def killed_run(monkeypatch, owner, name, call, out, options=SMALL):
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         with pytest.raises(Killed):
-            run(out, options)
+            run(out, options, **arguments)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -55,6 +55,28 @@ def test_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, owner, na
     assert_same(parameters(whole), parameters(again))
     assert losses(whole) == losses(again)
     assert [step for step, _ in losses(again)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "learned_range"])
+def test_killed_run_drops_the_same_labels(tmp_path, monkeypatch, variance_type):
+    schedule = Schedule(num_train_timesteps=5, variance_type=variance_type)
+    options = dataclasses.replace(SMALL, label_dropout=0.5, log_every=1, sample_every=0, schedule=schedule)
+    labels, bare = np.arange(7) % 3, dataclasses.replace(options, label_dropout=0.0)
+    whole = run(tmp_path / "whole", options, labels=labels)
+    killed_run(monkeypatch, trainer, "update_average", 4, tmp_path / "killed", options, labels=labels)
+    again = run(tmp_path / "killed", options, labels=labels)
+    assert_same(parameters(whole), parameters(again))
+    assert losses(whole) == losses(again)
+    assert losses(whole) != losses(run(tmp_path / "bare", bare, labels=labels))
+    assert '"label_dropout": 0.5' in error_line(run, again, bare, labels=labels)
+
+
+def test_run_of_an_older_version_has_no_label_dropout(tmp_path):
+    before = parameters(run(tmp_path))
+    state = torch.load(tmp_path / "training.pt", weights_only=True)
+    del state["run"]["label_dropout"]
+    torch.save(state, tmp_path / "training.pt")
+    assert_same(parameters(run(tmp_path)), before)
 
 
 def test_checkpoint_missed_by_a_kill_is_written_on_resume(tmp_path, monkeypatch):
@@ -227,15 +249,16 @@ def test_longer_run_is_refused_with_its_way_out(tmp_path, monkeypatch, done):
 FIXED = {  # an option that decides the weights, and another value than in SMALL
     **{"steps": 5, "batch_size": 4, "learning_rate": 1e-3, "warmup": 1, "ema": 0.5, "weight_decay": 0.0},
     **{"grad_clip": 2.0, "flip": True, "channels": (8, 8), "layers": 2, "attention": (), "groups": 2},
-    **{"dropout": 0.1, "seed": 1, "schedule": Schedule(num_train_timesteps=21)},
+    **{"dropout": 0.1, "label_dropout": 0.1, "seed": 1, "schedule": Schedule(num_train_timesteps=21)},
 }
 FREE = {"log_every": 3, "save_every": 3, "sample_every": 3, "precision": "bf16", "engine": "auto"}
 
 
 @pytest.mark.parametrize("name", sorted(FIXED.keys() - {"steps"}))
 def test_other_options_do_not_resume(tmp_path, name):
-    run(tmp_path, dataclasses.replace(SMALL, steps=1))
-    line = error_line(run, tmp_path, dataclasses.replace(SMALL, steps=1, **{name: FIXED[name]}))
+    labels = np.arange(7) % 3
+    run(tmp_path, dataclasses.replace(SMALL, steps=1), labels=labels)
+    line = error_line(run, tmp_path, dataclasses.replace(SMALL, steps=1, **{name: FIXED[name]}), labels=labels)
     assert f'holds a run that was started with "{name}"' in line
 
 

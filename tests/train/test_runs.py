@@ -29,7 +29,7 @@ STEPS = 40
 OPTIONS = (
     f"--steps {STEPS} --batch-size 7 --warmup 5 --channels 8,16 --attention 1 --groups 4 --dropout 0.1 --flip "
     "--learning-rate 2e-3 --timesteps 50 --log-every 3 --save-every 4 --sample-every 16 --class-conditional "
-    "--precision fp32 --device cpu --quiet"
+    "--label-dropout 0.3 --precision fp32 --device cpu --quiet"
 )
 
 

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoints.load_into(_network(checkpoint.config), checkpoint.parameters)  # whether they fit
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
-        private = {"null_label": checkpoint.null_label, "timestep_scale": checkpoint.timestep_scale}
-        checkpoints.save(temporary, *parts, **private)
+        null_label, scale = checkpoint.null_label, checkpoint.timestep_scale
+        checkpoints.save(temporary, *parts, null_label=null_label, timestep_scale=scale)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

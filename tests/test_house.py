@@ -25,7 +25,8 @@ cli: main sample trajectory merge train likelihood labels fid verify info option
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
 train: trainer initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
-| diffusers: accelerating decoding pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
+| diffusers: accelerating decoding pipelines captured unet obstacles schedulers scheduler_base noise_sources tables \
+             disguise
 sampling: job manifest sampler run given beginning arguments loop watch batches engine runner batch_network replay \
           model own_network conditions capture fixed_reads reachable
 checkpoints: loading diffusers weights parameters reading checkpoint shipped

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache, partial, update_wrapper
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -46,13 +46,15 @@ def capturing(unet: Any) -> Iterator[None]:
     objects besides tensors, numbers and strings, and all calls of a network that cannot be captured, for which the
     reason is logged as a warning, once.
     """
-    calls = Calls(unet)
     if not has_own_forward(unet):
         vars(unet).pop("forward", None)  # the method of its class
-    current = vars(unet).setdefault("forward", calls)
-    if current is not calls:
-        if not isinstance(current, Calls):  # of another context of this network
-            can_be_captured(unet)
+    elif isinstance(unet.forward, Calls):  # of another context of this network
+        yield
+        return
+    calls = Calls(unet)
+    # a compiled network would be compiled again for each context
+    if unet._compiled_call_impl is not None or vars(unet).setdefault("forward", calls) is not calls:
+        can_be_captured(unet)
         yield
         return
     try:
@@ -230,6 +232,7 @@ class Calls(Diverted):
 
     def __init__(self, unet: Any):
         self.unet, self.kind = unet, cast(Any, type(unet))
+        update_wrapper(self, unet.forward)  # the same signature
         self.thread = threading.get_ident()
         self.can_be_captured: bool | None = None  # not known before the first call on a GPU
         self.prepared: list[Graph] = []  # compared with the network in this context
@@ -269,7 +272,7 @@ class Calls(Diverted):
                     graphs.refuse(graph)
                     warn_of_forward(self.unet, str(error).partition("\n")[0] or type(error).__name__)
                     return None
-                self.prepared.append(graph)
+                self.prepared = [*(kept for kept in self.prepared if kept in graphs.kept), graph]
                 self.parts = _parts(self.unet)
             return graph(arguments)
 

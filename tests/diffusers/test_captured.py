@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import logging
 import pickle
 import threading
@@ -451,6 +452,8 @@ OBSTACLES = {
         lambda unet: setattr(unet, "_hf_hook", None),
         "it is moved between devices in each run, as by enable_model_cpu_offload",
     ),
+    "compiled": (lambda unet: unet.compile(backend="eager"), "it is compiled"),
+    "compiled part": (lambda unet: unet.mid_block.compile(backend="eager"), "mid_block is compiled"),
     "dropout": (train_with_dropout, "mid_block.resnets.0.dropout is in training mode; call unet.eval()"),
     "waits": (lambda unet: attention_of(unet).set_processor(Waiting()), "cannot be captured"),
 }
@@ -496,6 +499,13 @@ def test_hooks_of_the_network_itself_run_in_each_call(captured):
     unet.register_forward_hook(lambda *args: seen.append(1))
     assert_served(unet, twin, captured, X, 5, TEXT)
     assert len(seen) == 3
+
+
+def test_the_signature_stays():
+    unet = conditional_unet()
+    before = inspect.signature(unet.forward)
+    with capturing(unet):
+        assert inspect.signature(unet.forward) == before
 
 
 def test_contexts_can_be_nested(captured):

@@ -459,7 +459,10 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("case", OBSTACLES)
+SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in OBSTACLES if "compiled" in case]
+
+
+@pytest.mark.parametrize("case", [*(case for case in OBSTACLES if "compiled" not in case), *SLOW])
 def test_an_obstacle_is_logged_once_and_diffusers_forward_runs(case, tmp_path, captured, caplog):
     change, reason = OBSTACLES[case]
     plain, fast = (stable_diffusion(tmp_path, ddim()) for _ in range(2))

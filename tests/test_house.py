@@ -25,7 +25,8 @@ cli: main sample given trajectory merge train likelihood labels fid convert veri
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
 train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
-| diffusers: accelerating decoding pipelines unet obstacles schedulers scheduler_base noise_sources tables disguise
+| diffusers: accelerating decoding pipelines captured unet obstacles schedulers scheduler_base noise_sources tables \
+             disguise
 sampling: job manifest sampler run given beginning arguments loop watch batches engine runner batch_network replay \
           model own_network conditions capture fixed_reads reachable
 checkpoints: loading diffusers guided_diffusion flags lucidrains files weights parameters reading checkpoint shipped

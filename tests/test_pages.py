@@ -76,10 +76,21 @@ def readers_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def save_stable_diffusion(folder):
+    """Save a tiny pipeline in the place of Stable Diffusion 1.5."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from tests.support.stable_diffusion import ddim, stable_diffusion
+
+    stable_diffusion(folder, ddim()).save_pretrained(folder / "stable-diffusion-v1-5/stable-diffusion-v1-5")
+
+
 @pytest.mark.slow
 @by_name(WITH_PYTHON)
 def test_python_of_a_page_runs_in_order(page, readers_folder):
     names: dict = {}
+    if page.name == "diffusers.md":
+        save_stable_diffusion(readers_folder)
     for language, code in blocks(page):
         if language != "python":
             continue

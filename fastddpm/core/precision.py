@@ -111,6 +111,18 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager[N
 
 
 @contextmanager
+def arithmetic_as_set(device: torch.device) -> Iterator[None]:
+    """In this context products on a GPU have the precision of torch's settings, which no `arithmetic` changes."""
+    with _settings if device.type == "cuda" else nullcontext():
+        yield
+
+
+def float32_settings() -> list[Any]:
+    """The values of torch's settings that decide how products of float32 are computed on a GPU."""
+    return [get() for get, _, _ in _float32_settings(tf32=False)]
+
+
+@contextmanager
 def _arithmetic_of_a_gpu(precision: str) -> Iterator[None]:
     with _settings, ExitStack() as restore:
         for get, set_, value in _float32_settings(precision == "tf32"):

@@ -1,7 +1,8 @@
-"""What prevents a fused copy of a diffusers network, so that diffusers' own forward has to run."""
+"""What prevents a fused copy or a CUDA graph of a diffusers network, so that diffusers' own forward has to run."""
 
 import logging
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,12 +14,26 @@ from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.diffusers.disguise import OURS
-from fastddpm.networks.obstacles import ALIKE, Obstacles, Part, called_as_it_is, obstacles, parts, remember
+from fastddpm.networks.obstacles import (
+    ALIKE,
+    HOOKS,
+    Obstacles,
+    Part,
+    called_as_it_is,
+    global_hooks,
+    obstacles,
+    parts,
+    remember,
+)
 from fastddpm.networks.unet2d import UNet2D
 
 logger = logging.getLogger(__name__)
 
 _warned_of: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
+
+
+class Diverted:
+    """The base class of what this package assigns to a network as its forward while a pipeline runs."""
 
 
 def obstacle(unet: Any) -> str | None:
@@ -31,11 +46,58 @@ def can_be_fused(unet: Any) -> bool:
     found = _obstacles(unet)
     if not found:
         return True
-    first, warned = next(iter(found)), _warned_of.setdefault(unet, set())
-    if first not in warned:
-        warned.add(first)
-        logger.warning(called_as_it_is(type(unet).__name__, found))
+    _warn_once(unet, called_as_it_is(type(unet).__name__, found))
     return False
+
+
+def obstacle_to_capture(unet: nn.Module) -> str | None:
+    """Why no graph can take the place of a network's forward: Python has to run in each call; None: one can.
+
+    Hooks of the network itself run outside of its forward, so they are none.
+    """
+    if any(map(global_hooks, HOOKS)):
+        return "torch has global module hooks"
+    for name, module in unet.named_modules():
+        attributes, it = vars(module), name or "it"
+        if "_hf_hook" in attributes:
+            return f"{it} is moved between devices in each run, as by enable_model_cpu_offload"
+        if has_own_forward(module) and not isinstance(attributes["forward"], Diverted):
+            return f"{it} has another forward, which was assigned to it"
+        if module is not unet and any(attributes[hooks] for hooks in HOOKS):
+            return f"{it} has hooks"
+        if attributes.get("_compiled_call_impl") is not None:
+            return f"{it} is compiled"
+        if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            return f"{it} is in training mode; call unet.eval()"
+    return None
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether another forward than that of its class was assigned to a module."""
+    forward = vars(module).get("forward")
+    # accelerate leaves the method itself behind when it removes a hook
+    same = isinstance(forward, MethodType) and (forward.__self__, forward.__func__) == (module, type(module).forward)
+    return forward is not None and not same
+
+
+def can_be_captured(unet: nn.Module) -> bool:
+    """Whether there is no `obstacle_to_capture`; otherwise logs it as a warning, once for each network."""
+    reason = obstacle_to_capture(unet)
+    if reason is not None:
+        warn_of_forward(unet, reason)
+    return reason is None
+
+
+def warn_of_forward(unet: nn.Module, reason: str) -> None:
+    """Log, once for each network and reason, that its calls are not replays of a graph."""
+    _warn_once(unet, f"calls of this {type(unet).__name__} run as they are, without a CUDA graph: {reason}")
+
+
+def _warn_once(unet: nn.Module, text: str) -> None:
+    warned = _warned_of.setdefault(unet, set())
+    if text not in warned:
+        warned.add(text)
+        logger.warning(text)
 
 
 def fits(unet: Any, shape: tuple[int, ...], labels: Any) -> bool:

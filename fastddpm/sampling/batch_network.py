@@ -19,7 +19,7 @@ from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
 from fastddpm.sampling.conditions import NOTHING, Conditions, Form
 from fastddpm.sampling.model import PreparedModel
-from fastddpm.sampling.replay import Network, Replay, plain_modes
+from fastddpm.sampling.replay import Network, Replay, plain_modes, torch_settings
 
 LABELS = "class_labels"  # of a `UNet2D`
 
@@ -191,7 +191,7 @@ class BatchNetwork:
 
     def constants(self) -> object:
         """What a captured graph fixes but the next batch may change: addresses, and torch's settings."""
-        cudnn, cuda, model = torch.backends.cudnn, torch.backends.cuda, self.prepared.model
+        model = self.prepared.model
         weights: tuple[Tensor, ...] = ()
         if isinstance(model, nn.Module) and self.prepared.compiles:
             weights = (*model.parameters(), *model.buffers())
@@ -200,9 +200,7 @@ class BatchNetwork:
             self._one_position,
             ([leaf.data_ptr() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec),
             () if self.prepared.net is not None else tuple(weight.data_ptr() for weight in weights),
-            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
-            (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
-            cuda.cudnn_sdp_enabled(),
+            torch_settings(),
         )
 
     def _load_kwargs(self, kwargs: dict[str, Any]) -> None:

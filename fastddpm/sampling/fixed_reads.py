@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from numbers import Number
+from types import FunctionType
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -68,6 +70,8 @@ class FixedReads:
             elif isinstance(thing, np.ndarray):  # of the host, so a graph keeps its numbers
                 content = thing.tobytes() if thing.nbytes <= MOST_COMPARED else None
                 found[path] = thing.ctypes.data, thing.shape, thing.strides, thing.dtype, content
+            elif isinstance(thing, nn.Module | FunctionType):
+                found[path] = ref(thing)  # not to keep the network alive
             else:
                 found[path] = thing
         return found

@@ -30,6 +30,8 @@ _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _INTERNAL = vars(nn.Module()).keys() - {"_forward_hooks", "_forward_pre_hooks"}
 # packages whose functions and objects hold nothing of the user's
 _FOREIGN = {"fastddpm", "torch", "numpy", *sys.stdlib_module_names} - {"collections", "functools", "types"}
+# packages whose objects may hold something of the user's, but whose functions are as they were installed
+_LIBRARIES = {"accelerate", "diffusers", "huggingface_hub", "peft", "transformers"}
 
 
 def reachable(model: Any) -> Iterator[tuple[Path, Any]]:
@@ -118,7 +120,8 @@ def _variables(function: FunctionType) -> Iterator[tuple[Any, Any]]:
     yield from enumerate(function.__defaults__ or ())
     yield from (function.__kwdefaults__ or {}).items()
     yield from list(vars(function).items())
-    if _is_foreign(function.__globals__.get("__name__")):
+    module = function.__globals__.get("__name__")
+    if _is_foreign(module) or _is_library(module):
         return
     for name, *inner in _globals(function.__code__):
         value, path = function.__globals__.get(name), name
@@ -167,3 +170,8 @@ def _globals(code: CodeType) -> tuple[tuple[str, ...], ...]:
 @lru_cache(maxsize=4096)
 def _is_foreign(module: Any) -> bool:
     return isinstance(module, str) and module.partition(".")[0] in _FOREIGN
+
+
+@lru_cache(maxsize=4096)
+def _is_library(module: Any) -> bool:
+    return isinstance(module, str) and module.partition(".")[0] in _LIBRARIES

@@ -91,6 +91,16 @@ def plain_modes(device: torch.device) -> Iterator[None]:
         yield
 
 
+def torch_settings() -> tuple[Any, ...]:
+    """torch's settings that choose kernels, so that a captured graph fixes them."""
+    cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
+    return (
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        cuda.cudnn_sdp_enabled(),
+    )
+
+
 def _many_versions() -> Any:
     """Lift torch.compile's limit of eight versions of a function: each batch size and each network needs its own."""
     import torch._dynamo

@@ -158,6 +158,8 @@ def bound(
     if not isinstance(sampler, Sampler):
         raise ValueError(f"sampler is {shown(sampler)}; want a Sampler, such as Sampler.from_pretrained(...)")
     progress = flag("progress", progress)
+    if sampler.value_range not in (None, (-1.0, 1.0)):
+        raise ValueError(f"the sampler's value_range is {sampler.value_range}; the bound is for data in [-1, 1]")
     x_0 = _channels_last_data(data, sampler.shape, sampler.schedule)
     T, N = sampler.schedule.num_train_timesteps, len(x_0)
     if sampler.decoder is not None and x_0.dtype == torch.uint8:

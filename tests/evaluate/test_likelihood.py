@@ -414,6 +414,9 @@ def test_arguments_of_other_kinds_raise():
     )
     sampler = Sampler(custom_model, Schedule(**OPTIONS), shape=(1, 8, 8), device="cpu", precision="fp32")
     assert error_line(bound, sampler, images(), progress=0) == "progress is 0; want True or False"
+    unit = Sampler(custom_model, Schedule(**OPTIONS), shape=(1, 8, 8), device="cpu", value_range=(0, 1))
+    line = error_line(bound, unit, images(), progress=False)
+    assert line == "the sampler's value_range is (0.0, 1.0); the bound is for data in [-1, 1]"
     assert error_line(bound, sampler, images(), term=3, progress=False).startswith(
         "bound: there is no argument 'term'; did you mean 'terms'?; want sampler, data"
     )

@@ -264,6 +264,8 @@ def draw_jobs(folder, dies=None):
         for name, kind in KINDS.items():
             settings = {"format": "npz", "shard_size": 2, "seed": 6, "progress": False}
             job.sample_to(folder / name, sampler_of(kind), SAMPLES, **settings, **kind.options)
+        kind = KINDS["known"]
+        job.sample_to(folder / "trajectory", sampler_of(kind), SAMPLES, trajectory=[9, 3], **settings, **kind.options)
     return 0
 
 
@@ -276,6 +278,9 @@ def test_killed_jobs_resume_with_another_number_of_processes(tmp_path):
     for name, kind in KINDS.items():
         store = ShardFolder.open(tmp_path / "out" / name)
         assert np.array_equal(np.concatenate(list(store.arrays())), draw(sampler_of(kind), kind).numpy()), name
+    store, kind = ShardFolder.open(tmp_path / "out" / "trajectory"), KINDS["known"]
+    want = draw(sampler_of(kind), kind, trajectory=[9, 3]).numpy()
+    assert np.array_equal(np.concatenate(list(store.arrays())), want)
 
 
 def test_folder_of_other_conditions_is_refused(tmp_path):

@@ -52,7 +52,7 @@ def step_kernel(
     if copy_ptr is not None:
         tl.store(copy_ptr + at, x_prev.to(copy_ptr.dtype.element_ty), mask=mask)
     if bad_ptr is not None:
-        # 16 bytes of m are adjacent elements of a thread
+        # a thread holds as many adjacent elements as fit in 16 bytes of m
         flag(bad_ptr + n, pos, x_prev, 128 // m_ptr.dtype.element_ty.primitive_bitwidth, BLOCK)
 
 
@@ -71,7 +71,7 @@ def mean(x, m, row, of_x, of_m, CLIP: tl.constexpr):
 
 @triton.jit
 def flag(bad_ptr, pos, x_prev, adjacent: tl.constexpr, BLOCK: tl.constexpr):
-    """Raise a flag to pos if a value is not finite. Args: adjacent: how many of the 16 elements of a thread are."""
+    """Raise a flag to pos if a value is not finite. Args: adjacent: how many of a thread's elements are, in memory."""
     worst = tl.abs(x_prev).reshape(16 // adjacent, BLOCK // 16, adjacent)
     worst = worst.permute(1, 0, 2).reshape(BLOCK // 16, 16)
     for i in tl.static_range(4):

@@ -253,7 +253,9 @@ def _null_label(value: Any, config: Mapping[str, Any]) -> int | None:
     if value is None:
         return None
     if not is_whole(value) or value != last or last < 1 or config.get("class_embed_type") is not None:
-        wanted = f"the last label, {last}" if last > 0 else "None, for this network has not several classes"
+        wanted = (
+            f"the last label, {last}" if last > 0 else "None: this network does not have two or more class embeddings"
+        )
         raise ValueError(f"null_label is {shown(value)}; want {wanted}")
     return int(value)
 

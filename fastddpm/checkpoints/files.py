@@ -35,7 +35,7 @@ def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
 
     best = max(names, key=rank)
     others = len(names) - 1
-    note = f"{folder} holds {len(names)} files of weights, of which {best} was read; the others are checkpoints, too"
+    note = f"{folder} holds {len(names)} weight files, of which {best} was read; to read another, pass its path"
     return folder / best, (note,) if others else ()
 
 

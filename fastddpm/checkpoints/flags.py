@@ -9,7 +9,7 @@ from typing import Any
 
 from fastddpm.core.checks import is_real, shown
 
-FORMATS = ("guided-diffusion", "improved-diffusion")
+UNETMODEL_PROJECTS = ("guided-diffusion", "improved-diffusion")
 
 Parse = Callable[[str, Any], Any]  # (name, value) -> value, or ValueError
 

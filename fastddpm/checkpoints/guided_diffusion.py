@@ -71,7 +71,7 @@ def build(
 ) -> Checkpoint:
     """A checkpoint from the parameters of a file.
 
-    Args: path: of the file, for messages; given: flags by name; project: one of `flags.FORMATS`.
+    Args: path: of the file, for messages; given: flags by name; project: one of `flags.UNETMODEL_PROJECTS`.
     Raises: ValueError: the file holds another network, or a flag differs from what the file shows.
     """
     layout = read_layout(path, state)
@@ -106,8 +106,13 @@ def read_layout(path: Path, state: Mapping[str, Tensor]) -> Layout:
         columns = len(state["input_blocks.1.0.emb_layers.1.weight"])
         ends = state[FIRST].shape[1], len(state["out.2.weight"])
     except (KeyError, IndexError, TypeError) as error:
+        lack = (
+            f"it has no parameter {error}"
+            if isinstance(error, KeyError)
+            else f"a parameter has another shape ({error})"
+        )
         raise ValueError(
-            f"{path} does not hold the UNetModel of guided-diffusion or improved-diffusion: it has no {error}"
+            f"{path} does not hold the UNetModel of guided-diffusion or improved-diffusion: {lack}"
         ) from error
     if not widths or not layers or count % each or columns not in (widths[0], 2 * widths[0]):
         raise ValueError(f"{path} does not hold a whole UNetModel of guided-diffusion or improved-diffusion")
@@ -152,7 +157,10 @@ def _check_flags(path: Path, layout: Layout, given: Mapping[str, Any], flags: Ma
     if not rest and layout.in_channels in (images, 2 * images):  # twice: super-resolution
         del shown["learn_sigma"]
     elif "learn_sigma" not in given:
-        raise ValueError(f"{path} holds a network of {layout.in_channels} channels in and {layout.out_channels} out")
+        raise ValueError(
+            f"{path} holds a network that takes {layout.in_channels} channels and returns {layout.out_channels}; want "
+            "as many out as in (twice as many if learn_sigma is true), or half as many for super-resolution"
+        )
     else:
         shown["learn_sigma"] = not flags["learn_sigma"]
     if layout.classes is not None and given.get("NUM_CLASSES") is not None:
@@ -262,7 +270,10 @@ def _parameters(
             count = config.get("num_attention_heads") or width // config["attention_head_dim"]
             count = count if isinstance(count, int) else count[name.startswith("up_blocks")]
             if not count or len(value) % (3 * count):
-                raise ValueError(f"{path}: {key} has {len(value)} rows; want those of queries, keys and values alike")
+                heads_text = (
+                    f"{3 * count}: queries, keys and values of {count} heads" if count else "attention_head_dim"
+                )
+                raise ValueError(f"{path}: {key} has {len(value)} rows; want a multiple of {heads_text}")
             for part, rows in zip("qkv", _split_heads(value, count, new_order), strict=True):
                 yield f"{name}.to_{part}.{leaf}", rows
         elif rest in ("norm", "proj_out"):

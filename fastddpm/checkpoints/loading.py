@@ -7,17 +7,16 @@ from typing import Any
 
 from fastddpm.checkpoints import diffusers, files, guided_diffusion, lucidrains
 from fastddpm.checkpoints.checkpoint import Checkpoint
-from fastddpm.checkpoints.flags import FORMATS as OF_UNETMODEL
-from fastddpm.checkpoints.flags import OF_ONE_FORMAT, check_names, parse_flags
+from fastddpm.checkpoints.flags import OF_ONE_FORMAT, UNETMODEL_PROJECTS, check_names, parse_flags
 from fastddpm.checkpoints.reading import named
 from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
 from fastddpm.checkpoints.weights import WEIGHTS
 from fastddpm.core.checks import checked_call, one_of, shown
 from fastddpm.core.schedule import Schedule
 
-FORMATS = ("diffusers", *OF_UNETMODEL, "lucidrains")
+FORMATS = ("diffusers", *UNETMODEL_PROJECTS, "lucidrains")
 _OF_DIFFUSERS = ("model_index.json", "unet", "unet_ema", "scheduler", "scheduler_config.json")
-_FILE = "a .pt file of guided-diffusion, improved-diffusion or lucidrains"
+_FILE = "a .pt file of guided-diffusion, improved-diffusion or denoising-diffusion-pytorch"
 
 
 @checked_call
@@ -102,7 +101,7 @@ def _load_file(
         known = {*lucidrains.UNET, *lucidrains.DIFFUSION, *lucidrains.SECTIONS}
         beside = {name: value for name, value in options.items() if name in known}
         found = lucidrains.build(path, content, {**beside, **config}, schedule)
-    elif format in ("auto", *OF_UNETMODEL) and state is not None:
+    elif format in ("auto", *UNETMODEL_PROJECTS) and state is not None:
         found = _of_unetmodel(path, state, format, options, place, config, schedule)
     else:
         wanted = f"{guided_diffusion.FIRST} (guided-diffusion, improved-diffusion) or ema with model.init_conv.weight"
@@ -132,7 +131,8 @@ def _of_unetmodel(
     project = _project(format, options, {**in_file, **config})
     notes: tuple[str, ...] = ()
     if ignored:
-        notes += (f"{place}: {', '.join(map(shown, ignored[:5]))} is no flag of {project}; it was ignored",)
+        names = ", ".join(map(shown, ignored[:5]))
+        notes += (f"{place} has entries that are not flags of {project} and were ignored: {names}",)
     if state[1]:
         notes += (f"{path} holds the network under {shown(state[1])}",)
     found = guided_diffusion.build(path, files.check_tensors(path, state[0]), given, project, schedule)
@@ -144,8 +144,8 @@ def _project(format: str, options: Mapping[str, Any], flags: Mapping[str, Any]) 
     if format != "auto":
         return format
     named = str(options.get("project", ""))
-    for project in OF_UNETMODEL:
+    for project in UNETMODEL_PROJECTS:
         if project in named:
             return project
-    guided, improved = (bool(OF_ONE_FORMAT[project] & flags.keys()) for project in OF_UNETMODEL)
-    return OF_UNETMODEL[improved and not guided]
+    guided, improved = (bool(OF_ONE_FORMAT[project] & flags.keys()) for project in UNETMODEL_PROJECTS)
+    return UNETMODEL_PROJECTS[improved and not guided]

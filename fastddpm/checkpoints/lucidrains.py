@@ -91,7 +91,7 @@ def _sorted_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             raise ValueError(f"{name} is {shown(given[name])}; of lucidrains' networks only {want} is supported")
     flat = {name: value for name, value in given.items() if name in UNET or name in DIFFUSION}
     sections = [section(given, name) for name in ("unet", "diffusion")]
-    for name in (*sections[1], *given):  # of others for the network, the package decides
+    for name in (*sections[1], *given):  # options in the section `unet` are checked by the package
         one_of("an option of lucidrains", name, (*UNET, *DIFFUSION, *SECTIONS))
     unet, diffusion = ({**options, **flat} for options in sections)
     for name, reason in (
@@ -127,7 +127,7 @@ def _unet_options(path: Path, weights: Mapping[str, Tensor], given: Mapping[str,
         heads.append(memory[1])
         head_dims.append(memory[3 if full[-1] else 2])
     if not widths or any(width % dim for width in widths):
-        raise ValueError(f"{path} does not hold lucidrains' Unet as its version 2 has it")
+        raise ValueError(f"{path} does not hold the Unet of {PACKAGE} 2.x, the only version supported")
     shows = {
         "dim": dim, "init_dim": len(first), "channels": channels, "dim_mults": tuple(width // dim for width in widths),
         "full_attn": tuple(full), "attn_heads": tuple(heads), "attn_dim_head": tuple(head_dims),
@@ -189,7 +189,10 @@ def _schedule(path: Path, state: Mapping[str, Tensor], given: Mapping[str, Any])
     if close:
         used = betas[close[0]]
     elif name is None:
-        used, notes = saved, (f"{path}: its betas, in float32, are those of no known beta_schedule; they were used",)
+        used, notes = (
+            saved,
+            (f"{path}: its betas match no known beta_schedule, so they were used as they are stored, in float32",),
+        )
     else:
         raise ValueError(f"beta_schedule is {name} with {options}, but {path} holds other betas; correct the options")
     objective, assumed = _objective(path, state, used, given)
@@ -211,7 +214,7 @@ def _objective(
     wanted = one_of("objective", given.get("objective", "pred_v"), tuple(OBJECTIVES))
     saved = state.get("loss_weight")
     if saved is None:
-        note = f"{path} does not show its objective; {wanted} was assumed, and objective= sets another"
+        note = f"{path} does not show its objective; {wanted} was assumed. If it was trained otherwise, pass objective="
         return wanted, () if "objective" in given else (note,)
     abar = (1 - betas).cumprod(0)
     snr = abar / (1 - abar)
@@ -228,8 +231,8 @@ def _objective(
         return wanted, ()
     if "objective" in given:
         raise ValueError(
-            f"objective is {wanted}, but {path} holds the loss's weights of {matches[0]}; correct the option or leave "
-            "it out"
+            f"objective is {wanted}, but the loss weights in {path} are those of {matches[0]}; correct the option or "
+            "leave it out"
         )
     return matches[0], ()
 

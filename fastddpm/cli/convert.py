@@ -15,14 +15,14 @@ examples:
   fastddpm convert ema_0.9999_500000.pt --out bedrooms/ --format improved-diffusion \\
       --set image_size=256 --set num_heads=1 --set noise_schedule=linear
 """
-FORMATS = ("auto", "diffusers", "guided-diffusion", "improved-diffusion")
+CONVERTIBLE = ("auto", "diffusers", "guided-diffusion", "improved-diffusion")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a folder that holds one")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="the folder to write; it must not exist yet")
-    text = "whose checkpoint it is (default: auto, which recognises it)"
-    parser.add_argument("--format", choices=FORMATS, default="auto", help=text)
+    text = "the project that wrote it (default: auto; where no flag tells the two apart, guided-diffusion is assumed)"
+    parser.add_argument("--format", choices=CONVERTIBLE, default="auto", help=text)
     text = "a flag that the checkpoint was trained with, under its original name; may be repeated"
     parser.add_argument("--set", metavar="FLAG=VALUE", action="append", default=[], type=_setting, help=text)
     add_quiet(parser)

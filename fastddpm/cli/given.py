@@ -18,7 +18,10 @@ def add_given(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     group = parser.add_argument_group("what samples are given")
     group.add_argument(
-        "--guidance-scale", type=float, metavar="S", help="classifier-free guidance; 1 is none, 2 to 8 are usual"
+        "--guidance-scale",
+        type=float,
+        metavar="S",
+        help="classifier-free guidance; 1 gives plain conditional samples, 2 to 8 are usual",
     )
     group.add_argument(
         "--null-label", type=int, metavar="K", help="the class label that means no class (default: the checkpoint's)"
@@ -29,12 +32,19 @@ def add_given(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--concat", metavar="PATH", help=f"channels that follow those of x_t: {_FILES}")
     group.add_argument("--init", metavar="PATH", help=f"begin with these, noised as --strength says: {_FILES}")
     group.add_argument(
-        "--strength", type=float, metavar="R", help="the share of the steps taken from --init, 0 < R <= 1"
+        "--strength",
+        type=float,
+        metavar="R",
+        help="with --init: take only this share of the steps, the last ones; 0 < R <= 1",
     )
     group.add_argument("--known", metavar="PATH", help=f"complete these where --mask is black: {_FILES}")
     group.add_argument("--mask", metavar="PATH", help="white (or 1) where --known is kept: an image, or an .npy")
     group.add_argument(
-        "--resample", type=int, default=1, metavar="R", help="with --known: take each step R times (default: 1)"
+        "--resample",
+        type=int,
+        default=1,
+        metavar="R",
+        help="with --known: take each step but the last R times (default: 1)",
     )
 
 
@@ -60,7 +70,7 @@ def given(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str,
         found["uncond_kwargs"] = {"class_labels": args.null_label}
     elif args.guidance_scale is not None and sampler.null_label is None:
         raise ValueError(
-            "--guidance-scale is given, but the checkpoint does not say which label is null; --null-label does"
+            "--guidance-scale is given, but the checkpoint names no null label; name it with --null-label K"
         )
     return found
 
@@ -88,8 +98,9 @@ def _states(option: str, path: str, sampler: "Sampler", count: int, *, own_chann
     elif values.ndim == len(shape):
         values = values[None]
     if values.shape[2:] != shape[1:] or not (own_channels or values.shape[1] == shape[0]):
+        wanted = ", ".join(["C" if own_channels else str(shape[0]), *map(str, shape[1:])])
         raise ValueError(
-            f"{option} is {path}, which holds {values.shape}; want images of {shape}, as the model draws them"
+            f"{option} is {path}, which holds {values.shape[1:]} per sample; want ({wanted}), channels first"
         )
     if len(values) not in (1, count):
         raise ValueError(

@@ -84,7 +84,7 @@ class StepTable:
         return len(self.rows)
 
     def last(self, steps: int) -> "StepTable":
-        """The table of the last so many steps."""
+        """The table of the last `steps` steps."""
         return replace(self, rows=self.rows[:steps], scale=self.scale[:steps], timesteps=self.timesteps[:steps])
 
     @property

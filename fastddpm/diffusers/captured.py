@@ -204,7 +204,7 @@ class Graphs:
         self.refused: deque[Form] = deque(maxlen=REMEMBERED)
 
     def take(self, arguments: Arguments) -> Graph | None:
-        """The graph for a call; None if there is to be none."""
+        """The graph for a call; None: diffusers' forward serves it."""
         form = arguments.form
         for graph in self.kept:
             if graph.form == form:

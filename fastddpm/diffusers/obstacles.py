@@ -53,7 +53,7 @@ def can_be_fused(unet: Any) -> bool:
 def obstacle_to_capture(unet: nn.Module) -> str | None:
     """Why no graph can take the place of a network's forward: Python has to run in each call; None: one can.
 
-    Hooks of the network itself run outside of its forward, so they are none.
+    Hooks of the network itself run outside of its forward, so they do not prevent a capture.
     """
     if any(map(global_hooks, HOOKS)):
         return "torch has global module hooks"

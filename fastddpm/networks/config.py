@@ -83,7 +83,10 @@ def _heads(name: str, value: Any) -> int | tuple[int, ...]:
     if not isinstance(value, list | tuple):
         return whole(name, value, 1, MOST_CHANNELS)
     if len(value) != 2:
-        raise ValueError(f"{name} is {shown(value)}; want a whole number, or one for the way down and one for that up")
+        raise ValueError(
+            f"{name} is {shown(value)}; want a whole number, or two: one for the way down and the middle, and one for "
+            "the way up"
+        )
     return tuple(whole(f"{name}: an entry", heads, 1, MOST_CHANNELS) for heads in value)
 
 
@@ -142,10 +145,10 @@ OWN: dict[str, Check] = {  # options that diffusers lacks; a complete configurat
 def complete_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return all options: those given, and diffusers' defaults for the others. Ignores keys that begin with "_".
 
-    As in diffusers, "resnet" for a downsample_type or an upsample_type changes only the blocks with attention; others
-    are called ResnetDownsampleBlock2D and ResnetUpsampleBlock2D if residual blocks change the size. Of our own are:
-        num_attention_heads: in each attention, whatever its width, instead of heads of attention_head_dim channels; one
-            number, or two: for the way down and the middle, and for the way up.
+    As in diffusers, "resnet" as downsample_type or upsample_type affects only blocks with attention; for others, use
+    ResnetDownsampleBlock2D and ResnetUpsampleBlock2D. Options beyond diffusers:
+        num_attention_heads: the heads of each attention, whatever its width, instead of attention_head_dim; one number,
+            or two: for the way down and the middle, and for the way up.
         time_proj_dim: the number of sines and cosines of t; None: block_out_channels[0].
         downsample_type "pool": the mean of 2 x 2 pixels; upsample_type "nearest": nearest neighbours; no convolution.
 
@@ -207,7 +210,7 @@ def beyond_diffusers(config: dict[str, Any]) -> list[str]:
 
 
 def heads_of(config: dict[str, Any], width: int, *, up: bool) -> int:
-    """The number of heads of an attention of so many channels. Args: up: whether it is on the way up."""
+    """The number of heads of an attention of `width` channels. Args: up: whether it is on the way up."""
     heads = config.get("num_attention_heads")
     if heads is None:
         return width // (config["attention_head_dim"] or width)

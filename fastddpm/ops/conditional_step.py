@@ -86,7 +86,10 @@ def _check_arguments(
     entries = n if guidance is None else 2 * n
     wanted = entries, channels * (1 if table.learned is None else 2), *spatial
     if not isinstance(m, Tensor) or m.shape != wanted or m.device != x.device:
-        raise ValueError(f"{op}: m is {tensor_summary(m)}; want {wanted} on {x.device}")
+        raise ValueError(
+            f"{op}: m is {tensor_summary(m)}; want {wanted} on {x.device}: with guidance 2N entries, and with a "
+            "learned variance 2C channels"
+        )
     check_state(op, "m", m, FLOATS)
     check_tensor(op, "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
     check_address(op, address, n, x.device)

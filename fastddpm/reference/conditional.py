@@ -21,7 +21,7 @@ def sample(
     *,
     clip: bool,
     learned: str | None = None,
-    without: Callable[[Tensor, Tensor], Tensor] | None = None,
+    unconditional: Callable[[Tensor, Tensor], Tensor] | None = None,
     guidance: Tensor | None = None,
     guide_variance: bool = False,
     known: Tensor | None = None,
@@ -34,9 +34,10 @@ def sample(
     Args:
         model: the network with the condition: (x_t [N, C, ...], t [N] int64) -> [N, C or 2C, ...].
         x: [N, C, ...]: the state to begin with.
-        rows, scale, timesteps: [S, 14], [S], [S] of a step table; clip, learned: likewise.
+        rows, scale, timesteps: [S, 14], [S], [S] of a step table; clip, learned: of the same table.
         noise: returns the normals of a stream and a t, like x.
-        without, guidance: the network without the condition; [N]: the scale of each sample.
+        unconditional: the network without the condition, for guidance.
+        guidance: [N]: the scale of each sample.
         guide_variance: guide the second half of the channels, too; else it is that of `model`.
         known, mask: like x, and bool: where x_0 is known.
         resample: how often each step but the last is taken.
@@ -52,8 +53,8 @@ def sample(
                 x = renoised(x, rows[i], noise(RENOISE, at - VISIT))
             times = torch.full(x.shape[:1], t, dtype=torch.int64, device=x.device)
             m = model(x, times)
-            if without is not None and guidance is not None:
-                both = guided(m.to(x.dtype), without(x, times).to(x.dtype), guidance.view(each))
+            if unconditional is not None and guidance is not None:
+                both = guided(m.to(x.dtype), unconditional(x, times).to(x.dtype), guidance.view(each))
                 m = torch.cat([both[:, :channels], (both if guide_variance else m)[:, channels:]], 1)
             m, v = m[:, :channels], m[:, channels:]
             w = None

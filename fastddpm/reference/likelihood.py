@@ -188,8 +188,8 @@ def hybrid_loss(
     """L_hybrid = L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 16), at given t and eps.
 
     L_simple is the squared error of the network's output, averaged over the elements. L_vlb is T times the `term` at t,
-    in bits per dimension, without clipping x_0, as in the authors' code; averaged over uniform t, it is the bound but
-    for L_T, which nothing can train. Its gradient reaches the variance only, not the mean.
+    in bits per dimension, without clipping x_0, as in the authors' code; averaged over uniform t, it is the bound
+    without L_T, which has no trained parameters. Its gradient reaches the variance only, not the mean.
 
     Args:
         model: (x_t, t [N]) -> [N, 2C, ...]: the prediction, and the variance as `log_variance` takes it.

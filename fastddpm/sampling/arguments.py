@@ -72,7 +72,7 @@ def checked_times(scale: Any, values: Any, T: int) -> Tensor | None:
         raise ValueError("timestep_scale and timestep_values are both given; want one of them")
     if scale is not None:
         if not is_real(scale) or not scale:
-            raise ValueError(f"timestep_scale is {shown(scale)}; want a number, the factor of t")
+            raise ValueError(f"timestep_scale is {shown(scale)}; want a number other than 0, by which t is multiplied")
         return (torch.arange(T, dtype=torch.float64, device="cpu") * float(scale)).float()
     if values is None:
         return None
@@ -93,7 +93,10 @@ def frame_rows(timesteps: Any, table: StepTable) -> frozenset[int]:
     visited = {t: row for row, t in enumerate(table.timesteps.tolist())}
     wanted = elements(timesteps)
     if unvisited := [t for t in wanted if not is_whole(t) or t not in visited]:
-        raise ValueError(f"trajectory has {shown(unvisited[0])}; want timesteps that the steps visit")
+        first = shown(unvisited[0])
+        raise ValueError(
+            f"trajectory has {first}, which these steps do not visit; want visited timesteps, such as {max(visited)}"
+        )
     return frozenset(visited[t] for t in wanted)
 
 

@@ -204,7 +204,7 @@ class BatchNetwork:
         )
 
     def _load_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """Copy the arguments into the buffers of the last ones, if they are alike; else into new ones."""
+        """Copy the arguments into the buffers of the last ones if their shapes agree, otherwise into new ones."""
         leaves, spec = tree_flatten(kwargs)
         old, old_spec = tree_flatten(self.kwargs)
         new = []

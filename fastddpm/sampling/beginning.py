@@ -82,7 +82,7 @@ def _check_begins_with_noise(table: StepTable, schedule: Schedule) -> None:
     signal = math.exp(schedule.log_alphas_cumprod[first] / 2)
     if T - 1 - first > 1.5 * int(gaps.max()) and signal > LEAST_SIGNAL:
         raise ValueError(
-            f"timesteps begins late: the first timestep is {first} of {T}, where x_t still is {signal:.2g} x_0 and "
-            f"noise, not pure noise; give the state there (start=x_t, start_timestep={first}), or an x_0 to be noised "
-            f"(init=x_0, strength=1.0), or begin near {T - 1}"
+            f"timesteps begins late: its first timestep is {first} of {T}, where x_t still contains {signal:.2g} x_0 "
+            f"and is not pure noise; give the state there (start=x_t, start_timestep={first}), or an x_0 to be "
+            f"noised (init=x_0, strength=1.0), or begin near {T - 1}"
         )

@@ -27,7 +27,7 @@ class Conditions:
     Attributes:
         kwargs: named arguments of the network: tensors, in any nesting of dicts, lists and tuples, and plain values,
             which are the same for all samples.
-        uncond: with guidance, the arguments of the network's second evaluation, likewise.
+        uncond: with guidance, the arguments that differ in the network's second evaluation, like kwargs.
         guidance: float32: the scale of each sample; None: no guidance.
         guide_variance: whether guidance applies to the second half of the network's channels, too.
         concat: float32: channels that follow those of x_t.

@@ -41,7 +41,7 @@ class Given:
 
         Args:
             model, shape: the network, and the shape of a sample.
-            null_label: the class label that stands for none; None: unknown.
+            null_label: the class label that stands for no class; None: unknown.
             noising: see `Conditions`.
         Raises: ValueError: an argument is not as `Sampler.batches` says.
         """
@@ -52,7 +52,9 @@ class Given:
             raise ValueError(f"x_0_fn is {shown(self.x_0_fn)}; want a function, called as x_0_fn(x_0, t), or None")
         resample = whole("resample", self.resample, 1, MOST_VISITS)
         if resample > 1 and known is None:
-            raise ValueError(f"resample is {resample}, but known is missing; resampling is for inpainting")
+            raise ValueError(
+                f"resample is {resample}, but known and mask are missing; give both, or leave resample out"
+            )
         return Conditions(
             kwargs=kwargs,
             uncond=uncond,
@@ -112,7 +114,10 @@ class Given:
             )
         if unknown := given.keys() - kwargs.keys():
             known = ", ".join(kwargs) or "nothing"
-            raise ValueError(f"uncond_kwargs has {min(unknown)!r}; want names of model_kwargs, which has {known}")
+            raise ValueError(
+                f"uncond_kwargs has {min(unknown)!r}, which model_kwargs lacks (it has {known}); give the condition "
+                "there, too, or as class_labels for a UNet2D"
+            )
         uncond = {name: _without(f"uncond_kwargs[{name!r}]", given[name], kwargs[name]) for name in given}
         if isinstance(model, UNet2D):
             checked_labels(uncond[LABELS], count, model)
@@ -213,7 +218,10 @@ def _without(name: str, value: Any, condition: Any) -> Any:
         return type(condition)(_without(f"{name}[{i}]", value[i], inner) for i, inner in enumerate(condition))
     if not isinstance(condition, Tensor):
         if value is not condition and value != condition:
-            raise ValueError(f"{name} is {shown(value)}, but {shown(condition)} in model_kwargs; want a tensor in both")
+            raise ValueError(
+                f"{name} is {shown(value)}, but {shown(condition)} in model_kwargs; want the same value, or in "
+                "model_kwargs a tensor with one entry per sample"
+            )
         return value
     if is_real(value):
         return torch.full_like(condition, value)

@@ -79,8 +79,8 @@ def sample_to(
         seed: 0 <= seed < 2^64.
         steps, timesteps, sampler, eta, noise, start_timestep, strength: as in `Sampler.batches`.
         trajectory: as in `Sampler.batches`; the states are stored with the samples, as float32.
-        given: what `Sampler.batches` can give the samples besides, such as model_kwargs, guidance_scale or known. A
-            folder of samples that are given something does not grow.
+        given: other arguments of `Sampler.batches`, such as model_kwargs, guidance_scale or known. A folder cannot grow
+            if these hold one entry per sample.
         progress: show the progress of all processes.
         json_log: a file to append the progress to, as a JSON line every ten seconds: a new one, or such a log.
     Returns: the folder with the finished samples, in every process.
@@ -240,8 +240,7 @@ class _Drawer:
         """The arguments of `Sampler.batches` for shard k."""
         if self.conditions is None:
             return {"class_labels": shards.labels(k), **vars(self.drawing)}
-        first = k * shards.shard_size  # such a folder has not grown
-        places = torch.arange(first, first + shards.count(k), device="cpu")
+        places = torch.tensor(shards.places(k), dtype=torch.int64, device="cpu")
         return {**arguments(self.conditions.take(places)), **vars(self.drawing)}
 
     def draw(self, shards: ShardFolder, k: int, progress: JobProgress) -> np.ndarray:

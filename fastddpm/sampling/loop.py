@@ -19,7 +19,7 @@ def reverse_process(
     """Draw x_T, then x_{t-1} from x_t, until `runner.x` is x_0.
 
     Args:
-        runner: with a table loaded; not for whole steps if there is a function to observe or to change x_0.
+        runner: with a table loaded; with capture_step=False if there is an observe or an x_0_fn.
         observe: sees each step between the network and the update.
         before: called with each row before its step.
         resample: how often to take each step but the last, going back to x_t before each repetition (RePaint).

@@ -139,7 +139,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         },
         "schedule": sampler.schedule.to_config(),
         "shape": _stored_shape(sampler, drawing),
-        **_scales(sampler),
+        **_unusual_settings(sampler),
         **({} if sampler.decoder is None else {"latents": True}),
         "model": {
             "class": type(model).__qualname__,
@@ -157,15 +157,15 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
 
 
 def _beginning_and_end(drawing: Drawing) -> dict[str, Any]:
-    """Where the steps begin, and which states are kept, if this is unusual."""
+    """Where the steps begin, and which states are kept, where these are not the defaults."""
     found: dict[str, Any] = {"start_timestep": drawing.start_timestep, "strength": drawing.strength}
     if drawing.trajectory is not None:
         found["trajectory"] = elements(drawing.trajectory)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _scales(sampler: Sampler) -> dict[str, Any]:
-    """What the network is told of the time, and the range of the data, if they are unusual."""
+def _unusual_settings(sampler: Sampler) -> dict[str, Any]:
+    """`timestep_values` and `value_range`, where they are not the defaults."""
     times = sampler.engine.prepared.times
     found = {"timestep_values": times if times is None else value_sha256(times), "value_range": sampler.value_range}
     return {name: value for name, value in found.items() if value is not None}

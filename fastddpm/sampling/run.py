@@ -79,12 +79,14 @@ class Run:
         """All steps of one batch: [n, *shape] float32 on the CPU, contiguous, without empty entries."""
         occupied = batch >= 0
         places = batch.clamp(min=0)  # an empty entry computes the first sample; the result is dropped
-        whole = self.callback is None and self.conditions.x_0_fn is None
+        capture_step = self.callback is None and self.conditions.x_0_fn is None
         capture = engine.captures(len(self.table))
         with engine.runner(len(batch), capture=capture, form=self.conditions.form) as runner:
             if engine.compiles:
                 bar.set_description("compile")  # which takes minutes
-            runner.load(self.table, self.addresses[places], conditions=self.conditions.take(places), whole=whole)
+            runner.load(
+                self.table, self.addresses[places], conditions=self.conditions.take(places), capture_step=capture_step
+            )
             bar.set_description("sample", refresh=False)
             samples = self.addresses[places, 1][occupied]
             watch = StepWatch(runner, occupied, samples, on_steps)

@@ -31,10 +31,12 @@ class Runner:
 
     Attributes:
         network: evaluates the network. Its positions are the rows of the table that the entries are at; all are equal.
-        x: [n, *shape] float32, channels-last: the states x_t. It is the network's input if that is alike.
+        x: [n, *shape] float32, channels-last: the states x_t; the same tensor as the network's input if shape and dtype
+            agree.
         address: [n, 2] int64: (seed, sample index) of each entry, see `noise.address`.
         bad: [n] int32: the row at which a value first was not finite; -1: all values are finite.
-        table: [T] rows; the first S are the loaded ones. Its timesteps are those of the noise, see `renoise`.
+        table: [T] rows; the first S are the loaded ones. Its timesteps are the t of the noise: the timestep, plus
+            noise.VISIT for each further visit.
         conditions: what the samples are given, on the device.
     """
 
@@ -67,7 +69,7 @@ class Runner:
         labels: Tensor | None = None,
         *,
         conditions: Conditions | None = None,
-        whole: bool = True,
+        capture_step: bool = True,
     ) -> None:
         """Copy what decides a batch into the buffers; compile and capture a step if need be. Overwrites x.
 
@@ -76,7 +78,7 @@ class Runner:
             address: [n, 2] int64, on any device.
             labels: as `BatchNetwork.prepare` takes them.
             conditions: instead of labels: what the samples are given; of the form that the runner was made for.
-            whole: capture a whole step; else only the network, for steps that are taken by `predict` and `update`.
+            capture_step: capture a whole step; else only the network, for steps taken by `predict` and `update`.
         """
         S = len(table)
         self._loaded = table
@@ -89,10 +91,17 @@ class Runner:
         self.network.load(table.timesteps, conditions, address[:, 1])
         self._load_conditions(conditions)
         self._take_step = self._step_of_table()
-        work = self._predict_and_update if whole else self._predict_into_output
+        work = self._predict_and_update if capture_step else self._predict_into_output
         tensors = (self.conditions.guidance, self.conditions.known, self.conditions.mask)
         addresses = tuple(None if x is None else x.data_ptr() for x in tensors)
-        constants = whole, table.clip, table.learned, conditions.guide_variance, addresses, self.network.constants()
+        constants = (
+            capture_step,
+            table.clip,
+            table.learned,
+            conditions.guide_variance,
+            addresses,
+            self.network.constants(),
+        )
         self.network.replay.prepare(work, self.start, constants)
 
     def start(self) -> None:
@@ -117,7 +126,7 @@ class Runner:
         self.network.replay(self._predict_and_update)
 
     def predict(self) -> Tensor:
-        """The first half of a step: the model's output for x_t; for a batch loaded with whole=False.
+        """The first half of a step: the model's output for x_t; for a batch loaded with capture_step=False.
 
         Raises: ValueError: the network returned something else than it should; the message names the step.
         """
@@ -181,7 +190,7 @@ class Runner:
         return f"step {self.steps - row} of {self.steps} (t = {self.timestep(row)})"
 
     def _load_conditions(self, given: Conditions) -> None:
-        """Copy tensors into the buffers of the last ones, if they are alike; else into new ones."""
+        """Copy tensors into the buffers of the last ones if their shapes agree, otherwise into new ones."""
         device, buffers = self.prepared.device, {}
         for name in ("guidance", "known", "mask", "start", "init", "noising"):
             value, old = getattr(given, name), getattr(self.conditions, name)
@@ -194,7 +203,7 @@ class Runner:
         self.conditions = replace(NOTHING, **buffers, **{name: getattr(given, name) for name in names})
 
     def _step_of_table(self) -> Callable[[Tensor], None]:
-        """What takes a step without a changed x_0; the plain step if nothing asks for more."""
+        """What takes a step without x_0_fn: the plain one, without guidance, a known part or a learned variance."""
         given, network = self.conditions, self.network
         plain = given.guidance is None and given.known is None and self.table.learned is None
         if not plain:

@@ -73,11 +73,11 @@ class Sampler:
         batch_invariant: give sample i the same bits whatever is drawn with it. Every batch then has the same number of
             entries, with sample i at entry i modulo that number; other entries stay empty. True chooses the number by
             the device and the size of a sample; a whole number sets it.
-        timestep_scale: the network is told the float t * timestep_scale instead of the integer t.
-        timestep_values: [T] or [T, 1]: what the network is told for t = 0, ..., T - 1, as networks of a continuous time
+        timestep_scale: the network gets the float t * timestep_scale instead of the integer t.
+        timestep_values: [T] or [T, 1]: what the network gets for t = 0, ..., T - 1, as networks of a continuous time
             need; instead of timestep_scale.
         value_range: the least and the largest number of the data, to which x_0 is clipped if the schedule clips; None:
-            +- its clip_sample_range. uint8 images have 0 and 255 there (None: at -1 and 1).
+            +- its clip_sample_range. output="uint8" maps these two numbers to 0 and 255; with None, -1 and 1.
     Raises: ValueError: an argument is not as above.
     """
 
@@ -260,27 +260,30 @@ class Sampler:
             model_kwargs: further arguments of the network by name: [N, ...] tensors, also in dicts and lists; numbers,
                 strings and None are the same for all samples.
             concat: [N, C', *spatial]: channels that follow those of x_t on the way into the network.
-            guidance_scale: classifier-free guidance (arXiv:2207.12598): m_u + scale (m_c - m_u), one number or [N].
-            uncond_kwargs: with guidance, what the network is given for m_u instead of model_kwargs: numbers, a tensor
-                like one sample's, or [N, ...]. For a `UNet2D` the null label: {"class_labels": k}; None: that of the
-                checkpoint.
-            guide_variance: guide a learned variance, too, as code does that combines all channels of the output; else
-                it is that of m_c, as in DiT, GLIDE and DeepFloyd IF.
+            guidance_scale: classifier-free guidance (arXiv:2207.12598): m_u + scale (m_c - m_u), where m_c is the
+                output with the condition and m_u without; one number or [N].
+            uncond_kwargs: with guidance, the arguments that differ for m_u, by name: a number, a tensor like one
+                sample's, or [N, ...]. All others are those of model_kwargs. For a `UNet2D` it is the null label,
+                {"class_labels": k}; None: that of the checkpoint.
+            guide_variance: guide a learned variance, too, as implementations do that combine all channels; else it is
+                that of m_c, as in DiT, GLIDE and DeepFloyd IF.
             start: [N, *shape]: the states x_t at start_timestep, to begin with instead of x_T.
-            init: [N, *shape]: an x_0 to begin with, noised to take only the last of the steps; strength, 0 to 1, is
-                their share (SDEdit, arXiv:2108.01073).
+            init: [N, *shape]: x_0 that are noised to begin with; strength, 0 < strength <= 1: the share of the steps
+                that is taken, the last ones (SDEdit, arXiv:2108.01073).
             known, mask: [N, *shape], and a mask for one sample or [N, ...], true where known holds the x_0: after each
                 step this part is drawn from q(x_{t-1} | x_0), and in the result it is x_0 (inpainting).
             resample: with known: how often to take each step but the last, going back to x_t before each repetition
                 (RePaint, arXiv:2201.09865, with jumps of one step).
             x_0_fn: x_0_fn(x_0 [n, *shape], t [n] int64) returns the x_0 with which the step continues: for
-                thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`).
+                thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`). It is given
+                x_0 already clipped, if the schedule clips; what it returns is not clipped again.
             trajectory: visited timesteps at which to keep x_t: a sample is then [K + 1, *shape], these states and x_0.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
                 batch).
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the clean
-                samples x_0 predicted from x_t (float32, like the batch) before the update. One that has an argument
-                named x_t is given the states x_t by that name, too. The tensors are copies.
+                samples x_0 predicted from x_t (float32, like the batch; after x_0_fn) before the update. One that has
+                an argument named x_t is given the states x_t by that name, too. The tensors are copies. With resample,
+                each repetition is a step of its own.
         Returns: an iterator over (sample indices [n] int64, samples [n, *shape] float32), both on the CPU, in the order
             requested.
         Raises: ValueError: as in `sample`; for a bad argument at the call, not in the first iteration.

@@ -179,16 +179,16 @@ class ShardFolder:
 
     def count(self, k: int) -> int:
         """The number of samples in shard k."""
-        return len(self._places(k))
+        return len(self.places(k))
 
     def indices(self, k: int) -> Indices:
         """The indices of the samples in shard k."""
-        places = self._places(k)
+        places = self.places(k)
         return self.samples[places.start : places.stop]
 
     def labels(self, k: int) -> np.ndarray | None:
         """[n] int64: the class labels of the samples in shard k; None: no labels."""
-        return None if self.classes is None else self._labels_at(self._places(k))
+        return None if self.classes is None else self._labels_at(self.places(k))
 
     def all_labels(self) -> np.ndarray:
         """[N] int64: the class labels of all samples, which must have labels."""
@@ -253,7 +253,7 @@ class ShardFolder:
         """The part of the folder that shard k belongs to."""
         return bisect.bisect_right(self._first_shards, k) - 1
 
-    def _places(self, k: int) -> range:
+    def places(self, k: int) -> range:
         """The places of shard k's samples among all samples."""
         part = self._part(k)
         start = [0, *self.grown_from][part] + (k - self._first_shards[part]) * self.shard_size

@@ -55,7 +55,7 @@ class Batches:
     Args:
         data: [N, H, W, C] uint8.
         labels: [N] integers, or None.
-        null_label: that takes the place of dropped labels; None: the network has none.
+        null_label: the label that replaces dropped ones; None: the network has none.
         options: of the run.
         group: the processes that share each batch.
         device: of this rank.
@@ -99,7 +99,7 @@ class Batches:
             return None
         t = draws(k, len(self.pixels), self.options).t[self.group.share(self.options.batch_size)]
         found = (t == 0).nonzero()[:, 0]
-        return send(found, self.device) if len(found) else found.to(self.device)  # nothing is not pinned
+        return send(found, self.device) if len(found) else found.to(self.device)  # an empty tensor is not pinned
 
     def _labels(self, k: int, index: Tensor, share: slice) -> Tensor:
         """The labels of the images at index, [N] int64, some of which are dropped."""

@@ -27,7 +27,7 @@ class Initial(NamedTuple):
         weights: by name.
         schedule: its noise schedule.
         classes: the names of its classes; None: it has none, or does not name them.
-        null_label: the label that stands for none; None: it has no such label.
+        null_label: the label that stands for no class; None: there is none.
     """
 
     source: str

@@ -22,8 +22,8 @@ class TrainingLoss:
     Dhariwal 2021, arXiv:2102.09672, eq. 16). L_vlb is T times the term of the bound at the entry's t, in bits, with x_0
     not clipped, as in the authors' code. It trains the variance alone: its gradient stops at the mean.
 
-    The two means in a term differ by a multiple of m - target, which depends on t alone; and so do the predicted x_0
-    and x_0. So neither x_t nor the predicted x_0 is needed, and `ops.noising` computes the target, which is eps, x_0 or
+    In each term, the two means differ by m - target times a factor that depends on t alone; so do the predicted x_0 and
+    x_0. So neither x_t nor the predicted x_0 is needed, and `ops.noising` computes the target, which is eps, x_0 or
     a sum of both.
 
     Args:

@@ -145,8 +145,8 @@ def check_options(options: TrainOptions, device: torch.device | str | None) -> T
         _check_beside_init(options)
     elif options.schedule.variance_type == "learned":
         raise ValueError(
-            "variance_type is 'learned', for which the network returns the variance itself; that of random weights is "
-            "often negative: use learned_range, or init, a checkpoint with a learned variance"
+            "variance_type is 'learned': the network returns the variance itself, which is often negative for random "
+            "weights; use learned_range, or start from a checkpoint that has variance_type 'learned' (init)"
         )
     check_can_sample(options)
     resolve_engine(options.engine, Compute.resolve(device, options.precision).device)

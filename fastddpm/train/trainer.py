@@ -101,7 +101,7 @@ class Trainer:
         net: the network that is trained.
         ema: the same network with averaged weights.
         class_names: the names of its classes; None: it has none, or they have no names.
-        null_label: the label that stands for none; None: the network has no such label.
+        null_label: the label that stands for no class; None: there is none.
         batches: the batch of each step.
         identity: what must be the same when the run is resumed.
         state: how far the run has come.

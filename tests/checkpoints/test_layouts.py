@@ -271,7 +271,7 @@ def test_null_label_must_be_the_last(with_classes, value):
     assert line == f"{path}: null_label is {value!r}; want the last label, 2"
     got = checkpoints.load("fashion-mnist")
     line = error_line(checkpoints.save, "x", got.config, got.parameters, got.schedule, null_label=value)
-    assert line == f"null_label is {value!r}; want None, for this network has not several classes"
+    assert line == f"null_label is {value!r}; want None: this network does not have two or more class embeddings"
 
 
 def test_networks_without_classes_have_no_names(folder):

@@ -161,7 +161,7 @@ def test_schedules_have_options(package, tmp_path):
     assert (found.notes, len(found.schedule.betas)) == ((), 50)
     assert torch.equal(found.schedule.betas, named_betas("sigmoid", 50, **options))
     (note,) = checkpoints.load(path).notes
-    assert "are those of no known beta_schedule; they were used" in note
+    assert "match no known beta_schedule, so they were used as they are stored" in note
     text = check.error_line(checkpoints.load, path, beta_schedule="sigmoid", schedule_fn_kwargs={"s": 1})
     assert text.startswith("schedule_fn_kwargs of sigmoid is 's'; want one of start, end, tau")
 

@@ -105,7 +105,7 @@ MISTAKES = [
     (
         "tiny",
         "--init wide.png --strength 1",
-        r"--init is wide.png, which holds .*; want images of \(1, 4, 4\), as",
+        r"--init is wide.png, which holds \(1, 4, 8\) per sample; want \(1, 4, 4\)",
     ),
     (
         "tiny",
@@ -121,7 +121,7 @@ MISTAKES = [
     ("tiny", "--known images --mask wide.png", r"mask is \(4, 8\) for 3 samples of \(1, 4, 4\); want a mask for all"),
     ("tiny", "--cond floats.npy", "--cond is floats.npy, a single array; want an .npz with named arrays"),
     ("tiny", "--cond two.npz", "model_kwargs has a; a UNet2D takes only class_labels"),
-    ("classes", "--guidance-scale 2", "--guidance-scale is given, but the checkpoint does not say which label is null"),
+    ("classes", "--guidance-scale 2", "--guidance-scale is given, but the checkpoint names no null label"),
     ("classes", "--null-label 2", "--null-label is given without --guidance-scale; give both"),
 ]
 

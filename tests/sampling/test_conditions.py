@@ -99,13 +99,13 @@ def kinds():
         "guidance": Kind(
             {"model_kwargs": {"y": y}, "guidance_scale": scale, "uncond_kwargs": {"y": 0.25}},
             net,
-            {"without": of_y(net, null.expand(N)), "guidance": scale},
+            {"unconditional": of_y(net, null.expand(N)), "guidance": scale},
             model=of_y(net, y),
         ),
         "guided variance": Kind(
             {"model_kwargs": {"y": y}, "guidance_scale": 3, "uncond_kwargs": {"y": null}, "guide_variance": True},
             both,
-            {"without": of_y(both, null.expand(N)), "guidance": torch.full((N,), 3.0), "guide_variance": True},
+            {"unconditional": of_y(both, null.expand(N)), "guidance": torch.full((N,), 3.0), "guide_variance": True},
             schedule=learns,
             model=of_y(both, y),
         ),
@@ -136,7 +136,7 @@ def kinds():
         everything,
         full,
         {
-            **{"without": call(randn(N, seed=8)), "guidance": torch.full((N,), 2.0), "x_0_fn": halved},
+            **{"unconditional": call(randn(N, seed=8)), "guidance": torch.full((N,), 2.0), "x_0_fn": halved},
             **{**every, "resample": 2},
         },
         schedule=learns,
@@ -369,7 +369,7 @@ def test_unet_is_guided_away_from_the_null_label():
             *(table.rows, table.scale, table.timesteps),
             lambda stream, t: noise.normal(address, sampler.shape, stream=stream, t=t),
             clip=True,
-            without=lambda x, t: net(x, t, torch.full((3,), 3)),
+            unconditional=lambda x, t: net(x, t, torch.full((3,), 3)),
             guidance=torch.full((3,), 2.0),
         )
     assert (got - want).abs().max() <= 1e-4
@@ -450,7 +450,10 @@ MISTAKES = [
     ({"concat": randn(1, 1, 4, 3)}, "concat is (1, 1, 4, 3) for 2 samples; want one entry per sample"),
     ({"concat": torch.ones(2, 1, 4, 3).long()}, "concat is torch.int64; want floating-point numbers in data units"),
     (GUIDED, "guidance_scale is given, but uncond_kwargs is None; want what the network is given instead of the "),
-    ({**GUIDED, "uncond_kwargs": {"z": 0}}, "uncond_kwargs has 'z'; want names of model_kwargs, which has y"),
+    (
+        {**GUIDED, "uncond_kwargs": {"z": 0}},
+        "uncond_kwargs has 'z', which model_kwargs lacks (it has y); give",
+    ),
     (
         {**GUIDED, "uncond_kwargs": {"y": randn(3)}},
         "uncond_kwargs['y'] is (3,), but (2,) in model_kwargs; want the",
@@ -489,13 +492,13 @@ MISTAKES = [
     ),
     ({**KNOWN, "known": randn(2, 2, 4, 4)}, "known is (2, 2, 4, 4) for 2 samples of (2, 4, 3); want (2, 2, 4, 3)"),
     ({**KNOWN, "resample": 0}, "resample is 0; want a whole number from 1 to 4096"),
-    ({"resample": 2}, "resample is 2, but known is missing; resampling is for inpainting"),
+    ({"resample": 2}, "resample is 2, but known and mask are missing; give both, or leave it out"),
     ({"x_0_fn": 3}, "x_0_fn is 3; want a function, called as x_0_fn(x_0, t), or None"),
     ({"x_0_fn": lambda x_0, t: x_0[:, 0]}, "x_0_fn returned (2, 4, 3) torch.float32 for x_0 (2, 2, 4, 3); want"),
-    ({"trajectory": [12]}, "trajectory has 12; want timesteps that the steps visit"),
+    ({"trajectory": [12]}, "trajectory has 12, which these steps do not visit; want visited timesteps, such as 11"),
     (
         {"timesteps": [6, 5, 4, 3, 2, 1, 0]},
-        "timesteps begins late: the first timestep is 6 of 12, where x_t still",
+        "timesteps begins late: its first timestep is 6 of 12, where x_t still",
     ),
 ]
 
@@ -541,7 +544,7 @@ def test_unet_mistakes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timestep_scale": 0}, "timestep_scale is 0; want a number, the factor of t"),
+        ({"timestep_scale": 0}, "timestep_scale is 0; want a number other than 0, by which t is multiplied"),
         (
             {"timestep_scale": 1, "timestep_values": [1]},
             "timestep_scale and timestep_values are both given; want one of them",

@@ -30,10 +30,10 @@ from fastddpm.core import noise
 from fastddpm.core.precision import PRECISIONS, Compute, arithmetic, has_native_bf16
 from fastddpm.reference.diffusion import Diffusion, linear_betas, update
 from fastddpm.reference.unet import UNet
+from fastddpm.sampling.arguments import sample_shape
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.loop import reverse_process
 from fastddpm.sampling.runner import Runner
-from fastddpm.sampling.sampler import sample_shape
 
 T, MIDDLE = 1000, 500  # number of timesteps; the timestep at which a network is judged
 SCHEDULE = Schedule()

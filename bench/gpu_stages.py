@@ -30,9 +30,9 @@ from bench.watch import Watch, gpu_uuid
 from fastddpm import Sampler, Schedule, ops
 from fastddpm.core import layout, noise
 from fastddpm.networks import unet2d
+from fastddpm.sampling.arguments import sample_shape
 from fastddpm.sampling.capture import capture
 from fastddpm.sampling.runner import Runner
-from fastddpm.sampling.sampler import sample_shape
 
 MODEL, DTYPE = "cifar10-32", torch.bfloat16
 BATCHES = {"cuda": (1, 64, 256, 16, 512), "cpu": (1, 16), "tiny": (2,)}[SCALE]  # the most important first

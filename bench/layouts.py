@@ -14,7 +14,7 @@ from fastddpm import UNet2D, checkpoints, ops
 from fastddpm.core import layout
 from fastddpm.core.precision import PRECISIONS
 from fastddpm.networks.layers import GroupNorm, silu
-from fastddpm.sampling.sampler import sample_shape
+from fastddpm.sampling.arguments import sample_shape
 
 CIFAR10 = {  # google/ddpm-cifar10-32
     "act_fn": "silu",

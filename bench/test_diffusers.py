@@ -19,7 +19,7 @@ from bench.layouts import flops, network
 from bench.machine import DEVICE, SCALE, judged, say, wait
 from fastddpm.core.precision import PRECISIONS
 from fastddpm.reference.diffusion import Diffusion, linear_betas
-from fastddpm.sampling.sampler import sample_shape
+from fastddpm.sampling.arguments import sample_shape
 
 WHO = ("fastddpm", "diffusers")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")

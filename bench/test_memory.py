@@ -13,7 +13,7 @@ from fastddpm import UNet2D, ops
 from fastddpm.core import layout
 from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.networks.planned import fastest_forward
-from fastddpm.sampling.sampler import sample_shape
+from fastddpm.sampling.arguments import sample_shape
 
 BATCHES = {"cuda": (1, 64), "cpu": (1,), "tiny": (2,)}[SCALE]
 ENGINES = ["graph", "eager"] if DEVICE.type == "cuda" else ["eager"]

@@ -30,7 +30,7 @@ from fastddpm.core import noise
 from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.processes.distributed import Ranks
 from fastddpm.reference.diffusion import Diffusion
-from fastddpm.sampling.sampler import sample_shape
+from fastddpm.sampling.arguments import sample_shape
 from fastddpm.train import TrainOptions
 from fastddpm.train.batches import draws
 from fastddpm.train.trainer import Trainer

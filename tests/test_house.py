@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[1]
 # import each other. In each room __init__ is on top: it only gathers names.
 ORDER = """
 __main__
-cli: main sample given trajectory merge train likelihood labels fid convert verify info options terminal
+cli: main sample conditions trajectory merge train likelihood labels fid convert verify info options terminal
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
 train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
 | diffusers: accelerating decoding pipelines captured unet obstacles schedulers scheduler_base noise_sources tables \
              disguise
-sampling: job manifest sampler run given beginning arguments loop watch batches engine runner batch_network replay \
-          model own_network conditions capture fixed_reads reachable
+sampling: job manifest sampler run condition_arguments beginning arguments loop watch batches engine runner \
+          batch_network replay model own_network conditions capture fixed_reads reachable
 checkpoints: loading diffusers guided_diffusion flags lucidrains files weights parameters reading checkpoint shipped
 networks: planned unet2d obstacles config resnet layers
 processes: progress displays distributed signals

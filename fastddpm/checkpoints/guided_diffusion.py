@@ -48,7 +48,7 @@ class Layout(NamedTuple):
         widths: of each level.
         layers: residual blocks of a level on the way down.
         attended: whether each level has attention.
-        sampling: what changes the size: "conv", "resnet" or "pool" (without a convolution).
+        resize: what changes the size: "conv", "resnet" or "pool" (without a convolution).
         model_channels: the number of sines and cosines of t.
         in_channels, out_channels: of the network.
         classes: how many; None: the network has none.
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
     widths: tuple[int, ...]
     layers: int
     attended: tuple[bool, ...]
-    sampling: str
+    resize: str
     model_channels: int
     in_channels: int
     out_channels: int
@@ -141,15 +141,15 @@ def _shown_by(layout: Layout) -> dict[str, Any]:
         "class_cond": layout.classes is not None,
         "learn_sigma": layout.out_channels == 2 * layout.in_channels,
         "use_scale_shift_norm": layout.scale_shift,
-        "resblock_updown": layout.sampling == "resnet",
-        "conv_resample": layout.sampling != "pool",
+        "resblock_updown": layout.resize == "resnet",
+        "conv_resample": layout.resize != "pool",
     }
 
 
 def _check_flags(path: Path, layout: Layout, given: Mapping[str, Any], flags: Mapping[str, Any], project: str) -> None:
     """Check the flags that were given, against what the file shows."""
     shown = _shown_by(layout)
-    if len(layout.widths) == 1 or layout.sampling == "resnet":
+    if len(layout.widths) == 1 or layout.resize == "resnet":
         del shown["conv_resample"]  # without effect
     if len(layout.widths) == 1:
         del shown["resblock_updown"]  # likewise
@@ -204,13 +204,13 @@ def _listed(numbers: Any) -> str:
 
 def _config(layout: Layout, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a `UNet2D`, except for the heads."""
-    resnet = layout.sampling == "resnet"
+    resnet = layout.resize == "resnet"
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnet else ("DownBlock2D", "UpBlock2D")
     down, up = (
         tuple(f"Attn{kind}Block2D" if attended else name for attended in layout.attended)
         for kind, name in zip(("Down", "Up"), plain, strict=True)
     )
-    samplers = {"conv": ("conv", "conv"), "resnet": ("resnet", "resnet"), "pool": ("pool", "nearest")}[layout.sampling]
+    samplers = {"conv": ("conv", "conv"), "resnet": ("resnet", "resnet"), "pool": ("pool", "nearest")}[layout.resize]
     config = {
         "sample_size": flags["large_size"] or flags["image_size"],
         "in_channels": layout.in_channels,

@@ -74,6 +74,8 @@ def _network(config: dict[str, Any]) -> Any:
 
 def _setting(text: str) -> tuple[str, str]:
     name, separator, value = text.partition("=")
+    if name in ("source", "variant", "schedule", "format"):
+        raise argparse.ArgumentTypeError(f"{name} is no flag of a checkpoint")
     if not separator or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not FLAG=VALUE, such as num_heads=4")
     return name, value

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastddpm.cli.given import add_given, given, steps_of
+from fastddpm.cli.conditions import add_conditions, condition_arguments, steps_of
 from fastddpm.cli.labels import class_labels
 from fastddpm.cli.options import (
     add_batch_size,
@@ -103,7 +103,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-invariant", action="store_true", help="give each sample the same bits whatever is drawn with it"
     )
-    add_given(parser)
+    add_conditions(parser)
     add_network(parser)
     add_device(parser)
 
@@ -129,9 +129,10 @@ def run(args: argparse.Namespace) -> None:
             sampler = _load_sampler(args, out, into_folder, group)
             if not into_folder:
                 _check_what_is_drawn(args, sampler, format)
-            labels = class_labels(args.class_labels, sampler, samples)
+            conditions = condition_arguments(args, sampler, len(samples))
+            given = "class_labels" in conditions.get("model_kwargs", {}) and args.class_labels is None
+            labels = None if given else class_labels(args.class_labels, sampler, samples)
             sampler.schedule.table(args.steps, sampler=args.sampler, eta=args.eta, noise=not args.no_noise)  # checks
-            conditions = given(args, sampler, len(samples))
         if not args.quiet and group.rank == 0:
             tell(_what_is_drawn(args, sampler, samples, out))
         if into_folder:

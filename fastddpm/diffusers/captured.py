@@ -75,7 +75,7 @@ def is_capturable(device: torch.device) -> bool:
     return device.type == "cuda" and not busy
 
 
-class Form(NamedTuple):
+class CallForm(NamedTuple):
     """What a graph fixes of the arguments of a call: equal forms can be served by one graph.
 
     Attributes:
@@ -95,7 +95,7 @@ class Form(NamedTuple):
 class Arguments(NamedTuple):
     """The arguments of a call: their form, and the tensors and the timestep, which differ between calls of a form."""
 
-    form: Form
+    form: CallForm
     tensors: list[Tensor]
     timestep: Tensor | float
 
@@ -126,7 +126,7 @@ class Arguments(NamedTuple):
         kind = x.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         t_shape = tuple(t.shape) if isinstance(t, Tensor) else ()
-        form = Form(spec, tuple(described), t_shape, x.device, autocast)
+        form = CallForm(spec, tuple(described), t_shape, x.device, autocast)
         return cls(
             form, [leaf for leaf in leaves if isinstance(leaf, Tensor)], t if isinstance(t, Tensor) else float(t)
         )
@@ -200,8 +200,8 @@ class Graphs:
     def __init__(self, unet: nn.Module):
         self.forward: Network = partial(_forward, ref(unet))  # graphs must not keep their network alive
         self.kept: list[Graph] = []
-        self.seen: deque[Form] = deque(maxlen=REMEMBERED)
-        self.refused: deque[Form] = deque(maxlen=REMEMBERED)
+        self.seen: deque[CallForm] = deque(maxlen=REMEMBERED)
+        self.refused: deque[CallForm] = deque(maxlen=REMEMBERED)
 
     def take(self, arguments: Arguments) -> Graph | None:
         """The graph for a call; None: diffusers' forward serves it."""

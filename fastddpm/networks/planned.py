@@ -140,7 +140,7 @@ class Builder:
         if resnet.phases is not None:
             h = self._polyphase(resnet.phases, h)
         else:
-            h = self.program.resample(h, up=False) if resnet.sampling == "down" else h
+            h = self.program.resample(h, up=False) if resnet.resize == "down" else h
             h = self._convolution(resnet.conv1, h)
         if resnet.bias1 is None:
             h = self._norm(resnet.norm2, h, add=columns, silu=True)
@@ -149,8 +149,8 @@ class Builder:
             h = self._norm(resnet.norm2, h, add=bias, scale_shift=columns, silu=True)
         if resnet.conv_shortcut is not None:
             x = self.program.convolution(x, self._pack(resnet.conv_shortcut.weight, False), skip=skip)
-        elif resnet.sampling is not None:
-            x = self.program.resample(x, up=resnet.sampling == "up")
+        elif resnet.resize is not None:
+            x = self.program.resample(x, up=resnet.resize == "up")
         return self._convolution(resnet.conv2, h, resnet.bias, residual=x, scale=resnet.scale)
 
     def _attention(self, attention: nn.Module, x: Images) -> Images:

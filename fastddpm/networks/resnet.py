@@ -29,7 +29,7 @@ class Resnet(nn.Module):
         embed_width: of the time embedding.
         scale_shift: whether the time embedding scales and shifts the second norm's output, or is added to its input.
         scale: the divisor of the sum of the block and its input.
-        sampling: "down": the mean of 2 x 2 pixels, or "up": nearest neighbours, before the first convolution and on
+        resize: "down": the mean of 2 x 2 pixels, or "up": nearest neighbours, before the first convolution and on
             the shortcut (Dhariwal and Nichol 2021, arXiv:2105.05233, after BigGAN); None: neither.
     """
 
@@ -45,7 +45,7 @@ class Resnet(nn.Module):
         scale_shift: bool,
         dropout: float,
         scale: float,
-        sampling: str | None = None,
+        resize: str | None = None,
     ):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in, eps)
@@ -59,7 +59,7 @@ class Resnet(nn.Module):
         self.phases: Conv2d | None = None  # instead of an upsampling and conv1: see `Upsample`
         self.bias1: nn.Parameter | None = None  # of conv1, if it is neither in conv1 nor in the time rows
         self.bias: nn.Parameter | None = None  # of the residual sum, if a kernel adds it
-        self.scale_shift, self.scale, self.sampling = scale_shift, scale, sampling
+        self.scale_shift, self.scale, self.resize = scale_shift, scale, resize
         self.kernels = False
         self.act: Activation = ACTIVATIONS[act]
 
@@ -87,7 +87,7 @@ class Resnet(nn.Module):
         del self.time_emb_proj
         self.kernels = kernels
         c_in, c_out = self.conv1.in_channels, self.conv1.out_channels
-        if polyphase and self.sampling == "up":
+        if polyphase and self.resize == "up":
             self.phases = Conv2d(c_in, 4 * c_out, 2, padding=1, bias=False)
         if self.scale_shift and (kernels or self.phases is not None):
             self.bias1 = nn.Parameter(torch.empty_like(cast(Tensor, self.conv1.bias)))
@@ -105,7 +105,7 @@ class Resnet(nn.Module):
         bias = cast(Tensor, self.conv2.bias)
         yield "bias", bias if self.conv_shortcut is None else bias + cast(Tensor, self.conv_shortcut.bias)
         yield "bias1", cast(Tensor, self.conv1.bias)
-        if self.sampling == "up":
+        if self.resize == "up":
             yield "phases.weight", phases_of(self.conv1.weight)
 
     def forward(self, x: Tensor, columns: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -141,9 +141,9 @@ class Resnet(nn.Module):
         return h if bias is None else h + bias.to(h.dtype)[:, :, None, None]
 
     def _resampled(self, x: Tensor) -> Tensor:
-        if self.sampling is None:
+        if self.resize is None:
             return x
-        y = F.avg_pool2d(x, 2) if self.sampling == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        y = F.avg_pool2d(x, 2) if self.resize == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
         return channels_last(y) if self.kernels else y
 
     def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:

@@ -137,12 +137,12 @@ class UNet2D(nn.Module):
         """What changes the size at the end of a block of this kind. Args: direction: "down" or "up"."""
         how = sampler_of(self.config, kind)
         if how == "resnet":
-            return self._resnet(width, width, sampling=direction)
+            return self._resnet(width, width, resize=direction)
         if how == "conv":
             return Upsample(width) if direction == "up" else Downsample(width, self.config["downsample_padding"])
         return Nearest() if direction == "up" else Pool()
 
-    def _resnet(self, c_in: int, c_out: int, *, scale: float = 1.0, sampling: str | None = None) -> Resnet:
+    def _resnet(self, c_in: int, c_out: int, *, scale: float = 1.0, resize: str | None = None) -> Resnet:
         c = self.config
         return Resnet(
             c_in,
@@ -154,7 +154,7 @@ class UNet2D(nn.Module):
             scale_shift=c["resnet_time_scale_shift"] == "scale_shift",
             dropout=c["dropout"],
             scale=scale,
-            sampling=sampling,
+            resize=resize,
         )
 
     def _attention(self, width: int, groups: int | None, *, scale: float = 1.0, up: bool = False) -> Attention:

@@ -33,6 +33,15 @@ def checked_schedule(schedule: Any) -> Schedule:
     return schedule
 
 
+def sample_shape(net: UNet2D, schedule: Schedule | None = None) -> tuple[int, ...]:
+    """(C, H, W) of a network's samples, from its configuration; half of the channels may be for the variance."""
+    size = net.config["sample_size"]
+    channels = min(net.config["in_channels"], net.config["out_channels"])
+    if schedule is not None and schedule.learns_variance and net.config["out_channels"] % 2 == 0:
+        channels = net.config["out_channels"] // 2
+    return (channels, *((size, size) if isinstance(size, int) else size))
+
+
 def checked_shape(shape: Any) -> tuple[int, ...]:
     """The shape of a sample as a tuple of ints."""
     if shape is None:
@@ -92,6 +101,8 @@ def frame_rows(timesteps: Any, table: StepTable) -> frozenset[int]:
         return frozenset()
     visited = {t: row for row, t in enumerate(table.timesteps.tolist())}
     wanted = elements(timesteps)
+    if not wanted:
+        raise ValueError("trajectory is empty; want timesteps that the steps visit, or None")
     if unvisited := [t for t in wanted if not is_whole(t) or t not in visited]:
         first = shown(unvisited[0])
         raise ValueError(

@@ -17,7 +17,7 @@ from fastddpm.core.precision import arithmetic
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
-from fastddpm.sampling.conditions import NOTHING, Conditions, Form
+from fastddpm.sampling.conditions import NOTHING, Conditions, InputForm
 from fastddpm.sampling.model import PreparedModel
 from fastddpm.sampling.replay import Network, Replay, plain_modes, torch_settings
 
@@ -42,7 +42,7 @@ class BatchNetwork:
         order: orders this work across streams.
     """
 
-    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool, form: Form = NOTHING.form):
+    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool, form: InputForm = NOTHING.form):
         self.prepared, self.form = prepared, form
         device, T, net = prepared.device, prepared.num_train_timesteps, prepared.net
         dtype = torch.float32 if net is None else prepared.dtype
@@ -198,7 +198,7 @@ class BatchNetwork:
         leaves, spec = tree_flatten(self.kwargs)
         return (
             self._one_position,
-            ([leaf.data_ptr() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec),
+            ([_place(leaf) for leaf in leaves], spec),
             () if self.prepared.net is not None else tuple(weight.data_ptr() for weight in weights),
             torch_settings(),
         )
@@ -224,6 +224,8 @@ class BatchNetwork:
     def _t_of_entries(self) -> Tensor:
         """[entries] or [entries, 1]: what the network is told of the time."""
         t = self._t.index_select(0, self.positions)
+        if t.is_floating_point() and self.prepared.own_dtype is not None:
+            t = t.to(self.prepared.own_dtype)  # which a linear layer of the network would want
         return torch.cat([t, t]) if self.form.guided else t
 
     def _columns(self) -> Tensor:
@@ -242,6 +244,11 @@ class BatchNetwork:
     def _reset(self) -> None:
         self.input.zero_()
         self.positions.zero_()
+
+
+def _place(leaf: Any) -> tuple[Any, ...]:
+    """Where a tensor lies and how it is read; of a plain value its type and itself, since True == 1 == 1.0."""
+    return (leaf.data_ptr(), leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 def _joined(one: Any, other: Any) -> Any:

@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastddpm.core.checks import is_real, shown, whole
@@ -44,7 +43,7 @@ def remaining_steps(
     if start is not None:
         return table.last(_steps_from(table, start_timestep)), None
     if init is not None:
-        steps = _steps_of_strength(table, strength)
+        steps = steps_of_strength(len(table), strength)
         return table.last(steps), schedule.noising_table()[int(table.timesteps[steps - 1])]
     if listed:
         _check_begins_with_noise(table, schedule)
@@ -63,24 +62,23 @@ def _steps_from(table: StepTable, start_timestep: Any) -> int:
     return visited.index(t) + 1
 
 
-def _steps_of_strength(table: StepTable, strength: Any) -> int:
+def steps_of_strength(steps: int, strength: Any) -> int:
+    """How many of so many steps are taken. Raises: ValueError: strength is not a share, or less than a step."""
     if not is_real(strength) or not 0 < strength <= 1:
         raise ValueError(f"strength is {shown(strength)}; want a number, 0 < strength <= 1: the share of the steps")
-    steps = int(len(table) * strength + 1e-9)  # which may be a whole number but for rounding
-    if not steps:
-        raise ValueError(
-            f"strength is {strength}, less than one of {len(table)} steps; want at least {1 / len(table):.3g}"
-        )
-    return steps
+    taken = int(steps * strength + 1e-9)  # the product may be a whole number but for rounding
+    if not taken:
+        raise ValueError(f"strength is {strength}, less than one of {steps} steps; want at least {1 / steps:.3g}")
+    return taken
 
 
 def _check_begins_with_noise(table: StepTable, schedule: Schedule) -> None:
     """A run that begins with pure noise should begin where x_t is almost that, or as near as its spacing allows."""
     visited = table.timesteps.long()
     first, T = int(visited[-1]), table.num_train_timesteps
-    gaps = torch.diff(visited, prepend=visited.new_tensor([-1]))
+    gap = first - int(visited[-2]) if len(visited) > 1 else 0
     signal = math.exp(schedule.log_alphas_cumprod[first] / 2)
-    if T - 1 - first > 1.5 * int(gaps.max()) and signal > LEAST_SIGNAL:
+    if T - 1 - first > 1.5 * gap and signal > LEAST_SIGNAL:
         raise ValueError(
             f"timesteps begins late: its first timestep is {first} of {T}, where x_t still contains {signal:.2g} x_0 "
             f"and is not pure noise; give the state there (start=x_t, start_timestep={first}), or an x_0 to be "

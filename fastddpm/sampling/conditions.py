@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 X0Function = Callable[..., Tensor]  # (x_0 [n, *shape], t [n] int64) -> x_0, and sample_index if it has this argument
 
 
-class Form(NamedTuple):
+class InputForm(NamedTuple):
     """What decides the shape of a network's input besides the batch: concatenated channels, and guidance.
 
     With guidance the network is evaluated with and without the condition, so its batch has twice the entries.
@@ -53,8 +53,8 @@ class Conditions:
     x_0_fn: X0Function | None = None
 
     @property
-    def form(self) -> Form:
-        return Form(0 if self.concat is None else self.concat.shape[1], self.guidance is not None)
+    def form(self) -> InputForm:
+        return InputForm(0 if self.concat is None else self.concat.shape[1], self.guidance is not None)
 
     def take(self, places: Tensor) -> "Conditions":
         """The conditions of these samples. Args: places: [n] int64, on the CPU."""

@@ -18,7 +18,7 @@ from fastddpm.networks.obstacles import called_as_it_is
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.capture import empty_cache
-from fastddpm.sampling.conditions import NOTHING, Form
+from fastddpm.sampling.conditions import NOTHING, InputForm
 from fastddpm.sampling.model import Model, PreparedModel
 from fastddpm.sampling.replay import plain_modes
 from fastddpm.sampling.runner import Runner
@@ -60,7 +60,7 @@ class Engine:
         self.model, self.compute = model, compute
         self._arguments = model, shape, num_train_timesteps, compute, kind, own_dtype, times
         self._warned_of: set[str] = set()
-        self._idle: dict[tuple[type, int, bool, Form], Any] = {}
+        self._idle: dict[tuple[type, int, bool, InputForm], Any] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -94,7 +94,7 @@ class Engine:
         return "graph" in self.prepared.kind
 
     @contextmanager
-    def runner(self, n: int, *, capture: bool, form: Form = NOTHING.form) -> Iterator[Runner]:
+    def runner(self, n: int, *, capture: bool, form: InputForm = NOTHING.form) -> Iterator[Runner]:
         """A runner for a batch of n, with the model's current weights, for exclusive use until the context ends.
 
         The caller's modes, such as autocast, do not apply in this context.
@@ -111,7 +111,7 @@ class Engine:
             yield network
 
     @contextmanager
-    def _held(self, kind: type, n: int, capture: bool, form: Form) -> Iterator[Any]:
+    def _held(self, kind: type, n: int, capture: bool, form: InputForm) -> Iterator[Any]:
         key = kind, n, capture, form
         with self._lock, plain_modes(self.device):
             self._look_at_model()

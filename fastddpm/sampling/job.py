@@ -21,8 +21,9 @@ from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import JobProgress, LostError
 from fastddpm.processes.signals import Stopped, stoppable
+from fastddpm.sampling.beginning import steps_of_strength
+from fastddpm.sampling.condition_arguments import ConditionArguments, arguments
 from fastddpm.sampling.conditions import Conditions
-from fastddpm.sampling.given import Given, arguments
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import as_path, check_writable, locked
@@ -35,7 +36,7 @@ PATIENCE = 600  # tenths of a second to wait for torch to report whether process
 
 
 @checked_call
-@takes_options_of(Given)
+@takes_options_of(ConditionArguments)
 def sample_to(
     out: str | os.PathLike[str],
     from_sampler: Sampler,
@@ -158,7 +159,7 @@ def _draw_missing(
             sum(map(shards.count, mine)),
             total=len(shards.samples),
             before=len(shards.samples) - sum(map(shards.count, missing)),
-            steps=shards.manifest["sampler"]["steps"],
+            steps=drawer.steps,
             show=progress and bool(missing),
             json_log=json_log,
             stopped=stopped,
@@ -223,10 +224,10 @@ def _conditions(
         return None
     count = len(Indices.of(samples))
     if class_labels is None:
-        return sampler.conditions(Given(**given), count)
+        return sampler.conditions(ConditionArguments(**given), count)
     labels = Indices.of(class_labels)
     repeated = labels.take(np.arange(count) % len(labels)) if labels else np.empty(0, np.int64)
-    return sampler.conditions(Given(class_labels=repeated, **given), count)
+    return sampler.conditions(ConditionArguments(class_labels=repeated, **given), count)
 
 
 class _Drawer:
@@ -235,6 +236,18 @@ class _Drawer:
     def __init__(self, sampler: Sampler, drawing: Drawing, conditions: Conditions | None):
         self.sampler, self.drawing, self.conditions = sampler, drawing, conditions
         self.weights = self._weights()
+
+    @property
+    def steps(self) -> int:
+        """How many steps the samples of a batch take."""
+        drawing = self.drawing
+        table = self.sampler.table(drawing.steps, sampler=drawing.sampler, eta=drawing.eta, timesteps=drawing.timesteps)
+        steps = len(table)
+        if drawing.start_timestep is not None:
+            steps = int((table.timesteps <= drawing.start_timestep).sum())
+        elif drawing.strength is not None:
+            steps = steps_of_strength(steps, drawing.strength)
+        return steps + (steps - 1) * (0 if self.conditions is None else self.conditions.resample - 1)
 
     def options(self, shards: ShardFolder, k: int) -> dict[str, Any]:
         """The arguments of `Sampler.batches` for shard k."""

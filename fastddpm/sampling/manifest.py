@@ -56,7 +56,7 @@ def manifest(
 ) -> dict[str, Any]:
     """The manifest of a job, with JSON's types.
 
-    Args: given: what the samples are given besides labels, as `given.arguments` returns it.
+    Args: given: what the samples are given besides labels, as `condition_arguments.arguments` returns it.
     Raises: ValueError: an argument is not as in `job.sample_to`.
     """
     where = _storage(sampler, samples, format, class_labels, shard_size, drawing)

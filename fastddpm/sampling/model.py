@@ -64,6 +64,8 @@ class PreparedModel:
         self.forward: Callable[..., Any] | None = None
         self.memory_format = torch.contiguous_format
         self.takes_index = not isinstance(model, UNet2D) and own_network.takes(model, own_network.INDEX)
+        if times is not None and isinstance(model, UNet2D):
+            times = times.reshape(-1)
         self.times = None if times is None else times.to(compute.device)
 
     @property

@@ -94,8 +94,11 @@ class Run:
             frames: list[Tensor] = []
             keep = lambda row: frames.append(runner.x.clone()) if row in self.frames else None
             resample = self.conditions.resample
-            for row in reverse_process(runner, observe, before=keep if self.frames else None, resample=resample):
-                watch.after(row)
+            try:
+                for row in reverse_process(runner, observe, before=keep if self.frames else None, resample=resample):
+                    watch.after(row)
+            finally:
+                runner.forget_functions()  # a runner is kept for the next batch of its size
             x = torch.stack([*frames, runner.x], 1) if frames else runner.x
             x = x.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return x if occupied.all() else x[occupied]
@@ -109,7 +112,7 @@ def _observer(callback: Callback, runner: Runner, occupied: Tensor, samples: Ten
         nonlocal steps
         occupied_of = lambda x: x.contiguous() if occupied.all() else x[occupied.to(x.device)].contiguous()
         more = {"x_t": occupied_of(runner.x.clone())} if sees_x_t else {}
-        callback(steps, runner.timestep(row), occupied_of(x_0), samples.clone(), **more)
+        callback(steps, runner.timestep(row), occupied_of(x_0.clone()), samples.clone(), **more)
         steps += 1
 
     return observe

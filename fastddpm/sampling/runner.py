@@ -5,6 +5,7 @@ and sample index of each entry. So one captured CUDA graph serves every step of 
 wait and no allocation.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from fastddpm.ops.step import repeated_step
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, renoised
 from fastddpm.sampling import own_network
 from fastddpm.sampling.batch_network import LABELS, BatchNetwork, OutputError
-from fastddpm.sampling.conditions import NOTHING, Conditions, Form
+from fastddpm.sampling.conditions import NOTHING, Conditions, InputForm
 from fastddpm.sampling.model import PreparedModel
 from fastddpm.sampling.replay import Network, plain_modes
 
@@ -40,7 +41,7 @@ class Runner:
         conditions: what the samples are given, on the device.
     """
 
-    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool, form: Form = NOTHING.form):
+    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool, form: InputForm = NOTHING.form):
         self.prepared = prepared
         self.network = BatchNetwork(prepared, n, capture=capture, form=form)
         device, T = prepared.device, prepared.num_train_timesteps
@@ -144,6 +145,14 @@ class Runner:
             return x_0
         t = self.network.timesteps.index_select(0, positions).long()
         more = {own_network.INDEX: self.address[:, 1].clone()} if own_network.takes(change, own_network.INDEX) else {}
+        try:
+            inspect.signature(change).bind(x_0, t, **more)
+        except TypeError as error:
+            raise ValueError(
+                f"x_0_fn cannot be called as x_0_fn(x_0, t{', sample_index' * bool(more)}) ({error})"
+            ) from error
+        except ValueError:  # a builtin function without a signature
+            pass
         changed = change(x_0.contiguous(), t, **more)
         if not isinstance(changed, Tensor) or changed.shape != x_0.shape or not changed.is_floating_point():
             what = f"{tuple(changed.shape)} {changed.dtype}" if isinstance(changed, Tensor) else type(changed).__name__
@@ -171,6 +180,10 @@ class Runner:
         if self.network.input is not self.x:
             self.network.read_states(self.x)
         self.table.timesteps.add_(noise.VISIT)
+
+    def forget_functions(self) -> None:
+        """Drop the reference to the user's x_0_fn."""
+        self.conditions = replace(self.conditions, x_0_fn=None)
 
     def first_visit(self) -> None:
         """Let the next step be the first visit of its timestep, whose noise has the t of the timestep."""

@@ -32,12 +32,13 @@ from fastddpm.sampling.arguments import (
     checked_shape,
     checked_times,
     frame_rows,
+    sample_shape,
 )
 from fastddpm.sampling.batches import MOST_ENTRIES, PIXELS_PER_BATCH, PIXELS_PER_MICRO_BATCH, default_size
 from fastddpm.sampling.beginning import remaining_steps
+from fastddpm.sampling.condition_arguments import ConditionArguments
 from fastddpm.sampling.conditions import Conditions, X0Function
 from fastddpm.sampling.engine import Engine
-from fastddpm.sampling.given import Given
 from fastddpm.sampling.model import Model
 from fastddpm.sampling.own_network import own_dtype
 from fastddpm.sampling.run import Callback, Run
@@ -170,6 +171,8 @@ class Sampler:
         precision: str = "auto",
         engine: str = "auto",
         batch_invariant: bool | int = False,
+        timestep_scale: float | None = None,
+        value_range: tuple[float, float] | None = None,
         format: str = "auto",
         **config: Any,
     ) -> "Sampler":
@@ -181,7 +184,8 @@ class Sampler:
             variant: of the weights, such as "fp16".
             schedule: use this one and not that of the checkpoint, which then needs none.
             shape: (C, H, W) of one sample; None: that of the checkpoint.
-            device, precision, engine, batch_invariant: as in the constructor.
+            device, precision, engine, batch_invariant, value_range: as in the constructor.
+            timestep_scale: as in the constructor; None: that of the checkpoint.
             format, config: of a file of weights: see `fastddpm.checkpoints.load`.
         Raises: ValueError: there is no checkpoint, or it is damaged or needs something that is not supported.
         """
@@ -204,7 +208,8 @@ class Sampler:
             precision=compute.precision,
             engine=engine,
             batch_invariant=batch_invariant,
-            timestep_scale=checkpoint.timestep_scale,
+            timestep_scale=checkpoint.timestep_scale if timestep_scale is None else timestep_scale,
+            value_range=value_range,
         )
         sampler._classes, sampler._decoder = checkpoint.classes, checkpoint.decoder
         sampler._null_label = checkpoint.null_label
@@ -300,7 +305,7 @@ class Sampler:
             listed=timesteps is not None,
         )
         addresses = noise_address(seed, samples)
-        given = Given(
+        given = ConditionArguments(
             class_labels=class_labels,
             model_kwargs=model_kwargs,
             concat=concat,
@@ -365,8 +370,8 @@ class Sampler:
         """See `arguments.checked_labels`."""
         return checked_labels(given, count, self.model)
 
-    def conditions(self, given: Given, count: int, noising: Tensor | None = None) -> Conditions:
-        """See `Given.conditions`."""
+    def conditions(self, given: ConditionArguments, count: int, noising: Tensor | None = None) -> Conditions:
+        """See `ConditionArguments.conditions`."""
         null_label = self.null_label
         return given.conditions(count, model=self.model, shape=self.shape, null_label=null_label, noising=noising)
 
@@ -392,12 +397,3 @@ class Sampler:
             given = shown(batch_invariant)
             raise ValueError(f"batch_invariant is {given}; want True, False or a whole number, 1 to {MOST_ENTRIES}")
         return int(batch_invariant)
-
-
-def sample_shape(net: UNet2D, schedule: Schedule | None = None) -> tuple[int, ...]:
-    """(C, H, W) of a network's samples, from its configuration; half of the channels may be for the variance."""
-    size = net.config["sample_size"]
-    channels = min(net.config["in_channels"], net.config["out_channels"])
-    if schedule is not None and schedule.learns_variance and net.config["out_channels"] % 2 == 0:
-        channels = net.config["out_channels"] // 2
-    return (channels, *((size, size) if isinstance(size, int) else size))

@@ -81,7 +81,8 @@ class StepWatch:
         first = int(bad.max())
         if first >= 0:
             named = self.samples[bad == first].tolist()
+            who = "the network" if self.runner.conditions.x_0_fn is None else "the network or x_0_fn"
             raise ValueError(
-                f"{self.runner.describe_step(first)}: the network returned NaN or infinity for samples {named[:8]}"
+                f"{self.runner.describe_step(first)}: {who} returned NaN or infinity for samples {named[:8]}"
                 f"{' ...' * (len(named) > 8)}; {self.runner.prepared.advice_on_nan()}"
             )

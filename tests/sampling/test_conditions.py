@@ -1,6 +1,8 @@
 """What samples are given: every kind equals the reference, eagerly and in a graph, and depends on no other sample."""
 
 import copy
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -332,6 +334,25 @@ def test_callback_sees_what_x_0_fn_returns_and_every_visit():
     assert all(largest <= 0.5 + 0.01 * t + 1e-6 for _, t, largest in seen)
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3,), (2, 4, 3)])
+@pytest.mark.parametrize("given", [{}, {"x_0_fn": lambda x_0, t: x_0.clamp(-0.5, 0.5)}], ids=["", "x_0_fn"])
+def test_callback_cannot_change_the_samples(shape, given):
+    sampler = Sampler(lambda x, t: 0.5 * x, SCHEDULE, shape=shape, device="cpu")
+    want = sampler.sample(2, progress=False, **given)
+    spoil = lambda step, t, x_0, indices, x_t: (x_0.zero_(), x_t.zero_(), indices.zero_())
+    assert torch.equal(sampler.sample(2, callback=spoil, progress=False, **given), want)
+
+
+def test_runner_does_not_keep_the_function():
+    function = lambda x_0, t: x_0
+    sampler = Sampler(Net(), SCHEDULE, shape=SHAPE, device="cpu")
+    kept = weakref.ref(function)
+    sampler.sample(2, x_0_fn=function, progress=False)
+    del function
+    gc.collect()
+    assert kept() is None
+
+
 def test_progress_counts_every_visit():
     kind, counted = KINDS["resample"], []
     draw(sampler_of(kind), kind, batch_size=N)
@@ -434,6 +455,8 @@ def test_arrays_lists_and_masks_of_a_sample_are_accepted():
     mask[1:] = 1
     x = sampler_of(kind).sample(N, known=known, mask=mask, progress=False)
     assert torch.equal(x[:, :, 1:], torch.from_numpy(known)[:, :, 1:])
+    for form in (mask[None], mask[None, None], np.broadcast_to(mask, (N, 1, 4, 3)), np.broadcast_to(mask, (2, 4, 3))):
+        assert torch.equal(sampler_of(kind).sample(N, known=known, mask=form, progress=False), x)
     as_list = sampler_of(kind).sample(N, model_kwargs={"y": [0.5, 1, 2, 3, 4]}, progress=False)
     as_tensor = sampler_of(kind).sample(N, model_kwargs={"y": torch.tensor([0.5, 1, 2, 3, 4])}, progress=False)
     assert torch.equal(as_list, as_tensor)
@@ -459,6 +482,21 @@ MISTAKES = [
         "uncond_kwargs['y'] is (3,), but (2,) in model_kwargs; want the",
     ),
     ({**GUIDED, "uncond_kwargs": {"y": "no"}}, "uncond_kwargs['y'] is 'no'; want a tensor or an array"),
+    ({**GUIDED, "uncond_kwargs": {"y": float("nan")}}, "uncond_kwargs['y'] is nan; want"),
+    (
+        {"model_kwargs": {"y": torch.tensor([1, 2])}, "guidance_scale": 2, "uncond_kwargs": {"y": 0.5}},
+        "uncond_kwargs['y'] is 0.5; want finite numbers of torch.int64, as in model_kwargs",
+    ),
+    (
+        {**GUIDED, "guidance_scale": torch.tensor([True, False])},
+        "guidance_scale is tensor([ True, False]); want a number",
+    ),
+    (
+        {"model_kwargs": {"y": ["a", "b"]}},
+        "model_kwargs['y'] is ['a', 'b']; want a tensor, an array or a list of numbers",
+    ),
+    ({"model_kwargs": {"y": {1, 2}}}, "model_kwargs['y'] is {1, 2}; want a tensor, an array or a list of numbers"),
+    ({"model_kwargs": {"sample_index": torch.tensor([1, 2])}}, "model_kwargs has sample_index, which is filled in"),
     ({**GUIDED, "guidance_scale": [1, 2, 3]}, "guidance_scale is (3,) for 2 samples; want one entry per sample"),
     ({**GUIDED, "guidance_scale": "2"}, "guidance_scale is '2'; want a tensor or an array"),
     ({"uncond_kwargs": {"y": 0}}, "uncond_kwargs is {'y': 0}, but guidance_scale is missing; give it, too"),
@@ -484,17 +522,32 @@ MISTAKES = [
     ({"mask": KNOWN["mask"]}, "mask is given, but known is missing; give both"),
     (
         {**KNOWN, "mask": torch.ones(3, 4)},
-        "mask is (3, 4) for 2 samples of (2, 4, 3); want a mask for all, (2,",
+        "mask is (3, 4) for 2 samples of (2, 4, 3); want (2, 4, 3), (4, 3), [1, 2",
     ),
     (
         {**KNOWN, "mask": torch.full((4, 3), 0.5)},
         "mask has values besides 0 and 1; want 1 (or True) where x_0 is",
     ),
     ({**KNOWN, "known": randn(2, 2, 4, 4)}, "known is (2, 2, 4, 4) for 2 samples of (2, 4, 3); want (2, 2, 4, 3)"),
+    (
+        {"known": KNOWN["known"], "mask": torch.ones(2, 4, 3)},
+        "mask is (2, 4, 3) for 2 samples, which may be meant in two ways; want [1, 2, 4, 3] for all samples, or",
+    ),
+    (
+        {**KNOWN, "mask": torch.ones(2, 3, 4, 3)},
+        "mask is (2, 3, 4, 3) for 2 samples of (2, 4, 3); want 1 or 2 channels",
+    ),
     ({**KNOWN, "resample": 0}, "resample is 0; want a whole number from 1 to 4096"),
     ({"resample": 2}, "resample is 2, but known and mask are missing; give both, or leave it out"),
     ({"x_0_fn": 3}, "x_0_fn is 3; want a function, called as x_0_fn(x_0, t), or None"),
     ({"x_0_fn": lambda x_0, t: x_0[:, 0]}, "x_0_fn returned (2, 4, 3) torch.float32 for x_0 (2, 2, 4, 3); want"),
+    ({"x_0_fn": lambda x_0: x_0}, "x_0_fn cannot be called as x_0_fn(x_0, t) (too many positional arguments)"),
+    (
+        {"x_0_fn": lambda x_0, t: x_0 * float("nan")},
+        "step 1 of 12 (t = 11): the network or x_0_fn returned NaN or infi",
+    ),
+    ({"trajectory": []}, "trajectory is empty; want timesteps that the steps visit, or None"),
+    ({"timesteps": [5]}, "timesteps begins late: its first timestep is 5 of 12"),
     ({"trajectory": [12]}, "trajectory has 12, which these steps do not visit; want visited timesteps, such as 11"),
     (
         {"timesteps": [6, 5, 4, 3, 2, 1, 0]},
@@ -533,7 +586,7 @@ def test_unet_mistakes():
         ),
         (
             {**labels, **concat, "guidance_scale": 2, "uncond_kwargs": {"class_labels": 4}},
-            "class_labels are [4, 4]; want whole numbers, 0 <= label < 4, one per sample",
+            "uncond_kwargs, the null label: class_labels are [4, 4]; want whole numbers, 0 <= label < 4",
         ),
         ({**concat, "model_kwargs": {"y": randn(2)}}, "model_kwargs has y; a UNet2D takes only class_labels"),
         ({**concat, **labels, "model_kwargs": labels}, "class_labels are in model_kwargs, too; give them once"),

@@ -17,7 +17,7 @@ from fastddpm.core.precision import Compute, arithmetic
 from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.capture import CaptureError, NoWaiting, StreamOrder
-from fastddpm.sampling.conditions import Conditions, Form
+from fastddpm.sampling.conditions import Conditions, InputForm
 from fastddpm.sampling.engine import KEPT, WORTH_CAPTURING, Engine
 from fastddpm.sampling.runner import Runner
 from tests.support.check import TINY, assert_as_accurate, at_once
@@ -468,7 +468,7 @@ def test_step_on_a_gpu_neither_waits_nor_mixes_devices(precision, given, monkeyp
                 if value is not None:
                     fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
-        form, shape = Form(concat=2 * (given == "concat"), guided="guidance" in given), (2, *SHAPE)
+        form, shape = InputForm(concat=2 * (given == "concat"), guided="guidance" in given), (2, *SHAPE)
         with made.runner(2, capture=False, form=form) as runner:
             if "num_class_embeds" in GIVEN.get(given, {}):
                 labels = torch.zeros(runner.network.entries, dtype=torch.int64, device="cuda")

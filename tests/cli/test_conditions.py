@@ -80,6 +80,22 @@ def test_other_channels_and_arguments(folder):
     assert np.array_equal(got, wanted("wide", concat=concat, class_labels=embedding))
 
 
+def test_labels_may_come_from_the_file():
+    np.savez("cond.npz", class_labels=np.array([2, 0, 1]))
+    assert np.array_equal(drawn("classes", "--cond cond.npz"), wanted("classes", class_labels=[2, 0, 1]))
+
+
+@pytest.mark.parametrize("name", ["mask.npy", "mask.npz", "masks"])
+def test_masks_of_every_kind(name, folder):
+    mask = MASK.numpy().astype(np.uint8)
+    np.save("mask.npy", mask)
+    np.savez("mask.npz", 255 * mask)
+    (folder / "masks").mkdir()
+    for i in range(3):
+        Image.fromarray(255 * mask).save(f"masks/{i}.png")
+    assert np.array_equal(drawn("tiny", f"--known images --mask {name}"), wanted("tiny", known=EACH, mask=MASK))
+
+
 def checkpoint_config(name):
     return dict(Sampler.from_pretrained(name).model.config)
 
@@ -118,7 +134,11 @@ MISTAKES = [
         "--init is two.npy, which holds 2 entries for 3 samples; want one",
     ),
     ("tiny", "--known images", "known is given, but mask is missing; give both"),
-    ("tiny", "--known images --mask wide.png", r"mask is \(4, 8\) for 3 samples of \(1, 4, 4\); want a mask for all"),
+    (
+        "tiny",
+        "--known images --mask wide.png",
+        r"mask is \(4, 8\) for 3 samples of \(1, 4, 4\); want \(1, 4, 4\), \(4, 4\)",
+    ),
     ("tiny", "--cond floats.npy", "--cond is floats.npy, a single array; want an .npz with named arrays"),
     ("tiny", "--cond two.npz", "model_kwargs has a; a UNet2D takes only class_labels"),
     ("classes", "--guidance-scale 2", "--guidance-scale is given, but the checkpoint names no null label"),

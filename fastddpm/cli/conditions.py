@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 _FILES = "an image for all samples, a folder of images, or an .npy or .npz with one entry per sample"
 
 
-def add_given(parser: argparse.ArgumentParser) -> None:
+def add_conditions(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    group = parser.add_argument_group("what samples are given")
+    group = parser.add_argument_group("conditions")
     group.add_argument(
         "--guidance-scale",
         type=float,
@@ -48,7 +48,7 @@ def add_given(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str, Any]:
+def condition_arguments(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str, Any]:
     """The arguments of `Sampler.batches` that the options mean; those not given are left out.
 
     Raises: ValueError: a file cannot be read, or does not fit the samples.
@@ -77,9 +77,11 @@ def given(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str,
 
 def steps_of(args: argparse.Namespace, sampler: "Sampler") -> int:
     """How many steps a run with these options takes."""
+    from fastddpm.sampling.beginning import steps_of_strength
+
     steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
     if args.strength is not None:
-        steps = int(steps * args.strength + 1e-9)
+        steps = steps_of_strength(steps, args.strength)
     return args.resample * (steps - 1) + 1
 
 
@@ -110,10 +112,12 @@ def _states(option: str, path: str, sampler: "Sampler", count: int, *, own_chann
 
 
 def _mask(path: str) -> np.ndarray:
+    """A mask for all samples, or [N, 1, ...]: of images, white (more than 127); of arrays, their values."""
     values = _values("--mask", path)
-    if values.dtype == np.uint8 and Path(path).suffix != ".npy":
-        values = values[0, ..., 0] > 127
-    return values
+    if Path(path).suffix.lower() in (".npy", ".npz"):
+        return values > 127 if values.dtype == np.uint8 and values.max(initial=0) > 1 else values
+    masks = values[..., 0] > 127
+    return masks[0] if len(masks) == 1 else masks[:, None]
 
 
 def _values(option: str, path: str) -> np.ndarray:

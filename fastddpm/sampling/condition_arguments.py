@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastddpm.core.checks import flag, is_real, shown, whole
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.arguments import checked_labels
 from fastddpm.sampling.batch_network import LABELS
 from fastddpm.sampling.conditions import Conditions
+from fastddpm.sampling.own_network import INDEX
 
 MOST_VISITS = 4096  # of a timestep: the noise of each has an address
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Given:
+class ConditionArguments:
     """The arguments of `Sampler.batches` that it only passes on to `conditions`, under the same names."""
 
     class_labels: Any = None
@@ -52,9 +54,7 @@ class Given:
             raise ValueError(f"x_0_fn is {shown(self.x_0_fn)}; want a function, called as x_0_fn(x_0, t), or None")
         resample = whole("resample", self.resample, 1, MOST_VISITS)
         if resample > 1 and known is None:
-            raise ValueError(
-                f"resample is {resample}, but known and mask are missing; give both, or leave resample out"
-            )
+            raise ValueError(f"resample is {resample}, but known and mask are missing; give both, or leave it out")
         return Conditions(
             kwargs=kwargs,
             uncond=uncond,
@@ -81,6 +81,10 @@ class Given:
                     "class_labels were given, but the model is not a class-conditional UNet2D; leave them out, or pass "
                     "them as model_kwargs={'class_labels': ...} to a network that takes an argument of that name"
                 )
+            if INDEX in kwargs:
+                raise ValueError(
+                    f"model_kwargs has {INDEX}, which is filled in for a network that asks for it; leave it out"
+                )
             return kwargs
         if unknown := kwargs.keys() - {LABELS}:
             raise ValueError(f"model_kwargs has {min(unknown)}; a UNet2D takes only {LABELS}")
@@ -98,6 +102,8 @@ class Given:
                 if value is not None:
                     raise ValueError(f"{name} is {shown(value)}, but guidance_scale is missing; give it, too")
             return None, {}
+        if isinstance(self.guidance_scale, Tensor | np.ndarray) and self.guidance_scale.dtype in (torch.bool, np.bool_):
+            raise ValueError(f"guidance_scale is {shown(self.guidance_scale)}; want a number, or one per sample")
         if is_real(self.guidance_scale):
             scale = torch.full((count,), float(self.guidance_scale), dtype=torch.float32, device="cpu")
         else:
@@ -120,19 +126,26 @@ class Given:
             )
         uncond = {name: _without(f"uncond_kwargs[{name!r}]", given[name], kwargs[name]) for name in given}
         if isinstance(model, UNet2D):
-            checked_labels(uncond[LABELS], count, model)
+            try:
+                checked_labels(uncond[LABELS], count, model)
+            except ValueError as error:
+                raise ValueError(f"uncond_kwargs, the null label: {error}") from error
         return scale, uncond
 
     def _concat(self, count: int, model: Any, shape: tuple[int, ...]) -> Tensor | None:
         channels, *spatial = shape
         takes = model.config["in_channels"] - channels if isinstance(model, UNet2D) else None
         if self.concat is None:
-            if takes:
+            if takes and takes > 0:
                 raise ValueError(
                     f"concat is missing; the network takes {takes} channels more than the {channels} of a sample: "
                     f"want [{count}, {takes}, {', '.join(map(str, spatial))}]"
                 )
             return None
+        if takes is not None and takes <= 0:
+            raise ValueError(
+                f"concat is given, but the network takes just the {channels} channels of x_t; leave it out"
+            )
         concat = _tensor("concat", self.concat, count)
         if concat.ndim != len(shape) + 1 or list(concat.shape[2:]) != spatial or takes not in (None, concat.shape[1]):
             wanted = ", ".join(map(str, [count, "C" if takes is None else takes, *spatial]))
@@ -145,20 +158,33 @@ class Given:
             raise ValueError(f"{other} is given, but {name} is missing; give both: mask is true where known holds x_0")
         if self.known is None:
             return None, None
-        mask = _tensor("mask", self.mask, None)
-        if mask.dtype != torch.bool:
-            if not ((mask == 0) | (mask == 1)).all():
-                raise ValueError("mask has values besides 0 and 1; want 1 (or True) where x_0 is known, else 0")
-            mask = mask != 0
-        for lead in ((), (count,)):
-            for channels in ([], [1], [shape[0]]):
-                if tuple(mask.shape) == (*lead, *channels, *shape[1:]) and len(mask.shape) > 0:
-                    mask = mask.reshape(*(lead or (1,)), *(channels or [1]), *shape[1:])
-                    return _states("known", self.known, count, shape), mask.expand(count, *shape)
+        return _states("known", self.known, count, shape), _mask(self.mask, count, shape)
+
+
+def _mask(given: Any, count: int, shape: tuple[int, ...]) -> Tensor:
+    """[count, *shape] bool."""
+    mask = _tensor("mask", given, None)
+    if mask.dtype != torch.bool:
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError("mask has values besides 0 and 1; want 1 (or True) where x_0 is known, else 0")
+        mask = mask != 0
+    spatial = shape[1:]
+    wanted = f"[1, {', '.join(map(str, shape))}] for all samples, or [{count}, 1, ...] with one per sample"
+    if mask.shape == shape and 1 < shape[0] == count:
         raise ValueError(
-            f"mask is {tuple(mask.shape)} for {count} samples of {shape}; want a mask for all, {shape} or {shape[1:]}, "
-            f"or one per sample, {(count, *shape)} or {(count, *shape[1:])}"
+            f"mask is {tuple(mask.shape)} for {count} samples, which may be meant in two ways; want {wanted}"
         )
+    if spatial and mask.shape == spatial:
+        mask = mask[None]
+    if mask.shape in (shape, (1, *spatial)) and (spatial or mask.shape == shape):
+        mask = mask[None]
+    if mask.ndim != len(shape) + 1 or mask.shape[0] not in (1, count) or mask.shape[2:] != spatial:
+        raise ValueError(
+            f"mask is {tuple(mask.shape)} for {count} samples of {shape}; want {shape}, {spatial}, {wanted}"
+        )
+    if mask.shape[1] not in ((1, shape[0]) if spatial else shape):
+        raise ValueError(f"mask is {tuple(mask.shape)} for {count} samples of {shape}; want 1 or {shape[0]} channels")
+    return mask.expand(count, *shape)
 
 
 def _tensor(name: str, value: Any, count: int | None) -> Tensor:
@@ -196,15 +222,27 @@ def _states(name: str, value: Any, count: int, shape: tuple[int, ...]) -> Tensor
 
 
 def _per_sample(name: str, value: Any, count: int) -> Any:
-    """An argument of the network: tensors, arrays and lists of numbers have an entry per sample, others are kept."""
-    if isinstance(value, Mapping):
-        return {key: _per_sample(f"{name}[{key!r}]", inner, count) for key, inner in value.items()}
-    is_list = isinstance(value, list | tuple)
-    if isinstance(value, Tensor | np.ndarray) or (is_list and value and all(map(is_real, value))):
+    """An argument of the network.
+
+    Tensors, arrays and lists of numbers (in any nesting that makes an array) have an entry per sample. Dicts, and lists
+    or tuples of tensors, are searched for them; numbers, strings and None are the same for all samples.
+    """
+    if value is None or isinstance(value, bool | str) or is_real(value):
+        return value
+    if isinstance(value, Tensor | np.ndarray):
         return _tensor(name, value, count)
-    if is_list:
-        return type(value)(_per_sample(f"{name}[{i}]", inner, count) for i, inner in enumerate(value))
-    return value
+    if type(value) is dict:
+        return {key: _per_sample(f"{name}[{key!r}]", inner, count) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        leaves = tree_leaves(value)
+        if leaves and all(isinstance(leaf, Tensor | np.ndarray | None) for leaf in leaves):
+            return type(value)(_per_sample(f"{name}[{i}]", inner, count) for i, inner in enumerate(value))
+        if leaves and all(isinstance(leaf, bool) or is_real(leaf) for leaf in leaves):
+            return _tensor(name, np.asarray(value), count)
+    raise ValueError(
+        f"{name} is {shown(value)}; want a tensor, an array or a list of numbers with one entry per sample, a dict or "
+        "a list of tensors, or a number, a string or None, which is the same for all samples"
+    )
 
 
 def _without(name: str, value: Any, condition: Any) -> Any:
@@ -223,9 +261,10 @@ def _without(name: str, value: Any, condition: Any) -> Any:
                 "model_kwargs a tensor with one entry per sample"
             )
         return value
-    if is_real(value):
-        return torch.full_like(condition, value)
-    tensor = _tensor(name, value, None).to(condition.device)
+    tensor = _tensor(name, np.asarray(value) if is_real(value) else value, None).to(condition.device)
+    held = tensor if condition.is_floating_point() else tensor.to(condition.dtype)
+    if not tensor.isfinite().all() or not held.eq(tensor).all():
+        raise ValueError(f"{name} is {shown(value)}; want finite numbers of {condition.dtype}, as in model_kwargs")
     if tensor.shape == condition.shape[1:]:
         tensor = tensor[None]
     if tensor.shape[1:] != condition.shape[1:] or len(tensor) not in (1, len(condition)):

@@ -150,6 +150,7 @@ def save(
     if not flag("pipeline", pipeline) and (root / "unet").exists():
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
+    options = _options(config)
     known = not beyond_diffusers(config, timestep_scale)
     class_name = "UNet2DModel" if known else _OWN_CLASS
     index = {
@@ -163,7 +164,7 @@ def save(
     _write_json(root / _INDEX, index)
     private = {"_class_name": class_name} | ({} if null_label is None else {_NULL_LABEL: null_label})
     scale = {} if timestep_scale is None else {_SCALE: timestep_scale}
-    _write_json(unet / _CONFIG, private | _options(config) | scale)
+    _write_json(unet / _CONFIG, private | options | scale)
     _write_json(scheduler / _SCHEDULER, schedule.to_config())
     # safetensors wants tensors that are contiguous and share no memory
     tensors = {

@@ -75,12 +75,14 @@ def build(
     Raises: ValueError: the file holds another network, or a flag differs from what the file shows.
     """
     layout = read_layout(path, state)
-    flags = DEFAULTS[project] | _shown_by(layout) | given
+    flags = DEFAULTS[project] | _shown_by(layout, given) | given
     _check_flags(path, layout, given, flags, project)
     widths = [width for width, attended in zip(layout.widths, layout.attended, strict=True) if attended]
     config = _config(layout, flags) | heads(flags, [*widths, layout.widths[-1]])
     notes = _notes(path, given, project)
     steps = flags["diffusion_steps"]
+    if steps < 1 or (flags["noise_schedule"] == "linear" and steps <= 20):
+        raise ValueError(f"diffusion_steps is {steps}; want at least 1, and more than 20 for the linear noise_schedule")
     scale = 1000 / steps if flags["rescale_timesteps"] and steps != 1000 else None
     size, channels = config["sample_size"], layout.out_channels // (2 if flags["learn_sigma"] else 1)
     return Checkpoint(
@@ -105,7 +107,7 @@ def read_layout(path: Path, state: Mapping[str, Tensor]) -> Layout:
         model_channels = state["time_embed.0.weight"].shape[1]
         columns = len(state["input_blocks.1.0.emb_layers.1.weight"])
         ends = state[FIRST].shape[1], len(state["out.2.weight"])
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
         lack = (
             f"it has no parameter {error}"
             if isinstance(error, KeyError)
@@ -133,28 +135,40 @@ def _levels(state: Mapping[str, Tensor], count: int) -> tuple[int, str]:
     return count - 1, "conv"  # a single level
 
 
-def _shown_by(layout: Layout) -> dict[str, Any]:
+def _shown_by(layout: Layout, given: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that a file shows, except those that depend on the size of the images."""
+    images = layout.in_channels // (2 if _enlarges(given) else 1)
     return {
         "num_channels": layout.model_channels,
         "num_res_blocks": layout.layers,
         "class_cond": layout.classes is not None,
-        "learn_sigma": layout.out_channels == 2 * layout.in_channels,
+        "learn_sigma": layout.out_channels == 2 * images,
         "use_scale_shift_norm": layout.scale_shift,
         "resblock_updown": layout.resize == "resnet",
         "conv_resample": layout.resize != "pool",
     }
 
 
+def _enlarges(given: Mapping[str, Any]) -> bool:
+    """Whether a network is one of super-resolution, which takes the enlarged image, too."""
+    return any(given.get(name) is not None for name in ("large_size", "small_size"))
+
+
 def _check_flags(path: Path, layout: Layout, given: Mapping[str, Any], flags: Mapping[str, Any], project: str) -> None:
     """Check the flags that were given, against what the file shows."""
-    shown = _shown_by(layout)
+    shown = _shown_by(layout, given)
+    if _enlarges(given) and layout.in_channels % 2:
+        raise ValueError(
+            f"large_size or small_size is given, but {path} holds a network that takes {layout.in_channels} channels, "
+            "not twice those of an image; leave them out"
+        )
     if len(layout.widths) == 1 or layout.resize == "resnet":
         del shown["conv_resample"]  # without effect
     if len(layout.widths) == 1:
         del shown["resblock_updown"]  # likewise
     images, rest = divmod(layout.out_channels, 2 if flags["learn_sigma"] else 1)
-    if not rest and layout.in_channels in (images, 2 * images):  # twice: super-resolution
+    possible = (2 * images,) if _enlarges(given) else (images, 2 * images)  # twice: super-resolution
+    if not rest and layout.in_channels in possible:
         del shown["learn_sigma"]
     elif "learn_sigma" not in given:
         raise ValueError(
@@ -266,6 +280,8 @@ def _parameters(
         rest, leaf = key[len(place) + 1 :].rpartition(".")[::2]
         name = places[place]
         if rest == "qkv":
+            if value.ndim == 0:
+                raise ValueError(f"{path}: {key} is a number; want rows of queries, keys and values")
             width = len(value) // 3
             count = config.get("num_attention_heads") or width // config["attention_head_dim"]
             count = count if isinstance(count, int) else count[name.startswith("up_blocks")]

@@ -97,6 +97,8 @@ def _load_file(
     content = files.read_content(path)
     options, place = files.read_options(path)
     state = files.find_state(content, guided_diffusion.FIRST)
+    if files.find_state(content, "first_stage_model.decoder.conv_in.weight"):
+        raise ValueError(f"{path} holds a latent diffusion model with its first stage, which is not supported")
     if format in ("auto", "lucidrains") and lucidrains.is_lucidrains(content):
         known = {*lucidrains.UNET, *lucidrains.DIFFUSION, *lucidrains.SECTIONS}
         beside = {name: value for name, value in options.items() if name in known}
@@ -148,4 +150,10 @@ def _project(format: str, options: Mapping[str, Any], flags: Mapping[str, Any]) 
         if project in named:
             return project
     guided, improved = (bool(OF_ONE_FORMAT[project] & flags.keys()) for project in UNETMODEL_PROJECTS)
+    steps = str(flags.get("diffusion_steps", 1000))
+    if not guided and not improved and steps != "1000" and "rescale_timesteps" not in flags:
+        raise ValueError(
+            f"diffusion_steps is {shown(steps)[1:-1]}, for which the network of guided-diffusion gets t, but that of "
+            "improved-diffusion t * 1000 / T, and nothing tells whose it is; pass format= or rescale_timesteps="
+        )
     return UNETMODEL_PROJECTS[improved and not guided]

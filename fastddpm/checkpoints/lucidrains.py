@@ -63,6 +63,13 @@ def build(path: Path, content: Mapping[str, Any], given: Mapping[str, Any], sche
     Raises: ValueError: the network or its training has something that is not supported, an option differs from what
         the file shows, or the package is not installed or does not have this network.
     """
+    try:
+        return _build(path, content, given, schedule)
+    except KeyError as error:
+        raise ValueError(f"{path} does not hold the whole state of a GaussianDiffusion: it has no {error}") from error
+
+
+def _build(path: Path, content: Mapping[str, Any], given: Mapping[str, Any], schedule: Schedule | None) -> Checkpoint:
     unet, diffusion = _sorted_options(given)
     found = [(state, key) for key, prefix in _PLACES if (state := _with_prefix(content, key, prefix))]
     state = check_tensors(path, found[0][0])
@@ -227,8 +234,13 @@ def _objective(
         for objective, divisor in (("pred_noise", snr), ("pred_x0", 1), ("pred_v", snr + 1))
         if torch.allclose((snr.clamp(max=gamma) / divisor).float(), saved.float(), rtol=1e-3, atol=1e-5)
     ]
-    if not matches or ("objective" in given and wanted in matches):
+    if "objective" in given and (wanted in matches or not matches):
         return wanted, ()
+    if not matches:
+        return wanted, (
+            f"{path} has loss weights of no known objective; {wanted} was assumed. If it was trained otherwise, pass "
+            "objective=",
+        )
     if "objective" in given:
         raise ValueError(
             f"objective is {wanted}, but the loss weights in {path} are those of {matches[0]}; correct the option or "

@@ -231,12 +231,63 @@ def test_the_network_of_improved_diffusion_is_given_scaled_timesteps(tmp_path):
         ({"project": "openai/improved-diffusion"}, 0.25),
         ({"sigma_small": True, "use_fp16": False}, None),
         ({"resblock_updown": False}, None),
-        ({}, None),
+        ({"rescale_timesteps": True}, 0.25),
     ],
 )
 def test_the_project_is_recognised_by_its_flags(options, scale, tmp_path):
     flags = {**{k: v for k, v in TINY.items() if k != "channel_mult"}, "diffusion_steps": 4000, **options}
     assert checkpoints.load(written(tmp_path / "model.pt", model(), flags)).timestep_scale == scale
+
+
+def test_a_scale_that_depends_on_the_project_is_not_guessed(tmp_path):
+    flags = {**{k: v for k, v in TINY.items() if k != "channel_mult"}, "diffusion_steps": 4000}
+    path = written(tmp_path / "model.pt", model(), flags)
+    assert check.error_line(checkpoints.load, path).startswith(
+        "diffusion_steps is 4000, for which the network of guided"
+    )
+    assert checkpoints.load(path, format="improved-diffusion").timestep_scale == 0.25
+    assert checkpoints.load(path, format="guided-diffusion").timestep_scale is None
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_super_resolution_is_told_by_its_flags(learn_sigma, tmp_path):
+    out = 6 if learn_sigma else 3
+    net = UNetModel(in_channels=6, out_channels=out, num_heads=1)
+    flags = {"large_size": SIZE, "small_size": 4, "num_channels": 32, "num_res_blocks": 1, "num_heads": 1,
+             "attention_resolutions": "4", "use_scale_shift_norm": False}  # fmt: skip
+    found = checkpoints.load(written(tmp_path / "model.pt", net, flags))
+    assert found.shape == (3, SIZE, SIZE)
+    assert found.schedule.learns_variance == learn_sigma
+    image = written(tmp_path / "image.pt", model(), {**TINY, "small_size": 4})
+    assert check.error_line(checkpoints.load, image).startswith("large_size or small_size is given, but")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda state: [state.pop(k) for k in [*state] if k.startswith("output_blocks")],
+            "does not hold the UNetModel",
+        ),
+        (
+            lambda state: state.update({"middle_block.1.qkv.bias": torch.tensor(1.0)}),
+            "is a number; want rows of queries",
+        ),
+        (lambda state: state.update({"first_stage_model.decoder.conv_in.weight": torch.ones(1)}), "a latent diffusion"),
+    ],
+)
+def test_damaged_and_other_states_are_refused(change, message, tmp_path):
+    state = model().state_dict()
+    change(state)
+    torch.save(state, tmp_path / "model.pt")
+    assert message in check.error_line(checkpoints.load, tmp_path / "model.pt", **TINY)
+
+
+@pytest.mark.parametrize("steps", [0, 10])
+def test_too_few_steps_are_refused(steps, tmp_path):
+    path = written(tmp_path / "model.pt", model(), TINY)
+    line = check.error_line(checkpoints.load, path, diffusion_steps=steps, rescale_timesteps=False)
+    assert line == f"diffusion_steps is {steps}; want at least 1, and more than 20 for the linear noise_schedule"
 
 
 # Files

@@ -383,7 +383,7 @@ def test_truncated_pickle_of_the_old_format(folder, unet, keep):
     ("wrong", "want"),
     [
         ({"config": None}, "config is None; want the options of a UNet2D by name"),
-        ({"config": {"norm_eps": 1j}}, "config: a value is 1j; want a finite number"),
+        ({"config": {"norm_eps": 1j}}, "UNet2D: norm_eps is 1j; want a finite number, above 0, at most 1"),
         ({"state_dict": [1]}, "state_dict is [1]; want parameters by name, such as unet.state_dict()"),
         ({"state_dict": {"a": 1}}, "state_dict is {'a': 1}; want parameters by name, such as unet.state_dict()"),
         ({"pipeline": "no"}, "pipeline is 'no'; want True or False"),

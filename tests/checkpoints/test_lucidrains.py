@@ -148,7 +148,7 @@ def test_schedule_and_objective_show_in_the_file(name, objective, gamma, package
     assert (again.schedule, again.shape) == (found.schedule, (3, 8, 16))
     other = "pred_x0" if objective != "pred_x0" else "pred_v"
     text = check.error_line(checkpoints.load, path, objective=other, **clipped)
-    assert text.startswith(f"objective is {other}, but {path} holds the loss's weights of {objective}")
+    assert text.startswith(f"objective is {other}, but the loss weights in {path} are those of {objective}")
     wrong = "cosine" if name != "cosine" else "linear"
     assert "holds other betas" in check.error_line(checkpoints.load, path, beta_schedule=wrong)
 

@@ -96,8 +96,11 @@ def code_sha256(network: nn.Module, *, numbers: bool = False) -> dict[str, str]:
 
 
 def value_sha256(value: Any) -> str:
-    """A hexadecimal digest of tensors, arrays, plain values and functions, in any nesting; of functions the code."""
-    return hashlib.sha256("\n".join(_described(value, set())).encode()).hexdigest()[:16]
+    """A hexadecimal digest of tensors, arrays, plain values and functions, in any nesting.
+
+    Of functions it is that of their code and of what they read: closures, and globals that are data or functions.
+    """
+    return hashlib.sha256("\n".join(_described(value, set(), deep=True)).encode()).hexdigest()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -189,8 +192,14 @@ def _function(value: Any) -> FunctionType | None:
     return None
 
 
-def _described(value: Any, seen: set[int]) -> Iterator[str]:
-    """Lines that change with what a value does or is. seen: ids of modules and functions that are described already."""
+def _described(value: Any, seen: set[int], *, deep: bool = False) -> Iterator[str]:
+    """Lines that change with what a value does or is.
+
+    Args:
+        seen: ids of modules, functions and objects that are described already.
+        deep: also describe the tensors, lists and so on that functions read as globals and that objects hold, which in
+            a network may be records of earlier calls.
+    """
     if isinstance(value, Tensor):
         content = _bits(value).cpu().numpy().data
         yield f"{list(value.shape)} {value.dtype} {hashlib.sha256(content).hexdigest()}"
@@ -200,49 +209,60 @@ def _described(value: Any, seen: set[int]) -> Iterator[str]:
         seen.add(id(value))
         yield f"{weights_sha256(value)} {code_sha256(value)}"
     elif isinstance(value, Mapping):
+        if deep:
+            yield f"a dict of {len(value)}"
         for name in sorted(value, key=repr):
             yield repr(name)
-            yield from _described(value[name], seen)
+            yield from _described(value[name], seen, deep=deep)
     elif isinstance(value, list | tuple):
+        if deep:
+            yield f"a list of {len(value)}"
         for part in value:
-            yield from _described(part, seen)
+            yield from _described(part, seen, deep=deep)
     elif isinstance(value, set | frozenset):
         yield from sorted(map(repr, value))
     elif isinstance(value, CodeType):
         yield f"{value.co_code.hex()} {value.co_names} {value.co_freevars}"
         yield from _described(value.co_consts, seen)
     elif isinstance(value, functools.partial):
-        yield from _described((value.func, value.args, value.keywords), seen)
+        yield from _described((value.func, value.args, value.keywords), seen, deep=deep)
     elif isinstance(value, MethodType):
-        yield from _described((value.__func__, value.__self__), seen)
+        yield from _described((value.__func__, value.__self__), seen, deep=deep)
     elif (function := _function(value)) is not None:
         yield function.__qualname__
         if _is_own(function) and id(function) not in seen:
             seen.add(id(function))
-            yield from _described_function(function, seen)
+            yield from _described_function(function, seen, deep=deep)
     else:
-        simple = isinstance(value, Number | str | bytes | None)
-        yield repr(value) if simple else type(value).__qualname__
-        if _is_object(value) and not isinstance(value, nn.Module) and id(value) not in seen:
-            seen.add(id(value))
-            with suppress(AttributeError):  # it has none
-                yield from _described(_settings(object.__getattribute__(value, "__dict__")), seen)
-        if callable(value) and not isinstance(value, type | nn.Module):
-            yield from _described(getattr(type(value), "__call__"), seen)  # noqa: B004, B009
+        yield from _described_object(value, seen, deep=deep)
 
 
-def _described_function(function: FunctionType, seen: set[int]) -> Iterator[str]:
-    yield from _described((function.__code__, function.__defaults__, function.__kwdefaults__), seen)
+def _described_object(value: Any, seen: set[int], *, deep: bool) -> Iterator[str]:
+    simple = isinstance(value, Number | str | bytes | None)
+    yield repr(value) if simple else type(value).__qualname__
+    if _is_object(value) and not isinstance(value, nn.Module) and id(value) not in seen:
+        seen.add(id(value))
+        with suppress(AttributeError):  # it has none
+            attributes = object.__getattribute__(value, "__dict__")
+            yield from _described(attributes if deep else _settings(attributes), seen, deep=deep)
+    if callable(value) and not isinstance(value, type | nn.Module):
+        yield from _described(getattr(type(value), "__call__"), seen, deep=deep)  # noqa: B004, B009
+
+
+def _described_function(function: FunctionType, seen: set[int], *, deep: bool) -> Iterator[str]:
+    yield from _described((function.__code__, function.__defaults__, function.__kwdefaults__), seen, deep=deep)
     for cell in function.__closure__ or ():
         try:
-            yield from _described(cell.cell_contents, seen)
+            yield from _described(cell.cell_contents, seen, deep=deep)
         except ValueError:  # of a variable that is not assigned yet
             yield "empty"
+    kinds: tuple[type, ...] = (bool, int, float, str, FunctionType)
+    kinds += (Tensor, np.ndarray, list, tuple, dict, set, nn.Module) if deep else ()
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
-        if isinstance(value, bool | int | float | str | FunctionType):
+        if isinstance(value, kinds) or (deep and _is_object(value)):
             yield name
-            yield from _described(value, seen)
+            yield from _described(value, seen, deep=deep)
 
 
 def _without_addresses(text: str) -> str:

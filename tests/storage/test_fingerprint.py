@@ -13,7 +13,15 @@ from torch import nn
 
 from fastddpm import __version__
 from fastddpm.storage import fingerprint
-from fastddpm.storage.fingerprint import code_sha256, differing, installed, machine, weights_sha256, weights_sums
+from fastddpm.storage.fingerprint import (
+    code_sha256,
+    differing,
+    installed,
+    machine,
+    value_sha256,
+    weights_sha256,
+    weights_sums,
+)
 from tests.support.check import error_line
 from tests.support.jobs import tiny_unet
 
@@ -468,3 +476,49 @@ def test_differing_fields(before, now, want):
     assert got == want
     assert list(got) == list(want)  # in the order of `before`
     assert str((before, now)) == unchanged
+
+
+MEASURED, SETTINGS = torch.zeros(3), {"scale": [1.0, 2.0]}
+
+
+def fits(x_0, t):
+    return x_0 + MEASURED * SETTINGS["scale"][0]
+
+
+class Towards:
+    def __init__(self, target):
+        self.target, self.weights = target, [1, 2]
+
+    def __call__(self, x_0, t):
+        return x_0 + self.target
+
+
+def test_digest_of_a_function_depends_on_the_data_it_reads(monkeypatch):
+    before = value_sha256(fits)
+    assert value_sha256(fits) == before
+    for name, other in (("MEASURED", torch.ones(3)), ("SETTINGS", {"scale": [1.0, 3.0]})):
+        with monkeypatch.context() as patch:
+            patch.setitem(globals(), name, other)
+            assert value_sha256(fits) != before
+
+
+def test_digest_of_an_object_depends_on_what_it_holds():
+    one, same, other = Towards(torch.zeros(2)), Towards(torch.zeros(2)), Towards(torch.ones(2))
+    assert value_sha256(one) == value_sha256(same) != value_sha256(other)
+    same.weights.append(3)
+    assert value_sha256(one) != value_sha256(same)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([[1, 2], [3]], [[1], [2, 3]]),
+        ({"y": torch.zeros(2)}, {"y": torch.zeros(2, 1)}),
+        ({"y": torch.zeros(2)}, {"z": torch.zeros(2)}),
+        (torch.tensor([1, 2]), torch.tensor([1.0, 2.0])),
+        (1, 1.0),
+        (True, 1),
+    ],
+)
+def test_digest_of_values_tells_them_apart(one, other):
+    assert value_sha256(one) != value_sha256(other)

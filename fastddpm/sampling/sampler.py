@@ -263,7 +263,7 @@ class Sampler:
                 out it is halved, with a warning, for all later batches too. It does not apply with batch_invariant.
             class_labels: one per sample, for a class-conditional `UNet2D`.
             model_kwargs: further arguments of the network by name: [N, ...] tensors, also in dicts and lists; numbers,
-                strings and None are the same for all samples.
+                strings and None are the same for all samples. Tensors here and below must not change meanwhile.
             concat: [N, C', *spatial]: channels that follow those of x_t on the way into the network.
             guidance_scale: classifier-free guidance (arXiv:2207.12598): m_u + scale (m_c - m_u), where m_c is the
                 output with the condition and m_u without; one number or [N].
@@ -373,6 +373,8 @@ class Sampler:
     def conditions(self, given: ConditionArguments, count: int, noising: Tensor | None = None) -> Conditions:
         """See `ConditionArguments.conditions`."""
         null_label = self.null_label
+        if given.guide_variance is True and not self.schedule.learns_variance:
+            raise ValueError("guide_variance is True, but the schedule has no learned variance; leave it out")
         return given.conditions(count, model=self.model, shape=self.shape, null_label=null_label, noising=noising)
 
     def _batches_are_at_most(self, size: int) -> None:

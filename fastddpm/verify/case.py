@@ -69,6 +69,7 @@ class NetworkCase(Case):
         progress: show bars.
         has_time: whether there is time to compare the distribution of samples.
         plain_networks: the reference U-Nets that `plain_output` has built, by dtype.
+        times: [T]: what the network gets for each timestep; None: the timestep.
     """
 
     net: UNet2D
@@ -77,6 +78,7 @@ class NetworkCase(Case):
     progress: bool = False
     has_time: bool = True
     plain_networks: dict[torch.dtype, UNet] = field(default_factory=dict)
+    times: Tensor | None = None
 
     @property
     def precisions(self) -> list[str]:
@@ -108,6 +110,7 @@ class NetworkCase(Case):
             precision=precision,
             engine=engine,
             batch_invariant=batch_invariant,
+            timestep_values=self.times,
         )
 
     def labels(self, samples: Iterable[int]) -> Tensor | None:
@@ -136,7 +139,9 @@ class NetworkCase(Case):
         if labels is not None:
             labels = labels.to(self.device, dtype if labels.is_floating_point() else None)
         with arithmetic(precision, self.device):
-            return self.plain_networks[dtype](x.to(dtype), torch.full_like(x[:, 0, 0, 0], t, dtype=torch.int64), labels)
+            told = torch.full_like(x[:, 0, 0, 0], t, dtype=torch.int64)
+            told = told if self.times is None else self.times.to(self.device)[told]
+            return self.plain_networks[dtype](x.to(dtype), told, labels)
 
     def reference_trajectory(
         self, precision: str, table: StepTable, rows: Tensor, samples: Iterable[int]

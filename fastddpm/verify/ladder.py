@@ -6,7 +6,6 @@ Triton is installed, its interpreter runs the Triton kernels.
 
 import os
 import time
-from typing import cast
 
 import torch
 
@@ -53,11 +52,19 @@ def verify(
             raise ValueError(f"steps is {steps!r} and seconds is {seconds:g}; give one of the two")
     deadline = None if seconds is None else time.monotonic() + seconds
     sampler = Sampler.from_pretrained(source, variant=variant, device=device, precision="fp32")
-    schedule, net = sampler.schedule, cast(UNet2D, sampler.model)
+    schedule, net = sampler.schedule, sampler.model
+    if not isinstance(net, UNet2D):
+        raise ValueError(f"the checkpoint holds a {type(net).__name__} of another package; want one of a UNet2D")
+    if (more := net.config["in_channels"] - sampler.shape[0]) > 0:
+        raise ValueError(
+            f"the network takes {more} channels more than a sample has (concat), which the ladder does not have; want "
+            "a checkpoint without them"
+        )
     check_output_channels(schedule, sampler.shape[0], net.config["out_channels"])
     schedule.table(steps)  # raises if steps is wrong, before anything runs
     implementation = BY_BACKEND[ops.backend(sampler.device)]
-    case = NetworkCase(schedule, sampler.device, implementation, net, sampler.shape, steps, progress)
+    times = sampler.engine.prepared.times
+    case = NetworkCase(schedule, sampler.device, implementation, net, sampler.shape, steps, progress, times=times)
     records = _climb_all(case, damage, deadline)
     damaged = [record for record in records if record.rung == damage]
     if damaged and all(record.verdict == "skipped" for record in damaged):

@@ -30,7 +30,8 @@ def unet_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
     n, T = 2, case.schedule.num_train_timesteps
     x, labels = noise.normal(noise.address(0, n), case.shape, stream=noise.START, t=T), case.labels(range(n))
     for precision in case.bar(case.precisions, "U-Net"):
-        engine = Engine(case.network(damage), case.shape, T, Compute(case.device, precision), "eager")
+        compute = Compute(case.device, precision)
+        engine = Engine(case.network(damage), case.shape, T, compute, "eager", times=case.times)
         ours, theirs, ref = [], [], []
         with engine.network(n, capture=False) as network:
             network.prepare(torch.arange(T, device="cpu"), labels)
@@ -106,7 +107,8 @@ def trajectory_errors(
     with ExitStack() as stack:
         runners = []
         for precision in precisions:
-            engine = Engine(case.net, case.shape, table.num_train_timesteps, Compute(case.device, precision))
+            compute = Compute(case.device, precision)
+            engine = Engine(case.net, case.shape, table.num_train_timesteps, compute, times=case.times)
             runner = stack.enter_context(engine.runner(1, capture=engine.captures(len(table))))
             runner.load(step_table(table, damage=damage), noise.address(0, 1), case.labels(range(1)))
             runner.start()

@@ -500,7 +500,7 @@ MISTAKES = [
     ({**GUIDED, "guidance_scale": [1, 2, 3]}, "guidance_scale is (3,) for 2 samples; want one entry per sample"),
     ({**GUIDED, "guidance_scale": "2"}, "guidance_scale is '2'; want a tensor or an array"),
     ({"uncond_kwargs": {"y": 0}}, "uncond_kwargs is {'y': 0}, but guidance_scale is missing; give it, too"),
-    ({"guide_variance": True}, "guide_variance is True, but guidance_scale is missing; give it, too"),
+    ({"guide_variance": True}, "guide_variance is True, but the schedule has no learned variance; leave it out"),
     ({"start": randn(2, *SHAPE)}, "start is given, but start_timestep is missing; give both"),
     ({"start_timestep": 3}, "start_timestep is given, but start is missing; give both"),
     ({"start": randn(2, 3), "start_timestep": 3}, "start is (2, 3) for 2 samples of (2, 4, 3); want (2, 2, 4, 3)"),

@@ -230,3 +230,20 @@ def test_help_hides_damage(capsys):
     text = capsys.readouterr().out
     assert "--steps" in text
     assert "damage" not in text
+
+
+def test_scaled_timesteps_are_those_of_the_network(tmp_path, only):
+    only("unet", "trajectory", "batch")
+    torch.manual_seed(0)
+    net = UNet2D(**NETWORK)
+    checkpoints.save(tmp_path, net.config, net.state_dict(), SCHEDULE, timestep_scale=83.5)
+    records = verify(tmp_path, device="cpu", progress=False)
+    assert {record.verdict for record in records} == {"pass"}
+
+
+def test_networks_that_need_more_are_refused(tmp_path):
+    source = save_tiny(tmp_path, in_channels=3)
+    line = check.error_line(verify, source, device="cpu")
+    assert line.startswith(
+        "the network takes 2 channels more than a sample has (concat), which the ladder does not give"
+    )

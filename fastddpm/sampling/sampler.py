@@ -372,10 +372,9 @@ class Sampler:
 
     def conditions(self, given: ConditionArguments, count: int, noising: Tensor | None = None) -> Conditions:
         """See `ConditionArguments.conditions`."""
-        null_label = self.null_label
         if given.guide_variance is True and not self.schedule.learns_variance:
             raise ValueError("guide_variance is True, but the schedule has no learned variance; leave it out")
-        return given.conditions(count, model=self.model, shape=self.shape, null_label=null_label, noising=noising)
+        return given.conditions(count, model=self.model, shape=self.shape, null_label=self.null_label, noising=noising)
 
     def _batches_are_at_most(self, size: int) -> None:
         self._largest = size

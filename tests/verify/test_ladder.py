@@ -244,6 +244,4 @@ def test_scaled_timesteps_are_those_of_the_network(tmp_path, only):
 def test_networks_that_need_more_are_refused(tmp_path):
     source = save_tiny(tmp_path, in_channels=3)
     line = check.error_line(verify, source, device="cpu")
-    assert line.startswith(
-        "the network takes 2 channels more than a sample has (concat), which the ladder does not give"
-    )
+    assert line.startswith("the network takes 2 channels more than a sample has (concat), which the ladder does not")

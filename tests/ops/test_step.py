@@ -290,7 +290,7 @@ BAD = [
     ("address", lambda a: a[0], r"address is \(2,\) torch.int64 on cpu; want \(2, 2\) .*: noise.address\("),
     ("pos", lambda pos: pos + 1, "pos is 1000; want 0 to 999, the rows of the table"),
     ("address", lambda a: a.int(), r"address is \(2, 2\) torch.int32 on cpu; want \(2, 2\) torch.int64"),
-    ("table", lambda table: table.to("meta"), r"table.rows is \(1000, 8\) .* on meta; want \(1000, 8\) .* on cpu"),
+    ("table", lambda table: table.to("meta"), r"table.rows is \(1000, 14\) .* on meta; want \(1000, 14\) .* on cpu"),
     ("table", lambda table: replace(table, rows=table.rows.double()), r"table.rows is .* torch.float64 .*; want"),
     ("table", lambda table: replace(table, rows=table.rows[:, :6]), r"table.rows is \(1000, 6\) .*; want \(1000, 14\)"),
     ("table", lambda table: replace(table, timesteps=table.timesteps[1:]), r"table.timesteps is \(999,\) .*; want"),

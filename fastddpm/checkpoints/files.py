@@ -20,7 +20,7 @@ CONFIG = "config.json"
 def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     """(the file of weights in a folder that is no checkpoint of diffusers, notes); None: there is none.
 
-    Averages of the weights come first, then later steps.
+    Averages of the weights come first, then later steps, then slower averages.
     """
     names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES[:2]) and not name.startswith("opt")]
     if not names:
@@ -29,9 +29,9 @@ def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     if configured in names:
         return folder / configured, ()
 
-    def rank(name: str) -> tuple[bool, int, str]:
-        numbers = re.findall(r"\d+", name)
-        return name.startswith("ema"), int(numbers[-1][:18]) if numbers else -1, name
+    def rank(name: str) -> tuple[bool, int, float, str]:
+        numbers, rate = re.findall(r"\d+", name), re.search(r"0\.\d+", name)
+        return name.startswith("ema"), int(numbers[-1][:18]) if numbers else -1, float(rate[0]) if rate else 0.0, name
 
     best = max(names, key=rank)
     others = len(names) - 1

@@ -347,11 +347,15 @@ def _split_heads(rows: Tensor, count: int, new_order: bool) -> Iterator[Tensor]:
 def _notes(path: Path, given: Mapping[str, Any], project: str) -> tuple[str, ...]:
     hidden = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule",
               "diffusion_steps")  # fmt: skip
+    notes: tuple[str, ...] = ()
+    if "," in (respacing := given.get("timestep_respacing", "")):
+        notes = (f"{path}: timestep_respacing {respacing} is not kept; list the timesteps when you sample",)
     if any(name in given for name in (*hidden, "large_size")):
-        return ()
+        return notes
     defaults = DEFAULTS[project]
     listed = ", ".join(f"{name} {defaults[name]}" for name in hidden)
     return (
+        *notes,
         f"{path} does not say which flags it was trained with, so the defaults of {project} were assumed ({listed}); "
         "pass the flags that differ, or put them into a JSON file of the same name beside it",
     )

@@ -283,6 +283,13 @@ def test_damaged_and_other_states_are_refused(change, message, tmp_path):
     assert message in check.error_line(checkpoints.load, tmp_path / "model.pt", **TINY)
 
 
+def test_respacing_in_sections_is_warned_of(tmp_path):
+    path = written(tmp_path / "model.pt", model(), {**TINY, "timestep_respacing": "10,5"})
+    assert checkpoints.load(path).notes == (
+        f"{path}: timestep_respacing 10,5 is not kept; list the timesteps when you sample",
+    )
+
+
 @pytest.mark.parametrize("steps", [0, 10])
 def test_too_few_steps_are_refused(steps, tmp_path):
     path = written(tmp_path / "model.pt", model(), TINY)
@@ -345,6 +352,7 @@ def test_a_folder_of_checkpoints_gives_the_last_average(tmp_path):
         for name in (f"model{step:06}.pt", f"ema_0.9999_{step:06}.pt", f"opt{step:06}.pt"):
             torch.save({"step": step}, tmp_path / name)
     written(tmp_path / "ema_0.9999_010000.pt", model())
+    written(tmp_path / "ema_0.999_010000.pt", model(seed=2))
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     (note,) = checkpoints.load(tmp_path).notes
     assert "of which ema_0.9999_010000.pt was read" in note

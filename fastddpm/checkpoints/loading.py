@@ -1,5 +1,6 @@
 """Loads a checkpoint of any format: finds or downloads it, recognises its format and calls that format's module."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,10 @@ from fastddpm.core.schedule import Schedule
 
 FORMATS = ("diffusers", *UNETMODEL_PROJECTS, "lucidrains")
 _OF_DIFFUSERS = ("model_index.json", "unet", "unet_ema", "scheduler", "scheduler_config.json")
+_ARGUMENTS = (  # of this function and of `Sampler.from_pretrained`
+    *("variant", "schedule", "format", "shape", "device", "precision", "engine", "batch_invariant"),
+    *("timestep_scale", "value_range"),
+)
 _FILE = "a .pt file of guided-diffusion, improved-diffusion or denoising-diffusion-pytorch"
 
 
@@ -55,9 +60,10 @@ def load(
             raise ValueError(f"variant is {shown(variant)}, but {place} is one file; leave it out")
         return _load_file(place, format, config, schedule, notes)
     if config:
-        raise ValueError(
-            f"there is no argument {shown(next(iter(config)))} for a checkpoint of diffusers; leave it out"
-        )
+        unknown = next(iter(config))
+        alike = difflib.get_close_matches(unknown, _ARGUMENTS, 1)
+        hint = f"did you mean '{alike[0]}'?" if alike else "a checkpoint of diffusers needs none; leave it out"
+        raise ValueError(f"there is no argument {shown(unknown)}; {hint}")
     folder = Path(path)
     if not os.path.isdir(path):
         folder = shipped_model() if path == SHIPPED_MODEL else diffusers.download(path, variant)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import layout, noise
+from fastddpm.core.table import COLUMNS, StepTable
 from fastddpm.ops.library import FLOATS, MAX_PER_SAMPLE
 
 
@@ -38,6 +39,18 @@ def check_address(op: str, address: Tensor, n: int, device: torch.device) -> Non
     """Check that address holds the noise addresses of n entries."""
     hint = "noise.address(seed, samples, device) makes one"
     check_tensor(op, "address", address, (n, 2), torch.int64, device, hint)
+
+
+def check_step(op: str, x: Tensor, table: StepTable, pos: Tensor, address: Tensor, bad: Tensor | None) -> None:
+    """Check what all steps of a state x take besides the network's output, as `ops.step` describes it."""
+    n, rows, hint = len(x), table.rows, "Schedule.table(...).to(x.device) makes one"
+    check_tensor(op, "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
+    check_address(op, address, n, x.device)
+    check_tensor(op, "table.rows", rows, (*rows.shape[:1], len(COLUMNS)), torch.float32, x.device, hint)
+    check_tensor(op, "table.timesteps", table.timesteps, rows.shape[:1], torch.int32, x.device, hint)
+    if bad is not None:
+        hint = "torch.full((n,), -1, dtype=torch.int32) makes one to start with"
+        check_tensor(op, "bad", bad, (n,), torch.int32, x.device, hint)
 
 
 def check_rows(op: str, name: str, rows: Tensor, count: int) -> None:

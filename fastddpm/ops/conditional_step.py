@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import noise
-from fastddpm.core.table import COLUMNS, StepTable
+from fastddpm.core.table import StepTable
 from fastddpm.ops.backend import launcher
-from fastddpm.ops.checks import check_address, check_rows, check_state, check_tensor, tensor_summary
+from fastddpm.ops.checks import check_rows, check_state, check_step, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, register
+from fastddpm.ops.step import raise_flags
 from fastddpm.reference.diffusion import guided, replaced, update
 
 LEARNED = {None: 0, "unused": 0, "learned": 1, "learned_range": 2}
@@ -91,11 +92,7 @@ def _check_arguments(
             "learned variance 2C channels"
         )
     check_state(op, "m", m, FLOATS)
-    check_tensor(op, "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
-    check_address(op, address, n, x.device)
-    rows, hint = table.rows, "Schedule.table(...).to(x.device) makes one"
-    check_tensor(op, "table.rows", rows, (*rows.shape[:1], len(COLUMNS)), torch.float32, x.device, hint)
-    check_tensor(op, "table.timesteps", table.timesteps, rows.shape[:1], torch.int32, x.device, hint)
+    check_step(op, x, table, pos, address, bad)
     if guidance is not None:
         check_tensor(op, "guidance", guidance, (n,), torch.float32, x.device, "the scale of each entry of x")
     if (known is None) != (mask is None):
@@ -109,9 +106,6 @@ def _check_arguments(
         raise ValueError(
             f"{op}: x_0 is given, but the table has no rows for it; Schedule.table(with_x_0=True) makes some"
         )
-    if bad is not None:
-        hint = "torch.full((n,), -1, dtype=torch.int32) makes one to start with"
-        check_tensor(op, "bad", bad, (n,), torch.int32, x.device, hint)
 
 
 def _conditional_step(
@@ -146,8 +140,7 @@ def _conditional_step(
         x_prev = replaced(x_prev, known, mask, row, known_z)
     x.copy_(x_prev)
     if bad is not None:
-        finite = x.isfinite().flatten(1).all(1)
-        bad.copy_(torch.where(finite, bad, torch.maximum(bad, pos)))
+        raise_flags(bad, x, pos)
 
 
 register(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import layout, noise
-from fastddpm.core.table import COLUMNS, StepColumns, StepTable
+from fastddpm.core.table import StepColumns, StepTable
 from fastddpm.ops.backend import backend, launcher
-from fastddpm.ops.checks import check_address, check_rows, check_state, check_tensor, tensor_summary
+from fastddpm.ops.checks import check_rows, check_state, check_step, tensor_summary
 from fastddpm.ops.library import FLOATS, register
 from fastddpm.reference.diffusion import update
 
@@ -92,12 +92,7 @@ def _check_arguments(
 ) -> None:
     check_state("step", "x", x, (torch.float32,))
     _check_model_output(x, m)
-    n = len(x)
-    check_tensor("step", "pos", pos, (n,), torch.int32, x.device, "the table row each entry of x is at")
-    check_address("step", address, n, x.device)
-    rows, timesteps, hint = table.rows, table.timesteps, "Schedule.table(...).to(x.device) makes one"
-    check_tensor("step", "table.rows", rows, (*rows.shape[:1], len(COLUMNS)), torch.float32, x.device, hint)
-    check_tensor("step", "table.timesteps", timesteps, rows.shape[:1], torch.int32, x.device, hint)
+    check_step("step", x, table, pos, address, bad)
     if out_dtype not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"step: out_dtype is {out_dtype}; want bfloat16, float16, or None: x itself is float32")
     if out is not None:
@@ -108,9 +103,6 @@ def _check_arguments(
         check_state("step", "out", out, FLOATS[1:])
         if out.shape != x.shape or out.device != x.device:
             raise ValueError(f"step: out is {tensor_summary(out)}; want {tuple(x.shape)} on {x.device}, like x")
-    if bad is not None:
-        hint = "torch.full((n,), -1, dtype=torch.int32) makes one to start with"
-        check_tensor("step", "bad", bad, (n,), torch.int32, x.device, hint)
 
 
 def _check_model_output(x: Tensor, m: Tensor) -> None:
@@ -147,8 +139,13 @@ def _step(
     if copy is not None:
         copy.copy_(x)
     if bad is not None:
-        finite = x.isfinite().flatten(1).all(1)
-        bad.copy_(torch.where(finite, bad, torch.maximum(bad, pos)))
+        raise_flags(bad, x, pos)
+
+
+def raise_flags(bad: Tensor, x: Tensor, pos: Tensor) -> None:
+    """Raise the flag of each entry that holds a value that is not finite to its position: see `step`."""
+    finite = x.isfinite().flatten(1).all(1)
+    bad.copy_(torch.where(finite, bad, torch.maximum(bad, pos)))
 
 
 register(

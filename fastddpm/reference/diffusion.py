@@ -267,14 +267,18 @@ class Diffusion:
     def T(self) -> int:
         return len(self.betas)
 
+    @property
+    def noising_rows(self) -> Tensor:
+        """[T, 2] float64: sqrt(abar_t) and sqrt(1 - abar_t), the coefficients of eq. 4."""
+        return torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()], -1)
+
     def diffuse(self, x_prev: Tensor, t: int | Tensor, z: Tensor) -> Tensor:
         """q(x_t | x_{t-1}), eq. 2: x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) z, one step of the forward process."""
         return _coefficient(self.alphas.sqrt(), t, x_prev) * x_prev + _coefficient(self.betas.sqrt(), t, x_prev) * z
 
     def noised(self, x_0: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """q(x_t | x_0), eq. 4: has the distribution that steps 0..t of the forward process give."""
-        rows = torch.stack([self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()], -1)
-        return add_noise(x_0, eps, rows.to(x_0.device)[t])
+        return add_noise(x_0, eps, self.noising_rows.to(x_0.device)[t])
 
     def posterior(self, x_0: Tensor, x_t: Tensor, t: int | Tensor) -> Posterior:
         """q(x_{t-1} | x_t, x_0), eq. 6 and 7."""

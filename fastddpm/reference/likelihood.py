@@ -202,8 +202,7 @@ def hybrid_loss(
     """
     m, v = model(process.noised(x_0, t, eps), t).to(x_0.dtype).chunk(2, 1)
     frozen = torch.cat([m.detach(), v], 1)
-    rows = torch.stack([process.alphas_cumprod.sqrt(), (1 - process.alphas_cumprod).sqrt()], -1)
-    simple = (m - target(x_0, eps, rows[t], predicts)).square().mean()
+    simple = (m - target(x_0, eps, process.noising_rows.to(x_0.device)[t], predicts)).square().mean()
     nats = term(process, lambda *_: frozen, x_0, t, eps, predicts=predicts, variance_type=variance_type)
     vlb = process.T * nats.mean() / (math.log(2) * x_0[0].numel())
     return simple + HYBRID_WEIGHT * vlb

@@ -93,7 +93,7 @@ def _guided(m_c, m_u, scale_ptr):
 @triton.jit
 def exponential(a):
     """exp(a), in the operations of the specification."""
-    a = tl.where(a < -87.0, -87.0, tl.where(a > 88.5, 88.5, a))  # NaN stays NaN
+    a = tl.where(a < -120.0, -120.0, tl.where(a > 120.0, 120.0, a))  # NaN stays NaN
     shifted = a * 1.44269504 + 12582912.0
     whole = shifted - 12582912.0
     r = (a - whole * 0.693145752) - whole * 1.42860677e-6
@@ -102,8 +102,10 @@ def exponential(a):
     p = p * r + 4.1666295e-2
     p = p * r + 1.6666666e-1
     p = p * r + 0.5
-    power = ((shifted.to(tl.int32, bitcast=True) - 0x4B400000 + 127) << 23).to(tl.float32, bitcast=True)
-    return ((p * (r * r) + r) + 1.0) * power
+    k = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    first = (((k >> 1) + 127) << 23).to(tl.float32, bitcast=True)
+    second = ((k - (k >> 1) + 127) << 23).to(tl.float32, bitcast=True)
+    return ((p * (r * r) + r) + 1.0) * first * second
 
 
 def launch_conditional_step(

@@ -76,18 +76,20 @@ def deviation(v: Tensor, L: Tensor, V: Tensor, learned: str) -> Tensor:
 
 
 def exponential(a: Tensor) -> Tensor:
-    """exp(a), rounded as written for float32, within one unit in the last place. Infinite above 88.37."""
+    """exp(a), rounded as written for float32, within one unit in the last place."""
     if a.dtype != torch.float32:
         return a.exp()
-    a = torch.where(a < -87.0, -87.0, torch.where(a > 88.5, 88.5, a))
+    a = torch.where(a < -120.0, -120.0, torch.where(a > 120.0, 120.0, a))
     shifted = a * 1.44269504 + 12582912.0  # adding and subtracting 1.5 2^23 rounds to a whole number
     whole = shifted - 12582912.0
     r = (a - whole * 0.693145752) - whole * 1.42860677e-6  # exp(a) = 2^whole exp(r), |r| <= ln(2) / 2
     p = r * 1.97903e-4 + 1.3944703e-3
     for k in (8.333498e-3, 4.1666295e-2, 1.6666666e-1, 0.5):
         p = p * r + k
-    power = ((shifted.view(torch.int32) - 0x4B400000 + 127) << 23).view(torch.float32)
-    return ((p * (r * r) + r) + 1.0) * power
+    exponent = shifted.view(torch.int32) - 0x4B400000
+    halves = exponent >> 1, exponent - (exponent >> 1)
+    first, second = (((half + 127) << 23).view(torch.float32) for half in halves)
+    return ((p * (r * r) + r) + 1.0) * first * second  # 2^whole in two factors, of which none is subnormal
 
 
 def replaced(x: Tensor, known: Tensor, mask: Tensor, row: Tensor, z: Tensor) -> Tensor:

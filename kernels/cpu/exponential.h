@@ -1,9 +1,11 @@
-// exp(a) of vectors, for a <= 0, as a product of three factors.
+// exp(a) of vectors, for a <= 120, as a product of three factors.
 #pragma once
 
 #include "kernel.h"
 
 namespace fastddpm::FASTDDPM_ISA {
+
+constexpr float MOST_EXPONENT = 120.0f;  // of which exp is infinite
 
 inline Lanes all(float value) { return Lanes{} + value; }
 

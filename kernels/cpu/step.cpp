@@ -3,6 +3,7 @@
 // Traffic and precision: as kernels/step.py and kernels/conditional_step.py, their twins.
 // Spec: fastddpm/reference/diffusion.py::update, guided, deviation, replaced with fastddpm/core/noise.py, streams 0 and
 // 4. Proof: tests/ops/test_step.py, tests/ops/test_conditional_step.py.
+#include "exponential.h"
 #include "floats.h"
 #include "philox.h"
 
@@ -72,27 +73,20 @@ void guide(float scale, int count, const float* without, float* m) {
     for (int i = 0; i < count; ++i) m[i] = without[i] + scale * (m[i] - without[i]);
 }
 
-// exp(a), in the operations of the specification.
-float exponential(float a) {
-    a = a < -87.0f ? -87.0f : a > 88.5f ? 88.5f : a;  // NaN stays NaN
-    float shifted = a * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
-    float r = (a - whole * 0.693145752f) - whole * 1.42860677e-6f;
-    float p = r * 1.97903e-4f + 1.3944703e-3f;
-    p = p * r + 8.333498e-3f;
-    p = p * r + 4.1666295e-2f;
-    p = p * r + 1.6666666e-1f;
-    p = p * r + 0.5f;
-    return ((p * (r * r) + r) + 1.0f) * bits_as<float>((bits_as<uint32_t>(shifted) - 0x4B400000u + 127u) << 23);
-}
-
 enum Learned : int64_t { FIXED, VARIANCE, RANGE };
 
-// Turn outputs for the variance into standard deviations.
+// Turn outputs for the variance into standard deviations. v: [BLOCK], of which `count` are outputs.
 void deviations(const Row& row, int64_t learned, int count, float* v) {
-    if (learned == VARIANCE)
+    if (learned == VARIANCE) {
         for (int i = 0; i < count; ++i) v[i] = row.S * __builtin_sqrtf(v[i]);
-    else
-        for (int i = 0; i < count; ++i) v[i] = row.S * exponential(row.L + row.V * v[i]);
+        return;
+    }
+    std::memset(v + count, 0, sizeof(float) * (BLOCK - count));
+    for (int i = 0; i < count; i += LANES) {
+        Lanes a = row.L + row.V * load(v + i);
+        a = a > MOST_EXPONENT ? all(MOST_EXPONENT) : a;  // NaN stays NaN
+        store(row.S * Exponentials<1>({a}).value(0), v + i);
+    }
 }
 
 }  // namespace

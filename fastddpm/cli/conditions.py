@@ -77,12 +77,12 @@ def condition_arguments(args: argparse.Namespace, sampler: "Sampler", count: int
 
 def steps_of(args: argparse.Namespace, sampler: "Sampler") -> int:
     """How many steps a run with these options takes."""
-    from fastddpm.sampling.beginning import steps_of_strength
+    from fastddpm.sampling.beginning import steps_of_strength, with_visits
 
     steps = sampler.schedule.num_train_timesteps if args.steps is None else args.steps
     if args.strength is not None:
         steps = steps_of_strength(steps, args.strength)
-    return args.resample * (steps - 1) + 1
+    return with_visits(steps, args.resample)
 
 
 def _states(option: str, path: str, sampler: "Sampler", count: int, *, own_channels: bool) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Checks of the arguments of `Sampler`: an error says what came, what was wanted, and the way out."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -134,14 +133,6 @@ def check_functions(progress: Any, callback: Any) -> None:
         raise ValueError(
             f"callback is {shown(callback)}; want a function, called as callback(step, t, x_0, indices), or None"
         )
-
-
-def takes_x_t(callback: Callable[..., object]) -> bool:
-    """Whether a callback has an argument named x_t."""
-    try:
-        return "x_t" in inspect.signature(callback).parameters
-    except (ValueError, TypeError):  # a builtin function without a signature
-        return False
 
 
 def checked_labels(given: Any, count: int, model: Any) -> Tensor | None:

@@ -214,11 +214,7 @@ class BatchNetwork:
                 continue
             floats = self.prepared.own_dtype or torch.float32
             dtype = floats if leaf.is_floating_point() else torch.int64 if self.prepared.net is not None else leaf.dtype
-            buffer = old[i] if spec == old_spec else None
-            if isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (leaf.shape, dtype):
-                new.append(buffer.copy_(leaf))
-            else:
-                new.append(leaf.to(self.prepared.device, dtype, copy=True))
+            new.append(in_buffer(leaf, old[i] if spec == old_spec else None, self.prepared.device, dtype))
         self.kwargs = tree_unflatten(new, spec)
 
     def _t_of_entries(self) -> Tensor:
@@ -244,6 +240,13 @@ class BatchNetwork:
     def _reset(self) -> None:
         self.input.zero_()
         self.positions.zero_()
+
+
+def in_buffer(value: Tensor, buffer: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copy a tensor into a buffer if that has its shape and this dtype, otherwise into a new one. Returns: the buffer."""
+    if isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (value.shape, dtype):
+        return buffer.copy_(value)
+    return value.to(device, dtype, copy=True)
 
 
 def _place(leaf: Any) -> tuple[Any, ...]:

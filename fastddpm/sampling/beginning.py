@@ -72,6 +72,11 @@ def steps_of_strength(steps: int, strength: Any) -> int:
     return taken
 
 
+def with_visits(steps: int, resample: int) -> int:
+    """How many steps a run of so many timesteps takes, if it visits each but the last `resample` times."""
+    return resample * (steps - 1) + 1
+
+
 def _check_begins_with_noise(table: StepTable, schedule: Schedule) -> None:
     """A run that begins with pure noise should begin where x_t is almost that, or as near as its spacing allows."""
     visited = table.timesteps.long()

@@ -14,7 +14,7 @@ from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling.arguments import checked_labels
 from fastddpm.sampling.batch_network import LABELS
 from fastddpm.sampling.conditions import Conditions
-from fastddpm.sampling.own_network import INDEX
+from fastddpm.sampling.own_network import INDEX, accepts, takes
 
 MOST_VISITS = 4096  # of a timestep: the noise of each has an address
 
@@ -50,8 +50,7 @@ class ConditionArguments:
         kwargs = self._kwargs(count, model)
         guidance, uncond = self._guidance(count, kwargs, model, null_label)
         known, mask = self._known(count, shape)
-        if self.x_0_fn is not None and not callable(self.x_0_fn):
-            raise ValueError(f"x_0_fn is {shown(self.x_0_fn)}; want a function, called as x_0_fn(x_0, t), or None")
+        self._check_x_0_fn()
         resample = whole("resample", self.resample, 1, MOST_VISITS)
         if resample > 1 and known is None:
             raise ValueError(f"resample is {resample}, but known and mask are missing; give both, or leave it out")
@@ -69,6 +68,13 @@ class ConditionArguments:
             resample=resample,
             x_0_fn=self.x_0_fn,
         )
+
+    def _check_x_0_fn(self) -> None:
+        wanted = "called as x_0_fn(x_0, t), or x_0_fn(x_0, t, sample_index=...), or None"
+        if self.x_0_fn is None:
+            return
+        if not callable(self.x_0_fn) or not accepts(self.x_0_fn, {INDEX: None} if takes(self.x_0_fn, INDEX) else {}):
+            raise ValueError(f"x_0_fn is {shown(self.x_0_fn)}; want a function, {wanted}")
 
     def _kwargs(self, count: int, model: Any) -> dict[str, Any]:
         given = {} if self.model_kwargs is None else self.model_kwargs

@@ -21,7 +21,7 @@ from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
 from fastddpm.processes.progress import JobProgress, LostError
 from fastddpm.processes.signals import Stopped, stoppable
-from fastddpm.sampling.beginning import steps_of_strength
+from fastddpm.sampling.beginning import steps_of_strength, with_visits
 from fastddpm.sampling.condition_arguments import ConditionArguments, arguments
 from fastddpm.sampling.conditions import Conditions
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
@@ -247,7 +247,7 @@ class _Drawer:
             steps = int((table.timesteps <= drawing.start_timestep).sum())
         elif drawing.strength is not None:
             steps = steps_of_strength(steps, drawing.strength)
-        return steps + (steps - 1) * (0 if self.conditions is None else self.conditions.resample - 1)
+        return with_visits(steps, 1 if self.conditions is None else self.conditions.resample)
 
     def options(self, shards: ShardFolder, k: int) -> dict[str, Any]:
         """The arguments of `Sampler.batches` for shard k."""

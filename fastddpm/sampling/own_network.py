@@ -69,7 +69,7 @@ def call(
         with torch.autocast(compute.device.type, compute.dtype, cache_enabled=False) if autocasts else nullcontext():
             output = network(x, t, **kwargs)
     except TypeError as error:
-        if _accepts(network, kwargs):
+        if accepts(network, kwargs):
             raise
         wanted = f"model({', '.join(['x_t', 't', *(f'{name}=...' for name in kwargs)])})"
         raise ValueError(f"the network cannot be called as {wanted} ({error})") from error
@@ -106,10 +106,10 @@ def _generators(device: torch.device) -> list[bytes]:
     return [state.numpy().tobytes() for state in states]
 
 
-def _accepts(network: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a network can be called with x, t and these arguments, as far as Python knows."""
+def accepts(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module or a function can be called with x, t and these arguments, as far as Python knows."""
     try:
-        inspect.signature(network.forward if isinstance(network, nn.Module) else network).bind(None, None, **kwargs)
+        inspect.signature(function.forward if isinstance(function, nn.Module) else function).bind(None, None, **kwargs)
     except TypeError:
         return False
     except ValueError:  # a builtin function without a signature

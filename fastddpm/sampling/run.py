@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastddpm.core.table import StepTable
-from fastddpm.sampling.arguments import takes_x_t
 from fastddpm.sampling.batches import InOrder, evaluating, size_after_failure, split
+from fastddpm.sampling.beginning import with_visits
 from fastddpm.sampling.conditions import Conditions
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.loop import Observe, reverse_process
+from fastddpm.sampling.own_network import takes
 from fastddpm.sampling.runner import Runner
 from fastddpm.sampling.watch import OnSteps, StepWatch
 
@@ -73,7 +74,7 @@ class Run:
 
     def _steps(self) -> int:
         """How many steps a batch takes."""
-        return len(self.table) + (self.conditions.resample - 1) * (len(self.table) - 1)
+        return with_visits(len(self.table), self.conditions.resample)
 
     def _draw(self, engine: Engine, batch: Tensor, bar: Any, on_steps: OnSteps) -> Tensor:
         """All steps of one batch: [n, *shape] float32 on the CPU, contiguous, without empty entries."""
@@ -106,7 +107,7 @@ class Run:
 
 def _observer(callback: Callback, runner: Runner, occupied: Tensor, samples: Tensor) -> Observe:
     """A function that calls the callback."""
-    sees_x_t, steps = takes_x_t(callback), 0
+    sees_x_t, steps = takes(callback, "x_t"), 0
 
     def observe(row: int, x_0: Tensor) -> None:
         nonlocal steps

@@ -5,7 +5,6 @@ and sample index of each entry. So one captured CUDA graph serves every step of 
 wait and no allocation.
 """
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from fastddpm.ops.conditional_step import model_outputs
 from fastddpm.ops.step import repeated_step
 from fastddpm.reference.diffusion import add_noise, predicted_x_0, renoised
 from fastddpm.sampling import own_network
-from fastddpm.sampling.batch_network import LABELS, BatchNetwork, OutputError
+from fastddpm.sampling.batch_network import LABELS, BatchNetwork, OutputError, in_buffer
 from fastddpm.sampling.conditions import NOTHING, Conditions, InputForm
 from fastddpm.sampling.model import PreparedModel
 from fastddpm.sampling.replay import Network, plain_modes
@@ -54,7 +53,7 @@ class Runner:
         rows = torch.empty(T, len(COLUMNS), dtype=torch.float32, device=device)
         timesteps = torch.zeros_like(self.network.timesteps)
         self.table = StepTable(rows, rows.new_ones(T), timesteps, clip=False, num_train_timesteps=T)
-        self.conditions = NOTHING
+        self.conditions, self._x_0_fn_takes_index = NOTHING, False
         self._take_step = self._step_of_table()
 
     @contextmanager
@@ -144,15 +143,7 @@ class Runner:
         if change is None:
             return x_0
         t = self.network.timesteps.index_select(0, positions).long()
-        more = {own_network.INDEX: self.address[:, 1].clone()} if own_network.takes(change, own_network.INDEX) else {}
-        try:
-            inspect.signature(change).bind(x_0, t, **more)
-        except TypeError as error:
-            raise ValueError(
-                f"x_0_fn cannot be called as x_0_fn(x_0, t{', sample_index' * bool(more)}) ({error})"
-            ) from error
-        except ValueError:  # a builtin function without a signature
-            pass
+        more = {own_network.INDEX: self.address[:, 1].clone()} if self._x_0_fn_takes_index else {}
         changed = change(x_0.contiguous(), t, **more)
         if not isinstance(changed, Tensor) or changed.shape != x_0.shape or not changed.is_floating_point():
             what = f"{tuple(changed.shape)} {changed.dtype}" if isinstance(changed, Tensor) else type(changed).__name__
@@ -206,12 +197,10 @@ class Runner:
         """Copy tensors into the buffers of the last ones if their shapes agree, otherwise into new ones."""
         device, buffers = self.prepared.device, {}
         for name in ("guidance", "known", "mask", "start", "init", "noising"):
-            value, old = getattr(given, name), getattr(self.conditions, name)
-            if value is not None and old is not None and old.shape == value.shape:
-                buffers[name] = old.copy_(value)
-            elif value is not None:
-                value = value.to(device, copy=True)
-                buffers[name] = value if value.ndim == 1 else layout.channels_last(value)
+            if (value := getattr(given, name)) is not None:
+                held = in_buffer(value, getattr(self.conditions, name), device, value.dtype)
+                buffers[name] = held if held.ndim == 1 else layout.channels_last(held)
+        self._x_0_fn_takes_index = given.x_0_fn is not None and own_network.takes(given.x_0_fn, own_network.INDEX)
         names = "guide_variance", "resample", "x_0_fn"
         self.conditions = replace(NOTHING, **buffers, **{name: getattr(given, name) for name in names})
 

@@ -539,9 +539,12 @@ MISTAKES = [
     ),
     ({**KNOWN, "resample": 0}, "resample is 0; want a whole number from 1 to 4096"),
     ({"resample": 2}, "resample is 2, but known and mask are missing; give both, or leave it out"),
-    ({"x_0_fn": 3}, "x_0_fn is 3; want a function, called as x_0_fn(x_0, t), or None"),
+    (
+        {"x_0_fn": 3},
+        "x_0_fn is 3; want a function, called as x_0_fn(x_0, t), or x_0_fn(x_0, t, sample_index=...)",
+    ),
     ({"x_0_fn": lambda x_0, t: x_0[:, 0]}, "x_0_fn returned (2, 4, 3) torch.float32 for x_0 (2, 2, 4, 3); want"),
-    ({"x_0_fn": lambda x_0: x_0}, "x_0_fn cannot be called as x_0_fn(x_0, t) (too many positional arguments)"),
+    ({"x_0_fn": lambda x_0: x_0}, "x_0_fn is <function <lambda> at"),
     (
         {"x_0_fn": lambda x_0, t: x_0 * float("nan")},
         "step 1 of 12 (t = 11): the network or x_0_fn returned NaN or infi",

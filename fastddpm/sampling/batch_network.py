@@ -243,7 +243,7 @@ class BatchNetwork:
 
 
 def in_buffer(value: Tensor, buffer: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Copy a tensor into a buffer if that has its shape and this dtype, otherwise into a new one. Returns: the buffer."""
+    """Copy a tensor into a buffer of its shape and this dtype, otherwise into a new one. Returns: the buffer."""
     if isinstance(buffer, Tensor) and (buffer.shape, buffer.dtype) == (value.shape, dtype):
         return buffer.copy_(value)
     return value.to(device, dtype, copy=True)

@@ -8,6 +8,7 @@ wait and no allocation.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -195,7 +196,8 @@ class Runner:
 
     def _load_conditions(self, given: Conditions) -> None:
         """Copy tensors into the buffers of the last ones if their shapes agree, otherwise into new ones."""
-        device, buffers = self.prepared.device, {}
+        device = self.prepared.device
+        buffers: dict[str, Any] = {}
         for name in ("guidance", "known", "mask", "start", "init", "noising"):
             if (value := getattr(given, name)) is not None:
                 held = in_buffer(value, getattr(self.conditions, name), device, value.dtype)

@@ -17,6 +17,9 @@ from fastddpm.core.schedule import Schedule
 from fastddpm.train.options import TrainOptions
 from fastddpm.train.state import saved_init
 
+# of the class embeddings that a trained network gets: about that of its time embeddings; measured in bench/NOTES.md
+CLASS_EMBEDDING_STD = 0.3
+
 
 class Initial(NamedTuple):
     """A checkpoint to start from.
@@ -127,12 +130,13 @@ def null_label(options: TrainOptions, initial: Initial | None, count: int | None
     return count if options.label_dropout or held else None
 
 
-def with_embeddings(initial: Initial, count: int | None, null_label: int | None) -> Initial:
+def with_embeddings(initial: Initial, count: int | None, null_label: int | None, seed: int) -> Initial:
     """The checkpoint with embeddings of the classes or the null label that it lacks.
 
-    They are zero, with which the network first computes what it did without them.
+    That of the null label is zero: without a class, the network first computes what it did before. Those of the
+    classes are random, since from zeros they hardly learn.
 
-    Args: count: classes without the null label; None: there are no labels.
+    Args: count: classes without the null label; None: there are no labels. seed: of the random embeddings.
     Raises: ValueError: the checkpoint has another number of classes.
     """
     if count is None or initial.config.get("class_embed_type") is not None:
@@ -147,8 +151,10 @@ def with_embeddings(initial: Initial, count: int | None, null_label: int | None)
     rows = initial.weights.get("class_embedding.weight")
     if held == want or like is None or (held and (rows is None or rows.shape != (held, *like.shape))):
         return initial  # if its weights are not those of its configuration, loading them says so
-    new = like.new_zeros(want - (held or 0), len(like))
-    rows = torch.cat([rows, new]) if held and rows is not None else new
+    if not held or rows is None:
+        random = torch.Generator().manual_seed(seed)
+        rows = like.new_zeros(count, len(like)).normal_(0, CLASS_EMBEDDING_STD, generator=random)
+    rows = torch.cat([rows, like.new_zeros(want - len(rows), len(like))])
     config = initial.config | {"num_class_embeds": want}
     return initial._replace(config=config, weights=initial.weights | {"class_embedding.weight": rows})
 

@@ -130,7 +130,7 @@ class Trainer:
         self.null_label = null_label(options, initial, count)
         config = options.unet_config(*shape, count if count is None or self.null_label is None else count + 1)
         if initial is not None:
-            initial = with_embeddings(initial, count, self.null_label)
+            initial = with_embeddings(initial, count, self.null_label, options.seed)
             config = config_for_images(initial, config)
         check_sides(*shape[:2], levels=len(config["block_out_channels"]))
         group.share(options.batch_size)  # fails if there are more processes than images in a batch

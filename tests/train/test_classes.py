@@ -149,16 +149,20 @@ def test_run_that_starts_from_a_null_label_keeps_it(tmp_path, label_dropout, cla
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("label_dropout", [0.0, 0.5])
 def test_run_adds_the_embeddings_that_its_initial_checkpoint_lacks(tmp_path, held, label_dropout):
-    """Those of the classes, of the null label or of both; the network computes what it did before."""
+    """Those of the classes, of the null label or of both; without a class the network computes what it did before."""
     given = {"labels": LABELS, "classes": NAMES} if held else {}
     first = run(tmp_path / "first", ONE_STEP, **given)
     options = dataclasses.replace(STARTED, init=str(first), label_dropout=label_dropout, sample_every=0)
     before = UNet2D(**checkpoints.load(first).config)
     checkpoints.load_into(before, parameters(first))
     trainer = Trainer(pictures(), LABELS, tmp_path / "second", options, Ranks(), NAMES)
-    x, t, labels = torch.ones(3, 1, 8, 8), torch.tensor([1, 5, 19]), torch.tensor([0, 1, 2])
+    x, t, labels = torch.ones(3, 1, 8, 8), torch.tensor([5, 5, 5]), torch.tensor([0, 1, 2])
     with torch.no_grad():
-        assert torch.equal(trainer.net(x, t, labels), before(x, t, labels if held else None))
+        outputs, same = trainer.net(x, t, labels), before(x, t, labels if held else None)
+        assert torch.equal(outputs, same) == held
+        assert not torch.equal(outputs[0], outputs[1])
+        if label_dropout and not held:
+            assert torch.equal(trainer.net(x, t, torch.full((3,), 3)), same)
     second = run(tmp_path / "second", options, labels=LABELS, classes=NAMES)
     got = checkpoints.load(second)
     assert (got.config["num_class_embeds"], got.null_label, got.classes) == (

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastddpm import Schedule, checkpoints
+from fastddpm.checkpoints import shipped
 from fastddpm.storage.images import save_pngs
 from tests.support.jobs import tiny_unet
 from tests.support.unet_model import UNetModel
@@ -60,7 +61,7 @@ def readers_folder(tmp_path, monkeypatch):
     colour = tiny_unet(sample_size=32, in_channels=3, out_channels=3)
     for name, net, steps in (("runs/mine", grey, 100), ("google/ddpm-cifar10-32", colour, 1000)):
         checkpoints.save(name, net.config, net.state_dict(), Schedule(num_train_timesteps=steps))
-    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", tmp_path / "runs/mine")
+    monkeypatch.setitem(shipped.FOLDERS, "fashion-mnist", tmp_path / "runs/mine")
     rng = np.random.default_rng(0)
     np.savez("fashion-mnist.npz", x_train=rng.integers(0, 256, (16, 28, 28), np.uint8))
     np.savez("test.npz", x=rng.integers(0, 256, (3, 28, 28), np.uint8))

@@ -10,7 +10,7 @@ from fastddpm.checkpoints import diffusers, files, guided_diffusion, lucidrains
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.flags import OF_ONE_FORMAT, UNETMODEL_PROJECTS, check_names, parse_flags
 from fastddpm.checkpoints.reading import named
-from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
+from fastddpm.checkpoints.shipped import SHIPPED_MODELS, shipped_model
 from fastddpm.checkpoints.weights import WEIGHTS
 from fastddpm.core.checks import checked_call, one_of, shown
 from fastddpm.core.schedule import Schedule
@@ -36,9 +36,9 @@ def load(
     """Read a checkpoint.
 
     Args:
-        source: a folder; or "fashion-mnist", the bundled model; or the id of a model on the Hugging Face hub
-            ("google/ddpm-cifar10-32"), which is downloaded once; or a file of weights of another project, such as
-            `256x256_diffusion.pt` or `model-100.pt`, or the folder that holds it.
+        source: a folder; or "fashion-mnist" or "fashion-mnist-classes", the bundled models; or the id of a model on
+            the Hugging Face hub ("google/ddpm-cifar10-32"), which is downloaded once; or a file of weights of another
+            project, such as `256x256_diffusion.pt` or `model-100.pt`, or the folder that holds it.
         variant: the variant of the weights, such as "fp16" for diffusion_pytorch_model.fp16.safetensors.
         schedule: use this one and not that of the checkpoint, which then needs none.
         format: one of FORMATS; "auto": recognise it.
@@ -66,7 +66,7 @@ def load(
         raise ValueError(f"there is no argument {shown(unknown)}; {hint}")
     folder = Path(path)
     if not os.path.isdir(path):
-        folder = shipped_model() if path == SHIPPED_MODEL else diffusers.download(path, variant)
+        folder = shipped_model(path) if path in SHIPPED_MODELS else diffusers.download(path, variant)
     return diffusers.read(folder, variant, schedule)
 
 

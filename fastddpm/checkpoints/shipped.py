@@ -1,12 +1,12 @@
-"""The bundled model: a small DDPM of Fashion-MNIST, which draws garments of 28 x 28 pixels."""
+"""The bundled models: small DDPMs of Fashion-MNIST, which draw garments of 28 x 28 pixels; one is class-conditional."""
 
 from pathlib import Path
 
-from fastddpm.core.names import SHIPPED_MODEL
+from fastddpm.core.names import SHIPPED_MODEL, SHIPPED_MODELS
 
-FOLDER = Path(__file__).parents[1] / "models" / SHIPPED_MODEL
+FOLDERS = {name: Path(__file__).parents[1] / "models" / name for name in SHIPPED_MODELS}
 
 
-def shipped_model() -> Path:
-    """The folder of the bundled model."""
-    return FOLDER
+def shipped_model(name: str = SHIPPED_MODEL) -> Path:
+    """The folder of a bundled model. Args: name: one of SHIPPED_MODELS."""
+    return FOLDERS[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.core.checks import shown
-from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL
+from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL, SHIPPED_MODELS
 from fastddpm.storage.indices import Indices
 
 A_MINUTE = 4000  # evaluations of a network for one image from which on a CPU may need more than a minute
@@ -23,7 +23,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -
     """Add the argument CHECKPOINT and the option --variant."""
     text = "a checkpoint: a folder, a Hugging Face Hub id, or another project's .pt file"
     if required:
-        text = f"{text}; or {SHIPPED_MODEL}, the bundled model"
+        text = f"{text}; or {' or '.join(SHIPPED_MODELS)}, which are bundled"
         parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     else:
         text = f"{text} (default: {SHIPPED_MODEL}, the bundled model)"
@@ -39,8 +39,8 @@ def checkpoint_files(source: str | None) -> list[Path]:
     from fastddpm.checkpoints.shipped import shipped_model
 
     folder = source or ""
-    if source in (None, SHIPPED_MODEL) and not os.path.isdir(folder):
-        folder = str(shipped_model())
+    if source in (None, *SHIPPED_MODELS) and not os.path.isdir(folder):
+        folder = str(shipped_model(source or SHIPPED_MODEL))
     if os.path.isfile(folder):
         path = Path(folder)
         return [path, path.with_suffix(".json"), path.parent / "config.json"]

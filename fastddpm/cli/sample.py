@@ -22,7 +22,7 @@ from fastddpm.cli.options import (
     index_list,
 )
 from fastddpm.cli.terminal import tell
-from fastddpm.core.names import SAMPLERS
+from fastddpm.core.names import SAMPLERS, SHIPPED_CONDITIONAL
 from fastddpm.storage.files import check_not_input, check_writable
 from fastddpm.storage.indices import Indices
 
@@ -40,7 +40,7 @@ examples:
   fastddpm sample runs/mine --sampler ddim --steps 50      a local folder; 50 deterministic steps instead of all T
   fastddpm sample --num-samples 8 --trajectory way.gif     also the states from noise to garments
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
-  fastddpm sample runs/mine --class-labels 0-9 --guidance-scale 2
+  fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
@@ -83,7 +83,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--class-labels",
         metavar="L,M-N",
         help="numbers or names of classes for a class-conditional model, one per sample; a shorter list, such as 0-9, "
-        "is repeated (default: every class in turn)",
+        "is repeated (default: every class in turn); without CHECKPOINT: of fashion-mnist-classes",
     )
     parser.add_argument(
         "--decode", action="store_true", help="turn the latents of a latent pipeline into images (needs diffusers)"
@@ -115,6 +115,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--batch-size does not apply with --batch-invariant, which sets the batch size; leave one of them out"
         )
+    if args.checkpoint is None and (args.class_labels is not None or args.guidance_scale is not None):
+        args.checkpoint = SHIPPED_CONDITIONAL
     out, format, into_folder = _destination(args.out, args.format)
     with ranks(args.device) as group:
         with group.agree():

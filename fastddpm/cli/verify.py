@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from fastddpm.cli.options import add_checkpoint, add_device, json_text
 from fastddpm.cli.terminal import tell
-from fastddpm.core.names import SHIPPED_MODEL
+from fastddpm.core.names import SHIPPED_MODELS
 
 SUMMARY = "check that this machine computes what the reference does"
 EPILOG = """
@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.quiet and args.seconds is args.steps is None and not str(args.device).startswith("cuda"):
         length = (
-            "a minute or two" if args.checkpoint in (None, SHIPPED_MODEL) else "minutes, or hours for a large network,"
+            "a minute or two"
+            if args.checkpoint in (None, *SHIPPED_MODELS)
+            else "minutes, or hours for a large network,"
         )
         tell(f"this takes {length} on a CPU; --seconds 60 would shorten it")
     records = ladder.verify(

@@ -1,6 +1,8 @@
 """The names that options take, in a file without torch: `fastddpm --help` shows them without importing it."""
 
 SHIPPED_MODEL = "fashion-mnist"
+SHIPPED_CONDITIONAL = "fashion-mnist-classes"
+SHIPPED_MODELS = (SHIPPED_MODEL, SHIPPED_CONDITIONAL)
 SHIPPED_CLASSIFIER = "fashion-mnist"
 
 PRECISION_NAMES = ("fp32", "tf32", "bf16", "fp16")

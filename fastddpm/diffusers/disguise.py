@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fastddpm.checkpoints.shipped import SHIPPED_MODEL, shipped_model
+from fastddpm.checkpoints.shipped import SHIPPED_MODELS, shipped_model
 
 PACKAGE = "diffusers."
 
@@ -41,13 +41,13 @@ def adopt(part: Any) -> Any:
 
 
 def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
-    """A `from_pretrained` of diffusers that also loads the bundled model, by its name."""
+    """A `from_pretrained` of diffusers that also loads the bundled models, by their names."""
 
     @functools.wraps(load)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         source = args[0] if args else kwargs.get(_SOURCE)
-        if source == SHIPPED_MODEL and not os.path.isdir(source):
-            found = str(shipped_model())
+        if source in SHIPPED_MODELS and not os.path.isdir(source):
+            found = str(shipped_model(source))
             args, kwargs = ((found, *args[1:]), kwargs) if args else (args, kwargs | {_SOURCE: found})
         return load(cls, *args, **kwargs)
 

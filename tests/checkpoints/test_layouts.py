@@ -210,14 +210,15 @@ def test_variant_is_part_of_a_name(folder, variant):
 # The bundled model
 
 
-def test_bundled_model_has_a_name(tmp_path, monkeypatch, unet, scheduler):
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-classes"])
+def test_bundled_models_have_names(name, tmp_path, monkeypatch, unet, scheduler):
     monkeypatch.chdir(tmp_path)
-    want = checkpoints.load(shipped_model())
-    got = checkpoints.load("fashion-mnist")
-    assert (got.config, got.schedule) == (want.config, want.schedule)
+    want = checkpoints.load(shipped_model(name))
+    got = checkpoints.load(name)
+    assert (got.config, got.schedule, got.classes) == (want.config, want.schedule, want.classes)
     assert_same_tensors(got.parameters, want.parameters)
-    DDPMPipeline(unet, scheduler).save_pretrained("fashion-mnist")
-    assert_same_tensors(checkpoints.load("fashion-mnist").parameters, unet.state_dict())
+    DDPMPipeline(unet, scheduler).save_pretrained(name)
+    assert_same_tensors(checkpoints.load(name).parameters, unet.state_dict())
 
 
 # Classes

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastddpm.checkpoints import shipped
 from fastddpm.cli.labels import class_labels, parse_labels
 from fastddpm.cli.main import main
 from fastddpm.sampling.sampler import Sampler
@@ -21,6 +22,15 @@ def model(tmp_path_factory):
     """A class-conditional checkpoint that names its four classes."""
     folder = tmp_path_factory.mktemp("garments")
     save_tiny(folder, num_class_embeds=len(GARMENTS))
+    (folder / "classes.json").write_text(json.dumps(GARMENTS))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def with_null(tmp_path_factory):
+    """Such a checkpoint with a null label, as training with --label-dropout makes it."""
+    folder = tmp_path_factory.mktemp("dropout")
+    save_tiny(folder, num_class_embeds=len(GARMENTS) + 1, null_label=len(GARMENTS))
     (folder / "classes.json").write_text(json.dumps(GARMENTS))
     return str(folder)
 
@@ -133,6 +143,18 @@ def test_names_are_the_numbers_of_their_classes(model):
     for text, out in (("bag,dress, long", "names.npz"), ("3,2", "numbers.npz")):
         assert main(["sample", model, "--class-labels", text, "--out", out, "--quiet"]) == 0
     assert Path("names.npz").read_bytes() == Path("numbers.npz").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--class-labels", "bag"], ["--class-labels", "1,3", "--guidance-scale", "2"], ["--guidance-scale", "2"]]
+)
+def test_classes_without_a_checkpoint_are_those_of_the_bundled_model(flags, with_null, monkeypatch):
+    monkeypatch.setitem(shipped.FOLDERS, "fashion-mnist-classes", Path(with_null))
+    files = []
+    for source in ([], ["fashion-mnist-classes"], [with_null]):
+        assert main(["sample", *source, *flags, "--num-samples", "3", "--out", "x.npz", "--quiet"]) == 0
+        files.append(Path("x.npz").read_bytes())
+    assert files[0] == files[1] == files[2]
 
 
 def test_a_folder_of_every_class_grows(model):

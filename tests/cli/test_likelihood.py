@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastddpm.checkpoints import shipped
 from fastddpm.cli import options
 from fastddpm.cli.main import main
 from fastddpm.evaluate import likelihood as module
@@ -124,7 +125,7 @@ def test_held_out_images_are_preferred(tiny, images_with_labels, capsys):
 
 @pytest.mark.usefixtures("images_with_labels")
 def test_likelihood_of_the_bundled_model(tiny, monkeypatch, capsys):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", Path(tiny))
+    monkeypatch.setitem(shipped.FOLDERS, "fashion-mnist", Path(tiny))
     assert total(["fashion-mnist", "images.npz", "--num-images", "1"], capsys)["error"] == "nan"
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastddpm.checkpoints import shipped
 from fastddpm.cli.main import main
 from fastddpm.processes.distributed import Ranks
 from fastddpm.sampling.sampler import Sampler
@@ -30,7 +31,7 @@ def test_sample_writes_a_grid(tiny, capsys):
 
 @pytest.mark.parametrize("source", [[], ["fashion-mnist"]])
 def test_sample_uses_the_bundled_model_by_default_and_by_name(source, tiny, monkeypatch):
-    monkeypatch.setattr("fastddpm.checkpoints.shipped.FOLDER", Path(tiny))
+    monkeypatch.setitem(shipped.FOLDERS, "fashion-mnist", Path(tiny))
     assert main(["sample", *source, "--quiet", "--out", "x.npz"]) == 0
     assert np.array_equal(np.load("x.npz")["arr_0"], draw_uint8(tiny, 16))
 

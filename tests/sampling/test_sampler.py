@@ -10,9 +10,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from fastddpm import Sampler, Schedule, UNet2D
-from fastddpm.checkpoints import shipped_model
+from fastddpm.checkpoints import SHIPPED_MODELS, shipped_model
 from fastddpm.core import noise
 from fastddpm.core.precision import PRECISIONS
+from fastddpm.evaluate.features import shipped_classifier
 from fastddpm.reference.diffusion import Diffusion, update
 from fastddpm.storage.images import to_uint8
 from tests.support.check import TINY, assert_as_accurate, root_mean_square
@@ -543,10 +544,21 @@ def test_progress_bar_can_be_switched_off(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_shipped_model_samples():
-    assert sum(file.stat().st_size for file in shipped_model().rglob("*")) <= 12_000_000
-    images = Sampler.from_pretrained().sample(2, steps=2, progress=False, output="uint8")
+@pytest.mark.parametrize("name", SHIPPED_MODELS)
+def test_the_shipped_models_sample(name):
+    assert sum(file.stat().st_size for file in shipped_model(name).rglob("*")) <= 6_000_000
+    labels = None if name == SHIPPED_MODELS[0] else [0, 9]
+    images = Sampler.from_pretrained(name).sample(2, steps=2, class_labels=labels, progress=False, output="uint8")
     assert images.shape == (2, 28, 28, 1)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_draws_the_class_that_it_is_asked_for():
+    sampler, labels = Sampler.from_pretrained("fashion-mnist-classes"), torch.arange(20) % 10
+    x = sampler.sample(20, class_labels=labels, sampler="ddim", steps=25, guidance_scale=2, progress=False)
+    recognised = shipped_classifier()(x.contiguous(memory_format=torch.channels_last)).argmax(1)
+    look_alike = (labels == 2) | (labels == 4) | (labels == 6)  # pullover, coat and shirt
+    assert (recognised == labels)[~look_alike].sum() >= 13
 
 
 def fails_at(t_bad, result):

@@ -13,14 +13,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from . import (
+    commit,
     conditional_step,
+    draft,
     eps_loss,
+    first_difference,
     group_norm,
     interleave,
     noising,
@@ -77,6 +81,32 @@ def conditional_step_variant(
     read = 4 + BYTES[m] * (1 + guided) * (2 if learned else 1) + 5 * known
     kernel, elements = conditional_step.conditional_step_kernel, conditional_step.BLOCK
     return Variant(name, kernel, types, constants, conditional_step.OPTIONS, elements, read, 4)
+
+
+CHAINS = {"x_ptr": "*fp32", "m_ptr": "*fp32", "row_ptr": "*fp32", "t_ptr": "*i32", "pos_ptr": "*i32"}
+CHAINS |= {"address_ptr": "*i64"} | dict.fromkeys(("per_sample", "window"), "i32")
+
+
+def draft_variant(copy: str | None) -> Variant:
+    """The bytes of this and the next two are those of one row, and of what is read before the loop over the rows."""
+    types = CHAINS | {"states_ptr": "*fp32", "copy_ptr": f"*{copy}", "scale_ptr": "*fp32", "seen_ptr": "*i32"}
+    types |= dict.fromkeys(("ahead", "last_row"), "i32")
+    constants = {"CLIP": True, "BLOCK": draft.BLOCK} | ({} if copy else {"copy_ptr": None})
+    name, written = f"draft{f', copy {copy}' if copy else ''}", 4 + (BYTES[copy] if copy else 0)
+    return Variant(name, draft.draft_kernel, types, constants, draft.OPTIONS, draft.BLOCK, 20, written)
+
+
+def first_difference_variant(dtype: torch.dtype) -> Variant:
+    types = CHAINS | {"reached_ptr": "*i32", "states_ptr": "*fp32", "ahead": "i32"}
+    module = first_difference
+    constants = {"CLIP": True, "FORMAT": module.FORMATS[dtype], "BLOCK": module.BLOCK}
+    name, kernel = f"first_difference {module.FORMATS[dtype]}", module.first_difference_kernel
+    return Variant(name, kernel, types, constants, module.OPTIONS, module.BLOCK, 12, 0)
+
+
+def commit_variant() -> Variant:
+    types, constants = CHAINS | {"reached_ptr": "*i32", "bad_ptr": "*i32"}, {"CLIP": True, "BLOCK": commit.BLOCK}
+    return Variant("commit", commit.commit_kernel, types, constants, commit.OPTIONS, commit.BLOCK, 8, 4)
 
 
 def predict_step_variant(
@@ -221,6 +251,11 @@ VARIANTS = (
     conditional_step_variant("bf16", learned=2),
     conditional_step_variant("bf16", guided=True, learned=2, known=True, guide_variance=True),
     conditional_step_variant("fp32", guided=True, learned=1),
+    draft_variant("bf16"),
+    draft_variant(None),
+    first_difference_variant(torch.bfloat16),
+    first_difference_variant(torch.float32),
+    commit_variant(),
     predict_step_variant("fp32", "fp32", "fp32"),
     predict_step_variant("fp32", "fp32", "registers"),
     predict_step_variant("fp32", "fp32", "fp32", learned="learned_range"),

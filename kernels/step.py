@@ -40,13 +40,7 @@ def step_kernel(
     x = tl.load(x_ptr + at, mask=mask, other=0.0)  # the flag needs finite values beyond the sample
     m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
     pos = tl.load(pos_ptr + n)
-    row = row_ptr + pos * STEP_COLUMNS
-    of_x, of_m = tl.load(row + B), tl.load(row + C)
-
-    x_prev = mean(x, m, row, of_x, of_m, CLIP)
-    sigma = tl.load(row + S)  # loaded here because sm_100 spills if it is loaded with B and C
-    if sigma != 0:
-        x_prev += sigma * entry_normals(n, STEP_STREAM, tl.load(t_ptr + pos), block, address_ptr, BLOCK)
+    x_prev = reverse_step(x, m, n, pos, block, row_ptr, t_ptr, address_ptr, CLIP, BLOCK)
 
     tl.store(x_ptr + at, x_prev, mask=mask)
     if copy_ptr is not None:
@@ -54,6 +48,18 @@ def step_kernel(
     if bad_ptr is not None:
         # a thread holds as many adjacent elements as fit in 16 bytes of m
         flag(bad_ptr + n, pos, x_prev, 128 // m_ptr.dtype.element_ty.primitive_bitwidth, BLOCK)
+
+
+@triton.jit
+def reverse_step(x, m, n, pos, block, row_ptr, t_ptr, address_ptr, CLIP: tl.constexpr, BLOCK: tl.constexpr):
+    """x_{t-1} of one block of the sample that has address n, from its state x at row pos."""
+    row = row_ptr + pos * STEP_COLUMNS
+    of_x, of_m = tl.load(row + B), tl.load(row + C)
+    x_prev = mean(x, m, row, of_x, of_m, CLIP)
+    sigma = tl.load(row + S)  # loaded here because sm_100 spills if it is loaded with B and C
+    if sigma != 0:
+        x_prev += sigma * entry_normals(n, STEP_STREAM, tl.load(t_ptr + pos), block, address_ptr, BLOCK)
+    return x_prev
 
 
 @triton.jit

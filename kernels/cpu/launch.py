@@ -41,6 +41,23 @@ def launch_conditional_step(
     _run("conditional_step", x.numel(), *shape, *tensors, *outputs, clip, guide_variance, learned)
 
 
+def launch_draft(states, copy, x, m, rows, scale, timesteps, pos, seen, address, *, ahead, clip):
+    chains = _chain_words(x, len(states), rows, timesteps, pos, address, clip)
+    tensors = map(_pointer, (states, copy, x, m, scale, seen))
+    sizes = ahead, len(rows) - 1, _DTYPES[None if copy is None else copy.dtype]
+    _run("draft", x.numel() * ahead, *chains, *tensors, *sizes)
+
+
+def launch_first_difference(reached, x, states, m, rows, timesteps, pos, address, *, ahead, clip, dtype):
+    chains = _chain_words(x, len(states), rows, timesteps, pos, address, clip)
+    _run("first_difference", x.numel() * ahead, *chains, *map(_pointer, (reached, x, states, m)), ahead, _DTYPES[dtype])
+
+
+def launch_commit(x, m, rows, timesteps, pos, reached, address, bad, *, clip):
+    chains = _chain_words(x, len(m), rows, timesteps, pos, address, clip)
+    _run("commit", m.numel(), *chains, *map(_pointer, (x, m, reached, bad)))
+
+
 def launch_normal(z, t, address, *, stream):
     _run("normal", z.numel(), len(z), z.shape[1:].numel(), *map(_pointer, (z, t, address)), stream)
 
@@ -105,6 +122,11 @@ def launch_silu(y, x):
 def _run(name: str, elements: int, *words: Any) -> None:
     """Call a kernel. Args: elements: how many it computes, which decides how many threads work."""
     getattr(native().module, name)(torch.get_num_threads(), elements, *words)
+
+
+def _chain_words(x, slots, rows, timesteps, pos, address, clip) -> tuple[int, ...]:
+    n, tensors = len(x), map(_pointer, (rows, timesteps, pos, address))
+    return n, x.shape[1:].numel(), slots // n, *tensors, clip
 
 
 def _stride_of_rows(rows: Tensor | None) -> int:

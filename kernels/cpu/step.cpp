@@ -3,46 +3,17 @@
 // Traffic and precision: as kernels/step.py and kernels/conditional_step.py, their twins.
 // Spec: fastddpm/reference/diffusion.py::update, guided, deviation, replaced with fastddpm/core/noise.py, streams 0 and
 // 4. Proof: tests/ops/test_step.py, tests/ops/test_conditional_step.py.
+#include "step.h"
+
 #include "exponential.h"
 #include "floats.h"
-#include "philox.h"
 
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
 
-struct Row {  // fastddpm.core.table.COLUMNS
-    float cx, cm, lo, hi, A, B, C, S, L, V, P, Q, R, U;
-};
-
-// The step of `count` elements without its noise: returns x_{t-1} in `next`. m: the network's output.
-void mean_of(const Row& row, bool clip, int count, const float* x, const float* m, float* next) {
-    if (clip) {
-        for (int i = 0; i < count; ++i) {
-            float x_0 = row.cx * x[i] + row.cm * m[i];
-            x_0 = x_0 < row.lo ? row.lo : x_0;  // NaN stays NaN
-            x_0 = x_0 > row.hi ? row.hi : x_0;
-            next[i] = (row.A * x_0 + row.B * x[i]) + row.C * m[i];
-        }
-    } else {
-        for (int i = 0; i < count; ++i) next[i] = row.B * x[i] + row.C * m[i];
-    }
-}
-
 template <class Copy>
 void store_copy(int count, const float* x, Copy* copy) {
     for (int i = 0; i < count; ++i) narrow(x[i], copy[i]);
-}
-
-bool all_finite(int count, const float* x) {
-    uint32_t bad = 0;
-    for (int i = 0; i < count; ++i) bad |= (bits_as<uint32_t>(x[i]) & 0x7F800000) == 0x7F800000;
-    return !bad;
-}
-
-void raise_to(int32_t* flag, int32_t pos) {  // other threads may raise it too
-    int32_t seen = __atomic_load_n(flag, __ATOMIC_RELAXED);
-    while (seen < pos && !__atomic_compare_exchange_n(flag, &seen, pos, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
 }
 
 // How the outputs for an entry lie in memory: [pixels, halves, channels].
@@ -107,16 +78,12 @@ void step(const Call& call) {
     each_block(n, per_sample, call, [&](int64_t entry, int64_t block, int64_t at, int count) {
         int32_t pos = positions[entry];
         const Row row = rows[pos];
-        float widened[BLOCK], next[BLOCK], z[BLOCK];
+        float widened[BLOCK], next[BLOCK];
         with_float(m_dtype, [&](auto* type) {
             auto values = reinterpret_cast<decltype(type)>(const_cast<char*>(m)) + at;
             for (int i = 0; i < count; ++i) widened[i] = widen(values[i]);
         });
-        mean_of(row, clip, count, x + at, widened, next);
-        if (row.S != 0) {
-            normals(addresses[entry], STEP_STREAM, timesteps[pos], block, z);
-            for (int i = 0; i < count; ++i) next[i] += row.S * z[i];
-        }
+        reverse_step(row, clip, addresses[entry], timesteps[pos], block, count, x + at, widened, next);
         std::memcpy(x + at, next, sizeof(float) * count);
         if (copy)
             with_float(copy_dtype,

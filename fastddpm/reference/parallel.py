@@ -1,0 +1,210 @@
+"""The specification of sampling parallel in time: several steps for one call of the network.
+
+A chain is one sample on its way, with W slots; slot i mod W holds the step at row i of the table. A round drafts the
+states of the next rows with the network's outputs of the last round, calls the network once on all slots, and commits
+the steps whose inputs were right. Drafts decide only how many these are, never the result.
+
+The idea is the fixed-point iteration of ParaDiGMS (Shih et al. 2023, arXiv:2305.16317). There an error below a
+tolerance is accepted; here a step is committed only if the network's input has the bits of the sequential loop
+(`first_difference`), or by a test that keeps the distribution exact (`accepted`; De Bortoli et al. 2025,
+arXiv:2501.05370).
+
+Shapes: G chains; x [G, ...] their states; states [G, W, ...] the drafts, m [G, W, ...] the network's outputs for them;
+pos [G] int64 the row of the next step of each chain, -1 when it is finished.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastddpm.reference.diffusion import predicted_x_0, tree_sum, update
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x [G, ...], m [G, ...], row [G] >= 0) -> x_{t-1}
+
+
+class Rows(NamedTuple):
+    """The rows of a step table, on the states' device: rows [S, 14] and scale [S], float32."""
+
+    rows: Tensor
+    scale: Tensor
+
+    def x_0(self, x: Tensor, m: Tensor, row: Tensor) -> Tensor:
+        """The predicted x_0, clamped if the table clips."""
+        columns = torch.cat([self.rows[row, :4], self.scale[row, None]], 1)
+        return predicted_x_0(x, m, columns)
+
+    def m_of_x_0(self, x: Tensor, x_0: Tensor, row: Tensor) -> Tensor:
+        """The network's output that predicts x_0, in the written order."""
+        cx, cm, scale = (_each(value, x) for value in (self.rows[row, 0], self.rows[row, 1], self.scale[row]))
+        return (x_0 / scale - cx * x) / cm
+
+    def kept(self, x: Tensor, old: Tensor, m: Tensor, row: Tensor) -> Tensor:
+        """The output that predicts for x the x_0 that m predicts for old; m itself where they are equal."""
+        cx, cm = self.rows[row, 0], self.rows[row, 1]
+        return m + _each(cx / cm, x) * (old - x)
+
+
+def draft(
+    x: Tensor, states: Tensor, m: Tensor, pos: Tensor, seen: Tensor, table: Rows, step: Step, *, ahead: int
+) -> Tensor:
+    """The states at rows pos, pos - 1, ..., of which the first is x.
+
+    The output at a row is guessed from that of the last round, moved so that its x_0 stays. At a row that the last
+    round did not reach, it is the one with the x_0 of the lowest row that it did reach.
+
+    Args:
+        states, m: of the last round.
+        seen: [G] int64: the lowest row of the last round; more than S if there was none.
+        step: one step; the m that it is given is a guess.
+        ahead: how many rows, 1 <= ahead <= W.
+    Returns: [G, W, ...]: the new states; slots that are not drafted are as before.
+    """
+    G, W = states.shape[:2]
+    chain, states = torch.arange(G, device=x.device), states.clone()
+    row = (pos + 1).clamp(max=len(table.scale) - 1)
+    x_0 = table.x_0(states[chain, row % W], m[chain, row % W, : x.shape[1]], row)
+    x_0 = torch.where(_each(pos + 1 >= seen, x), x_0, 0.0)
+    old_states = states.clone()
+    for i in range(ahead):
+        row = (pos - i).clamp(min=0)
+        slot, exists, was_seen = row % W, _each(pos >= i, x), _each(row >= seen, x)
+        states[chain, slot] = torch.where(exists, x, states[chain, slot])
+        old, output = old_states[chain, slot], m[chain, slot]
+        of_mean = output[:, : x.shape[1]]
+        x_0 = torch.where(was_seen, table.x_0(old, of_mean, row), x_0)
+        guess = torch.where(was_seen, table.kept(x, old, of_mean, row), table.m_of_x_0(x, x_0, row))
+        x = step(x, torch.cat([guess, output[:, x.shape[1] :]], 1), row)
+    return states
+
+
+def first_difference(
+    x: Tensor, states: Tensor, m: Tensor, pos: Tensor, step: Step, *, ahead: int, dtype: torch.dtype
+) -> Tensor:
+    """The highest row whose draft, rounded to dtype, differs from the exact state; -1 or pos - ahead if none does.
+
+    Args: dtype: of the network's input.
+    Returns: [G] int64.
+    """
+    G, W = states.shape[:2]
+    chain, reached = torch.arange(G, device=x.device), (pos - ahead).clamp(min=-1)
+    for i in range(ahead):
+        row = (pos - i).clamp(min=0)
+        if i:
+            differs = _bits(x.to(dtype)) != _bits(states[chain, row % W].to(dtype))
+            here = differs.flatten(1).any(1) & (pos >= i)
+            reached = torch.where(here, torch.maximum(reached, row), reached)
+        x = step(x, m[chain, row % W], row)
+    return reached
+
+
+def commit(x: Tensor, m: Tensor, pos: Tensor, reached: Tensor, step: Step, *, ahead: int) -> Tensor:
+    """The exact states at the rows `reached`: the steps from pos on, at most `ahead` of them."""
+    chain = torch.arange(len(x), device=x.device)
+    for i in range(ahead):
+        row = (pos - i).clamp(min=0)
+        x = torch.where(_each(pos - i > reached, x), step(x, m[chain, row % m.shape[1]], row), x)
+    return x
+
+
+class Coupled(NamedTuple):
+    """The result of `accepted`: the states [G, ...] at the rows reached [G]."""
+
+    x: Tensor
+    reached: Tensor
+
+
+def accepted(
+    x: Tensor,
+    states: Tensor,
+    m: Tensor,
+    pos: Tensor,
+    table: Rows,
+    z: Callable[[Tensor], Tensor],
+    log_u: Callable[[Tensor], Tensor],
+    *,
+    clip: bool,
+    ahead: int,
+    mask: Tensor | None = None,
+    finish: Callable[[Tensor, Tensor], Tensor] = lambda x, row: x,
+) -> Coupled:
+    """Accept drafts by the reflection coupling of two normal distributions of equal variance.
+
+    The draft of x_{t-1} is q + S z, and p + S z is what the step would give. With g = (p - q) / S, the draft is taken
+    with probability min(1, exp(<z, g> - |g|^2 / 2)); else p + S z', where z' is z reflected at the plane orthogonal to
+    g. Either way the result has the distribution N(p, S^2 I), whatever q is. The first reflected step is the last one
+    of the round. A step with S = 0 is accepted if the draft has its bits.
+
+    Args:
+        z, log_u: the normals like x, and the logarithm of a uniform number [G], of rows [G].
+        mask: like x: where x_0 is known; there the draft is right.
+        finish: replaces the known part of a state after the step at rows [G].
+    """
+    W, chain = states.shape[1], torch.arange(len(x), device=x.device)
+    reached, result, going = pos, x, pos >= 0
+    for i in range(ahead):
+        row = (pos - i).clamp(min=0)
+        now = x if i == 0 else states[chain, row % W]
+        mean, S = update(now, m[chain, row % W], table.rows[row], None, clip=clip), table.rows[row, 7]
+        noise = z(row)
+        plain = finish(torch.where(_each(S == 0, x), mean, mean + _each(S, x) * noise), row)
+        going = going & (pos >= i)
+        if i == ahead - 1:
+            result, reached = torch.where(_each(going, x), plain, result), torch.where(going, row - 1, reached)
+            break
+        drafted = states[chain, (row - 1) % W]  # at row 0 there is none
+        gap = (mean - drafted) / _each(S, x) + noise
+        gap = gap if mask is None else gap.masked_fill(mask, 0.0)
+        along, square = tree_sum(noise * gap), tree_sum(gap * gap)
+        reflected = finish(mean + _each(S, x) * (noise - _each(2 * along / square, x) * gap), row)
+        same = (_bits(plain) == _bits(drafted)).flatten(1).all(1)
+        takes = torch.where(S == 0, same, log_u(row) <= along - square / 2) & (row > 0)
+        other = torch.where(_each((S == 0) | (row == 0), x), plain, reflected)
+        result = torch.where(_each(going, x), torch.where(_each(takes, x), drafted, other), result)
+        reached = torch.where(going, row - 1, reached)
+        going = going & takes
+    return Coupled(result, reached)
+
+
+def sample(
+    model: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    table: Rows,
+    timesteps: Tensor,
+    step: Step,
+    *,
+    window: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[int]]:
+    """Take all steps of a table for one sample, with the bits of the sequential loop in the same layout.
+
+    Args:
+        model: (x_t [W, ...] of dtype, t [W] int64) -> [W, ...]; entry i must not depend on the others.
+        x: [1, ...] float32: the state to begin with.
+        timesteps: [S].
+        window: W.
+    Returns: x_0 like x, and how many steps each round took.
+    """
+    S, steps = len(table.scale), []
+    states, m = x.unsqueeze(1).repeat(1, window, *[1] * (x.ndim - 1)), None
+    pos, seen = torch.tensor([S - 1]), torch.tensor([S + 1])
+    while int(pos) >= 0:
+        known = torch.zeros_like(states) if m is None else m
+        states = draft(x, states, known, pos, seen, table, step, ahead=window)
+        rows = (pos - (pos - torch.arange(window)) % window).clamp(min=0)  # of each slot
+        m = model(states[0].to(dtype), timesteps[rows].long()).to(x.dtype).unsqueeze(0)
+        reached = first_difference(x, states, m, pos, step, ahead=window, dtype=dtype)
+        x = commit(x, m, pos, reached, step, ahead=window)
+        steps.append(int(pos - reached))
+        pos, seen = reached, (pos - window + 1).clamp(min=0)
+    return x, steps
+
+
+def _each(values: Tensor, x: Tensor) -> Tensor:
+    """[G] values, broadcastable over the elements of each entry."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from fastddpm.core.schedule import Schedule
     from fastddpm.core.table import StepTable
     from fastddpm.networks.unet2d import UNet2D
+    from fastddpm.sampling.parallel import Rounds
     from fastddpm.sampling.sampler import Sampler
 
 _moved.install()
 if (_checkout := Path(__file__).parents[1]).joinpath("kernels", "philox.py").is_file():
     __path__.append(str(_checkout))  # where fastddpm.kernels lies beside the package, not in it
 
-__all__ = ["Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]  # and accelerate
+__all__ = ["Rounds", "Sampler", "Schedule", "StepTable", "UNet2D", "__version__", "noise", "ops"]  # and accelerate
 
 _PLACES = {  # modules and attributes that are imported on first use: torch and diffusers take seconds
+    "Rounds": "fastddpm.sampling.parallel",
     "Sampler": "fastddpm.sampling.sampler",
     "Schedule": "fastddpm.core.schedule",
     "StepTable": "fastddpm.core.table",

@@ -27,19 +27,19 @@ train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
 | diffusers: accelerating decoding pipelines captured unet obstacles schedulers scheduler_base noise_sources tables \
              disguise
-sampling: job manifest sampler run condition_arguments beginning arguments loop watch batches engine runner \
-          batch_network replay model own_network conditions capture fixed_reads reachable
+sampling: job manifest sampler parallel run condition_arguments beginning arguments loop watch batches engine \
+          runner chains buffers batch_network replay model own_network conditions capture fixed_reads reachable
 checkpoints: loading diffusers guided_diffusion flags lucidrains files weights parameters reading checkpoint shipped
 networks: planned unet2d obstacles config resnet layers
 processes: progress displays distributed signals
 storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
          classes decoding npz idx arrays data_checks fingerprint indices files caches
-ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual conditional_step step checks \
-     library backend
+ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual parallel_steps conditional_step \
+     step checks library backend
 core: noise schedule table betas layout precision memory checks names
-reference: likelihood unet conditional diffusion
-kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual conditional_step step \
-         tree philox block columns launch
+reference: likelihood unet parallel conditional diffusion
+kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual draft \
+         first_difference commit conditional_step step tree philox block columns launch
 | kernels.cpu: program launch native
 _moved
 _version

@@ -9,6 +9,7 @@ PRECISION_NAMES = ("fp32", "tf32", "bf16", "fp16")
 ENGINES = ("eager", "compiled", "graph", "compiled+graph")
 
 SAMPLERS = ("ddpm", "ddim")
+PARALLEL = ("off", "bits", "law")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")

@@ -19,6 +19,7 @@ from fastddpm.core.precision import named_device
 
 STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
 KNOWN, RENOISE = 4, 5  # z of the known part of x_{t-1}; z on the way back from x_{t-1} to x_t
+COUPLING = 6  # u of the acceptance of drafts in sampling parallel in time
 VISIT = 1 << 20  # is added to t in each further visit of a timestep; more than any number of timesteps
 
 END = 1 << 56  # of the sample indices
@@ -114,6 +115,18 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
     u, v, u2, v2 = torch.broadcast_tensors(*words)
     z = torch.stack([*box_muller(u, v), *box_muller(u2, v2)], -1).flatten(1)[:, :count].contiguous()
     return z.reshape(n, *sizes[1:], sizes[0]).movedim(-1, 1)
+
+
+def uniform(address: Tensor, *, stream: int, t: Tensor) -> Tensor:
+    """One uniform number, 0 < u <= 1, of each sample: (w + 0.5) / 2^32 of the first word w of element 0.
+
+    Args: address: [N, 2] int64; t: [N] int64.
+    Returns: [N] float32.
+    """
+    seed, sample = address.unbind(1)
+    high = (stream << 24) + (sample >> 32 & 0xFFFFFF)
+    word, *_ = philox(torch.zeros_like(t), t, sample & _MASK, high, seed & _MASK, seed >> 32 & _MASK)
+    return (word.float() + 0.5) * 2.0**-32
 
 
 def philox(c0, c1, c2, c3, k0, k1) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ class OutputError(ValueError):
 class BatchNetwork:
     """The network with its buffers for batches of n.
 
+    Args: per_entry: whether the entries of a batch will be at different timesteps in all calls.
     Attributes:
         entries: of a batch of the network: n, or 2n with guidance, the second half without the condition.
         input: [entries, channels, *spatial], channels-last: what the network reads, in the precision of a `UNet2D`; any
@@ -42,7 +43,15 @@ class BatchNetwork:
         order: orders this work across streams.
     """
 
-    def __init__(self, prepared: PreparedModel, n: int, *, capture: bool, form: InputForm = NOTHING.form):
+    def __init__(
+        self,
+        prepared: PreparedModel,
+        n: int,
+        *,
+        capture: bool,
+        form: InputForm = NOTHING.form,
+        per_entry: bool = False,
+    ):
         self.prepared, self.form = prepared, form
         device, T, net = prepared.device, prepared.num_train_timesteps, prepared.net
         dtype = torch.float32 if net is None else prepared.dtype
@@ -65,7 +74,7 @@ class BatchNetwork:
             rows_dtype = torch.float32 if kernels else prepared.dtype
             self._time_rows = torch.empty(T, columns, dtype=rows_dtype, device=device)
             # without kernels the one row of a batch becomes a bias of convolutions
-            self._one_position = self._may_share_position = not kernels
+            self._one_position = self._may_share_position = not kernels and not per_entry
         self.replay = Replay(prepared, n, capture=capture)
         self.order = StreamOrder(device)
 

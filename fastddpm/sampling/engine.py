@@ -18,6 +18,7 @@ from fastddpm.networks.obstacles import called_as_it_is
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.capture import empty_cache
+from fastddpm.sampling.chains import Chains
 from fastddpm.sampling.conditions import NOTHING, InputForm
 from fastddpm.sampling.model import Model, PreparedModel
 from fastddpm.sampling.replay import plain_modes
@@ -60,7 +61,7 @@ class Engine:
         self.model, self.compute = model, compute
         self._arguments = model, shape, num_train_timesteps, compute, kind, own_dtype, times
         self._warned_of: set[str] = set()
-        self._idle: dict[tuple[type, int, bool, InputForm], Any] = {}
+        self._idle: dict[tuple[Any, ...], Any] = {}
         self._lock = threading.RLock()
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -111,12 +112,18 @@ class Engine:
             yield network
 
     @contextmanager
-    def _held(self, kind: type, n: int, capture: bool, form: InputForm) -> Iterator[Any]:
-        key = kind, n, capture, form
+    def chains(self, n: int, window: int, *, capture: bool, form: InputForm) -> Iterator[Chains]:
+        """Chains for n samples at a time; otherwise like `runner`. Call their methods in their `working` context."""
+        with self._held(Chains, n, capture, form, window=window) as chains:
+            yield chains
+
+    @contextmanager
+    def _held(self, kind: type, n: int, capture: bool, form: InputForm, **more: int) -> Iterator[Any]:
+        key = kind, n, capture, form, *more.values()
         with self._lock, plain_modes(self.device):
             self._look_at_model()
             self.prepared.refresh()
-            held = self._idle.pop(key, None) or kind(self.prepared, n, capture=capture, form=form)
+            held = self._idle.pop(key, None) or kind(self.prepared, n, capture=capture, form=form, **more)
         yield held
         with self._lock:
             if held.prepared is self.prepared:

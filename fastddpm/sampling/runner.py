@@ -6,62 +6,41 @@ wait and no allocation.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fastddpm import ops
 from fastddpm.core import layout, noise
-from fastddpm.core.table import COLUMNS, StepTable
+from fastddpm.core.table import StepTable
 from fastddpm.ops.conditional_step import model_outputs
 from fastddpm.ops.step import repeated_step
-from fastddpm.reference.diffusion import add_noise, predicted_x_0, renoised
+from fastddpm.reference.diffusion import predicted_x_0, renoised
 from fastddpm.sampling import own_network
-from fastddpm.sampling.batch_network import LABELS, BatchNetwork, OutputError, in_buffer
+from fastddpm.sampling.batch_network import LABELS, BatchNetwork
+from fastddpm.sampling.buffers import SampleBuffers
 from fastddpm.sampling.conditions import NOTHING, Conditions, InputForm
 from fastddpm.sampling.model import PreparedModel
-from fastddpm.sampling.replay import Network, plain_modes
+from fastddpm.sampling.replay import Network
 
 
-class Runner:
+class Runner(SampleBuffers):
     """A batch of samples on its way from x_T to x_0.
 
     Attributes:
         network: evaluates the network. Its positions are the rows of the table that the entries are at; all are equal.
         x: [n, *shape] float32, channels-last: the states x_t; the same tensor as the network's input if shape and dtype
             agree.
-        address: [n, 2] int64: (seed, sample index) of each entry, see `noise.address`.
-        bad: [n] int32: the row at which a value first was not finite; -1: all values are finite.
-        table: [T] rows; the first S are the loaded ones. Its timesteps are the t of the noise: the timestep, plus
-            noise.VISIT for each further visit.
-        conditions: what the samples are given, on the device.
     """
 
     def __init__(self, prepared: PreparedModel, n: int, *, capture: bool, form: InputForm = NOTHING.form):
-        self.prepared = prepared
-        self.network = BatchNetwork(prepared, n, capture=capture, form=form)
-        device, T = prepared.device, prepared.num_train_timesteps
+        super().__init__(prepared, n, BatchNetwork(prepared, n, capture=capture, form=form))
         self.x = self.network.input
         if form != NOTHING.form or self.x.dtype != torch.float32:
-            self.x = layout.empty(n, prepared.shape, dtype=torch.float32, device=device)
-        self.address = torch.empty(n, 2, dtype=torch.int64, device=device)
-        self.bad = torch.empty(n, dtype=torch.int32, device=device)
-        self._one = torch.ones((), dtype=torch.int32, device=device)
-        rows = torch.empty(T, len(COLUMNS), dtype=torch.float32, device=device)
-        timesteps = torch.zeros_like(self.network.timesteps)
-        self.table = StepTable(rows, rows.new_ones(T), timesteps, clip=False, num_train_timesteps=T)
-        self.conditions, self._x_0_fn_takes_index = NOTHING, False
+            self.x = layout.empty(n, prepared.shape, dtype=torch.float32, device=prepared.device)
+        self._one = torch.ones((), dtype=torch.int32, device=prepared.device)
         self._take_step = self._step_of_table()
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """The context in which all methods must be called. The current CUDA stream may differ from call to call."""
-        with plain_modes(self.prepared.device), self.network.order.on_current_stream(self._tensors()):
-            yield
 
     def load(
         self,
@@ -81,42 +60,26 @@ class Runner:
             conditions: instead of labels: what the samples are given; of the form that the runner was made for.
             capture_step: capture a whole step; else only the network, for steps taken by `predict` and `update`.
         """
-        S = len(table)
-        self._loaded = table
-        self.table = replace(self.table, clip=table.clip, learned=table.learned)
-        self.table.rows[:S].copy_(table.rows)
-        self.table.scale[:S].copy_(table.scale)
-        self.address.copy_(address)
         if conditions is None:
             conditions = NOTHING if labels is None else replace(NOTHING, kwargs={LABELS: labels})
         self.network.load(table.timesteps, conditions, address[:, 1])
-        self._load_conditions(conditions)
+        self._load_samples(table, address, conditions)
         self._take_step = self._step_of_table()
         work = self._predict_and_update if capture_step else self._predict_into_output
-        tensors = (self.conditions.guidance, self.conditions.known, self.conditions.mask)
-        addresses = tuple(None if x is None else x.data_ptr() for x in tensors)
         constants = (
             capture_step,
             table.clip,
             table.learned,
             conditions.guide_variance,
-            addresses,
+            self._addresses_in_graph(),
             self.network.constants(),
         )
         self.network.replay.prepare(work, self.start, constants)
 
     def start(self) -> None:
         """Draw x_T ~ N(0, I) of each entry, or begin with what is given, and go to the first step of the table."""
-        given = self.conditions
         self.first_visit()
-        if given.start is not None:
-            self.x.copy_(given.start)
-        else:
-            T = torch.full_like(self.address[:, 0], self.table.num_train_timesteps)
-            x_T = ops.normal(self.address, self.x.shape[1:], stream=noise.START, t=T)
-            if given.init is not None and given.noising is not None:
-                x_T = add_noise(given.init, x_T, given.noising)
-            self.x.copy_(x_T)
+        self.x.copy_(self._starting_states())
         if self.network.input is not self.x:
             self.network.read_states(self.x)
         self.network.positions.fill_(self.steps - 1)
@@ -173,38 +136,9 @@ class Runner:
             self.network.read_states(self.x)
         self.table.timesteps.add_(noise.VISIT)
 
-    def forget_functions(self) -> None:
-        """Drop the reference to the user's x_0_fn."""
-        self.conditions = replace(self.conditions, x_0_fn=None)
-
     def first_visit(self) -> None:
         """Let the next step be the first visit of its timestep, whose noise has the t of the timestep."""
         self.table.timesteps.copy_(self.network.timesteps)
-
-    @property
-    def steps(self) -> int:
-        """S, the rows of the loaded table."""
-        return len(self._loaded)
-
-    def timestep(self, row: int) -> int:
-        """The timestep of a row of the loaded table."""
-        return int(self._loaded.timesteps[row])
-
-    def describe_step(self, row: int) -> str:
-        """What messages call the step at a row."""
-        return f"step {self.steps - row} of {self.steps} (t = {self.timestep(row)})"
-
-    def _load_conditions(self, given: Conditions) -> None:
-        """Copy tensors into the buffers of the last ones if their shapes agree, otherwise into new ones."""
-        device = self.prepared.device
-        buffers: dict[str, Any] = {}
-        for name in ("guidance", "known", "mask", "start", "init", "noising"):
-            if (value := getattr(given, name)) is not None:
-                held = in_buffer(value, getattr(self.conditions, name), device, value.dtype)
-                buffers[name] = held if held.ndim == 1 else layout.channels_last(held)
-        self._x_0_fn_takes_index = given.x_0_fn is not None and own_network.takes(given.x_0_fn, own_network.INDEX)
-        names = "guide_variance", "resample", "x_0_fn"
-        self.conditions = replace(NOTHING, **buffers, **{name: getattr(given, name) for name in names})
 
     def _step_of_table(self) -> Callable[[Tensor], None]:
         """What takes a step without x_0_fn: the plain one, without guidance, a known part or a learned variance."""
@@ -241,14 +175,6 @@ class Runner:
         if network.input is not self.x:
             network.read_states(self.x)
 
-    def _predict(self, network: Network | None) -> Tensor:
-        try:
-            return self.network.predict(network, outputs=(1,) if self.table.learned is None else (2,))
-        except OutputError as error:
-            with _disable_current_modes():  # `NoWaiting` would refuse to read the position
-                row = int(self.network.positions[0])
-            raise ValueError(f"{self.describe_step(row)}: {error}") from error
-
     def _predict_into_output(self, network: Network | None) -> None:
         self._output = self._predict(network)
 
@@ -256,8 +182,5 @@ class Runner:
         self.update(self._predict(network))
 
     def _tensors(self) -> Iterator[Tensor]:
-        yield from self.network.tensors()
-        yield from (self.x, self.address, self.bad, self.table.rows, self.table.scale, self.table.timesteps)
-        given = self.conditions
-        tensors = given.guidance, given.known, given.mask, given.start, given.init, given.noising
-        yield from (x for x in tensors if x is not None)
+        yield from super()._tensors()
+        yield self.x

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints
-from fastddpm.core.checks import checked_call, is_whole, shown, takes_options_of, whole
+from fastddpm.core.checks import checked_call, takes_options_of, whole
 from fastddpm.core.noise import address as noise_address  # `noise` is an argument where this is called
 from fastddpm.core.precision import PRECISIONS, Compute
 from fastddpm.core.schedule import Schedule, elements
@@ -34,13 +34,14 @@ from fastddpm.sampling.arguments import (
     frame_rows,
     sample_shape,
 )
-from fastddpm.sampling.batches import MOST_ENTRIES, PIXELS_PER_BATCH, PIXELS_PER_MICRO_BATCH, default_size
+from fastddpm.sampling.batches import PIXELS_PER_BATCH, default_size, micro_batch
 from fastddpm.sampling.beginning import remaining_steps
 from fastddpm.sampling.condition_arguments import ConditionArguments
 from fastddpm.sampling.conditions import Conditions, X0Function
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.model import Model
 from fastddpm.sampling.own_network import own_dtype
+from fastddpm.sampling.parallel import Rounds, in_rounds
 from fastddpm.sampling.run import Callback, Run
 from fastddpm.sampling.watch import OnSteps
 from fastddpm.storage import images
@@ -113,7 +114,7 @@ class Sampler:
             precision = next((name for name, dtype in PRECISIONS.items() if dtype == own), "fp32")
         self.compute = Compute.resolve(device, precision)
         self.engine = Engine(model, self.shape, T, self.compute, engine, own, times)
-        self.micro_batch = self._micro_batch(batch_invariant)
+        self.micro_batch = micro_batch(batch_invariant, self.shape, self.device)
         self._largest = sys.maxsize  # batches are at most this large, after a larger one ran out of memory
         if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
             model.to(self.device)
@@ -242,6 +243,9 @@ class Sampler:
         resample: int = 1,
         x_0_fn: X0Function | None = None,
         trajectory: Iterable[int] | None = None,
+        parallel: str = "off",
+        window: int | None = None,
+        rounds: Rounds | None = None,
         progress: bool | OnSteps = True,
         callback: Callback | None = None,
     ) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -283,6 +287,13 @@ class Sampler:
                 thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`). It is given
                 x_0 already clipped, if the schedule clips; what it returns is not clipped again.
             trajectory: visited timesteps at which to keep x_t: a sample is then [K + 1, *shape], these states and x_0.
+            parallel: take several steps for one call of the network, for the latency of few samples (docs/parallel.md):
+                "bits", with the bits of the loop that has the same batches and takes one step at a time, which is
+                "off" with a window; or "law", exact in distribution, with a fixed variance and noise. "bits" gains by
+                a network that reads 16-bit numbers (bf16, fp16); "law" in any precision.
+            window: how many steps of a sample are in a batch of the network; None: 16 if parallel. batch_size is then
+                the number of samples side by side, by default so many that the batch has its usual size.
+            rounds: a `Rounds` to fill with the calls of the network and the steps that each took.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
                 batch).
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the clean
@@ -331,6 +342,7 @@ class Sampler:
             callback=callback,
             on_smaller=self._batches_are_at_most,
         )
+        run = in_rounds(run, self.engine, parallel, window, rounds, chains=batch_size)
         return run.batches(self.engine)
 
     @checked_call
@@ -389,12 +401,3 @@ class Sampler:
     def default_batch_size(self) -> int:
         """How many samples are computed together by default."""
         return default_size(self.shape, PIXELS_PER_BATCH[self.device.type])
-
-    def _micro_batch(self, batch_invariant: bool | int) -> int:
-        """The fixed number of entries of every batch; 0: batches have no fixed size."""
-        if isinstance(batch_invariant, bool):
-            return default_size(self.shape, PIXELS_PER_MICRO_BATCH[self.device.type]) if batch_invariant else 0
-        if not is_whole(batch_invariant) or not 1 <= batch_invariant <= MOST_ENTRIES:
-            given = shown(batch_invariant)
-            raise ValueError(f"batch_invariant is {given}; want True, False or a whole number, 1 to {MOST_ENTRIES}")
-        return int(batch_invariant)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastddpm.core.memory import HostCopy
+from fastddpm.sampling.buffers import SampleBuffers
 from fastddpm.sampling.runner import Runner
 
 OnSteps = Callable[[int, int], object]  # (steps since the last call, samples in their batch)
@@ -74,15 +75,20 @@ class StepWatch:
 
     def _judge(self, bad: Tensor, steps: int) -> None:
         if max(bad.tolist()) >= 0:  # rare: selecting the occupied entries would take longer than a small network
-            self._check(bad[self.occupied])
+            raise_if_bad(self.runner, bad[self.occupied].tolist(), self.samples)
         self.on_steps(steps, len(self.samples))
 
-    def _check(self, bad: Tensor) -> None:
-        first = int(bad.max())
-        if first >= 0:
-            named = self.samples[bad == first].tolist()
-            who = "the network" if self.runner.conditions.x_0_fn is None else "the network or x_0_fn"
-            raise ValueError(
-                f"{self.runner.describe_step(first)}: {who} returned NaN or infinity for samples {named[:8]}"
-                f"{' ...' * (len(named) > 8)}; {self.runner.prepared.advice_on_nan()}"
-            )
+
+def raise_if_bad(buffers: SampleBuffers, bad: list[int], samples: Tensor) -> None:
+    """Raises: ValueError: a sample has a bad row; the message names the first such step and its samples.
+
+    Args: bad: the row at which a value of each sample first was not finite, or -1; samples: their indices.
+    """
+    first = max(bad, default=-1)
+    if first >= 0:
+        named = [sample for sample, row in zip(samples.tolist(), bad, strict=True) if row == first]
+        who = "the network" if buffers.conditions.x_0_fn is None else "the network or x_0_fn"
+        raise ValueError(
+            f"{buffers.describe_step(first)}: {who} returned NaN or infinity for samples {named[:8]}"
+            f"{' ...' * (len(named) > 8)}; {buffers.prepared.advice_on_nan()}"
+        )

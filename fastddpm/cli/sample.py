@@ -22,7 +22,7 @@ from fastddpm.cli.options import (
     index_list,
 )
 from fastddpm.cli.terminal import tell
-from fastddpm.core.names import SAMPLERS, SHIPPED_CONDITIONAL
+from fastddpm.core.names import PARALLEL, SAMPLERS, SHIPPED_CONDITIONAL
 from fastddpm.storage.files import check_not_input, check_writable
 from fastddpm.storage.indices import Indices
 
@@ -42,6 +42,7 @@ examples:
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
+  fastddpm sample --num-samples 1 --parallel law           fewer network calls, one after the other, for one garment
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
   fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset
@@ -98,6 +99,19 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=int, metavar="K", help="samples per shard of a folder (default: a batch)")
     parser.add_argument(
         "--json-log", metavar="FILE", help="append a folder's progress to FILE, one JSON line every ten seconds"
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        default="off",
+        help="take several steps for one call of the network: bits (the bits of the loop, needs bf16 or fp16) or law "
+        "(exact in distribution); for the latency of few samples",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="W",
+        help="steps of a sample in a batch of the network (default with --parallel: 16)",
     )
     add_batch_size(parser, "samples")
     parser.add_argument(
@@ -195,6 +209,8 @@ def _sample_into_folder(
         sampler=args.sampler,
         eta=args.eta,
         noise=not args.no_noise,
+        parallel=args.parallel,
+        window=args.window,
         progress=not args.quiet,
         json_log=args.json_log,
         **conditions,
@@ -217,6 +233,7 @@ def _sample_into_file(
 
     from fastddpm.cli.trajectory import Trajectory
     from fastddpm.sampling.manifest import draws_images
+    from fastddpm.sampling.parallel import Rounds
     from fastddpm.storage import class_grid, images
 
     classes = None if labels is None else labels.take(np.arange(len(samples)) % len(labels)).tolist()
@@ -225,7 +242,7 @@ def _sample_into_file(
         trajectory = Trajectory(sampler, samples, classes, steps_of(args, sampler), args.trajectory)
     if args.decode:  # whether the VAE can be loaded and run is found out before the work
         _decoded(sampler, torch.zeros(1, *sampler.shape, dtype=torch.float32, device="cpu"), 1)
-    began = time.monotonic()
+    began, rounds = time.monotonic(), None if args.parallel == "off" and args.window is None else Rounds()
     x = sampler.sample(
         samples,
         output="uint8" if draws_images(sampler) else "float",
@@ -236,6 +253,9 @@ def _sample_into_file(
         sampler=args.sampler,
         eta=args.eta,
         noise=not args.no_noise,
+        parallel=args.parallel,
+        window=args.window,
+        rounds=rounds,
         progress=not args.quiet,
         callback=trajectory,
         **conditions,
@@ -249,7 +269,8 @@ def _sample_into_file(
     else:
         images.save_npz(pictures, out)
     if not args.quiet:
-        print(f"{out}: {len(x)} samples in {seconds:.1f} s, {len(x) / seconds:.3g} per second")
+        in_rounds = "" if rounds is None else f"; {rounds}"
+        print(f"{out}: {len(x)} samples in {seconds:.1f} s, {len(x) / seconds:.3g} per second{in_rounds}")
     if trajectory is not None:
         trajectory.save(x)
         if not args.quiet:

@@ -25,6 +25,7 @@ from fastddpm.sampling.beginning import steps_of_strength, with_visits
 from fastddpm.sampling.condition_arguments import ConditionArguments, arguments
 from fastddpm.sampling.conditions import Conditions
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
+from fastddpm.sampling.parallel import default_chains
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.storage.fingerprint import weights_sums
@@ -56,6 +57,8 @@ def sample_to(
     start_timestep: int | None = None,
     strength: float | None = None,
     trajectory: Iterable[int] | None = None,
+    parallel: str = "off",
+    window: int | None = None,
     progress: bool = True,
     json_log: str | os.PathLike[str] | None = None,
     **given: Any,
@@ -80,6 +83,8 @@ def sample_to(
         seed: 0 <= seed < 2^64.
         steps, timesteps, sampler, eta, noise, start_timestep, strength: as in `Sampler.batches`.
         trajectory: as in `Sampler.batches`; the states are stored with the samples, as float32.
+        parallel, window: as in `Sampler.batches`. A folder drawn with "bits" has the files of one with the same window
+            and "off", and either may continue the other.
         given: other arguments of `Sampler.batches`, such as model_kwargs, guidance_scale or known. A folder cannot grow
             if these hold one entry per sample.
         progress: show the progress of all processes.
@@ -100,11 +105,14 @@ def sample_to(
             out = as_path("out", out)
             before = previous_manifest(out)
             if batch_size is None:
-                batch_size = before.get("batch_size") or from_sampler.default_batch_size()
+                default = default_chains(from_sampler.default_batch_size(), parallel, window)
+                batch_size = before.get("batch_size") or default
             if shard_size is None:
                 shard_size = before.get("shard_size") or batch_size
             drawing = Drawing(
-                *(seed, batch_size, steps, timesteps, sampler, eta, noise), start_timestep, strength, trajectory
+                *(seed, batch_size, steps, timesteps, sampler, eta, noise, start_timestep, strength, trajectory),
+                parallel=parallel,
+                window=window,
             )
             conditions = _conditions(from_sampler, samples, class_labels, given)
             facts = manifest(

@@ -17,6 +17,7 @@ from fastddpm.core import checks
 from fastddpm.core.checks import one_of, shown, whole
 from fastddpm.core.schedule import elements
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
+from fastddpm.sampling.parallel import WINDOW
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.fingerprint import code_sha256, machine, value_sha256, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
@@ -37,6 +38,8 @@ class Drawing:
     start_timestep: int | None = None
     strength: float | None = None
     trajectory: Iterable[int] | None = None
+    parallel: str = "off"
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "trajectory"):
@@ -137,6 +140,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
             "timesteps": table.timesteps.tolist() if drawing.timesteps is not None else None,
             **_beginning_and_end(drawing),
         },
+        **_parallel(drawing),
         "schedule": sampler.schedule.to_config(),
         "shape": _stored_shape(sampler, drawing),
         **_unusual_settings(sampler),
@@ -154,6 +158,15 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         "batch_invariant": sampler.micro_batch,
         **machine(sampler.device),
     }
+
+
+def _parallel(drawing: Drawing) -> dict[str, Any]:
+    """The window, which decides the layout; and whether the bits are those of the loop, as they are unless "law"."""
+    if drawing.window is None and drawing.parallel == "off":
+        return {}
+    return {"window": WINDOW if drawing.window is None else drawing.window} | (
+        {"parallel": "law"} if drawing.parallel == "law" else {}
+    )
 
 
 def _beginning_and_end(drawing: Drawing) -> dict[str, Any]:

@@ -54,6 +54,13 @@ class Rounds:
         return f"{self.calls} network calls, {self.steps_per_round:.1f} steps per round"
 
 
+def default_chains(entries: int, parallel: str, window: int | None) -> int:
+    """How many samples are side by side by default, in batches of so many entries; without a window all of them."""
+    if parallel == "off" and window is None:
+        return entries
+    return max(1, entries // (window or WINDOW))
+
+
 def in_rounds(
     run: Run, engine: Engine, parallel: Any, window: Any, rounds: Any, *, chains: int | None
 ) -> "Run | ParallelRun":
@@ -75,7 +82,7 @@ def in_rounds(
     for name, is_given in (("x_0_fn", run.conditions.x_0_fn), ("resample", run.conditions.resample > 1)):
         if is_given:
             raise ValueError(f"{name} needs one step after the other; leave out {name}, or parallel and window")
-    size = max(1, run.size // window) if chains is None else run.size
+    size = default_chains(run.size, parallel, window) if chains is None else run.size
     if (entries := window * (run.micro_batch or size)) > MOST_ENTRIES:
         raise ValueError(f"the network's batch would have {entries} entries; want at most {MOST_ENTRIES}: less window")
     _check_mode(parallel, run.table, engine)
@@ -121,11 +128,8 @@ class ParallelRun(Run):
         from tqdm import tqdm
 
         samples, steps = self.addresses[:, 1], len(self.table)
-        size, waiting, in_order = (
-            self.micro_batch or min(self.size, len(samples)),
-            range(len(samples)),
-            InOrder(samples),
-        )
+        size, in_order = self.micro_batch or min(self.size, len(samples)), InOrder(samples)
+        waiting = list(range(len(samples)))
         self.rounds.window = self.window
         silent = callable(self.progress) or not self.progress
         bar = tqdm(total=len(samples) * steps, desc="sample", unit="step", disable=silent)

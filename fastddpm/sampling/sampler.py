@@ -287,12 +287,11 @@ class Sampler:
                 thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`). It is given
                 x_0 already clipped, if the schedule clips; what it returns is not clipped again.
             trajectory: visited timesteps at which to keep x_t: a sample is then [K + 1, *shape], these states and x_0.
-            parallel: take several steps for one call of the network, for the latency of few samples (docs/parallel.md):
-                "bits", with the bits of the loop that has the same batches and takes one step at a time, which is
-                "off" with a window; or "law", exact in distribution, with a fixed variance and noise. "bits" gains by
-                a network that reads 16-bit numbers (bf16, fp16); "law" in any precision.
+            parallel: take several steps for one call of the network, for the latency of few samples: "bits", with the
+                bits of "off" with the same window, for a network that reads bf16 or fp16; or "law", exact in
+                distribution, for fixed variances.
             window: how many steps of a sample are in a batch of the network; None: 16 if parallel. batch_size is then
-                the number of samples side by side, by default so many that the batch has its usual size.
+                the number of samples side by side; the default fills batches of the usual size.
             rounds: a `Rounds` to fill with the calls of the network and the steps that each took.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
                 batch).
@@ -331,11 +330,9 @@ class Sampler:
             x_0_fn=x_0_fn,
         )
         size = self.default_batch_size() if batch_size is None else whole("batch_size", batch_size, 1)
+        conditions = self.conditions(given, len(addresses), noising)
         run = Run(
-            table,
-            addresses,
-            self.conditions(given, len(addresses), noising),
-            min(size, self._largest),
+            *(table, addresses, conditions, min(size, self._largest)),
             micro_batch=self.micro_batch,
             frames=frame_rows(trajectory, table),
             progress=progress,

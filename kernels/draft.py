@@ -23,7 +23,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 @triton.jit
 def draft_kernel(
     states_ptr,  # [G * W, per_sample] fp32, channels-last; slot i mod W of a chain holds row i
-    copy_ptr,  # like states in bf16 or fp16, or None
+    copy_ptr,  # like states in any float dtype: the network's input; or None
     x_ptr,  # [G, per_sample] fp32: the states of the chains
     m_ptr,  # like states: the network's outputs of the last round
     row_ptr,  # [S, 14] fp32: a step table, see columns.py
@@ -37,6 +37,7 @@ def draft_kernel(
     ahead,
     last_row,
     CLIP: tl.constexpr,
+    ROUND: tl.constexpr,  # the copy to bf16, whatever its dtype
     BLOCK: tl.constexpr,
 ):
     g, block, at, mask = block_of_entry(per_sample, BLOCK)
@@ -62,7 +63,8 @@ def draft_kernel(
             guess = tl.div_rn(guess, tl.load(columns + CM))
         tl.store(states_ptr + place, x, mask=mask)
         if copy_ptr is not None:
-            tl.store(copy_ptr + place, x.to(copy_ptr.dtype.element_ty), mask=mask)
+            read = x.to(tl.bfloat16) if ROUND else x
+            tl.store(copy_ptr + place, read.to(copy_ptr.dtype.element_ty), mask=mask)
         x = reverse_step(x, guess, g, row, block, row_ptr, t_ptr, address_ptr, CLIP, BLOCK)
 
 
@@ -76,10 +78,10 @@ def _predicted_x_0(x, m, row, row_ptr, scale_ptr):
     return tl.load(scale_ptr + row) * x_0
 
 
-def launch_draft(states, copy, x, m, rows, scale, timesteps, pos, seen, address, *, ahead, clip):
+def launch_draft(states, copy, x, m, rows, scale, timesteps, pos, seen, address, *, ahead, clip, rounded):
     """Launches only: fastddpm.ops has checked every argument."""
     per_sample, window = x.shape[1:].numel(), len(states) // len(x)
     with torch.cuda.device_of(x):
         grid, sizes = (len(x), triton.cdiv(per_sample, BLOCK)), (per_sample, window, ahead, len(rows) - 1)
         tensors = states, copy, x, m, rows, scale, timesteps, pos, seen, address
-        launch(draft_kernel, grid, *tensors, *sizes, CLIP=clip, BLOCK=BLOCK, **OPTIONS)
+        launch(draft_kernel, grid, *tensors, *sizes, CLIP=clip, ROUND=rounded, BLOCK=BLOCK, **OPTIONS)

@@ -1,7 +1,7 @@
 """Finds the first row of each chain whose draft differs from the exact state, for sampling parallel in time.
 
-Each program takes the exact steps of its block in registers, until the state, rounded as the network's input, does not
-have the bits of the draft.
+Each program takes the exact steps of its block in registers, until the state does not have the bits of the draft. Both
+are rounded to bf16, as the network reads them.
 Traffic: 4 bytes per element of a chain, and for each row 8 to read; an atomic per block that differs.
 Precision: all arithmetic in fp32 in the written order.
 Spec: fastddpm/reference/parallel.py::first_difference with fastddpm/core/noise.py, stream 0.
@@ -18,7 +18,6 @@ from .step import reverse_step
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-FORMATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -35,7 +34,6 @@ def first_difference_kernel(
     window,
     ahead,
     CLIP: tl.constexpr,
-    FORMAT: tl.constexpr,  # of the network's input
     BLOCK: tl.constexpr,
 ):
     g, block, at, mask = block_of_entry(per_sample, BLOCK)
@@ -47,7 +45,7 @@ def first_difference_kernel(
         row = pos - i
         place = (first + row % window) * per_sample + offs
         draft = tl.load(states_ptr + place, mask=mask, other=0.0)
-        differs = mask & (_bits(x, FORMAT) != _bits(draft, FORMAT)) & (i > 0)
+        differs = mask & (_bits(x) != _bits(draft)) & (i > 0)
         if tl.max(differs.to(tl.int32), 0) != 0:
             tl.atomic_max(reached_ptr + g, row, sem="relaxed")
             i = rows
@@ -58,17 +56,14 @@ def first_difference_kernel(
 
 
 @triton.jit
-def _bits(x, FORMAT: tl.constexpr):
-    if tl.float32 == FORMAT:
-        return x.to(tl.int32, bitcast=True)
-    else:
-        return x.to(FORMAT).to(tl.int16, bitcast=True)
+def _bits(x):
+    return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
 
 
-def launch_first_difference(reached, x, states, m, rows, timesteps, pos, address, *, ahead, clip, dtype):
+def launch_first_difference(reached, x, states, m, rows, timesteps, pos, address, *, ahead, clip):
     """Launches only: fastddpm.ops has checked every argument."""
     per_sample, window = x.shape[1:].numel(), len(states) // len(x)
     with torch.cuda.device_of(x):
         grid, tensors = (len(x), triton.cdiv(per_sample, BLOCK)), (reached, x, states, m, rows, timesteps, pos, address)
-        constants = {"CLIP": clip, "FORMAT": FORMATS[dtype], "BLOCK": BLOCK}
+        constants = {"CLIP": clip, "BLOCK": BLOCK}
         launch(first_difference_kernel, grid, *tensors, per_sample, window, ahead, **constants, **OPTIONS)

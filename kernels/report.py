@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -91,17 +90,15 @@ def draft_variant(copy: str | None) -> Variant:
     """The bytes of this and the next two are those of one row, and of what is read before the loop over the rows."""
     types = CHAINS | {"states_ptr": "*fp32", "copy_ptr": f"*{copy}", "scale_ptr": "*fp32", "seen_ptr": "*i32"}
     types |= dict.fromkeys(("ahead", "last_row"), "i32")
-    constants = {"CLIP": True, "BLOCK": draft.BLOCK} | ({} if copy else {"copy_ptr": None})
+    constants = {"CLIP": True, "ROUND": copy is not None, "BLOCK": draft.BLOCK} | ({} if copy else {"copy_ptr": None})
     name, written = f"draft{f', copy {copy}' if copy else ''}", 4 + (BYTES[copy] if copy else 0)
     return Variant(name, draft.draft_kernel, types, constants, draft.OPTIONS, draft.BLOCK, 20, written)
 
 
-def first_difference_variant(dtype: torch.dtype) -> Variant:
-    types = CHAINS | {"reached_ptr": "*i32", "states_ptr": "*fp32", "ahead": "i32"}
-    module = first_difference
-    constants = {"CLIP": True, "FORMAT": module.FORMATS[dtype], "BLOCK": module.BLOCK}
-    name, kernel = f"first_difference {module.FORMATS[dtype]}", module.first_difference_kernel
-    return Variant(name, kernel, types, constants, module.OPTIONS, module.BLOCK, 12, 0)
+def first_difference_variant() -> Variant:
+    types, module = CHAINS | {"reached_ptr": "*i32", "states_ptr": "*fp32", "ahead": "i32"}, first_difference
+    constants, kernel = {"CLIP": True, "BLOCK": module.BLOCK}, module.first_difference_kernel
+    return Variant("first_difference", kernel, types, constants, module.OPTIONS, module.BLOCK, 12, 0)
 
 
 def commit_variant() -> Variant:
@@ -252,9 +249,9 @@ VARIANTS = (
     conditional_step_variant("bf16", guided=True, learned=2, known=True, guide_variance=True),
     conditional_step_variant("fp32", guided=True, learned=1),
     draft_variant("bf16"),
+    draft_variant("fp32"),
     draft_variant(None),
-    first_difference_variant(torch.bfloat16),
-    first_difference_variant(torch.float32),
+    first_difference_variant(),
     commit_variant(),
     predict_step_variant("fp32", "fp32", "fp32"),
     predict_step_variant("fp32", "fp32", "registers"),

@@ -36,6 +36,7 @@ def draft(
     *,
     ahead: int,
     copy: Tensor | None = None,
+    rounded: bool = True,
 ) -> None:
     """Overwrite the states at rows pos, pos - 1, ... with drafts, of which the first is x.
 
@@ -44,23 +45,24 @@ def draft(
     Args:
         m: the outputs of the last round.
         seen: [G] int32: the lowest row of the last round; more than S if there was none.
-        copy: like states in bf16 or fp16: overwritten with the rounded drafts, too.
+        copy: like states in fp16/bf16/fp32: overwritten with the drafts, too, as the network reads them.
+        rounded: whether these are rounded to bf16 first, whatever their dtype.
     """
     _check("draft", x, states, m, table, pos, address, ahead)
     check_tensor("draft", "seen", seen, pos.shape, torch.int32, x.device, "the lowest row of each chain's last round")
     if copy is not None:
-        check_state("draft", "copy", copy, FLOATS[1:])
+        check_state("draft", "copy", copy, FLOATS)
         if copy.shape != states.shape or copy.device != x.device:
             raise ValueError(f"draft: copy is {tensor_summary(copy)}; want {tuple(states.shape)} on {x.device}")
     if (launch := launcher("draft", x.device)) is not None:
         tensors = states, copy, x, m, table.rows, table.scale, table.timesteps, pos, seen, address
-        return launch(*tensors, ahead=ahead, clip=table.clip)
+        return launch(*tensors, ahead=ahead, clip=table.clip, rounded=rounded)
     rows = parallel.Rows(table.rows, table.scale)
     step, chains = _step(table, address), (len(x), len(states) // len(x))
     old, outputs = states.unflatten(0, chains), m.unflatten(0, chains)
     states.copy_(parallel.draft(x, old, outputs, pos.long(), seen.long(), rows, step, ahead=ahead).flatten(0, 1))
     if copy is not None:
-        copy.copy_(states)
+        copy.copy_(states.bfloat16() if rounded else states)
 
 
 def first_difference(
@@ -72,26 +74,22 @@ def first_difference(
     address: Tensor,
     *,
     ahead: int,
-    dtype: torch.dtype,
 ) -> Tensor:
-    """The row of each chain to which `commit` can go: the highest whose draft is not the input of the sequential loop.
+    """The row of each chain to which `commit` can go: the highest whose draft, in bf16, is not that of the exact state.
 
     Bit for bit `reference.parallel.first_difference`.
 
-    Args: dtype: of the network's input, fp16/bf16/fp32.
     Returns: [G] int32: -1, or pos - ahead, if all drafts are right.
     """
     _check("first_difference", x, states, m, table, pos, address, ahead)
     if (launch := launcher("first_difference", x.device)) is not None:
         reached = (pos - ahead).clamp_(min=-1)
-        launch(
-            reached, x, states, m, table.rows, table.timesteps, pos, address, ahead=ahead, clip=table.clip, dtype=dtype
-        )
+        launch(reached, x, states, m, table.rows, table.timesteps, pos, address, ahead=ahead, clip=table.clip)
         return reached
     chains = len(x), len(states) // len(x)
     drafts, outputs = states.unflatten(0, chains), m.unflatten(0, chains)
     step = _step(table, address)
-    return parallel.first_difference(x, drafts, outputs, pos.long(), step, ahead=ahead, dtype=dtype).int()
+    return parallel.first_difference(x, drafts, outputs, pos.long(), step, ahead=ahead).int()
 
 
 def commit(

@@ -1,5 +1,8 @@
 """The specification of sampling parallel in time: several steps for one call of the network.
 
+The network reads x_t rounded to bfloat16: float32 states a rounding apart are the same input then. It should compute in
+float32, since a network that rounds inside answers the least change with one of the size of its rounding errors.
+
 A chain is one sample on its way, with W slots; slot i mod W holds the step at row i of the table. A round drafts the
 states of the next rows with the network's outputs of the last round, calls the network once on all slots, and commits
 the steps whose inputs were right. Drafts decide only how many these are, never the result.
@@ -79,20 +82,14 @@ def draft(
     return states
 
 
-def first_difference(
-    x: Tensor, states: Tensor, m: Tensor, pos: Tensor, step: Step, *, ahead: int, dtype: torch.dtype
-) -> Tensor:
-    """The highest row whose draft, rounded to dtype, differs from the exact state; -1 or pos - ahead if none does.
-
-    Args: dtype: of the network's input.
-    Returns: [G] int64.
-    """
+def first_difference(x: Tensor, states: Tensor, m: Tensor, pos: Tensor, step: Step, *, ahead: int) -> Tensor:
+    """The highest row whose draft, in bf16, differs from the exact state; -1 or pos - ahead if none does: [G] int64."""
     G, W = states.shape[:2]
     chain, reached = torch.arange(G, device=x.device), (pos - ahead).clamp(min=-1)
     for i in range(ahead):
         row = (pos - i).clamp(min=0)
         if i:
-            differs = _bits(x.to(dtype)) != _bits(states[chain, row % W].to(dtype))
+            differs = _bits(x.bfloat16()) != _bits(states[chain, row % W].bfloat16())
             here = differs.flatten(1).any(1) & (pos >= i)
             reached = torch.where(here, torch.maximum(reached, row), reached)
         x = step(x, m[chain, row % W], row)
@@ -175,12 +172,11 @@ def sample(
     step: Step,
     *,
     window: int,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, list[int]]:
     """Take all steps of a table for one sample, with the bits of the sequential loop in the same layout.
 
     Args:
-        model: (x_t [W, ...] of dtype, t [W] int64) -> [W, ...]; entry i must not depend on the others.
+        model: (x_t [W, ...] bfloat16, t [W] int64) -> [W, ...]; entry i must not depend on the others.
         x: [1, ...] float32: the state to begin with.
         timesteps: [S].
         window: W.
@@ -193,8 +189,8 @@ def sample(
         known = torch.zeros_like(states) if m is None else m
         states = draft(x, states, known, pos, seen, table, step, ahead=window)
         rows = (pos - (pos - torch.arange(window)) % window).clamp(min=0)  # of each slot
-        m = model(states[0].to(dtype), timesteps[rows].long()).to(x.dtype).unsqueeze(0)
-        reached = first_difference(x, states, m, pos, step, ahead=window, dtype=dtype)
+        m = model(states[0].bfloat16(), timesteps[rows].long()).to(x.dtype).unsqueeze(0)
+        reached = first_difference(x, states, m, pos, step, ahead=window)
         x = commit(x, m, pos, reached, step, ahead=window)
         steps.append(int(pos - reached))
         pos, seen = reached, (pos - window + 1).clamp(min=0)

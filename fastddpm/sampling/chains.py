@@ -33,8 +33,8 @@ class Chains(SampleBuffers):
 
     Attributes:
         x: [G, *shape] float32, channels-last: the states of the chains.
-        states: [G * W, *shape] float32, channels-last: the drafts; slot i mod W of a chain holds row i. The same tensor
-            as the network's input if shape and dtype agree.
+        states: [G * W, *shape] float32, channels-last: the drafts; slot i mod W of a chain holds row i. The network
+            reads them, rounded to bf16 unless the mode is "law".
         m: [G * W, C or 2C, ...] float32: the network's outputs for them, after guidance.
         pos: [G] int32: the row that each chain is at; -1: it is finished, or empty.
         seen: [G] int32: the lowest row of the last round; S + 1 if there was none.
@@ -45,9 +45,7 @@ class Chains(SampleBuffers):
         super().__init__(prepared, n, network)
         device, self.window = prepared.device, window
         self.x = layout.empty(n, prepared.shape, dtype=torch.float32, device=device)
-        self.states = network.input
-        if form != NOTHING.form or network.input.dtype != torch.float32:
-            self.states = layout.empty(n * window, prepared.shape, dtype=torch.float32, device=device)
+        self.states = layout.empty(n * window, prepared.shape, dtype=torch.float32, device=device)
         self.m = torch.empty(0, device=device)
         self.pos, self.seen = torch.empty(2, n, dtype=torch.int32, device=device)
         self._slots = torch.arange(window, dtype=torch.int32, device=device)
@@ -149,28 +147,25 @@ class Chains(SampleBuffers):
             self.m[:, channels:].copy_(v)
 
     def _draft(self) -> None:
-        reads_states = self.network.input is self.states
-        copy = None if reads_states or self.network.form != NOTHING.form else self.network.input
+        """Draft the states, and hand them to the network."""
+        rounded, fused = self.mode != "law", self._is_plain and self.network.form == NOTHING.form
         if self._is_plain:
             tensors = self.states, self.x, self.m, self.table, self.pos, self.seen, self.address
-            draft(*tensors, ahead=self.ahead, copy=copy)
+            draft(*tensors, ahead=self.ahead, copy=self.network.input if fused else None, rounded=rounded)
         else:
             pos, seen = self.pos.long(), self.seen.long()
             chains = self._by_chain(self.states), self._by_chain(self.m)
             new = parallel.draft(self.x, *chains, pos, seen, self._rows, self._step, ahead=self.ahead)
             self.states.copy_(new.flatten(0, 1))
-            if copy is not None:
-                copy.copy_(self.states)
-        if not reads_states and copy is None:
-            self.network.read_states(self.states)
+        if not fused:
+            self.network.read_states(self.states.bfloat16() if rounded else self.states)
 
     def _first_difference(self) -> Tensor:
-        dtype = self.prepared.input_dtype
         if self._is_plain:
             tensors = self.x, self.states, self.m, self.table, self.pos, self.address
-            return first_difference(*tensors, ahead=self.ahead, dtype=dtype)
+            return first_difference(*tensors, ahead=self.ahead)
         chains = self._by_chain(self.states), self._by_chain(self.m)
-        reached = parallel.first_difference(self.x, *chains, self.pos.long(), self._step, ahead=self.ahead, dtype=dtype)
+        reached = parallel.first_difference(self.x, *chains, self.pos.long(), self._step, ahead=self.ahead)
         return reached.int()
 
     def _commit(self, pos: Tensor, reached: Tensor) -> None:

@@ -77,12 +77,6 @@ class PreparedModel:
         """What the network computes in."""
         return self.own_dtype or self.compute.dtype
 
-    @property
-    def input_dtype(self) -> torch.dtype:
-        """In which the network reads x_t, as far as is known: under autocast it may read all of the float32 numbers."""
-        is_fused = isinstance(self.model, UNet2D) and not self.obstacles
-        return self.dtype if is_fused else self.own_dtype or torch.float32
-
     def current(self) -> "PreparedModel":
         """This one; or a new one, if a `UNet2D` was changed, except for the values of its parameters."""
         if not isinstance(self.model, UNet2D):

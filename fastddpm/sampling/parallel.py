@@ -1,5 +1,6 @@
 """A checked call of `Sampler.batches` that samples parallel in time: chains run side by side, each in rounds."""
 
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -30,25 +31,31 @@ class Rounds:
         window: W: how many steps a round takes at most.
         calls: of the network, each for all chains.
         steps: {sample index: how many steps each of its rounds took}.
+        rounds: of all samples together.
     """
 
     window: int = 0
     calls: int = 0
     steps: dict[int, list[int]] = field(default_factory=dict)
-
-    @property
-    def rounds(self) -> int:
-        """Of all samples together."""
-        return sum(map(len, self.steps.values()))
+    rounds: int = 0
+    _taken: int = 0
+    _full: int = 0
 
     @property
     def steps_per_round(self) -> float:
-        return sum(map(sum, self.steps.values())) / max(self.rounds, 1)
+        return self._taken / max(self.rounds, 1)
 
     @property
     def full(self) -> float:
         """The share of the rounds that took W steps."""
-        return sum(steps.count(self.window) for steps in self.steps.values()) / max(self.rounds, 1)
+        return self._full / max(self.rounds, 1)
+
+    def add(self, sample: int, steps: int) -> None:
+        """Count a round of a sample."""
+        self.steps.setdefault(sample, []).append(steps)
+        self.rounds += 1
+        self._taken += steps
+        self._full += steps == self.window
 
     def __str__(self) -> str:
         return f"{self.calls} network calls, {self.steps_per_round:.1f} steps per round"
@@ -91,15 +98,12 @@ def in_rounds(
 
 
 def _check_mode(parallel: str, table: StepTable, engine: Engine) -> None:
-    prepared = engine.prepared
-    if parallel == "bits" and prepared.input_dtype not in (torch.bfloat16, torch.float16):
-        law, reads = ", or parallel='law', which is exact in distribution", "the network reads x_t in float32"
-        if prepared.compute.precision in ("bf16", "fp16"):
-            to = f"give it parameters of this dtype, as by network.to({prepared.compute.dtype})"
-            raise ValueError(f"parallel is 'bits', but {reads} under autocast; {to}{law}")
-        raise ValueError(
-            f"parallel is 'bits' with precision '{engine.compute.precision}', so {reads}, where drafts hardly ever "
-            f"have the bits of the sequential loop; use precision='bf16' or 'fp16'{law}"
+    if (parallel == "bits" and (dtype := engine.prepared.dtype) != torch.float32) or engine.compute.precision == "tf32":
+        rounds = "TF32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"parallel is 'bits', but the network computes in {rounds}, whose rounding makes drafts wrong: about one "
+            "step per round. Use precision='fp32', or parallel='law'",
+            stacklevel=5,
         )
     if parallel != "law":
         return
@@ -221,11 +225,13 @@ class _Session:
         current = [k for k, place in enumerate(places) if place != EMPTY and place == self.places[k]]
         samples = self.run.addresses[torch.tensor(places, device="cpu").clamp(min=0), 1]
         raise_if_bad(self.chains, [bad[k] if k in current else -1 for k in range(len(bad))], samples)
+        total = 0
         for k in current:
             steps, self.rows[k] = self.rows[k] - rows[k], rows[k]
             if steps:
-                self.run.rounds.steps.setdefault(int(samples[k]), []).append(steps)
-                self.on_steps(steps, 1)
+                self.run.rounds.add(int(samples[k]), steps)
+                total += steps
+        self.on_steps(total, 1)
         return [k for k in current if rows[k] < 0]
 
     def _taken(self, chain: int) -> Tensor:

@@ -287,9 +287,9 @@ class Sampler:
                 thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`). It is given
                 x_0 already clipped, if the schedule clips; what it returns is not clipped again.
             trajectory: visited timesteps at which to keep x_t: a sample is then [K + 1, *shape], these states and x_0.
-            parallel: take several steps for one call of the network, for the latency of few samples: "bits", with the
-                bits of "off" with the same window, for a network that reads bf16 or fp16; or "law", exact in
-                distribution, for fixed variances.
+            parallel: take several steps for one call of the network, for the latency of few samples (docs/parallel.md):
+                "bits" has the bits of "off" with the same window, in both of which the network reads x_t in bf16;
+                "law" is exact in distribution, for fixed variances.
             window: how many steps of a sample are in a batch of the network; None: 16 if parallel. batch_size is then
                 the number of samples side by side; the default fills batches of the usual size.
             rounds: a `Rounds` to fill with the calls of the network and the steps that each took.

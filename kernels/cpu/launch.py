@@ -41,16 +41,16 @@ def launch_conditional_step(
     _run("conditional_step", x.numel(), *shape, *tensors, *outputs, clip, guide_variance, learned)
 
 
-def launch_draft(states, copy, x, m, rows, scale, timesteps, pos, seen, address, *, ahead, clip):
+def launch_draft(states, copy, x, m, rows, scale, timesteps, pos, seen, address, *, ahead, clip, rounded):
     chains = _chain_words(x, len(states), rows, timesteps, pos, address, clip)
     tensors = map(_pointer, (states, copy, x, m, scale, seen))
-    sizes = ahead, len(rows) - 1, _DTYPES[None if copy is None else copy.dtype]
+    sizes = ahead, len(rows) - 1, _DTYPES[None if copy is None else copy.dtype], rounded
     _run("draft", x.numel() * ahead, *chains, *tensors, *sizes)
 
 
-def launch_first_difference(reached, x, states, m, rows, timesteps, pos, address, *, ahead, clip, dtype):
+def launch_first_difference(reached, x, states, m, rows, timesteps, pos, address, *, ahead, clip):
     chains = _chain_words(x, len(states), rows, timesteps, pos, address, clip)
-    _run("first_difference", x.numel() * ahead, *chains, *map(_pointer, (reached, x, states, m)), ahead, _DTYPES[dtype])
+    _run("first_difference", x.numel() * ahead, *chains, *map(_pointer, (reached, x, states, m)), ahead)
 
 
 def launch_commit(x, m, rows, timesteps, pos, reached, address, bad, *, clip):

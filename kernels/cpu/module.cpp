@@ -22,10 +22,10 @@
     X(commit, 1, 12)                                            \
     X(conditional_step, 1, 18)                                  \
     X(convolution, 1, 24)                                       \
-    X(draft, 1, 17)                                             \
+    X(draft, 1, 18)                                             \
     X(eps_loss, 2, 14)                                          \
     X(eps_loss_backward, 1, 14)                                 \
-    X(first_difference, 1, 14)                                  \
+    X(first_difference, 1, 13)                                  \
     X(group_norm, 3, 19)                                        \
     X(interleave, 1, 8)                                         \
     X(noising, 1, 11)                                           \

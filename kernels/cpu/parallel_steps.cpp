@@ -44,12 +44,12 @@ void predict_x_0(const Row& row, float scale, int count, const float* x, const f
     }
 }
 
-// Whether the elements, rounded to the type of the null pointer, have the same bits.
-template <class T>
-bool same(int count, const float* x, const float* y, T*) {
-    T rounded[2][BLOCK];
-    for (int i = 0; i < count; ++i) narrow(x[i], rounded[0][i]), narrow(y[i], rounded[1][i]);
-    return std::memcmp(rounded[0], rounded[1], sizeof(T) * count) == 0;
+void round_to_bfloat16(int count, const float* x, float* rounded) {
+    for (int i = 0; i < count; ++i) {
+        BFloat16 narrowed;
+        narrow(x[i], narrowed);
+        rounded[i] = widen(narrowed);
+    }
 }
 
 }  // namespace
@@ -63,11 +63,11 @@ void draft(const Call& call) {
     auto m = a.pointer<const float>();        // like states
     auto scale = a.pointer<const float>();    // [S]
     auto seen = a.pointer<const int32_t>();   // [G]: the lowest row of the last round
-    int64_t ahead = a.size(), last_row = a.size(), copy_dtype = a.size();
+    int64_t ahead = a.size(), last_row = a.size(), copy_dtype = a.size(), rounded = a.size();
 
     each_block(chains.count, chains.per_sample, call, [&](int64_t chain, int64_t block, int64_t at, int count) {
         int64_t pos = chains.positions[chain], lowest = seen[chain];
-        float state[BLOCK], guess[BLOCK], x_0[BLOCK] = {};
+        float state[BLOCK], input[BLOCK], guess[BLOCK], x_0[BLOCK] = {};
         if (pos + 1 >= lowest) {
             int64_t row = smaller(pos + 1, last_row), place = chains.slot(chain, row, block);
             predict_x_0(chains.rows[row], scale[row], count, states + place, m + place, x_0);
@@ -85,11 +85,16 @@ void draft(const Call& call) {
                 for (int k = 0; k < count; ++k) guess[k] = (x_0[k] / scale[row] - c.cx * state[k]) / c.cm;
             }
             std::memcpy(states + place, state, sizeof(float) * count);
-            if (copy)
+            if (copy) {
+                if (rounded)
+                    round_to_bfloat16(count, state, input);
+                else
+                    std::memcpy(input, state, sizeof(float) * count);
                 with_float(copy_dtype, [&](auto* type) {
                     auto to = reinterpret_cast<decltype(type)>(copy) + place;
-                    for (int k = 0; k < count; ++k) narrow(state[k], to[k]);
+                    for (int k = 0; k < count; ++k) narrow(input[k], to[k]);
                 });
+            }
             chains.step(chain, row, block, count, guess, state);
         }
     });
@@ -102,16 +107,17 @@ void first_difference(const Call& call) {
     auto x = a.pointer<const float>();        // [G, per_sample]
     auto states = a.pointer<const float>();   // [G * W, per_sample]: the drafts
     auto m = a.pointer<const float>();        // like states: the network's outputs for them
-    int64_t ahead = a.size(), dtype = a.size();
+    int64_t ahead = a.size();
 
     each_block(chains.count, chains.per_sample, call, [&](int64_t chain, int64_t block, int64_t at, int count) {
         int64_t pos = chains.positions[chain];
-        float state[BLOCK];
+        float state[BLOCK], input[BLOCK], draft[BLOCK];
         std::memcpy(state, x + at, sizeof(float) * count);
         for (int64_t i = 0; i < ahead && i <= pos; ++i) {
             int64_t row = pos - i, place = chains.slot(chain, row, block);
-            bool differs = false;
-            with_float(dtype, [&](auto* type) { differs = i && !same(count, state, states + place, type); });
+            round_to_bfloat16(count, state, input);
+            round_to_bfloat16(count, states + place, draft);
+            bool differs = i && std::memcmp(input, draft, sizeof(float) * count) != 0;
             if (differs) return raise_to(reached + chain, int32_t(row));
             chains.step(chain, row, block, count, m + place, state);
         }

@@ -76,7 +76,8 @@ def by_chain(x, window):
 def test_draft_equals_specification(name, shape, dtype, device):
     table, window, guards = TABLES[name], 5, Guards()
     x, states, m, pos, address = chains(shape, window, table)
-    for ahead, seen in ((5, pos - 2), (3, pos + 1), (5, pos.clamp(min=len(table)) + 1), (1, pos - 9)):
+    S = len(table)
+    for ahead, seen, rounded in ((5, pos - 2, True), (3, pos + 1, False), (5, pos.clamp(min=S) + 1, True)):
         want = parallel.draft(
             *(x, by_chain(states, window), by_chain(m, window), pos.long(), seen.long()),
             parallel.Rows(table.rows, table.scale),
@@ -84,15 +85,12 @@ def test_draft_equals_specification(name, shape, dtype, device):
             ahead=ahead,
         ).flatten(0, 1)
         drafts = guards.holding(states, device)
-        copy = None if dtype == torch.float32 else guards.empty(len(m), shape, dtype=dtype, device=device)
-        if copy is not None:
-            copy.copy_(states)
+        copy = guards.empty(len(m), shape, dtype=dtype, device=device).copy_(states.bfloat16() if rounded else states)
         given = (y.to(device) for y in (x, m))
         at = (y.to(device) for y in (pos, seen, address))
-        draft(drafts, *given, table.to(device), *at, ahead=ahead, copy=copy)
+        draft(drafts, *given, table.to(device), *at, ahead=ahead, copy=copy, rounded=rounded)
         assert_same_bits(drafts, want)
-        if copy is not None:
-            assert_same_bits(copy, want.to(dtype))
+        assert_same_bits(copy, (want.bfloat16() if rounded else want).to(dtype))
         guards.check()
 
 
@@ -110,11 +108,10 @@ def test_first_difference_equals_specification(name, shape, dtype, device):
             want = parallel.first_difference(
                 *(x, by_chain(states, window), by_chain(m, window), pos.long(), step_of(table, address)),
                 ahead=ahead,
-                dtype=dtype,
             )
             tensors = (y.to(device) for y in (x, states, m))
             at = (y.to(device) for y in (pos, address))
-            got = first_difference(*tensors, table.to(device), *at, ahead=ahead, dtype=dtype).cpu()
+            got = first_difference(*tensors, table.to(device), *at, ahead=ahead).cpu()
             assert got.dtype == torch.int32
             assert got.tolist() == want.tolist()
             if row_of_damage in (None, 0):  # the state at pos itself is exact, whatever its slot holds
@@ -130,11 +127,9 @@ def test_states_that_are_the_same_input_are_not_different(device):
     states = exact_states(x, m, pos, address, table, window)
     bits = states.view(torch.int32) ^ 1  # a rounding apart
     states = torch.where(bits.view(torch.float32).bfloat16() == states.bfloat16(), bits.view(torch.float32), states)
-    for dtype, reached in ((torch.bfloat16, 496), (torch.float32, 499)):
-        tensors = (y.to(device) for y in (x, states, m))
-        at = (y.to(device) for y in (pos, address))
-        got = first_difference(*tensors, table.to(device), *at, ahead=window, dtype=dtype)
-        assert got.tolist() == [reached]
+    tensors = (y.to(device) for y in (x, states, m))
+    at = (y.to(device) for y in (pos, address))
+    assert first_difference(*tensors, table.to(device), *at, ahead=window).tolist() == [496]
 
 
 @pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
@@ -169,9 +164,7 @@ def test_commit_flags_the_first_bad_row_of_the_steps_it_takes(device):
 def test_arguments_are_checked(device):
     table = TABLES["clipped"].to(device)
     x, states, m, pos, address = (y.to(device) for y in chains((2, 3, 3), 4, TABLES["clipped"]))
-    compare = lambda *tensors, ahead=4, table=table: first_difference(
-        *tensors, table, pos, address, ahead=ahead, dtype=torch.bfloat16
-    )
+    compare = lambda *tensors, ahead=4, table=table: first_difference(*tensors, table, pos, address, ahead=ahead)
     for tensors in ((x, states[:15], m), (x, states, m[:12]), (x, states[:2], m[:2]), (x, states, m.bfloat16())):
         with pytest.raises(ValueError, match=r"first_difference: (states|m) is"):
             compare(*tensors)

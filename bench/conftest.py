@@ -18,7 +18,18 @@ HERE = Path(__file__).resolve().parent
 # the most important first: the time may not suffice for all
 FILES = tuple(
     f"test_{what}.py"
-    for what in ("kernels", "unet", "sampling", "training", "diffusers", "output", "start", "memory", "races")
+    for what in (
+        "kernels",
+        "unet",
+        "sampling",
+        "training",
+        "diffusers",
+        "output",
+        "start",
+        "parallel",
+        "memory",
+        "races",
+    )
 )
 COMPILING = 240  # seconds that torch.compile may take for a network
 MOST_ROUNDS = 200

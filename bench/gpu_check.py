@@ -36,6 +36,7 @@ KERNEL_TESTS = ("tests/kernels", "tests/ops")
 ENGINE_TESTS = (
     "tests/sampling/test_gpu.py",
     "tests/sampling/test_gpu_job.py",
+    "tests/sampling/test_parallel.py",
     "tests/evaluate/test_gpu.py",
     "tests/train/test_gpu.py",
 )
@@ -68,6 +69,7 @@ def all_stages() -> list[Stage]:
         Stage("kernels", 75, _measure("kernels"), {"TEARDOWN_CUPTI": "0"}),
         Stage("hardware", 80, _measure("hardware")),
         Stage("upsampling", 75, _measure("upsampling")),
+        Stage("parallel", 75, _measure("parallel")),
         Stage("kernel tests", 120, _pytest(KERNEL_TESTS, f"not ({large})", processes=14), one_thread),
         Stage("engine tests", 120, _pytest(ENGINE_TESTS, f"not ({large} or {compiled})", processes=4), one_thread),
         Stage("diffusers", 120, _measure("diffusers")),

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench import kinds, machine, records
+from bench import kinds, machine, records, rounds
 from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, runner_of
 from bench.gpu_results import DEVICE_VARIABLE, LIMIT_VARIABLE, SANITIZER_VARIABLE, write_result
 from bench.layouts import flops, moved, network
@@ -30,6 +30,7 @@ from bench.watch import Watch, gpu_uuid
 from fastddpm import Sampler, Schedule, ops
 from fastddpm.core import layout, noise
 from fastddpm.networks import unet2d
+from fastddpm.ops.parallel_steps import commit, draft, first_difference
 from fastddpm.sampling.arguments import sample_shape
 from fastddpm.sampling.capture import capture
 from fastddpm.sampling.runner import Runner
@@ -233,6 +234,26 @@ def upsampling() -> None:
                     fields |= {"group": f"upsampling, {MODEL}, batch {batch}", "contender": turn}
 
 
+# One sample, parallel in time
+
+
+def parallel() -> None:
+    for mode, precision, window in rounds.CASES:
+        with result(f"one sample, {mode} {precision}{f', window {window}' if window else ''}") as fields:
+            sampler = rounds.sampler(precision)
+            fields["errors"] = rounds.judge(sampler, mode, window)
+            fields["facts"] = rounds.facts(sampler, mode, window)
+            call = partial(rounds.draw, sampler, mode, window)
+            fields["samples_s"] = [machine.timed(call) for _ in range(3)]
+            fields |= {
+                "calls": 1,
+                "clock": machine.CLOCK,
+                "cache": "hot",
+                "group": "one sample",
+                "precision": precision,
+            }
+
+
 # diffusers
 
 
@@ -321,13 +342,24 @@ def _interleave(shape: tuple[int, ...]) -> None:
     ops.interleave(_random((n, c, height + 1, width + 1), DTYPE), torch.ones(c // 4, device=DEVICE))
 
 
+def _chains(shape: tuple[int, ...]) -> None:
+    """One round: draft, compare, commit."""
+    n, window, table = shape[0], 3, SCHEDULE.table().to(DEVICE)
+    slots, address = (n * window, *shape[1:]), noise.address(0, n, DEVICE)
+    x, states, m, copy = _random(shape), _random(slots), _random(slots), _random(slots, DTYPE)
+    pos, seen = (torch.full((n,), value, dtype=torch.int32, device=DEVICE) for value in (999, 998))
+    draft(states, x, m, table, pos, seen, address, ahead=window, copy=copy)
+    reached = first_difference(x, states, m, table, pos, address, ahead=window)
+    commit(x, m, table, pos, reached, address, ahead=window, bad=torch.full_like(pos, -1))
+
+
 KERNEL_CALLS: dict[str, Callable[[tuple[int, ...]], None]] = {
     "step": _step, "predict_step": _predict_step, "noising": _noising, "eps_loss": _eps_loss, "x_0_error": _x_0_error,
-    "group_norm": _group_norm, "residual": _residual, "interleave": _interleave,
+    "group_norm": _group_norm, "residual": _residual, "interleave": _interleave, "chains": _chains,
 }  # fmt: skip
 STAGES: dict[str, Callable[[], None]] = {
     "smoke": smoke, "steps": steps, "kernels": kernels, "hardware": hardware, "upsampling": upsampling,
-    "diffusers": diffusers, "memcheck": memcheck,
+    "parallel": parallel, "diffusers": diffusers, "memcheck": memcheck,
 }  # fmt: skip
 
 

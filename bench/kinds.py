@@ -21,7 +21,7 @@ PATTERNS = [
     (MATMUL, r"^triton_tem_"),
     ("attention", r"flash|fmha|sdpa|softmax|attention"),
     ("norm, SiLU", r"group_?norm|silu|RowwiseMoments|ComputeFusedParams|^(held|statistics|apply)_kernel"),
-    ("update", r"step_kernel|fastddpm::step"),
+    ("update", r"(step|draft|first_difference|commit)_kernel|fastddpm::step"),
     (OTHER, r"^triton_(poi|red|per)_|nchwToNhwc|nhwcToNchw|^Mem(cpy|set)|copy|CatArray|residual|interleave"),
     (MATMUL, r"conv|winograd|gem[mv]|xmma|cutlass|nvjet|splitK|matmul|linear|:(add|b|badd)?mm"),
 ]

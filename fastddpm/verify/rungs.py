@@ -25,10 +25,11 @@ RUNGS: dict[str, Callable[[Any, bool], Iterator[Record]]] = {
     "engines": sampling_rungs.engines_rung,
     "trajectory": sampling_rungs.trajectory_rung,
     "batch": sampling_rungs.batch_rung,
+    "parallel": sampling_rungs.parallel_rung,
     "distribution": sampling_rungs.distribution_rung,
 }
 OF_KERNELS = ("noise", "step", "noising", "loss", "step64", "norm", "residual")  # also run in Triton's interpreter
-OF_SAMPLING = ("step", "step64", "engines", "trajectory", "batch", "distribution")
+OF_SAMPLING = ("step", "step64", "engines", "trajectory", "batch", "parallel", "distribution")
 
 
 def climb(name: str, case: Case, damage: bool) -> list[Record]:

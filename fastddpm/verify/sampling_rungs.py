@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,14 @@ from fastddpm.core import noise
 from fastddpm.core.precision import Compute
 from fastddpm.core.table import StepTable, step_rows
 from fastddpm.evaluate.frechet import frechet_distance, random_features
+from fastddpm.sampling.batch_network import LABELS
+from fastddpm.sampling.conditions import NOTHING
 from fastddpm.sampling.engine import Engine
 from fastddpm.verify.accuracy import Record, accuracy_records, root_mean_square, unequal
 from fastddpm.verify.case import NetworkCase, step_table
 
 LONG = 50  # steps of a trajectory from which on single steps can be judged
+WINDOW = 8  # steps that a round may take
 SAMPLES = 64  # in each set whose distribution is compared
 TRAJECTORY_BOUNDS = {"fp32": 2, "bf16": 4}  # of the median error, as multiples of plain torch's
 SHORTEST = 20  # steps of a trajectory that is shortened to save time
@@ -149,6 +153,49 @@ def batch_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
     for where, samples in (("in a batch", range(i + 1)), ("at another place", [2 * i + 1, i, 0])):
         together = draw(samples)[samples.index(i)]
         yield Record("batch", f"a sample alone with itself {where}", unequal(alone, together), 0)
+
+
+def parallel_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
+    """Chains that take several steps per round have the bits of those that take one, whatever their drafts are."""
+    table = case.schedule.table().last(case.few_steps)  # small steps, so that drafts are often right
+    compute = Compute(case.device, "fp32")
+    engine = Engine(case.net, case.shape, table.num_train_timesteps, compute, times=case.times)
+    want, _ = _drawn_in_rounds(case, engine, table, "off")
+    for what, wrong_drafts in (("sampling parallel in time", False), ("the same with wrong drafts", True)):
+        got, rounds = _drawn_in_rounds(case, engine, table, "bits", wrong_drafts=wrong_drafts, wrong_commit=damage)
+        note = f"{len(table) / rounds:.1f} steps per round"
+        yield Record("parallel", f"{what} with one step at a time", unequal(got, want), 0, note)
+
+
+def _drawn_in_rounds(
+    case: NetworkCase,
+    engine: Engine,
+    table: StepTable,
+    mode: str,
+    *,
+    wrong_drafts: bool = False,
+    wrong_commit: bool = False,
+) -> tuple[Tensor, int]:
+    """Sample 0 by one chain of WINDOW slots, and how many rounds it took.
+
+    Args:
+        wrong_drafts: forget the network's outputs before each round, so that drafts begin with x_0 = 0.
+        wrong_commit: change one element of the state after the first round, as a wrong step would.
+    """
+    labels = case.labels(range(1))
+    given = noise.address(0, 1), NOTHING if labels is None else replace(NOTHING, kwargs={LABELS: labels})
+    with engine.chains(1, WINDOW, capture=engine.captures(len(table)), form=NOTHING.form) as chains, chains.working():
+        chains.load(table, *given, mode=mode)
+        chains.start(torch.ones(1, dtype=torch.bool, device="cpu"), *given)
+        rounds = 0
+        while int(chains.pos) >= 0:
+            if wrong_drafts:
+                chains.seen.fill_(len(table) + 1)
+            chains.round()
+            rounds += 1
+            if wrong_commit and rounds == 1:
+                chains.x[(0,) * chains.x.ndim] += 2.0**-6
+        return chains.x.clone(), rounds
 
 
 def distribution_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:

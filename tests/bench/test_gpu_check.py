@@ -213,7 +213,7 @@ def test_unwritable_folder_is_rejected(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smoke", "steps", "kernels", "hardware", "upsampling", "diffusers", "memcheck"])
+@pytest.mark.parametrize("name", ["smoke", "steps", "kernels", "hardware", "upsampling", "parallel", "diffusers", "memcheck"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_measuring_stages_pass_at_tiny_sizes(tmp_path, monkeypatch, name, device):
     monkeypatch.setenv("BENCH_TINY", "1")
@@ -247,8 +247,11 @@ def test_measuring_stages_pass_at_tiny_sizes(tmp_path, monkeypatch, name, device
         assert sum(" x conv " in text for text in names) > 10
     elif name == "upsampling":
         assert {"batch 2, interpolated", "batch 2, polyphase", "batch 2, polyphase, repeated"} <= names
+    elif name == "parallel":
+        assert {"one sample, law fp32, window 3", "one sample, bits fp32, window 3"} <= names
+        assert all(record["samples_s"] and record["errors"] for record in found[:-1])
     elif name == "memcheck":
-        assert {"step", "interleave", "group_norm, one pixel"} <= names
+        assert {"step", "chains", "interleave", "group_norm, one pixel"} <= names
 
 
 # Records

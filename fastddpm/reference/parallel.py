@@ -134,34 +134,34 @@ def accepted(
     of the round. A step with S = 0 is accepted if the draft has its bits.
 
     Args:
-        z, log_u: the normals like x, and the logarithm of a uniform number [G], of rows [G].
-        mask: like x: where x_0 is known; there the draft is right.
-        finish: replaces the known part of a state after the step at rows [G].
+        z, log_u: the normals, and the logarithm of a uniform number, of rows [G * ahead], the first `ahead` of chain 0.
+        mask: [G, ...]: where x_0 is known; there the draft is right.
+        finish: replaces the known part of states after the step at such rows.
     """
-    W, chain = states.shape[1], torch.arange(len(x), device=x.device)
-    reached, result, going = pos, x, pos >= 0
-    for i in range(ahead):
-        row = (pos - i).clamp(min=0)
-        now = x if i == 0 else states[chain, row % W]
-        mean, S = update(now, m[chain, row % W], table.rows[row], None, clip=clip), table.rows[row, 7]
-        noise = z(row)
-        plain = finish(torch.where(_each(S == 0, x), mean, mean + _each(S, x) * noise), row)
-        going = going & (pos >= i)
-        if i == ahead - 1:
-            result, reached = torch.where(_each(going, x), plain, result), torch.where(going, row - 1, reached)
-            break
-        drafted = states[chain, (row - 1) % W]  # at row 0 there is none
-        gap = (mean - drafted) / _each(S, x) + noise
-        gap = gap if mask is None else gap.masked_fill(mask, 0.0)
-        along, square = tree_sum(noise * gap), tree_sum(gap * gap)
-        reflected = finish(mean + _each(S, x) * (noise - _each(2 * along / square, x) * gap), row)
-        same = (_bits(plain) == _bits(drafted)).flatten(1).all(1)
-        takes = torch.where(S == 0, same, log_u(row) <= along - square / 2) & (row > 0)
-        other = torch.where(_each((S == 0) | (row == 0), x), plain, reflected)
-        result = torch.where(_each(going, x), torch.where(_each(takes, x), drafted, other), result)
-        reached = torch.where(going, row - 1, reached)
-        going = going & takes
-    return Coupled(result, reached)
+    (G, W), i = states.shape[:2], torch.arange(ahead, device=x.device)
+    chain = torch.arange(G, device=x.device)[:, None]
+    row = (pos[:, None] - i).clamp(min=0)
+    first = (i == 0).view(1, -1, *[1] * (x.ndim - 1))
+    now = torch.where(first, x[:, None], states[chain, row % W]).flatten(0, 1)
+    drafted = states[chain, (row - 1).clamp(min=0) % W].flatten(0, 1)
+    rows, noise = row.flatten(), z(row.flatten())
+    S = table.rows[rows, 7]
+    each_S = _each(S, now)
+    mean = update(now, m[chain, row % W].flatten(0, 1)[:, : x.shape[1]], table.rows[rows], None, clip=clip)
+    plain = finish(torch.where(each_S == 0, mean, mean + each_S * noise), rows)
+    gap = (mean - drafted) / each_S + noise
+    if mask is not None:
+        gap = gap.masked_fill(repeated(mask, ahead), 0.0)
+    along, square = tree_sum(noise * gap), tree_sum(gap * gap)
+    reflected = finish(mean + each_S * (noise - _each(2 * along / square, now) * gap), rows)
+    same = (_bits(plain) == _bits(drafted)).flatten(1).all(1)
+    has_draft = ((i < ahead - 1) & (row > 0)).flatten()
+    takes = torch.where(S == 0, same, log_u(rows) <= along - square / 2) & has_draft
+    taken = takes.view(G, ahead).int().cumprod(1).sum(1)  # the last of these rows has no draft
+    other = torch.where(_each((S == 0) | ~has_draft, now), plain, reflected).unflatten(0, (G, ahead))
+    moves = pos >= 0
+    result = torch.where(_each(moves, x), other[chain[:, 0], taken], x)
+    return Coupled(result, torch.where(moves, row[chain[:, 0], taken] - 1, pos))
 
 
 def sample(
@@ -195,6 +195,11 @@ def sample(
         steps.append(int(pos - reached))
         pos, seen = reached, (pos - window + 1).clamp(min=0)
     return x, steps
+
+
+def repeated(x: Tensor, n: int) -> Tensor:
+    """[N, ...] -> [N * n, ...]: each entry n times, without waiting for a GPU."""
+    return x[:, None].expand(-1, n, *x.shape[1:]).flatten(0, 1)
 
 
 def _each(values: Tensor, x: Tensor) -> Tensor:

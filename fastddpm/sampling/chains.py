@@ -138,7 +138,7 @@ class Chains(SampleBuffers):
         self.network.positions.copy_(slots.clamp(min=0).flatten())
         guidance = self.conditions.guidance
         if guidance is not None:
-            guidance = guidance[:, None].expand(-1, self.window).flatten()
+            guidance = parallel.repeated(guidance, self.window)
         output, guide_variance = self._predict(network), self.conditions.guide_variance
         of_mean, v = model_outputs(output, self.states, guidance, guide_variance=guide_variance)
         channels = of_mean.shape[1]
@@ -181,20 +181,26 @@ class Chains(SampleBuffers):
 
     def _accepted(self) -> parallel.Coupled:
         """The states and rows that mode "law" goes to."""
-        known, mask = self.conditions.known, self.conditions.mask
+        known, mask = (
+            None if y is None else parallel.repeated(y, self.ahead)
+            for y in (self.conditions.known, self.conditions.mask)
+        )
+        address = parallel.repeated(self.address, self.ahead)
+        t = lambda row: self.table.timesteps[row].long()
+        normal = lambda stream, row: ops.normal(address, self.x.shape[1:], stream=stream, t=t(row))
 
         def finish(x: Tensor, row: Tensor) -> Tensor:
             if known is None or mask is None:
                 return x
-            return replaced(x, known, mask, self.table.rows[row], self._noise(noise.KNOWN, row))
+            return replaced(x, known, mask, self.table.rows[row], normal(noise.KNOWN, row))
 
         return parallel.accepted(
             *(self.x, self._by_chain(self.states), self._by_chain(self.m), self.pos.long(), self._rows),
-            z=lambda row: self._noise(noise.STEP, row),
-            log_u=lambda row: noise.uniform(self.address, stream=noise.COUPLING, t=self._t(row)).log(),
+            z=lambda row: normal(noise.STEP, row),
+            log_u=lambda row: noise.uniform(address, stream=noise.COUPLING, t=t(row)).log(),
             clip=self.table.clip,
             ahead=self.ahead,
-            mask=mask,
+            mask=self.conditions.mask,
             finish=finish,
         )
 
@@ -228,12 +234,6 @@ class Chains(SampleBuffers):
     @property
     def _rows(self) -> parallel.Rows:
         return parallel.Rows(self.table.rows, self.table.scale)
-
-    def _t(self, row: Tensor) -> Tensor:
-        return self.table.timesteps[row].long()
-
-    def _noise(self, stream: int, row: Tensor) -> Tensor:
-        return ops.normal(self.address, self.x.shape[1:], stream=stream, t=self._t(row))
 
     def _by_chain(self, x: Tensor) -> Tensor:
         """[G, W, ...] of [G * W, ...]."""

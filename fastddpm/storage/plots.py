@@ -47,7 +47,7 @@ def loss_curve(records: Iterable[Mapping[str, Any]], path: str | os.PathLike[str
     step, loss = np.array(finite, dtype=np.float64).T
     mean = _running_mean(loss)
     dots = "o" if len(step) <= FEW else None
-    with _axes(path) as axes:
+    with figure_axes(path) as axes:
         axes.plot(step, loss, color=PALE, linewidth=0.7, marker=dots, markersize=4, label="each record")
         axes.plot(step, mean, color=BLUE, linewidth=1.8, marker=dots, markersize=2, label="running mean")
         _use_whole_numbers(axes, log=step[-1] >= 20 * step[0] > 0)
@@ -94,7 +94,7 @@ def bound_terms(
     t, term, spread = (values[order][term[order] > 0] for values in (t + 1, term, spread))
     positive = [*term, *(value for _, value, *_ in ends if value > 0)]
     known = np.isfinite(spread).any()
-    with _axes(path) as axes:
+    with figure_axes(path) as axes:
         floor = _use_logarithms(axes, min(positive), np.nanmax([*positive, *(term + spread)])) if positive else 0.0
         low = np.maximum(term - spread, floor)
         if len(t) <= FEW:
@@ -132,7 +132,7 @@ def _check_terms(t: np.ndarray, term: np.ndarray, spread: np.ndarray, *, prior: 
 
 
 @contextmanager
-def _axes(path: str | os.PathLike[str]) -> Iterator[Any]:
+def figure_axes(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Axes to plot on; writes the PNG when the block ends without an exception."""
     from matplotlib import style
     from matplotlib.figure import Figure

@@ -213,7 +213,9 @@ def test_unwritable_folder_is_rejected(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smoke", "steps", "kernels", "hardware", "upsampling", "parallel", "diffusers", "memcheck"])
+@pytest.mark.parametrize(
+    "name", ["smoke", "steps", "kernels", "hardware", "upsampling", "parallel", "diffusers", "memcheck"]
+)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_measuring_stages_pass_at_tiny_sizes(tmp_path, monkeypatch, name, device):
     monkeypatch.setenv("BENCH_TINY", "1")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.core.checks import shown
-from fastddpm.core.names import ENGINES, PRECISION_NAMES, SHIPPED_MODEL, SHIPPED_MODELS
+from fastddpm.core.names import ENGINES, PARALLEL, PRECISION_NAMES, SHIPPED_MODEL, SHIPPED_MODELS
 from fastddpm.storage.indices import Indices
 
 A_MINUTE = 4000  # evaluations of a network for one image from which on a CPU may need more than a minute
@@ -54,6 +54,23 @@ def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add the option --seed. Args: purpose: what it is the seed of."""
     parser.add_argument(
         "--seed", type=int, default=0, help=f"seed of {purpose}, 0 <= seed < 2^64 (default: %(default)s)"
+    )
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """Add the options --parallel and --window."""
+    parser.add_argument(
+        "--parallel",
+        choices=PARALLEL,
+        default="off",
+        help="take several steps for one call of the network, for the latency of few samples: law (exact in distribution) "
+        "or bits (the bits of the loop; for fp32)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="W",
+        help="steps of a sample in a batch of the network (default with --parallel: 16)",
     )
 
 

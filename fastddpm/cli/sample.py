@@ -16,13 +16,14 @@ from fastddpm.cli.options import (
     add_checkpoint,
     add_device,
     add_network,
+    add_parallel,
     add_seed,
     checkpoint_files,
     how_long,
     index_list,
 )
 from fastddpm.cli.terminal import tell
-from fastddpm.core.names import PARALLEL, SAMPLERS, SHIPPED_CONDITIONAL
+from fastddpm.core.names import SAMPLERS, SHIPPED_CONDITIONAL
 from fastddpm.storage.files import check_not_input, check_writable
 from fastddpm.storage.indices import Indices
 
@@ -100,19 +101,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-log", metavar="FILE", help="append a folder's progress to FILE, one JSON line every ten seconds"
     )
-    parser.add_argument(
-        "--parallel",
-        choices=PARALLEL,
-        default="off",
-        help="take several steps for one call of the network: bits (the bits of the loop, needs bf16 or fp16) or law "
-        "(exact in distribution); for the latency of few samples",
-    )
-    parser.add_argument(
-        "--window",
-        type=int,
-        metavar="W",
-        help="steps of a sample in a batch of the network (default with --parallel: 16)",
-    )
+    add_parallel(parser)
     add_batch_size(parser, "samples")
     parser.add_argument(
         "--batch-invariant", action="store_true", help="give each sample the same bits whatever is drawn with it"

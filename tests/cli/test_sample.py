@@ -59,6 +59,18 @@ def test_sample_passes_all_options_of_the_sampler(tiny):
     assert np.array_equal(np.load("x.npz")["arr_0"], draw_uint8(tiny, 16, noise=False))
 
 
+@pytest.mark.parametrize("mode", ["law", "bits"])
+def test_sample_parallel_in_time(tiny, mode, capsys):
+    flags = f"--num-samples 2 --steps 6 --parallel {mode} --window 3 --precision fp32 --device cpu --out x.npz"
+    assert main(["sample", tiny, *flags.split()]) == 0
+    assert re.search(r"x\.npz: 2 samples in .*; \d+ network calls, \d\.\d steps per round$", capsys.readouterr().out)
+    options = {"steps": 6, "window": 3, "output": "uint8", "progress": False}
+    sampler = Sampler.from_pretrained(tiny, precision="fp32", device="cpu")
+    assert np.array_equal(np.load("x.npz")["arr_0"], sampler.sample(2, parallel=mode, **options))
+    if mode == "bits":
+        assert np.array_equal(np.load("x.npz")["arr_0"], sampler.sample(2, **options))
+
+
 def test_sample_passes_all_options_of_the_job(tiny, monkeypatch):
     calls = []
 
@@ -68,7 +80,7 @@ def test_sample_passes_all_options_of_the_job(tiny, monkeypatch):
 
     monkeypatch.setattr("fastddpm.sampling.job.sample_to", sample_to)
     flags = "--indices 3,5 --seed 9 --steps 3 --sampler ddim --eta 0.5 --no-noise --batch-size 2"
-    flags += " --shard-size 4 --json-log log --format npz --out x/ --quiet"
+    flags += " --parallel law --window 8 --shard-size 4 --json-log log --format npz --out x/ --quiet"
     assert main(["sample", tiny, *flags.split()]) == 2
     [(out, samples, options)] = calls
     assert (out, samples) == ("x", [3, 5])
@@ -82,6 +94,8 @@ def test_sample_passes_all_options_of_the_job(tiny, monkeypatch):
         "sampler": "ddim",
         "eta": 0.5,
         "noise": False,
+        "parallel": "law",
+        "window": 8,
         "progress": False,
         "json_log": "log",
     }

@@ -63,8 +63,8 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         choices=PARALLEL,
         default="off",
-        help="take several steps for one call of the network, for the latency of few samples: law (exact in distribution) "
-        "or bits (the bits of the loop; for fp32)",
+        help="take several steps for one call of the network, for the latency of few samples: law (exact in "
+        "distribution) or bits (the bits of the loop; for fp32)",
     )
     parser.add_argument(
         "--window",

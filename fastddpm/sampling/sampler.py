@@ -386,7 +386,7 @@ class Sampler:
         return given.conditions(count, model=self.model, shape=self.shape, null_label=self.null_label, noising=noising)
 
     def _batches_are_at_most(self, size: int) -> None:
-        self._largest = size
+        self._largest = min(self._largest, size)
 
     def _uint8(self, x: Tensor) -> Tensor:
         """Samples, or frames of samples, as images."""

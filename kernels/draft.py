@@ -1,6 +1,6 @@
 """Drafts the states of the next rows of each chain, for sampling parallel in time: one program loops over the rows.
 
-Traffic: 4 bytes per element of a chain; for each row 8 to read, 4 to write, and those of the copy. The noise of all
+Traffic: 12 bytes per element of a chain; for each row 8 to read, 4 to write, and those of the copy. The noise of all
 rows is made in registers.
 Precision: all arithmetic in fp32 in the written order; the copy is rounded once.
 Spec: fastddpm/reference/parallel.py::draft with fastddpm/core/noise.py, stream 0.
@@ -37,7 +37,7 @@ def draft_kernel(
     ahead,
     last_row,
     CLIP: tl.constexpr,
-    ROUND: tl.constexpr,  # the copy to bf16, whatever its dtype
+    ROUND: tl.constexpr,  # round the copy to bf16 first, whatever its dtype
     BLOCK: tl.constexpr,
 ):
     g, block, at, mask = block_of_entry(per_sample, BLOCK)
@@ -54,13 +54,14 @@ def draft_kernel(
         row = pos - i
         place = (first + row % window) * per_sample + offs
         columns = row_ptr + row * STEP_COLUMNS
+        of_x, of_m = tl.load(columns + CX), tl.load(columns + CM)
+        kept = tl.full([BLOCK], float("inf"), tl.float32)
         if row >= seen:
             old, m = tl.load(states_ptr + place, mask=mask), tl.load(m_ptr + place, mask=mask)
-            x_0 = _predicted_x_0(old, m, row, row_ptr, scale_ptr)
-            guess = m + tl.div_rn(tl.load(columns + CX), tl.load(columns + CM)) * (old - x)
-        else:
-            guess = tl.div_rn(x_0, tl.load(scale_ptr + row)) - tl.load(columns + CX) * x
-            guess = tl.div_rn(guess, tl.load(columns + CM))
+            kept = m + tl.div_rn(of_x, of_m) * (old - x)
+            x_0 = tl.where(tl.abs(kept) < float("inf"), _predicted_x_0(old, m, row, row_ptr, scale_ptr), x_0)
+        guess = tl.div_rn(tl.div_rn(x_0, tl.load(scale_ptr + row)) - of_x * x, of_m)
+        guess = tl.where(tl.abs(kept) < float("inf"), kept, guess)  # a network may overflow on a poor draft
         tl.store(states_ptr + place, x, mask=mask)
         if copy_ptr is not None:
             read = x.to(tl.bfloat16) if ROUND else x

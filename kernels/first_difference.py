@@ -1,7 +1,7 @@
 """Finds the first row of each chain whose draft differs from the exact state, for sampling parallel in time.
 
-Each program takes the exact steps of its block in registers, until the state does not have the bits of the draft. Both
-are rounded to bf16, as the network reads them.
+Each program takes the exact steps of its block in registers, until the state and the draft, both rounded to bf16 as the
+network reads them, differ.
 Traffic: 4 bytes per element of a chain, and for each row 8 to read; an atomic per block that differs.
 Precision: all arithmetic in fp32 in the written order.
 Spec: fastddpm/reference/parallel.py::first_difference with fastddpm/core/noise.py, stream 0.
@@ -22,7 +22,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def first_difference_kernel(
-    reached_ptr,  # [G] int32: becomes the highest row that differs, if that is more
+    reached_ptr,  # [G] int32: raised to the highest row that differs
     x_ptr,  # [G, per_sample] fp32: the states of the chains
     states_ptr,  # [G * W, per_sample] fp32: the drafts
     m_ptr,  # like states: the network's outputs for them

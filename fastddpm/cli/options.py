@@ -63,14 +63,14 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         choices=PARALLEL,
         default="off",
-        help="take several steps for one call of the network, for the latency of few samples: law (exact in "
-        "distribution) or bits (the bits of the loop; for fp32)",
+        help="take several steps per network call, to draw a few samples with less delay: law (exact in distribution) "
+        "or bits (the bits of --parallel off with the same --window; for fp32)",
     )
     parser.add_argument(
         "--window",
         type=int,
         metavar="W",
-        help="steps of a sample in a batch of the network (default with --parallel: 16)",
+        help="steps of a sample that one network call evaluates (default with --parallel: 16)",
     )
 
 

@@ -43,7 +43,7 @@ examples:
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
-  fastddpm sample --num-samples 1 --parallel law           fewer network calls, one after the other, for one garment
+  fastddpm sample --num-samples 1 --parallel law           one garment, with fewer sequential network calls
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture
   fastddpm sample runs/mine --indices 7,100-120 --out some.npz
   fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset

@@ -19,7 +19,7 @@ from fastddpm.core.precision import named_device
 
 STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
 KNOWN, RENOISE = 4, 5  # z of the known part of x_{t-1}; z on the way back from x_{t-1} to x_t
-COUPLING = 6  # u of the acceptance of drafts in sampling parallel in time
+COUPLING = 6  # u, which decides whether a draft is accepted in sampling parallel in time
 VISIT = 1 << 20  # is added to t in each further visit of a timestep; more than any number of timesteps
 
 END = 1 << 56  # of the sample indices
@@ -118,7 +118,7 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
 
 
 def uniform(address: Tensor, *, stream: int, t: Tensor) -> Tensor:
-    """One uniform number, 0 < u <= 1, of each sample: (w + 0.5) / 2^32 of the first word w of element 0.
+    """One uniform number, 0 < u <= 1, for each sample: (w + 0.5) / 2^32, where w is the first word of element 0.
 
     Args: address: [N, 2] int64; t: [N] int64.
     Returns: [N] float32.

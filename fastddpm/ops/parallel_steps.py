@@ -5,9 +5,10 @@ Arguments, for G chains with W slots each, all on one device:
     states: [G * W, ...] fp32, channels-last: the drafts; slot i mod W of a chain holds the state at row i of the table.
     m: like states: the network's outputs for them.
     table: StepTable of S rows, without a learned variance.
-    pos: [G] int32: the row that each chain is at, -1 <= pos < S; -1: it is finished.
+    pos: [G] int32: the row that each chain is at, -1 <= pos < S; -1: it is finished. Unchecked: reading it would
+        sync.
     address: [G, 2] int64: (seed, sample index), see `noise.address`.
-    ahead: how many rows a round reaches at most, 1 <= ahead <= W.
+    ahead: the most rows that a round drafts, 1 <= ahead <= W.
 All raise ValueError: a shape, dtype, layout or device is not as above.
 """
 
@@ -44,9 +45,9 @@ def draft(
 
     Args:
         m: the outputs of the last round.
-        seen: [G] int32: the lowest row of the last round; more than S if there was none.
-        copy: like states in fp16/bf16/fp32: overwritten with the drafts, too, as the network reads them.
-        rounded: whether these are rounded to bf16 first, whatever their dtype.
+        seen: [G] int32: the lowest row that the last round drafted; more than S if there was none.
+        copy: like states in fp16/bf16/fp32: also overwritten with the drafts: the network's input.
+        rounded: round the copy to bf16 first, whatever its dtype.
     """
     _check("draft", x, states, m, table, pos, address, ahead)
     check_tensor("draft", "seen", seen, pos.shape, torch.int32, x.device, "the lowest row of each chain's last round")
@@ -75,11 +76,11 @@ def first_difference(
     *,
     ahead: int,
 ) -> Tensor:
-    """The row of each chain to which `commit` can go: the highest whose draft, in bf16, is not that of the exact state.
+    """The row of each chain to which `commit` can go: the highest whose draft, in bf16, differs from the exact state.
 
     Bit for bit `reference.parallel.first_difference`.
 
-    Returns: [G] int32: -1, or pos - ahead, if all drafts are right.
+    Returns: [G] int32: max(pos - ahead, -1) if all drafts are right.
     """
     _check("first_difference", x, states, m, table, pos, address, ahead)
     if (launch := launcher("first_difference", x.device)) is not None:
@@ -108,7 +109,7 @@ def commit(
     Bit for bit `reference.parallel.commit`.
 
     Args:
-        reached: [G] int32, pos - ahead <= reached <= pos. Unchecked on a GPU.
+        reached: [G] int32, max(pos - ahead, -1) <= reached <= pos. Unchecked: reading it would sync.
         bad: [G] int32: as in `ops.step`.
     """
     _check("commit", x, m, m, table, pos, address, ahead)
@@ -139,16 +140,16 @@ def _step(table: StepTable, address: Tensor) -> parallel.Step:
 def _check(
     op: str, x: Tensor, states: Tensor, m: Tensor, table: StepTable, pos: Tensor, address: Tensor, ahead: int
 ) -> None:
-    for name, tensor in (("x", x), ("states", states), ("m", m)):
+    for name, tensor in (("x", x), ("m", m), ("states", states)):
         check_state(op, name, tensor, FLOATS[:1])
     G, W = len(x), len(states) // max(len(x), 1)
     wanted = G * W, *x.shape[1:]
-    for name, tensor in (("states", states), ("m", m)):
+    for name, tensor in (("m", m), ("states", states)):
         if tensor.shape != wanted or tensor.device != x.device or not W:
             raise ValueError(f"{op}: {name} is {tensor_summary(tensor)}; want [G * W, ...] like x, {tensor_summary(x)}")
     whole("ahead", ahead, 1, W)
     if table.learned not in (None, "unused"):
-        raise ValueError(f"{op}: the table's variance is learned; want one with a fixed variance")
+        raise ValueError(f"{op}: the table's variance is learned; want a table with fixed variances")
     hint = "Schedule.table(...).to(x.device) makes one"
     check_tensor(op, "pos", pos, (G,), torch.int32, x.device, "the table row that each chain is at")
     check_address(op, address, G, x.device)

@@ -1,16 +1,18 @@
-"""The specification of sampling parallel in time: several steps for one call of the network.
+"""The specification of sampling parallel in time: several steps per network call.
 
-The network reads x_t rounded to bfloat16: float32 states a rounding apart are the same input then. It should compute in
-float32, since a network that rounds inside answers the least change with one of the size of its rounding errors.
+A chain is one sample from x_T to x_0, with W slots; slot i mod W holds the step at row i of the table. A round drafts
+the states of the next rows with the network's outputs of the last round, calls the network once on all slots, and
+commits the steps whose drafts were right. There are two tests of a draft:
 
-A chain is one sample on its way, with W slots; slot i mod W holds the step at row i of the table. A round drafts the
-states of the next rows with the network's outputs of the last round, calls the network once on all slots, and commits
-the steps whose inputs were right. Drafts decide only how many these are, never the result.
+- bits (`first_difference`): the network's input has the bits of the sequential loop. The network reads x_t rounded to
+  bfloat16, so that float32 states that differ only by rounding errors usually give the same input. It should compute in
+  float32: a network that rounds internally turns the smallest change of its input into a change of the size of its
+  rounding errors. Drafts never change the result.
+- law (`accepted`): the reflection coupling of speculative sampling (De Bortoli et al. 2025, arXiv:2501.05370). Drafts
+  never change the distribution of the result.
 
-The idea is the fixed-point iteration of ParaDiGMS (Shih et al. 2023, arXiv:2305.16317). There an error below a
-tolerance is accepted; here a step is committed only if the network's input has the bits of the sequential loop
-(`first_difference`), or by a test that keeps the distribution exact (`accepted`; De Bortoli et al. 2025,
-arXiv:2501.05370).
+The idea is the fixed-point iteration of ParaDiGMS (Shih et al. 2023, arXiv:2305.16317), which accepts an error below a
+tolerance.
 
 Shapes: G chains; x [G, ...] their states; states [G, W, ...] the drafts, m [G, W, ...] the network's outputs for them;
 pos [G] int64 the row of the next step of each chain, -1 when it is finished.
@@ -54,15 +56,15 @@ def draft(
 ) -> Tensor:
     """The states at rows pos, pos - 1, ..., of which the first is x.
 
-    The output at a row is guessed from that of the last round, moved so that its x_0 stays. At a row that the last
-    round did not reach, it is the one with the x_0 of the lowest row that it did reach.
+    The output at a row is guessed from that of the last round, adjusted so that it predicts the same x_0. At a row that
+    the last round did not draft, it is the one that predicts the x_0 of the lowest row that was drafted.
 
     Args:
         states, m: of the last round.
-        seen: [G] int64: the lowest row of the last round; more than S if there was none.
+        seen: [G] int64: the lowest row that the last round drafted; more than S if there was none.
         step: one step; the m that it is given is a guess.
         ahead: how many rows, 1 <= ahead <= W.
-    Returns: [G, W, ...]: the new states; slots that are not drafted are as before.
+    Returns: [G, W, ...]: the new states; other slots are unchanged.
     """
     G, W = states.shape[:2]
     chain, states = torch.arange(G, device=x.device), states.clone()
@@ -76,14 +78,16 @@ def draft(
         states[chain, slot] = torch.where(exists, x, states[chain, slot])
         old, output = old_states[chain, slot], m[chain, slot]
         of_mean = output[:, : x.shape[1]]
-        x_0 = torch.where(was_seen, table.x_0(old, of_mean, row), x_0)
-        guess = torch.where(was_seen, table.kept(x, old, of_mean, row), table.m_of_x_0(x, x_0, row))
+        kept = table.kept(x, old, of_mean, row)
+        is_usable = was_seen & kept.isfinite()  # a network may overflow on a poor draft
+        x_0 = torch.where(is_usable, table.x_0(old, of_mean, row), x_0)
+        guess = torch.where(is_usable, kept, table.m_of_x_0(x, x_0, row))
         x = step(x, torch.cat([guess, output[:, x.shape[1] :]], 1), row)
     return states
 
 
 def first_difference(x: Tensor, states: Tensor, m: Tensor, pos: Tensor, step: Step, *, ahead: int) -> Tensor:
-    """The highest row whose draft, in bf16, differs from the exact state; -1 or pos - ahead if none does: [G] int64."""
+    """The highest row whose draft, in bf16, differs from the exact state; if none does, max(pos - ahead, -1): [G]."""
     G, W = states.shape[:2]
     chain, reached = torch.arange(G, device=x.device), (pos - ahead).clamp(min=-1)
     for i in range(ahead):
@@ -129,13 +133,14 @@ def accepted(
     """Accept drafts by the reflection coupling of two normal distributions of equal variance.
 
     The draft of x_{t-1} is q + S z, and p + S z is what the step would give. With g = (p - q) / S, the draft is taken
-    with probability min(1, exp(<z, g> - |g|^2 / 2)); else p + S z', where z' is z reflected at the plane orthogonal to
-    g. Either way the result has the distribution N(p, S^2 I), whatever q is. The first reflected step is the last one
-    of the round. A step with S = 0 is accepted if the draft has its bits.
+    with probability min(1, exp(<z, g> - |g|^2 / 2)); else p + S z', where z' is z reflected in the plane orthogonal to
+    g. The result has the distribution N(p, S^2 I), whatever q is. A reflected step ends the round. A draft of a step
+    with S = 0 is accepted if it has the bits of that step.
 
     Args:
-        z, log_u: the normals, and the logarithm of a uniform number, of rows [G * ahead], the first `ahead` of chain 0.
-        mask: [G, ...]: where x_0 is known; there the draft is right.
+        z, log_u: rows [G * ahead] -> their normals, and the logarithms of their uniform numbers; `ahead` consecutive
+            rows per chain.
+        mask: [G, ...]: where x_0 is known; the test ignores these elements.
         finish: replaces the known part of states after the step at such rows.
     """
     (G, W), i = states.shape[:2], torch.arange(ahead, device=x.device)
@@ -158,7 +163,8 @@ def accepted(
     has_draft = ((i < ahead - 1) & (row > 0)).flatten()
     takes = torch.where(S == 0, same, log_u(rows) <= along - square / 2) & has_draft
     taken = takes.view(G, ahead).int().cumprod(1).sum(1)  # the last of these rows has no draft
-    other = torch.where(_each((S == 0) | ~has_draft, now), plain, reflected).unflatten(0, (G, ahead))
+    is_plain = (S == 0) | ~has_draft | ~square.isfinite()  # without a usable draft
+    other = torch.where(_each(is_plain, now), plain, reflected).unflatten(0, (G, ahead))
     moves = pos >= 0
     result = torch.where(_each(moves, x), other[chain[:, 0], taken], x)
     return Coupled(result, torch.where(moves, row[chain[:, 0], taken] - 1, pos))
@@ -198,8 +204,8 @@ def sample(
 
 
 def repeated(x: Tensor, n: int) -> Tensor:
-    """[N, ...] -> [N * n, ...]: each entry n times, without waiting for a GPU."""
-    return x[:, None].expand(-1, n, *x.shape[1:]).flatten(0, 1)
+    """[N, ...] -> [N * n, ...]: each entry n times, contiguous, without a device sync."""
+    return x[:, None].expand(-1, n, *x.shape[1:]).flatten(0, 1).contiguous()
 
 
 def _each(values: Tensor, x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class OutputError(ValueError):
 class BatchNetwork:
     """The network with its buffers for batches of n.
 
-    Args: per_entry: whether the entries of a batch will be at different timesteps in all calls.
+    Args: per_entry: whether the entries of a batch may be at different timesteps.
     Attributes:
         entries: of a batch of the network: n, or 2n with guidance, the second half without the condition.
         input: [entries, channels, *spatial], channels-last: what the network reads, in the precision of a `UNet2D`; any

@@ -28,7 +28,10 @@ def default_size(shape: Sequence[int], pixels: int) -> int:
 
 
 def micro_batch(batch_invariant: bool | int, shape: Sequence[int], device: torch.device) -> int:
-    """The fixed number of entries of every batch; 0: batches have no fixed size. Raises: ValueError: bad argument."""
+    """The fixed number of entries of every batch, or of chains if parallel in time; 0: it is not fixed.
+
+    Raises: ValueError: batch_invariant is not a flag or such a number.
+    """
     if isinstance(batch_invariant, bool):
         return default_size(shape, PIXELS_PER_MICRO_BATCH[device.type]) if batch_invariant else 0
     if not is_whole(batch_invariant) or not 1 <= batch_invariant <= MOST_ENTRIES:
@@ -93,17 +96,6 @@ def size_after_failure(engine: Engine, size: int, failure: str, micro_batch: int
         way_out = f"batch_invariant={size // 2} (with other bits), " if size > 1 else ""
         raise torch.OutOfMemoryError(f"{failure} This was for a batch of {size}; use {way_out}fp16 or bf16, or the CPU")
     return halved(size, failure, stacklevel=5)  # the caller of a function that is wrapped by `checked_call`
-
-
-def chains_after_failure(engine: Engine, chains: int, window: int, failure: str, micro_batch: int) -> int:
-    """`size_after_failure` for chains of W slots. The window is never changed, because it is part of the layout."""
-    if chains > 1 and not micro_batch:
-        return size_after_failure(engine, chains, failure)
-    if engine.clear():
-        return chains
-    ways_out = [f"window={window // 2}"] * (window > 1) + [f"batch_invariant={chains // 2}"] * (chains > 1)
-    others = f"use {' or '.join(ways_out)} (with other bits)" if ways_out else "use fp16 or bf16, or the CPU"
-    raise torch.OutOfMemoryError(f"{failure} This was for {chains} chains of {window} slots; {others}")
 
 
 @contextmanager

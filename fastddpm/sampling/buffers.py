@@ -1,4 +1,4 @@
-"""The buffers of what a batch of samples is drawn from: the table, the addresses of the noise, and the conditions.
+"""The buffers of the inputs of a batch of samples: the table, the addresses of the noise, and the conditions.
 
 They are tensors at fixed addresses, which a captured CUDA graph reads.
 """
@@ -24,7 +24,7 @@ from fastddpm.sampling.replay import Network, plain_modes
 
 
 class SampleBuffers:
-    """What n samples are drawn from.
+    """The inputs of n samples, and the network.
 
     Attributes:
         network: evaluates the network.
@@ -91,12 +91,12 @@ class SampleBuffers:
         self.conditions = replace(NOTHING, **buffers, **{name: getattr(given, name) for name in names})
 
     def _addresses_in_graph(self) -> tuple[int | None, ...]:
-        """Where the conditions lie that a captured step reads."""
+        """The memory addresses of the conditions that a captured step reads."""
         tensors = (self.conditions.guidance, self.conditions.known, self.conditions.mask)
         return tuple(None if x is None else x.data_ptr() for x in tensors)
 
     def _starting_states(self) -> Tensor:
-        """[n, *shape]: x_T ~ N(0, I) of each sample, or what it is given to begin with."""
+        """[n, *shape]: x_T ~ N(0, I) of each sample, or its given starting state."""
         given = self.conditions
         if given.start is not None:
             return given.start
@@ -107,7 +107,7 @@ class SampleBuffers:
         return x_T
 
     def _predict(self, network: Network | None) -> Tensor:
-        """The network's output for its input. Raises: ValueError: it has another form; the message names the step."""
+        """The network's output for its input. Raises: ValueError: it has the wrong form; the message names the step."""
         try:
             return self.network.predict(network, outputs=(1,) if self.table.learned is None else (2,))
         except OutputError as error:

@@ -1,7 +1,7 @@
-"""The buffers of chains that advance several steps in one call of the network, and whole rounds on them.
+"""The buffers of chains that advance several steps per network call, and whole rounds on them.
 
-A chain is one sample on its way, with W slots in the batch of the network: see `reference.parallel`. As in `Runner`,
-everything that a round reads and writes is in tensors at fixed addresses, so one captured CUDA graph serves all rounds.
+A chain is one sample from x_T to x_0, with W slots in the batch of the network: see `reference.parallel`. As in
+`Runner`, everything that a round reads and writes is at fixed addresses, so one captured CUDA graph serves all rounds.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ Observe = Callable[[int, int, Tensor, Tensor], object]  # (chain, row, x_t [1, *
 
 
 class Chains(SampleBuffers):
-    """G samples on their way from x_T to x_0, each with W entries of the network's batch.
+    """G samples from x_T to x_0, each with W entries of the network's batch.
 
     Attributes:
         x: [G, *shape] float32, channels-last: the states of the chains.
@@ -65,7 +65,7 @@ class Chains(SampleBuffers):
             table: S rows, on any device.
             address: [G, 2] int64; conditions: of G samples; as in `start`.
             mode: "bits", "law", or "off": one step in each round.
-            capture_round: capture a whole round; else only what comes before `reached`.
+            capture_round: capture a whole round; else only the drafts and the network call, for `observed_round`.
         """
         self.mode, self.ahead = mode, 1 if mode == "off" else self.window
         channels, *spatial = self.prepared.shape
@@ -83,11 +83,11 @@ class Chains(SampleBuffers):
         self.pos.fill_(-1)
 
     def start(self, new: Tensor, address: Tensor, conditions: Conditions) -> None:
-        """Let some chains begin with other samples; the others go on.
+        """Start new samples in some chains; the others continue.
 
         Args:
-            new: [G] bool, on the CPU.
-            address: [G, 2] int64, and conditions of G samples: of all chains.
+            new: [G] bool, on the CPU: the chains that start.
+            address: [G, 2] int64; conditions: of G samples; both for all chains.
         """
         self._load(self._loaded, address, conditions)
         new = new.to(self.x.device)
@@ -98,7 +98,7 @@ class Chains(SampleBuffers):
         self.bad.masked_fill_(new, -1)
 
     def round(self) -> None:
-        """Draft, call the network once, and go on as far as the drafts were right."""
+        """Draft, call the network once, and commit the steps whose drafts were right."""
         self.network.replay(self._round)
 
     def observed_round(self, observe: Observe) -> None:
@@ -115,7 +115,7 @@ class Chains(SampleBuffers):
                 observe(chain, int(row[chain]), x, self._x_0(x, slot, int(row[chain])))
             target = torch.maximum(row - 1, reached)
             if law is None:
-                self._commit(row, target)
+                self._commit(row, target, ahead=1)
             row = target
         if law is not None:
             self._take(law)
@@ -129,7 +129,7 @@ class Chains(SampleBuffers):
             reached = law.reached.int()
         else:
             reached = self._first_difference()
-            self._commit(self.pos, reached)
+            self._commit(self.pos, reached, ahead=self.ahead)
         self._advance(reached)
 
     def _draft_and_predict(self, network: Network | None) -> None:
@@ -168,10 +168,10 @@ class Chains(SampleBuffers):
         reached = parallel.first_difference(self.x, *chains, self.pos.long(), self._step, ahead=self.ahead)
         return reached.int()
 
-    def _commit(self, pos: Tensor, reached: Tensor) -> None:
+    def _commit(self, pos: Tensor, reached: Tensor, *, ahead: int) -> None:
         if self._is_plain:
-            return commit(self.x, self.m, self.table, pos, reached, self.address, ahead=self.ahead, bad=self.bad)
-        for _ in range(self.ahead):  # one at a time, because each may be the first bad one
+            return commit(self.x, self.m, self.table, pos, reached, self.address, ahead=ahead, bad=self.bad)
+        for _ in range(ahead):  # one at a time, because each may be the first bad one
             target = torch.maximum(pos - 1, reached)
             outputs = self._by_chain(self.m)
             self.x.copy_(parallel.commit(self.x, outputs, pos.long(), target.long(), self._step, ahead=1))
@@ -180,7 +180,7 @@ class Chains(SampleBuffers):
         return None
 
     def _accepted(self) -> parallel.Coupled:
-        """The states and rows that mode "law" goes to."""
+        """The states and rows to which mode "law" advances the chains."""
         known, mask = (
             None if y is None else parallel.repeated(y, self.ahead)
             for y in (self.conditions.known, self.conditions.mask)

@@ -161,7 +161,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
 
 
 def _parallel(drawing: Drawing) -> dict[str, Any]:
-    """The window, which decides the layout; and whether the bits are those of the loop, as they are unless "law"."""
+    """The window, which decides the layout. The mode only if it is "law": "bits" and "off" have the same bits."""
     if drawing.window is None and drawing.parallel == "off":
         return {}
     return {"window": WINDOW if drawing.window is None else drawing.window} | (

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastddpm.core.checks import one_of, shown, whole
 from fastddpm.core.names import PARALLEL
 from fastddpm.core.table import StepTable
-from fastddpm.sampling.batches import MOST_ENTRIES, InOrder, chains_after_failure, evaluating
+from fastddpm.sampling.batches import MOST_ENTRIES, InOrder, evaluating
 from fastddpm.sampling.chains import Chains, Observe
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.own_network import takes
@@ -20,18 +20,18 @@ from fastddpm.sampling.run import Run
 from fastddpm.sampling.watch import OnSteps, Watch, raise_if_bad
 
 WINDOW = 16  # by default
-EMPTY = -1  # instead of a sample's place, in a chain without one
+EMPTY = -1  # the place of a chain that holds no sample
 
 
 @dataclass(eq=False)
 class Rounds:
-    """What sampling parallel in time has done; give an empty one to `Sampler.sample`, which fills it.
+    """Statistics of sampling parallel in time. Pass an empty one to `Sampler.sample`, which fills it.
 
     Attributes:
-        window: W: how many steps a round takes at most.
-        calls: of the network, each for all chains.
+        window: W.
+        calls: network calls; one call serves all samples side by side.
         steps: {sample index: how many steps each of its rounds took}.
-        rounds: of all samples together.
+        rounds: their number, summed over the samples.
     """
 
     window: int = 0
@@ -43,6 +43,7 @@ class Rounds:
 
     @property
     def steps_per_round(self) -> float:
+        """The mean over all rounds."""
         return self._taken / max(self.rounds, 1)
 
     @property
@@ -61,11 +62,20 @@ class Rounds:
         return f"{self.calls} network calls, {self.steps_per_round:.1f} steps per round"
 
 
-def default_chains(entries: int, parallel: str, window: int | None) -> int:
-    """How many samples are side by side by default, in batches of so many entries; without a window all of them."""
-    if parallel == "off" and window is None:
-        return entries
-    return max(1, entries // (window or WINDOW))
+def default_chains(entries: int, parallel: Any, window: Any) -> int:
+    """The default number of samples side by side, if a batch of the network holds so many entries.
+
+    Raises: ValueError: parallel or window is not as `Sampler.batches` says.
+    """
+    return max(1, entries // (_checked_window(parallel, window) or 1))
+
+
+def _checked_window(parallel: Any, window: Any) -> int:
+    """W; 0: the run is not parallel in time."""
+    one_of("parallel", parallel, PARALLEL)
+    if window is None:
+        return 0 if parallel == "off" else WINDOW
+    return whole("window", window, 1, MOST_ENTRIES)
 
 
 def in_rounds(
@@ -75,35 +85,38 @@ def in_rounds(
 
     Args:
         parallel, window, rounds: as `Sampler.batches` takes them.
-        chains: the number of samples side by side; None: so many that they fill the batches of the run.
+        chains: the number of samples side by side; None: enough to fill the batches of the run.
     Raises: ValueError: an argument is not as `Sampler.batches` says, or the run cannot be parallel in time.
     """
-    one_of("parallel", parallel, PARALLEL)
-    if parallel == "off" and window is None:
-        if rounds is not None:
-            raise ValueError("rounds is given, but parallel is 'off'; leave it out, or use parallel='bits' or 'law'")
-        return run
-    window = WINDOW if window is None else whole("window", window, 1, MOST_ENTRIES)
+    window = _checked_window(parallel, window)
     if rounds is not None and not isinstance(rounds, Rounds):
         raise ValueError(f"rounds is {shown(rounds)}; want a Rounds() to fill, or None")
+    if not window:
+        if rounds is not None:
+            way_out = "leave out rounds, or use parallel='bits' or 'law'"
+            raise ValueError(f"rounds is given, but parallel is 'off' and there is no window; {way_out}")
+        return run
     for name, is_given in (("x_0_fn", run.conditions.x_0_fn), ("resample", run.conditions.resample > 1)):
         if is_given:
-            raise ValueError(f"{name} needs one step after the other; leave out {name}, or parallel and window")
-    size = default_chains(run.size, parallel, window) if chains is None else run.size
+            raise ValueError(f"{name} requires sequential steps; leave out {name}, or parallel and window")
+    size = default_chains(run.size, parallel, window) if chains is None else chains
+    size = max(1, min(size, len(run.addresses)))
     if (entries := window * (run.micro_batch or size)) > MOST_ENTRIES:
-        raise ValueError(f"the network's batch would have {entries} entries; want at most {MOST_ENTRIES}: less window")
+        way_out = "reduce window, or the number of samples side by side"
+        raise ValueError(f"a batch of the network would have {entries} entries; want at most {MOST_ENTRIES}: {way_out}")
     _check_mode(parallel, run.table, engine)
     fields = {name: value for name, value in vars(run).items() if name != "size"}
     return ParallelRun(**fields, size=size, mode=parallel, window=window, rounds=rounds or Rounds())
 
 
 def _check_mode(parallel: str, table: StepTable, engine: Engine) -> None:
-    if (parallel == "bits" and (dtype := engine.prepared.dtype) != torch.float32) or engine.compute.precision == "tf32":
-        rounds = "TF32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+    dtype, precision = engine.prepared.dtype, engine.compute.precision
+    if parallel == "bits" and (dtype != torch.float32 or precision == "tf32"):
+        arithmetic = "TF32" if precision == "tf32" else str(dtype).removeprefix("torch.")
         warnings.warn(
-            f"parallel is 'bits', but the network computes in {rounds}, whose rounding makes drafts wrong: about one "
-            "step per round. Use precision='fp32', or parallel='law'",
-            stacklevel=5,
+            f"parallel is 'bits', but the network computes in {arithmetic}, whose rounding makes drafts wrong: expect "
+            "about one step per round. Use precision='fp32', or parallel='law'",
+            stacklevel=7,  # the caller of `Sampler.sample`
         )
     if parallel != "law":
         return
@@ -115,7 +128,7 @@ def _check_mode(parallel: str, table: StepTable, engine: Engine) -> None:
 
 @dataclass(eq=False)
 class ParallelRun(Run):
-    """What to draw in rounds. The size is that of the chains that run side by side.
+    """A run drawn in rounds. Its size is the number of chains side by side.
 
     Attributes:
         mode: "bits", "law", or "off": one step in each round, in the same layout.
@@ -131,44 +144,44 @@ class ParallelRun(Run):
         """Draw the samples; yields as `Sampler.batches`, each sample as soon as all before it are finished."""
         from tqdm import tqdm
 
-        samples, steps = self.addresses[:, 1], len(self.table)
-        size, in_order = self.micro_batch or min(self.size, len(samples)), InOrder(samples)
-        waiting = list(range(len(samples)))
+        samples, in_order = self.addresses[:, 1], InOrder(self.addresses[:, 1])
+        chains, before = self.micro_batch or self.size, self.rounds.calls
         self.rounds.window = self.window
         silent = callable(self.progress) or not self.progress
-        bar = tqdm(total=len(samples) * steps, desc="sample", unit="step", disable=silent)
-        on_steps = self.progress if callable(self.progress) else lambda steps, _: self._show(bar, steps)
+        bar = tqdm(total=len(samples) * len(self.table), desc="sample", unit="step", disable=silent)
+        on_steps = self.progress if callable(self.progress) else lambda _, steps: self._show(bar, steps)
         with bar, evaluating((engine.model, self.conditions.x_0_fn)):
-            while waiting:
-                done, failure = set[int](), None
+            failure = ""
+            while len(samples):
                 try:
-                    for place, x in self._draw_in_chains(engine, size, waiting, bar, on_steps):
-                        done.add(place)
+                    for place, x in self._draw_in_chains(engine, chains, bar, on_steps):
                         yield from in_order.put(torch.tensor([place], device="cpu"), x[None])
+                    return
                 except torch.OutOfMemoryError as error:
                     failure = str(error).splitlines()[0]  # the error itself would keep the memory
-                waiting = [place for place in waiting if place not in done]
-                if failure is not None:
-                    smaller = chains_after_failure(engine, size, self.window, failure, self.micro_batch)
-                    if smaller < size:
-                        self.on_smaller(smaller * self.window)
-                    size, bar.n = smaller, (len(samples) - len(waiting)) * steps
+                if self.rounds.calls > before or not engine.clear():
+                    raise torch.OutOfMemoryError(f"{failure} {self._with_less_memory(chains)}")
+
+    def _with_less_memory(self, chains: int) -> str:
+        """What to do. The number of chains and the window are not changed, because both are part of the layout."""
+        fewer = "batch_invariant" if self.micro_batch else "batch_size"
+        ways_out = [f"{fewer}={chains // 2}"] * (chains > 1) + [f"window={self.window // 2}"] * (self.window > 1)
+        others = f"use {' or '.join(ways_out)} (which may change the bits)" if ways_out else "use the CPU"
+        return f"This was for {chains} samples side by side, with a window of {self.window}; {others}"
 
     def _show(self, bar: Any, steps: int) -> None:
         bar.set_postfix_str(str(self.rounds), refresh=False)
         bar.update(steps)
 
-    def _draw_in_chains(
-        self, engine: Engine, size: int, places: Any, bar: Any, on_steps: OnSteps
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _draw_in_chains(self, engine: Engine, size: int, bar: Any, on_steps: OnSteps) -> Iterator[tuple[int, Tensor]]:
         """Yields: (place, sample [*shape] float32 on the CPU) as they are finished.
 
-        Sample i is in chain i mod `micro_batch`, or by its place if there is none. So a chain that is finished takes
-        the next sample of its own, and the layout does not depend on how long the others take.
+        Sample i is in chain i mod `micro_batch`; without one, the sample at place p is in chain p mod `size`. A chain
+        that is finished takes the next sample of its own queue, so the layout does not depend on how long others take.
         """
         queues: list[deque[int]] = [deque() for _ in range(size)]
-        for place in places:
-            queues[(int(self.addresses[place, 1]) if self.micro_batch else place) % size].append(place)
+        for place, index in enumerate(self.addresses[:, 1].tolist()):
+            queues[(index if self.micro_batch else place) % size].append(place)
         captures = engine.captures(len(self.table))
         with engine.chains(size, self.window, capture=captures, form=self.conditions.form) as chains:
             session = _Session(self, chains, queues, on_steps)
@@ -189,7 +202,7 @@ class _Session:
     def __init__(self, run: ParallelRun, chains: Chains, queues: list[deque[int]], on_steps: OnSteps):
         self.run, self.chains, self.queues, self.on_steps = run, chains, queues, on_steps
         self.places = [EMPTY] * len(queues)
-        self.rows = [-1] * len(queues)  # that were seen last
+        self.rows = [-1] * len(queues)  # the last known row of each chain
         self.observe = self._observer() if run.callback is not None or run.frames else None
         self.frames: dict[int, list[Tensor]] = {}
         self.on_gpu = chains.x.device.type == "cuda"
@@ -221,7 +234,7 @@ class _Session:
                     return result
 
     def _judge(self, rows: list[int], bad: list[int], places: list[int]) -> list[int]:
-        """Count the steps of a round, seen late on a GPU. Returns: the chains that are finished."""
+        """Count the steps of a round, which a GPU reports with a delay. Returns: the chains that are finished."""
         current = [k for k, place in enumerate(places) if place != EMPTY and place == self.places[k]]
         samples = self.run.addresses[torch.tensor(places, device="cpu").clamp(min=0), 1]
         raise_if_bad(self.chains, [bad[k] if k in current else -1 for k in range(len(bad))], samples)
@@ -231,17 +244,17 @@ class _Session:
             if steps:
                 self.run.rounds.add(int(samples[k]), steps)
                 total += steps
-        self.on_steps(total, 1)
+        self.on_steps(1, total)
         return [k for k in current if rows[k] < 0]
 
     def _taken(self, chain: int) -> Tensor:
-        """The finished sample of a chain, with the frames before it."""
+        """The finished sample of a chain, preceded by the frames of its trajectory."""
         x = self.chains.x[chain].to("cpu", copy=True, memory_format=torch.contiguous_format)
         frames = self.frames.pop(chain, [])
         return torch.stack([*frames, x]) if frames else x
 
     def _fill(self, numbers: Any) -> None:
-        """Let chains begin with the next sample of their queues, if there is one."""
+        """Start the next queued sample in each of these chains, if there is one."""
         new = torch.zeros(len(self.places), dtype=torch.bool, device="cpu")
         for chain in numbers:
             queue = self.queues[chain]
@@ -257,7 +270,7 @@ class _Session:
         return self.run.addresses[places], self.run.conditions.take(places)
 
     def _observer(self) -> Observe:
-        """Keeps the frames, and calls the callback, for each step before it is taken."""
+        """A function that keeps the frame and calls the callback, for each step before it is taken."""
         run = self.run
         sees_x_t = run.callback is not None and takes(run.callback, "x_t")
 

@@ -287,14 +287,14 @@ class Sampler:
                 thresholding, rounding to embeddings, guidance by a gradient (under `torch.enable_grad`). It is given
                 x_0 already clipped, if the schedule clips; what it returns is not clipped again.
             trajectory: visited timesteps at which to keep x_t: a sample is then [K + 1, *shape], these states and x_0.
-            parallel: take several steps for one call of the network, for the latency of few samples (docs/parallel.md):
-                "bits" has the bits of "off" with the same window, in both of which the network reads x_t in bf16;
-                "law" is exact in distribution, for fixed variances.
-            window: how many steps of a sample are in a batch of the network; None: 16 if parallel. batch_size is then
-                the number of samples side by side; the default fills batches of the usual size.
-            rounds: a `Rounds` to fill with the calls of the network and the steps that each took.
+            parallel: take several steps per network call, to draw a few samples with less delay (docs/parallel.md):
+                "law" is exact in distribution, for fixed variances; "bits" has the bits of "off" with the same window:
+                in both, the network reads x_t in bf16.
+            window: steps of one sample per network call; None: 16 if parallel. With a window, batch_size is the number
+                of samples side by side, by default the usual batch size divided by the window.
+            rounds: a `Rounds` to fill: counts the network calls, and the steps of each round of each sample.
             progress: show a bar; or a function to call instead: progress(steps since the last call, samples in their
-                batch).
+                batch); with a window progress(1, steps of all samples in a round).
             callback: called in each step as callback(step, t, x_0, indices), step counting from 0: sees the clean
                 samples x_0 predicted from x_t (float32, like the batch; after x_0_fn) before the update. One that has
                 an argument named x_t is given the states x_t by that name, too. The tensors are copies. With resample,

@@ -21,7 +21,7 @@ from fastddpm.verify.accuracy import Record, accuracy_records, root_mean_square,
 from fastddpm.verify.case import NetworkCase, step_table
 
 LONG = 50  # steps of a trajectory from which on single steps can be judged
-WINDOW = 8  # steps that a round may take
+WINDOW = 8  # slots of a chain
 SAMPLES = 64  # in each set whose distribution is compared
 TRAJECTORY_BOUNDS = {"fp32": 2, "bf16": 4}  # of the median error, as multiples of plain torch's
 SHORTEST = 20  # steps of a trajectory that is shortened to save time
@@ -161,10 +161,10 @@ def parallel_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
     compute = Compute(case.device, "fp32")
     engine = Engine(case.net, case.shape, table.num_train_timesteps, compute, times=case.times)
     want, _ = _drawn_in_rounds(case, engine, table, "off")
-    for what, wrong_drafts in (("sampling parallel in time", False), ("the same with wrong drafts", True)):
+    for what, wrong_drafts in (("sampling parallel in time", False), ("with wrong drafts", True)):
         got, rounds = _drawn_in_rounds(case, engine, table, "bits", wrong_drafts=wrong_drafts, wrong_commit=damage)
         note = f"{len(table) / rounds:.1f} steps per round"
-        yield Record("parallel", f"{what} with one step at a time", unequal(got, want), 0, note)
+        yield Record("parallel", f"{what}, against one step per round", unequal(got, want), 0, note)
 
 
 def _drawn_in_rounds(
@@ -176,7 +176,7 @@ def _drawn_in_rounds(
     wrong_drafts: bool = False,
     wrong_commit: bool = False,
 ) -> tuple[Tensor, int]:
-    """Sample 0 by one chain of WINDOW slots, and how many rounds it took.
+    """Sample 0, drawn by one chain of WINDOW slots, and how many rounds it took.
 
     Args:
         wrong_drafts: forget the network's outputs before each round, so that drafts begin with x_0 = 0.

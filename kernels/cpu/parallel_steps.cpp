@@ -35,6 +35,8 @@ struct Chains {
     }
 };
 
+bool is_finite(float x) { return (bits_as<uint32_t>(x) & 0x7F800000) != 0x7F800000; }
+
 void predict_x_0(const Row& row, float scale, int count, const float* x, const float* m, float* x_0) {
     for (int i = 0; i < count; ++i) {
         float clean = row.cx * x[i] + row.cm * m[i];
@@ -67,7 +69,7 @@ void draft(const Call& call) {
 
     each_block(chains.count, chains.per_sample, call, [&](int64_t chain, int64_t block, int64_t at, int count) {
         int64_t pos = chains.positions[chain], lowest = seen[chain];
-        float state[BLOCK], input[BLOCK], guess[BLOCK], x_0[BLOCK] = {};
+        float state[BLOCK], input[BLOCK], guess[BLOCK], kept[BLOCK], x_0[BLOCK] = {};
         if (pos + 1 >= lowest) {
             int64_t row = smaller(pos + 1, last_row), place = chains.slot(chain, row, block);
             predict_x_0(chains.rows[row], scale[row], count, states + place, m + place, x_0);
@@ -76,14 +78,17 @@ void draft(const Call& call) {
         for (int64_t i = 0; i < ahead && i <= pos; ++i) {
             int64_t row = pos - i, place = chains.slot(chain, row, block);
             const Row& c = chains.rows[row];
-            if (row >= lowest) {
+            bool was_seen = row >= lowest;
+            if (was_seen) {
                 const float *old = states + place, *output = m + place;
-                predict_x_0(c, scale[row], count, old, output, x_0);
-                float ratio = c.cx / c.cm;
-                for (int k = 0; k < count; ++k) guess[k] = output[k] + ratio * (old[k] - state[k]);
-            } else {
-                for (int k = 0; k < count; ++k) guess[k] = (x_0[k] / scale[row] - c.cx * state[k]) / c.cm;
+                float ratio = c.cx / c.cm, predicted[BLOCK];
+                predict_x_0(c, scale[row], count, old, output, predicted);
+                for (int k = 0; k < count; ++k) kept[k] = output[k] + ratio * (old[k] - state[k]);
+                for (int k = 0; k < count; ++k) x_0[k] = is_finite(kept[k]) ? predicted[k] : x_0[k];
             }
+            for (int k = 0; k < count; ++k) guess[k] = (x_0[k] / scale[row] - c.cx * state[k]) / c.cm;
+            if (was_seen)  // a network may overflow on a poor draft
+                for (int k = 0; k < count; ++k) guess[k] = is_finite(kept[k]) ? kept[k] : guess[k];
             std::memcpy(states + place, state, sizeof(float) * count);
             if (copy) {
                 if (rounded)
@@ -103,7 +108,7 @@ void draft(const Call& call) {
 void first_difference(const Call& call) {
     Arguments a(call);
     Chains chains(a);
-    auto reached = a.pointer<int32_t>();      // [G]: becomes the highest row that differs, if that is more
+    auto reached = a.pointer<int32_t>();      // [G]: raised to the highest row that differs
     auto x = a.pointer<const float>();        // [G, per_sample]
     auto states = a.pointer<const float>();   // [G * W, per_sample]: the drafts
     auto m = a.pointer<const float>();        // like states: the network's outputs for them

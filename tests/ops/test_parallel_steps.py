@@ -6,7 +6,6 @@ from math import nan
 import pytest
 import torch
 
-from fastddpm import ops
 from fastddpm.core import layout, noise
 from fastddpm.core.schedule import Schedule
 from fastddpm.ops.parallel_steps import commit, draft, first_difference
@@ -94,6 +93,25 @@ def test_draft_equals_specification(name, shape, dtype, device):
         guards.check()
 
 
+@numpy_warns
+@pytest.mark.parametrize("bad", [nan, float("inf")])
+def test_draft_ignores_outputs_that_are_not_finite(bad, device):
+    table, window, shape = TABLES["clipped"], 4, (2, 3, 3)
+    x, states, m, pos, address = chains(shape, window, table, positions(500, 500))
+    m[498 % window, 0, 1, 1] = bad  # of chain 0
+    want = parallel.draft(
+        *(x, by_chain(states, window), by_chain(m, window), pos.long(), (pos - 3).long()),
+        parallel.Rows(table.rows, table.scale),
+        step_of(table, address),
+        ahead=window,
+    ).flatten(0, 1)
+    drafts = states.to(device)
+    at = (y.to(device) for y in (pos, pos - 3, address))
+    draft(drafts, x.to(device), m.to(device), table.to(device), *at, ahead=window)
+    assert want.isfinite().all()
+    assert_same_bits(drafts, want)
+
+
 @pytest.mark.parametrize(("name", "shape", "dtype"), CASES)
 def test_first_difference_equals_specification(name, shape, dtype, device):
     table, window = TABLES[name], 5
@@ -120,8 +138,8 @@ def test_first_difference_equals_specification(name, shape, dtype, device):
                 assert got[[0, 3]].tolist() == (pos - row_of_damage)[[0, 3]].tolist()  # the others are near row 0
 
 
-def test_states_that_are_the_same_input_are_not_different(device):
-    """A draft need not have the bits of the exact state, but those of the network's input."""
+def test_drafts_that_are_equal_in_bf16_are_right(device):
+    """A draft need only equal the exact state after rounding to bf16."""
     table, window = TABLES["clipped"], 4
     x, _, m, pos, address = chains((3, 5, 7), window, table, positions(500))
     states = exact_states(x, m, pos, address, table, window)
@@ -179,4 +197,3 @@ def test_arguments_are_checked(device):
         draft(states, x, m, table, pos, pos.long(), address, ahead=2)
     with pytest.raises(ValueError, match="commit: reached is"):
         commit(x, m, table, pos, pos[:2], address, ahead=2)
-    assert ops.backend(device)

@@ -110,7 +110,7 @@ def test_bundled_model_has_the_bits_of_the_loop():
 
 @pytest.mark.parametrize("gap", [0.0, 0.1, 1.0, 3.0])
 def test_coupling_keeps_the_distribution(gap):
-    """Whatever the draft's mean is, the result is N(mean, S^2), and the drafts are accepted as often as can be."""
+    """The result is N(mean, S^2) for any mean of the draft, which is accepted with the highest possible probability."""
     table, G, dim, row = Schedule(clip_sample=False).table(), 20_000, 3, 500
     address = noise.address(1, G)
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +133,12 @@ def test_coupling_keeps_the_distribution(gap):
         ahead=2,
     )
     white = ((result - mean) / S).double()
+    then = update(
+        states[:, (row - 1) % 2],
+        *(m, table.rows[row - 1], noise.normal(address, (dim,), stream=noise.STEP, t=int(table.timesteps[row - 1]))),
+        clip=False,
+    )
+    assert torch.equal(result[reached == row - 2], then[reached == row - 2])  # accepted drafts, and a plain step
     first = reached == row - 1  # a reflected step ends the round; an accepted one is followed by the plain last row
     accepted_share = 1 - float(first.double().mean())
     expected = 2 * NormalDist().cdf(-gap / 2)
@@ -148,11 +154,28 @@ def test_coupling_keeps_the_distribution(gap):
 
 
 def test_a_coupling_without_reflection_is_detected():
-    """The test above would fail if a refused draft were replaced by p + S z: there is a hole where drafts are taken."""
+    """The Kolmogorov-Smirnov test detects a coupling that replaces a refused draft by p + S z."""
     generator = torch.Generator().manual_seed(0)
     z, u = torch.randn(20_000, generator=generator), torch.rand(20_000, generator=generator)
     takes = u.log() <= z - 0.5  # a gap of 1
     assert stats.kstest(torch.where(takes, z + 1, z).numpy(), "norm").pvalue < 1e-6
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_draft_that_is_not_usable_is_replaced_by_the_plain_step(bad):
+    table, row, address = Schedule(clip_sample=False).table(), 500, noise.address(1, 2)
+    x, m = torch.ones(2, 3), torch.ones(2, 2, 3)
+    pos, states = torch.full((2,), row), torch.full((2, 2, 3), bad)
+    of_two = parallel.repeated(address, 2)
+    result, reached = accepted(
+        *(x, states, m, pos, Rows(table.rows, table.scale)),
+        z=lambda rows: noise.normal(of_two, (3,), stream=noise.STEP, t=table.timesteps[rows]),
+        log_u=lambda rows: torch.full((4,), -1e-3),
+        clip=False,
+        ahead=2,
+    )
+    assert reached.tolist() == [row - 1] * 2
+    assert torch.equal(result, step_of(table, address)(x, m[:, 0], pos))
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_the_noise():

@@ -1,4 +1,4 @@
-"""Sampling parallel in time: the bits of the loop with every condition, or its distribution; chains that take turns."""
+"""Sampling parallel in time: the bits of the loop with every condition, or its distribution; refills and refusals."""
 
 import re
 from dataclasses import replace
@@ -18,8 +18,10 @@ from tests.support.check import TINY, error_line
 from tests.support.graphs import graphed
 from tests.support.kinds import KINDS, SAMPLES, SCHEDULE, SHAPE, Kind, N, Net, T, draw, expected, sampler_of
 
-PARALLEL = [name for name in KINDS if name not in ("resample", "x_0_fn", "everything")]  # which need one step at a time
+SEQUENTIAL = ("resample", "x_0_fn", "everything")
+PARALLEL = [name for name in KINDS if name not in SEQUENTIAL]
 FIXED = [name for name in PARALLEL if "variance" not in name]
+MODES = [*((name, "bits") for name in PARALLEL), *((name, "law") for name in FIXED)]
 BITS = {"parallel": "bits", "window": 5, "batch_size": 2}  # two chains draw five samples
 
 
@@ -30,6 +32,17 @@ def reference(kind: Kind):
     if "unconditional" in options:
         options["unconditional"] = of_rounded(options["unconditional"])
     return expected(replace(kind, model=of_rounded(kind.model or kind.net), reference=options))
+
+
+class ReadsBfloat16(nn.Module):
+    """A network that rounds x_t itself."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x.bfloat16().float(), t)
 
 
 def tiny_unet(**config):
@@ -76,7 +89,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_unet_has_the_bits_of_the_same_layout(name):
+def test_unet_in_mode_bits_equals_off_in_the_same_layout(name):
     """A `UNet2D`, whose result for an entry may depend on its place in the batch."""
     schedule, steps = TABLES[name]
     steps = {"timesteps": range(40, -1, -2)} | steps
@@ -98,11 +111,8 @@ def test_class_labels_and_guidance_of_a_unet():
     assert not torch.equal(sampler.sample(3, parallel="bits", **options | {"class_labels": [3, 1, 0]}), want)
 
 
-@pytest.mark.parametrize("mode", ["bits", "law"])
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize(("name", "mode"), MODES)
 def test_one_graph_serves_every_round_and_the_next_call(graphs, name, mode):
-    if mode == "law" and name not in FIXED:
-        return
     kind = KINDS[name]
     options = BITS | {"parallel": mode, "window": 3}
     sampler, want = graphed(kind.net, kind.schedule, shape=SHAPE), draw(sampler_of(kind), kind, **options)
@@ -113,11 +123,8 @@ def test_one_graph_serves_every_round_and_the_next_call(graphs, name, mode):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("mode", ["bits", "law"])
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize(("name", "mode"), MODES)
 def test_graph_on_a_gpu_has_the_bits_of_eager_rounds(name, mode):
-    if mode == "law" and name not in FIXED:
-        return
     kind = KINDS[name]
     on_gpu = {"shape": SHAPE, "device": "cuda"}
     samplers = [Sampler(kind.net, kind.schedule, engine=engine, **on_gpu) for engine in ("eager", "graph")]
@@ -198,7 +205,8 @@ def test_callbacks_see_committed_steps_in_order(mode):
 
     x = draw(sampler_of(kind), kind, callback=watch(seen), **BITS | {"parallel": mode})
     assert torch.equal(x, draw(sampler_of(kind), kind, **BITS | {"parallel": mode}))
-    draw(sampler_of(kind), kind, callback=watch(loop), window=5, batch_size=1)
+    rounding = replace(kind, net=ReadsBfloat16(kind.net))
+    draw(sampler_of(rounding), rounding, callback=watch(loop))  # the ordinary loop
     for index in SAMPLES:
         assert [call[:2] for call in seen[index]] == [(step, T - 1 - step) for step in range(T)]
         if mode == "bits":
@@ -210,6 +218,7 @@ def test_callbacks_see_committed_steps_in_order(mode):
 def test_trajectories_are_those_of_the_loop():
     kind = KINDS["guidance"]
     want = draw(sampler_of(kind), kind, trajectory=[11, 5, 0], window=5)
+    assert torch.equal(want[:, -1], reference(kind))
     assert torch.equal(draw(sampler_of(kind), kind, trajectory=[11, 5, 0], **BITS), want)
 
 
@@ -226,7 +235,7 @@ def test_rounds_are_counted():
     assert (off.steps_per_round, off.calls) == (1, 3 * T)  # the first chain draws three samples
 
 
-def test_fixed_layout_gives_a_sample_its_bits_in_any_call():
+def test_batch_invariant_sample_has_the_same_bits_in_any_call():
     kind = KINDS["model_kwargs"]
     sampler, options = sampler_of(kind, batch_invariant=3), {"parallel": "bits", "window": 4}
     want = draw(sampler, kind, **options)
@@ -234,26 +243,61 @@ def test_fixed_layout_gives_a_sample_its_bits_in_any_call():
     assert torch.equal(draw(sampler, kind, window=4), want)
 
 
-def test_chains_are_halved_if_memory_runs_out(monkeypatch):
-    kind, play = KINDS["model_kwargs"], Chains.round
-    sampler, want = sampler_of(kind), reference(kind)
-
+@pytest.mark.parametrize(
+    ("chains", "invariant", "way_out"),
+    [(4, False, "batch_size=2 or window=2"), (1, False, "window=2"), (1, 2, "batch_invariant=1 or window=2")],
+)
+def test_a_layout_that_does_not_fit_into_memory_is_refused(chains, invariant, way_out, monkeypatch):
     def fail(chains):
-        if len(chains.x) > most:
-            raise torch.OutOfMemoryError("no memory for this")
-        play(chains)
+        tried.append(len(chains.x))
+        raise torch.OutOfMemoryError("no memory for this")
 
+    kind, tried, play = KINDS["model_kwargs"], [], Chains.round
+    sampler, options = sampler_of(kind, batch_invariant=invariant), {"parallel": "bits", "window": 4}
     monkeypatch.setattr(Chains, "round", fail)
-    most = 2
-    sampler.engine.clear()
-    with pytest.warns(UserWarning, match=r"batches of 2\. no memory for this"):
-        assert torch.equal(draw(sampler, kind, parallel="bits", window=4, batch_size=4), want)
-    most = 0
-    sampler.engine.clear()
-    for batch_size, invariant, way_out in ((1, False, "window=2"), (1, 2, "window=2 or batch_invariant=1")):
-        again = sampler_of(kind, batch_invariant=invariant)
-        with pytest.raises(torch.OutOfMemoryError, match=rf"chains of 4 slots; use {way_out} \(with other bits\)"):
-            draw(again, kind, parallel="bits", window=4, batch_size=batch_size)
+    sides = invariant or chains
+    text = rf"no memory for this This was for {sides} samples side by side, with a window of 4; use {way_out} \("
+    with pytest.raises(torch.OutOfMemoryError, match=text):
+        draw(sampler, kind, batch_size=chains, **options)
+    assert tried == [sides]
+    monkeypatch.setattr(Chains, "round", play)
+    assert torch.equal(draw(sampler, kind, batch_size=chains, **options), reference(kind))
+
+
+def test_buffers_of_other_batches_are_freed_if_memory_runs_out(monkeypatch):
+    def fail_once(chains):
+        monkeypatch.setattr(Chains, "round", play)
+        raise torch.OutOfMemoryError("no memory for this")
+
+    kind, play = KINDS["plain"], Chains.round
+    sampler = sampler_of(kind)
+    draw(sampler, kind)  # whose buffers are kept
+    monkeypatch.setattr(Chains, "round", fail_once)
+    assert torch.equal(draw(sampler, kind, **BITS), reference(kind))
+
+
+class Overflowing(Net):
+    """Returns infinity once, for one draft that is not the chain's own state."""
+
+    def forward(self, x, t):
+        out = super().forward(x, t)
+        if len(t) > 1 and not self.done and int(t.max()) < T - 2:
+            self.done, out[t.argmin()] = True, torch.inf
+        return out
+
+
+@pytest.mark.parametrize("mode", ["bits", "law"])
+def test_a_draft_that_overflows_costs_a_round_at_most(mode):
+    found = {}
+    for net in (Net(), Overflowing()):
+        net.done, rounds = False, Rounds()
+        kind = Kind({}, net, {})
+        x = draw(sampler_of(kind), kind, [0], parallel=mode, window=4, rounds=rounds)
+        found[type(net)] = rounds.calls
+        assert x.isfinite().all()
+        assert mode == "law" or torch.equal(x, reference(KINDS["plain"])[:1])
+    assert net.done
+    assert found[Overflowing] <= found[Net] + 3
 
 
 class Failing(Net):
@@ -269,16 +313,16 @@ def test_nan_names_the_step_and_the_samples(mode):
         draw(sampler_of(kind), kind, **BITS | {"parallel": mode, "batch_size": 1})
 
 
-def test_parallel_runs_that_are_refused():
+def test_arguments_that_do_not_fit_are_rejected():
     plain = KINDS["plain"]
     for kind, options, text in (
         (plain, {"parallel": "both"}, "parallel is 'both'; want one of off, bits, law"),
         (plain, {"parallel": "bits", "window": 0}, "window is 0"),
         (plain, {"parallel": "bits", "window": 1 << 19, "batch_size": 4}, "would have .* entries; want at most"),
-        (plain, {"rounds": Rounds()}, "rounds is given, but parallel is 'off'"),
+        (plain, {"rounds": Rounds()}, "rounds is given, but parallel is 'off' and there is no window"),
         (plain, {"parallel": "bits", "rounds": 3}, r"rounds is 3; want a Rounds\(\)"),
-        (KINDS["x_0_fn"], {"parallel": "law"}, "x_0_fn needs one step after the other"),
-        (KINDS["resample"], {"window": 4}, "resample needs one step after the other"),
+        (KINDS["x_0_fn"], {"parallel": "law"}, "x_0_fn requires sequential steps"),
+        (KINDS["resample"], {"window": 4}, "resample requires sequential steps"),
         (KINDS["learned variance"], {"parallel": "law"}, "needs fixed variances, but they are learned"),
         (plain, {"parallel": "law", "noise": False}, "needs noise, but these steps add none"),
         (plain, {"parallel": "law", "sampler": "ddim"}, "needs noise, but these steps add none"),
@@ -287,20 +331,31 @@ def test_parallel_runs_that_are_refused():
             sampler_of(kind).sample(N, progress=False, **kind.options, **options)
 
 
+def test_tf32_is_warned_of_in_mode_bits_alone(monkeypatch):
+    kind = KINDS["plain"]
+    sampler = sampler_of(kind)
+    object.__setattr__(sampler.engine.compute, "precision", "tf32")  # which a CPU does not have
+    with pytest.warns(UserWarning, match="the network computes in TF32"):
+        assert torch.equal(draw(sampler, kind, **BITS), reference(kind))
+    assert torch.equal(draw(sampler, kind, window=5), reference(kind))
+    draw(sampler, kind, parallel="law")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_network_that_rounds_inside_keeps_the_bits_and_is_warned_of(precision):
+def test_low_precision_network_keeps_the_bits_and_warns(precision):
     sampler = Sampler(tiny_unet(), device="cpu", precision=precision)
     options = {"steps": 6, "window": 3, "progress": False}
     want = sampler.sample(1, **options)
     named = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-    with pytest.warns(UserWarning, match=f"the network computes in {named}.*: about one step per round"):
+    with pytest.warns(UserWarning, match=f"the network computes in {named}.*expect about one step per round"):
         assert torch.equal(sampler.sample(1, parallel="bits", **options), want)
+    sampler.sample(1, parallel="law", **options)  # without a warning
     own = Sampler(Net(), SCHEDULE, shape=SHAPE, device="cpu", precision=precision)
     with pytest.warns(UserWarning, match=f"the network computes in {named}"):
         assert torch.equal(own.sample(3, parallel="bits", progress=False), own.sample(3, window=16, progress=False))
 
 
-def test_folder_drawn_in_parallel_is_that_of_the_same_layout(tmp_path):
+def test_folder_of_mode_bits_equals_that_of_off_with_the_same_window(tmp_path):
     kind, settings = KINDS["guidance"], {"format": "npz", "seed": 6, "progress": False, "batch_size": 2}
     settings |= kind.options
     folders = {}
@@ -327,6 +382,11 @@ def test_folder_drawn_in_parallel_is_that_of_the_same_layout(tmp_path):
         assert changed in line
         assert "name another folder" in line
     job.sample_to(tmp_path / "bits", sampler_of(kind), SAMPLES, **settings, window=4)  # either continues the other
+    for options, text in (
+        ({"window": "8"}, "window is '8'"),
+        ({"parallel": "no"}, "parallel is 'no'"),
+    ):
+        assert text in error_line(job.sample_to, tmp_path / "bad", sampler_of(kind), SAMPLES, **settings, **options)
 
 
 def test_bar_shows_calls_and_steps_per_round(capfd):

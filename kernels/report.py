@@ -91,7 +91,7 @@ def draft_variant(copy: str | None) -> Variant:
     types = CHAINS | {"states_ptr": "*fp32", "copy_ptr": f"*{copy}", "scale_ptr": "*fp32", "seen_ptr": "*i32"}
     types |= dict.fromkeys(("ahead", "last_row"), "i32")
     constants = {"CLIP": True, "ROUND": copy is not None, "BLOCK": draft.BLOCK} | ({} if copy else {"copy_ptr": None})
-    name, written = f"draft{f', copy {copy}' if copy else ''}", 4 + (BYTES[copy] if copy else 0)
+    name, written = f"draft{f' copy {copy}' if copy else ''}", 4 + (BYTES[copy] if copy else 0)
     return Variant(name, draft.draft_kernel, types, constants, draft.OPTIONS, draft.BLOCK, 20, written)
 
 

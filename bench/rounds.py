@@ -1,4 +1,4 @@
-"""One sample of the bundled model, step after step and parallel in time: what is timed, and how it is judged.
+"""One sample of the bundled model, one step at a time and parallel in time: what is timed, and how it is judged.
 
 python -m bench.rounds rounds.png draws how many steps each round takes.
 """
@@ -20,7 +20,7 @@ from fastddpm.storage.plots import BLUE, ORANGE, figure_axes
 
 STEPS = {"cuda": 1000, "cpu": 1000, "tiny": 6}[SCALE]
 WINDOWS = {"cuda": (8, 16, 32, 64), "cpu": (16, 32), "tiny": (3,)}[SCALE]
-SHORT = 60  # steps of the judgement: the last ones, from noise
+SHORT = 60  # steps of the run that is compared: the last ones, from noise
 LAW_PRECISION = "bf16" if DEVICE.type == "cuda" else "fp32"
 CASES = [
     ("off", LAW_PRECISION, None),
@@ -41,9 +41,11 @@ def draw(of: Sampler, mode: str, window: int | None, **options: Any) -> Tensor:
 
 
 def judge(of: Sampler, mode: str, window: int | None) -> dict[str, float]:
-    """The bits of a short run are those of the loop in the same layout; of "law", for one slot."""
+    """Compare a short run bit for bit with "off" in the same layout; "law" with one slot, where it equals the loop."""
     start = torch.randn(1, *of.shape, generator=torch.Generator().manual_seed(0))
     options = {"timesteps": range(SHORT - 1, -1, -1), "start": start, "start_timestep": SHORT - 1, "progress": False}
+    if window is None:
+        return {"compared": "nothing: this is the loop"}
     slots, in_loop = (1, None) if mode == "law" else (window, window)
     return same_bits(*(of.sample(1, window=w, parallel=m, **options) for m, w in ((mode, slots), ("off", in_loop))))
 
@@ -57,7 +59,7 @@ def facts(of: Sampler, mode: str, window: int | None) -> dict[str, Any]:
 
 
 def plot(path: str | os.PathLike[str], found: dict[str, list[int]], window: int) -> None:
-    """Plot how many steps each round took over the timestep at which it began."""
+    """Plot how many steps each round took against the timestep at which it began."""
     with figure_axes(path) as axes:
         for (name, steps), color in zip(found.items(), (BLUE, ORANGE), strict=True):
             t = STEPS - 1 - np.cumsum([0, *steps[:-1]])
@@ -67,15 +69,15 @@ def plot(path: str | os.PathLike[str], found: dict[str, list[int]], window: int)
             axes.plot(t, mean, color=color, linewidth=1.8, label=label)
         axes.axhline(window, color="grey", linewidth=0.8, linestyle=":")
         axes.invert_xaxis()
-        axes.set(xlabel="timestep t at which the round began", ylabel="steps of the round")
-        axes.set_title(f"One garment in {STEPS} steps, a window of {window}; lines: the mean of nine rounds")
+        axes.set(xlabel="timestep t at which the round began", ylabel="steps in the round")
+        axes.set_title(f"One garment in {STEPS} steps, a window of {window}; lines: running mean of nine rounds")
         axes.set_ylim(0, 1.35 * window)
         axes.legend(loc="upper right")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.rounds", description=__doc__)
-    parser.add_argument("out", help="a .png: the steps of each round over the timestep")
+    parser.add_argument("out", help="a .png: the steps per round against the timestep")
     parser.add_argument("--window", type=int, default=32, help="slots (default: %(default)s)")
     options = parser.parse_args(arguments)
     of, found = sampler("fp32"), {}

@@ -1,6 +1,6 @@
-"""The latency of one sample, step after step and parallel in time: pytest bench/test_parallel.py
+"""The latency of one sample, one step at a time and parallel in time: pytest bench/test_parallel.py
 
-On a CPU a call of the network takes W times as long for W slots, so there the number of calls is the figure.
+On a CPU a call of the network takes W times as long for W slots, so there compare the numbers of calls.
 """
 
 import time

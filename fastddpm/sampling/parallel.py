@@ -184,19 +184,19 @@ class ParallelRun(Run):
             queues[(index if self.micro_batch else place) % size].append(place)
         captures = engine.captures(len(self.table))
         with engine.chains(size, self.window, capture=captures, form=self.conditions.form) as chains:
-            session = _Session(self, chains, queues, on_steps)
+            chain_run = _ChainRun(self, chains, queues, on_steps)
             if engine.compiles:
                 bar.set_description("compile")  # which takes minutes
             with chains.working():
-                session.load()
+                chain_run.load()
             bar.set_description("sample", refresh=False)
-            while session.is_busy:
+            while chain_run.is_busy:
                 with chains.working():  # which changes torch's modes, and so must end before each yield
-                    finished = session.run_until_finished()
+                    finished = chain_run.run_until_finished()
                 yield from finished
 
 
-class _Session:
+class _ChainRun:
     """The samples that the chains hold, and their rounds."""
 
     def __init__(self, run: ParallelRun, chains: Chains, queues: list[deque[int]], on_steps: OnSteps):

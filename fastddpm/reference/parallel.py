@@ -190,11 +190,12 @@ def sample(
     """
     S, steps = len(table.scale), []
     states, m = x.unsqueeze(1).repeat(1, window, *[1] * (x.ndim - 1)), None
-    pos, seen = torch.tensor([S - 1]), torch.tensor([S + 1])
+    pos, seen = (torch.full_like(timesteps[:1], row, dtype=torch.int64) for row in (S - 1, S + 1))
+    slots = torch.arange(window, device=x.device)
     while int(pos) >= 0:
         known = torch.zeros_like(states) if m is None else m
         states = draft(x, states, known, pos, seen, table, step, ahead=window)
-        rows = (pos - (pos - torch.arange(window)) % window).clamp(min=0)  # of each slot
+        rows = (pos - (pos - slots) % window).clamp(min=0)  # of each slot
         m = model(states[0].bfloat16(), timesteps[rows].long()).to(x.dtype).unsqueeze(0)
         reached = first_difference(x, states, m, pos, step, ahead=window)
         x = commit(x, m, pos, reached, step, ahead=window)

@@ -46,7 +46,7 @@ class Chains(SampleBuffers):
         device, self.window = prepared.device, window
         self.x = layout.empty(n, prepared.shape, dtype=torch.float32, device=device)
         self.states = layout.empty(n * window, prepared.shape, dtype=torch.float32, device=device)
-        self.m = torch.empty(0, device=device)
+        self.m = torch.empty(0, dtype=torch.float32, device=device)
         self.pos, self.seen = torch.empty(2, n, dtype=torch.int32, device=device)
         self._slots = torch.arange(window, dtype=torch.int32, device=device)
 

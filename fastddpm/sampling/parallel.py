@@ -155,7 +155,7 @@ class ParallelRun(Run):
             while len(samples):
                 try:
                     for place, x in self._draw_in_chains(engine, chains, bar, on_steps):
-                        yield from in_order.put(torch.tensor([place], device="cpu"), x[None])
+                        yield from in_order.put(torch.tensor([place], dtype=torch.int64, device="cpu"), x[None])
                     return
                 except torch.OutOfMemoryError as error:
                     failure = str(error).splitlines()[0]  # the error itself would keep the memory
@@ -236,7 +236,7 @@ class _ChainRun:
     def _judge(self, rows: list[int], bad: list[int], places: list[int]) -> list[int]:
         """Count the steps of a round, which a GPU reports with a delay. Returns: the chains that are finished."""
         current = [k for k, place in enumerate(places) if place != EMPTY and place == self.places[k]]
-        samples = self.run.addresses[torch.tensor(places, device="cpu").clamp(min=0), 1]
+        samples = self.run.addresses[torch.tensor(places, dtype=torch.int64, device="cpu").clamp(min=0), 1]
         raise_if_bad(self.chains, [bad[k] if k in current else -1 for k in range(len(bad))], samples)
         total = 0
         for k in current:

@@ -118,15 +118,20 @@ def commit(
         check_tensor("commit", "bad", bad, pos.shape, torch.int32, x.device, "-1 for each chain to start with")
     if (launch := launcher("commit", x.device)) is not None:
         return launch(x, m, table.rows, table.timesteps, pos, reached, address, bad, clip=table.clip)
-    outputs, step = m.unflatten(0, (len(x), len(m) // len(x))), _step(table, address)
-    row = pos.clone()
+    return commit_by(_step(table, address), x, m, pos, reached, ahead=ahead, bad=bad)
+
+
+def commit_by(
+    step: parallel.Step, x: Tensor, m: Tensor, pos: Tensor, reached: Tensor, *, ahead: int, bad: Tensor | None
+) -> None:
+    """`commit` with a step of any kind. Args: step: see `reference.parallel`; the others as in `commit`."""
+    outputs = m.unflatten(0, (len(x), len(m) // len(x)))
     for _ in range(ahead):  # one at a time, because each may be the first bad one
-        here, target = row.long(), torch.maximum(row - 1, reached)
-        x.copy_(parallel.commit(x, outputs, here, target.long(), step, ahead=1))
+        target = torch.maximum(pos - 1, reached)
+        x.copy_(parallel.commit(x, outputs, pos.long(), target.long(), step, ahead=1))
         if bad is not None:
-            raise_flags(bad, x, row)
-        row = target
-    return None
+            raise_flags(bad, x, pos)
+        pos = target
 
 
 def _step(table: StepTable, address: Tensor) -> parallel.Step:

@@ -15,7 +15,7 @@ from fastddpm import ops
 from fastddpm.core import layout, noise
 from fastddpm.core.table import StepTable
 from fastddpm.ops.conditional_step import conditional_step, model_outputs
-from fastddpm.ops.parallel_steps import commit, draft, first_difference
+from fastddpm.ops.parallel_steps import commit, commit_by, draft, first_difference
 from fastddpm.ops.step import raise_flags
 from fastddpm.reference import parallel
 from fastddpm.reference.diffusion import predicted_x_0, replaced
@@ -171,13 +171,7 @@ class Chains(SampleBuffers):
     def _commit(self, pos: Tensor, reached: Tensor, *, ahead: int) -> None:
         if self._is_plain:
             return commit(self.x, self.m, self.table, pos, reached, self.address, ahead=ahead, bad=self.bad)
-        for _ in range(ahead):  # one at a time, because each may be the first bad one
-            target = torch.maximum(pos - 1, reached)
-            outputs = self._by_chain(self.m)
-            self.x.copy_(parallel.commit(self.x, outputs, pos.long(), target.long(), self._step, ahead=1))
-            raise_flags(self.bad, self.x, pos)
-            pos = target
-        return None
+        return commit_by(self._step, self.x, self.m, pos, reached, ahead=ahead, bad=self.bad)
 
     def _accepted(self) -> parallel.Coupled:
         """The states and rows to which mode "law" advances the chains."""

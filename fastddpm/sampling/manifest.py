@@ -17,7 +17,7 @@ from fastddpm.core import checks
 from fastddpm.core.checks import one_of, shown, whole
 from fastddpm.core.schedule import elements
 from fastddpm.networks.unet2d import UNet2D, network_obstacles
-from fastddpm.sampling.parallel import WINDOW
+from fastddpm.sampling.parallel import checked_window
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.fingerprint import code_sha256, machine, value_sha256, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
@@ -162,11 +162,9 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
 
 def _parallel(drawing: Drawing) -> dict[str, Any]:
     """The window, which decides the layout. The mode only if it is "law": "bits" and "off" have the same bits."""
-    if drawing.window is None and drawing.parallel == "off":
+    if not (window := checked_window(drawing.parallel, drawing.window)):
         return {}
-    return {"window": WINDOW if drawing.window is None else drawing.window} | (
-        {"parallel": "law"} if drawing.parallel == "law" else {}
-    )
+    return {"window": window} | ({"parallel": "law"} if drawing.parallel == "law" else {})
 
 
 def _beginning_and_end(drawing: Drawing) -> dict[str, Any]:

@@ -67,11 +67,11 @@ def default_chains(entries: int, parallel: Any, window: Any) -> int:
 
     Raises: ValueError: parallel or window is not as `Sampler.batches` says.
     """
-    return max(1, entries // (_checked_window(parallel, window) or 1))
+    return max(1, entries // (checked_window(parallel, window) or 1))
 
 
-def _checked_window(parallel: Any, window: Any) -> int:
-    """W; 0: the run is not parallel in time."""
+def checked_window(parallel: Any, window: Any) -> int:
+    """W; 0: the run has no window. Raises: ValueError: an argument is not as `Sampler.batches` says."""
     one_of("parallel", parallel, PARALLEL)
     if window is None:
         return 0 if parallel == "off" else WINDOW
@@ -88,7 +88,7 @@ def in_rounds(
         chains: the number of samples side by side; None: enough to fill the batches of the run.
     Raises: ValueError: an argument is not as `Sampler.batches` says, or the run cannot be parallel in time.
     """
-    window = _checked_window(parallel, window)
+    window = checked_window(parallel, window)
     if rounds is not None and not isinstance(rounds, Rounds):
         raise ValueError(f"rounds is {shown(rounds)}; want a Rounds() to fill, or None")
     if not window:

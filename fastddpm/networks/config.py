@@ -48,7 +48,7 @@ LARGEST = 1 << 24  # of sizes and counts for which there is no natural limit
 Check = Callable[[str, Any], Any]  # (name, value) -> value, or ValueError
 
 
-def _count(high: int, low: int = 1) -> Check:
+def count_check(high: int, low: int = 1) -> Check:
     return lambda name, value: whole(name, value, low, high)
 
 
@@ -64,7 +64,7 @@ def _choice(*known: str) -> Check:
     return lambda name, value: one_of(name, value, known)
 
 
-def _optional(check: Check) -> Check:
+def optional_check(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -90,7 +90,7 @@ def _heads(name: str, value: Any) -> int | tuple[int, ...]:
     return tuple(whole(f"{name}: an entry", heads, 1, MOST_CHANNELS) for heads in value)
 
 
-def _per_level(check: Check) -> Check:
+def per_level_check(check: Check) -> Check:
     def check_all(name: str, value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple) or not 0 < len(value) <= MOST_LEVELS:
             raise ValueError(f"{name} is {shown(value)}; want a list with one entry per level, 1 to {MOST_LEVELS}")
@@ -105,40 +105,40 @@ def _block(*known: str) -> Check:
 
 
 CHECKS: dict[str, Check] = {  # of every option; those of one option alone
-    "sample_size": _optional(_size),
-    "in_channels": _count(MOST_CHANNELS),
-    "out_channels": _count(MOST_CHANNELS),
+    "sample_size": optional_check(_size),
+    "in_channels": count_check(MOST_CHANNELS),
+    "out_channels": count_check(MOST_CHANNELS),
     "center_input_sample": flag,
     "time_embedding_type": _choice("positional"),
-    "time_embedding_dim": _optional(_count(LARGEST)),
+    "time_embedding_dim": optional_check(count_check(LARGEST)),
     "freq_shift": _number(-LARGEST, LARGEST),
     "flip_sin_to_cos": flag,
-    "down_block_types": _per_level(_block(*DOWN_BLOCKS)),
-    "mid_block_type": _optional(_choice("UNetMidBlock2D")),
-    "up_block_types": _per_level(_block(*UP_BLOCKS)),
-    "block_out_channels": _per_level(_count(MOST_CHANNELS, low=2)),
-    "layers_per_block": _count(MOST_LAYERS),
+    "down_block_types": per_level_check(_block(*DOWN_BLOCKS)),
+    "mid_block_type": optional_check(_choice("UNetMidBlock2D")),
+    "up_block_types": per_level_check(_block(*UP_BLOCKS)),
+    "block_out_channels": per_level_check(count_check(MOST_CHANNELS, low=2)),
+    "layers_per_block": count_check(MOST_LAYERS),
     "mid_block_scale_factor": _number(0, LARGEST, above=True),
-    "downsample_padding": _count(1, low=0),
+    "downsample_padding": count_check(1, low=0),
     "downsample_type": _choice("conv", "resnet", "pool"),
     "upsample_type": _choice("conv", "resnet", "nearest"),
     "dropout": _number(0, 1),
     "act_fn": _choice(*ACTIVATIONS),
-    "attention_head_dim": _optional(_count(MOST_CHANNELS)),
-    "norm_num_groups": _count(MOST_CHANNELS),
-    "attn_norm_num_groups": _optional(_count(MOST_CHANNELS)),
+    "attention_head_dim": optional_check(count_check(MOST_CHANNELS)),
+    "norm_num_groups": count_check(MOST_CHANNELS),
+    "attn_norm_num_groups": optional_check(count_check(MOST_CHANNELS)),
     "norm_eps": _number(0, 1, above=True),
     "resnet_time_scale_shift": _choice("default", "scale_shift"),
     "add_attention": flag,
-    "class_embed_type": _optional(_choice("timestep", "identity")),
-    "num_class_embeds": _optional(_count(LARGEST)),
-    "num_train_timesteps": _optional(_count(LARGEST)),
+    "class_embed_type": optional_check(_choice("timestep", "identity")),
+    "num_class_embeds": optional_check(count_check(LARGEST)),
+    "num_train_timesteps": optional_check(count_check(LARGEST)),
 }
 
 
 OWN: dict[str, Check] = {  # options that diffusers lacks; a complete configuration has those that are not None
     "num_attention_heads": _heads,
-    "time_proj_dim": _count(LARGEST, low=2),
+    "time_proj_dim": count_check(LARGEST, low=2),
 }
 
 

@@ -29,13 +29,15 @@ train: trainer loss initial grids batches run_folder state updates options
              disguise
 sampling: job manifest sampler parallel run condition_arguments beginning arguments loop watch batches engine \
           runner chains buffers batch_network replay model own_network conditions capture fixed_reads reachable
-checkpoints: loading diffusers guided_diffusion flags lucidrains files weights parameters reading checkpoint shipped
+checkpoints: loading diffusers guided_diffusion flags lucidrains lerobot files weights parameters reading checkpoint \
+             shipped
 networks: planned unet2d obstacles config resnet layers
 processes: progress displays distributed signals
-storage: datasets merge shards shard_formats trajectory class_grid images plots image_folder archives image_files \
-         classes decoding npz idx arrays data_checks fingerprint indices files caches
+storage: datasets sequences merge shards shard_formats trajectory audio class_grid images plots image_folder \
+         archives image_files classes decoding npz idx arrays data_checks fingerprint indices files caches
 ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual parallel_steps conditional_step \
      step checks library backend
+text
 core: noise schedule table betas layout precision memory checks names
 reference: likelihood unet parallel conditional diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual draft \
@@ -47,7 +49,7 @@ _version
 PACKAGE = [*sorted((ROOT / "fastddpm").rglob("*.py")), *sorted((ROOT / "kernels").rglob("*.py"))]
 APART = ("reference", "kernels", "kernels.cpu")  # rooms that import nothing of the others
 LIGHT = {"torch", *sys.stdlib_module_names}
-KNOWN = LIGHT | {"numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime"}
+KNOWN = LIGHT | {"numpy", "PIL", "matplotlib", "tqdm", "safetensors", "huggingface_hub", "onnxruntime", "soundfile"}
 
 
 def positions():

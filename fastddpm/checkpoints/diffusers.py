@@ -17,14 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastddpm.checkpoints import lerobot
 from fastddpm.checkpoints.checkpoint import Checkpoint
+from fastddpm.checkpoints.medium import MEDIUM, Medium, read_medium, write_medium
 from fastddpm.checkpoints.reading import as_folder, in_one_line, named, read_any_json, read_json
 from fastddpm.checkpoints.weights import WEIGHTS, read_weights, weight_files
 from fastddpm.core.checks import checked_call, flag, is_whole, real, shown
 from fastddpm.core.names import SHIPPED_MODEL
 from fastddpm.core.schedule import Schedule
 from fastddpm.networks.config import beyond_diffusers as config_beyond_diffusers
-from fastddpm.networks.config import complete_config, least_parameters
+from fastddpm.networks.config import complete_config
+from fastddpm.networks.fused import completed, kind_of
+from fastddpm.networks.unet2d import UNet2D
 from fastddpm.storage.files import atomic, check_regular
 
 WANTED = f"want a folder, {SHIPPED_MODEL}, or a hub id such as google/ddpm-cifar10-32"
@@ -40,27 +44,27 @@ _EMA_STATE = {
     "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"
 }  # fmt: skip
 _SCALE = "timestep_scale"  # which we write among the options of a network that is given t times this
-_OWN_CLASS = "UNet2D"  # of the networks that diffusers does not have; so it does not load them as others
+_OWN_CLASSES = ("UNet2D", "UNet1D")  # of the networks that diffusers does not have; so it does not load them as others
 
 
 def read(folder: Path, variant: str | None = None, schedule: Schedule | None = None) -> Checkpoint:
     """Read a checkpoint of diffusers: see `fastddpm.checkpoints.load`."""
     unet, notes = _network_folder(folder)
     config = read_json(unet / _CONFIG)
-    if config.get("_class_name", "UNet2DModel") not in ("UNet2DModel", _OWN_CLASS):
+    if config.get("_class_name", "UNet2DModel") not in ("UNet2DModel", *_OWN_CLASSES):
         class_name = named(config["_class_name"])
         raise ValueError(f"{unet / _CONFIG} configures a {class_name}; want a UNet2DModel, DDPM's network")
     options = {key: value for key, value in _options(config).items() if key not in (*_EMA_STATE, _SCALE)}
     scale = None if config.get(_SCALE) is None else real(f"{unet / _CONFIG}: {_SCALE}", config[_SCALE], 0, above=True)
     with _naming(unet / _CONFIG):
-        complete = complete_config(options)
+        complete, least = completed(options)
         null_label = _null_label(config.get(_NULL_LABEL), complete)
     home, scheduler = _home(folder)
     if schedule is None:
         schedule, assumed = _read_schedule(folder, home, scheduler)
         notes += assumed
     parameters, renamed = read_weights(unet, variant)
-    saved, least = sum(value.numel() for value in parameters.values()), least_parameters(complete)
+    saved = sum(value.numel() for value in parameters.values())
     if least > saved:
         raise ValueError(
             f"{unet / _CONFIG} configures a network of {least} parameters or more, but its weights are {saved} "
@@ -69,7 +73,17 @@ def read(folder: Path, variant: str | None = None, schedule: Schedule | None = N
     classes, ignored = _read_classes(home, complete["num_class_embeds"] if null_label is None else null_label)
     decoder = home if _has_latents(home) else None
     notes = *notes, *renamed, *ignored
-    return Checkpoint(options, parameters, schedule, classes, decoder, notes, null_label, timestep_scale=scale)
+    return Checkpoint(
+        options,
+        parameters,
+        schedule,
+        classes,
+        decoder,
+        notes,
+        null_label,
+        timestep_scale=scale,
+        medium=read_medium(home),
+    )
 
 
 def decoder_of(folder: Path) -> tuple[str, str] | None:
@@ -82,7 +96,9 @@ def decoder_of(folder: Path) -> tuple[str, str] | None:
 
 
 def download(hub_id: str, variant: str | None = None) -> Path:
-    """The folder of a hub model in the local cache; downloads a `.bin` only if there is no safetensors file.
+    """The folder of a hub model in the local cache, of diffusers or a diffusion policy of lerobot.
+
+    Downloads a `.bin` only if there is no safetensors file.
 
     Raises: ValueError: hub_id is not the id of a hub model, or downloading failed.
     """
@@ -101,9 +117,11 @@ def download(hub_id: str, variant: str | None = None) -> Path:
                 break
         return folder
 
-    configs = [_INDEX, _CLASSES, _CONFIG, f"unet/{_CONFIG}", _SCHEDULER, f"scheduler/{_SCHEDULER}"]
+    configs = [_INDEX, _CLASSES, MEDIUM, _CONFIG, f"unet/{_CONFIG}", _SCHEDULER, f"scheduler/{_SCHEDULER}"]
     try:
         folder = fetch(("", "unet/"), configs)
+        if os.path.exists(folder / _CONFIG) and lerobot.is_policy(read_json(folder / _CONFIG)):
+            snapshot_download(hub_id, allow_patterns=[_CONFIG, lerobot.WEIGHTS])
         if os.path.exists(folder / _INDEX) and (decoder := decoder_of(folder)) is not None:
             fetch([f"{decoder[0]}/"], [f"{decoder[0]}/{_CONFIG}"])
     except Exception as error:
@@ -125,6 +143,7 @@ def save(
     pipeline: bool = True,
     null_label: int | None = None,
     timestep_scale: float | None = None,
+    medium: Medium | None = None,
 ) -> None:
     """Write a checkpoint that `fastddpm.checkpoints.load` and diffusers' `DDPMPipeline.from_pretrained` read.
 
@@ -133,13 +152,14 @@ def save(
 
     Args:
         folder: created if missing; files of the same names are replaced.
-        config: options of `UNet2D`.
+        config: options of `UNet2D` or `UNet1D`.
         state_dict: the parameters, on any device and in any memory format.
         schedule: the noise schedule the network was trained for.
         dtype: of the parameters in the file; None keeps theirs.
         pipeline: write into `unet/` and `scheduler/`, as diffusers does; False: write into the folder itself.
         null_label: the last label, if it stands for no class: see `Checkpoint`.
         timestep_scale: the network is given t times this; None: t itself.
+        medium: what the samples are, if they are sounds or texts.
     Raises: ValueError: pipeline is False, but the folder holds a pipeline; or an argument is not as above.
     """
     from safetensors.torch import save as serialise
@@ -152,7 +172,7 @@ def save(
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
     options = _options(config)
     known = not beyond_diffusers(config, timestep_scale)
-    class_name = "UNet2DModel" if known else _OWN_CLASS
+    class_name = "UNet2DModel" if known else kind_of(config).__name__
     index = {
         "_class_name": "DDPMPipeline",
         "unet": ["diffusers" if known else "fastddpm", class_name],
@@ -162,6 +182,8 @@ def save(
     for path in (root / _INDEX, unet / _CONFIG, scheduler / _SCHEDULER, weights):
         check_regular(path)  # writing into a pipe would wait for its reader
     _write_json(root / _INDEX, index)
+    if medium is not None:
+        write_medium(root, medium)
     private = {"_class_name": class_name} | ({} if null_label is None else {_NULL_LABEL: null_label})
     scale = {} if timestep_scale is None else {_SCALE: timestep_scale}
     _write_json(unet / _CONFIG, private | options | scale)
@@ -191,6 +213,8 @@ def _check_content(config: Any, state_dict: Any, schedule: Any, dtype: Any) -> N
 
 def beyond_diffusers(config: Mapping[str, Any], timestep_scale: float | None = None) -> list[str]:
     """Why diffusers cannot load a checkpoint, as sentences without a subject; empty: it can."""
+    if kind_of(config) is not UNet2D:
+        return ["is a UNet1D, for sequences"]
     found = config_beyond_diffusers(complete_config(dict(config)))
     return found if timestep_scale is None else [*found, f"is given t times {timestep_scale:g}"]
 

@@ -13,8 +13,12 @@ from fastddpm.checkpoints.reading import read_json, read_pickle, read_safetensor
 from fastddpm.checkpoints.weights import is_plain
 from fastddpm.core.checks import shown
 
-SUFFIXES = (".pt", ".pth", ".safetensors")
+SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")
 CONFIG = "config.json"
+_WAY_OUT = (  # for a `.ckpt` of diffusion_policy, which holds its configuration as Python objects
+    "for a .ckpt of diffusion_policy, in the environment that trained it: torch.save(torch.load(path, "
+    'pickle_module=dill, weights_only=False)["state_dicts"]["ema_model"], "model.pt")'
+)
 
 
 def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -22,7 +26,8 @@ def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
 
     Averages of the weights come first, then later steps, then slower averages.
     """
-    names = [name for name in os.listdir(folder) if name.endswith(SUFFIXES[:2]) and not name.startswith("opt")]
+    pickles = [name for name in os.listdir(folder) if name.endswith(SUFFIXES[:3]) and not name.startswith("opt")]
+    names = [name for name in pickles if not name.endswith(".ckpt")] or pickles  # a .ckpt often holds more than weights
     if not names:
         return None, ()
     configured = read_json(folder / CONFIG).get("checkpoint") if os.path.lexists(folder / CONFIG) else None
@@ -41,7 +46,14 @@ def weights_in(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
 
 def read_content(path: Path) -> dict[str, Any]:
     """What a file of weights holds. Raises: ValueError: it cannot be read, or its pickle needs code."""
-    return dict(read_safetensors(path)) if path.suffix == ".safetensors" else read_pickle(path)
+    if path.suffix == ".safetensors":
+        return dict(read_safetensors(path))
+    try:
+        return read_pickle(path)
+    except ValueError as error:
+        if path.suffix != ".ckpt" or "it was not loaded" not in str(error):
+            raise
+        raise ValueError(f"{error}; {_WAY_OUT}") from error
 
 
 def section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:

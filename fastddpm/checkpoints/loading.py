@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastddpm.checkpoints import diffusers, files, guided_diffusion, lucidrains
+from fastddpm.checkpoints import diffusers, files, guided_diffusion, lerobot, lucidrains
 from fastddpm.checkpoints.checkpoint import Checkpoint
 from fastddpm.checkpoints.flags import OF_ONE_FORMAT, UNETMODEL_PROJECTS, check_names, parse_flags
 from fastddpm.checkpoints.reading import named
@@ -15,13 +15,13 @@ from fastddpm.checkpoints.weights import WEIGHTS
 from fastddpm.core.checks import checked_call, one_of, shown
 from fastddpm.core.schedule import Schedule
 
-FORMATS = ("diffusers", *UNETMODEL_PROJECTS, "lucidrains")
+FORMATS = ("diffusers", *UNETMODEL_PROJECTS, "lucidrains", *lerobot.POLICY_PROJECTS)
 _OF_DIFFUSERS = ("model_index.json", "unet", "unet_ema", "scheduler", "scheduler_config.json")
 _ARGUMENTS = (  # of this function and of `Sampler.from_pretrained`
     *("variant", "schedule", "format", "shape", "device", "precision", "engine", "batch_invariant"),
     *("timestep_scale", "value_range"),
 )
-_FILE = "a .pt file of guided-diffusion, improved-diffusion or denoising-diffusion-pytorch"
+_FILE = "a .pt file of guided-diffusion, improved-diffusion, denoising-diffusion-pytorch or diffusion_policy"
 
 
 @checked_call
@@ -38,13 +38,15 @@ def load(
     Args:
         source: a folder; or "fashion-mnist" or "fashion-mnist-classes", the bundled models; or the id of a model on
             the Hugging Face hub ("google/ddpm-cifar10-32"), which is downloaded once; or a file of weights of another
-            project, such as `256x256_diffusion.pt` or `model-100.pt`, or the folder that holds it.
+            project, such as `256x256_diffusion.pt` or `model-100.pt`, or the folder that holds it; or a diffusion
+            policy of lerobot, its folder or hub id.
         variant: the variant of the weights, such as "fp16" for diffusion_pytorch_model.fp16.safetensors.
         schedule: use this one and not that of the checkpoint, which then needs none.
         format: one of FORMATS; "auto": recognise it.
         config: how a file of weights was made, under the original names: the flags of guided-diffusion's and
-            improved-diffusion's scripts, or the options of lucidrains' Unet and GaussianDiffusion. They come before
-            those in the JSON file beside it, which has the file's name or is called config.json.
+            improved-diffusion's scripts, the options of lucidrains' Unet and GaussianDiffusion, or those of lerobot's
+            DiffusionConfig. They come before those in the JSON file beside it, which has the file's name or is called
+            config.json.
     Raises: ValueError: there is no checkpoint, or one of its files is missing, damaged or for another class; or an
         option is unknown, or differs from what the file shows.
     """
@@ -55,19 +57,31 @@ def load(
         raise ValueError(f"schedule is a {type(schedule).__name__}; want a Schedule, or None for the checkpoint's")
     one_of("format", format, ("auto", *FORMATS))
     place, notes = _file_of_weights(path, format)
-    if place is not None:
-        if variant is not None:
-            raise ValueError(f"variant is {shown(variant)}, but {place} is one file; leave it out")
-        return _load_file(place, format, config, schedule, notes)
-    if config:
-        unknown = next(iter(config))
+    folder = Path(path)
+    if place is None:
+        _check_no_options(config, of_hub=not os.path.isdir(path) and path not in SHIPPED_MODELS)
+        if not os.path.isdir(path):
+            folder = shipped_model(path) if path in SHIPPED_MODELS else diffusers.download(path, variant)
+            place = None if format == "diffusers" else lerobot.weights_in(folder)
+    if place is None:
+        _check_no_options(config)
+        return diffusers.read(folder, variant, schedule)
+    if variant is not None:
+        raise ValueError(f"variant is {shown(variant)}, but {place} is one file; leave it out")
+    return _load_file(place, format, config, schedule, notes)
+
+
+def _check_no_options(config: Mapping[str, Any], *, of_hub: bool = False) -> None:
+    """Raises: ValueError: there are options, which a checkpoint of diffusers does not need.
+
+    Args: of_hub: it is not downloaded yet, so it may be a policy of lerobot, which has options.
+    """
+    for unknown in config:
+        if of_hub and unknown in lerobot.OPTIONS:
+            continue
         alike = difflib.get_close_matches(unknown, _ARGUMENTS, 1)
         hint = f"did you mean '{alike[0]}'?" if alike else "a checkpoint of diffusers needs none; leave it out"
         raise ValueError(f"there is no argument {shown(unknown)}; {hint}")
-    folder = Path(path)
-    if not os.path.isdir(path):
-        folder = shipped_model(path) if path in SHIPPED_MODELS else diffusers.download(path, variant)
-    return diffusers.read(folder, variant, schedule)
 
 
 def _file_of_weights(path: str, format: str) -> tuple[Path | None, tuple[str, ...]]:
@@ -78,12 +92,14 @@ def _file_of_weights(path: str, format: str) -> tuple[Path | None, tuple[str, ..
     is_file = os.path.lexists(place) and not os.path.isdir(place)
     if place.suffix in files.SUFFIXES and is_file:
         return place, ()
-    if place.suffix in files.SUFFIXES[:2] and not os.path.isdir(place):
+    if place.suffix in files.SUFFIXES[:3] and not os.path.isdir(place):
         raise ValueError(f"there is no file {named(path)}; want {_FILE}, or {diffusers.WANTED.removeprefix('want ')}")
     if not os.path.isdir(place) or any(os.path.lexists(place / name) for name in _OF_DIFFUSERS):
         return None, ()
     if any(name.startswith(WEIGHTS) for name in os.listdir(place)):
         return None, ()
+    if (policy := lerobot.weights_in(place)) is not None:
+        return policy, ()
     found, notes = files.weights_in(place)
     if found is None and not os.path.lexists(place / files.CONFIG):
         raise ValueError(
@@ -111,8 +127,13 @@ def _load_file(
         found = lucidrains.build(path, content, {**beside, **config}, schedule)
     elif format in ("auto", *UNETMODEL_PROJECTS) and state is not None:
         found = _of_unetmodel(path, state, format, options, place, config, schedule)
+    elif (policy := lerobot.find(content)) is not None and format in ("auto", policy.project):
+        found = lerobot.build(path, policy, options, config, schedule)
     else:
-        wanted = f"{guided_diffusion.FIRST} (guided-diffusion, improved-diffusion) or ema with model.init_conv.weight"
+        wanted = (
+            f"{guided_diffusion.FIRST} (guided-diffusion, improved-diffusion), {lerobot.FIRST} (lerobot, "
+            "diffusion_policy) or ema with model.init_conv.weight"
+        )
         raise ValueError(
             f"{path} is not a checkpoint of {'a known format' if format == 'auto' else format}: it has no {wanted} "
             "(lucidrains); want one of those files, or the folder that diffusers wrote"

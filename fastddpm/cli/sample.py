@@ -1,4 +1,4 @@
-"""`fastddpm sample`: draw images from a trained model, into one file or into a folder."""
+"""`fastddpm sample`: draw images, sounds or texts from a trained model, into one file or into a folder."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastddpm.cli.conditions import add_conditions, condition_arguments, steps_of
-from fastddpm.cli.labels import class_labels
+from fastddpm.cli.labels import class_labels, listed
 from fastddpm.cli.options import (
     add_batch_size,
     add_checkpoint,
@@ -21,6 +21,15 @@ from fastddpm.cli.options import (
     checkpoint_files,
     how_long,
     index_list,
+)
+from fastddpm.cli.outputs import (
+    DEFAULT_OUT,
+    PICTURE,
+    check_what_is_drawn,
+    destination,
+    draw_first,
+    format_of_medium,
+    prints,
 )
 from fastddpm.cli.terminal import tell
 from fastddpm.core.names import SAMPLERS, SHIPPED_CONDITIONAL
@@ -33,7 +42,7 @@ if TYPE_CHECKING:
     from fastddpm.processes.distributed import Ranks
     from fastddpm.sampling.sampler import Sampler
 
-SUMMARY = "draw images from a trained model"
+SUMMARY = "draw images, sounds or texts from a trained model"
 EPILOG = """
 examples:
   fastddpm sample                                          16 garments from the bundled model -> samples.png
@@ -42,6 +51,8 @@ examples:
   fastddpm sample --num-samples 8 --trajectory way.gif     also the states from noise to garments
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
+  fastddpm sample spoken-digits --class-labels 0-9 --guidance-scale 2 --out digits/ --format wav
+  fastddpm sample names --num-samples 20                   names, printed one a line
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
   fastddpm sample --num-samples 1 --parallel law           one garment, with fewer sequential network calls
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture
@@ -56,15 +67,15 @@ A folder is written shard by shard. If the command is killed, run it again, with
 samples that are missing, and the folder ends up with the files of an uninterrupted run.
 """
 
-_DEFAULT_OUT = {"png": "samples", "grid": "samples.png", "npz": "samples.npz", "webdataset": "samples"}
-_FORMAT_OF_SUFFIX = {".png": "grid", ".npz": "npz", "": "png"}
-
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--num-samples", type=int, default=16, metavar="N", help="draw samples 0 to N-1 (default: %(default)s)"
+        "--num-samples",
+        type=int,
+        metavar="N",
+        help="draw samples 0 to N-1 (default: 16, or one for each class if --class-labels lists several)",
     )
     which.add_argument(
         "--indices", type=index_list, metavar="I,J-K", help="draw these samples instead, such as 5,7,100-120"
@@ -90,12 +101,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decode", action="store_true", help="turn the latents of a latent pipeline into images (needs diffusers)"
     )
-    parser.add_argument("--out", metavar="PATH", help="a .png (one grid), an .npz, or a folder (default: samples.png)")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="a .png (one grid, or spectrograms), an .npz, a .txt (texts), or a folder (default: samples.png; texts "
+        "are printed)",
+    )
     parser.add_argument(
         "--trajectory", metavar="PATH", help="also draw the states from noise to the samples, as a .gif or a .png"
     )
     parser.add_argument(
-        "--format", choices=tuple(_DEFAULT_OUT), help="output format (default: from --out; for a folder: png)"
+        "--format", choices=tuple(DEFAULT_OUT), help="output format (default: from --out; for a folder: png, or wav)"
     )
     parser.add_argument("--shard-size", type=int, metavar="K", help="samples per shard of a folder (default: a batch)")
     parser.add_argument(
@@ -120,9 +136,12 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.checkpoint is None and (args.class_labels is not None or args.guidance_scale is not None):
         args.checkpoint = SHIPPED_CONDITIONAL
-    out, format, into_folder = _destination(args.out, args.format)
+    out, format, into_folder = destination(args.out, args.format)
     with ranks(args.device) as group:
         with group.agree():
+            if args.num_samples is None:
+                several = 1 if args.class_labels is None else listed(args.class_labels)
+                args.num_samples = several if several > 1 else 16
             samples = Indices.of(args.num_samples if args.indices is None else args.indices)
             if not samples:
                 raise ValueError("no samples were requested; give --num-samples or --indices")
@@ -132,8 +151,9 @@ def run(args: argparse.Namespace) -> None:
                 _check_options_of_one_file(args, samples, out, group)
             check_writable(out, folder=into_folder, make=False)
             sampler = _load_sampler(args, out, into_folder, group)
+            format = format_of_medium(args, sampler, format)
             if not into_folder:
-                _check_what_is_drawn(args, sampler, format)
+                check_what_is_drawn(args, sampler, format)
             conditions = condition_arguments(args, sampler, len(samples))
             given = "class_labels" in conditions.get("model_kwargs", {}) and args.class_labels is None
             labels = None if given else class_labels(args.class_labels, sampler, samples)
@@ -169,7 +189,8 @@ def _what_is_drawn(args: argparse.Namespace, sampler: "Sampler", samples: Indice
     size = " x ".join(map(str, sampler.shape))
     where = f"{sampler.precision} on {sampler.device}"
     long = how_long(sampler, len(samples) * steps * (1 if args.guidance_scale is None else 2))
-    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}, into {out}{long}"
+    into = "" if prints(args, sampler) else f", into {out}"
+    return f"drawing {len(samples)} samples of {size} in {steps} steps, {where}{into}{long}"
 
 
 def _sample_into_folder(
@@ -204,6 +225,8 @@ def _sample_into_folder(
         json_log=args.json_log,
         **conditions,
     )
+    if format == "wav" and group.rank == 0:
+        draw_first(store, sampler, out / PICTURE)
     if not args.quiet and group.rank == 0:
         print(f"{out}: all {len(store.samples)} samples are done; {time.monotonic() - began:.1f} s this time")
 
@@ -223,7 +246,7 @@ def _sample_into_file(
     from fastddpm.cli.trajectory import Trajectory
     from fastddpm.sampling.manifest import draws_images
     from fastddpm.sampling.parallel import Rounds
-    from fastddpm.storage import class_grid, images
+    from fastddpm.storage import class_grid, images, sequence_files
 
     classes = None if labels is None else labels.take(np.arange(len(samples)) % len(labels)).tolist()
     trajectory = None
@@ -253,38 +276,21 @@ def _sample_into_file(
     if args.decode and not args.quiet:
         tell(f"decoding {len(x)} latents")
     pictures = _decoded(sampler, x, args.batch_size) if args.decode else x
-    if format == "grid":
+    if prints(args, sampler):
+        print("\n".join(sampler.medium.decode(x)))  # type: ignore[union-attr]
+    elif sampler.medium is not None and format in ("grid", "txt"):
+        sequence_files.save_sequences(x, out, sampler.medium, classes, sampler.classes)
+    elif format == "grid":
         class_grid.save_samples(pictures, out, classes, sampler.classes)
     else:
         images.save_npz(pictures, out)
-    if not args.quiet:
+    if not args.quiet and not prints(args, sampler):
         in_rounds = "" if rounds is None else f"; {rounds}"
         print(f"{out}: {len(x)} samples in {seconds:.1f} s, {len(x) / seconds:.3g} per second{in_rounds}")
     if trajectory is not None:
         trajectory.save(x)
         if not args.quiet:
             print(f"{args.trajectory}: {trajectory.about}")
-
-
-def _check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: str) -> None:
-    """Raises: ValueError: the options of one file do not fit what the model draws."""
-    from fastddpm.sampling.manifest import draws_images
-
-    if args.decode and sampler.decoder is None:
-        raise ValueError("--decode is for a pipeline with a VAE, which this checkpoint does not have; leave it out")
-    if args.decode and args.trajectory is not None:
-        raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
-    if args.decode or draws_images(sampler) or (format == "npz" and args.trajectory is None):
-        return
-    without = ", without --trajectory" * (args.trajectory is not None)
-    if sampler.decoder is not None:
-        raise ValueError(
-            "the model's samples are latents, which the VAE of its pipeline turns into images; use --decode for "
-            f"images (it needs diffusers), or --format npz for the latents{without}"
-        )
-    raise ValueError(
-        f"the model's samples have {sampler.shape[0]} channels, but an image has 1, 3 or 4; use --format npz{without}"
-    )
 
 
 def _decoded(sampler: "Sampler", latents: "Tensor", batch_size: int | None) -> "Tensor":
@@ -326,25 +332,3 @@ def _check_options_of_one_file(args: argparse.Namespace, samples: Indices, out: 
     for option, path in (("--out", out), ("--trajectory", args.trajectory)):
         if path is not None and os.path.isfile(path):
             check_not_input(option, path, *checkpoint_files(args.checkpoint))
-
-
-def _destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
-    """(path, format, whether the path is a folder). Either option may imply the other."""
-    if out is None:
-        out = _DEFAULT_OUT[format or "grid"]
-    if not out:
-        raise ValueError("--out is ''; want a .png, an .npz or a folder")
-    suffix = "" if out.endswith(os.sep) or os.path.isdir(out) else Path(out).suffix.lower()
-    implied = _FORMAT_OF_SUFFIX.get(suffix)
-    if format is None and implied is None:
-        raise ValueError(f"--out is {out}; want a .png, an .npz or a folder, or give --format")
-    if format is not None and suffix and implied is not None and implied != format:
-        raise ValueError(f"--format is {format}, but --out is {out}, which means {implied}; leave --format out")
-    format = format or str(implied)
-    if format == "webdataset" and suffix == ".tar":
-        folder = f"{Path(out).stem}/"
-        raise ValueError(
-            f"--out is {out}, but --format webdataset writes a folder of several tars; want a folder: "
-            f"--out {folder}, then `fastddpm merge {folder} {out}` joins them"
-        )
-    return Path(out), format, format in ("png", "webdataset") or (format == "npz" and not suffix)

@@ -1,4 +1,4 @@
-"""`fastddpm train`: train a model on images."""
+"""`fastddpm train`: train a model on images or sequences."""
 
 import argparse
 import os
@@ -8,23 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.cli.options import add_device, add_network, number_list
-from fastddpm.core.names import BETA_SCHEDULES, PREDICTION_TYPES, TRAIN_ENGINES, TRAIN_PRECISIONS, TRAIN_VARIANCE_TYPES
+from fastddpm.core.names import (
+    BETA_SCHEDULES,
+    CODES,
+    PREDICTION_TYPES,
+    TRAIN_ENGINES,
+    TRAIN_PRECISIONS,
+    TRAIN_VARIANCE_TYPES,
+)
 from fastddpm.storage.files import check_writable
 
-SUMMARY = "train a model on images (Algorithm 1 of the DDPM paper)"
+SUMMARY = "train a model on images, sounds or texts (Algorithm 1 of the DDPM paper)"
 EPILOG = """
 examples:
   fastddpm train fashion-mnist.npz --out runs/garments
   fastddpm train photographs/ --out runs/photographs --channels 64,128,256 --attention 1,2 --layers 2 --flip
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
   fastddpm train animals/ --out runs/guided --class-conditional --label-dropout 0.1    for classifier-free guidance
+  fastddpm train digits.npz --out runs/digits --class-conditional --label-dropout 0.1 --frame 64    waveforms
+  fastddpm train names.txt --out runs/names --channels 128,256 --prediction sample    texts, one a line
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
 DATA is an .npz or .npy with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file
-(idx, gzipped or not), or images of one size in a folder, a .zip or a .tar. The folder --out becomes a diffusers
-checkpoint, together with a log, a loss curve and samples. To resume an interrupted run, give the same command again. A
-finished run is trained longer by another run, in another folder, with --init FOLDER. Under torchrun the processes share
-each batch, with the same images and noise as a single process.
+(idx, gzipped or not), or images of one size in a folder, a .zip or a .tar. Sequences are an .npz with floats or int16
+[N, L] or [N, C, L] (with an array sample_rate they are waveforms), a folder of WAV files, or a .txt with one text per
+line. The folder --out becomes a diffusers checkpoint, together with a log, a loss curve and samples. To resume an
+interrupted run, give the same command again. A finished run is trained longer by another run, in another folder, with
+--init FOLDER. Under torchrun the processes share each batch, with the same images and noise as a single process.
 """
 
 _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its default there, and the text of its option
@@ -37,10 +47,12 @@ _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its defau
     "grad_clip": (1.0, "maximum norm of the gradient"),
     "flip": (False, "mirror half of the images, at random"),
     "channels": ((32, 64, 128), "channels of each U-Net level; each level after the first halves the resolution"),
-    "layers": (1, "residual blocks per level"),
-    "attention": ((2,), "levels with self-attention; 0 is the finest"),
+    "layers": (1, "residual blocks per level (images)"),
+    "attention": ((2,), "levels with self-attention; 0 is the finest (images)"),
     "groups": (8, "groups of the group norms"),
-    "dropout": (0.0, "dropout rate in the residual blocks"),
+    "dropout": (0.0, "dropout rate in the residual blocks (images)"),
+    "frame": (1, "neighbouring elements that are one position of the network (sequences)"),
+    "kernel_size": (5, "size of the convolutions (sequences)"),
     "label_dropout": (0.0, "share of the labels that are dropped, for classifier-free guidance, such as 0.1"),
     "seed": (0, "seed of the initial weights, the batches and the noise"),
     "save_every": (1000, "steps between checkpoints"),
@@ -50,12 +62,21 @@ _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its defau
         "steps between sample grids, or more if they would take over a tenth of the time; 0: none",
     ),
 }
-_FREE = {"class_conditional": False, "engine": "auto", "precision": "auto", "device": None, "quiet": False}
+_FREE = {
+    "code": "bits",
+    "class_conditional": False,
+    "engine": "auto",
+    "precision": "auto",
+    "device": None,
+    "quiet": False,
+}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "data", metavar="DATA", help="images: an .npz, .npy or MNIST-format file, a folder, .zip or .tar"
+        "data",
+        metavar="DATA",
+        help="images or sequences: an .npz, .npy, .txt or MNIST-format file, a folder, .zip or .tar",
     )
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="where to write the checkpoint, or the run to resume"
@@ -86,6 +107,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         choices=TRAIN_VARIANCE_TYPES,
         default="fixed_small",
         help="variance of the reverse process; with learned_range the network returns it too (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--code", choices=CODES, default="bits", help="how the letters of texts become numbers (default: %(default)s)"
     )
     parser.add_argument("--class-conditional", action="store_true", help="condition the model on the classes of DATA")
     parser.add_argument(
@@ -118,7 +142,7 @@ def _add_train_option(parser: argparse.ArgumentParser, flag: str, default: Any, 
 def run(args: argparse.Namespace) -> None:
     from fastddpm.core.schedule import Schedule
     from fastddpm.processes.distributed import AgreedError, ranks
-    from fastddpm.storage import datasets
+    from fastddpm.storage import datasets, sequences
     from fastddpm.train.options import TrainOptions, check_options
     from fastddpm.train.state import LongerRunError
     from fastddpm.train.trainer import train
@@ -134,17 +158,29 @@ def run(args: argparse.Namespace) -> None:
     )
     with ranks(args.device) as group:
         prints = not args.quiet and group.rank == 0
-        labels = classes = None
+        labels = classes = medium = None
         with group.agree():
             check_options(options, group.device)
             check_writable(args.out, folder=True, make=False)
             _check_apart(args.data, args.out)
-            images = datasets.load_images(args.data, progress=prints)
+            if sequences.is_sequences(args.data):
+                data, medium = sequences.load_sequences(args.data, code=args.code)
+            else:
+                data = datasets.load_images(args.data, progress=prints)
             if args.class_conditional:
-                labels = datasets.load_labels(args.data, count=len(images))
+                labels = datasets.load_labels(args.data, count=len(data))
                 classes = datasets.load_classes(args.data)
         try:
-            train(images, args.out, options, labels=labels, classes=classes, device=group.device, progress=prints)
+            train(
+                data,
+                args.out,
+                options,
+                labels=labels,
+                classes=classes,
+                medium=medium,
+                device=group.device,
+                progress=prints,
+            )
         except ValueError as error:
             cause = error.__cause__ if isinstance(error, AgreedError) else error
             if isinstance(cause, LongerRunError):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastddpm.core.precision import PRECISIONS, Compute
 from fastddpm.diffusers.disguise import Disguised
 from fastddpm.diffusers.obstacles import can_be_fused, fits
+from fastddpm.networks.fused import labelled
 from fastddpm.networks.obstacles import remember
 from fastddpm.networks.unet2d import with_parameters
 from fastddpm.sampling.batch_network import BatchNetwork
@@ -92,11 +93,11 @@ class FusedCalls(ExitStack):
             engine = shared_engine(self.unet, x.shape[1:], self.T)
             self.network = self.enter_context(engine.network(len(x), capture=engine.captures(self.T)))
             self.prepared_for = call
-            self.network.prepare(torch.arange(self.T, device="cpu"), labels)
+            self.network.prepare(torch.arange(self.T, device="cpu"), labelled(labels))
             labels = None
         with self.network.working():
             if labels is not None:
-                cast(Tensor, self.network.labels).copy_(labels)
+                self.network.read_labels(labels)
             model_output = self.network(x, t)
         return model_output.contiguous() if x.is_contiguous() else model_output
 
@@ -117,7 +118,7 @@ def fused_network(
         return
     engine = shared_engine(unet, shape[1:], max(DEFAULT_T, len(timesteps)))
     with engine.network(shape[0], capture=engine.captures(len(timesteps))) as network:
-        network.prepare(timesteps, labels)
+        network.prepare(timesteps, labelled(labels))
         with network.working():
             yield network
 

@@ -149,10 +149,10 @@ def random_features(images: Tensor) -> Tensor:
 
     The network has two 3 x 3 convolutions of stride 2 with ReLU, and weights from the noise standard.
 
-    Args: images: [N, C, H, W], floating point.
+    Args: images: [N, C, H, W], or sequences [N, C, L], which are images of height 1; floating point.
     Returns: [N, 24] float64: the mean activations of the second layer.
     """
-    h = images.double()
+    h = images.double() if images.ndim == 4 else images.double()[:, :, None]
     for layer, width in enumerate(WIDTHS):
         fan_in = 9 * h.shape[1]
         z = noise.normal(noise.address(0, [layer], h.device), (width * fan_in,), stream=128, t=0)

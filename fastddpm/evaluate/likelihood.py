@@ -26,6 +26,7 @@ from fastddpm.core.checks import checked_call, flag, is_whole, shown, whole
 from fastddpm.core.memory import send
 from fastddpm.core.schedule import Schedule
 from fastddpm.evaluate.terms import BoundTerms, prior_kl, systematic
+from fastddpm.networks.fused import labelled
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.batches import evaluating, size_after_failure
 from fastddpm.sampling.engine import Engine
@@ -234,7 +235,7 @@ class _PairEvaluator:
         T, batches = self.terms.schedule.num_train_timesteps, -(-self.bar.total // self.size)
         labels = None if self.labels is None else self.labels[:1].expand(self.size, *self.labels.shape[1:])
         with self.engine.network(self.size, capture=self.engine.captures(batches)) as network:
-            network.prepare(torch.arange(T, device="cpu"), labels, per_entry=True)
+            network.prepare(torch.arange(T, device="cpu"), labelled(labels), per_entry=True)
             with network.working():
                 yield network
 
@@ -250,7 +251,7 @@ class _PairEvaluator:
         # the images of a batch are neighbours: one copy to the device
         x_0 = send(self.x_0[first : (end - 1) // K + 1].contiguous(), self.device)[n - first].movedim(-1, 1)
         if self.labels is not None and network.labels is not None:
-            network.labels.copy_(self.labels[n])
+            network.read_labels(self.labels[n])
         address = self.addresses[n]
         x_t = ops.noising(x_0, t, address, self.terms.noising, stream=noise.LIKELIHOOD, dtype=network.input.dtype)
         return out.view(-1)[start:end].copy_(term(network(x_t, t), x_0, t, address)[: end - start])

@@ -39,6 +39,11 @@ def is_unchanged(part: nn.Module, kind: type[nn.Module]) -> bool:
     return type(part) is kind and not changed
 
 
+def is_packable(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves in a dtype on this CPU."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def norm_and_activation(norm: nn.Module, x: Tensor, act: Activation, skip: Tensor | None = None) -> Tensor:
     """act(norm(x)). Args: skip: channels that follow those of x; needs kernels."""
     if getattr(norm, "kernels", False) or is_unchanged(norm, GroupNorm):  # in a copy with kernels all parts are ours

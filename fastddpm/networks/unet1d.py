@@ -78,16 +78,88 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
         )
     if any(width % c["n_groups"] for width in c["down_dims"]):
         raise ValueError(f"UNet1D: n_groups is {c['n_groups']}; want a number that divides down_dims {c['down_dims']}")
-    weights = 4 * c["kernel_size"] * sum(width * width for width in c["down_dims"])
-    if weights > MOST_PARAMETERS:
+    if (count := least_parameters(c)) > MOST_PARAMETERS:
         raise ValueError(
-            f"UNet1D: a network of this configuration has {weights:.1e} parameters or more; want at most "
-            f"{MOST_PARAMETERS:.0e}, by smaller down_dims"
+            f"UNet1D: a network of this configuration has {count:.1e} parameters or more; want at most "
+            f"{MOST_PARAMETERS:.0e}, by smaller down_dims, diffusion_step_embed_dim, global_cond_dim or "
+            "num_class_embeds"
         )
     return c
 
 
-class UNet1D(nn.Module):
+def least_parameters(c: dict[str, Any]) -> int:
+    """A lower bound on the number of parameters of a complete configuration: all but the smaller layers."""
+    embed, condition = c["diffusion_step_embed_dim"], c["global_cond_dim"] or 0
+    blocks = sum((3 * c["kernel_size"] * width + embed + condition) * width for width in c["down_dims"])
+    return blocks + 8 * embed * embed + (c["num_class_embeds"] or 0) * condition
+
+
+class SequenceNetwork(nn.Module):
+    """What a `UNet1D` and its fused copy share: the configuration, the time embedding, and the checks of their inputs.
+
+    Attributes: config: all options, see `UNet1D`.
+    """
+
+    def __init__(self, **config: Any):
+        super().__init__()
+        self.config = c = complete_config(config)
+        embed, classes = c["diffusion_step_embed_dim"], c["num_class_embeds"]
+        self.diffusion_step_encoder = nn.Sequential(
+            Sinusoid(embed), Linear(embed, 4 * embed), nn.Mish(), Linear(4 * embed, embed)
+        )
+        self.class_embedding = (
+            None if classes is None else nn.Embedding(classes, c["global_cond_dim"], dtype=torch.float32)
+        )
+
+    @property
+    def in_channels(self) -> int:
+        """C, the channels of x."""
+        return self.config["input_dim"]
+
+    out_channels = in_channels
+
+    def activated_time(self, t: Tensor) -> Tensor:
+        """[N] -> [N, diffusion_step_embed_dim]: mish of the time embedding."""
+        sinusoid, *layers = cast(Any, self.diffusion_step_encoder)
+        embed = sinusoid(t).to(layers[0].weight.dtype)
+        for layer in layers:
+            embed = layer(embed)
+        return F.mish(embed)
+
+    def activated_condition(self, global_cond: Tensor | None, class_labels: Tensor | None) -> Tensor | None:
+        """[N, global_cond_dim]: mish of the condition; None: the network has none.
+
+        Raises: ValueError: a condition is missing or unexpected, or has another shape.
+        """
+        width = self.config["global_cond_dim"]
+        if self.class_embedding is not None:
+            if class_labels is None or global_cond is not None:
+                raise ValueError("this network is class-conditional; pass class_labels, one per sample, and no other")
+            return F.mish(self.class_embedding(class_labels))
+        if class_labels is not None:
+            raise ValueError("class_labels were given, but this network is not class-conditional; leave them out")
+        if (global_cond is None) != (width is None):
+            raise ValueError(
+                "global_cond was given, but this network has no condition; leave it out"
+                if width is None
+                else f"this network has a condition; pass global_cond [N, {width}]"
+            )
+        if global_cond is None:
+            return None
+        if global_cond.ndim != 2 or global_cond.shape[1] != width:
+            raise ValueError(f"global_cond is {tuple(global_cond.shape)}; want [N, {width}]")
+        return F.mish(global_cond)
+
+    def check_shape(self, x: Tensor) -> None:
+        """Check the shape of an input. Raises: ValueError: the network cannot take it."""
+        factor = self.config["frame"] << (len(self.config["down_dims"]) - 1)
+        if x.ndim != 3 or x.shape[1] != self.in_channels or not x.shape[2] or x.shape[2] % factor:
+            raise ValueError(
+                f"x is {tuple(x.shape)}; want [N, {self.in_channels}, L] with L a multiple of {factor} for this network"
+            )
+
+
+class UNet1D(SequenceNetwork):
     """eps_theta(x_t, t, condition) for sequences: actions of a robot, waveforms, letters.
 
     Args:
@@ -106,16 +178,9 @@ class UNet1D(nn.Module):
     """
 
     def __init__(self, **config: Any):
-        super().__init__()
-        self.config = c = complete_config(config)
-        embed, channels = c["diffusion_step_embed_dim"], c["frame"] * c["input_dim"]
-        self.diffusion_step_encoder = nn.Sequential(
-            Sinusoid(embed), Linear(embed, 4 * embed), nn.Mish(), Linear(4 * embed, embed)
-        )
-        classes = c["num_class_embeds"]
-        self.class_embedding = (
-            None if classes is None else nn.Embedding(classes, c["global_cond_dim"], dtype=torch.float32)
-        )
+        super().__init__(**config)
+        c = self.config
+        channels = c["frame"] * c["input_dim"]
         block = partial(ResidualBlock, config=c)
         widths = list(pairwise((channels, *c["down_dims"])))
         first, last = c["down_dims"][0], c["down_dims"][-1]
@@ -162,50 +227,18 @@ class UNet1D(nn.Module):
 
     def time_rows(self, t: Tensor) -> Tensor:
         """The part of FiLM's numbers that depends on t alone: [len(t), columns]. Args: t: [N]."""
-        sinusoid, *layers = cast(Any, self.diffusion_step_encoder)
-        embed = sinusoid(t).to(layers[0].weight.dtype)
-        for layer in (*layers, F.mish):
-            embed = layer(embed)
-        width = embed.shape[1]
+        embed, width = self.activated_time(t), self.config["diffusion_step_embed_dim"]
         return torch.cat([F.linear(embed, block.film.weight[:, :width], block.film.bias) for block in self.blocks], 1)
 
-    def condition_rows(self, global_cond: Tensor | None, class_labels: Tensor | None = None) -> Tensor | None:
+    def condition_rows(self, global_cond: Tensor | None = None, class_labels: Tensor | None = None) -> Tensor | None:
         """The part that depends on the condition alone: [N, columns]; None: the network has none.
 
         Raises: ValueError: a condition is missing or unexpected, or has another shape.
         """
-        condition = self._condition(global_cond, class_labels)
+        condition, width = self.activated_condition(global_cond, class_labels), self.config["diffusion_step_embed_dim"]
         if condition is None:
             return None
-        condition, width = F.mish(condition), self.config["diffusion_step_embed_dim"]
         return torch.cat([F.linear(condition, block.film.weight[:, width:]) for block in self.blocks], 1)
-
-    def _condition(self, global_cond: Tensor | None, class_labels: Tensor | None) -> Tensor | None:
-        width = self.config["global_cond_dim"]
-        if self.class_embedding is not None:
-            if class_labels is None or global_cond is not None:
-                raise ValueError("this network is class-conditional; pass class_labels, one per sample, and no other")
-            return self.class_embedding(class_labels)
-        if class_labels is not None:
-            raise ValueError("class_labels were given, but this network is not class-conditional; leave them out")
-        if (global_cond is None) != (width is None):
-            raise ValueError(
-                "global_cond was given, but this network has no condition; leave it out"
-                if width is None
-                else f"this network has a condition; pass global_cond [N, {width}]"
-            )
-        if global_cond is not None and global_cond.shape[1:] != (width,):
-            raise ValueError(f"global_cond is {shown(global_cond)}; want [N, {width}]")
-        return global_cond
-
-    def check_shape(self, x: Tensor) -> None:
-        """Check the shape of an input. Raises: ValueError: the network cannot take it."""
-        c = self.config
-        factor = c["frame"] << (len(c["down_dims"]) - 1)
-        if x.ndim != 3 or x.shape[1] != c["input_dim"] or not x.shape[2] or x.shape[2] % factor:
-            raise ValueError(
-                f"x is {tuple(x.shape)}; want [N, {c['input_dim']}, L] with L a multiple of {factor} for this network"
-            )
 
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
         """Evaluate the network, given FiLM's numbers for all blocks: one row for the whole batch, or [N, columns]."""

@@ -34,6 +34,7 @@ from fastddpm.networks.layers import (
     Pool,
     TimeMLP,
     Upsample,
+    is_packable,
     is_unchanged,
     norm_and_activation,
     silu,
@@ -70,6 +71,16 @@ class UNet2D(nn.Module):
         self.projection: nn.Linear | None = None
         self.version = 0  # of the parameters, of a copy by `for_inference`
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def in_channels(self) -> int:
+        """The channels of x."""
+        return self.config["in_channels"]
+
+    @property
+    def out_channels(self) -> int:
+        """The channels of the result: with a learned variance, twice those of a sample."""
+        return self.config["out_channels"]
 
     @property
     def resnets(self) -> list[Resnet]:
@@ -268,7 +279,7 @@ class UNet2D(nn.Module):
         device = self.conv_in.weight.device if device is None else named_device(device)
         on_cpu = device.type == "cpu"
         kernels = ops.backend(device) != "torch"
-        pack = pack and on_cpu and torch.backends.mkldnn.is_available() and _is_packable(dtype)
+        pack = pack and on_cpu and torch.backends.mkldnn.is_available() and is_packable(dtype)
         with torch.device("meta"):
             net = UNet2D(**self.config)
             net.projection = Linear(net._embed_width, sum(resnet.columns for resnet in net.resnets))
@@ -364,11 +375,6 @@ def with_parameters(config: Mapping[str, Any], parameters: Mapping[str, Tensor])
         module, _, leaf = name.rpartition(".")
         net.get_submodule(module)._parameters[leaf] = cast(Any, value)  # load_state_dict would set its requires_grad
     return net
-
-
-def _is_packable(dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves in a dtype on this CPU."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 remember([*vars(nn).values(), *vars(layers).values(), Resnet, UNet2D])

@@ -10,7 +10,8 @@ from torch import Tensor
 from fastddpm.core.checks import is_real, is_whole, one_of, shown, whole
 from fastddpm.core.schedule import Schedule, elements
 from fastddpm.core.table import StepTable
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.fused import Network, is_own
+from fastddpm.networks.unet1d import UNet1D
 
 MOST_ELEMENTS = 1 << 31  # of a sample
 
@@ -32,12 +33,14 @@ def checked_schedule(schedule: Any) -> Schedule:
     return schedule
 
 
-def sample_shape(net: UNet2D, schedule: Schedule | None = None) -> tuple[int, ...]:
-    """(C, H, W) of a network's samples, from its configuration; half of the channels may be for the variance."""
+def sample_shape(net: Network, schedule: Schedule | None = None) -> tuple[int, ...]:
+    """(C, H, W) or (C, L) of a network's samples, from its configuration; half of the channels may be the variance."""
     size = net.config["sample_size"]
-    channels = min(net.config["in_channels"], net.config["out_channels"])
-    if schedule is not None and schedule.learns_variance and net.config["out_channels"] % 2 == 0:
-        channels = net.config["out_channels"] // 2
+    channels = min(net.in_channels, net.out_channels)
+    if schedule is not None and schedule.learns_variance and net.out_channels % 2 == 0:
+        channels = net.out_channels // 2
+    if isinstance(net, UNet1D):
+        return channels, size
     return (channels, *((size, size) if isinstance(size, int) else size))
 
 
@@ -140,14 +143,16 @@ def checked_labels(given: Any, count: int, model: Any) -> Tensor | None:
 
     Raises: ValueError: the labels do not have this form, are missing, or this model takes none.
     """
-    conditional = isinstance(model, UNet2D) and model.class_embedding is not None
+    conditional = is_own(model) and model.class_embedding is not None
     if given is None and not conditional:
         return None
     if not conditional:
-        raise ValueError("class_labels were given, but the model is not a class-conditional UNet2D; leave them out")
+        raise ValueError(
+            "class_labels were given, but the model is not a class-conditional UNet2D or UNet1D; leave them out"
+        )
     if given is None:
         raise ValueError("the model is class-conditional; pass class_labels, one per sample")
-    identity = model.config["class_embed_type"] == "identity"
+    identity = model.config.get("class_embed_type") == "identity"
     classes = getattr(model.class_embedding, "num_embeddings", None) or model.config["num_class_embeds"] or 1 << 31
     want = "numbers, one embedding per sample" if identity else f"whole numbers, 0 <= label < {classes}, one per sample"
     if isinstance(given, Sequence) and len(given) != count:  # a range may be too long to list

@@ -3,8 +3,9 @@
 Everything that a call reads is in tensors at fixed addresses. So one captured CUDA graph serves every timestep.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -14,14 +15,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from fastddpm import ops
 from fastddpm.core import layout
 from fastddpm.core.precision import arithmetic
+from fastddpm.networks.fused import LABELS, Fused
+from fastddpm.networks.fused_unet1d import FusedUNet1D
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
 from fastddpm.sampling.conditions import NOTHING, Conditions, InputForm
 from fastddpm.sampling.model import PreparedModel
 from fastddpm.sampling.replay import Network, Replay, plain_modes, torch_settings
-
-LABELS = "class_labels"  # of a `UNet2D`
 
 
 class OutputError(ValueError):
@@ -34,8 +35,8 @@ class BatchNetwork:
     Args: per_entry: whether the entries of a batch may be at different timesteps.
     Attributes:
         entries: of a batch of the network: n, or 2n with guidance, the second half without the condition.
-        input: [entries, channels, *spatial], channels-last: what the network reads, in the precision of a `UNet2D`; any
-            other model is handed copies of these float32 states, see `own_network`.
+        input: [entries, channels, *spatial], channels-last: what the network reads, in the precision of a fused one;
+            any other network is handed copies of these float32 states, see `own_network`.
         timesteps: [T] int32; the first S are the loaded ones.
         positions: [n] int32: which of the timesteps each entry is at.
         kwargs: the arguments that were loaded, besides x and t; tensors are [entries, ...].
@@ -64,7 +65,8 @@ class BatchNetwork:
         self._t = prepared.t_of(self.timesteps)  # what the network is told
         self.positions = torch.empty(n, dtype=torch.int32, device=device)
         self.kwargs: dict[str, Any] = {}
-        self._time_rows: Tensor | None = None  # [T, columns] of a `UNet2D`
+        self._time_rows: Tensor | None = None  # [T, columns] of a fused network
+        self._condition_rows: Tensor | None = None  # [entries, columns] of a fused `UNet1D`
         self._output: Tensor | None = None
         self._may_share_position = self._one_position = False
         self._is_first = True  # call of the network since `load`
@@ -80,7 +82,7 @@ class BatchNetwork:
 
     @property
     def labels(self) -> Tensor | None:
-        """[entries, ...]: the class labels of a `UNet2D` that were loaded, or None."""
+        """[entries, ...]: the class labels of a network of our own that were loaded, or None."""
         return self.kwargs.get(LABELS)
 
     @contextmanager
@@ -91,24 +93,25 @@ class BatchNetwork:
 
     def tensors(self) -> Iterator[Tensor]:
         """Everything that a call reads and writes on the device."""
-        buffers = self.input, self.timesteps, self._t, self.positions, self._time_rows, self._output
-        yield from (buffer for buffer in buffers if buffer is not None)
+        buffers = self.input, self.timesteps, self._t, self.positions, self._time_rows, self._condition_rows
+        yield from (buffer for buffer in (*buffers, self._output) if buffer is not None)
         yield from (leaf for leaf in tree_leaves(self.kwargs) if isinstance(leaf, Tensor))
         yield from self.prepared.weights()
 
-    def prepare(self, timesteps: Tensor, labels: Tensor | None = None, *, per_entry: bool = False) -> None:
+    def prepare(
+        self, timesteps: Tensor, given: Mapping[str, Tensor] = MappingProxyType({}), *, per_entry: bool = False
+    ) -> None:
         """Get ready for calls at some timesteps.
 
         Args:
             timesteps: [S] integers, on any device.
-            labels: [n] int64 (or [n, ...], as an embedding of type "identity" takes them) for a class-conditional
-                `UNet2D`.
+            given: the network's arguments besides x and t: tensors [n, ...] by name.
             per_entry: whether the entries of a batch will be at different timesteps.
         """
         if self.prepared.net is not None:
             self._one_position = self._may_share_position and not per_entry
         with self.working():
-            self.load(timesteps, Conditions({} if labels is None else {LABELS: labels}))
+            self.load(timesteps, Conditions(given))
             self.replay.prepare(self._predict_into_output, self._reset, self.constants())
 
     def __call__(self, x: Tensor, position: int | Tensor) -> Tensor:
@@ -148,9 +151,33 @@ class BatchNetwork:
         self._load_kwargs(kwargs)
         if conditions.concat is not None:
             self._concat.copy_(conditions.concat)
-        if self.prepared.net is not None and self.labels is None:
+        if self.prepared.net is not None:
+            self._load_rows(self.prepared.net, S)
+
+    def _load_rows(self, net: Fused, S: int) -> None:
+        """Compute what depends on t alone, for the first S timesteps, and what depends on the condition alone."""
+        rows = cast(Tensor, self._time_rows)
+        with arithmetic("fp32", self.prepared.device):
+            if isinstance(net, FusedUNet1D):
+                of_condition = net.condition_rows(**self.kwargs)
+                if of_condition is not None:
+                    buffer = self._condition_rows
+                    self._condition_rows = in_buffer(of_condition, buffer, self.prepared.device, rows.dtype)
+            if self._table_of_time:
+                rows[:S] = net.time_rows(self._t[:S])
+
+    @property
+    def _table_of_time(self) -> bool:
+        """Whether the rows of time are a table: the labels of a `UNet2D` are added to t within the embedding."""
+        return self.labels is None or isinstance(self.prepared.net, FusedUNet1D)
+
+    def read_labels(self, labels: Tensor) -> None:
+        """Copy other class labels [entries, ...] into the buffer that was loaded, and what depends on them."""
+        cast(Tensor, self.labels).copy_(labels)
+        net = self.prepared.net
+        if isinstance(net, FusedUNet1D):
             with arithmetic("fp32", self.prepared.device):
-                cast(Tensor, self._time_rows)[:S] = self.prepared.net.time_rows(self._t[:S])
+                cast(Tensor, self._condition_rows).copy_(cast(Tensor, net.condition_rows(**self.kwargs)))
 
     def read_states(self, x: Tensor) -> None:
         """Copy states [n, *shape] into the input."""
@@ -207,7 +234,7 @@ class BatchNetwork:
         leaves, spec = tree_flatten(self.kwargs)
         return (
             self._one_position,
-            ([_place(leaf) for leaf in leaves], spec),
+            ([_place(leaf) for leaf in (*leaves, self._condition_rows)], spec),
             () if self.prepared.net is not None else tuple(weight.data_ptr() for weight in weights),
             torch_settings(),
         )
@@ -234,14 +261,16 @@ class BatchNetwork:
         return torch.cat([t, t]) if self.form.guided else t
 
     def _columns(self) -> Tensor:
-        """[1 or entries, columns]: everything in the network that depends on t (and the class) alone."""
+        """[1 or entries, columns]: everything in the network that depends on t and the condition alone."""
         rows = cast(Tensor, self._time_rows)
-        if self.labels is not None:
+        if not self._table_of_time:
             return cast(UNet2D, self.prepared.net).time_rows(self._t_of_entries(), self.labels).to(rows.dtype)
         if self._one_position:
-            return rows.index_select(0, self.positions[:1])
-        rows = rows.index_select(0, self.positions)
-        return torch.cat([rows, rows]) if self.form.guided else rows
+            rows = rows.index_select(0, self.positions[:1])
+        else:
+            rows = rows.index_select(0, self.positions)
+            rows = torch.cat([rows, rows]) if self.form.guided else rows
+        return rows if self._condition_rows is None else rows + self._condition_rows
 
     def _predict_into_output(self, network: Network | None) -> None:
         self._output = self.predict(network, outputs=(1, 2))  # twice the channels: a learned variance too

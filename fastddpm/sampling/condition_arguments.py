@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastddpm.core.checks import flag, is_real, shown, whole
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.fused import CONDITION, LABELS, argument_of, is_own
 from fastddpm.sampling.arguments import checked_labels
-from fastddpm.sampling.batch_network import LABELS
 from fastddpm.sampling.conditions import Conditions
 from fastddpm.sampling.own_network import INDEX, accepts, takes
 
@@ -81,19 +80,31 @@ class ConditionArguments:
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise ValueError(f"model_kwargs is {shown(given)}; want a dict of the network's arguments by their names")
         kwargs = {name: _per_sample(f"model_kwargs[{name!r}]", value, count) for name, value in given.items()}
-        if not isinstance(model, UNet2D):
+        if not is_own(model):
             if self.class_labels is not None:
                 raise ValueError(
-                    "class_labels were given, but the model is not a class-conditional UNet2D; leave them out, or pass "
-                    "them as model_kwargs={'class_labels': ...} to a network that takes an argument of that name"
+                    "class_labels were given, but the model is not a class-conditional UNet2D or UNet1D; leave them "
+                    "out, or pass them as model_kwargs={'class_labels': ...} to a network that takes an argument of "
+                    "that name"
                 )
             if INDEX in kwargs:
                 raise ValueError(
                     f"model_kwargs has {INDEX}, which is filled in for a network that asks for it; leave it out"
                 )
             return kwargs
-        if unknown := kwargs.keys() - {LABELS}:
-            raise ValueError(f"model_kwargs has {min(unknown)}; a UNet2D takes only {LABELS}")
+        argument = argument_of(model)
+        if unknown := kwargs.keys() - {argument or LABELS}:
+            raise ValueError(f"model_kwargs has {min(unknown)}; this network takes {argument or 'no argument'}")
+        if argument == CONDITION:
+            width = model.config["global_cond_dim"]
+            given = kwargs.get(argument)
+            if not isinstance(given, Tensor) or given.shape != (count, width) or not given.is_floating_point():
+                raise ValueError(
+                    f"model_kwargs[{argument!r}] is {shown(given)}; want [{count}, {width}] floating-point numbers: "
+                    "the condition of each sample"
+                )
+            checked_labels(self.class_labels, count, model)
+            return {argument: _floats(f"model_kwargs[{argument!r}]", given)}
         if kwargs and self.class_labels is not None:
             raise ValueError(f"{LABELS} are in model_kwargs, too; give them once")
         labels = checked_labels(kwargs.get(LABELS, self.class_labels), count, model)
@@ -116,10 +127,12 @@ class ConditionArguments:
             scale = _tensor("guidance_scale", self.guidance_scale, count).float()
             if scale.shape != (count,) or not scale.isfinite().all():
                 raise ValueError(f"guidance_scale is {shown(self.guidance_scale)}; want a number, or one per sample")
-        if isinstance(model, UNet2D) and given is None and null_label is not None:
+        if is_own(model) and given is None and null_label is not None:
             given = {LABELS: null_label}
         if not isinstance(given, Mapping) or not given:
-            what = f"{{{LABELS!r}: the null label}}" if isinstance(model, UNet2D) else "{'y': the null condition, ...}"
+            what = "{'y': the null condition, ...}"
+            if is_own(model) and (argument := argument_of(model)):
+                what = f"{{{argument!r}: the null {'label' if argument == LABELS else 'condition'}}}"
             raise ValueError(
                 f"guidance_scale is given, but uncond_kwargs is {shown(given)}; want what the network is given instead "
                 f"of the condition: uncond_kwargs={what}"
@@ -128,10 +141,10 @@ class ConditionArguments:
             known = ", ".join(kwargs) or "nothing"
             raise ValueError(
                 f"uncond_kwargs has {min(unknown)!r}, which model_kwargs lacks (it has {known}); give the condition "
-                "there, too, or as class_labels for a UNet2D"
+                "there, too, or as class_labels"
             )
         uncond = {name: _without(f"uncond_kwargs[{name!r}]", given[name], kwargs[name]) for name in given}
-        if isinstance(model, UNet2D):
+        if LABELS in uncond and is_own(model):
             try:
                 checked_labels(uncond[LABELS], count, model)
             except ValueError as error:
@@ -140,7 +153,7 @@ class ConditionArguments:
 
     def _concat(self, count: int, model: Any, shape: tuple[int, ...]) -> Tensor | None:
         channels, *spatial = shape
-        takes = model.config["in_channels"] - channels if isinstance(model, UNet2D) else None
+        takes = model.in_channels - channels if is_own(model) else None
         if self.concat is None:
             if takes and takes > 0:
                 raise ValueError(

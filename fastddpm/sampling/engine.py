@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from fastddpm import ops
 from fastddpm.core.checks import one_of
 from fastddpm.core.names import ENGINES
 from fastddpm.core.precision import Compute
+from fastddpm.networks.fused import is_own, obstacles_of
 from fastddpm.networks.obstacles import called_as_it_is
-from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.capture import empty_cache
 from fastddpm.sampling.chains import Chains
@@ -35,9 +35,9 @@ class Engine:
 
     Args:
         model, shape, num_train_timesteps, compute, own_dtype, times: see `PreparedModel`.
-        kind: one of ENGINES, or "auto": a fused `UNet2D` on a GPU with Triton is captured if the run has at least
-            WORTH_CAPTURING steps; everything else runs eagerly. If a capture fails twice, "auto" warns and runs
-            eagerly. Both ways launch the same kernels on the same values, so the results have the same bits.
+        kind: one of ENGINES, or "auto": a fused `UNet2D` or `UNet1D` on a GPU with Triton is captured if the run has
+            at least WORTH_CAPTURING steps; everything else runs eagerly. If a capture fails twice, "auto" warns and
+            runs eagerly. Both ways launch the same kernels on the same values, so the results have the same bits.
     A pickle or a copy has the arguments alone; buffers and graphs are made anew.
 
     Raises: ValueError: kind is unknown, or not for this device.
@@ -90,8 +90,8 @@ class Engine:
     def captures(self, steps: int) -> bool:
         """Whether a run of so many steps is captured as a CUDA graph."""
         if self.prepared.kind == "auto":
-            on_kernels = isinstance(self.model, UNet2D) and ops.backend(self.device) == "triton"
-            return on_kernels and steps >= WORTH_CAPTURING and not network_obstacles(cast(UNet2D, self.model))
+            on_kernels = ops.backend(self.device) == "triton" and steps >= WORTH_CAPTURING
+            return on_kernels and is_own(self.model) and not obstacles_of(self.model)
         return "graph" in self.prepared.kind
 
     @contextmanager
@@ -132,7 +132,7 @@ class Engine:
                 del self._idle[next(iter(self._idle))]
 
     def _look_at_model(self) -> None:
-        """Prepare the model anew if it is a `UNet2D` that was changed; warn if it cannot be fused."""
+        """Prepare the model anew if it is one of our own that was changed; warn if it cannot be fused."""
         prepared = self.prepared.current()
         if prepared is not self.prepared:
             self.prepared = prepared
@@ -140,7 +140,7 @@ class Engine:
         obstacle = next(iter(prepared.obstacles), None)
         if obstacle is not None and obstacle not in self._warned_of:
             self._warned_of.add(obstacle)
-            warnings.warn(called_as_it_is("UNet2D", prepared.obstacles), stacklevel=2)
+            warnings.warn(called_as_it_is(type(self.model).__name__, prepared.obstacles), stacklevel=2)
 
     def clear(self) -> bool:
         """Free the buffers and graphs that are kept. Returns: whether there were any."""

@@ -73,8 +73,8 @@ def sample_to(
         from_sampler: its model must be a module, whose weights and code tell whether a job is the same. The weights
             must not change while the job runs.
         samples: how many, or which, as in `Sampler.sample`, without duplicates.
-        format: "png" (a file for each image), "npz" or "webdataset", as `ShardFolder` describes them. Samples that
-            are not images, such as latents, are written as float32; for them PNGs are not available.
+        format: "png" or "wav" (a file for each image or waveform), "npz" or "webdataset", as `ShardFolder` describes
+            them. Samples that are not images, such as latents, are written as float32; for them PNGs are not available.
         class_labels: for a class-conditional `UNet2D`; repeated over the samples in order.
         shard_size: samples per shard; an unfinished shard is drawn again after a restart. None: as in the folder, else
             batch_size.

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastddpm.checkpoints.medium import MEDIUM
 from fastddpm.core import checks
 from fastddpm.core.checks import one_of, shown, whole
 from fastddpm.core.schedule import elements
-from fastddpm.networks.unet2d import UNet2D, network_obstacles
+from fastddpm.networks.fused import is_own, obstacles_of
 from fastddpm.sampling.parallel import checked_window
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.audio import Audio
 from fastddpm.storage.fingerprint import code_sha256, machine, value_sha256, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
 from fastddpm.storage.shard_formats import FORMATS, are_images
@@ -88,6 +90,14 @@ def _storage(
         else:
             what = f"{what}, which are not images"
         raise ValueError(f"{what}; write them as npz or webdataset")
+    medium = sampler.medium
+    if format == "wav" and (not isinstance(medium, Audio) or len(sampler.shape) != 2 or sampler.shape[0] != 1):
+        raise ValueError(
+            f"samples are {sampler.shape}, which the checkpoint does not say are waveforms of one channel "
+            f"({MEDIUM}); write them as npz or webdataset"
+        )
+    if format == "wav" and drawing.trajectory is not None:
+        raise ValueError("samples are trajectories, of several waveforms; write them as npz or webdataset")
     if not indices:
         raise ValueError("no samples were requested; want at least one")
     if (twice := indices.duplicate()) is not None:
@@ -106,6 +116,7 @@ def _storage(
         "samples": str(indices),
         "shard_size": shard_size,
         "class_labels": None if classes is None else str(classes),
+        **({"sample_rate": medium.sample_rate} if format == "wav" and isinstance(medium, Audio) else {}),
     }
 
 
@@ -129,7 +140,7 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         noise=drawing.noise,
     )
     model = sampler.model
-    changes = list(network_obstacles(model)) if isinstance(model, UNet2D) else []
+    changes = list(obstacles_of(model)) if is_own(model) else []
     return {
         "seed": checks.seed(drawing.seed),
         "sampler": {
@@ -147,11 +158,11 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         **({} if sampler.decoder is None else {"latents": True}),
         "model": {
             "class": type(model).__qualname__,
-            "config": dict(model.config) if isinstance(model, UNet2D) else None,
+            "config": dict(model.config) if is_own(model) else None,
             "sha256": weights_sha256(model),
             **({"changes": changes} if changes else {}),  # such as another eps
         },
-        "code": code_sha256(model, numbers=isinstance(model, UNet2D)),
+        "code": code_sha256(model, numbers=is_own(model)),
         "precision": sampler.precision,
         "compiled": sampler.engine.compiles,
         "batch_size": None if sampler.micro_batch else int(drawing.batch_size),

@@ -1,6 +1,7 @@
-"""A model prepared for sampling: a `UNet2D` is fused for inference, any other stays as it is; both may be compiled.
+"""A model prepared for sampling: a `UNet2D` or `UNet1D` is fused for inference, any other stays as it is; all may be
+compiled.
 
-A `UNet2D` that was changed in a way that a fused copy cannot express stays as it is, too. It may be changed between two
+One that was changed in a way that a fused copy cannot express stays as it is, too. It may be changed between two
 runs, so each run looks at it anew.
 """
 
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm.core.precision import Compute, arithmetic
+from fastddpm.networks.fused import Fused, fastest_forward, fused, is_own, obstacles_of, refresh
 from fastddpm.networks.obstacles import Obstacles
-from fastddpm.networks.planned import fastest_forward
-from fastddpm.networks.unet2d import UNet2D, network_obstacles
 from fastddpm.sampling import own_network
 from fastddpm.sampling.capture import StreamOrder
 from fastddpm.sampling.reachable import parameters
@@ -31,12 +31,12 @@ class PreparedModel:
         num_train_timesteps: T; no table has more rows.
         compute: the device and the precision.
         kind: one of ENGINES, or "auto".
-        own_dtype: in which a network that is not a `UNet2D` is handed x, if it is not float32. A `UNet2D` that is not
+        own_dtype: in which a network that is not our own is handed x, if it is not float32. One of our own that is not
             fused is handed x in the dtype of its parameters.
         times: [T] or [T, 1]: what the network is told for each timestep; None: the timestep.
     Attributes:
-        obstacles: what prevents a fused copy of a `UNet2D`, see `networks.obstacles`.
-        net: the copy of a `UNet2D` that is fused for inference; None for any other model.
+        obstacles: what prevents a fused copy of a network of our own, see `networks.obstacles`.
+        net: the copy of a network of our own that is fused for inference; None for any other model.
         plain_forward: what a step calls: `net.denoise`, a program that does the same, or the model.
         forward: the same, compiled if `compiles`; None before the first `refresh`.
         memory_format: in which a network that is not fused is handed x.
@@ -56,15 +56,15 @@ class PreparedModel:
         self.model, self.shape, self.num_train_timesteps = model, shape, num_train_timesteps
         self.compute, self.kind, self.compiles = compute, kind, "compiled" in kind
         self.own_dtype, self.obstacles, self._config = own_dtype, Obstacles(), {}
-        if isinstance(model, UNet2D):
-            self.obstacles, self._config = network_obstacles(model), dict(getattr(model, "config", {}))
+        if is_own(model):
+            self.obstacles, self._config = obstacles_of(model), dict(getattr(model, "config", {}))
             self.own_dtype = own_network.own_dtype(model) if self.obstacles else None
-        self.net: UNet2D | None = None
+        self.net: Fused | None = None
         self.plain_forward: Callable[..., Any] = model
         self.forward: Callable[..., Any] | None = None
         self.memory_format = torch.contiguous_format
-        self.takes_index = not isinstance(model, UNet2D) and own_network.takes(model, own_network.INDEX)
-        if times is not None and isinstance(model, UNet2D):
+        self.takes_index = not is_own(model) and own_network.takes(model, own_network.INDEX)
+        if times is not None and is_own(model):
             times = times.reshape(-1)
         self.times = None if times is None else times.to(compute.device)
 
@@ -78,27 +78,27 @@ class PreparedModel:
         return self.own_dtype or self.compute.dtype
 
     def current(self) -> "PreparedModel":
-        """This one; or a new one, if a `UNet2D` was changed, except for the values of its parameters."""
-        if not isinstance(self.model, UNet2D):
+        """This one; or a new one, if a network of our own was changed, except for the values of its parameters."""
+        if not is_own(self.model):
             return self
         new = PreparedModel(self.model, self.shape, self.num_train_timesteps, self.compute, self.kind, times=self.times)
         same = (new.obstacles, new.own_dtype, new._config) == (self.obstacles, self.own_dtype, self._config)
         return self if same else new
 
     def refresh(self) -> None:
-        """Fuse a `UNet2D`, or give the fused copy the weights that the model has now."""
-        if isinstance(self.model, UNet2D):
+        """Fuse a network of our own, or give the fused copy the weights that the model has now."""
+        if is_own(self.model):
             if any(x.is_meta for x in self.model.parameters()):
                 raise ValueError("the network's parameters are on the meta device, without values; load weights first")
             if self.obstacles:
                 self.model.to(self.device)
         with self._weights_order.on_current_stream(self.weights()), arithmetic("fp32", self.device):
-            if isinstance(self.model, UNet2D) and not self.obstacles:
+            if is_own(self.model) and not self.obstacles:
                 if self.net is None:
-                    self.net = self.model.for_inference(self.dtype, self.device, pack=not self.compiles)
+                    self.net = fused(self.model, self.dtype, self.device, pack=not self.compiles)
                     self.plain_forward = self.net.denoise if self.compiles else fastest_forward(self.net)
                 else:
-                    self.net.refresh(self.model)
+                    refresh(self.net, self.model)
             if self.net is None:
                 self.memory_format = own_network.memory_format(self.model, self.shape)
             if self.forward is None:

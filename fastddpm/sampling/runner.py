@@ -6,7 +6,6 @@ wait and no allocation.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from fastddpm.ops.conditional_step import model_outputs
 from fastddpm.ops.step import repeated_step
 from fastddpm.reference.diffusion import predicted_x_0, renoised
 from fastddpm.sampling import own_network
-from fastddpm.sampling.batch_network import LABELS, BatchNetwork
+from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.buffers import SampleBuffers
 from fastddpm.sampling.conditions import NOTHING, Conditions, InputForm
 from fastddpm.sampling.model import PreparedModel
@@ -46,9 +45,8 @@ class Runner(SampleBuffers):
         self,
         table: StepTable,
         address: Tensor,
-        labels: Tensor | None = None,
+        conditions: Conditions = NOTHING,
         *,
-        conditions: Conditions | None = None,
         capture_step: bool = True,
     ) -> None:
         """Copy what decides a batch into the buffers; compile and capture a step if need be. Overwrites x.
@@ -56,12 +54,9 @@ class Runner(SampleBuffers):
         Args:
             table: S rows, on any device.
             address: [n, 2] int64, on any device.
-            labels: as `BatchNetwork.prepare` takes them.
-            conditions: instead of labels: what the samples are given; of the form that the runner was made for.
+            conditions: what the samples are given; of the form that the runner was made for.
             capture_step: capture a whole step; else only the network, for steps taken by `predict` and `update`.
         """
-        if conditions is None:
-            conditions = NOTHING if labels is None else replace(NOTHING, kwargs={LABELS: labels})
         self.network.load(table.timesteps, conditions, address[:, 1])
         self._load_samples(table, address, conditions)
         self._take_step = self._step_of_table()

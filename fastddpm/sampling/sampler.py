@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fastddpm import checkpoints
+from fastddpm.checkpoints.checkpoint import Checkpoint
+from fastddpm.checkpoints.medium import Medium
 from fastddpm.core.checks import checked_call, takes_options_of, whole
 from fastddpm.core.noise import address as noise_address  # `noise` is an argument where this is called
 from fastddpm.core.precision import PRECISIONS, Compute
 from fastddpm.core.schedule import Schedule, elements
 from fastddpm.core.table import StepTable
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.fused import is_own
 from fastddpm.sampling.arguments import (
     check_functions,
     checked_labels,
@@ -51,23 +54,23 @@ class Sampler:
     """Draws samples from a trained model.
 
     Args:
-        model: a `UNet2D`, or any network (x_t [N, ...], t [N] int64) -> tensor like x_t: images [N, C, H, W],
-            sequences [N, C, L], vectors [N, D]. The tensor may be `.sample` of an object, or the first item of a tuple,
-            as networks of diffusers return it. The network is in evaluation mode while it samples, also if a function
-            calls it. It is handed x_t in its own dtype and in contiguous memory, or in channels-last memory if it was
-            converted to that. A `UNet2D` is fused; one that was changed (hooks, replaced parts, other methods or
-            attributes) is called as it is, with one warning that names the change.
+        model: a `UNet2D` or `UNet1D`, or any network (x_t [N, ...], t [N] int64) -> tensor like x_t: images [N, C, H,
+            W], sequences [N, C, L], vectors [N, D]. The tensor may be `.sample` of an object, or the first item of a
+            tuple, as networks of diffusers return it. The network is in evaluation mode while it samples, also if a
+            function calls it. It is handed x_t in its own dtype and in contiguous memory, or in channels-last memory if
+            it was converted to that. The first two are fused; one that was changed (hooks, replaced parts, other
+            methods or attributes) is called as it is, with one warning that names the change.
         schedule: the noise schedule that the model was trained for. If it learns variances, the network returns twice
             the channels.
-        shape: of one sample, channels first; None: that of a `UNet2D`.
+        shape: of one sample, channels first; None: that of a `UNet2D` or `UNet1D`.
         device: None: "cuda" if there is a GPU, else "cpu".
         precision: "fp32", "tf32" (on a GPU: float32 whose products are rounded to TF32), "bf16", "fp16" or "auto". The
             state, the noise, the update, the norms' statistics and all that depends on t alone are float32 in any case.
-            A `UNet2D` computes in the precision; any other model is called under torch.autocast for bf16 and fp16.
-            "auto" is bf16 for a `UNet2D` if the device computes it natively; any other model has its own dtype, else
-            fp32.
+            A `UNet2D` or `UNet1D` computes in the precision; any other model is called under torch.autocast for bf16
+            and fp16. "auto" is bf16 for these two if the device computes it natively; any other model has its own
+            dtype, else fp32.
         engine: "eager"; "compiled", by torch.compile, whose first call takes a minute; "graph", each step the replay of
-            one CUDA graph; "compiled+graph"; or "auto": "graph" for a `UNet2D` on a GPU if the run has enough steps,
+            one CUDA graph; "compiled+graph"; or "auto": "graph" for these two on a GPU if the run has enough steps,
             else "eager", with the same bits. In a graph, your own model must not wait for the GPU, and its decisions in
             Python are made once, at the capture. Tensors that it reads may change in place; if tensors, arrays,
             numbers or functions that it can reach from Python are replaced, the next batch captures it again. What is
@@ -100,23 +103,21 @@ class Sampler:
     ):
         checked_model(model)
         self.schedule = checked_schedule(schedule)
-        if shape is None and isinstance(model, UNet2D) and model.config["sample_size"]:
+        if shape is None and is_own(model) and model.config["sample_size"]:
             shape = sample_shape(model, self.schedule)
         self.shape, self.value_range = checked_shape(shape), checked_range(value_range)
-        self._classes: tuple[str, ...] | None = None
-        self._decoder: Path | None = None
-        self._null_label: int | None = None
+        self._about = Checkpoint({}, {}, self.schedule)  # what it says besides the network and the schedule
         T = self.schedule.num_train_timesteps
         times = checked_times(timestep_scale, timestep_values, T)
         own = None
-        if not isinstance(model, UNet2D) and precision == "auto":
+        if not is_own(model) and precision == "auto":
             own = own_dtype(model)
             precision = next((name for name, dtype in PRECISIONS.items() if dtype == own), "fp32")
         self.compute = Compute.resolve(device, precision)
         self.engine = Engine(model, self.shape, T, self.compute, engine, own, times)
         self.micro_batch = micro_batch(batch_invariant, self.shape, self.device)
         self._largest = sys.maxsize  # batches are at most this large, after a larger one ran out of memory
-        if isinstance(model, nn.Module) and not isinstance(model, UNet2D):
+        if isinstance(model, nn.Module) and not is_own(model):
             model.to(self.device)
 
     def __repr__(self) -> str:
@@ -147,17 +148,22 @@ class Sampler:
     @property
     def classes(self) -> tuple[str, ...] | None:
         """The names of the classes in the order of their labels, if the checkpoint has them."""
-        return self._classes
+        return self._about.classes
 
     @property
     def null_label(self) -> int | None:
         """The class label that stands for no class, for guidance, if the checkpoint has one."""
-        return self._null_label
+        return self._about.null_label
 
     @property
     def decoder(self) -> Path | None:
         """The folder of the pipeline whose VAE turns the samples, latents, into images; None for images."""
-        return self._decoder
+        return self._about.decoder
+
+    @property
+    def medium(self) -> Medium | None:
+        """What the samples are, if the checkpoint says that they are sounds or texts; None: images, or just numbers."""
+        return self._about.medium
 
     @classmethod
     @checked_call
@@ -195,14 +201,8 @@ class Sampler:
         checkpoint = checkpoints.load(folder, variant=variant, schedule=schedule, format=format, **config)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=3)
-        net = checkpoint.network
-        if net is None:
-            with torch.device("meta"):
-                net = UNet2D(**checkpoint.config)
-            net.to_empty(device=compute.device)
-            checkpoints.load_into(net, checkpoint.parameters)
         sampler = cls(
-            net.eval(),
+            checkpoint.build(compute.device),
             checkpoint.schedule,
             shape=checkpoint.shape if shape is None else shape,
             device=compute.device,
@@ -212,8 +212,7 @@ class Sampler:
             timestep_scale=checkpoint.timestep_scale if timestep_scale is None else timestep_scale,
             value_range=value_range,
         )
-        sampler._classes, sampler._decoder = checkpoint.classes, checkpoint.decoder
-        sampler._null_label = checkpoint.null_label
+        sampler._about = replace(checkpoint, config={}, parameters={}, network=None)
         return sampler
 
     @checked_call
@@ -265,14 +264,14 @@ class Sampler:
             noise: a factor of sigma_t z; False is 0, so that each step returns its mean.
             batch_size: samples computed together; None chooses by the device and the size of a sample. If memory runs
                 out it is halved, with a warning, for all later batches too. It does not apply with batch_invariant.
-            class_labels: one per sample, for a class-conditional `UNet2D`.
+            class_labels: one per sample, for a class-conditional `UNet2D` or `UNet1D`.
             model_kwargs: further arguments of the network by name: [N, ...] tensors, also in dicts and lists; numbers,
                 strings and None are the same for all samples. Tensors here and below must not change meanwhile.
             concat: [N, C', *spatial]: channels that follow those of x_t on the way into the network.
             guidance_scale: classifier-free guidance (arXiv:2207.12598): m_u + scale (m_c - m_u), where m_c is the
                 output with the condition and m_u without; one number or [N].
             uncond_kwargs: with guidance, the arguments that differ for m_u, by name: a number, a tensor like one
-                sample's, or [N, ...]. All others are those of model_kwargs. For a `UNet2D` it is the null label,
+                sample's, or [N, ...]. All others are those of model_kwargs. With class labels it is the null label,
                 {"class_labels": k}; None: that of the checkpoint.
             guide_variance: guide a learned variance, too, as implementations do that combine all channels; else it is
                 that of m_c, as in DiT, GLIDE and DeepFloyd IF.

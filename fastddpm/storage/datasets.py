@@ -1,4 +1,4 @@
-"""Images to train on or to compare with, and their class labels: from files of arrays, folders and archives."""
+"""Images to train on or to compare with, and class labels: from files of arrays, folders and archives."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +16,8 @@ from fastddpm.storage.data_checks import WANTED, as_images, as_labels
 from fastddpm.storage.files import check_regular
 from fastddpm.storage.idx import GZIP, labels_beside, open_idx
 from fastddpm.storage.image_folder import open_folder
+from fastddpm.storage.npz import split_array
+from fastddpm.storage.sequences import holds_waves, is_text_file, open_waves
 from fastddpm.storage.shards import ShardFolder, is_shard_folder
 
 # (what a file has at this byte, the kind of the file); a .zip is an .npz unless it holds images
@@ -80,7 +82,7 @@ def load_labels(
     held_out: bool = False,
     classes: int | Sequence[str] | None = None,
 ) -> np.ndarray:
-    """The class labels of the images of `load_images(path)`, in the same order.
+    """The class labels of the images of `load_images(path)`, or of `load_sequences(path)`, in the same order.
 
     Args:
         path: one of
@@ -89,10 +91,11 @@ def load_labels(
             an .npy of images, with such an .npy beside it;
             an MNIST-format file of images, whose labels are in a file beside it, such as train-labels-idx1-ubyte for
             train-images-idx3-ubyte.gz, either of them gzipped or not;
-            a folder or an archive with one folder per class, as `load_classes` orders them; or with a dataset.json as
-            StyleGAN and EDM read it; or with a .cls beside each image, as webdataset reads it;
+            a folder of images or WAV files, or an archive, with one folder per class, as `load_classes` orders them; or
+                with a dataset.json as StyleGAN and EDM read it; or with a .cls beside each image, as webdataset reads
+                it;
             a folder of shards that `fastddpm sample` wrote.
-        count: the number of images, N.
+        count: the number of images or sequences, N.
         held_out: as in `load_images`.
         classes: the number of classes K of a model, or their names, by which the folders are numbered; None: as many as
             the labels have.
@@ -101,7 +104,9 @@ def load_labels(
     Warns: the order of the folders is not certain, as `classes` is a number.
     """
     classes = _checked_classes(classes)
-    labels, name = _open(path, held_out=held_out).labels(classes)
+    if is_text_file(path):
+        raise ValueError(f"{path} has no class labels, as texts have none; leave them out")
+    labels, name = _open(path, held_out=held_out, waves=True).labels(classes)
     return as_labels(labels, name, count, classes if classes is None or isinstance(classes, int) else len(classes))
 
 
@@ -110,23 +115,13 @@ def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 
     None: the labels are numbers, or there are none.
     """
-    return _open(path).classes()
+    return None if is_text_file(path) else _open(path, waves=True).classes()
 
 
 def array_name(path: str | os.PathLike[str], *, held_out: bool = False) -> str | None:
     """The array of an .npz that `load_images` reads; None if path is not an .npz."""
     path, kind, array = _parsed(path)
     return npz.choose_array(path, held_out=held_out) if kind == "npz" and array is None else array
-
-
-def split_array(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
-    """(FILE, NAME) of "FILE:NAME"; NAME is None if path names no array of a file."""
-    text = os.fspath(path)
-    if not os.path.exists(text):
-        for at in reversed([at for at, character in enumerate(text) if character == ":"]):
-            if os.path.isfile(text[:at]):
-                return Path(text[:at]), text[at + 1 :]
-    return Path(text), None
 
 
 class _Source(Protocol):
@@ -206,8 +201,15 @@ class _Shards:
         return (as_images(shard, self.folder.path) for shard in self.folder.arrays())
 
 
-def _open(path: str | os.PathLike[str], *, array: str | None = None, held_out: bool = False) -> _Source:
-    """What is at path. Args: array: of an .npz, if path does not name one."""
+def _open(
+    path: str | os.PathLike[str], *, array: str | None = None, held_out: bool = False, waves: bool = False
+) -> _Source:
+    """What is at path.
+
+    Args:
+        array: of an .npz, if path does not name one.
+        waves: a folder may hold WAV files, of which there are labels, but no images.
+    """
     path, kind, array = _parsed(path, array)
     checks.flag("held_out", held_out)
     if kind == "npz":
@@ -216,7 +218,11 @@ def _open(path: str | os.PathLike[str], *, array: str | None = None, held_out: b
         return _Array(path, kind)
     if kind == "folder" and is_shard_folder(path) and (shards := ShardFolder.open(path)).format != "png":
         return _Shards(shards)
-    return {"folder": open_folder, "zip": open_zip, "tar": open_tar}[kind](path)
+    if kind == "folder" and waves and holds_waves(path):
+        return open_waves(path)
+    if kind == "folder":
+        return open_folder(path)
+    return open_zip(path) if kind == "zip" else open_tar(path)
 
 
 def _parsed(path: str | os.PathLike[str], array: str | None = None) -> tuple[Path, str, str | None]:

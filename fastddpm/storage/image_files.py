@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastddpm.storage import classes
-from fastddpm.storage.decoding import SUFFIXES, ImageFile, decode, is_image
+from fastddpm.storage.decoding import SUFFIXES, ImageFile, decode
 
 # names of files that are expected beside images
 _NOTES = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".md", ".xml", ".yaml", ".yml", ".html", ".db", ".ini", ".log"}
@@ -19,19 +19,23 @@ _CHUNK = 8  # images that one thread decodes at a time
 _AHEAD = 8  # chunks that are decoded ahead of their use
 
 
-def images_among(names: Sequence[str], place: Path) -> tuple[list[str], str]:
+def images_among(
+    names: Sequence[str], place: Path, suffixes: Collection[str] = SUFFIXES, kind: str = "images"
+) -> tuple[list[str], str]:
     """(the names that are those of images, a sentence about others that are not expected beside images).
 
+    Args: suffixes, kind: of the files that are wanted; they need not be images.
     Raises: ValueError: there are no images.
     """
-    images = [name for name in names if is_image(name)]
-    others = [name for name in names if not is_image(name) and not classes.holds_labels(name)]
+    images = [name for name in names if os.path.splitext(name)[1].lower() in suffixes]
+    found = set(images)
+    others = [name for name in names if name not in found and not classes.holds_labels(name)]
     others = [name for name in others if not images or not _is_note(name)]
-    wanted = f"the names of images end in {' '.join(sorted(SUFFIXES))}"
+    wanted = f"the names of {kind} end in {' '.join(sorted(suffixes))}"
     if others:
         wanted = f"{len(others)} of {len(names)} files are left out, the first is {others[0]}; {wanted}"
     if not images:
-        raise ValueError(f"{place} holds no images: {wanted}")
+        raise ValueError(f"{place} holds no {kind}: {wanted}")
     return images, f"{place}: {wanted}" if others else ""
 
 

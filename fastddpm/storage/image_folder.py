@@ -2,18 +2,19 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from fastddpm.storage.classes import holds_labels
-from fastddpm.storage.decoding import ImageFile
+from fastddpm.storage.decoding import SUFFIXES, ImageFile
 from fastddpm.storage.image_files import ImageFiles, images_among
 
 
-def open_folder(folder: Path) -> ImageFiles:
+def open_folder(folder: Path, suffixes: Collection[str] = SUFFIXES, kind: str = "images") -> ImageFiles:
     """The image files in a folder and its subfolders, sorted by name (1, 10, 2); follows links, skips what is hidden.
 
+    Args: suffixes, kind: of the files that are wanted. Others than images have labels and classes, but no pixels.
     Raises: ValueError: there are none, or one of them, or a folder, cannot be read.
     """
     names = _names(folder)
@@ -21,7 +22,7 @@ def open_folder(folder: Path) -> ImageFiles:
     if bad := [name for name, file in files.items() if file is None]:
         count = f"{len(bad)} of {len(names)} files cannot be read, the first is {folder / bad[0]}"
         raise ValueError(f"{folder}: {count}, {_why_unreadable(folder / bad[0])}, or remove what is not to be read")
-    images, left_out = images_among(names, folder)
+    images, left_out = images_among(names, folder, suffixes, kind)
     readable = {name: file for name, file in files.items() if file is not None}
     labels = {name: file for name, file in readable.items() if holds_labels(name)}
     paths = [folder / name for name in images]
@@ -33,6 +34,16 @@ def would_hold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
     inside = {os.path.realpath(below) for below, _ in _folders(folder)}
     places = (os.path.realpath(os.path.dirname(path)), os.path.dirname(os.path.realpath(path)))
     return any(str(above) in inside for place in places for above in (Path(place), *Path(place).parents))
+
+
+def holds_files(folder: Path, suffixes: Collection[str], *, but: Collection[str] = ()) -> bool:
+    """Whether `open_folder` would find files with these suffixes, and none with the suffixes `but`. Opens no file."""
+    found = set()
+    for _, names in _folders(folder):
+        found |= {os.path.splitext(name)[1].lower() for name in names}
+        if not found.isdisjoint(but):
+            return False
+    return not found.isdisjoint(suffixes)
 
 
 def _names(folder: Path) -> list[str]:

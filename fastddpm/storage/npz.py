@@ -1,5 +1,6 @@
 """Arrays of images and class labels in an .npz, or in .npy files beside each other."""
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from fastddpm.storage.arrays import StoredArray, npy_array, reading
 # names of image arrays, in order of preference
 HELD_OUT = ("x_test", "test_images")
 ARRAYS = ("x_train", "x", "arr_0", "images", "train_images")
+SAMPLE_RATE = "sample_rate"  # the array beside waveforms that says how fast they are
 # how the name of the labels is made from that of the images
 _LABELS = (("^arr_0$", "arr_1"), ("^[xX](?=_|$)", "y"), ("images", "labels"), ("image", "label"), ("data", "labels"))
 
@@ -20,13 +22,23 @@ _LABELS = (("^arr_0$", "arr_1"), ("^[xX](?=_|$)", "y"), ("images", "labels"), ("
 def choose_array(path: Path, *, held_out: bool = False) -> str:
     """Which array of an .npz holds the images. Raises: ValueError: there are several, none with a known name."""
     with reading(path, ".npz"):
-        names = list(_members(path))
+        names = [name for name in _members(path) if name != SAMPLE_RATE]
         known = [*HELD_OUT, *ARRAYS] if held_out else [*ARRAYS]
         name = next((name for name in known if name in names), names[0] if names else "")
         if name not in known and len(names) != 1:
             way_out = f", or name one, as in {path}:{names[0]}" if names else ""
             raise ValueError(f"it holds {_some(names)}; want an array named {', '.join(known)}{way_out}")
     return name
+
+
+def split_array(path: str | os.PathLike[str]) -> tuple[Path, str | None]:
+    """(FILE, NAME) of "FILE:NAME"; NAME is None if path names no array of a file."""
+    text = os.fspath(path)
+    if not os.path.exists(text):
+        for at in reversed([at for at, character in enumerate(text) if character == ":"]):
+            if os.path.isfile(text[:at]):
+                return Path(text[:at]), text[at + 1 :]
+    return Path(text), None
 
 
 def array_names(path: Path) -> list[str]:

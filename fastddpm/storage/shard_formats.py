@@ -3,14 +3,16 @@
 import io
 import math
 import tarfile
+import wave
 from collections.abc import Sequence
 
 import numpy as np
 
-from fastddpm.storage import images
+from fastddpm.storage import audio, images
 from fastddpm.storage.indices import Indices
 
-FORMATS = {"npz": ".npz", "png": ".png", "webdataset": ".tar"}
+FORMATS = {"npz": ".npz", "png": ".png", "wav": ".wav", "webdataset": ".tar"}
+ONE_EACH = ("png", "wav")  # formats with a file for each sample
 MODES = ("L", "RGB", "RGBA")  # of the PNGs that `images.png` writes
 
 Stored = tuple[tuple[int, ...], np.dtype]  # (shape, dtype) of a sample in a file
@@ -21,10 +23,24 @@ def are_images(shape: Sequence[int], *, latents: bool) -> bool:
     return len(shape) == 3 and shape[0] in images.CHANNELS and not latents
 
 
-def encoded(form: str, indices: Indices, samples: np.ndarray, labels: np.ndarray | None, *, digits: int) -> list[bytes]:
-    """The content of each file of a shard: one, or for PNGs one per sample."""
+def encoded(
+    form: str,
+    indices: Indices,
+    samples: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    digits: int,
+    sample_rate: int | None = None,
+) -> list[bytes]:
+    """The content of each file of a shard: one, or for the formats ONE_EACH one per sample.
+
+    Args: sample_rate: of the format wav.
+    """
     if form == "png":
         return list(map(images.png, samples))
+    if form == "wav":
+        assert sample_rate is not None
+        return [audio.wav_bytes(sample, sample_rate) for sample in samples]
     buffer = io.BytesIO()
     if form == "npz":
         np.savez(buffer, samples, *([] if labels is None else [labels]))
@@ -35,7 +51,7 @@ def encoded(form: str, indices: Indices, samples: np.ndarray, labels: np.ndarray
 
 
 def decoded(form: str, contents: Sequence[bytes], count: int, stored: Stored) -> np.ndarray:
-    """The inverse of `encoded`: [count, ...]. stored: what each sample must be.
+    """The inverse of `encoded`, but for the rounding to 16 bits in wav: [count, ...]. stored: what each sample must be.
 
     Raises: Exception: the content is damaged, or it is something else; any exception of a decoder.
     """
@@ -44,7 +60,8 @@ def decoded(form: str, contents: Sequence[bytes], count: int, stored: Stored) ->
     elif form == "webdataset":
         samples = np.stack(_from_tar(contents[0], stored))
     else:
-        samples = np.stack([_from_png(content, stored) for content in contents])
+        of_file = _from_png if form == "png" else _from_wav
+        samples = np.stack([of_file(content, stored) for content in contents])
     if len(samples) != count or (samples.shape[1:], samples.dtype) != stored:
         raise ValueError(f"{samples.shape} {samples.dtype}")
     return samples
@@ -94,6 +111,15 @@ def _from_tar(content: bytes, stored: Stored) -> list[np.ndarray]:
 
 def _from_npy(content: bytes) -> np.ndarray:
     return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _from_wav(content: bytes, stored: Stored) -> np.ndarray:
+    with wave.open(io.BytesIO(content)) as sound:
+        form = sound.getnchannels(), sound.getsampwidth(), sound.getnframes()
+        if form != (1, 2, stored[0][-1]):
+            raise ValueError(f"(channels, bytes, samples) are {form}")
+        pcm = np.frombuffer(sound.readframes(form[2]), "<i2")
+    return (pcm / np.float32(audio.FULL_SCALE)).astype(np.float32)[None]
 
 
 def _from_png(content: bytes, stored: Stored) -> np.ndarray:

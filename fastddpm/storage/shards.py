@@ -23,7 +23,7 @@ from fastddpm.core.precision import PRECISIONS
 from fastddpm.storage.files import as_path, atomic, check_regular, write_together
 from fastddpm.storage.fingerprint import differing
 from fastddpm.storage.indices import LIMIT, Indices
-from fastddpm.storage.shard_formats import FORMATS, Stored, are_images, decoded, encoded
+from fastddpm.storage.shard_formats import FORMATS, ONE_EACH, Stored, are_images, decoded, encoded
 
 MANIFEST = "manifest.json"
 LABELS = "dataset.json"  # the class labels of PNGs
@@ -40,14 +40,15 @@ class ShardFolder:
         path: the folder, which need not exist yet.
         manifest: a description of the samples that JSON can hold. These fields decide which file holds each sample:
 
-            - "format": npz (arr_0 [n, ...], and arr_1 [n] for labels), png, or webdataset (for each sample index a
+            - "format": npz (arr_0 [n, ...], and arr_1 [n] for labels), png, wav, or webdataset (for each sample index a
               .png, or a .npy if the sample is not an image, and a .cls for its label);
             - "samples": the sample indices in order, as `Indices` writes them;
             - "shard_size": samples per shard; the last may hold fewer;
             - "class_labels": class labels, written like indices and repeated over the samples; None: no labels;
             - "grown_from", if the folder has grown: how many samples it held before each time. Where it has grown, a
               shard ends and another begins, so that finished shards stay as they are;
-            - "shape" of a sample, channels first, and "latents": what the shards hold, see `are_images`.
+            - "shape" of a sample, channels first, and "latents": what the shards hold, see `are_images`;
+            - "sample_rate" of waveforms, for the format wav.
 
     Attributes:
         samples: the sample indices.
@@ -201,7 +202,9 @@ class ShardFolder:
             k: the shard.
             samples: uint8 [n, H, W, C] if they are images, else float32 [n, ...]; in the order of `indices`.
         """
-        contents = encoded(self.format, self.indices(k), samples, self.labels(k), digits=self.digits)
+        rate = self.manifest.get("sample_rate")
+        labels = self.labels(k)
+        contents = encoded(self.format, self.indices(k), samples, labels, digits=self.digits, sample_rate=rate)
         write_together(zip(self._files(k), contents, strict=True))
         with atomic(self._record(k)) as file:
             file.write(self._checksum(k, contents).encode())
@@ -275,7 +278,7 @@ class ShardFolder:
         return self.path / _DONE / f"{k:0{self.digits}d}"
 
     def _files(self, k: int) -> list[Path]:
-        numbers = self.indices(k) if self.format == "png" else [k]
+        numbers = self.indices(k) if self.format in ONE_EACH else [k]
         return [self.path / f"{number:0{self.digits}d}{FORMATS[self.format]}" for number in numbers]
 
     @property
@@ -288,15 +291,15 @@ class ShardFolder:
 
     @property
     def _labels_file(self) -> Path | None:
-        """The file of the class labels of PNGs; None: there are no labels, or they are in the shards."""
-        return self.path / LABELS if self.format == "png" and self.classes is not None else None
+        """The file of the class labels of PNGs or WAVs; None: there are no labels, or they are in the shards."""
+        return self.path / LABELS if self.format in ONE_EACH and self.classes is not None else None
 
     def _write_manifest(self) -> None:
         with atomic(self.path / MANIFEST) as file:
             file.write(json.dumps(self.manifest, indent=1).encode())
 
     def _write_labels(self, path: Path) -> None:
-        """Write the class labels of PNGs as in the data sets of StyleGAN and EDM."""
+        """Write the class labels of PNGs or WAVs as in the data sets of StyleGAN and EDM."""
         with atomic(path) as file:
             file.write(b'{"labels": [')
             for k in range(len(self)):
@@ -371,6 +374,7 @@ _FIELDS: dict[str, Callable[[str, Any], object]] = {
     "grown_from": _check_list,
     "shape": _check_list,
     "latents": flag,
+    "sample_rate": lambda name, value: whole(name, value, 1, LIMIT),
     "seed": lambda _, value: seed(value),
     "precision": lambda name, value: one_of(name, value, PRECISIONS),
     "batch_size": lambda name, value: value is None or whole(name, value, 1, LIMIT),

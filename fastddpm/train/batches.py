@@ -1,4 +1,4 @@
-"""The batch of a training step: images, timesteps, noise addresses and labels. It depends on the seed and the step."""
+"""The batch of a training step: samples, timesteps, noise addresses and labels. It depends on the seed and the step."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +15,9 @@ from fastddpm.core.memory import send
 from fastddpm.processes.distributed import Ranks
 from fastddpm.storage import images
 from fastddpm.train.options import TrainOptions
+
+WANTED = "uint8 [N, H, W, C] with at least one image and C = 1, 3 or 4, or sequences, float32 or int16 [N, C, L]"
+FULL_SCALE = 32768  # of int16 samples, which stand for numbers in [-1, 1)
 
 
 class Draws(NamedTuple):
@@ -37,7 +40,7 @@ class Batch(NamedTuple):
     """One rank's share of the batch of a step, on its device.
 
     Attributes:
-        x_0: [N, C, H, W] uint8, channels-last.
+        x_0: [N, C, H, W] uint8 or [N, C, L] float32, channels-last.
         t: [N] int64: timesteps.
         address: [N, 2] int64: addresses of the noise.
         labels: [N] int64, or None.
@@ -53,7 +56,7 @@ class Batches:
     """Gives this rank's share of the batch of each step.
 
     Args:
-        data: [N, H, W, C] uint8.
+        data: images, [N, H, W, C] uint8; or sequences, [N, C, L] float32 or int16.
         labels: [N] integers, or None.
         null_label: the label that replaces dropped ones; None: the network has none.
         options: of the run.
@@ -74,16 +77,19 @@ class Batches:
         self.null_label = null_label
         self.group = group
         self.device = device
-        self.pixels = images_on_device(channels_last(torch.from_numpy(data).movedim(-1, 1)), device)
+        x = torch.from_numpy(data)
+        self.data = on_device(channels_last(x.movedim(-1, 1) if x.ndim == 4 else x), device)
         self.labels = None if labels is None else torch.from_numpy(np.ascontiguousarray(labels, np.int64))
 
     def of_step(self, k: int) -> Batch:
         """This rank's share of the batch of step k."""
         share = self.group.share(self.options.batch_size)
-        index, t, mirrored, address = (drawn[share] for drawn in draws(k, len(self.pixels), self.options))
+        index, t, mirrored, address = (drawn[share] for drawn in draws(k, len(self.data), self.options))
         labels = [] if self.labels is None else [self._labels(k, index, share)]
-        x_0 = self.pixels[index if self.pixels.device.type == "cpu" else send(index, self.device)]
+        x_0 = self.data[index if self.data.device.type == "cpu" else send(index, self.device)]
         x_0 = send(x_0, self.device)
+        if x_0.dtype == torch.int16:
+            x_0 = x_0.float() / FULL_SCALE
         numbers = send(torch.stack([t, mirrored, *address.T, *labels]), self.device)  # in one copy
         t, mirrored, seed, sample, *labels = numbers.unbind()
         if self.options.flip:
@@ -97,7 +103,7 @@ class Batches:
         """
         if not self.options.schedule.learns_variance:
             return None
-        t = draws(k, len(self.pixels), self.options).t[self.group.share(self.options.batch_size)]
+        t = draws(k, len(self.data), self.options).t[self.group.share(self.options.batch_size)]
         found = (t == 0).nonzero()[:, 0]
         return send(found, self.device) if len(found) else found.to(self.device)  # an empty tensor is not pinned
 
@@ -144,22 +150,28 @@ def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(total)
 
 
-def images_on_device(pixels: Tensor, device: torch.device) -> Tensor:
-    """The images on the device, or on the host if they would take more than half of the free memory of a GPU."""
-    if device.type == "cuda" and pixels.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
-        return pixels
-    return pixels.to(device)
+def on_device(data: Tensor, device: torch.device) -> Tensor:
+    """The data on the device, or on the host if they would take more than half of the free memory of a GPU."""
+    if device.type == "cuda" and data.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return data
+    return data.to(device)
 
 
-def check_images(data: np.ndarray) -> tuple[int, int, int]:
-    """Height, width and channels. Raises: ValueError: data is not uint8 [N, H, W, C]."""
+def check_data(data: np.ndarray) -> tuple[int, ...]:
+    """The shape of a sample, channels first: (C, H, W) or (C, L).
+
+    Raises: ValueError: data is neither uint8 [N, H, W, C] nor finite float32 or int16 [N, C, L].
+    """
     if not isinstance(data, np.ndarray):
         kind = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
-        raise ValueError(f"data is a {kind}; want a numpy array, uint8 [N, H, W, C]")
+        raise ValueError(f"data is a {kind}; want a numpy array, {WANTED}")
+    if data.ndim == 3 and data.dtype in (np.float32, np.int16) and data.size:
+        if not np.isfinite(data).all():
+            raise ValueError(f"data is {data.dtype} {data.shape} with NaN or infinity; want finite numbers")
+        return data.shape[1:]
     if data.dtype != np.uint8 or data.ndim != 4 or not len(data) or data.shape[3] not in images.CHANNELS:
-        wanted = "uint8 [N, H, W, C] with at least one image and C = 1, 3 or 4"
-        raise ValueError(f"data is {data.dtype} {data.shape}; want {wanted}")
-    return data.shape[1:]
+        raise ValueError(f"data is {data.dtype} {data.shape}; want {WANTED}")
+    return (data.shape[3], *data.shape[1:3])
 
 
 def check_labels(labels: np.ndarray | None, data: np.ndarray) -> int | None:
@@ -169,7 +181,7 @@ def check_labels(labels: np.ndarray | None, data: np.ndarray) -> int | None:
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != data.shape[:1]:
         what = f"labels are {labels.dtype} {labels.shape}"
-        raise ValueError(f"{what}; want one whole number for each of the {len(data)} images")
+        raise ValueError(f"{what}; want one whole number for each of the {len(data)} samples")
     classes = np.unique(labels)
     if classes[0] != 0 or classes[-1] != len(classes) - 1:
         values = f"{len(classes)} distinct value{'s' * (len(classes) != 1)}"
@@ -191,9 +203,17 @@ def check_classes(names: Sequence[str] | None, count: int | None) -> tuple[str, 
     return tuple(names)
 
 
-def check_sides(height: int, width: int, levels: int) -> None:
-    """Raises: ValueError: a U-Net of so many levels cannot halve the sides."""
+def check_sides(shape: tuple[int, ...], levels: int, frame: int) -> None:
+    """Raises: ValueError: a U-Net of so many levels cannot halve the sides. Args: shape: of a sample."""
     factor = 1 << (levels - 1)
+    if len(shape) == 2:
+        if shape[1] % (frame * factor):
+            raise ValueError(
+                f"sequences have the length {shape[1]}; with {levels} levels and frames of {frame} it must be a "
+                f"multiple of {frame * factor}: pad or cut them, or use fewer levels (channels) or another frame"
+            )
+        return
+    height, width = shape[1:]
     if not height or not width or height % factor or width % factor:
         raise ValueError(
             f"images are {height} x {width}; with {levels} levels both sides must be multiples of "

@@ -1,13 +1,17 @@
-"""The grids of samples that a run draws: how large they are, how often they come, and their drawing."""
+"""The samples that a run draws: how many, how often, and in which file: a grid of images, spectrograms, or texts."""
 
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fastddpm.checkpoints.medium import Medium
+from fastddpm.core.precision import Compute
+from fastddpm.networks.fused import Network
 from fastddpm.processes.displays import Stderr
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.class_grid import MOST_ROWS, save_samples
+from fastddpm.storage.sequence_files import save_sequences
 from fastddpm.train.options import TrainOptions, grid_steps
 
 _LEAST_SIDE, _MOST_SIDE = 2, 8  # samples in a row and in a column, without classes
@@ -52,18 +56,23 @@ class GridPlan:
 
 def draw_grid(
     path: str | os.PathLike[str],
-    sampler: Sampler,
+    net: Network,
+    shape: tuple[int, ...],
+    compute: Compute,
     plan: GridPlan,
     options: TrainOptions,
     names: Sequence[str] | None,
+    medium: Medium | None,
     *,
     show: bool,
     stopped: Callable[[], bool],
 ) -> None:
-    """Draw samples with a bar of their own, and write the grid.
+    """Draw samples with a bar of their own, and write the file.
 
     Args:
+        net, shape, compute: what is sampled: a network, the shape of its samples, device and precision.
         names: of the classes; None: their numbers are shown.
+        medium: what the samples are, besides images.
         show: show the bar.
         stopped: whether to stop; asked after each step.
     Raises: Interrupted: `stopped` returned True; nothing is written. ValueError: the network returned NaN or infinity.
@@ -71,6 +80,7 @@ def draw_grid(
     from tqdm import tqdm
 
     steps = grid_steps(options)
+    sampler = Sampler(net, options.schedule, shape=shape, device=compute.device, precision=compute.precision)
     bar = tqdm(
         total=steps * plan.samples,
         desc="grid of samples",
@@ -87,7 +97,11 @@ def draw_grid(
             raise Interrupted
 
     with bar:
+        output = "uint8" if len(sampler.shape) == 3 else "float"
         samples = sampler.sample(
-            plan.samples, seed=options.seed, class_labels=plan.labels, steps=steps, output="uint8", progress=on_steps
+            plan.samples, seed=options.seed, class_labels=plan.labels, steps=steps, output=output, progress=on_steps
         )
-    save_samples(samples, path, plan.labels, names)
+    if output == "uint8":
+        save_samples(samples, path, plan.labels, names)
+    else:
+        save_sequences(samples, path, medium, plan.labels, names)

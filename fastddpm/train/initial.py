@@ -14,6 +14,8 @@ from torch import Tensor
 from fastddpm import checkpoints
 from fastddpm.core.checks import shown
 from fastddpm.core.schedule import Schedule
+from fastddpm.networks.fused import kind_of
+from fastddpm.train.batches import check_sides
 from fastddpm.train.options import TrainOptions
 from fastddpm.train.state import saved_init
 
@@ -66,7 +68,7 @@ def _loaded(source: str, place: str | Path) -> Initial:
     if checkpoint.decoder is not None:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
     if checkpoint.network is not None:
-        raise ValueError(f"init is {source}, whose network is not a UNet2D; start from another checkpoint")
+        raise ValueError(f"init is {source}, whose network is of another package; start from another checkpoint")
     if checkpoint.timestep_scale is not None:
         raise ValueError(
             f"init is {source}, whose network is given t times {checkpoint.timestep_scale:g}, which training does not "
@@ -84,6 +86,28 @@ def _loaded(source: str, place: str | Path) -> Initial:
         checkpoint.classes,
         checkpoint.null_label,
     )
+
+
+def network_of_run(
+    options: TrainOptions,
+    shape: tuple[int, ...],
+    initial: Initial | None,
+    count: int | None,
+    null_label: int | None,
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """(the configuration of a run's network, the weights that it starts from or None).
+
+    Args: shape: of a sample, channels first; count: classes without the null label; None: there are no labels.
+    Raises: ValueError: the options, the checkpoint and the data do not go together.
+    """
+    config = options.unet_config(shape, count if count is None or null_label is None else count + 1)
+    weights = None
+    if initial is not None:
+        initial = _with_embeddings(initial, count, null_label, options.seed)
+        config, weights = _config_for(initial, config), initial.weights
+    levels = len(config["down_dims" if len(shape) == 2 else "block_out_channels"])
+    check_sides(shape, levels, config.get("frame", 1))
+    return config, weights
 
 
 def numbered_as(
@@ -130,7 +154,7 @@ def null_label(options: TrainOptions, initial: Initial | None, count: int | None
     return count if options.label_dropout or held else None
 
 
-def with_embeddings(initial: Initial, count: int | None, null_label: int | None, seed: int) -> Initial:
+def _with_embeddings(initial: Initial, count: int | None, null_label: int | None, seed: int) -> Initial:
     """The checkpoint with embeddings of the classes or the null label that it lacks.
 
     That of the null label is zero: without a class, the network first computes what it did before. Those of the
@@ -140,7 +164,7 @@ def with_embeddings(initial: Initial, count: int | None, null_label: int | None,
     Raises: ValueError: the checkpoint has another number of classes.
     """
     if count is None or initial.config.get("class_embed_type") is not None:
-        return initial  # if it does not fit, `config_for_images` refuses it
+        return initial  # if it does not fit, `_config_for` refuses it
     held, want = initial.config.get("num_class_embeds"), count + (null_label is not None)
     if held is not None and (classes := held - (initial.null_label is not None)) != count:
         raise ValueError(
@@ -159,13 +183,18 @@ def with_embeddings(initial: Initial, count: int | None, null_label: int | None,
     return initial._replace(config=config, weights=initial.weights | {"class_embedding.weight": rows})
 
 
-def config_for_images(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint's configuration, for images of another size.
+def _config_for(initial: Initial, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's configuration, for samples of another size.
 
-    Args: wanted: a configuration for the images of the run.
-    Raises: ValueError: the checkpoint has other channels or classes.
+    Args: wanted: a configuration for the samples of the run.
+    Raises: ValueError: the checkpoint is for samples of another kind, or has other channels or classes.
     """
-    for name in ("in_channels", "out_channels", "num_class_embeds", "class_embed_type"):
+    if (kind := kind_of(initial.config)) is not (wanted_kind := kind_of(wanted)):
+        raise ValueError(
+            f"init is {initial.source}, a {kind.__name__}, but these samples need a {wanted_kind.__name__}; start from "
+            "another checkpoint, or from none"
+        )
+    for name in ("in_channels", "out_channels", "input_dim", "num_class_embeds", "class_embed_type"):
         value, need = initial.config.get(name), wanted.get(name)
         if value != need:
             hint = "give labels (--class-conditional), or " if name == "num_class_embeds" and need is None else ""

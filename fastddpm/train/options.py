@@ -16,7 +16,10 @@ from fastddpm.core.names import TRAIN_ENGINES, TRAIN_PRECISIONS
 from fastddpm.core.precision import Compute
 from fastddpm.core.schedule import Schedule
 
-BROUGHT_BY_INIT = ("channels", "layers", "attention", "groups", "dropout")  # and the schedule
+OF_IMAGES = ("flip", "layers", "attention", "dropout")  # options that only images have
+OF_SEQUENCES = ("frame", "kernel_size")
+BROUGHT_BY_INIT = ("channels", "layers", "attention", "groups", "dropout", *OF_SEQUENCES)  # and the schedule
+_EMBED = 128  # of the time and of a class, in a network for sequences; lerobot's default
 _GRID_STEPS = 100  # per sample of the grids
 _MOST = 1 << 40  # steps, images per batch and so on
 _MOST_EXAMPLES = 1 << 56  # of a run: the noise of each has an address
@@ -37,11 +40,14 @@ class TrainOptions:
         weight_decay: of AdamW.
         grad_clip: largest norm of the gradient; inf: do not clip.
         flip: mirror half of the images left to right.
-        channels: of each level of the U-Net; every level after the first halves both sides of the image.
+        channels: of each level of the U-Net; every level after the first halves both sides of an image, or the length
+            of a sequence.
         layers: residual blocks per level.
         attention: levels with self-attention; level 0 has the full resolution.
         groups: of the group norms.
         dropout: in the residual blocks.
+        frame, kernel_size: of a network for sequences: see `UNet1D`. For these, flip, layers, attention and dropout do
+            not apply.
         label_dropout: share of the labels that are replaced by the null label, for classifier-free guidance (Ho &
             Salimans 2022, arXiv:2207.12598). A network of K classes then has one more embedding, K, the null label.
         seed: of the initial weights and all random numbers; 0 <= seed < 2^64.
@@ -72,6 +78,8 @@ class TrainOptions:
     attention: tuple[int, ...] = (2,)
     groups: int = 8
     dropout: float = 0.0
+    frame: int = 1
+    kernel_size: int = 5
     label_dropout: float = 0.0
     seed: int = 0
     precision: str = "auto"
@@ -82,12 +90,33 @@ class TrainOptions:
     init: str | os.PathLike[str] | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
-    def unet_config(self, height: int, width: int, channels: int, classes: int | None = None) -> dict[str, Any]:
-        """The configuration of the U-Net, in diffusers' names, for images of this size.
+    def unet_config(self, shape: tuple[int, ...], classes: int | None = None) -> dict[str, Any]:
+        """The configuration of the U-Net.
 
-        Args: classes: how many there are, with the null label; None: the network is not class-conditional.
+        Args:
+            shape: of a sample, channels first: (C, H, W) of an image, or (C, L) of a sequence.
+            classes: how many there are, with the null label; None: the network is not class-conditional.
+        Raises: ValueError: an option is given that samples of this shape do not have.
         """
+        others, kind = (OF_IMAGES, "images") if len(shape) == 2 else (OF_SEQUENCES, "sequences")
+        for name in others:
+            if (value := getattr(self, name)) != getattr(TrainOptions, name):
+                raise ValueError(f"{name} is {value}, which is for {kind} only; leave it out")
+        of_classes = {} if classes is None else {"num_class_embeds": classes}
+        if len(shape) == 2:
+            return of_classes | {
+                "input_dim": shape[0],
+                "sample_size": shape[1],
+                "down_dims": self.channels,
+                "n_groups": self.groups,
+                "kernel_size": self.kernel_size,
+                "frame": self.frame,
+                "diffusion_step_embed_dim": _EMBED,
+                "cond_predict_scale": True,
+            }
+        channels, height, width = shape
         levels = range(len(self.channels))
+        _levels(self)  # of the default, which sequences do not have
         down = ["AttnDownBlock2D" if i in self.attention else "DownBlock2D" for i in levels]
         return {
             "sample_size": height if height == width else (height, width),
@@ -100,7 +129,8 @@ class TrainOptions:
             "attention_head_dim": None,
             "norm_num_groups": self.groups,
             "dropout": self.dropout,
-        } | ({} if classes is None else {"num_class_embeds": classes})
+            **of_classes,
+        }
 
 
 def check_options(options: TrainOptions, device: torch.device | str | None) -> TrainOptions:
@@ -165,9 +195,16 @@ def _layout(options: TrainOptions) -> dict[str, Any]:
     return {
         "channels": channels,
         "layers": checks.whole("layers", options.layers, 1, _MOST_LAYERS),
-        "attention": _whole_numbers("attention", options.attention, 0, len(channels) - 1),
+        "attention": options.attention if options.attention == TrainOptions.attention else _levels(options),
         "groups": groups,
+        "frame": checks.whole("frame", options.frame, 1, _WIDEST),
+        "kernel_size": checks.whole("kernel_size", options.kernel_size, 1, 255),
     }
+
+
+def _levels(options: TrainOptions) -> tuple[int, ...]:
+    """The levels with attention."""
+    return _whole_numbers("attention", options.attention, 0, len(options.channels) - 1)
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:

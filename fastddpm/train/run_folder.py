@@ -9,6 +9,7 @@ from torch import equal
 
 from fastddpm import checkpoints
 from fastddpm.checkpoints import Checkpoint
+from fastddpm.checkpoints.medium import MEDIUM
 from fastddpm.core.checks import is_real, is_whole
 from fastddpm.processes.displays import is_torn
 from fastddpm.storage import plots
@@ -19,7 +20,7 @@ CLASSES = "classes.json"
 LOG = "log.jsonl"
 CURVE = "loss.png"
 SAMPLES = "samples"
-WRITTEN = (STATE, CLASSES, LOG, CURVE, SAMPLES, "unet", "scheduler", "model_index.json")  # files and folders
+WRITTEN = (STATE, CLASSES, LOG, CURVE, SAMPLES, "unet", "scheduler", "model_index.json", MEDIUM)  # files and folders
 _LINE_START = '{"step": '  # every line of the log
 
 
@@ -51,7 +52,12 @@ def save_checkpoint(out: Path, checkpoint: Checkpoint, *, unless_same: bool = Fa
         with atomic(out / CLASSES) as file:
             file.write((json.dumps(checkpoint.classes, indent=1) + "\n").encode())
     checkpoints.save(
-        out, checkpoint.config, checkpoint.parameters, checkpoint.schedule, null_label=checkpoint.null_label
+        out,
+        checkpoint.config,
+        checkpoint.parameters,
+        checkpoint.schedule,
+        null_label=checkpoint.null_label,
+        medium=checkpoint.medium,
     )
 
 
@@ -64,7 +70,7 @@ def _holds(out: Path, checkpoint: Checkpoint) -> bool:
     return (
         held.config == json.loads(json.dumps(checkpoint.config))
         and (held.schedule, held.classes) == (checkpoint.schedule, checkpoint.classes)
-        and held.null_label == checkpoint.null_label
+        and (held.null_label, held.medium) == (checkpoint.null_label, checkpoint.medium)
         and held.parameters.keys() == checkpoint.parameters.keys()
         and all(equal(held.parameters[name], value.cpu()) for name, value in checkpoint.parameters.items())
     )

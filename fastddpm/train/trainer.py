@@ -22,18 +22,19 @@ from torch import Tensor, nn
 
 from fastddpm import checkpoints, ops
 from fastddpm.checkpoints import Checkpoint
+from fastddpm.checkpoints.medium import Medium
 from fastddpm.core.checks import checked_call, flag
 from fastddpm.core.precision import Compute
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.fused import kind_of
 from fastddpm.processes.displays import Stderr
 from fastddpm.processes.distributed import Ranks, ranks
 from fastddpm.processes.signals import Stopped, deferred
-from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage.files import as_path, check_writable, locked
+from fastddpm.storage.sequence_files import suffix_of
 from fastddpm.train import run_folder
-from fastddpm.train.batches import Batches, check_classes, check_images, check_labels, check_sides
+from fastddpm.train.batches import Batches, check_classes, check_data, check_labels
 from fastddpm.train.grids import GridPlan, Interrupted, draw_grid
-from fastddpm.train.initial import config_for_images, load_initial, null_label, numbered_as, with_embeddings
+from fastddpm.train.initial import load_initial, network_of_run, null_label, numbered_as
 from fastddpm.train.loss import TrainingLoss
 from fastddpm.train.options import TrainOptions, check_can_sample, check_options, resolve_engine
 from fastddpm.train.state import RunState, load_state, run_identity, save_state
@@ -48,12 +49,14 @@ def train(
     *,
     labels: np.ndarray | None = None,
     classes: Sequence[str] | None = None,
+    medium: Medium | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Train on images and write a diffusers checkpoint of the averaged weights to the folder `out`.
+    """Train on images or sequences and write a checkpoint of the averaged weights to the folder `out`.
 
-    If the folder holds an unfinished run of the same images and options, that run is resumed. It may have another
+    The checkpoint is diffusers', or for sequences one with a `UNet1D` in the same layout.
+    If the folder holds an unfinished run of the same data and options, that run is resumed. It may have another
     number of steps if the learning rates of the steps done are the same with it. A finished run is not changed. Ctrl-C
     and SIGTERM let the current step finish (under torchrun: the steps up to the next line of the log), which is saved.
     Beside the checkpoint the folder holds `training.pt` (the state to resume from), `log.jsonl` (loss and so on),
@@ -63,11 +66,13 @@ def train(
     afterwards as before.
 
     Args:
-        data: [N, H, W, C] uint8; H and W multiples of 2^(levels - 1); C = 1, 3 or 4.
+        data: images, [N, H, W, C] uint8; H and W multiples of 2^(levels - 1); C = 1, 3 or 4. Or sequences, [N, C, L]
+            float32 in data units, such as [-1, 1], or int16 of full scale; L a multiple of frame * 2^(levels - 1).
         out: folder to write.
         labels: [N] integers >= 0, to train a class-conditional network.
         classes: the name of each class. With `options.init` the labels are numbered as that checkpoint names its
             classes, of which the images may lack some.
+        medium: what sequences are, if they are sounds or texts; it is kept beside the checkpoint.
         device: None: the GPU if there is one, else the CPU.
         progress: show bars.
     Returns: out, as a path.
@@ -83,7 +88,7 @@ def train(
     # the caller may have disabled gradients
     with torch.inference_mode(False), torch.enable_grad(), ranks(device) as group, ExitStack() as stack:
         with group.agree():
-            trainer = Trainer(data, labels, out, options, group, classes)
+            trainer = Trainer(data, labels, out, options, group, classes, medium)
             if group.rank == 0:
                 stack.enter_context(locked(check_writable(out, folder=True)))
         with group.agree():
@@ -115,6 +120,7 @@ class Trainer:
         options: TrainOptions,
         group: Ranks,
         classes: Sequence[str] | None = None,
+        medium: Medium | None = None,
     ) -> None:
         options = check_options(options, group.device)
         initial = None
@@ -122,19 +128,15 @@ class Trainer:
             initial = load_initial(options.init, out)
             options = replace(options, init=initial.source, schedule=initial.schedule)
             check_can_sample(options)
-        shape = check_images(data)
+        shape = check_data(data)
         count = check_labels(labels, data)
         self.class_names = check_classes(classes, count)
         if initial is not None and labels is not None:
             labels, count, self.class_names = numbered_as(initial, labels, count, self.class_names)
         self.null_label = null_label(options, initial, count)
-        config = options.unet_config(*shape, count if count is None or self.null_label is None else count + 1)
-        if initial is not None:
-            initial = with_embeddings(initial, count, self.null_label, options.seed)
-            config = config_for_images(initial, config)
-        check_sides(*shape[:2], levels=len(config["block_out_channels"]))
+        config, weights = network_of_run(options, shape, initial, count, self.null_label)
         group.share(options.batch_size)  # fails if there are more processes than images in a batch
-        self.options = options
+        self.options, self.medium = options, medium
         self.out = out
         self.group = group
         self.compute = Compute.resolve(group.device, options.precision)
@@ -142,9 +144,9 @@ class Trainer:
         device = self.compute.device
         with _random_state_restored(device), torch.device("cpu"):
             torch.manual_seed(options.seed)
-            self.net = UNet2D(**config).to(device)
-        if initial is not None:
-            checkpoints.load_into(self.net, initial.weights)
+            self.net = kind_of(config)(**config).to(device)
+        if weights is not None:
+            checkpoints.load_into(self.net, weights)
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
@@ -244,7 +246,7 @@ class Trainer:
         # line 5: the gradient of |eps - eps_theta(x_t, t)|^2 (eq. 14; or of x_0 or v), averaged over the batch
         with torch.autocast(device_type, enabled=False), compute.arithmetic():  # the caller's autocast must not apply
             with torch.autocast(device_type, dtype, enabled=dtype != torch.float32):
-                model_output = network(x_t, t, labels)
+                model_output = network(x_t, t, class_labels=labels)
             errors = self.loss(model_output, x_0, t, address, self.batches.at_0(k))
             loss = errors.sum() / (options.batch_size * x_0.shape[1:].numel())
             (loss * self.group.size).backward()  # the ranks average their gradients: the factor makes that a sum
@@ -257,21 +259,17 @@ class Trainer:
 
     def _seed_dropout(self, k: int) -> None:
         """Make the dropout of step k a function of the seed, k and the rank."""
-        if self.net.config["dropout"]:
+        if self.net.config.get("dropout"):
             state = np.random.SeedSequence((self.options.seed, 2, k, self.group.rank)).generate_state(1, np.uint64)
             torch.manual_seed(int(state[0]))
 
     def _setup(self) -> dict[str, Any]:
         """The device, the sizes and so on of this run, for the state and the first line on stderr."""
-        return {
-            "device": str(self.compute.device),
-            "precision": self.compute.precision,
-            "engine": self.engine,
-            "processes": self.group.size,
-            "parameters": sum(weights.numel() for weights in self.net.parameters()),
-            "images": len(self.batches.pixels),
-            "batch": self.options.batch_size,
-        }
+        device, precision, processes = str(self.compute.device), self.compute.precision, self.group.size
+        parameters = sum(weights.numel() for weights in self.net.parameters())
+        samples = {"images" if self.batches.data.ndim == 4 else "sequences": len(self.batches.data)}
+        run = {"device": device, "precision": precision, "engine": self.engine, "processes": processes}
+        return run | {"parameters": parameters, **samples, "batch": self.options.batch_size}
 
     def _print_setup(self) -> None:
         done, steps = self.state.step, self.options.steps
@@ -358,29 +356,31 @@ class Trainer:
     def _save_checkpoint(self, *, unless_same: bool = False) -> None:
         ema, schedule = self.ema, self.options.schedule
         checkpoint = Checkpoint(
-            dict(ema.config), ema.state_dict(), schedule, self.class_names, null_label=self.null_label
+            dict(ema.config),
+            ema.state_dict(),
+            schedule,
+            self.class_names,
+            null_label=self.null_label,
+            medium=self.medium,
         )
         run_folder.save_checkpoint(self.out, checkpoint, unless_same=unless_same)
 
     def _draw_grid(self, bar: Any, caught: list[int]) -> bool:
         """Draw the grid of this step, if one is due and does not exist yet. Returns: whether a signal prevented it."""
-        path = self.out / run_folder.SAMPLES / f"step-{self.state.step:07d}.png"
+        suffix = suffix_of(self.batches.data.shape[1:], self.medium)
+        path = self.out / run_folder.SAMPLES / f"step-{self.state.step:07d}{suffix}"
         if not self.state.step or not self._is_due(self.grids.every) or self.group.rank or path.exists():
             return False
-        sampler = Sampler(
-            self.ema,
-            self.options.schedule,
-            shape=self.batches.pixels.shape[1:],
-            device=self.compute.device,
-            precision=self.compute.precision,
-        )
         try:
             draw_grid(
                 path,
-                sampler,
+                self.ema,
+                self.batches.data.shape[1:],
+                self.compute,
                 self.grids,
                 self.options,
                 self.class_names,
+                self.medium,
                 show=not bar.disable,
                 stopped=lambda: self.group.size == 1 and bool(caught),
             )

@@ -1,19 +1,21 @@
 """What a rung compares: a schedule on a device, perhaps with a network, and inputs that are equal on every machine."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastddpm import ops
 from fastddpm.core import noise
 from fastddpm.core.precision import PRECISIONS, arithmetic
 from fastddpm.core.schedule import Schedule
 from fastddpm.core.table import StepColumns, StepTable
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.fused import CONDITION, LABELS, Network, argument_of
+from fastddpm.networks.unet1d import UNet1D
+from fastddpm.reference import unet1d
 from fastddpm.reference.diffusion import update
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.sampler import Sampler
@@ -68,16 +70,16 @@ class NetworkCase(Case):
         steps: of the trajectory; None: all T.
         progress: show bars.
         has_time: whether there is time to compare the distribution of samples.
-        plain_networks: the reference U-Nets that `plain_output` has built, by dtype.
+        plain_networks: the reference networks that `plain_output` has built, by dtype.
         times: [T]: what the network gets for each timestep; None: the timestep.
     """
 
-    net: UNet2D
+    net: Network
     shape: tuple[int, ...]
     steps: int | None = None
     progress: bool = False
     has_time: bool = True
-    plain_networks: dict[torch.dtype, UNet] = field(default_factory=dict)
+    plain_networks: dict[torch.dtype, nn.Module] = field(default_factory=dict)
     times: Tensor | None = None
 
     @property
@@ -90,12 +92,12 @@ class NetworkCase(Case):
         T = self.schedule.num_train_timesteps
         return min(FEW_STEPS, self.steps or T, T)
 
-    def network(self, damage: bool) -> UNet2D:
+    def network(self, damage: bool) -> Network:
         """The network; if damaged, a copy in which the largest weight of the first convolution is off by 1 %."""
         if not damage:
             return self.net
         net = copy.deepcopy(self.net)
-        weight = net.conv_in.weight
+        weight = next(parameter for parameter in net.parameters() if parameter.ndim > 2)
         weight[tuple((weight.abs() == weight.abs().max()).nonzero()[0])] *= 1.01
         return net
 
@@ -113,35 +115,39 @@ class NetworkCase(Case):
             timestep_values=self.times,
         )
 
-    def labels(self, samples: Iterable[int]) -> Tensor | None:
-        """A class label for each sample index; None if the network is not class-conditional."""
-        if self.net.class_embedding is None:
-            return None
-        count = self.net.config["num_class_embeds"] or 10
+    def given(self, samples: Iterable[int]) -> dict[str, Tensor]:
+        """What the network is given besides x and t, for each sample index: a class label, a condition, or nothing."""
+        config, argument = self.net.config, argument_of(self.net)
+        if argument is None:
+            return {}
+        if argument == CONDITION:
+            address = noise.address(0, samples)
+            return {CONDITION: noise.normal(address, (config["global_cond_dim"],), stream=FREE_STREAM, t=1)}
+        count = config["num_class_embeds"] or 10
         classes = torch.tensor([sample % count for sample in samples], dtype=torch.int64, device="cpu")
-        if self.net.config["class_embed_type"] != "identity":
-            return classes
-        return classes[:, None].expand(-1, self.net.time_embedding.linear_2.out_features).float() / 10
+        if isinstance(self.net, UNet1D) or config["class_embed_type"] != "identity":
+            return {LABELS: classes}
+        return {LABELS: classes[:, None].expand(-1, self.net.time_embedding.linear_2.out_features).float() / 10}
 
-    def plain_output(self, precision: str, x: Tensor, t: int, labels: Tensor | None) -> Tensor:
-        """The output for x at t of the reference U-Net in plain torch, with channels-last weights.
+    def plain_output(self, precision: str, x: Tensor, t: int, given: Mapping[str, Tensor]) -> Tensor:
+        """The output for x at t of the reference network in plain torch, with channels-last weights.
 
-        Args: precision: one of PRECISIONS, or "fp64".
+        Args: precision: one of PRECISIONS, or "fp64"; given: as `given` returns it.
         """
         dtype = PRECISIONS.get(precision, torch.float64)
         if dtype not in self.plain_networks:
             with torch.device("meta"):
-                network = UNet(**self.net.config)
+                is_sequence = isinstance(self.net, UNet1D)
+                network = unet1d.UNet1D(self.net.config) if is_sequence else UNet(**self.net.config)
             network.to(dtype).to_empty(device=self.device)
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             network.load_state_dict(self.net.state_dict())
             self.plain_networks[dtype] = network.eval()
-        if labels is not None:
-            labels = labels.to(self.device, dtype if labels.is_floating_point() else None)
+        given = {name: x.to(self.device, dtype if x.is_floating_point() else None) for name, x in given.items()}
         with arithmetic(precision, self.device):
-            told = torch.full_like(x[:, 0, 0, 0], t, dtype=torch.int64)
+            told = torch.full((len(x),), t, dtype=torch.int64, device=self.device)
             told = told if self.times is None else self.times.to(self.device)[told]
-            return self.plain_networks[dtype](x.to(dtype), told, labels)
+            return self.plain_networks[dtype](x.to(dtype), told, **given)
 
     def reference_trajectory(
         self, precision: str, table: StepTable, rows: Tensor, samples: Iterable[int]
@@ -154,11 +160,11 @@ class NetworkCase(Case):
             samples: sample indices.
         """
         address = noise.address(0, samples, self.device)
-        labels = self.labels(address[:, 1].tolist())
+        given = self.given(address[:, 1].tolist())
         x = noise.normal(address, self.shape, stream=noise.START, t=table.num_train_timesteps).to(rows.dtype)
         for row, t in zip(rows.to(self.device).flip(0), table.timesteps.flip(0).tolist(), strict=True):
             z = noise.normal(address, self.shape, stream=noise.STEP, t=t).to(rows.dtype)
-            output = self.plain_output(precision, x, t, labels)
+            output = self.plain_output(precision, x, t, given)
             m, v = output[:, : self.shape[0]], output[:, self.shape[0] :]
             x = update(x, m, row, z, clip=table.clip, v=v, learned=table.learned)
             yield x

@@ -12,7 +12,7 @@ import torch
 from fastddpm import ops
 from fastddpm.core import checks
 from fastddpm.evaluate.terms import check_output_channels
-from fastddpm.networks.unet2d import UNet2D
+from fastddpm.networks.fused import is_own
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.verify import interpreter, rungs, sampling_rungs
 from fastddpm.verify.accuracy import Record
@@ -53,14 +53,16 @@ def verify(
     deadline = None if seconds is None else time.monotonic() + seconds
     sampler = Sampler.from_pretrained(source, variant=variant, device=device, precision="fp32")
     schedule, net = sampler.schedule, sampler.model
-    if not isinstance(net, UNet2D):
-        raise ValueError(f"the checkpoint holds a {type(net).__name__} of another package; want one of a UNet2D")
-    if (more := net.config["in_channels"] - sampler.shape[0]) > 0:
+    if not is_own(net):
+        raise ValueError(
+            f"the checkpoint holds a {type(net).__name__} of another package; want one of a UNet2D or UNet1D"
+        )
+    if (more := net.in_channels - sampler.shape[0]) > 0:
         raise ValueError(
             f"the network takes {more} channels more than a sample has (concat), which the ladder does not have; want "
             "a checkpoint without them"
         )
-    check_output_channels(schedule, sampler.shape[0], net.config["out_channels"])
+    check_output_channels(schedule, sampler.shape[0], net.out_channels)
     schedule.table(steps)  # raises if steps is wrong, before anything runs
     implementation = BY_BACKEND[ops.backend(sampler.device)]
     times = sampler.engine.prepared.times

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,7 @@ from fastddpm.core import noise
 from fastddpm.core.precision import Compute
 from fastddpm.core.table import StepTable, step_rows
 from fastddpm.evaluate.frechet import frechet_distance, random_features
-from fastddpm.sampling.batch_network import LABELS
-from fastddpm.sampling.conditions import NOTHING
+from fastddpm.sampling.conditions import NOTHING, Conditions
 from fastddpm.sampling.engine import Engine
 from fastddpm.verify.accuracy import Record, accuracy_records, root_mean_square, unequal
 from fastddpm.verify.case import NetworkCase, step_table
@@ -32,18 +30,18 @@ Errors = list[tuple[int, float, float]]  # (t, error, error of plain torch) afte
 
 def unet_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
     n, T = 2, case.schedule.num_train_timesteps
-    x, labels = noise.normal(noise.address(0, n), case.shape, stream=noise.START, t=T), case.labels(range(n))
+    x, given = noise.normal(noise.address(0, n), case.shape, stream=noise.START, t=T), case.given(range(n))
     for precision in case.bar(case.precisions, "U-Net"):
         compute = Compute(case.device, precision)
         engine = Engine(case.network(damage), case.shape, T, compute, "eager", times=case.times)
         ours, theirs, ref = [], [], []
         with engine.network(n, capture=False) as network:
-            network.prepare(torch.arange(T, device="cpu"), labels)
+            network.prepare(torch.arange(T, device="cpu"), given)
             with network.working():
                 for t in (T - 1, T // 2, 0):
                     ours.append(network(x, t))
-                    theirs.append(case.plain_output(precision, network.input, t, labels))
-                    ref.append(case.plain_output("fp64", network.input, t, labels))
+                    theirs.append(case.plain_output(precision, network.input, t, given))
+                    ref.append(case.plain_output("fp64", network.input, t, given))
         compared = f"{precision} U-Net with the float64 reference"
         if torch.cat(theirs).isfinite().all():
             yield from accuracy_records("unet", compared, torch.cat(ours), torch.cat(theirs), torch.cat(ref))
@@ -58,7 +56,7 @@ def engines_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
 
     def samples(precision: str, engine: str, damage: bool) -> Tensor:
         sampler = case.sampler(precision=precision, engine=engine, damage=damage)
-        return sampler.sample(4, seed=3, steps=case.few_steps, class_labels=case.labels(range(4)), progress=False)
+        return sampler.sample(4, seed=3, steps=case.few_steps, model_kwargs=case.given(range(4)), progress=False)
 
     for precision in case.bar(case.precisions, "engines"):
         differing = unequal(samples(precision, "graph", damage), samples(precision, "eager", False))
@@ -114,7 +112,7 @@ def trajectory_errors(
             compute = Compute(case.device, precision)
             engine = Engine(case.net, case.shape, table.num_train_timesteps, compute, times=case.times)
             runner = stack.enter_context(engine.runner(1, capture=engine.captures(len(table))))
-            runner.load(step_table(table, damage=damage), noise.address(0, 1), case.labels(range(1)))
+            runner.load(step_table(table, damage=damage), noise.address(0, 1), Conditions(case.given(range(1))))
             runner.start()
             runners.append(runner)
         exact = case.reference_trajectory("fp64", table, exact_rows, range(1))
@@ -146,8 +144,8 @@ def batch_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
     i = sampler.micro_batch + 1
 
     def draw(samples: Sequence[int]) -> Tensor:
-        labels = case.labels(samples)
-        return sampler.sample(samples, seed=5, steps=case.few_steps, class_labels=labels, progress=False)
+        given = case.given(samples)
+        return sampler.sample(samples, seed=5, steps=case.few_steps, model_kwargs=given, progress=False)
 
     alone = draw([1 if damage else i])[0]  # damaged: the noise of the entry's place in the batch, 1
     for where, samples in (("in a batch", range(i + 1)), ("at another place", [2 * i + 1, i, 0])):
@@ -182,8 +180,7 @@ def _drawn_in_rounds(
         wrong_drafts: forget the network's outputs before each round, so that drafts begin with x_0 = 0.
         wrong_commit: change one element of the state after the first round, as a wrong step would.
     """
-    labels = case.labels(range(1))
-    given = noise.address(0, 1), NOTHING if labels is None else replace(NOTHING, kwargs={LABELS: labels})
+    given = noise.address(0, 1), Conditions(case.given(range(1)))
     with engine.chains(1, WINDOW, capture=engine.captures(len(table)), form=NOTHING.form) as chains, chains.working():
         chains.load(table, *given, mode=mode)
         chains.start(torch.ones(1, dtype=torch.bool, device="cpu"), *given)
@@ -209,8 +206,8 @@ def distribution_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
         *_, x_0 = case.reference_trajectory("fp32", table, table.rows, range(start, start + 16))
         reference.append(random_features(x_0.cpu()))
     same, others = torch.cat(reference).split(SAMPLES)
-    labels = case.labels(range(SAMPLES))
-    samples = sampler.sample(SAMPLES, steps=len(table), noise=not damage, class_labels=labels, progress=case.progress)
+    given = case.given(range(SAMPLES))
+    samples = sampler.sample(SAMPLES, steps=len(table), noise=not damage, model_kwargs=given, progress=case.progress)
     fast = random_features(samples)
     strangers = (torch.cdist(fast.double(), same.double()).argmin(1).cpu() != torch.arange(SAMPLES, device="cpu")).sum()
     kind = f"{sampler.precision} samples"

@@ -466,7 +466,9 @@ def test_super_resolution_networks_take_more_channels_than_they_return(tmp_path)
 def test_a_folder_without_checkpoint_says_what_was_looked_for(tmp_path):
     text = check.error_line(checkpoints.load, tmp_path)
     assert text.startswith(f"{tmp_path} is not a DDPM checkpoint: it has no unet/config.json and no config.json")
-    assert text.endswith("no .pt file of guided-diffusion, improved-diffusion or denoising-diffusion-pytorch")
+    assert text.endswith(
+        "no .pt file of guided-diffusion, improved-diffusion, denoising-diffusion-pytorch or diffusion_policy"
+    )
 
 
 def test_sampler_loads_a_file(tmp_path):

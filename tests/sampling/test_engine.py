@@ -271,7 +271,8 @@ def test_changed_constants_are_captured_again(graphs):
     assert len(graphs) == 2
     with sampler.engine.runner(2, capture=True) as runner:
         for clip in (True, False):
-            runner.load(Schedule(clip_sample=clip).table(2), noise.address(0, 2), torch.tensor([2, 2]))
+            given = Conditions({"class_labels": torch.tensor([2, 2])})
+            runner.load(Schedule(clip_sample=clip).table(2), noise.address(0, 2), given)
     assert len(graphs) == 4
 
 

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -709,7 +710,7 @@ def test_grown_folder_of_invariant_samples_has_the_samples_of_one_job(tmp_path):
 def test_latents_are_not_written_as_images(tmp_path, monkeypatch):
     """Also where they have the channels of an image."""
     sampler = Sampler(Elementwise(), SCHEDULE, shape=(3, 4, 4), device="cpu")
-    sampler._decoder = tmp_path / "vae"
+    sampler._about = replace(sampler._about, decoder=tmp_path / "vae")
     settings = {"shard_size": 3, "batch_size": 2, "progress": False}
     message = error_line(job.sample_to, tmp_path / "png", sampler, 5, format="png", **settings)
     want = "samples are (3, 4, 4) latents, which the VAE of the pipeline turns into images; write them as npz or"

@@ -73,9 +73,9 @@ def test_entries_at_0_are_those_of_the_share(size):
 def test_images_that_do_not_fit_a_gpu_stay_on_the_host(monkeypatch):
     pixels, gpu = torch.zeros(10, 3, 4, 4, dtype=torch.uint8), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (959, 80 << 30))
-    assert batches.images_on_device(pixels, gpu) is pixels
+    assert batches.on_device(pixels, gpu) is pixels
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (960, 80 << 30))
     moved = []
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device: moved.append(device))
-    batches.images_on_device(pixels, gpu)
+    batches.on_device(pixels, gpu)
     assert moved == [gpu]

@@ -100,7 +100,7 @@ def test_steps_do_not_wait_for_the_gpu(tmp_path, monkeypatch, held, options):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 30))
     options, labels = dataclasses.replace(OPTIONS, precision="bf16", engine="eager", **options), np.arange(40) % 3
     ours = Trainer(pictures(), labels, tmp_path, options, Ranks(device="cuda"))
-    assert ours.batches.pixels.device.type == ("cpu" if held == "on the host" else "cuda")
+    assert ours.batches.data.device.type == ("cpu" if held == "on the host" else "cuda")
     network = ours.wrapped_network()
     for k in range(2):
         ours.step(network, k)

@@ -14,7 +14,7 @@ from tests.support.training import SMALL, run
 
 def test_unet_config_follows_the_options():
     options = TrainOptions(channels=(8, 16, 24), layers=3, attention=(0, 2), groups=4, dropout=0.25)
-    assert options.unet_config(8, 12, 3) == {
+    assert options.unet_config((3, 8, 12)) == {
         "sample_size": (8, 12),
         "in_channels": 3,
         "out_channels": 3,
@@ -26,8 +26,8 @@ def test_unet_config_follows_the_options():
         "norm_num_groups": 4,
         "dropout": 0.25,
     }
-    assert options.unet_config(8, 8, 1)["sample_size"] == 8
-    learned = dataclasses.replace(options, schedule=Schedule(variance_type="learned_range")).unet_config(8, 8, 3, 11)
+    assert options.unet_config((1, 8, 8))["sample_size"] == 8
+    learned = dataclasses.replace(options, schedule=Schedule(variance_type="learned_range")).unet_config((3, 8, 8), 11)
     assert (learned["in_channels"], learned["out_channels"], learned["num_class_embeds"]) == (3, 6, 11)
 
 

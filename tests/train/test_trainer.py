@@ -45,7 +45,7 @@ def test_first_loss_is_that_of_algorithm_1(tmp_path):
     options = dataclasses.replace(SMALL, steps=1)
     run(tmp_path, options)
     torch.manual_seed(options.seed)
-    net = UNet2D(**options.unet_config(8, 8, 1))
+    net = UNet2D(**options.unet_config((1, 8, 8)))
     x_0, t, address, _ = batch(pictures(), 0, options)
     assert torch.equal(address, noise.address(options.seed, 3))
     eps = noise.normal(address, (1, 8, 8), stream=noise.TRAIN, t=0)
@@ -69,7 +69,7 @@ def test_run_equals_plain_training_loop(tmp_path, predicts, classes):
     out = run(tmp_path, options, data, labels=labels)
 
     torch.manual_seed(seed)
-    net = UNet2D(**options.unet_config(8, 8, 1, classes))
+    net = UNet2D(**options.unet_config((1, 8, 8), classes))
     ema = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.3, fused=True)
     pixels = torch.from_numpy(data).movedim(-1, 1)
@@ -107,7 +107,7 @@ def test_training_lowers_the_loss(tmp_path):
     options = dataclasses.replace(SMALL, steps=100, batch_size=16, learning_rate=4e-3, save_every=100, sample_every=100)
     out = run(tmp_path, options)
     torch.manual_seed(options.seed)
-    net = UNet2D(**options.unet_config(8, 8, 1))
+    net = UNet2D(**options.unet_config((1, 8, 8)))
     x_0 = torch.from_numpy(pictures(64)).movedim(-1, 1).float() / 127.5 - 1
     t = torch.arange(64) % 20
     eps = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(1))

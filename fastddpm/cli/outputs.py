@@ -1,0 +1,100 @@
+"""Where `fastddpm sample` writes to, in which format, and what fits the model's samples."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastddpm.sampling.sampler import Sampler
+    from fastddpm.storage.shards import ShardFolder
+
+DEFAULT_OUT = {
+    "png": "samples",
+    "grid": "samples.png",
+    "npz": "samples.npz",
+    "txt": "samples.txt",
+    "wav": "samples",
+    "webdataset": "samples",
+}
+_FORMAT_OF_SUFFIX = {".png": "grid", ".npz": "npz", ".txt": "txt", "": "png"}
+PICTURE = "spectrograms.png"  # in a folder of WAV files, of the first ones
+
+
+def destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
+    """(path, format, whether the path is a folder). Either option may imply the other."""
+    if out is None:
+        out = DEFAULT_OUT[format or "grid"]
+    if not out:
+        raise ValueError("--out is ''; want a .png, an .npz or a folder")
+    suffix = "" if out.endswith(os.sep) or os.path.isdir(out) else Path(out).suffix.lower()
+    implied = _FORMAT_OF_SUFFIX.get(suffix)
+    if format is None and implied is None:
+        raise ValueError(f"--out is {out}; want a .png, an .npz or a folder, or give --format")
+    if format is not None and suffix and implied is not None and implied != format:
+        raise ValueError(f"--format is {format}, but --out is {out}, which means {implied}; leave --format out")
+    format = format or str(implied)
+    if format == "webdataset" and suffix == ".tar":
+        folder = f"{Path(out).stem}/"
+        raise ValueError(
+            f"--out is {out}, but --format webdataset writes a folder of several tars; want a folder: "
+            f"--out {folder}, then `fastddpm merge {folder} {out}` joins them"
+        )
+    return Path(out), format, format in ("png", "wav", "webdataset") or (format == "npz" and not suffix)
+
+
+def prints(args: argparse.Namespace, sampler: "Sampler") -> bool:
+    """Whether texts are printed, not written to a file."""
+    from fastddpm.text import Text
+
+    return isinstance(sampler.medium, Text) and args.out is None and args.format is None
+
+
+def format_of_medium(args: argparse.Namespace, sampler: "Sampler", format: str) -> str:
+    """The format, where sounds and texts have another default."""
+    from fastddpm.storage.audio import Audio
+
+    if prints(args, sampler):
+        return "txt"
+    return "wav" if isinstance(sampler.medium, Audio) and args.format is None and format == "png" else format
+
+
+def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: str) -> None:
+    """Raises: ValueError: the options of one file do not fit what the model draws."""
+    from fastddpm.sampling.manifest import draws_images
+    from fastddpm.storage.audio import Audio
+
+    if args.decode and sampler.decoder is None:
+        raise ValueError("--decode is for a pipeline with a VAE, which this checkpoint does not have; leave it out")
+    if args.decode and args.trajectory is not None:
+        raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
+    if args.decode or draws_images(sampler) or (format == "npz" and args.trajectory is None):
+        if format == "txt":
+            raise ValueError("--out is a .txt, but the model's samples are images; use a .png or an .npz")
+        return
+    if sampler.medium is not None and args.trajectory is None:
+        kind, suits = ("sounds", "grid") if isinstance(sampler.medium, Audio) else ("texts", "txt")
+        if format != suits:
+            suffixes = ", ".join(name for name, of in _FORMAT_OF_SUFFIX.items() if of in (suits, "npz"))
+            raise ValueError(f"the model's samples are {kind}; want --out with the suffix {suffixes}, or a folder")
+        return
+    without = ", without --trajectory" * (args.trajectory is not None)
+    if sampler.decoder is not None:
+        raise ValueError(
+            "the model's samples are latents, which the VAE of its pipeline turns into images; use --decode for "
+            f"images (it needs diffusers), or --format npz for the latents{without}"
+        )
+    raise ValueError(
+        f"the model's samples are {sampler.shape}, but an image has 1, 3 or 4 channels; use --format npz{without}"
+    )
+
+
+def draw_first(store: "ShardFolder", sampler: "Sampler", path: Path) -> None:
+    """Draw the spectrograms of the samples of the first shard, at most MOST_SHOWN."""
+    import torch
+
+    from fastddpm.storage.sequence_files import MOST_SHOWN, save_sequences
+
+    samples, labels = torch.from_numpy(store.read(0)[:MOST_SHOWN]), store.labels(0)
+    shown = None if labels is None else labels[:MOST_SHOWN].tolist()
+    save_sequences(samples, path, sampler.medium, shown, sampler.classes)

@@ -1,4 +1,4 @@
-"""`fastddpm likelihood`: the variational bound on the negative log-likelihood of images."""
+"""`fastddpm likelihood`: the variational bound on the negative log-likelihood of images, sounds or texts."""
 
 import argparse
 import math
@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from fastddpm.cli.labels import parse_labels
 from fastddpm.cli.options import (
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fastddpm.evaluate.likelihood import Bound
-    from fastddpm.networks.unet2d import UNet2D
+    from fastddpm.networks.fused import Network
     from fastddpm.sampling.sampler import Sampler
 
-SUMMARY = "bound the negative log-likelihood of images, in bits/dim"
+SUMMARY = "bound the negative log-likelihood of images, sounds or texts, in bits/dim"
 EPILOG = """
 examples:
   fastddpm likelihood runs/mine test.npz                         every term for every image
   fastddpm likelihood fashion-mnist test.npz --num-images 1000 --terms 20 --plot bound.png
+  fastddpm likelihood names held-out.txt                         texts, one a line
 
 Prints a bound on -log2 p(image) in bits per dimension, as the DDPM paper reports it: the rate L_1 + ... + L_T and the
 distortion L_0, each with its standard error over the images. DATA is read and prepared as in `fastddpm train`; from an
@@ -48,7 +50,9 @@ with --num-images 100 --terms 20.
 def add(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser, required=True)
     parser.add_argument(
-        "data", metavar="DATA", help="images: an .npz, .npy or MNIST-format file, a folder, .zip or .tar"
+        "data",
+        metavar="DATA",
+        help="images, sounds or texts: an .npz, .npy, .txt or MNIST-format file, a folder, .zip or .tar",
     )
     parser.add_argument("--num-images", type=int, metavar="N", help="use the first N images of DATA (default: all)")
     parser.add_argument(
@@ -89,8 +93,8 @@ def run(args: argparse.Namespace) -> None:
     labels: Sequence[int] | np.ndarray | None = None
     if args.class_labels is not None:
         labels = parse_labels(args.class_labels, sampler.classes)
-    images = datasets.load_images(args.data, held_out=True, progress=not args.quiet)
-    array = datasets.array_name(args.data, held_out=True)
+    images, texts = _load_data(args, sampler)
+    array = None if texts else datasets.array_name(args.data, held_out=True)
     if labels is None:
         labels = _labels_of_data(args, sampler, count=len(images))
     if not args.quiet:
@@ -110,24 +114,54 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(_bound_json(result, args.data, array, args.seed, seconds, variance_type))
     else:
-        print(_bound_text(result, array, seconds, variance_type))
+        print(_bound_text(result, array, seconds, variance_type) + _of_texts(result, texts[: args.num_images], sampler))
     if args.out is not None:
         _save_terms(result, args.out)
     if args.plot is not None:
         _plot_terms(result, args.plot)
 
 
+def _load_data(args: argparse.Namespace, sampler: "Sampler") -> tuple[Any, list[str]]:
+    """(the data as `bound` takes them, the texts that they are or nothing)."""
+    from fastddpm.storage import datasets, sequences
+    from fastddpm.text import Text, read_texts
+
+    if isinstance(sampler.medium, Text):
+        texts = read_texts(args.data)
+        return sampler.medium.encode(texts), texts
+    if len(sampler.shape) == 3:
+        return datasets.load_images(args.data, held_out=True, progress=not args.quiet), []
+    return sequences.load_sequences(args.data, held_out=True).data, []
+
+
+def _of_texts(result: "Bound", texts: list[str], sampler: "Sampler") -> str:
+    """Further lines for texts: what the bound is for a text and a character."""
+    from fastddpm.text import Text
+
+    if not isinstance(medium := sampler.medium, Text):
+        return ""
+    if medium.code != "bits":
+        return "\nL_0 is a density, so the bound does not say how many bits a text takes"
+    per_text = result.summary()["total"][0] * result.dimensions
+    characters = sum(min(len(text) + 1, medium.length) for text in texts) / len(texts)  # with the end symbol
+    return (
+        f"\na text is {medium.length} symbols of {medium.shape[0]} bits, each -1 or 1, and L_0 is the probability of "
+        f"all signs: {per_text:.2f} bits per text, {per_text / characters:.3f} per character (with the end of a text)"
+    )
+
+
 def _check_before_loading(args: argparse.Namespace) -> None:
-    from fastddpm.storage import datasets
+    from fastddpm.storage import datasets, sequences
     from fastddpm.storage.image_folder import would_hold
 
+    files = [Path(args.data)] if sequences.is_sequences(args.data) else datasets.image_files(args.data)
     for option, path, suffix in (("--out", args.out, ".npz"), ("--plot", args.plot, ".png")):
         if path is None:
             continue
         if as_path(option, path).suffix.lower() != suffix:
             raise ValueError(f"{option} is {path}; want a {suffix} file")
         if os.path.exists(path):
-            check_not_input(option, path, *checkpoint_files(args.checkpoint), *datasets.image_files(args.data))
+            check_not_input(option, path, *checkpoint_files(args.checkpoint), *files)
     if args.plot is not None and would_hold(args.data, args.plot):
         raise ValueError(f"--plot is {args.plot}, in DATA, which would hold one more image; name another place")
     if args.out and args.plot and os.path.realpath(args.out) == os.path.realpath(args.plot):
@@ -160,9 +194,9 @@ def _labels_of_data(args: argparse.Namespace, sampler: "Sampler", count: int) ->
     """The labels that come with DATA; None for a model without classes. Args: count: images in all of DATA."""
     from fastddpm.storage import datasets
 
-    config = cast("UNet2D", sampler.model).config
+    config = cast("Network", sampler.model).config
     classes = config["num_class_embeds"] if sampler.null_label is None else sampler.null_label
-    if not classes and not config["class_embed_type"]:
+    if not classes and not config.get("class_embed_type"):
         return None
     try:
         labels = datasets.load_labels(args.data, count=count, held_out=True, classes=sampler.classes or classes)

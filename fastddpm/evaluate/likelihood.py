@@ -24,14 +24,15 @@ from fastddpm import ops
 from fastddpm.core import noise
 from fastddpm.core.checks import checked_call, flag, is_whole, shown, whole
 from fastddpm.core.memory import send
-from fastddpm.core.schedule import Schedule
 from fastddpm.evaluate.terms import BoundTerms, prior_kl, systematic
 from fastddpm.networks.fused import labelled
+from fastddpm.reference.likelihood import HALF_BIN
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.batches import evaluating, size_after_failure
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.watch import Watch
+from fastddpm.text import Text
 
 FEW_TIMESTEPS = 40  # up to this number, a plot shows each one; else
 BIN_TERMS, BIN_WIDTH = 10, 1.1  # bins of at least so many terms, and of at least this ratio between the t of neighbours
@@ -144,8 +145,10 @@ def bound(
     Args:
         sampler: with any model. Its schedule defines p, including the variance_type, which may be learned.
         data: images uint8 [N, H, W, C], as `datasets.load_images` returns them: L_0 is the probability of their bytes.
-            Or floating point [N, *sampler.shape] in data units, computed in float32, within the range to which the
-            schedule clips, if it does: L_0 is then a density, which is not comparable with a probability.
+            Or int16 [N, *sampler.shape], samples of sound: L_0 is their probability. Or floating point
+            [N, *sampler.shape] in data units, computed in float32, within the range to which the schedule clips, if it
+            does: L_0 is then a density, which is not comparable with a probability; but if the sampler's medium is text
+            in bits, which must be -1 or 1, it is the probability of their signs.
         terms: K, how many of the T - 1 terms L_{t-1} to evaluate for each image, at random timesteps. Early ones are
             more likely, since their terms are large; the weights keep the bound unbiased. None: all.
         seed: 0 <= seed < 2^64.
@@ -161,7 +164,7 @@ def bound(
     progress = flag("progress", progress)
     if sampler.value_range not in (None, (-1.0, 1.0)):
         raise ValueError(f"the sampler's value_range is {sampler.value_range}; the bound is for data in [-1, 1]")
-    x_0 = _channels_last_data(data, sampler.shape, sampler.schedule)
+    x_0, half_bin = _channels_last_data(data, sampler)
     T, N = sampler.schedule.num_train_timesteps, len(x_0)
     if sampler.decoder is not None and x_0.dtype == torch.uint8:
         raise ValueError("data are images, but the model is of latents; want its latents, as floating-point numbers")
@@ -170,7 +173,7 @@ def bound(
     if terms is not None and (not is_whole(terms) or not least <= terms <= T - 1):
         raise ValueError(f"terms is {shown(terms)}; want a whole number from {least} to T - 1 = {T - 1}, or None: all")
     labels, addresses = sampler.checked_labels(class_labels, N), noise.address(seed, N)
-    bound_terms = BoundTerms(sampler, discrete=x_0.dtype == torch.uint8)
+    bound_terms = BoundTerms(sampler, half_bin=half_bin)
     timesteps, weights = systematic(T - 1, T - 1 if terms is None else int(terms), seed, N)
     size = min(size, N * max(1, timesteps.shape[1]))
 
@@ -286,18 +289,23 @@ def _bins(timesteps: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     return bins
 
 
-def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -> Tensor:
-    """Data on the CPU with channels last, [N, *spatial, C], uint8 or float32; a view of it if possible.
+def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, float | None]:
+    """Data on the CPU with channels last, [N, *spatial, C], uint8 or float32, a view of it if possible; and the half
+    width of their bins, or None.
 
     Raises: ValueError: data is not as `bound` takes it.
     """
-    wanted = "want uint8 [N, H, W, C] or floating point [N, *shape]"
+    shape, schedule = sampler.shape, sampler.schedule
+    wanted = "want uint8 [N, H, W, C], or int16 or floating point [N, *shape]"
     try:
         x = torch.as_tensor(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"data is {shown(data)}; {wanted}") from error
+    half_bin = {torch.uint8: HALF_BIN, torch.int16: 2.0**-16}.get(x.dtype)
     if x.dtype == torch.uint8:
         want: tuple[int, ...] = (*shape[1:], shape[0])
+    elif x.dtype == torch.int16:
+        x, want = x.float() / 2**15, shape
     elif x.is_floating_point() and x.layout == torch.strided:
         x, want = x.float(), shape
     else:
@@ -307,7 +315,7 @@ def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -
         sizes = ", ".join(map(str, want))
         raise ValueError(f"data is {tuple(x.shape)} {x.dtype}; want [N, {sizes}] with N >= 1 for this model")
     if x.dtype == torch.uint8:
-        return x
+        return x, half_bin
     if not x.isfinite().all():
         sample = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"data of sample {sample} is not finite; want finite numbers")
@@ -318,7 +326,11 @@ def _channels_last_data(data: Any, shape: tuple[int, ...], schedule: Schedule) -
             f"data reaches {farthest:g}, but the schedule clips x_0 to [-{limit}, {limit}]; scale the data, "
             "or set clip_sample to False"
         )
-    return x.movedim(1, -1)
+    if isinstance(sampler.medium, Text) and sampler.medium.code == "bits":
+        if not (x.abs() == 1).all():
+            raise ValueError("data is not -1 or 1 everywhere; want the bits of texts, as sampler.medium.encode(texts)")
+        half_bin = 1.0
+    return x.movedim(1, -1), half_bin
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -31,9 +31,9 @@ class BoundTerms:
     which are the attributes constant and error_factor (eq. 8, with its constant C).
     """
 
-    def __init__(self, sampler: Sampler, *, discrete: bool):
+    def __init__(self, sampler: Sampler, *, half_bin: float | None):
         schedule, device, T = sampler.schedule, sampler.device, sampler.schedule.num_train_timesteps
-        self.schedule, self.discrete, self.channels = schedule, discrete, sampler.shape[0]
+        self.schedule, self.half_bin, self.channels = schedule, half_bin, sampler.shape[0]
 
         rows, scale = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T, device="cpu"))
         rows, noising = x_0_rows(rows, scale), schedule.noising_table()
@@ -77,9 +77,12 @@ class BoundTerms:
         return kl.flatten(1).sum(1)
 
     def distortion(self, model_output: Tensor, x_0: Tensor, t: Tensor, address: Tensor) -> Tensor:
-        """L_0, for our t = 0: of bytes eq. 13, else the negative log density. Arguments as of `kl`."""
+        """L_0, for our t = 0: of bins eq. 13, else the negative log density. Arguments as of `kl`."""
         mean, log_var = self._prediction(model_output, x_0, t, address)
-        return (decoder_nll if self.discrete else normal_nll)(_float64_units(x_0), mean, log_var).flatten(1).sum(1)
+        x = _float64_units(x_0)
+        if self.half_bin is None:
+            return normal_nll(x, mean, log_var).flatten(1).sum(1)
+        return decoder_nll(x, mean, log_var, self.half_bin).flatten(1).sum(1)
 
     def _prediction(self, model_output: Tensor, x_0: Tensor, t: Tensor, address: Tensor) -> tuple[Tensor, Tensor]:
         """The predicted x_0 (eq. 15), and the log of p's variance, which can be broadcast over it: float64."""

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from fastddpm.networks import fused_unet1d, planned, unet1d, unet2d
+from fastddpm.networks import fused_unet1d, planned, planned_unet1d, unet1d, unet2d
 from fastddpm.networks.config import complete_config, least_parameters
 from fastddpm.networks.fused_unet1d import FusedUNet1D
 from fastddpm.networks.obstacles import Obstacles
@@ -69,4 +69,7 @@ def refresh(copy: Fused, net: Network) -> None:
 
 def fastest_forward(copy: Fused) -> Callable[[Tensor, Tensor], Tensor]:
     """What evaluates a copy, with the arguments of its `denoise`: if possible a program of C++ kernels."""
-    return copy.denoise if isinstance(copy, FusedUNet1D) else planned.fastest_forward(copy)
+    if isinstance(copy, UNet2D):
+        return planned.fastest_forward(copy)
+    has_programs = planned.has_programs(copy.out.weight)
+    return planned.PlannedUNet(copy, planned_unet1d.SequenceBuilder) if has_programs else copy.denoise

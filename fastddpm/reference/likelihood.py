@@ -19,6 +19,7 @@ from torch import Tensor
 from fastddpm.reference.diffusion import Diffusion, Model, target
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
+HALF_BIN = 1 / 255  # of bytes
 HYBRID_WEIGHT = 0.001  # of L_vlb in L_hybrid
 
 
@@ -33,17 +34,20 @@ def normal_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return (math.log(2 * math.pi) + log_var + (x - mean).square() * torch.exp(-log_var)) / 2
 
 
-def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor, half_bin: float = HALF_BIN) -> Tensor:
     """-log of the probability that N(mean, var) assigns to the bin of x, for each element, in nats: eq. 13.
 
-    The 256 bins are 2/255 wide, with centres -1, -1 + 2/255, ..., 1; the first and the last are unbounded. The result
-    is finite wherever the mean is: the difference of two tails is computed from their logarithms.
+    The bins are two half_bin wide, with centres -1, -1 + 2 half_bin, ...; the first is unbounded, and so is one around
+    1. The result is finite wherever the mean is: the difference of two tails is computed from their logarithms.
 
-    Args: x: bytes u as (u - 127.5) / 127.5, floating point; mean, log_var: broadcast to it.
+    Args:
+        x: bytes u as (u - 127.5) / 127.5, 16-bit samples u as u / 32768, or bits as -1 and 1; floating point.
+        mean, log_var: broadcast to it.
+        half_bin: 1/255, 2^-16 or 1, respectively.
     """
     scale = torch.exp(-log_var / 2)
-    low = torch.where(x < -0.999, -math.inf, (x - 1 / 255 - mean) * scale)
-    high = torch.where(x > 0.999, math.inf, (x + 1 / 255 - mean) * scale)
+    low = torch.where(x < half_bin - 1, -math.inf, (x - half_bin - mean) * scale)
+    high = torch.where(x > 1 - half_bin, math.inf, (x + half_bin - mean) * scale)
     right = low + high > 0  # where the lower tails are close to 1: the mirrored bin has the same probability
     low, high = torch.where(right, -high, low), torch.where(right, -low, high)
     log_high = torch.special.log_ndtr(high)
@@ -111,7 +115,7 @@ def term(
     predicts: str = "epsilon",
     variance_type: str = "fixed_small",
     clip: float | None = None,
-    discrete: bool = True,
+    half_bin: float | None = HALF_BIN,
 ) -> Tensor:
     """One term of the bound for each entry: [N], in nats.
 
@@ -125,7 +129,7 @@ def term(
         eps: like x_0, standard normal: the noise in x_t.
         predicts, clip: see `predicted_x_0`.
         variance_type: see `log_variance`.
-        discrete: whether x_0 are bytes u, as (u - 127.5) / 127.5: L_0 then has their probability, else the density.
+        half_bin: L_0 is the probability of the bin of x_0, see `decoder_nll`; None: it is a density.
     Raises: ValueError: variance_type is unknown.
     """
     if variance_type not in VARIANCE_TYPES:
@@ -138,7 +142,9 @@ def term(
     log_var = log_variance(process, t, variance_type, v, x_0)
     q, p = process.posterior(x_0, x_t, t), process.posterior(mean_x_0, x_t, t)
     kl = normal_kl(q.mean, torch.where(q.var > 0, q.var, 1).log(), p.mean, log_var)
-    nll = (decoder_nll if discrete else normal_nll)(x_0, mean_x_0, log_var)
+    nll = normal_nll(x_0, mean_x_0, log_var)
+    if half_bin is not None:
+        nll = decoder_nll(x_0, mean_x_0, log_var, half_bin)
     return torch.where(t > 0, kl.flatten(1).sum(1), nll.flatten(1).sum(1))
 
 
@@ -151,13 +157,13 @@ def bound(
     predicts: str = "epsilon",
     variance_type: str = "fixed_small",
     clip: float | None = None,
-    discrete: bool = True,
+    half_bin: float | None = HALF_BIN,
 ) -> Tensor:
     """The bound on -log p(x_0) for each entry, in nats: [N]. Divided by log 2 and an entry's elements, it is bits/dim.
 
     Args:
         noise: returns the eps of x_t, like x_0; called with 0, ..., T-1.
-        model, x_0, predicts, variance_type, clip, discrete: see `term`.
+        model, x_0, predicts, variance_type, clip, half_bin: see `term`.
     """
     total = prior_kl(process, x_0)
     for t in range(process.T):
@@ -170,7 +176,7 @@ def bound(
             predicts=predicts,
             variance_type=variance_type,
             clip=clip,
-            discrete=discrete,
+            half_bin=half_bin,
         )
     return total
 

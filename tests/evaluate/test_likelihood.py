@@ -55,7 +55,7 @@ def by_reference(model, schedule, data, dtype):
     x_0 = ((data.to(dtype) - 127.5) / 127.5).movedim(-1, 1) if discrete else data.to(dtype)
     options = {
         "predicts": schedule.prediction_type,
-        "discrete": discrete,
+        "half_bin": 1 / 255 if discrete else None,
         "clip": schedule.clip_sample_range if schedule.clip_sample else None,
         "variance_type": schedule.variance_type.removesuffix("_log"),
     }

@@ -48,7 +48,7 @@ def expected_term(process, t, variance_type, var=VAR):
 def test_every_term_of_gaussian_data_has_its_closed_form(t, variance_type):
     x_0, eps = corners()
     at = torch.full((len(x_0),), t)
-    got = term(PROCESS, optimal(PROCESS), x_0, at, eps, variance_type=variance_type, discrete=False).mean()
+    got = term(PROCESS, optimal(PROCESS), x_0, at, eps, variance_type=variance_type, half_bin=None).mean()
     torch.testing.assert_close(got, expected_term(PROCESS, t, variance_type), rtol=1e-11, atol=1e-12)
 
 
@@ -72,10 +72,10 @@ def test_bound_of_the_true_reverse_process_is_the_entropy(T):
     mean, var = abar[-1].sqrt() * MU, abar[-1] * VAR + 1 - abar[-1]
     left = (var + mean**2 - 1 - var.log()).sum() / 2
     entropy = (2 * math.pi * math.e * VAR).log().sum() / 2
-    exact = bound(process, model, x_0, lambda t: eps, variance_type="learned", discrete=False).mean()
+    exact = bound(process, model, x_0, lambda t: eps, variance_type="learned", half_bin=None).mean()
     torch.testing.assert_close(exact, entropy + left, rtol=1e-10, atol=1e-11)
     for fixed in ("fixed_small", "fixed_large"):
-        loose = bound(process, optimal(process), x_0, lambda t: eps, variance_type=fixed, discrete=False).mean()
+        loose = bound(process, optimal(process), x_0, lambda t: eps, variance_type=fixed, half_bin=None).mean()
         assert loose > entropy + left
     if T == 80:
         assert left < 1e-3
@@ -111,13 +111,13 @@ def test_decoder_is_finite_in_float32_far_from_the_mean():
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("discrete", [True, False])
-def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, discrete):
+@pytest.mark.parametrize("half_bin", [1 / 255, None])
+def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, half_bin):
     generator = torch.Generator().manual_seed(0)
     t = torch.arange(20)
     x_0 = (torch.randint(0, 256, (20, 3), generator=generator).double() - 127.5) / 127.5
     eps = torch.randn(20, 3, dtype=torch.float64, generator=generator)
-    fixed = term(PROCESS, optimal(PROCESS), x_0, t, eps, variance_type=variance_type, clip=1.0, discrete=discrete)
+    fixed = term(PROCESS, optimal(PROCESS), x_0, t, eps, variance_type=variance_type, clip=1.0, half_bin=half_bin)
     small = torch.cat([PROCESS.posterior_var[1:2], PROCESS.posterior_var[1:]])
     var = small if variance_type == "fixed_small" else torch.cat([small[:1], PROCESS.betas[1:]])
     end = {"fixed_small": -1.0, "fixed_large": 1.0}[variance_type]
@@ -125,10 +125,10 @@ def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, di
     ends[0] = -1
     for kind, v in (("learned", var), ("learned_range", ends)):
         model = lambda x, t, v=v: torch.cat([optimal(PROCESS)(x, t), v[t][:, None].expand_as(x)], 1)
-        got = term(PROCESS, model, x_0, t, eps, variance_type=kind, clip=1.0, discrete=discrete)
+        got = term(PROCESS, model, x_0, t, eps, variance_type=kind, clip=1.0, half_bin=half_bin)
         torch.testing.assert_close(got, fixed, rtol=1e-10, atol=1e-12)
         wrong = lambda x, t, v=v: torch.cat([optimal(PROCESS)(x, t), (0.9 * v[t])[:, None].expand_as(x)], 1)
-        off = term(PROCESS, wrong, x_0, t, eps, variance_type=kind, clip=1.0, discrete=discrete)
+        off = term(PROCESS, wrong, x_0, t, eps, variance_type=kind, clip=1.0, half_bin=half_bin)
         assert (off != fixed).all()
 
 
@@ -149,7 +149,7 @@ def test_all_prediction_types_give_the_same_terms():
 def test_bound_of_a_process_of_one_step():
     process = Diffusion(torch.tensor([0.3]))
     x_0, eps = corners()
-    got = bound(process, optimal(process), x_0, lambda t: eps, discrete=False)
+    got = bound(process, optimal(process), x_0, lambda t: eps, half_bin=None)
     abar = 1 - process.betas[0]
     mean = (
         process.noised(x_0, 0, eps)

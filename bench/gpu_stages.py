@@ -330,7 +330,7 @@ def _group_norm(shape: tuple[int, ...]) -> None:
     for n, c, *pixels in (shape, (1, 4, 70, 61)):
         x, skip = _random((n, c, *pixels), DTYPE), _random((n, c, *pixels), DTYPE)
         weight, bias, add = (torch.ones(shape, device=DEVICE) for shape in ((2 * c,), (2 * c,), (n, 2 * c)))
-        ops.group_norm(x, weight, bias, 2, eps=1e-5, skip=skip, add=add, silu=True)
+        ops.group_norm(x, weight, bias, 2, eps=1e-5, skip=skip, add=add, act="silu")
 
 
 def _residual(shape: tuple[int, ...]) -> None:

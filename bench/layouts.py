@@ -13,7 +13,7 @@ from bench.machine import DEVICE, SCALE
 from fastddpm import UNet2D, checkpoints, ops
 from fastddpm.core import layout
 from fastddpm.core.precision import PRECISIONS
-from fastddpm.networks.layers import GroupNorm, silu
+from fastddpm.networks.layers import FUSED, GroupNorm
 from fastddpm.sampling.arguments import sample_shape
 
 CIFAR10 = {  # google/ddpm-cifar10-32
@@ -73,7 +73,7 @@ class Norm(NamedTuple):
     groups: int
     eps: float
     add: bool  # whether the time bias is added
-    silu: bool
+    act: str | None
 
 
 @cache
@@ -84,7 +84,7 @@ def norms(name: str) -> Counter[Norm]:
     def record(norm, args, options):
         x, act, skip, add = args[0], args[1] if len(args) > 1 else None, options.get("skip"), options.get("add")
         skip_shape = None if skip is None else tuple(skip.shape[1:])
-        found[Norm(tuple(x.shape[1:]), skip_shape, norm.num_groups, norm.eps, add is not None, act is silu)] += 1
+        found[Norm(tuple(x.shape[1:]), skip_shape, norm.num_groups, norm.eps, add is not None, FUSED.get(act))] += 1
 
     with ops.forced_backend("triton"):
         net = _on_meta(name).for_inference(torch.bfloat16, "meta")

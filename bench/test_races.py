@@ -117,14 +117,14 @@ class NormProblem:
     def ours(self) -> Tensor:
         norm = self.norm
         return ops.group_norm(
-            self.x, self.weight, self.bias, norm.groups, eps=norm.eps, skip=self.skip, add=self.add, silu=norm.silu
+            self.x, self.weight, self.bias, norm.groups, eps=norm.eps, skip=self.skip, add=self.add, act=norm.act
         )
 
     def plain(self, dtype: torch.dtype = DTYPE, norm: Callable[..., Tensor] | None = None) -> Call:
         """Return a call of `plain_norm`, or of its compiled form, with all inputs in dtype."""
         inputs = self.x, self.skip, self.add, self.weight, self.bias
         cast = [None if tensor is None else tensor.to(dtype) for tensor in inputs]
-        return partial(norm or plain_norm, *cast, self.norm.groups, self.norm.eps, self.norm.silu)
+        return partial(norm or plain_norm, *cast, self.norm.groups, self.norm.eps, self.norm.act)
 
     def check(self) -> Callable[[Tensor], dict[str, Any]]:
         """Return a check of a result: it errs at most twice as much as plain torch's."""
@@ -135,14 +135,14 @@ class NormProblem:
         return layout.empty(batch, shape, dtype=DTYPE, device=DEVICE).normal_(1)
 
 
-def plain_norm(x, skip, add, weight, bias, groups, eps, silu):
+def plain_norm(x, skip, add, weight, bias, groups, eps, act):
     """Plain torch, channels-last in and out; compiled, it is Inductor's."""
     if skip is not None:
         x = torch.cat([x, skip], 1)
     if add is not None:
         x = x + add[:, :, None, None]
     y = F.group_norm(x, groups, weight, bias, eps)
-    y = F.silu(y) if silu else y
+    y = y if act is None else {"silu": F.silu, "mish": F.mish}[act](y)
     return y.contiguous(memory_format=torch.channels_last)  # a GPU's group norm returns NCHW
 
 
@@ -168,7 +168,7 @@ def test_norms(measure, name, batch, rival):
         records.append({**norm._asdict(), "count": count, "times_s": times, "wrong": wrong})
         totals.update({who: count * times[who] for who in ("ours", rival) if who in times})
         totals["fastest of each"] += count * min(times.values(), default=math.nan)
-        what = f"{list(norm.shape)}{f' + {norm.skip[0]}' if norm.skip else ''}{' + t' * norm.add}{' silu' * norm.silu}"
+        what = f"{list(norm.shape)}{f' + {norm.skip[0]}' if norm.skip else ''}{' + t' * norm.add} {norm.act or ''}"
         show(f"{count} x {what}", times, problem.bytes_moved)
 
     def forward():

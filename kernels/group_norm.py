@@ -1,11 +1,13 @@
-"""Fused group norm silu((normalised(cat([x, skip]) + add) * weight + bias) * (1 + scale) + shift), with two inputs.
+"""Fused group norm of two inputs, and all that follows it: an activation, FiLM and a residual. In formulas,
+act((normalised(cat([x, skip]) + add) * weight + bias) * (1 + scale) + shift) * film_scale + film_shift + residual.
 
 Traffic: each input element is read once and y is written, 4 bytes per element in bf16, if a program holds its groups in
-registers. Programs share groups that are too large for that, in two launches that read the input twice: 6 bytes.
+registers. Programs share groups that are too large for that, in two launches that read the input twice: 6 bytes. The
+residual is read once.
 Precision: fp32, rounded once. The variance is computed about the mean, in a second pass that also corrects the mean;
-for shared groups by Welford's recurrence. Multiply-adds are fused, SiLU's exponential is approximate, and in 16 bits
-its division is too: nothing here is specified to the bit.
-Spec: cat, group_norm, * (1 + scale) + shift, and silu of torch. Proof: tests/ops/test_group_norm.py (float64),
+for shared groups by Welford's recurrence. Multiply-adds are fused, the activation's exponential is approximate, and in
+16 bits its division is too: nothing here is specified to the bit.
+Spec: cat, group_norm, * (1 + scale) + shift, silu and mish of torch. Proof: tests/ops/test_group_norm.py (float64),
 tests/kernels/test_compiled.py.
 """
 
@@ -97,13 +99,17 @@ def held_kernel(
     weight_ptr,  # [channels] fp32
     bias_ptr,  # [channels] fp32
     scale_shift_ptr,  # [N, 2, channels] fp32: scales, then shifts; rows scale_shift_stride apart; or None
+    film_scale_ptr,  # [N, channels] fp32, rows film_stride apart, or None
+    film_shift_ptr,  # like film_scale, or None
+    residual_ptr,  # like y, or None
     pixels,
     channels,
     x_channels,
     add_stride,
     scale_shift_stride,
+    film_stride,
     eps,
-    SILU: tl.constexpr,
+    ACT: tl.constexpr,  # "silu", "mish" or None
     PER_GROUP: tl.constexpr,  # channels of a group
     WIDTH: tl.constexpr,  # PER_GROUP, padded to a power of two
     GROUPS: tl.constexpr,  # of a program
@@ -124,8 +130,9 @@ def held_kernel(
     count = _values_per_place(row < pixels, PER_GROUP, WIDTH)
     centred, _, delta, var = _group_moments(x, add, count, None, pixels * PER_GROUP)
     scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))
-    y = centred * scale + (bias - delta * scale)
-    _store_tile(y_ptr, y, n, row, flat, mask, pixels, channels, SILU)
+    y = _activated(centred * scale + (bias - delta * scale), y_ptr.dtype.element_ty, ACT)
+    y = _scaled_and_shifted(y, film_scale_ptr, film_shift_ptr, n * film_stride + c, inside)
+    _store_tile(y_ptr, residual_ptr, y, n, row, flat, mask, pixels, channels)
 
 
 @triton.jit
@@ -186,15 +193,19 @@ def apply_kernel(
     weight_ptr,
     bias_ptr,
     scale_shift_ptr,
+    film_scale_ptr,
+    film_shift_ptr,
+    residual_ptr,
     statistics_ptr,
     pixels,
     channels,
     x_channels,
     add_stride,
     scale_shift_stride,
+    film_stride,
     slabs,
     eps,
-    SILU: tl.constexpr,
+    ACT: tl.constexpr,
     PER_GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -237,7 +248,9 @@ def apply_kernel(
     for i in range(0, SLAB, ROWS):
         pixel, mask = s * SLAB + i + row, (row < rows - i)[:, None] & exists[None, :]
         x = _load_tile(x_ptr, skip_ptr, n, pixel, flat, mask, pixels, channels, x_channels).reshape(ROWS, GROUPS, WIDTH)
-        _store_tile(y_ptr, (x - mean) * scale + offset, n, pixel, flat, mask, pixels, channels, SILU)
+        y = _activated((x - mean) * scale + offset, y_ptr.dtype.element_ty, ACT)
+        y = _scaled_and_shifted(y, film_scale_ptr, film_shift_ptr, n * film_stride + c, inside)
+        _store_tile(y_ptr, residual_ptr, y, n, pixel, flat, mask, pixels, channels)
 
 
 @triton.jit
@@ -265,12 +278,36 @@ def _load_tile(x_ptr, skip_ptr, n, pixel, channel, mask, pixels, channels, x_cha
 
 
 @triton.jit
-def _store_tile(y_ptr, y, n, pixel, channel, mask, pixels, channels, SILU: tl.constexpr):
-    if SILU:
+def _activated(y, dtype: tl.constexpr, ACT: tl.constexpr):
+    """ACT of y. Args: dtype: that of the result in memory; its division is exact only in fp32."""
+    if ACT == "silu":
         below = 1 + tl.exp2(y * -1.4426950408889634)  # inf from y = -128 down: y / inf = -0
-        y = tl.div_rn(y, below) if y_ptr.dtype.element_ty == tl.float32 else y / below
-    at = y_ptr + n * pixels * channels + (pixel[:, None] * channels + channel[None, :])
-    tl.store(at, y.reshape(mask.shape[0], mask.shape[1]).to(y_ptr.dtype.element_ty), mask=mask)
+        y = tl.div_rn(y, below) if dtype == tl.float32 else y / below
+    if ACT == "mish":  # with w = exp(y), tanh(log(1 + w)) is above / (above + 2); from y = 20 on, 1
+        w = tl.exp2(tl.minimum(y, 20) * 1.4426950408889634)
+        above = w * (w + 2)
+        y *= tl.div_rn(above, above + 2) if dtype == tl.float32 else above / (above + 2)
+    return y
+
+
+@triton.jit
+def _scaled_and_shifted(y, scale_ptr, shift_ptr, at, mask):
+    """y [rows, groups, width] times a scale, plus a shift, for each channel; each pointer may be None."""
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + at, mask=mask)[None]
+    if shift_ptr is not None:
+        y += tl.load(shift_ptr + at, mask=mask)[None]
+    return y
+
+
+@triton.jit
+def _store_tile(y_ptr, residual_ptr, y, n, pixel, channel, mask, pixels, channels):
+    """Store y [rows, groups, width] plus the residual, if there is one."""
+    at = n * pixels * channels + (pixel[:, None] * channels + channel[None, :])
+    y = y.reshape(mask.shape[0], mask.shape[1])
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=mask).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -327,25 +364,27 @@ def _total(x):
     return tl.sum(tl.sum(x, 2), 0)
 
 
-def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, scale_shift, *, silu):
+def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, scale_shift, film, residual, *, act):
     """Launches only: fastddpm.ops has checked every argument."""
     n, channels, *spatial = y.shape
     pixels, per_group = prod(spatial), channels // groups
     division = plan(n, pixels, channels, groups, y.element_size())
     stripes, slabs = triton.cdiv(groups, division.groups), triton.cdiv(pixels, division.slab)
-    inputs, affine = (x, skip, add), (weight, bias, scale_shift)
-    sizes, stride = (pixels, channels, x.shape[1], _stride_of_rows(add)), _stride_of_rows(scale_shift)
+    film_scale = None if film is None or film.shape[1] == channels else film[:, :channels]
+    film_shift = None if film is None else film[:, -channels:]
+    inputs, others = (x, skip, add), (weight, bias, scale_shift, film_scale, film_shift, residual)
+    sizes, strides = (pixels, channels, x.shape[1], _stride_of_rows(add)), map(_stride_of_rows, (scale_shift, film))
     tile = {"PER_GROUP": per_group, "WIDTH": triton.next_power_of_2(per_group), "GROUPS": division.groups}
     tile |= {"STRIPES": stripes, "ROWS": division.rows, "num_warps": division.warps, **OPTIONS}
     with torch.cuda.device_of(x):
         if division.rows >= pixels:
-            return launch(held_kernel, (n * stripes,), y, *inputs, *affine, *sizes, stride, eps, SILU=silu, **tile)
+            return launch(held_kernel, (n * stripes,), y, *inputs, *others, *sizes, *strides, eps, ACT=act, **tile)
         statistics = torch.empty(n, slabs, 3, groups, dtype=torch.float32, device=x.device)
         grid = (n * stripes * slabs,)
         tile["SLAB"] = division.slab
         launch(statistics_kernel, grid, statistics, *inputs, *sizes, slabs, **tile)
-        tile |= {"SLABS": triton.next_power_of_2(slabs), "SILU": silu}
-        launch(apply_kernel, grid, y, *inputs, *affine, statistics, *sizes, stride, slabs, eps, **tile)
+        tile |= {"SLABS": triton.next_power_of_2(slabs), "ACT": act}
+        launch(apply_kernel, grid, y, *inputs, *others, statistics, *sizes, *strides, slabs, eps, **tile)
 
 
 def _stride_of_rows(rows):

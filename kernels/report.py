@@ -191,29 +191,36 @@ def tree_sum_variant() -> Variant:
 
 
 def group_norm_variants(
-    dtype: str, n: int, pixels: int, channels: int, *, skip: bool = False, add: bool = False,
-    scale_shift: bool = False, silu: bool = True,
+    dtype: str, n: int, pixels: int, channels: int, *, groups: int = 32, skip: bool = False, add: bool = False,
+    scale_shift: bool = False, film: int = 0, residual: bool = False, act: str | None = "silu",
 ) -> Iterator[Variant]:  # fmt: skip
-    """The kernels that are launched by `group_norm.plan` for n samples of [pixels, channels] in 32 groups."""
-    plan = group_norm.plan(n, pixels, channels, 32, BYTES[dtype])
-    width = triton.next_power_of_2(channels // 32)
-    types = dict.fromkeys(("y_ptr", "x_ptr", "skip_ptr"), f"*{dtype}") | {"eps": "fp32"}
+    """The kernels that are launched by `group_norm.plan` for n samples of [pixels, channels] in groups.
+
+    Args: film: 2 for scales and shifts, 1 for shifts alone, 0 for none.
+    """
+    plan, per_group = group_norm.plan(n, pixels, channels, groups, BYTES[dtype]), channels // groups
+    width = triton.next_power_of_2(per_group)
+    types = dict.fromkeys(("y_ptr", "x_ptr", "skip_ptr", "residual_ptr"), f"*{dtype}") | {"eps": "fp32"}
     types |= dict.fromkeys(("add_ptr", "weight_ptr", "bias_ptr", "scale_shift_ptr", "statistics_ptr"), "*fp32")
-    types |= dict.fromkeys(("pixels", "channels", "x_channels", "add_stride", "scale_shift_stride", "slabs"), "i32")
-    constants = {"SILU": silu, "PER_GROUP": channels // 32, "WIDTH": width, "GROUPS": plan.groups, "ROWS": plan.rows}
-    constants |= {"STRIPES": triton.cdiv(32, plan.groups), "SLAB": plan.slab}
+    types |= dict.fromkeys(("film_scale_ptr", "film_shift_ptr"), "*fp32")
+    types |= dict.fromkeys(("pixels", "channels", "x_channels", "slabs"), "i32")
+    types |= dict.fromkeys(("add_stride", "scale_shift_stride", "film_stride"), "i32")
+    constants: dict[str, Any] = {"ACT": act, "PER_GROUP": per_group, "WIDTH": width, "GROUPS": plan.groups}
+    constants |= {"STRIPES": triton.cdiv(groups, plan.groups), "ROWS": plan.rows, "SLAB": plan.slab}
     constants |= {"SLABS": triton.next_power_of_2(triton.cdiv(pixels, plan.slab))}
     given = {"skip": skip, "add": add, "scale_shift": scale_shift}
+    given |= {"film_scale": film == 2, "film_shift": film > 0, "residual": residual}
     constants |= {f"{argument}_ptr": None for argument, present in given.items() if not present}
     options, held = {"num_warps": plan.warps, **group_norm.OPTIONS}, plan.rows >= pixels
     for kernel in [group_norm.held_kernel] if held else [group_norm.statistics_kernel, group_norm.apply_kernel]:
         what = kernel.__name__.removesuffix("_kernel")
         what_is_given = "".join(f", {argument}" for argument, present in given.items() if present)
-        name = f"norm {what} {dtype} {n}x{pixels}x{channels}{what_is_given}{', silu' * silu}"
+        name = f"norm {what} {dtype} {n}x{pixels}x{channels}{what_is_given}{f', {act}' if act else ''}"
         own, typed = ({k: v for k, v in d.items() if k in kernel.arg_names} for d in (constants, types))
-        written = 0 if kernel is group_norm.statistics_kernel else BYTES[dtype]
+        read, written = BYTES[dtype], 0 if kernel is group_norm.statistics_kernel else BYTES[dtype]
+        read += written * residual
         elements = plan.rows * plan.groups * width
-        yield Variant(name, kernel, typed, own, options, elements, BYTES[dtype], written)
+        yield Variant(name, kernel, typed, own, options, elements, read, written)
 
 
 def residual_variant(dtype: str, *, bias: bool) -> Variant:
@@ -276,6 +283,10 @@ VARIANTS = (
     *group_norm_variants("bf16", 1, 256 * 256, 128, add=True),
     *group_norm_variants("bf16", 64, 1024, 128, add=True, scale_shift=True),
     *group_norm_variants("bf16", 1, 256 * 256, 128, add=True, scale_shift=True),
+    *group_norm_variants("bf16", 64, 16, 1024, groups=8, film=2, act="mish"),
+    *group_norm_variants("fp32", 1, 16, 1024, groups=8, film=1, act="mish"),
+    *group_norm_variants("bf16", 64, 1024, 128, residual=True, act="mish"),
+    *group_norm_variants("bf16", 1, 256 * 256, 128, film=2, residual=True, act="mish"),
     residual_variant("bf16", bias=True),
     interleave_variant("bf16", bias=True),
     interleave_variant("fp32", bias=False),

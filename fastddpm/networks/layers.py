@@ -28,6 +28,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {"silu": silu, "swish": silu, "mish": F.mish, "gelu": F.gelu, "relu": F.relu}
+FUSED: dict[Activation | None, str] = {silu: "silu", F.mish: "mish"}  # those that a norm's kernel computes
 IDENTITY = nn.Identity()
 Linear = partial(nn.Linear, dtype=torch.float32)  # whatever torch's default is
 CACHED_ELEMENTS = 1 << 18  # float32, 1 MB: fits a core's second-level cache
@@ -184,6 +185,19 @@ def phases_of(weight: Tensor) -> Tensor:
     return torch.einsum("apk,bql,oikl->aboipq", meets, meets, weight).reshape(-1, weight.shape[1], 2, 2)
 
 
+def phases_of_transposed(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two convolutions that compute a transposed one of kernel 4, stride 2 and padding 1, as in `UNet1D`.
+
+    Even positions are y[2 i] = w[3] x[i - 1] + w[1] x[i], odd ones y[2 i + 1] = w[2] x[i] + w[0] x[i + 1].
+
+    Args: weight: [in, out, 4].
+    Returns: [out, in, 1, 2] each: of the even positions, with padding 1 on the left, and of the odd ones, with padding
+        1 on the right.
+    """
+    taps = weight.transpose(0, 1)[:, :, None]
+    return taps[..., [3, 1]], taps[..., [2, 0]]
+
+
 class TimeMLP(nn.Module):
     """[N, width] sinusoids -> [N, embed_width]: two linear layers with SiLU between them."""
 
@@ -257,6 +271,7 @@ class GroupNorm(nn.GroupNorm):
     ) -> Tensor:
         """Args: skip, add, scale_shift: as in `ops.group_norm`; they need kernels."""
         if self.kernels:
+            fused = FUSED.get(act)
             y = ops.group_norm(
                 x,
                 self.weight,
@@ -266,9 +281,9 @@ class GroupNorm(nn.GroupNorm):
                 skip=skip,
                 add=add,
                 scale_shift=scale_shift,
-                silu=act is silu,
+                act=fused,
             )
-            return y if act is None or act is silu else act(y)
+            return y if act is None or fused else act(y)
         on_cpu, affine = x.device.type == "cpu", self.weight is not None and self.bias is not None
         if on_cpu and affine and x.dtype == torch.float32 and not torch.is_grad_enabled():
             y = _two_pass_group_norm(self, x)

@@ -23,7 +23,7 @@ from fastddpm.kernels.cpu.program import (  # type: ignore[import-not-found]  # 
     given,
     pack,
 )
-from fastddpm.networks.layers import Attention, Block, Conv2d, Downsample, GroupNorm, Pool, Upsample, silu
+from fastddpm.networks.layers import FUSED, Attention, Block, Conv2d, Downsample, GroupNorm, Pool, Upsample
 from fastddpm.networks.resnet import Resnet
 from fastddpm.networks.unet2d import UNet2D
 
@@ -47,7 +47,7 @@ def _can_be_planned(net: UNet2D) -> bool:
     return (
         ops.backend(weight.device) == "cpp"
         and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native().module.bfloat16()))
-        and all(resnet.act is silu for resnet in net.resnets)
+        and all(resnet.act in FUSED for resnet in net.resnets)
         and not options["center_input_sample"]
         and all(isinstance(m.phases, Conv2d) for m in net.modules() if isinstance(m, Upsample))
         and all(
@@ -130,23 +130,24 @@ class Builder:
                 h = self._attention(attention, self._resnet(resnet, h, skips.pop()))
             for upsample in block.upsamplers:
                 h = self._upsample(upsample, h)
-        h = self._norm(net.conv_norm_out, h, silu=True)
+        h = self._norm(net.conv_norm_out, h, act="silu")
         self._convolution(net.conv_out, h, into=out)
 
     def _resnet(self, resnet: Resnet, x: Images, skip: Images | None = None) -> Images:
         columns = Rows(given(_ROWS, 4 * self._column), self._entry_stride)
         self._column += resnet.columns
-        h = self._norm(resnet.norm1, x, skip, silu=True)
+        act = FUSED[resnet.act]
+        h = self._norm(resnet.norm1, x, skip, act=act)
         if resnet.phases is not None:
             h = self._polyphase(resnet.phases, h)
         else:
             h = self.program.resample(h, up=False) if resnet.resize == "down" else h
             h = self._convolution(resnet.conv1, h)
         if resnet.bias1 is None:
-            h = self._norm(resnet.norm2, h, add=columns, silu=True)
+            h = self._norm(resnet.norm2, h, add=columns, act=act)
         else:
             bias = Rows(self.program.keep(resnet.bias1))
-            h = self._norm(resnet.norm2, h, add=bias, scale_shift=columns, silu=True)
+            h = self._norm(resnet.norm2, h, add=bias, scale_shift=columns, act=act)
         if resnet.conv_shortcut is not None:
             x = self.program.convolution(x, self._pack(resnet.conv_shortcut.weight, False), skip=skip)
         elif resnet.resize is not None:
@@ -156,7 +157,7 @@ class Builder:
     def _attention(self, attention: nn.Module, x: Images) -> Images:
         if not isinstance(attention, Attention):  # the identity
             return x
-        h = x if attention.group_norm is None else self._norm(attention.group_norm, x, silu=False)
+        h = x if attention.group_norm is None else self._norm(attention.group_norm, x, act=None)
         qkv = cast(nn.Linear, attention.qkv)
         h = self.program.convolution(h, self._pack(qkv.weight, False), qkv.bias)
         h = self.program.attention(h, attention.head_dim)

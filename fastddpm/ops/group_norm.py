@@ -1,5 +1,7 @@
-"""Group norm of two inputs and a time bias, with scale, shift and SiLU."""
+"""Group norm of two inputs and a time bias, with scale, shift, activation, FiLM and residual."""
 
+from collections.abc import Callable
+from itertools import product
 from math import inf
 from typing import Any
 
@@ -12,6 +14,8 @@ from fastddpm.ops.backend import launcher
 from fastddpm.ops.checks import check_no_gradients, check_state, check_tensor, tensor_summary
 from fastddpm.ops.library import FLOATS, MAX_ACTIVATION, MAX_GROUP, register
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "mish": F.mish}
+
 
 def group_norm(
     x: Tensor,
@@ -23,11 +27,15 @@ def group_norm(
     skip: Tensor | None = None,
     add: Tensor | None = None,
     scale_shift: Tensor | None = None,
-    silu: bool = False,
+    act: str | None = None,
+    film: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, followed by SiLU if `silu`.
+    """Group norm (Wu and He 2018, arXiv:1803.08494) of cat([x, skip], 1) + add, followed by an activation.
 
-    With `scale_shift`, the norm is multiplied by 1 + scale, and shift is added to it, before the SiLU.
+    With `scale_shift`, the norm is multiplied by 1 + scale, and shift is added to it, before the activation. With
+    `film` (Perez et al. 2017, arXiv:1709.07871), the activation's result is multiplied by a scale, and a shift is added
+    to it. The residual is added at the end.
 
     In fp32, rounded once; the kernel stores neither the sum nor the concatenation. An entry's bits do not depend on
     the other entries, but on the size of the batch, by which the kernel decides how to divide its work.
@@ -41,10 +49,13 @@ def group_norm(
         add: [1 or N, C] fp32 of any row stride, added before the statistics (the time bias, a slice of a table's
             columns); or None.
         scale_shift: [1 or N, 2 C] fp32 of any row stride: the scale of each channel, then the shift of each; or None.
-        silu: whether to return y * sigmoid(y) instead of y.
+        act: "silu", y * sigmoid(y); "mish" (Misra 2019, arXiv:1908.08681), y * tanh(log(1 + exp(y))); or None.
+        film: [1 or N, 2 C] fp32 of any row stride: the scale of each channel, then the shift of each; [1 or N, C]: the
+            shifts alone; or None.
+        residual: like the result, added to it; or None.
     Returns: [N, C, *spatial] like x, new.
     Raises: ValueError: a shape, dtype, layout or device is not as above, groups do not divide the channels, eps is not
-        positive, or an argument requires a gradient.
+        positive, or an argument requires a gradient; act is unknown.
     """
     channels = _check_inputs(x, skip)
     if not isinstance(groups, int) or groups < 1 or channels % groups or channels > groups * MAX_GROUP:
@@ -57,10 +68,16 @@ def group_norm(
         check_tensor("group_norm", name, parameter, (channels,), torch.float32, x.device, hint)
     _check_rows("add", add, x, channels)
     _check_rows("scale_shift", scale_shift, x, 2 * channels)
+    _check_rows("film", film, x, 2 * channels, channels)
+    if residual is not None:
+        _check_residual(residual, x, channels)
     if not isinstance(eps, int | float) or not 0 < eps < inf:
         raise ValueError(f"group_norm: eps is {eps!r}; want a number > 0")
-    check_no_gradients("group_norm", weight=weight, bias=bias, add=add, scale_shift=scale_shift)
-    return torch.ops.fastddpm.group_norm(x, weight, bias, groups, float(eps), skip, add, scale_shift, silu)
+    if act not in (None, *ACTIVATIONS):
+        raise ValueError(f"group_norm: act is {act!r}; want {', '.join(map(repr, ACTIVATIONS))} or None")
+    check_no_gradients("group_norm", weight=weight, bias=bias, add=add, scale_shift=scale_shift, film=film)
+    numbers = groups, float(eps)
+    return torch.ops.fastddpm.group_norm(x, weight, bias, *numbers, skip, add, scale_shift, act, film, residual)
 
 
 def _check_inputs(x: Tensor, skip: Tensor | None) -> int:
@@ -82,17 +99,26 @@ def _check_inputs(x: Tensor, skip: Tensor | None) -> int:
     return channels
 
 
-def _check_rows(name: str, rows: Any, x: Tensor, columns: int) -> None:
+def _check_residual(residual: Tensor, x: Tensor, channels: int) -> None:
+    check_state("group_norm", "residual", residual, FLOATS, MAX_ACTIVATION)
+    shape = len(x), channels, *x.shape[2:]
+    if residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"group_norm: residual is {tensor_summary(residual)}; want {shape} {x.dtype} on {x.device}, like the result"
+        )
+
+
+def _check_rows(name: str, rows: Any, x: Tensor, *columns: int) -> None:
     if rows is not None and (
         not isinstance(rows, Tensor)
-        or rows.shape not in ((1, columns), (len(x), columns))
+        or tuple(rows.shape) not in product((1, len(x)), columns)
         or rows.dtype != torch.float32
         or rows.device != x.device
-        or (rows.stride(1) != 1 and columns > 1)
+        or (rows.stride(1) != 1 and rows.shape[1] > 1)
     ):
         raise ValueError(
-            f"group_norm: {name} is {tensor_summary(rows)}; want (1 or {len(x)}, {columns}) torch.float32 on "
-            f"{x.device}, each row contiguous: one for all entries of x or one for each"
+            f"group_norm: {name} is {tensor_summary(rows)}; want (1 or {len(x)}, {' or '.join(map(str, columns))}) "
+            f"torch.float32 on {x.device}, each row contiguous: one for all entries of x or one for each"
         )
 
 
@@ -105,23 +131,35 @@ def _group_norm(
     skip: Tensor | None,
     add: Tensor | None,
     scale_shift: Tensor | None,
-    silu: bool,
+    act: str | None,
+    film: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
     y = _group_norm_fake(x, weight)
     if y.numel() == 0:
         return y
     if (launch := launcher("group_norm", x.device)) is not None:
-        launch(y, x, weight, bias, groups, eps, skip, add, scale_shift, silu=silu)
+        launch(y, x, weight, bias, groups, eps, skip, add, scale_shift, film, residual, act=act)
         return y
     v = x.float() if skip is None else torch.cat([x, skip], 1).float()
     if add is not None:
-        v = v + add.view(*add.shape, *[1] * (x.ndim - 2))
+        v = v + _per_entry(add, x)
     # contiguous: for channels-last memory torch's CPU kernel computes the variance as E[x^2] - E[x]^2
     v = torch.group_norm(v.contiguous(), groups, weight, bias, eps)
     if scale_shift is not None:
-        scale, shift = scale_shift.view(*scale_shift.shape, *[1] * (x.ndim - 2)).chunk(2, 1)
+        scale, shift = _per_entry(scale_shift, x).chunk(2, 1)
         v = v * (1 + scale) + shift
-    return y.copy_(F.silu(v) if silu else v)
+    if act is not None:
+        v = ACTIVATIONS[act](v)
+    if film is not None:
+        *scale, shift = _per_entry(film, x).split(len(weight), 1)
+        v = v * scale[0] + shift if scale else v + shift
+    return y.copy_(v if residual is None else v + residual)
+
+
+def _per_entry(rows: Tensor, x: Tensor) -> Tensor:
+    """[1 or N, columns] -> [1 or N, columns, 1, ...], with as many axes as x."""
+    return rows.view(*rows.shape, *[1] * (x.ndim - 2))
 
 
 def _group_norm_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
@@ -130,7 +168,7 @@ def _group_norm_fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 register(
     "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps, Tensor? skip, Tensor? add, "
-    "Tensor? scale_shift, bool silu) -> Tensor",
+    "Tensor? scale_shift, str? act, Tensor? film, Tensor? residual) -> Tensor",
     _group_norm,
     _group_norm_fake,
 )

@@ -278,8 +278,8 @@ def norm_rung(case: Case, damage: bool) -> Iterator[Record]:
         if kind == "bare ":
             x, skip, add = torch.cat([x, rest], 1), None, None
         x, rows = layout.channels_last(x), scales_and_shifts if kind == "scaled " else None
-        factors, silu = weight * damage_factor, add is not None
-        ours = ops.group_norm(x, factors, bias, groups, eps=eps, skip=skip, add=add, scale_shift=rows, silu=silu)
+        factors, act = weight * damage_factor, None if add is None else "silu"
+        ours = ops.group_norm(x, factors, bias, groups, eps=eps, skip=skip, add=add, scale_shift=rows, act=act)
         precision = next(name for name, value in PRECISIONS.items() if value == dtype)
         compared = f"{precision} {kind}group norm about {centre} by {case.implementation} with float64"
         theirs = plain(torch.float32, x, skip, add, rows).to(dtype)

@@ -24,7 +24,7 @@ template <class T>
 struct Convolution {
     int64_t n, height, width, channels[2];  // of x and what follows it
     int64_t out_height, out_width, out_channels;
-    int64_t kernel, stride, top, left;  // the last two: padding
+    int64_t kernel_height, kernel_width, stride, top, left;  // the last two: padding
     const T* inputs[2];  // [n, height, width, channels]; the second may be null
     const float* weights;  // packed
     const float* bias;  // [out_channels], or null
@@ -35,13 +35,14 @@ struct Convolution {
 
     explicit Convolution(Arguments& a)
         : n(a.size()), height(a.size()), width(a.size()), channels{a.size(), a.size()}, out_height(a.size()),
-          out_width(a.size()), out_channels(a.size()), kernel(a.size()), stride(a.size()), top(a.size()),
-          left(a.size()), inputs{a.pointer<const T>(), a.pointer<const T>()}, weights(a.pointer<const float>()),
-          bias(a.pointer<const float>()), residual(a.pointer<const T>()), y(a.pointer<T>()), entry_stride(a.size()),
-          row_stride(a.size()), column_stride(a.size()), scale(float(a.real())) {}
+          out_width(a.size()), out_channels(a.size()), kernel_height(a.size()), kernel_width(a.size()),
+          stride(a.size()), top(a.size()), left(a.size()), inputs{a.pointer<const T>(), a.pointer<const T>()},
+          weights(a.pointer<const float>()), bias(a.pointer<const float>()), residual(a.pointer<const T>()),
+          y(a.pointer<T>()), entry_stride(a.size()), row_stride(a.size()), column_stride(a.size()),
+          scale(float(a.real())) {}
 
     int64_t panels() const { return blocks_of(out_channels, COLUMNS); }
-    int64_t depth() const { return kernel * kernel * (channels[0] + channels[1]); }
+    int64_t depth() const { return kernel_height * kernel_width * (channels[0] + channels[1]); }
     int64_t chunks() const { return blocks_of(depth(), CHUNK * PER_WORD<T>); }
 
     // Store the sums of up to COLUMNS channels of one output.
@@ -142,9 +143,9 @@ void gather(const Convolution<T>& conv, const Place& place, float* to, int64_t s
         }
     };
     // The taps of a row of the kernel are adjacent in memory, except where a second tensor's channels come in between.
-    int64_t together = conv.inputs[1] ? 1 : conv.kernel;
-    for (int64_t i = 0; i < conv.kernel; ++i)
-        for (int64_t j = 0; j < conv.kernel; j += together) {
+    int64_t together = conv.inputs[1] ? 1 : conv.kernel_width;
+    for (int64_t i = 0; i < conv.kernel_height; ++i)
+        for (int64_t j = 0; j < conv.kernel_width; j += together) {
             int64_t y = place.row * conv.stride + i - conv.top, x = place.column * conv.stride + j - conv.left;
             bool inside = y >= 0 && y < conv.height;
             int64_t first = inside ? smaller(larger<int64_t>(-x, 0), together) : together;  // taps before the image
@@ -341,9 +342,9 @@ void convolution(const Call& call) {
     int64_t dtype = a.size(), winograd = a.size();
     if (dtype == FLOAT32) {
         const Convolution<float> conv(a);
-        auto run = !winograd          ? convolve_gathered<float>
-                   : conv.kernel == 3 ? convolve_winograd<4>
-                                      : convolve_winograd<3>;
+        auto run = !winograd                 ? convolve_gathered<float>
+                   : conv.kernel_height == 3 ? convolve_winograd<4>
+                                             : convolve_winograd<3>;
         run(conv, call);
     }
     if constexpr (MULTIPLIES<BFloat16>)
@@ -354,24 +355,24 @@ namespace {
 
 template <class T>
 void pack_panels(Arguments& a, const Call& call, bool winograd) {
-    int64_t out_channels = a.size(), channels = a.size(), kernel = a.size();
+    int64_t out_channels = a.size(), channels = a.size(), height = a.size(), width = a.size();
     auto packed = a.pointer<float>();  // [panels, positions (16, 9 or 1), words padded to CHUNK, COLUMNS]
-    auto weights = a.pointer<const T>();  // [out_channels, kernel, kernel, channels], or [4, ...] for phases
-    int64_t depth = winograd ? channels : kernel * kernel * channels;
-    assert(!winograd || kernel == 2 || kernel == 3);
+    auto weights = a.pointer<const T>();  // [out_channels, height, width, channels], or [4, ...] for phases
+    int64_t depth = winograd ? channels : height * width * channels;
+    assert(!winograd || (height == width && (width == 2 || width == 3)));
     int64_t padded = blocks_of(depth, CHUNK * PER_WORD<T>) * CHUNK;
-    int64_t positions = winograd ? (kernel + 1) * (kernel + 1) : 1;
+    int64_t positions = winograd ? (width + 1) * (width + 1) : 1;
     Share share(blocks_of(out_channels, COLUMNS), call);
     for (int64_t panel = share.first; panel < share.last; ++panel) {
         float* to = packed + panel * positions * padded * COLUMNS;
         std::memset(to, 0, sizeof(float) * positions * padded * COLUMNS);
         int64_t count = smaller<int64_t>(COLUMNS, out_channels - panel * COLUMNS);
         for (int64_t c = 0; c < count; ++c) {
-            const T* from = weights + (panel * COLUMNS + c) * kernel * kernel * channels;
+            const T* from = weights + (panel * COLUMNS + c) * height * width * channels;
             for (int64_t k = 0; k < depth; ++k) {
                 if constexpr (PER_WORD<T> == 1) {
                     float transformed[16] = {from[k]};
-                    if (winograd && kernel == 3)
+                    if (winograd && width == 3)
                         transform_kernel(from + k, channels, transformed);
                     else if (winograd)
                         transform_phases(from + k, channels, out_channels * 4 * channels, transformed);

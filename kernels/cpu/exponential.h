@@ -11,6 +11,8 @@ inline Lanes all(float value) { return Lanes{} + value; }
 
 inline Lanes at_least(float least, Lanes a) { return a < least ? all(least) : a; }  // NaN stays NaN
 
+inline Lanes at_most(float most, Lanes a) { return a > most ? all(most) : a; }
+
 inline Lanes power_of_two(Bits k) { return bits_as<Lanes>((k + 127u) << 23); }  // -126 <= k <= 127, as signed
 
 // exp(a) = fraction * first * second of COUNT vectors. The latter two are powers of two and not subnormal, so that a

@@ -1,13 +1,14 @@
-// Fused group norm silu((normalised(cat([x, skip]) + add) * weight + bias) * (1 + scale) + shift): reads x, skip, add and
-// the scales and shifts, writes y.
+// Fused group norm act((normalised(cat([x, skip]) + add) * weight + bias) * (1 + scale) + shift) * film + shift + residual:
+// reads x, skip, residual and the rows, writes y.
 //
-// Traffic: each input element is read twice, the second time from the first-level cache, and once more to write y.
+// Traffic: each element of x and skip is read twice, the second time from the first-level cache, and once more to write
+// y; residual once.
 // Precision: fp32, rounded once. Mean and variance of each channel over a block of pixels are computed in fp32, about
 // the block's mean, and combined in float64. No bit depends on the batch, the number of threads or the instruction set.
-// Spec: cat, group_norm, * (1 + scale) + shift, and silu of torch. Proof: tests/ops/test_group_norm.py (float64; bits across threads and
-// instruction sets).
+// Spec: cat, group_norm, * (1 + scale) + shift, silu, mish of torch. Proof: tests/ops/test_group_norm.py (float64),
+// tests/kernels/cpu/test_equal_bits.py (bits across threads and instruction sets).
+#include "activation.h"
 #include "floats.h"
-#include "silu.h"
 
 namespace fastddpm::FASTDDPM_ISA {
 namespace {
@@ -25,7 +26,12 @@ struct Norm {
     int64_t scale_shift_stride;
     const float *weight, *bias;  // [channels]
     double eps;
-    int64_t silu, dtype;
+    int64_t activation;
+    const float*
+        film;  // [n, 2, channels]: scales, then shifts; or [n, channels]: shifts; rows film_stride apart; or null
+    int64_t film_stride, film_scales;  // the latter: whether it has scales
+    const char* residual;  // like y, or null
+    int64_t dtype;
     double* moments;  // [n, blocks, 2, channels], scratch: mean, and sum of squares about it
     float* transform;  // [n, 3, channels], scratch: y = (x - centre) * scale + shift
 
@@ -33,8 +39,9 @@ struct Norm {
         : n(a.size()), pixels(a.size()), groups(a.size()), channels{a.size(), a.size()}, y(a.pointer<char>()),
           inputs{a.pointer<char>(), a.pointer<char>()}, add(a.pointer<const float>()), add_stride(a.size()),
           scale_shift(a.pointer<const float>()), scale_shift_stride(a.size()), weight(a.pointer<const float>()),
-          bias(a.pointer<const float>()), eps(a.real()), silu(a.size()), dtype(a.size()), moments(a.pointer<double>()),
-          transform(a.pointer<float>()) {}
+          bias(a.pointer<const float>()), eps(a.real()), activation(a.size()), film(a.pointer<const float>()),
+          film_stride(a.size()), film_scales(a.size()), residual(a.pointer<const char>()), dtype(a.size()),
+          moments(a.pointer<double>()), transform(a.pointer<float>()) {}
 
     int64_t width() const { return channels[0] + channels[1]; }
     int64_t blocks() const { return blocks_of(pixels, ROWS); }
@@ -121,18 +128,29 @@ void transform_of_group(const Norm& norm, int64_t entry, int64_t group) {
     }
 }
 
-// Transform up to COUNT vectors of channels of a pixel, of which `count` channels are left. Args: centre: of the first.
+// Transform up to COUNT vectors of channels of a pixel, of which `count` channels are left. Args: centre, film,
+// residual: of the first; the last two may be null.
 template <class T, int COUNT = VECTORS>
-void transform_vectors(const Norm& norm, const T* x, int64_t count, const float* centre, T* y) {
+void transform_vectors(const Norm& norm, const T* x, int64_t count, const float* centre, const float* film,
+                       const T* residual, T* y) {
     if constexpr (COUNT > 1)
-        if (count <= (COUNT - 1) * LANES) return transform_vectors<T, COUNT - 1>(norm, x, count, centre, y);
+        if (count <= (COUNT - 1) * LANES)
+            return transform_vectors<T, COUNT - 1>(norm, x, count, centre, film, residual, y);
     Lanes values[COUNT];
     auto size = [&](int v) { return v + 1 < COUNT ? LANES : int(smaller<int64_t>(LANES, count - v * LANES)); };
     for (int v = 0; v < COUNT; ++v) {
         const float *from = centre + v * LANES, *scale = from + norm.width(), *shift = scale + norm.width();
         values[v] = (load(x + v * LANES, size(v)) - load(from, size(v))) * load(scale, size(v)) + load(shift, size(v));
     }
-    if (norm.silu) silu(values);
+    activate(values, norm.activation);
+    if (film)
+        for (int v = 0; v < COUNT; ++v) {
+            const float *scale = film + v * LANES, *shift = norm.film_scales ? scale + norm.width() : scale;
+            if (norm.film_scales) values[v] *= load(scale, size(v));
+            values[v] += load(shift, size(v));
+        }
+    if (residual)
+        for (int v = 0; v < COUNT; ++v) values[v] += load(residual + v * LANES, size(v));
     for (int v = 0; v < COUNT; ++v) store(values[v], y + v * LANES, size(v));
 }
 
@@ -146,9 +164,12 @@ void transform_pixels(const Norm& norm, const Share& pixels) {
             int64_t channels = norm.channels[part];
             auto x = reinterpret_cast<const T*>(norm.inputs[part]) + pixel * channels;
             auto y = reinterpret_cast<T*>(norm.y) + pixel * width + column;
+            auto residual = reinterpret_cast<const T*>(norm.residual) + (norm.residual ? pixel * width + column : 0);
             const float* centre = norm.transform + entry * 3 * width + column;
+            const float* film = norm.film ? norm.film + entry * norm.film_stride + column : nullptr;
             for (int64_t c = 0; c < channels; c += CHANNELS)
-                transform_vectors(norm, x + c, channels - c, centre + c, y + c);
+                transform_vectors(norm, x + c, channels - c, centre + c, film ? film + c : nullptr,
+                                  residual ? residual + c : nullptr, y + c);
             column += channels;
         }
     }

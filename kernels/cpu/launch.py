@@ -14,6 +14,7 @@ BLOCK = 1024  # of philox.h: elements of a sample that have one partial sum
 ROWS = 64  # of group_norm.cpp: pixels that have statistics of their own
 
 _PREDICTS = {"epsilon": 0, "sample": 1, "v_prediction": 2}
+_ACTIVATIONS = {None: 0, "silu": 1, "mish": 2}  # of activation.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3, None: 0}
 
 
@@ -88,18 +89,19 @@ def launch_x_0_error(m, x_0, t, address, table, *, stream, with_t):
     return out
 
 
-def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, scale_shift, *, silu):
+def launch_group_norm(y, x, weight, bias, groups, eps, skip, add, scale_shift, film, residual, *, act):
     n, channels = y.shape[:2]
     pixels = y.shape[2:].numel()
     moments = -(-pixels // ROWS) * 2 * channels  # float64, of an entry
     scratch = torch.empty(n * (8 * moments + 12 * channels), dtype=torch.uint8, device="cpu")
     rows = [word for row in (add, scale_shift) for word in (_pointer(row), _stride_of_rows(row))]
+    film_words = _pointer(film), _stride_of_rows(film), film is not None and film.shape[1] > channels
     at = scratch.data_ptr()
     _run(
         "group_norm", y.numel(),
         n, pixels, groups, x.shape[1], channels - x.shape[1],
         y.data_ptr(), x.data_ptr(), _pointer(skip), *rows, weight.data_ptr(), bias.data_ptr(),
-        eps, silu, _DTYPES[y.dtype], at, at + 8 * n * moments,
+        eps, _ACTIVATIONS[act], *film_words, _pointer(residual), _DTYPES[y.dtype], at, at + 8 * n * moments,
     )  # fmt: skip
 
 
@@ -115,8 +117,8 @@ def launch_interleave(out, y, bias):
     _run("interleave", out.numel(), *shape, *map(_pointer, (out, y, bias)), _DTYPES[y.dtype])
 
 
-def launch_silu(y, x):
-    _run("silu", x.numel(), x.numel(), y.data_ptr(), x.data_ptr(), _DTYPES[x.dtype])
+def launch_activation(y, x, *, act):
+    _run("activation", x.numel(), x.numel(), y.data_ptr(), x.data_ptr(), _ACTIVATIONS[act], _DTYPES[x.dtype])
 
 
 def _run(name: str, elements: int, *words: Any) -> None:

@@ -18,22 +18,22 @@
 #include "kernel.h"
 
 #define FASTDDPM_KERNELS(X)     /* name, phases, words of a call */ \
+    X(activation, 1, 5)                                         \
     X(attention, 2, 8)                                          \
     X(commit, 1, 12)                                            \
     X(conditional_step, 1, 18)                                  \
-    X(convolution, 1, 24)                                       \
+    X(convolution, 1, 25)                                       \
     X(draft, 1, 18)                                             \
     X(eps_loss, 2, 14)                                          \
     X(eps_loss_backward, 1, 14)                                 \
     X(first_difference, 1, 13)                                  \
-    X(group_norm, 3, 19)                                        \
+    X(group_norm, 3, 23)                                        \
     X(interleave, 1, 8)                                         \
     X(noising, 1, 11)                                           \
     X(normal, 1, 6)                                             \
-    X(pack, 1, 7)                                               \
+    X(pack, 1, 8)                                               \
     X(resample, 1, 8)                                           \
     X(residual, 1, 7)                                           \
-    X(silu, 1, 4)                                               \
     X(step, 1, 13)                                              \
     X(x_0_error, 2, 13)
 
@@ -48,18 +48,18 @@
     }
 
 // AVX-512 with products of bfloat16.
-#define EXTENSION(isa)                                                                             \
-    namespace fastddpm::isa {                                                                      \
-    int columns();                                                                                 \
-    bool multiplies_bfloat16();                                                                    \
-    void attention(const Call&);                                                                   \
-    void convolution(const Call&);                                                                 \
-    void pack(const Call&);                                                                        \
-    using avx512::commit, avx512::conditional_step, avx512::draft, avx512::eps_loss;               \
-    using avx512::eps_loss_backward, avx512::first_difference, avx512::group_norm;                 \
-    using avx512::interleave, avx512::noising, avx512::normal, avx512::resample, avx512::residual; \
-    using avx512::silu, avx512::step, avx512::x_0_error;                                           \
-    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};                                       \
+#define EXTENSION(isa)                                                                                   \
+    namespace fastddpm::isa {                                                                            \
+    int columns();                                                                                       \
+    bool multiplies_bfloat16();                                                                          \
+    void attention(const Call&);                                                                         \
+    void convolution(const Call&);                                                                       \
+    void pack(const Call&);                                                                              \
+    using avx512::activation, avx512::commit, avx512::conditional_step, avx512::draft, avx512::eps_loss; \
+    using avx512::eps_loss_backward, avx512::first_difference, avx512::group_norm;                       \
+    using avx512::interleave, avx512::noising, avx512::normal, avx512::resample, avx512::residual;       \
+    using avx512::step, avx512::x_0_error;                                                               \
+    const Function kernels[] = {FASTDDPM_KERNELS(FUNCTION)};                                             \
     }
 
 namespace fastddpm {

@@ -17,6 +17,7 @@ from .native import native
 ALIGNMENT = 64  # bytes: a cache line
 CHUNK = 16  # of gemm.h
 _GIVEN = 0x7FFF << 48  # of module.cpp: marks a pointer that is given to each replay
+_ACTIVATIONS = {None: 0, "silu": 1, "mish": 2}  # of activation.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of floats.h
 _ARENA = 0  # of these pointers: the memory of all buffers
 
@@ -125,9 +126,17 @@ class Program:
         *,
         add: Rows | None = None,
         scale_shift: Rows | None = None,
-        silu: bool,
+        act: str | None,
+        film: Rows | None = None,
+        film_scales: bool = True,
+        residual: Images | None = None,
     ) -> Images:
-        """`ops.group_norm`. Args: add: rows of [channels]; scale_shift: rows of [2, channels]."""
+        """`ops.group_norm`.
+
+        Args:
+            add: rows of [channels]; scale_shift: rows of [2, channels].
+            film: rows of [2, channels], or of [channels] without `film_scales`.
+        """
         n, height, width, channels = x.n, x.height, x.width, x.channels + (skip.channels if skip else 0)
         y, blocks = self.images(n, height, width, channels), -(-x.pixels // 64)
         moments, transform = Buffer(self, n * blocks * 2 * channels * 8), Buffer(self, n * 3 * channels * 4)
@@ -135,7 +144,8 @@ class Program:
             "group_norm", y.size, n, x.pixels, groups, x.channels, channels - x.channels,
             y.at, x.at, skip.at if skip else 0, *(add or (0, 0)), *(scale_shift or (0, 0)), self.keep(weight),
             self.keep(bias), float(eps),
-            silu, _DTYPES[self.dtype], moments, transform,
+            _ACTIVATIONS[act], *(film or (0, 0)), film_scales, residual.at if residual else 0, _DTYPES[self.dtype],
+            moments, transform,
         )  # fmt: skip
         return y
 
@@ -162,7 +172,8 @@ class Program:
             padding: above and on the left; what is missing on the other sides is zero as well.
             size: height and width of the result; None: those of x.
             into: where to write the result; None: new memory.
-            phase: write only every second row and column of `into`, from this one on.
+            phase: write only every second row and column of `into`, from this one on; an image of height 1 has only
+                row 0.
         """
         height, width = size or (x.height, x.width)
         y = into or self.images(x.n, height, width, weights.channels)
@@ -170,12 +181,12 @@ class Program:
         offset = self.dtype.itemsize * channels * (phase[0] * y.width + phase[1]) if phase else 0
         strides = y.pixels * channels, step * y.width * channels, step * channels
         inputs = x.channels, skip.channels if skip else 0
-        work = x.n * height * width * channels * (1 + weights.kernel**2 * sum(inputs) // 128)
+        work = x.n * height * width * channels * (1 + weights.taps * sum(inputs) // 128)
         inputs_at = x.at, skip.at if skip else 0
         parameters = self.keep(weights.packed), 0 if bias is None else self.keep(bias.float())
         self._call(
             "convolution", work, _DTYPES[self.dtype], weights.winograd, x.n, x.height, x.width, *inputs, height, width,
-            channels, weights.kernel, stride, *padding, *inputs_at, *parameters, residual.at if residual else 0,
+            channels, *weights.kernel, stride, *padding, *inputs_at, *parameters, residual.at if residual else 0,
             int(y.at) + offset, *strides, float(scale),
         )  # fmt: skip
         return y
@@ -236,36 +247,39 @@ class Program:
 
 
 class Weights(NamedTuple):
-    """Packed weights of a convolution with so many output channels, and a kernel of kernel x kernel.
+    """Packed weights of a convolution with so many output channels, and a kernel of so many rows and columns.
 
     With Winograd's method, a kernel of 2 x 2 stands for the four phases of an upsampling.
     """
 
     packed: Tensor
     channels: int
-    kernel: int
+    kernel: tuple[int, int]
     winograd: bool
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
 
 
 def pack(weight: Tensor, *, winograd: bool = False) -> Weights:
     """Pack weights for `Program.convolution`.
 
     Args:
-        weight: [out_channels, channels, kernel, kernel] fp32 or bf16, channels-last; or [out_channels, channels].
+        weight: [out_channels, channels, height, width] fp32 or bf16, channels-last; or [out_channels, channels].
         winograd: for Winograd's method, which takes kernels of 3 x 3 with stride 1 and padding 1, or the four phases of
             an upsampling, [4 * out_channels, channels, 2, 2], as in `networks.layers.Upsample`.
     """
-    module, (out_channels, channels), kernel = native().module, weight.shape[:2], weight.shape[-1]
-    if weight.ndim == 2:
-        kernel = 1
-    if winograd and kernel == 2:
+    module, (out_channels, channels), (height, width) = native().module, weight.shape[:2], weight.shape[2:] or (1, 1)
+    if winograd and width == 2:
         out_channels //= 4
     assert module is not None
-    depth = channels if winograd else channels * kernel**2
+    assert weight.movedim(1, -1).is_contiguous()
+    depth = channels if winograd else channels * height * width
     words = -(-depth * weight.itemsize // 4)
     panels, padded = -(-out_channels // module.columns()), -(-words // CHUNK) * CHUNK
-    size = panels * ((kernel + 1) ** 2 if winograd else 1) * padded * module.columns()
+    size = panels * ((width + 1) ** 2 if winograd else 1) * padded * module.columns()
     packed = torch.empty(size, dtype=torch.float32, device="cpu")
-    shape, pointers = (out_channels, channels, kernel), (packed.data_ptr(), weight.data_ptr())
+    shape, pointers = (out_channels, channels, height, width), (packed.data_ptr(), weight.data_ptr())
     module.pack(torch.get_num_threads(), 1 << 40, _DTYPES[weight.dtype], winograd, *shape, *pointers)
-    return Weights(packed, out_channels, kernel, winograd)
+    return Weights(packed, out_channels, (height, width), winograd)

@@ -44,8 +44,8 @@ from bench.traffic import Bytes
 
 CASES = (test_kernels, test_memory, test_races, test_sampling, test_start, test_training, test_unet)
 ROOT = Path(__file__).parents[2]
-NORM = layouts.Norm((8, 5, 7), (4, 5, 7), groups=2, eps=1e-5, add=True, silu=True)
-LARGE = layouts.Norm((8, 48, 48), None, groups=2, eps=1e-5, add=False, silu=False)
+NORM = layouts.Norm((8, 5, 7), (4, 5, 7), groups=2, eps=1e-5, add=True, act="silu")
+LARGE = layouts.Norm((8, 48, 48), None, groups=2, eps=1e-5, add=False, act=None)
 KINDS = {
     # cuDNN
     "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_warpgroupsize1x1x1_g1"
@@ -310,7 +310,7 @@ def test_norms_are_those_of_the_plain_network():
     assert joined == found
     assert sum(count for norm, count in ours.items() if norm.skip) == 4
     assert sum(count for norm, count in ours.items() if norm.add) == len(layouts.network("tiny").resnets)
-    assert sum(count for norm, count in ours.items() if not norm.silu) == 4  # attention's
+    assert sum(count for norm, count in ours.items() if not norm.act) == 4  # attention's
 
 
 # No timing of a wrong result

@@ -241,7 +241,7 @@ with launch.compiling():
         residual.launch_residual(h, h, bias, 1.0)
     for pixels in (64, 1 << 16):  # one launch, and two
         x, bias = torch.zeros(1, 32, pixels, dtype=torch.bfloat16), torch.zeros(32)
-        group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, None, silu=True)
+        group_norm.launch_group_norm(x, x, bias, bias, 8, 1e-5, None, None, None, None, None, act="silu")
     for side in (1, 4, 16):  # all sizes share one compiled kernel
         y = torch.zeros(1, 128, side + 1, side + 1, dtype=torch.bfloat16)
         interleave.launch_interleave(y.new_zeros(1, 32, 2 * side, 2 * side), y, bias)

@@ -87,7 +87,7 @@ x, pos, address = torch.zeros(1, 4), torch.tensor([5], dtype=torch.int32), noise
 ops.step(x, x.clone(), Schedule().table(), pos, address)
 ops.noising(x, pos.long(), address, Schedule().noising_table())
 y = layout.channels_last(torch.ones(1, 4, 2, 2))
-ops.residual(y, ops.group_norm(y, torch.ones(4), torch.ones(4), 2, eps=1e-5, silu=True), torch.ones(4))
+ops.residual(y, ops.group_norm(y, torch.ones(4), torch.ones(4), 2, eps=1e-5, act="silu"), torch.ones(4))
 assert not {"triton", "torch._dynamo"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

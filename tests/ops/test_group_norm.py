@@ -29,9 +29,12 @@ MEANS = {torch.float32: 1000.0, torch.float16: 100.0, torch.bfloat16: 10.0}
 class Problem:
     """Arguments of `ops.group_norm`, and the result of plain torch."""
 
-    def __init__(self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, scaled=0, silu=True, seed=0):
+    def __init__(
+        self, shape, skip=0, groups=1, *, dtype=torch.float32, mean=0.0, rows=0, scaled=0, act="silu", film=(0, 2),
+        residual=False, seed=0,
+    ):  # fmt: skip
         """Args: skip: number of channels to append to those of shape; rows: number of rows of add, 0 for no add;
-        scaled: number of rows of scale_shift.
+        scaled: number of rows of scale_shift; film: number of rows of film, and 2 for scales and shifts, 1 for shifts.
         """
         n, channels, *spatial = shape
         channels += skip
@@ -43,15 +46,21 @@ class Problem:
         self.table[:, 2:-3] = 3 * torch.randn(rows, channels, generator=generator(seed + 2)) + 5 * shifts
         self.scaled = torch.full((scaled, 2 * channels + 5), nan)  # scale_shift is a slice of its columns
         self.scaled[:, 2:-3] = 2 * torch.randn(scaled, 2 * channels, generator=generator(seed + 3))
-        self.groups, self.silu, self.eps = groups, silu, 1e-5
+        (count, parts), self.width = film, channels
+        self.film = torch.full((count, parts * channels + 5), nan)  # film is a slice of its columns
+        self.film[:, 2:-3] = 2 * torch.randn(count, parts * channels, generator=generator(seed + 4))
+        other = torch.randn(n, channels, *spatial, generator=generator(seed + 5)).to(dtype) if residual else None
+        self.residual = layout.channels_last(other) if residual else None
+        self.groups, self.act, self.eps = groups, act, 1e-5
 
     def arguments(self, device="cpu"):
         """Positional and keyword arguments."""
-        add, scale_shift = (table.to(device)[:, 2:-3] if len(table) else None for table in (self.table, self.scaled))
-        x, skip, weight, bias = (
-            None if a is None else a.to(device) for a in (self.x, self.skip, self.weight, self.bias)
+        tables = {"add": self.table, "scale_shift": self.scaled, "film": self.film}
+        rows = {name: table.to(device)[:, 2:-3] if len(table) else None for name, table in tables.items()}
+        x, skip, weight, bias, residual = (
+            None if a is None else a.to(device) for a in (self.x, self.skip, self.weight, self.bias, self.residual)
         )
-        options = {"eps": self.eps, "skip": skip, "add": add, "scale_shift": scale_shift, "silu": self.silu}
+        options = {"eps": self.eps, "skip": skip, "act": self.act, "residual": residual, **rows}
         return (x, weight, bias, self.groups), options
 
     def run(self, device="cpu") -> Tensor:
@@ -62,13 +71,20 @@ class Problem:
         """The result of torch, all in dtype; rounded to x's dtype at the end unless dtype is float64."""
         (x, weight, bias, groups), options = self.arguments(device)
         v = torch.cat([x] if options["skip"] is None else [x, options["skip"]], 1).to(dtype).contiguous()
-        if options["add"] is not None:
-            v = v + options["add"].to(dtype).view(*options["add"].shape, *[1] * (x.ndim - 2))
+        add, scale_shift, film = (
+            None if rows is None else rows.to(dtype).view(*rows.shape, *[1] * (x.ndim - 2))
+            for rows in (options["add"], options["scale_shift"], options["film"])
+        )
+        if add is not None:
+            v = v + add
         y = torch.group_norm(v, groups, weight.to(dtype), bias.to(dtype), self.eps)
-        if (rows := options["scale_shift"]) is not None:
-            scale, shift = rows.to(dtype).view(*rows.shape, *[1] * (x.ndim - 2)).chunk(2, 1)
+        if scale_shift is not None:
+            scale, shift = scale_shift.chunk(2, 1)
             y = y * (1 + scale) + shift
-        y = F.silu(y) if self.silu else y
+        y = y if self.act is None else {"silu": F.silu, "mish": F.mish}[self.act](y)
+        if film is not None:
+            y = y * film[:, : self.width] + film[:, self.width :] if film.shape[1] > self.width else y + film
+        y = y if self.residual is None else y + options["residual"].to(dtype)
         return y if dtype == torch.float64 else y.to(x.dtype)
 
     def check(self, y: Tensor) -> None:
@@ -108,15 +124,15 @@ def planned(monkeypatch, kernel):
 
 
 @pytest.mark.parametrize(
-    ("rows", "scaled", "silu"),
-    [(0, 0, False), (1, 0, True), ("n", 0, True), (1, "n", True), (0, 1, False)],
-    ids=["", "add, silu", "adds, silu", "add, scales and shifts, silu", "scale and shift"],
+    ("rows", "scaled", "act"),
+    [(0, 0, None), (1, 0, "silu"), ("n", 0, "mish"), (1, "n", "silu"), (0, 1, None)],
+    ids=["", "add, silu", "adds, mish", "add, scales and shifts, silu", "scale and shift"],
 )
 @pytest.mark.parametrize("dtype", ops.FLOATS)
 @pytest.mark.parametrize(("shape", "skip", "groups"), SHAPES, ids=str)
-def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, scaled, silu, device, guards):
+def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, scaled, act, device, guards):
     rows, scaled = (shape[0] if count == "n" else count for count in (rows, scaled))
-    problem = Problem(shape, skip, groups, dtype=dtype, mean=MEANS[dtype], rows=rows, scaled=scaled, silu=silu)
+    problem = Problem(shape, skip, groups, dtype=dtype, mean=MEANS[dtype], rows=rows, scaled=scaled, act=act)
     args, options = problem.arguments(device)
     x = guards.holding(problem.x, device)
     options["skip"] = None if problem.skip is None else guards.holding(problem.skip, device)
@@ -128,6 +144,25 @@ def test_group_norm_is_as_accurate_as_torch(shape, skip, groups, dtype, rows, sc
         assert_same_bits(options["skip"], problem.skip)
 
 
+# activation, FiLM's rows and their parts, whether there is a residual
+ENDS = [("mish", (1, 2), False), ("mish", ("n", 2), True), ("silu", (1, 1), True), (None, ("n", 1), False)]
+ENDS += [("mish", (0, 2), True)]
+
+
+@pytest.mark.parametrize(("act", "film", "residual"), ENDS, ids=str)
+@pytest.mark.parametrize("dtype", ops.FLOATS)
+@pytest.mark.parametrize(("shape", "skip", "groups"), SHAPES[1:4] + SHAPES[8:9] + SHAPES[12:13], ids=str)
+def test_film_and_residual_are_as_accurate_as_torch(shape, skip, groups, dtype, act, film, residual, device, guards):
+    film = (shape[0] if film[0] == "n" else film[0]), film[1]
+    problem = Problem(shape, skip, groups, dtype=dtype, mean=MEANS[dtype], act=act, film=film, residual=residual)
+    args, options = problem.arguments(device)
+    options["residual"] = None if problem.residual is None else guards.holding(problem.residual, device)
+    problem.check(ops.group_norm(*args, **options))
+    guards.check()
+    if residual:
+        assert_same_bits(options["residual"], problem.residual)
+
+
 # Groups of 12 channels, one with channels of both inputs, over 15 pixels: held, then shared by 4, 2, 15 and 1.
 PLANS = [(1, 16, 16, 4), (2, 16, 16, 4), (4, 16, 16, 4), (1, 2, 4, 4), (2, 4, 8, 4), (1, 1, 1, 4), (4, 4, 16, 4)]
 
@@ -136,6 +171,16 @@ PLANS = [(1, 16, 16, 4), (2, 16, 16, 4), (4, 16, 16, 4), (1, 2, 4, 4), (2, 4, 8,
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_every_plan_is_as_accurate_as_torch(plan, dtype, kernel_device, guards, planned):
     problem = Problem((2, 20, 5, 3), 16, 3, dtype=dtype, mean=MEANS[dtype], rows=2, scaled=2)
+    planned(plan)
+    problem.check(problem.run(kernel_device))
+    guards.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_plan_ends_with_film_and_residual(plan, parts, dtype, kernel_device, guards, planned):
+    problem = Problem((2, 20, 5, 3), 16, 3, dtype=dtype, mean=MEANS[dtype], act="mish", film=(2, parts), residual=True)
     planned(plan)
     problem.check(problem.run(kernel_device))
     guards.check()
@@ -167,7 +212,7 @@ def test_every_candidate_is_as_accurate_as_torch(pixels, groups, dtype, kernel_d
 
 def test_a_group_far_from_zero_is_as_accurate_as_one_near_zero(kernel_device):
     """The second pass corrects the mean: around 2^24, neighbouring float32 numbers are 2 apart."""
-    near, far = (Problem((2, 16, 64), groups=4, silu=False) for _ in range(2))
+    near, far = (Problem((2, 16, 64), groups=4, act=None) for _ in range(2))
     near.x = (near.x * 4).round() * 2
     far.x = near.x + 2**24
     assert torch.equal(far.x.double(), near.x.double() + 2**24)
@@ -220,6 +265,26 @@ def test_nan_and_inf_stay_in_their_group(where, bad, plan, device, planned):
     assert got[expected_nan].isnan().all()
 
 
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("bad", [nan, inf, -inf])
+@pytest.mark.parametrize("where", ["film", "residual"])
+def test_nan_and_inf_of_film_and_residual_stay_in_their_channel(where, bad, plan, device, planned):
+    problem = Problem((2, 20, 3, 3), 16, 3, act="mish", film=(2, 1), residual=True)
+    planned(plan)
+    y = problem.run(device)
+    expected = torch.zeros_like(y, dtype=torch.bool)
+    if where == "film":
+        problem.film[1, 2 + 13] = bad
+        expected[1, 13] = True
+    else:
+        problem.residual[1, 13, 2, 2] = bad
+        expected[1, 13, 2, 2] = True
+    got = problem.run(device)
+    assert torch.equal(got[~expected], y[~expected])
+    assert ((got[expected] == bad) | got[expected].isnan()).all()
+    assert not got[expected].isfinite().any()
+
+
 # The time bias
 
 
@@ -241,7 +306,7 @@ def test_one_row_equals_the_same_row_for_each_entry(plan, device, planned):
 def test_a_scale_of_minus_one_leaves_the_shift(skip, plan, device, planned):
     """Exactly: whatever the norm is, it is multiplied by 0."""
     planned(plan)
-    problem = Problem((2, 20, 3, 3), skip, 4, scaled=2, silu=False)
+    problem = Problem((2, 20, 3, 3), skip, 4, scaled=2, act=None)
     channels = 20 + skip
     problem.scaled[:, 2 : 2 + channels] = -1
     shift = problem.scaled[:, 2 + channels : -3, None, None].expand(2, channels, 3, 3)
@@ -253,6 +318,27 @@ def test_one_scale_equals_the_same_for_each_entry(plan, device, planned):
     planned(plan)
     one, each = (Problem((2, 20, 3, 3), 16, 4, rows=1, scaled=rows) for rows in (1, 2))
     each.scaled[:] = one.scaled
+    assert torch.equal(one.run(device), each.run(device))
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("skip", [0, 16])
+def test_a_film_scale_of_0_leaves_the_shift_and_the_residual(skip, plan, device, planned):
+    """Exactly: FiLM and the residual come after everything else."""
+    planned(plan)
+    problem = Problem((2, 20, 3, 3), skip, 4, act="mish", film=(2, 2), residual=True)
+    channels = 20 + skip
+    problem.film[:, 2 : 2 + channels] = 0
+    shift = problem.film[:, 2 + channels : -3, None, None]
+    assert torch.equal(problem.run(device).cpu(), shift + problem.residual)
+
+
+@pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_row_of_film_equals_the_same_for_each_entry(parts, plan, device, planned):
+    planned(plan)
+    one, each = (Problem((2, 20, 3, 3), 16, 4, act="mish", film=(rows, parts)) for rows in (1, 2))
+    each.film[:] = one.film
     assert torch.equal(one.run(device), each.run(device))
 
 
@@ -269,12 +355,13 @@ def test_a_large_bias_is_as_accurate_as_in_torch(plan, device, planned):
 
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
 @pytest.mark.parametrize("dtype", ops.FLOATS)
-def test_silu_of_large_numbers(dtype, plan, device, planned):
-    problem = Problem((2, 8, 3, 3), groups=2, dtype=dtype, mean=MEANS[dtype])
+@pytest.mark.parametrize("act", ["silu", "mish"])
+def test_activations_of_large_numbers(act, dtype, plan, device, planned):
+    problem = Problem((2, 8, 3, 3), groups=2, dtype=dtype, mean=MEANS[dtype], act=act)
     problem.weight *= 200
     planned(plan)
     problem.check(problem.run(device))
-    problem.silu = False
+    problem.act = None
     y = problem.plain(torch.float64)
     assert y.min() < -200 < 200 < y.max()  # exp(-y) overflows from -89 down
 
@@ -282,7 +369,7 @@ def test_silu_of_large_numbers(dtype, plan, device, planned):
 @pytest.mark.parametrize("plan", HELD_AND_SHARED, ids=str)
 @pytest.mark.parametrize("value", [0.0, 1000.0, -3e4])
 def test_a_constant_group_gives_its_bias(value, plan, kernel_device, planned):
-    problem = Problem((2, 8, 3, 3), groups=2, silu=False)
+    problem = Problem((2, 8, 3, 3), groups=2, act=None)
     problem.x.fill_(value)
     planned(plan)
     want = problem.bias.view(8, 1, 1).expand(2, 8, 3, 3)
@@ -320,15 +407,15 @@ def check(group):
     assert (group.cpu().double() - want).abs().max() <= torch.finfo(torch.float16).eps * want.abs().max()
 
 inputs, sizes = (x, skip, None), (pixels, channels, 4, 0)
-affine = weight, bias, None
+others = weight, bias, None, None, None, None
 y, group = far(channels)
-kernels.held_kernel[n,](y, *inputs, *affine, *sizes, 0, 1e-5, SILU=False, ROWS=2, **tile)
+kernels.held_kernel[n,](y, *inputs, *others, *sizes, 0, 0, 1e-5, ACT=None, ROWS=2, **tile)
 check(group)
 statistics = torch.empty(n * 2 * 3 * (channels // 8), device=device)  # 2^31 bytes and more
 tile |= {"ROWS": 1, "SLAB": 1}
 y, group = far(channels)
 kernels.statistics_kernel[2 * n,](statistics, *inputs, *sizes, 2, **tile)
-kernels.apply_kernel[2 * n,](y, *inputs, *affine, statistics, *sizes, 0, 2, 1e-5, SILU=False, SLABS=2, **tile)
+kernels.apply_kernel[2 * n,](y, *inputs, *others, statistics, *sizes, 0, 0, 2, 1e-5, ACT=None, SLABS=2, **tile)
 check(group)
 """
 
@@ -401,7 +488,7 @@ def test_programs_share_large_groups_so_that_one_sample_fills_a_gpu(pixels, chan
 def damaged_arguments(name, damage):
     """Arguments of which one is damaged."""
     names = ("x", "weight", "bias", "groups")
-    args, options = Problem((2, 8, 3, 3), 4, 3, rows=2, scaled=2).arguments()
+    args, options = Problem((2, 8, 3, 3), 4, 3, rows=2, scaled=2, film=(2, 2), residual=True).arguments()
     named = dict(zip(names, args, strict=True)) | options
     return named | {name: damage(named[name])}
 
@@ -464,6 +551,21 @@ BAD = [
         "scale_shift is (2, 24) torch.float16 on cpu; want (1 or 2, 24) torch.fl",
     ),
     ("scale_shift", lambda rows: rows.clone().requires_grad_(), "scale_shift requires a gradient"),
+    ("film", lambda rows: rows[:, 1:], "film is (2, 23) torch.float32 on cpu; want (1 or 2, 24 or 12) torch.float32"),
+    ("film", lambda rows: rows.repeat(2, 1), "film is (4, 24) torch.float32 on cpu; want (1 or 2, 24 or 12)"),
+    ("film", lambda rows: rows.half(), "film is (2, 24) torch.float16 on cpu; want (1 or 2, 24 or 12) torch.float32"),
+    ("film", lambda rows: rows[:, ::2], "film is (2, 12) torch.float32 on cpu; want (1 or 2, 24 or 12) torch.float32"),
+    ("film", lambda rows: rows.clone().requires_grad_(), "film requires a gradient"),
+    (
+        "residual",
+        lambda x: x.half(),
+        "residual is (2, 12, 3, 3) torch.float16 on cpu; want (2, 12, 3, 3) torch.float32 on cpu, like the result",
+    ),
+    ("residual", lambda x: x[:1], "residual is (1, 12, 3, 3) torch.float32 on cpu; want (2, 12, 3, 3) torch.float32"),
+    ("residual", lambda x: x.contiguous(), "residual has strides (108, 9, 3, 1), not channels-last"),
+    ("residual", lambda x: x.clone().requires_grad_(), "residual requires a gradient"),
+    ("act", lambda act: "relu", "act is 'relu'; want 'silu', 'mish' or None"),
+    ("act", lambda act: True, "act is True; want 'silu'"),
     ("eps", lambda eps: 0, "eps is 0; want a number > 0"),
     ("eps", lambda eps: nan, "eps is nan; want a number > 0"),
     ("eps", lambda eps: "1e-5", "eps is '1e-5'; want a number > 0"),
@@ -505,7 +607,9 @@ def test_parameters_may_require_gradients_under_no_grad():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_traces_group_norm(device, dynamic):
     def block(problem, x, skip, table):
-        h = ops.group_norm(x, problem["weight"], problem["bias"], 3, eps=1e-5, skip=skip, add=table[:, 2:-3], silu=True)
+        h = ops.group_norm(
+            x, problem["weight"], problem["bias"], 3, eps=1e-5, skip=skip, add=table[:, 2:-3], act="silu"
+        )
         return h * 2
 
     problem = Problem((2, 8, 3, 3), 4, 3, rows=2)
@@ -519,9 +623,10 @@ def test_torch_compile_traces_group_norm(device, dynamic):
 @pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_group_norm_passes_opcheck(full, device):
-    problem = Problem((2, 8, 3, 3), 4 * full, 2, dtype=torch.bfloat16, rows=2 * full, scaled=2 * full)
+    problem = Problem((2, 8, 3, 3), 4 * full, 2, dtype=torch.bfloat16, rows=2 * full, scaled=2 * full,
+                      act="mish" if full else None, film=(2 * full, 2), residual=full)  # fmt: skip
     args, o = problem.arguments(device)
-    rest = 1e-5, o["skip"], o["add"], o["scale_shift"], full
+    rest = 1e-5, o["skip"], o["add"], o["scale_shift"], o["act"], o["film"], o["residual"]
     torch.library.opcheck(torch.ops.fastddpm.group_norm.default, (*args, *rest))
 
 

@@ -56,9 +56,16 @@ def noised(dtype):
 
 def activations(dtype):
     x, skip, add = normal(*SHAPE, dtype=dtype), normal(*SHAPE, seed=1, dtype=dtype), normal(3, 40, seed=2)
-    rows = {"add": add, "scale_shift": normal(3, 80, seed=7)}
-    y = ops.group_norm(x, normal(40, seed=3), normal(40, seed=4), 5, eps=1e-5, skip=skip, **rows, silu=True)
-    return y, ops.residual(x, skip, normal(20, seed=5), 3.0), ops.interleave(skip, normal(5, seed=6))
+    rows, affine = {"add": add, "scale_shift": normal(3, 80, seed=7)}, (normal(40, seed=3), normal(40, seed=4))
+    y = ops.group_norm(x, *affine, 5, eps=1e-5, skip=skip, **rows, act="silu")
+    film, residual = normal(3, 80, seed=8), normal(3, 40, *SHAPE[2:], seed=9, dtype=dtype)
+    end = {"film": film, "residual": residual}
+    return (
+        y,
+        ops.group_norm(x, *affine, 5, eps=1e-5, skip=skip, act="mish", **end),
+        ops.residual(x, skip, normal(20, seed=5), 3.0),
+        ops.interleave(skip, normal(5, seed=6)),
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,7 +88,9 @@ def test_bits_are_the_same_everywhere(kernels, dtype, use):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_a_norm_depend_on_no_other_entry(dtype):
     x, weight, bias = normal(*SHAPE, dtype=dtype), normal(20, seed=3), normal(20, seed=4)
-    whole = ops.group_norm(x, weight, bias, 5, eps=1e-5, silu=True)
+    film, options = normal(3, 20, seed=5), {"eps": 1e-5, "act": "mish"}
+    whole = ops.group_norm(x, weight, bias, 5, film=film, residual=x, **options)
     for n in range(len(x)):
-        alone = ops.group_norm(layout.channels_last(x[n : n + 1]), weight, bias, 5, eps=1e-5, silu=True)
+        one = layout.channels_last(x[n : n + 1])
+        alone = ops.group_norm(one, weight, bias, 5, film=film[n : n + 1], residual=one, **options)
         assert same_bits(alone, whole[n : n + 1])

@@ -40,14 +40,14 @@ def test_module_rejects_instruction_sets_and_arguments():
     module = loader.native().module
     with pytest.raises(ValueError, match="'mmx' is unknown, or this CPU does not have it"):
         module.use("mmx")
-    with pytest.raises(TypeError, match="got 3 arguments, want 6"):
-        module.silu(1, 1, 1)
+    with pytest.raises(TypeError, match="got 3 arguments, want 7"):
+        module.activation(1, 1, 1)
     with pytest.raises(TypeError):
-        module.silu(1, 1, 1, "x", 1, 0)
+        module.activation(1, 1, 1, "x", 1, 1, 0)
     with pytest.raises(TypeError, match="no kernel has this name and 1 words"):
-        module.record("silu", 1, 1)
+        module.record("activation", 1, 1)
     with pytest.raises(OverflowError):
-        module.record("silu", 1, 1, 2**64, 0, 0)
+        module.record("activation", 1, 1, 2**64, 0, 0, 0)
 
 
 def test_without_a_module_torch_runs(monkeypatch):
@@ -165,7 +165,7 @@ def test_changed_sources_are_built_anew(tree):
     before = built.stat().st_mtime_ns
     assert report().startswith(str(built))
     assert built.stat().st_mtime_ns == before
-    source = folder / "kernels" / "cpu" / "silu.cpp"
+    source = folder / "kernels" / "cpu" / "activation.cpp"
     source.write_text(source.read_text() + "\n// changed\n")
     assert report().startswith(str(built))
     assert built.stat().st_mtime_ns > before
@@ -175,7 +175,7 @@ def test_changed_sources_are_built_anew(tree):
 @pytest.mark.slow
 def test_sources_that_cannot_be_built_leave_torch(tree):
     folder, report = tree
-    source = folder / "kernels" / "cpu" / "silu.cpp"
+    source = folder / "kernels" / "cpu" / "activation.cpp"
     source.write_text(source.read_text() + "\nthis is no C++\n")
     assert re.match("None the C\\+\\+ kernels are older than their sources and could not be built again: .", report())
 

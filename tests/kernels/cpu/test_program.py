@@ -11,7 +11,7 @@ from fastddpm import ops
 from fastddpm.core import layout
 from fastddpm.kernels.cpu.native import native
 from fastddpm.kernels.cpu.program import Images, Program, Rows, Weights, given, pack
-from fastddpm.networks.layers import Upsample
+from fastddpm.networks.layers import Upsample, phases_of_transposed
 from tests.kernels.cpu.conftest import BFLOAT16, INSTRUCTION_SETS
 from tests.support.check import assert_as_accurate, at_once
 from tests.support.draws import generator
@@ -45,8 +45,9 @@ class Convolution:
     """A convolution of random tensors.
 
     Args:
-        shape: of x; skip: channels of a second input; below: padding below and on the right, if it differs from
-            `padding`; phase: see `Program.convolution`; doubled: whether nearest neighbours double the size of x.
+        shape: of x; kernel: its side, or its height and width; skip: channels of a second input; padding: on all sides,
+            or above and on the left; below: below and on the right, if it differs; phase: see `Program.convolution`;
+            doubled: whether nearest neighbours double the size of x.
     """
 
     def __init__(
@@ -55,10 +56,11 @@ class Convolution:
     ):  # fmt: skip
         self.x, self.dtype = images(*shape).to(dtype), dtype
         self.skip = images(shape[0], skip, *shape[2:], seed=1).to(dtype) if skip else None
-        weight = normal(out, shape[1] + skip, kernel, kernel, seed=2) / ((shape[1] + skip) * kernel**2) ** 0.5
+        kernel, padding = (of if isinstance(of, tuple) else (of, of) for of in (kernel, padding))
+        weight = normal(out, shape[1] + skip, *kernel, seed=2) / ((shape[1] + skip) * math.prod(kernel)) ** 0.5
         self.weight = layout.channels_last(weight.to(dtype))
         self.bias = normal(out, seed=3) if bias else None
-        self.stride, self.padding, self.below = stride, padding, padding if below is None else below
+        self.stride, self.padding, self.below = stride, padding, padding if below is None else (below, below)
         self.scale, self.phase, self.winograd, self.doubled = scale, phase, winograd, doubled
         self.size = self.plain(torch.float32, residual=False).shape
         self.residual = images(*self.size, seed=4).to(dtype) if residual else None
@@ -68,7 +70,7 @@ class Convolution:
         x = torch.cat([self.x, *([] if self.skip is None else [self.skip])], 1).to(dtype)
         if self.doubled:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        x = F.pad(x, (self.padding, self.below) * 2)
+        x = F.pad(x, (self.padding[1], self.below[1], self.padding[0], self.below[0]))
         y = F.conv2d(x, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.stride)
         return (y + self.residual.to(dtype) if residual and self.residual is not None else y) / self.scale
 
@@ -87,7 +89,7 @@ class Convolution:
         x, skip, residual, into = (None if t is None else described(k, t) for k, t in enumerate(given_tensors, 1))
         program.convolution(
             x, self.packed(), self.bias, skip=skip, residual=residual, scale=self.scale,
-            stride=self.stride, padding=(self.padding, self.padding), size=(height, width), into=into,
+            stride=self.stride, padding=self.padding, size=(height, width), into=into,
             phase=self.phase,
         )  # fmt: skip
         program.run(*(0 if t is None else t.data_ptr() for t in given_tensors))
@@ -121,7 +123,15 @@ GATHERED = {
     "phase 0 0": ((2, 20, 5, 4), 24, 2, {"padding": 1, "below": 0, "phase": (0, 0)}),
     "phase 1 1": ((2, 20, 5, 4), 24, 2, {"padding": 0, "below": 1, "phase": (1, 1)}),
     "deep": ((1, 300, 4, 4), 40, 3, {"padding": 1}),
+    "3 x 5": ((2, 7, 5, 6), 9, (3, 5), {"padding": (1, 2)}),
+    "1 x 3": ((2, 20, 1, 16), 33, (1, 3), {"padding": (0, 1)}),
+    "1 x 5": ((2, 300, 1, 7), 40, (1, 5), {"padding": (0, 2)}),
+    "1 x 5 of two inputs": ((2, 40, 1, 4), 40, (1, 5), {"skip": 24, "padding": (0, 2)}),
+    "1 x 5 of few pixels": ((1, 24, 1, 2), 300, (1, 5), {"padding": (0, 2)}),
+    "1 x 3, stride 2": ((2, 20, 1, 16), 24, (1, 3), {"stride": 2, "padding": (0, 1)}),
+    "5 x 1, stride 2": ((1, 20, 9, 2), 24, (5, 1), {"stride": 2, "padding": (2, 0)}),
 }
+PRECISIONS = torch.float32, torch.float64
 END = [{}, {"bias": False}, {"residual": True}, {"residual": True, "scale": 3.0}]  # what follows the convolution
 ALL = {
     name: Convolution(*of, 3, padding=1, winograd=True, **END[i % 4]) for i, (name, of) in enumerate(WINOGRAD.items())
@@ -140,6 +150,25 @@ def test_convolution_is_as_accurate_as_torch(name, isa, use):
     with use(isa):
         got = ALL[name].run()
     assert_as_accurate(got, ALL[name].plain(torch.float32), ALL[name].plain(torch.float64))
+
+
+@pytest.mark.parametrize("length", [1, 5, 16])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_transposed_convolution_is_as_accurate_as_torch(isa, length, use):
+    """By one convolution for each phase, into every second position."""
+    x, weight, bias = normal(2, 40, length), normal(40, 24, 4, seed=1) / 9, normal(24, seed=2)
+    images_of_x = layout.channels_last(x[:, :, None])
+    y = layout.channels_last(torch.full((2, 24, 1, 2 * length), math.nan))
+    with use(isa):
+        program = Program()
+        for phase, part in enumerate(phases_of_transposed(weight)):
+            program.convolution(
+                described(1, images_of_x), pack(layout.channels_last(part)), bias,
+                padding=(0, 1 - phase), size=(1, length), into=described(2, y), phase=(0, phase),
+            )  # fmt: skip
+        program.run(images_of_x.data_ptr(), y.data_ptr())
+    plain, ref = (F.conv_transpose1d(*(t.to(dtype) for t in (x, weight, bias)), 2, 1) for dtype in PRECISIONS)
+    assert_as_accurate(y[:, :, 0], plain, ref)
 
 
 @pytest.mark.parametrize("isa", BFLOAT16)
@@ -265,16 +294,34 @@ def test_norm_of_a_program_is_the_operation(skip, rows, scaled):
     channels = 22 + skip
     weight, bias, add = normal(channels, seed=2), normal(channels, seed=3), normal(max(rows, 1), channels, seed=4)
     scale_shift = normal(max(scaled, 1), 2 * channels, seed=5)
-    options = {"eps": 1e-5, "silu": True, "add": add if rows else None, "scale_shift": scale_shift if scaled else None}
+    options = {"eps": 1e-5, "act": "silu", "add": add if rows else None, "scale_shift": scale_shift if scaled else None}
     want = ops.group_norm(x, weight, bias, 2, skip=second, **options)
     program, y = Program(), torch.full(want.shape, math.nan).movedim(1, -1).contiguous().movedim(-1, 1)
     got = program.group_norm(
         described(1, x), described(2, second) if skip else None, weight, bias, 2, 1e-5,
         add=Rows(given(3), channels * (rows > 1)) if rows else None,
-        scale_shift=Rows(given(5), 2 * channels * (scaled > 1)) if scaled else None, silu=True,
+        scale_shift=Rows(given(5), 2 * channels * (scaled > 1)) if scaled else None, act="silu",
     )  # fmt: skip
     program.convolution(got, pack(layout.channels_last(torch.eye(channels)[..., None, None])), into=described(4, y))
     program.run(x.data_ptr(), second.data_ptr() if skip else 0, add.data_ptr(), y.data_ptr(), scale_shift.data_ptr())
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norm_of_a_program_ends_with_film_and_residual(with_residual, parts, rows):
+    x, residual = images(2, 40, 1, 9), images(2, 40, 1, 9, seed=1)
+    weight, bias, film = normal(40, seed=2), normal(40, seed=3), normal(rows, parts * 40, seed=4)
+    other = residual if with_residual else None
+    want = ops.group_norm(x, weight, bias, 4, eps=1e-5, act="mish", film=film, residual=other)
+    program, y = Program(), layout.channels_last(torch.full(want.shape, math.nan))
+    got = program.group_norm(
+        described(1, x), None, weight, bias, 4, 1e-5, act="mish", film=Rows(given(2), parts * 40 * (rows > 1)),
+        film_scales=parts == 2, residual=described(3, residual) if with_residual else None,
+    )  # fmt: skip
+    program.convolution(got, pack(layout.channels_last(torch.eye(40)[..., None, None])), into=described(4, y))
+    program.run(x.data_ptr(), film.data_ptr(), residual.data_ptr(), y.data_ptr())
     assert torch.equal(y, want)
 
 

@@ -54,7 +54,8 @@ def elementwise():
         native.step(n, size, memory(4 * total), memory(SIZES[m] * total), rows, ints(7, 9), pos, address,
                     memory(SIZES[copy] * total) if copy else None, bad if m else None, copy, m, copy)
         native.normal(n, size, memory(4 * total), t, address, 255)
-        native.silu(total, memory(SIZES[m] * total), memory(SIZES[m] * total), m)
+        for act in range(3):
+            native.activation(total, memory(SIZES[m] * total), memory(SIZES[m] * total), act, m)
         for x_0 in (m, 3):
             x = memory(SIZES[x_0] * total)
             native.noising(n, size, memory(SIZES[copy] * total), x, t, address, floats(2000), 3, 1, copy, x_0)
@@ -83,21 +84,27 @@ def images():
                               memory(size * count), memory(size * n * h * w * skip) if skip else None,
                               floats(n * width) if add else None, width,
                               floats(2 * n * width) if scaled else None, 2 * width, floats(width), floats(width),
-                              1e-5, 1, dtype,
+                              1e-5, 1 + skip % 2, floats((1 + (scaled or 0)) * n * width) if add else None,
+                              (1 + (scaled or 0)) * width, scaled or 0,
+                              memory(size * n * h * w * width) if add else None, dtype,
                               memory(16 * n * blocks * width), floats(3 * n * width))
 
-def packed(out, channels, kernel, winograd, dtype=0):
-    depth = channels if winograd else -(-channels * kernel**2 * SIZES[dtype] // 4)
+def packed(out, channels, kernel, winograd, dtype=0, rows=None):
+    rows = kernel if rows is None else rows
+    depth = channels if winograd else -(-channels * rows * kernel * SIZES[dtype] // 4)
     panels, padded, phases = -(-out // native.columns()), -(-depth // 16) * 16, 4 if winograd and kernel == 2 else 1
     at = floats(panels * padded * native.columns() * ((kernel + 1) ** 2 if winograd else 1))
-    native.pack(dtype, winograd, out, channels, kernel, at, memory(SIZES[dtype] * phases * out * channels * kernel**2))
+    size = SIZES[dtype] * phases * out * channels * rows * kernel
+    native.pack(dtype, winograd, out, channels, rows, kernel, at, memory(size))
     return at
 
-KINDS = [(3, 1, 1, 0, 1), (3, 1, 1, 5, 0), (1, 1, 0, 3, 0), (3, 2, 1, 0, 0), (2, 1, 1, 0, 1)]
+# columns and rows of the kernel, stride, padding, channels of skip, Winograd
+KINDS = [(3, 3, 1, 1, 0, 1), (3, 3, 1, 1, 5, 0), (1, 1, 1, 0, 3, 0), (3, 3, 2, 1, 0, 0), (2, 2, 1, 1, 0, 1)]
+KINDS += [(5, 1, 1, 2, 3, 0), (3, 1, 2, 1, 0, 0), (1, 3, 1, 0, 0, 0)]
 
 def convolutions(dtype):
     shapes = [(0, 2, 2, 3, 4), (1, 1, 1, 1, 1), (2, 3, 5, 7, 9), (1, 8, 6, 33, 65), (3, 4, 4, 16, 32)]
-    for (n, h, w, c, out), (kernel, stride, padding, skip, winograd) in itertools.product(shapes, KINDS):
+    for (n, h, w, c, out), (kernel, rows, stride, padding, skip, winograd) in itertools.product(shapes, KINDS):
         if winograd and dtype:
             continue
         if winograd and kernel == 2:  # the input is doubled in size
@@ -107,10 +114,10 @@ def convolutions(dtype):
         strides = height * width * out, width * out, out
         size, outputs = SIZES[dtype], SIZES[dtype] * n * height * width * out
         native.convolution(
-            dtype, winograd, n, h, w, c, skip, height, width, out, kernel, stride, padding, padding,
+            dtype, winograd, n, h, w, c, skip, height, width, out, rows, kernel, stride, rows // 2 * padding, padding,
             memory(size * n * h * w * c), memory(size * n * h * w * skip) if skip else None,
-            packed(out, c + skip, kernel, winograd, dtype), floats(out), memory(outputs), memory(outputs), *strides,
-            2.0)
+            packed(out, c + skip, kernel, winograd, dtype, rows), floats(out), memory(outputs), memory(outputs),
+            *strides, 2.0)
     for n, tokens, heads, dim in [(0, 4, 1, 8), (1, 1, 1, 1), (2, 5, 3, 7), (1, 65, 2, 33)]:
         widest = max(-(-dim // 16) * 16, -(-dim // native.columns()) * native.columns())
         native.attention(dtype, n, tokens, heads, dim, memory(SIZES[dtype] * n * tokens * heads * dim),
@@ -122,15 +129,15 @@ def far():
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # without reserving it
     block = mmap.mmap(-1, size, flags=flags)
     at, stride = ctypes.addressof(ctypes.c_char.from_buffer(block)), (1 << 31) + 8  # elements
-    native.convolution(0, 0, 2, 2, 2, 1, 0, 2, 2, 1, 1, 1, 0, 0, floats(8, *[1.0] * 8), None,
+    native.convolution(0, 0, 2, 2, 2, 1, 0, 2, 2, 1, 1, 1, 1, 0, 0, floats(8, *[1.0] * 8), None,
                        one(), None, None, at, stride, 2, 1, 1.0)
     assert struct.unpack("4f", ctypes.string_at(at + 4 * stride, 16)) == (2.0,) * 4
     ctypes.memmove(at + 4 * stride, struct.pack("f", 3.0), 4)
     y = floats(4)
-    for add, scaled in ((at, None), (None, at)):
+    for add, scaled, film in ((at, None, None), (None, at, None), (None, None, at)):
         ctypes.memmove(at + 4 * (stride + 2), struct.pack("2f", 3.0, 3.0), 8)
         native.group_norm(2, 1, 1, 2, 0, y, floats(4), None, add, stride, scaled, stride, floats(2, 1.0, 1.0),
-                          floats(2), 1e-5, 0, 0, memory(16 * 2 * 2), floats(12))
+                          floats(2), 1e-5, 0, film, stride, 0, None, 0, memory(16 * 2 * 2), floats(12))
         assert struct.unpack("4f", ctypes.string_at(y, 16))[2] > 0.9
 
 def one():
@@ -148,7 +155,7 @@ print("done")
 
 DAMAGED = """
 native.use("portable")
-native.silu(9, memory(36), memory(32), 0)
+native.activation(9, memory(36), memory(32), 1, 0)
 print("done")
 """
 
@@ -196,6 +203,6 @@ def test_a_read_beyond_a_tensor_is_detected(sanitized):
 
 
 def test_a_negative_size_is_detected(sanitized):
-    done = run(sanitized, CODE.partition("for isa in")[0] + DAMAGED.replace("silu(9,", "silu(-9,"))
+    done = run(sanitized, CODE.partition("for isa in")[0] + DAMAGED.replace("activation(9,", "activation(-9,"))
     assert done.returncode != 0
     assert "Assertion" in done.stderr

@@ -23,6 +23,7 @@ from fastddpm.kernels.cpu.program import (  # type: ignore[import-not-found]  # 
     given,
     pack,
 )
+from fastddpm.networks.fused_unet1d import FusedUNet1D
 from fastddpm.networks.layers import FUSED, Attention, Block, Conv2d, Downsample, GroupNorm, Pool, Upsample
 from fastddpm.networks.resnet import Resnet
 from fastddpm.networks.unet2d import UNet2D
@@ -32,7 +33,7 @@ Pack = Callable[[Tensor, bool], Weights]  # (weight, whether for Winograd's meth
 MOST_SHAPES = 8  # programs that are kept
 LEAST_SIDE = 4  # of images for Winograd's method: it sums the zeros around smaller ones, too, and rounds more
 LEAST_CHANNELS = 32  # for which Winograd's method is faster, and as accurate even without fused multiply-adds
-_X, _ROWS, _Y = 1, 2, 3  # the pointers that a program is given
+X, ROWS, Y = 1, 2, 3  # the pointers that a program is given
 
 
 def fastest_forward(net: UNet2D) -> Callable[[Tensor, Tensor], Tensor]:
@@ -41,12 +42,17 @@ def fastest_forward(net: UNet2D) -> Callable[[Tensor, Tensor], Tensor]:
     return PlannedUNet(net) if _can_be_planned(net) else net.denoise
 
 
+def has_programs(weight: Tensor) -> bool:
+    """Whether there are C++ kernels for the device and the dtype of a network's weights."""
+    multiplies = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native().module.bfloat16())
+    return ops.backend(weight.device) == "cpp" and multiplies
+
+
 def _can_be_planned(net: UNet2D) -> bool:
-    """Whether there are C++ kernels for the dtype of the network, and it has no option that programs lack."""
-    weight, options = net.conv_in.weight, net.config
+    """Whether there are C++ kernels for a network: it has no option that programs lack."""
+    options = net.config
     return (
-        ops.backend(weight.device) == "cpp"
-        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native().module.bfloat16()))
+        has_programs(net.conv_in.weight)
         and all(resnet.act in FUSED for resnet in net.resnets)
         and not options["center_input_sample"]
         and all(isinstance(m.phases, Conv2d) for m in net.modules() if isinstance(m, Upsample))
@@ -59,13 +65,14 @@ def _can_be_planned(net: UNet2D) -> bool:
 
 
 class PlannedUNet:
-    """`UNet2D.denoise` of a copy by `for_inference`, as a program.
+    """`denoise` of a copy of a network for inference, as a program.
 
-    Args: net: the copy.
+    Args: net: the copy; builder: builds its programs.
     """
 
-    def __init__(self, net: UNet2D):
+    def __init__(self, net: UNet2D | FusedUNet1D, builder: Callable[..., Any] | None = None):
         self.net = net
+        self._build: Callable[..., Any] = builder or Builder
         self._programs: dict[tuple[int, ...], Program] = {}
         self._packed: dict[tuple[int, bool], Weights] = {}
         self._version = net.version
@@ -75,7 +82,7 @@ class PlannedUNet:
         """Evaluate the network. Args and returns: see `UNet2D.denoise`."""
         self.net.check_shape(x)
         x, rows = layout.channels_last(x), rows.contiguous()
-        y = layout.empty(len(x), (self.net.config["out_channels"], *x.shape[2:]), dtype=x.dtype, device=x.device)
+        y = layout.empty(len(x), (self.net.out_channels, *x.shape[2:]), dtype=x.dtype, device=x.device)
         if not len(x):
             return y
         with self._lock:
@@ -89,7 +96,7 @@ class PlannedUNet:
             self._programs, self._packed, self._version = {}, {}, self.net.version
         key = *x.shape, len(rows)
         if key not in self._programs:
-            self._programs[key] = Builder(self.net, x, rows, self._pack).program
+            self._programs[key] = self._build(self.net, x, rows, self._pack).program
             while len(self._programs) > MOST_SHAPES:
                 del self._programs[next(iter(self._programs))]
         return self._programs[key]
@@ -113,8 +120,8 @@ class Builder:
         self._entry_stride = rows.shape[1] if len(rows) > 1 else 0
         self._column = 0  # of the time rows, for the next residual block
         n, channels, height, width = x.shape
-        out = Images(given(_Y), n, height, width, net.config["out_channels"])
-        h = self._convolution(net.conv_in, Images(given(_X), n, height, width, channels))
+        out = Images(given(Y), n, height, width, net.config["out_channels"])
+        h = self._convolution(net.conv_in, Images(given(X), n, height, width, channels))
         skips = [h]
         for block in cast("Iterable[Block]", net.down_blocks):
             for resnet, attention in block.layers():
@@ -134,7 +141,7 @@ class Builder:
         self._convolution(net.conv_out, h, into=out)
 
     def _resnet(self, resnet: Resnet, x: Images, skip: Images | None = None) -> Images:
-        columns = Rows(given(_ROWS, 4 * self._column), self._entry_stride)
+        columns = Rows(given(ROWS, 4 * self._column), self._entry_stride)
         self._column += resnet.columns
         act = FUSED[resnet.act]
         h = self._norm(resnet.norm1, x, skip, act=act)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from fastddpm.core.layout import channels_last
@@ -16,7 +15,7 @@ from fastddpm.kernels.cpu.program import (  # type: ignore[import-not-found]  # 
 )
 from fastddpm.networks.fused_unet1d import FusedBlock, FusedUNet1D
 from fastddpm.networks.layers import Conv2d, phases_of_transposed
-from fastddpm.networks.planned import ROWS, X, Y, Pack
+from fastddpm.networks.planned import ROWS, Pack, X, Y
 
 
 class SequenceBuilder:
@@ -84,8 +83,5 @@ class SequenceBuilder:
         y = self.program.images(x.n, 1, 2 * x.width, conv.out_channels)
         for i, weight in enumerate(phases_of_transposed(conv.weight[:, :, 0])):
             weights = pack(channels_last(weight))  # not by `self._pack`, which knows weights by their address
-            self.program.convolution(
-                x, weights, conv.bias, padding=(0, 1 - i), into=y, size=(1, x.width), phase=(0, i)
-            )
+            self.program.convolution(x, weights, conv.bias, padding=(0, 1 - i), into=y, size=(1, x.width), phase=(0, i))
         return y
-

@@ -3,9 +3,10 @@
 import argparse
 import os
 import shlex
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.options import add_device, add_network, number_list
 from fastddpm.core.names import (
@@ -17,6 +18,11 @@ from fastddpm.core.names import (
     TRAIN_VARIANCE_TYPES,
 )
 from fastddpm.storage.files import check_writable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fastddpm.train.options import TrainOptions
 
 SUMMARY = "train a model on images, sounds or texts (Algorithm 1 of the DDPM paper)"
 EPILOG = """
@@ -165,6 +171,7 @@ def run(args: argparse.Namespace) -> None:
             _check_apart(args.data, args.out)
             if sequences.is_sequences(args.data):
                 data, medium = sequences.load_sequences(args.data, code=args.code)
+                options = _without_clipping(options, data)
             else:
                 data = datasets.load_images(args.data, progress=prints)
             if args.class_conditional:
@@ -188,6 +195,13 @@ def run(args: argparse.Namespace) -> None:
             raise
     if prints:
         print(f"{args.out}: trained for {options.steps} steps; now `fastddpm sample {shlex.quote(_path(args.out))}`")
+
+
+def _without_clipping(options: "TrainOptions", data: "np.ndarray") -> "TrainOptions":
+    """The options, with a schedule that does not clip x_0 if data are not within [-1, 1], such as embeddings."""
+    if options.init is not None or data.dtype.kind != "f" or max(-data.min(), data.max()) <= 1:
+        return options
+    return replace(options, schedule=replace(options.schedule, clip_sample=False))
 
 
 def _check_apart(data: str, out: str) -> None:

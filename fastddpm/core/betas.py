@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor:
-    """The betas of one of BETA_SCHEDULES: [T] float64. squaredcos_cap_v2 and laplace ignore start and end."""
+    """The betas of one of BETA_SCHEDULES: [T] float64. squaredcos_cap_v2, laplace and sqrt ignore both ends."""
 
     def linspace(start: float, end: float) -> Tensor:
         return torch.linspace(start, end, T, dtype=torch.float64, device="cpu")
@@ -18,7 +18,7 @@ def named_betas(name: str, T: int, beta_start: float, beta_end: float) -> Tensor
         return linspace(math.sqrt(beta_start), math.sqrt(beta_end)) ** 2
     if name == "sigmoid":
         return linspace(-6, 6).sigmoid() * (beta_end - beta_start) + beta_start
-    abar = cosine_abar if name == "squaredcos_cap_v2" else laplace_abar
+    abar = {"squaredcos_cap_v2": cosine_abar, "laplace": laplace_abar, "sqrt": sqrt_abar}[name]
     betas = [min(1 - abar((t + 1) / T) / abar(t / T), 0.999) for t in range(T)]
     return torch.tensor(betas, dtype=torch.float64, device="cpu")
 
@@ -32,6 +32,11 @@ def laplace_abar(u: float) -> float:
     """abar at the fraction u = t/T: diffusers' Laplace schedule (after Hang et al. 2024, arXiv:2407.03297)."""
     snr = math.exp(-0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6))
     return math.sqrt(snr / (1 + snr))
+
+
+def sqrt_abar(u: float) -> float:
+    """abar at the fraction u = t/T: that of Diffusion-LM (Li et al. 2022, arXiv:2205.14217, appendix A)."""
+    return max(1 - math.sqrt(u + 1e-4), 1e-5)
 
 
 def rescale_zero_snr(betas: Tensor) -> Tensor:

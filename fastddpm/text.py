@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastddpm.core import noise
 from fastddpm.core.checks import one_of, shown, whole
-from fastddpm.core.names import CODES
+from fastddpm.core.names import TEXT_CODES
 
 MOST_CHARACTERS = 1000  # of an alphabet
 INVALID = "\ufffd"  # what a number that no symbol has is decoded to: Unicode's replacement character
@@ -56,7 +56,7 @@ class Text:
     def __post_init__(self) -> None:
         _check_alphabet(self.alphabet)
         object.__setattr__(self, "length", whole("length", self.length, 1))
-        one_of("code", self.code, CODES)
+        one_of("code", self.code, TEXT_CODES)
 
     @classmethod
     def fit(cls, texts: Sequence[str], code: str = "bits") -> "Text":

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # import each other. In each room __init__ is on top: it only gathers names.
 ORDER = """
 __main__
-cli: main sample conditions trajectory merge train likelihood labels fid convert verify info options terminal
+cli: main sample outputs conditions trajectory merge train likelihood labels fid convert verify info options terminal
 verify: table ladder interpreter rungs sampling_rungs kernel_rungs forward_rung case accuracy
 train: trainer loss initial grids batches run_folder state updates options
 | evaluate: likelihood terms fid isolated features frechet
@@ -29,17 +29,17 @@ train: trainer loss initial grids batches run_folder state updates options
              disguise
 sampling: job manifest sampler parallel run condition_arguments beginning arguments loop watch batches engine \
           runner chains buffers batch_network replay model own_network conditions capture fixed_reads reachable
-checkpoints: loading diffusers guided_diffusion flags lucidrains lerobot files weights parameters reading checkpoint \
-             shipped
-networks: planned unet2d obstacles config resnet layers
+checkpoints: loading diffusers guided_diffusion flags lucidrains lerobot files weights checkpoint parameters medium \
+             reading shipped
+networks: fused planned_unet1d planned fused_unet1d unet1d unet2d obstacles config resnet layers
 processes: progress displays distributed signals
-storage: datasets sequences merge shards shard_formats trajectory audio class_grid images plots image_folder \
+storage: datasets sequences merge shards shard_formats trajectory sequence_files audio class_grid images plots image_folder \
          archives image_files classes decoding npz idx arrays data_checks fingerprint indices files caches
 ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual parallel_steps conditional_step \
      step checks library backend
 text
 core: noise schedule table betas layout precision memory checks names
-reference: likelihood unet parallel conditional diffusion
+reference: likelihood unet1d unet parallel conditional diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual draft \
          first_difference commit conditional_step step tree philox block columns launch
 | kernels.cpu: program launch native

@@ -162,8 +162,6 @@ def save(
         medium: what the samples are, if they are sounds or texts.
     Raises: ValueError: pipeline is False, but the folder holds a pipeline; or an argument is not as above.
     """
-    from safetensors.torch import save as serialise
-
     root = as_folder("folder", folder)
     _check_content(config, state_dict, schedule, dtype)
     null_label = _null_label(null_label, config)
@@ -188,12 +186,18 @@ def save(
     scale = {} if timestep_scale is None else {_SCALE: timestep_scale}
     _write_json(unet / _CONFIG, private | options | scale)
     _write_json(scheduler / _SCHEDULER, schedule.to_config())
-    # safetensors wants tensors that are contiguous and share no memory
+    _write_weights(weights, state_dict, dtype)
+
+
+def _write_weights(path: Path, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Write parameters as safetensors, which wants tensors that are contiguous and share no memory."""
+    from safetensors.torch import save as serialise
+
     tensors = {
         name: value.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
         for name, value in state_dict.items()
     }
-    with atomic(weights) as file:
+    with atomic(path) as file:
         file.write(serialise(tensors, metadata={"format": "pt"}))
 
 

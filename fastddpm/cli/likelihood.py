@@ -123,7 +123,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _load_data(args: argparse.Namespace, sampler: "Sampler") -> tuple[Any, list[str]]:
     """(the data as `bound` takes them, the texts that they are or nothing)."""
+    import numpy as np
+
     from fastddpm.storage import datasets, sequences
+    from fastddpm.storage.audio import FULL_SCALE, Audio
     from fastddpm.text import Text, read_texts
 
     if isinstance(sampler.medium, Text):
@@ -131,7 +134,10 @@ def _load_data(args: argparse.Namespace, sampler: "Sampler") -> tuple[Any, list[
         return sampler.medium.encode(texts), texts
     if len(sampler.shape) == 3:
         return datasets.load_images(args.data, held_out=True, progress=not args.quiet), []
-    return sequences.load_sequences(args.data, held_out=True).data, []
+    data = sequences.load_sequences(args.data, held_out=True).data
+    if isinstance(medium := sampler.medium, Audio) and medium.code != "waveform":
+        data = medium.encode(data / np.float32(FULL_SCALE) if data.dtype == np.int16 else data)
+    return data, []
 
 
 def _of_texts(result: "Bound", texts: list[str], sampler: "Sampler") -> str:

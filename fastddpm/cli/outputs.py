@@ -93,8 +93,9 @@ def draw_first(store: "ShardFolder", sampler: "Sampler", path: Path) -> None:
     """Draw the spectrograms of the samples of the first shard, at most MOST_SHOWN."""
     import torch
 
+    from fastddpm.storage.audio import Audio
     from fastddpm.storage.sequence_files import MOST_SHOWN, save_sequences
 
-    samples, labels = torch.from_numpy(store.read(0)[:MOST_SHOWN]), store.labels(0)
+    waveforms, labels = torch.from_numpy(store.read(0)[:MOST_SHOWN]), store.labels(0)
     shown = None if labels is None else labels[:MOST_SHOWN].tolist()
-    save_sequences(samples, path, sampler.medium, shown, sampler.classes)
+    save_sequences(waveforms, path, Audio(store.manifest["sample_rate"]), shown, sampler.classes)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastddpm.cli.options import add_device, add_network, number_list
 from fastddpm.core.names import (
+    AUDIO_CODES,
     BETA_SCHEDULES,
-    CODES,
     PREDICTION_TYPES,
+    TEXT_CODES,
     TRAIN_ENGINES,
     TRAIN_PRECISIONS,
     TRAIN_VARIANCE_TYPES,
@@ -69,7 +70,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its defau
     ),
 }
 _FREE = {
-    "code": "bits",
+    "code": None,
     "class_conditional": False,
     "engine": "auto",
     "precision": "auto",
@@ -115,7 +116,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="variance of the reverse process; with learned_range the network returns it too (default: %(default)s)",
     )
     parser.add_argument(
-        "--code", choices=CODES, default="bits", help="how the letters of texts become numbers (default: %(default)s)"
+        "--code",
+        choices=(*TEXT_CODES, *AUDIO_CODES),
+        help="how sounds and texts become numbers (default: waveform, or bits)",
     )
     parser.add_argument("--class-conditional", action="store_true", help="condition the model on the classes of DATA")
     parser.add_argument(

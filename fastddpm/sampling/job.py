@@ -27,6 +27,7 @@ from fastddpm.sampling.conditions import Conditions
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
 from fastddpm.sampling.parallel import default_chains
 from fastddpm.sampling.sampler import Sampler
+from fastddpm.storage.audio import Audio
 from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.storage.fingerprint import weights_sums
 from fastddpm.storage.indices import Indices
@@ -276,6 +277,8 @@ class _Drawer:
             kept = f"shards of the old weights stay in {shards.path}"
             way_out = "give the job a copy of the model that nothing else changes"
             raise ValueError(f"the model's weights were changed while the job ran; {kept}, and no others: {way_out}")
+        if shards.format == "wav" and isinstance(medium := self.sampler.medium, Audio):
+            x = medium.decode(x)
         return np.ascontiguousarray(x.numpy())
 
     def _weights(self) -> object:

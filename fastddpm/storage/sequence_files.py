@@ -38,4 +38,4 @@ def save_sequences(
     else:
         samples = samples[:MOST_SHOWN]
         titles = None if labels is None else [str(label) if names is None else names[label] for label in labels]
-        audio.save_spectrograms(path, samples[:, 0].cpu().numpy(), titles, medium.sample_rate)
+        audio.save_spectrograms(path, medium.decode(samples)[:, 0].cpu().numpy(), titles, medium.sample_rate)

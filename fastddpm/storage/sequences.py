@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastddpm.core.checks import flag
+from fastddpm.core.checks import flag, one_of
+from fastddpm.core.names import AUDIO_CODES
 from fastddpm.storage import npz
 from fastddpm.storage.arrays import StoredArray
-from fastddpm.storage.audio import Audio, conversion, read_pcm
+from fastddpm.storage.audio import FULL_SCALE, Audio, conversion, read_pcm
 from fastddpm.storage.decoding import SUFFIXES
 from fastddpm.storage.files import as_path, check_regular
 from fastddpm.storage.image_files import ImageFiles
@@ -36,7 +37,7 @@ class Sequences(NamedTuple):
     medium: Audio | Text | None
 
 
-def load_sequences(path: str | os.PathLike[str], *, code: str = "bits", held_out: bool = False) -> Sequences:
+def load_sequences(path: str | os.PathLike[str], *, code: str | None = None, held_out: bool = False) -> Sequences:
     """All sequences, of one length, in memory.
 
     Args:
@@ -46,7 +47,7 @@ def load_sequences(path: str | os.PathLike[str], *, code: str = "bits", held_out
             a folder, searched with its subfolders, of 16-bit mono WAV files of one sample rate, sorted by name (1, 10,
                 2). Shorter ones are filled with zeros at the end, up to the longest, and that up to a multiple of 64;
             a .txt file in UTF-8 with one text per line, which are encoded by `Text.fit`.
-        code: of texts, see `Text`.
+        code: of texts, see `Text`, or of waveforms, see `Audio`; None: "bits" or "waveform".
         held_out: prefer an .npz's x_test.
     Raises: ValueError: path does not exist, is of another kind, is damaged or empty; sample rates differ; or values are
         not finite, or for waveforms outside [-1, 1].
@@ -59,12 +60,13 @@ def load_sequences(path: str | os.PathLike[str], *, code: str = "bits", held_out
         raise ValueError(f"{path} is not an .npz; leave out :{array}")
     try:
         if kind == "waves":
-            return _from_waves(path)
+            return _encoded(_from_waves(path), code)
         if kind == "text":
             texts = read_texts(path)
-            text = Text.fit(texts, code)
+            text = Text.fit(texts, code or "bits")
             return Sequences(text.encode(texts).numpy(), text)
-        return _from_npz(path, npz.choose_array(path, held_out=held_out) if array is None else array)
+        found = _from_npz(path, npz.choose_array(path, held_out=held_out) if array is None else array)
+        return _encoded(found, code)
     except MemoryError as error:
         raise ValueError(f"the sequences of {path} do not fit in memory; use fewer, or shorter ones") from error
 
@@ -155,6 +157,20 @@ def _from_npz(path: Path, array: str) -> Sequences:
             came = f"has values from {x.min():g} to {x.max():g}"
             raise ValueError(f"{stored.name} {came}; want waveforms in [-1, 1]: divide them, x / np.abs(x).max()")
     return Sequences(x if x.ndim == 3 else x[:, None], medium)
+
+
+def _encoded(found: Sequences, code: str | None) -> Sequences:
+    """Waveforms in a code. Raises: ValueError: they are none, or the code is not one of waveforms."""
+    data, medium = found
+    if code is None:
+        return found
+    if not isinstance(medium, Audio):
+        raise ValueError(f"code is {code}, but the sequences are just numbers; leave it out, or add a sample_rate")
+    if (code := one_of("code", code, AUDIO_CODES)) == "waveform":
+        return found
+    waveforms = data / np.float32(FULL_SCALE) if data.dtype == np.int16 else data
+    medium = Audio.fit(waveforms, medium.sample_rate, code)
+    return Sequences(medium.encode(waveforms), medium)
 
 
 def _sample_rate(path: Path) -> Audio:

@@ -14,10 +14,10 @@ from fastddpm.core.layout import channels_last
 from fastddpm.core.memory import send
 from fastddpm.processes.distributed import Ranks
 from fastddpm.storage import images
+from fastddpm.storage.audio import FULL_SCALE
 from fastddpm.train.options import TrainOptions
 
 WANTED = "uint8 [N, H, W, C] with at least one image and C = 1, 3 or 4, or sequences, float32 or int16 [N, C, L]"
-FULL_SCALE = 32768  # of int16 samples, which stand for numbers in [-1, 1)
 
 
 class Draws(NamedTuple):

@@ -19,7 +19,7 @@ from fastddpm.core.schedule import Schedule
 OF_IMAGES = ("flip", "layers", "attention", "dropout")  # options that only images have
 OF_SEQUENCES = ("frame", "kernel_size")
 BROUGHT_BY_INIT = ("channels", "layers", "attention", "groups", "dropout", *OF_SEQUENCES)  # and the schedule
-_EMBED = 128  # of the time and of a class, in a network for sequences; lerobot's default
+_EMBED = 64  # of the time and of a class, in a network for sequences
 _GRID_STEPS = 100  # per sample of the grids
 _MOST = 1 << 40  # steps, images per batch and so on
 _MOST_EXAMPLES = 1 << 56  # of a run: the noise of each has an address

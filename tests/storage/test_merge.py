@@ -12,7 +12,8 @@ from PIL import Image
 
 from fastddpm.storage import images
 from fastddpm.storage.merge import merge
-from fastddpm.storage.shards import FORMATS, ShardFolder
+from fastddpm.storage.shards import ShardFolder
+from tests.storage.test_shards import PICTURE_FORMATS
 from tests.support.check import error_line
 from tests.support.jobs import contents
 
@@ -38,7 +39,7 @@ def merged(out, *folders):
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 1), (2, 2, 3), (2, 5), (4,)])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 @pytest.mark.parametrize("size", [1, 4, 11, 100])
 def test_npz_has_the_bytes_of_save_npz(tmp_path, form, shape, size):
     if form == "png" and len(shape) < 3:
@@ -50,7 +51,7 @@ def test_npz_has_the_bytes_of_save_npz(tmp_path, form, shape, size):
     assert os.listdir(tmp_path / "deep") == ["out.npz"]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_labels_are_a_second_array(tmp_path, form):
     """They are repeated within each folder."""
     one = written(tmp_path / "one", format=form, class_labels="2,0,1")
@@ -174,7 +175,7 @@ def test_shard_that_is_not_as_the_manifest_says_is_refused(kept, suffix, k, chan
     assert message == f"{want}; delete it and run the command that wrote it again"
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_folder_that_has_grown_is_merged_in_order(tmp_path, form):
     one = written(tmp_path / "one", format=form, samples="0-5", class_labels="2,0,1")
     two = written(tmp_path / "two", format=form, samples="6-10", class_labels="2,0,1")

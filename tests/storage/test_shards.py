@@ -12,16 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastddpm.storage.audio import read_wav, wav_bytes
 from fastddpm.storage.indices import LIMIT, Indices
+from fastddpm.storage.merge import merge
 from fastddpm.storage.shards import FORMATS, ShardFolder, continued, in_short, is_shard_folder
 from tests.support.check import error_line
 from tests.support.jobs import contents
 
 MANIFEST = {"format": "npz", "samples": "0-10", "shard_size": 4, "class_labels": None, "seed": 0, "shape": [1, 3, 2]}
 REQUIRED = ("format", "samples", "shard_size", "class_labels", "shape")
+PICTURE_FORMATS = [form for form in FORMATS if form != "wav"]
 PICTURES = [(3, 2, 1), (2, 3, 3), (2, 2, 4)]
 FLOATS = [(2, 5), (3,), (5, 2, 2), (1, 4, 4)]
-SHAPES = [(form, shape) for form in FORMATS for shape in [*PICTURES, *FLOATS] if form != "png" or shape in PICTURES]
+SHAPES = [
+    (form, shape) for form in PICTURE_FORMATS for shape in [*PICTURES, *FLOATS] if form != "png" or shape in PICTURES
+]
 
 
 def drawn(n, shape, seed=0):
@@ -121,7 +126,7 @@ def test_png_is_named_by_its_sample_index(tmp_path, shape):
     ("samples", "size", "digits"),
     [("0-99999", 7, 5), ("0-100000", 7, 6), (f"3,{LIMIT - 1}", 1, 17), ("5", 10**9, 5)],
 )
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_names_are_as_wide_as_the_largest_index(tmp_path, form, samples, size, digits):
     store = ShardFolder(tmp_path, {**MANIFEST, "format": form, "samples": samples, "shard_size": size})
     store.begin()
@@ -201,7 +206,7 @@ def garble(path):
     path.write_bytes(b"\xff\xfe\0")
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 @pytest.mark.parametrize("which", ["first file", "last file", "record"])
 @pytest.mark.parametrize("damage", [cut, empty, flip_first, flip_last, lengthen, garble, Path.unlink])
 def test_shard_is_done_only_if_its_checksum_holds(tmp_path, form, which, damage):
@@ -277,7 +282,7 @@ def test_begin_leaves_all_other_files(tmp_path):
 
 
 def test_begin_again_changes_nothing(tmp_path):
-    for form in FORMATS:
+    for form in PICTURE_FORMATS:
         folder = tmp_path / "deep" / form
         store, _ = written(folder, format=form, class_labels="1,0")
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -296,7 +301,7 @@ def test_begin_writes_missing_labels(tmp_path):
     assert contents(tmp_path) == want
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_foreign_files_are_refused(tmp_path, form):
     """Files that look like shards or labels; other files may stay."""
     store = ShardFolder(tmp_path, {**MANIFEST, "format": form, "class_labels": "1"})
@@ -565,7 +570,7 @@ GROWTH = [("0-6", "0-10"), ("0-7", "0-10"), ("0-3", "0-8"), ("5,7,1-2", "5,7,1-3
 
 
 @pytest.mark.parametrize(("first", "then"), GROWTH)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_folder_grows(tmp_path, form, first, then):
     """Finished shards stay as they are; the further samples and labels are those of a folder of all."""
     asked = {**MANIFEST, "format": form, "class_labels": "2,0-1,1,5", "shape": [1, 3, 2]}
@@ -646,7 +651,7 @@ def test_folder_that_cannot_grow_names_the_command(tmp_path):
         assert contents(tmp_path / name) == state
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_growth_survives_a_kill_at_each_write(tmp_path, form, monkeypatch):
     """The next begin finds the finished shards and completes the labels, whether it asks for further samples or not."""
 
@@ -756,3 +761,51 @@ def test_records_of_other_shards_are_not_counted(tmp_path):
     for name in ("00003", "99999", "\N{ARABIC-INDIC DIGIT NINE}" * 3):
         (tmp_path / ".shards" / name).touch()
     assert store.written() == 11
+
+
+# Waveforms
+
+
+WAVES = {"format": "wav", "sample_rate": 8000, "shape": [1, 64]}
+
+
+@pytest.mark.parametrize("labels", [None, "2,0,1"])
+def test_waveforms_are_files_of_16_bits(tmp_path, labels):
+    random = np.random.default_rng(0)
+    samples = random.uniform(-1.2, 1.2, (11, 1, 64)).astype(np.float32)
+    store = ShardFolder(tmp_path, {**MANIFEST, **WAVES, "class_labels": labels})
+    store.begin()
+    for k in range(3):
+        store.write(k, samples[4 * k : 4 * k + 4])
+    store.check_complete()
+    assert names(tmp_path, ".wav") == [f"{i:05d}.wav" for i in range(11)]
+    stored = [read_wav(tmp_path / f"{i:05d}.wav", sample_rate=8000)[0] for i in range(11)]
+    assert np.abs(np.stack(stored) - samples[:, 0].clip(-1, 1)).max() <= 2**-15
+    again = ShardFolder.open(tmp_path)
+    assert np.array_equal(np.concatenate(list(again.arrays()))[:, 0], np.stack(stored))
+    if labels is not None:
+        assert json.loads((tmp_path / "dataset.json").read_text())["labels"][1] == ["00001.wav", 0]
+    merge([tmp_path], tmp_path.parent / "all.npz", progress=False)
+    with np.load(tmp_path.parent / "all.npz") as arrays:
+        assert np.array_equal(arrays["arr_0"][:, 0], np.stack(stored))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        wav_bytes(np.zeros(63, np.float32), 8000),
+        wav_bytes(np.zeros(64, np.float32), 8000)[:-10],
+        b"RIFF",
+    ],
+)
+def test_a_damaged_waveform_is_drawn_again(tmp_path, content):
+    store = ShardFolder(tmp_path, {**MANIFEST, **WAVES, "samples": "0", "shard_size": 1})
+    store.begin()
+    store.write(0, np.zeros((1, 1, 64), np.float32))
+    assert store.is_done(0)
+    (tmp_path / "00000.wav").write_bytes(content)
+    assert not store.is_done(0)
+
+
+def test_the_sample_rate_is_checked(tmp_path):
+    assert "its sample_rate is 0" in error_line(ShardFolder, tmp_path, {**MANIFEST, **WAVES, "sample_rate": 0})

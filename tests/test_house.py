@@ -33,8 +33,8 @@ checkpoints: loading diffusers guided_diffusion flags lucidrains lerobot files w
              reading shipped
 networks: fused planned_unet1d planned fused_unet1d unet1d unet2d obstacles config resnet layers
 processes: progress displays distributed signals
-storage: datasets sequences merge shards shard_formats trajectory sequence_files audio class_grid images plots image_folder \
-         archives image_files classes decoding npz idx arrays data_checks fingerprint indices files caches
+storage: datasets sequences merge shards shard_formats trajectory sequence_files audio class_grid images plots \
+         image_folder archives image_files classes decoding npz idx arrays data_checks fingerprint indices files caches
 ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual parallel_steps conditional_step \
      step checks library backend
 text

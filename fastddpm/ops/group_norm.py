@@ -115,7 +115,7 @@ def _check_residual(residual: Tensor, x: Tensor, channels: int) -> None:
 def _check_rows(name: str, rows: Any, x: Tensor, *columns: int) -> None:
     if rows is not None and (
         not isinstance(rows, Tensor)
-        or tuple(rows.shape) not in product((1, len(x)), columns)
+        or tuple(rows.shape) not in list(product((1, len(x)), columns))
         or rows.dtype != torch.float32
         or rows.device != x.device
         or (rows.stride(1) != 1 and rows.shape[1] > 1)

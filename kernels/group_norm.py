@@ -225,19 +225,11 @@ def apply_kernel(
     at = n * scale_shift_stride + c
     weight, bias = _affine(weight_ptr, bias_ptr, scale_shift_ptr, c, at, inside, channels)
 
-    each = tl.arange(0, SLABS)[:, None]
-    g = stripe * GROUPS + tl.arange(0, GROUPS)[None, :]
+    each, g = tl.arange(0, SLABS)[:, None], stripe * GROUPS + tl.arange(0, GROUPS)[None, :]
     groups = channels // PER_GROUP
     at = statistics_ptr + (n * slabs + each) * (3 * groups) + g
-    known = (each < slabs) & (g < groups)
-    means = tl.load(at, mask=known, other=0)
-    deltas = tl.load(at + groups, mask=known, other=0)
-    variances = tl.load(at + 2 * groups, mask=known, other=0)
     share = tl.minimum(tl.maximum(pixels - each * SLAB, 0), SLAB) / pixels
-    mean = tl.sum(share * means, 0)
-    off = means - mean[None, :] + deltas
-    delta = tl.sum(share * off, 0)
-    var = tl.sum(share * (variances + off * off), 0) - delta * delta
+    mean, delta, var = _moments_of_slabs(at, groups, share, (each < slabs) & (g < groups))
     mean = tl.where(inside, mean[:, None], 0)[None]
     scale = weight * tl.div_rn(1.0, tl.sqrt_rn(var + eps))[None, :, None]
     offset = bias - delta[None, :, None] * scale
@@ -356,6 +348,21 @@ def _group_moments(x, shift, count, inner, size):
     delta, square = tl.split(_total(tl.join(first, second)) / size)
     delta = delta[None, :, None]
     return centred, mean, delta, square[None, :, None] - delta * delta
+
+
+@triton.jit
+def _moments_of_slabs(at, groups, share, mask):
+    """The statistics of each group, from those of its slabs at `at`; [groups] each, as by `_group_moments`.
+
+    Args: at, mask: [slabs, groups]; share: [slabs, 1], the part of the pixels that each has.
+    """
+    means = tl.load(at, mask=mask, other=0)
+    deltas = tl.load(at + groups, mask=mask, other=0)
+    variances = tl.load(at + 2 * groups, mask=mask, other=0)
+    mean = tl.sum(share * means, 0)
+    off = means - mean[None, :] + deltas
+    delta = tl.sum(share * off, 0)
+    return mean, delta, tl.sum(share * (variances + off * off), 0) - delta * delta
 
 
 @triton.jit

@@ -55,14 +55,10 @@ def group_norm(
         residual: like the result, added to it; or None.
     Returns: [N, C, *spatial] like x, new.
     Raises: ValueError: a shape, dtype, layout or device is not as above, groups do not divide the channels, eps is not
-        positive, or an argument requires a gradient; act is unknown.
+        positive, act is unknown, or an argument requires a gradient.
     """
     channels = _check_inputs(x, skip)
-    if not isinstance(groups, int) or groups < 1 or channels % groups or channels > groups * MAX_GROUP:
-        raise ValueError(
-            f"group_norm: groups is {groups!r}; want a whole number that divides the {channels} channels into groups "
-            f"of at most {MAX_GROUP}"
-        )
+    _check_numbers(channels, groups, eps, act)
     hint = "one value per channel of the result"
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_tensor("group_norm", name, parameter, (channels,), torch.float32, x.device, hint)
@@ -71,10 +67,6 @@ def group_norm(
     _check_rows("film", film, x, 2 * channels, channels)
     if residual is not None:
         _check_residual(residual, x, channels)
-    if not isinstance(eps, int | float) or not 0 < eps < inf:
-        raise ValueError(f"group_norm: eps is {eps!r}; want a number > 0")
-    if act not in (None, *ACTIVATIONS):
-        raise ValueError(f"group_norm: act is {act!r}; want {', '.join(map(repr, ACTIVATIONS))} or None")
     check_no_gradients("group_norm", weight=weight, bias=bias, add=add, scale_shift=scale_shift, film=film)
     numbers = groups, float(eps)
     return torch.ops.fastddpm.group_norm(x, weight, bias, *numbers, skip, add, scale_shift, act, film, residual)
@@ -99,6 +91,18 @@ def _check_inputs(x: Tensor, skip: Tensor | None) -> int:
     return channels
 
 
+def _check_numbers(channels: int, groups: Any, eps: Any, act: Any) -> None:
+    if not isinstance(groups, int) or groups < 1 or channels % groups or channels > groups * MAX_GROUP:
+        raise ValueError(
+            f"group_norm: groups is {groups!r}; want a whole number that divides the {channels} channels into groups "
+            f"of at most {MAX_GROUP}"
+        )
+    if not isinstance(eps, int | float) or not 0 < eps < inf:
+        raise ValueError(f"group_norm: eps is {eps!r}; want a number > 0")
+    if act not in (None, *ACTIVATIONS):
+        raise ValueError(f"group_norm: act is {act!r}; want {', '.join(map(repr, ACTIVATIONS))} or None")
+
+
 def _check_residual(residual: Tensor, x: Tensor, channels: int) -> None:
     check_state("group_norm", "residual", residual, FLOATS, MAX_ACTIVATION)
     shape = len(x), channels, *x.shape[2:]
@@ -111,7 +115,7 @@ def _check_residual(residual: Tensor, x: Tensor, channels: int) -> None:
 def _check_rows(name: str, rows: Any, x: Tensor, *columns: int) -> None:
     if rows is not None and (
         not isinstance(rows, Tensor)
-        or tuple(rows.shape) not in product((1, len(x)), columns)
+        or tuple(rows.shape) not in list(product((1, len(x)), columns))
         or rows.dtype != torch.float32
         or rows.device != x.device
         or (rows.stride(1) != 1 and rows.shape[1] > 1)

@@ -9,6 +9,7 @@
 // Precision: sums in fp32, products fused with sums where the CPU can; in bf16 products of bf16 numbers, rounded once.
 // Each output is summed in a fixed order, so no bit depends on the batch or on the number of threads.
 // Spec: conv2d of torch. Proof: tests/kernels/cpu/test_program.py (float64; bits across threads and batches).
+#include "division.h"
 #include "gemm.h"
 #include "scratch.h"
 
@@ -82,45 +83,6 @@ struct Place {
         if (++row < height) return;
         row = 0;
         ++entry;
-    }
-};
-
-int64_t half_of_cache() { return second_level_cache() / 2 / int64_t(sizeof(float)); }  // in floats
-
-// How the rows of the matrix (outputs or tiles) and its columns (panels of channels) are divided into units of work.
-//
-// The inputs of the rows of a unit are gathered or transformed into scratch memory. They fit the second-level cache,
-// unless those of ROWS rows do not. The weights of its panels are read from beyond that cache. So threads with the same
-// rows repeat the former work, and threads with the same panels repeat the latter.
-struct Division {
-    int64_t rows = 0, row_blocks = 0, panels = 0, panel_blocks = 0;
-
-    // Args: depth: floats of a row's inputs; near: those of a row that are to fit half of the cache; weights: those of
-    //     a panel.
-    Division(int64_t total, int64_t depth, int64_t near, int64_t all_panels, int64_t weights, int64_t threads) {
-        if (total == 0) return;
-        constexpr double GATHER = 0.4, READ = 1.0, READ_FROM_CACHE = 0.2;  // cycles per float
-        int64_t cached = half_of_cache(), most = smaller(total, larger(cached / near, int64_t(ROWS)));
-        double read = all_panels * weights > cached ? READ : READ_FROM_CACHE, least = 0;
-        for (int64_t parts = 1; parts <= smaller(threads, all_panels); ++parts) {
-            int64_t sharing = blocks_of(threads, parts);  // threads among which the rows are divided
-            int64_t blocks = blocks_of(blocks_of(total, most), sharing) * sharing, count = blocks_of(total, blocks);
-            int64_t of_part = blocks_of(all_panels, parts), each = blocks_of(blocks * parts, threads);
-            double unit = double(count) * depth * (GATHER + double(of_part)) + double(of_part) * weights * read;
-            if (parts > 1 && each * unit >= least) continue;
-            least = each * unit;
-            rows = count, row_blocks = blocks_of(total, count);
-            panels = of_part, panel_blocks = blocks_of(all_panels, of_part);
-        }
-    }
-
-    template <class Function>
-    void each(int64_t total, int64_t all_panels, const Call& call, Function function) const {
-        Share share(row_blocks * panel_blocks, call);
-        for (int64_t unit = share.first; unit < share.last; ++unit) {
-            int64_t row = unit % row_blocks * rows, panel = unit / row_blocks * panels;
-            function(row, int(smaller(rows, total - row)), panel, smaller(panel + panels, all_panels));
-        }
     }
 };
 

@@ -108,6 +108,8 @@ LAUNCHED |= {f"predict_step {kind}" for kind in ("fp32, clip, z fp32", "fp32, cl
 LAUNCHED |= {f"norm held bf16 {shape}, silu" for shape in ("1x1024x256, skip", "64x1024x128, add")}
 LAUNCHED |= {f"norm {kernel} bf16 1x65536x128, add, silu" for kernel in ("statistics", "apply")}
 LAUNCHED |= {f"norm {of}, add, scale_shift, silu" for of in ("held bf16 64x1024x128", "apply bf16 1x65536x128")}
+LAUNCHED |= {"norm held bf16 64x16x1024, film_scale, film_shift, mish", "norm held bf16 64x1024x128, residual, mish"}
+LAUNCHED |= {f"norm apply bf16 1x65536x128, {end}, mish" for end in ("film_scale, film_shift", "residual")}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from tests.support.draws import generator
 pytestmark = pytest.mark.skipif(ops.backend("cpu") != "cpp", reason="the C++ kernels have not been built")
 
 UNPLANNED = {  # options that programs lack
-    "mish": {"act_fn": "mish"},
+    "gelu": {"act_fn": "gelu"},
     "center_input_sample": {"center_input_sample": True},
 }
 
@@ -54,7 +54,7 @@ def test_networks_that_cannot_be_planned_run_layer_by_layer(option):
     assert fastest_forward(fused) == fused.denoise
 
 
-@pytest.mark.parametrize("option", ["scale_shift", "resnet samplers", "guided-diffusion", "no convolution"])
+@pytest.mark.parametrize("option", ["mish", "scale_shift", "resnet samplers", "guided-diffusion", "no convolution"])
 def test_options_of_other_projects_are_planned(option):
     config = {**OPTIONS, **OWN}[option]
     assert isinstance(fastest_forward(tiny(**config).for_inference(torch.float32)), PlannedUNet)

@@ -10,5 +10,5 @@ def test_policy(measure, name):
     if name.startswith("diffusers"):
         pytest.importorskip("diffusers")
     run, errors = policy.action(name)
-    group = f"policy, {policy.T} steps, batch 1"
+    group = "sampling, policy, batch 1"
     measure(run, policy.T, group=group, contender=name, precision=name.split()[2], images=1 / policy.T, errors=errors)

@@ -1,0 +1,124 @@
+"""How good are drawn names, and what does the noise of the reverse step do for them?
+
+    python -m bench.names TRAIN.txt HELD-OUT.txt --checkpoint names --num-samples 2000
+
+The yardstick is a 5-gram model of the letters of the training names: how many bits per letter it needs for the samples,
+for held-out names and for its own samples. Beside that: how many samples are valid codes, new, among the held-out
+names, and different from each other. Prints a table for docs/words.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.ngram import NGram, bits_per_letter
+from fastddpm import Sampler
+from fastddpm.storage.files import atomic
+from fastddpm.storage.plots import with_error
+from fastddpm.text import Text, read_texts
+
+SETTINGS = {"with σ_t z": 1.0, "with half of σ_t z": 0.5, "without σ_t z": 0.0}  # title: factor of the noise
+SHOWN = 12  # names of each set, in the table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A set of names. All shares are of the valid ones, except for `valid` itself.
+
+    Attributes:
+        bits: per letter, and the standard error.
+        valid: share of the samples whose symbols are a name and nothing after its end.
+        new: share that the training names lack; held_out: share among the held-out names.
+        distinct: different names per name.
+        letters: their mean length.
+        shown: the first ones.
+    """
+
+    title: str
+    bits: tuple[float, float]
+    valid: float
+    new: float
+    held_out: float
+    distinct: float
+    letters: float
+    shown: list[str]
+
+
+def measure(
+    title: str, names: Sequence[str], model: NGram, train: set[str], held_out: set[str], valid: float = 1.0
+) -> Measured:
+    """Measure valid names. Args: valid: the share of them among what was drawn."""
+    n = len(names)
+    return Measured(
+        title,
+        bits_per_letter(model.bits(names), names),
+        valid,
+        sum(name not in train for name in names) / n,
+        sum(name in held_out for name in names) / n,
+        len(set(names)) / n,
+        sum(map(len, names)) / n,
+        list(names[:SHOWN]),
+    )
+
+
+def measure_samples(
+    sampler: Sampler, title: str, noise: float, num_samples: int, model: NGram, train: set[str], held_out: set[str]
+) -> Measured:
+    """Draw names, and measure those that are valid. Raises: ValueError: none is."""
+    medium = sampler.medium
+    assert isinstance(medium, Text)
+    x = sampler.sample(num_samples, noise=noise)
+    good = medium.is_valid(x)
+    names = [name for name in medium.decode(x[good]) if name]
+    if not names:
+        raise ValueError(f"none of the {num_samples} samples {title} is a name; train longer")
+    return measure(title, names, model, train, held_out, len(names) / num_samples)
+
+
+def markdown(found: Sequence[Measured]) -> str:
+    """The measures as a Markdown table."""
+    lines = [
+        "| names | bits per letter | valid | new | held out | different | letters |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for one in found:
+        shares = (f"{100 * share:.1f} %" for share in (one.valid, one.new, one.held_out, one.distinct))
+        lines.append(f"| {' | '.join([one.title, with_error(*one.bits), *shares, f'{one.letters:.2f}'])} |")
+    lines += ["", *(f"- {one.title}: {', '.join(one.shown)}" for one in found)]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.names", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
+    )
+    parser.add_argument("train", help="the names of the training, one a line")
+    parser.add_argument("held_out", help="names that were held out")
+    parser.add_argument("--checkpoint", default="names", help="a model of names (default: the bundled one)")
+    parser.add_argument("--num-samples", type=int, default=2000, metavar="N", help="of each setting (default: 2000)")
+    parser.add_argument("--json", metavar="FILE", help="also write the measures")
+    args = parser.parse_args(argv)
+    try:
+        train, held_out = read_texts(args.train), read_texts(args.held_out)
+        sampler = Sampler.from_pretrained(args.checkpoint)
+        if not isinstance(sampler.medium, Text):
+            raise ValueError(f"{args.checkpoint} does not draw texts; want a model of names")
+        model = NGram(sampler.medium.alphabet).fit(train)
+        sets = set(train), set(held_out)
+        found = [
+            measure_samples(sampler, title, noise, args.num_samples, model, *sets) for title, noise in SETTINGS.items()
+        ]
+        found.append(measure("held-out names", held_out, model, *sets))
+        found.append(measure("the 5-gram's own", model.sample(args.num_samples), model, *sets))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if args.json:
+        with atomic(Path(args.json)) as file:
+            file.write((json.dumps([asdict(one) for one in found], indent=1) + "\n").encode())
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""`fastddpm train`, `sample`, `likelihood` and `verify` of sounds, texts and other sequences."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastddpm import Sampler, checkpoints
+from fastddpm.cli.main import main
+from fastddpm.networks.unet1d import UNet1D
+from fastddpm.storage.audio import Audio, read_wav, save_wav
+from fastddpm.text import Text
+from tests.support.command_line import error_line
+
+NAMES = ["ada", "emmy", "sofia", "grace", "lise", "marie", "hedy", "rosalind"]
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+SMALL = ["--channels", "8,16", "--groups", "4", "--batch-size", "4", "--sample-every", "2", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(data, out, *flags):
+    assert main(["train", data, "--out", out, "--steps", "2", "--timesteps", "10", *SMALL, *flags]) == 0
+    return out
+
+
+def names(*flags):
+    Path("names.txt").write_text("\n".join(NAMES) + "\n")
+    return train("names.txt", "names", *flags)
+
+
+def digits(*flags, code="companded"):
+    x = np.random.default_rng(0).integers(-20000, 20000, (8, 64), np.int16)
+    np.savez("digits.npz", x_train=x, y_train=np.arange(8) % 2, x_test=x[:3], y_test=np.arange(3) % 2, sample_rate=8000)
+    conditional = ["--class-conditional", "--label-dropout", "0.1", "--frame", "8", "--code", code]
+    return train("digits.npz", "digits", *conditional, *flags)
+
+
+# Training
+
+
+@pytest.mark.parametrize("code", ["bits", "embeddings"])
+def test_texts_are_trained_and_printed(capsys, code):
+    out = names("--code", code, "--prediction", "sample", "--beta-schedule", "sqrt")
+    medium = Text("".join(sorted(set("".join(NAMES)))), 12, code)
+    loaded = checkpoints.load(out)
+    assert loaded.medium == medium
+    assert isinstance(loaded.build(torch.device("cpu")), UNet1D)
+    assert loaded.schedule.clip_sample == (code == "bits")
+    assert os.listdir(f"{out}/samples") == ["step-0000002.txt"]
+    capsys.readouterr()
+    assert main(["sample", out, "--num-samples", "5", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    want = medium.decode(Sampler.from_pretrained(out).sample(5, seed=3, progress=False))
+    assert printed == "".join(f"{name}\n" for name in want)
+    assert not os.path.exists("samples.png")
+    assert main(["sample", out, "--num-samples", "5", "--seed", "3", "--out", "drawn.txt", "--quiet"]) == 0
+    assert Path("drawn.txt").read_text() == printed
+
+
+def test_a_run_of_sequences_resumes():
+    out = names()
+    before = Path(out, WEIGHTS).read_bytes()
+    assert train("names.txt", out) == out
+    assert Path(out, WEIGHTS).read_bytes() == before
+    more = ["--init", out, "--out", "more", "--steps", "1", "--batch-size", "4", "--sample-every", "0", "--quiet"]
+    assert main(["train", "names.txt", *more]) == 0
+    assert checkpoints.load("more").config == checkpoints.load(out).config
+    digits()
+    assert main(["train", "digits.npz", *more[:2], "--out", "other", "--steps", "1", "--quiet"]) == 2
+
+
+def test_plain_sequences_are_trained_without_a_medium():
+    np.save("x.npy", np.zeros(3))
+    np.savez("x.npz", x=np.random.default_rng(0).normal(size=(6, 3, 16)).astype(np.float32))
+    out = train("x.npz", "plain", "--kernel-size", "3")
+    loaded = checkpoints.load(out)
+    assert (loaded.medium, loaded.config["input_dim"], loaded.config["kernel_size"]) == (None, 3, 3)
+    assert not loaded.schedule.clip_sample  # the data go beyond [-1, 1]
+    assert os.listdir(f"{out}/samples") == ["step-0000002.npz"]
+
+
+# Sounds
+
+
+@pytest.mark.parametrize("code", ["waveform", "companded"])
+def test_sounds_are_written_as_wavs_with_a_picture(code):
+    out = digits(code=code)
+    medium = checkpoints.load(out).medium
+    assert (medium.sample_rate, medium.code) == (8000, code)
+    flags = ["--class-labels", "0-1", "--guidance-scale", "2", "--out", "drawn/", "--format", "wav", "--quiet"]
+    assert main(["sample", out, *flags]) == 0
+    assert sorted(os.listdir("drawn")) == [
+        *(".shards", "00000.wav", "00001.wav", "dataset.json", "manifest.json", "spectrograms.png")
+    ]
+    x = Sampler.from_pretrained(out).sample(2, class_labels=[0, 1], guidance_scale=2.0, progress=False)
+    want = medium.decode(x).clamp(-1, 1)
+    for i in range(2):
+        wave, _ = read_wav(f"drawn/0000{i}.wav", sample_rate=8000)
+        assert np.abs(wave - want[i, 0].numpy()).max() <= 2**-15
+    assert main(["sample", out, *flags]) == 0  # nothing is left to draw
+    assert main(["sample", out, "--out", "waves", "--num-samples", "2", "--quiet"]) == 0  # wav is the default
+    assert os.path.exists("waves/00001.wav")
+    assert main(["sample", out, "--out", "all.png", "--quiet"]) == 0
+
+
+def test_companding_gives_unit_variance_and_an_exact_inverse():
+    waveforms = np.random.default_rng(0).laplace(scale=0.1, size=(10, 1, 100)).clip(-1, 1).astype(np.float32)
+    medium = Audio.fit(waveforms, 8000, "companded")
+    x = medium.encode(waveforms)
+    assert abs(x.std() - 1) < 0.005
+    assert np.abs(medium.decode(torch.from_numpy(x)).numpy() - waveforms).max() <= 2e-7
+    assert Audio.fit(waveforms, 8000) == Audio(8000)
+    assert np.array_equal(Audio(8000).encode(waveforms), waveforms)
+
+
+def test_a_folder_of_wavs_is_trained_on():
+    for digit in ("zero", "one"):
+        os.makedirs(f"waves/{digit}")
+        for i in range(3):
+            save_wav(f"waves/{digit}/{i}.wav", np.sin(np.arange(60) / (3 + i)).astype(np.float32), 8000)
+    out = train("waves", "run", "--class-conditional")
+    loaded = checkpoints.load(out)
+    assert (loaded.classes, loaded.medium, loaded.config["sample_size"]) == (("one", "zero"), Audio(8000), 64)
+
+
+# Likelihood and verify
+
+
+def test_the_bound_of_texts_is_the_probability_of_their_bits(capsys):
+    out = names()
+    capsys.readouterr()
+    assert main(["likelihood", out, "names.txt", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "a text is 12 symbols of 4 bits" in printed
+    assert "bits per text" in printed
+    assert main(["likelihood", out, "names.txt", "--json", "--quiet"]) == 0
+    total = json.loads(capsys.readouterr().out)["total"]["mean"]
+    assert f"{total * 48:.2f} bits per text" in printed
+
+
+def test_the_bound_of_sounds(capsys):
+    for code in ("waveform", "companded"):
+        out = digits("--out", f"digits-{code}", code=code)
+        assert out
+        assert main(["likelihood", f"digits-{code}", "digits.npz", "--quiet"]) == 0
+        assert "3 images of x_test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [names, digits])
+def test_verify_climbs_the_ladder(make, capsys):
+    assert main(["verify", make(), "--quiet", "--device", "cpu"]) == 0
+    assert "passed" in capsys.readouterr().out
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("make", "flags", "message"),
+    [
+        (names, ["--out", "x.png"], "samples are texts; want --out with the suffix .npz, .txt"),
+        (names, ["--out", "x/", "--format", "wav"], "which the checkpoint does not say are waveforms"),
+        (digits, ["--out", "x.txt"], "samples are sounds; want --out with the suffix .png, .npz"),
+    ],
+)
+def test_errors_of_sample(make, flags, message, capsys):
+    assert message in error_line(["sample", make(), "--quiet", *flags], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--flip"], "flip is True, which is for images only"),
+        (["--layers", "2"], "layers is 2, which is for images only"),
+        (["--frame", "5"], "sequences have the length 12"),
+        (["--code", "companded"], "code is 'companded'"),
+    ],
+)
+def test_errors_of_training(flags, message, capsys):
+    Path("names.txt").write_text("\n".join(NAMES))
+    arguments = ["train", "names.txt", "--out", "run", "--steps", "1", *SMALL, *flags]
+    assert message in error_line(arguments, capsys)
+
+
+def test_a_letter_outside_the_alphabet_is_named(capsys):
+    out = names()
+    with open("other.txt", "w") as file:
+        file.write("ada\nzoë\n")
+    assert "text 1, 'zoë', has 'z', which is not in the alphabet" in error_line(
+        ["likelihood", out, "other.txt"], capsys
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "kind is None"),
+        ('{"kind": "audio"}', "does not describe audio"),
+        ('{"kind": "smell"}', "kind is 'smell'"),
+    ],
+)
+def test_a_damaged_medium_is_named(content, message, capsys):
+    out = names()
+    Path(out, "medium.json").write_text(content)
+    assert message in error_line(["sample", out], capsys)

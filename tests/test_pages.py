@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,6 +68,9 @@ def readers_folder(tmp_path, monkeypatch):
     np.savez("test.npz", x=rng.integers(0, 256, (3, 28, 28), np.uint8))
     np.savez("cifar10.npz", x=rng.integers(0, 256, (6, 32, 32, 3), np.uint8))
     save_pngs(rng.integers(0, 256, (6, 32, 32, 3), np.uint8), "drawn")
+    policy = shutil.copytree(ROOT / "tests/data/lerobot-diffusion", tmp_path / "policy")
+    config = json.loads((policy / "config.json").read_text())
+    (policy / "config.json").write_text(json.dumps(config | {"num_inference_steps": None}))
     (tmp_path / "imagenet").mkdir()
     classes = UNetModel(num_classes=1000, out_channels=6)
     torch.save(classes.state_dict(), "imagenet/256x256_diffusion.pt")

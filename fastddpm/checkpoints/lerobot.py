@@ -280,11 +280,9 @@ def _notes_on_others(
     mapping = options.get("normalization_mapping", options.get("output_normalization_modes"))
     modes = mapping if isinstance(mapping, Mapping) else {}
     mode = str(modes.get("ACTION", modes.get("action", ""))).upper()
-    if not parts and mode in ("", "IDENTITY"):
+    if not parts:
         return ()
-    text = f"{path} holds the network of a policy"
-    if parts:
-        text = f"{path} also holds the policy's {' and '.join(parts)}, which are not part of the network and not read"
+    text = f"{path} also holds the policy's {' and '.join(parts)}, which are not part of the network and not read"
     if encoders or global_cond_dim is not None:
         text += "; global_cond is what the policy's encoder returns for the observations"
     if mode != "IDENTITY":

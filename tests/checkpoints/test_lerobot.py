@@ -186,7 +186,8 @@ def test_configuration_of_2024_is_read(tmp_path):
     config |= {"output_shapes": {"action": [2]}, "output_normalization_modes": {"action": "min_max"}}
     del config["normalization_mapping"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shutil.copy(FIXTURE / "model.safetensors", tmp_path)
+    weights = load_file(FIXTURE / "model.safetensors") | {"unnormalize_outputs.buffer_action.max": torch.ones(2)}
+    save_file(weights, tmp_path / "model.safetensors")
     found = checkpoints.load(tmp_path)
     assert found.shape == (2, 16)
     assert found.notes[0].endswith(NORMALISED)
@@ -209,8 +210,7 @@ def test_a_sampler_is_made_of_a_folder():
 
 def test_what_belongs_to_the_user_is_noted(tmp_path):
     path = FIXTURE / "model.safetensors"
-    first = f"{path} holds the network of a policy; {ENCODER}; {NORMALISED}"
-    assert checkpoints.load(FIXTURE).notes == (first, STEPS.format(path=path))
+    assert checkpoints.load(FIXTURE).notes == (STEPS.format(path=path),)
     extra = {
         name: torch.ones(2)
         for name in ("diffusion.rgb_encoder.backbone.0.weight", "normalize_inputs.buffer_observation_state.min",
@@ -232,10 +232,12 @@ def test_what_belongs_to_the_user_is_noted(tmp_path):
 
 
 def test_a_policy_that_does_not_normalise_has_no_note_of_it(tmp_path):
-    written(tmp_path, num_inference_steps=None, normalization_mapping={"ACTION": "IDENTITY"})
-    assert checkpoints.load(tmp_path).notes == ()
-    written(tmp_path, num_inference_steps=None, normalization_mapping={"ACTION": "MEAN_STD"})
-    assert "(MEAN_STD: to mean 0 and standard deviation 1)" in checkpoints.load(tmp_path).notes[0]
+    extra = {"diffusion.rgb_encoder.weight": torch.ones(2)}
+    for mode, noted in (("IDENTITY", ""), ("MEAN_STD", "(MEAN_STD: to mean 0 and standard deviation 1)")):
+        written(tmp_path, extra, num_inference_steps=None, normalization_mapping={"ACTION": mode})
+        (note,) = checkpoints.load(tmp_path).notes
+        assert noted in note
+        assert ("normalised" in note) == bool(noted)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +252,7 @@ def test_a_policy_that_does_not_normalise_has_no_note_of_it(tmp_path):
 )
 def test_how_the_policy_samples_is_noted(scheduler, steps, want, tmp_path):
     path = written(tmp_path, noise_scheduler_type=scheduler, num_inference_steps=steps)
-    notes = checkpoints.load(path).notes[1:]
+    notes = checkpoints.load(path).notes
     assert notes == (() if want is None else (f"the policy of {path} {want}",))
 
 
@@ -347,7 +349,7 @@ def test_a_policy_of_the_hub_is_downloaded(tmp_path, monkeypatch):
     found = checkpoints.load("lerobot/diffusion_pusht", noise_scheduler_type="DDIM")
     assert sorted(path.name for path in cache.iterdir()) == ["config.json", "model.safetensors"]
     assert found.shape == (2, 16)
-    assert 'pass steps=20, sampler="ddim"' in found.notes[1]
+    assert 'pass steps=20, sampler="ddim"' in found.notes[0]
     line = check.error_line(checkpoints.load, "lerobot/diffusion_pusht", horizont=16)
     assert line.startswith("there is no argument 'horizont'")
 

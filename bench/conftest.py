@@ -27,6 +27,7 @@ FILES = tuple(
         "output",
         "start",
         "parallel",
+        "policy",
         "memory",
         "races",
     )

@@ -70,6 +70,7 @@ def all_stages() -> list[Stage]:
         Stage("hardware", 80, _measure("hardware")),
         Stage("upsampling", 75, _measure("upsampling")),
         Stage("parallel", 75, _measure("parallel")),
+        Stage("robot", 75, _measure("robot")),
         Stage("kernel tests", 120, _pytest(KERNEL_TESTS, f"not ({large})", processes=14), one_thread),
         Stage("engine tests", 120, _pytest(ENGINE_TESTS, f"not ({large} or {compiled})", processes=4), one_thread),
         Stage("diffusers", 120, _measure("diffusers")),

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from bench import kinds, machine, records, rounds
+from bench import kinds, machine, policy, records, rounds
 from bench.contenders import SCHEDULE, Contender, T, judge_a_step, loop, runner_of
 from bench.gpu_results import DEVICE_VARIABLE, LIMIT_VARIABLE, SANITIZER_VARIABLE, write_result
 from bench.layouts import flops, moved, network
@@ -254,6 +254,24 @@ def parallel() -> None:
             }
 
 
+# A robot's policy
+
+
+def robot() -> None:
+    for name in policy.CONTENDERS:
+        if name.startswith("diffusers") and not find_spec("diffusers"):
+            write_result(name, "skipped", "diffusers is not installed")
+            continue
+        with result(name) as fields:
+            run, fields["errors"] = policy.action(name)
+            run()
+            fields |= timing_fields(run, policy.T) | {
+                "contender": name,
+                "group": "sampling, policy, batch 1",
+                "precision": name.split()[2],
+            }
+
+
 # diffusers
 
 
@@ -359,7 +377,7 @@ KERNEL_CALLS: dict[str, Callable[[tuple[int, ...]], None]] = {
 }  # fmt: skip
 STAGES: dict[str, Callable[[], None]] = {
     "smoke": smoke, "steps": steps, "kernels": kernels, "hardware": hardware, "upsampling": upsampling,
-    "parallel": parallel, "diffusers": diffusers, "memcheck": memcheck,
+    "parallel": parallel, "robot": robot, "diffusers": diffusers, "memcheck": memcheck,
 }  # fmt: skip
 
 

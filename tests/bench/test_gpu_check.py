@@ -176,7 +176,7 @@ def test_stages_refer_to_existing_files_and_functions():
 
     planned = {stage.name: stage for stage in gpu_check.all_stages()}
     measured = [shlex.split(part)[0] for s in planned.values() for part in s.command if "gpu_stages" in part]
-    assert len(measured) == len(STAGES) == 8
+    assert len(measured) == len(STAGES) == 9
     for name in STAGES:
         assert any(f"main({name!r})" in " ".join(stage.command) for stage in planned.values())
     tests = [part for stage in planned.values() for part in stage.command if part.startswith("tests/")]
@@ -214,7 +214,7 @@ def test_unwritable_folder_is_rejected(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["smoke", "steps", "kernels", "hardware", "upsampling", "parallel", "diffusers", "memcheck"]
+    "name", ["smoke", "steps", "kernels", "hardware", "upsampling", "parallel", "robot", "diffusers", "memcheck"]
 )
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_measuring_stages_pass_at_tiny_sizes(tmp_path, monkeypatch, name, device):

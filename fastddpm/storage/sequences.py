@@ -74,8 +74,8 @@ def load_sequences(path: str | os.PathLike[str], *, code: str | None = None, hel
 def is_sequences(path: str | os.PathLike[str]) -> bool:
     """Whether `load_sequences` reads path, rather than `load_images`. Reads no values; damage is left to them.
 
-    True: an .npz whose array is floats or int16 with two or three dimensions; a folder with WAV files and no images; a
-    file whose name ends in .txt.
+    True: an .npz whose array is floats or int16, [N, L] or [N, C, L] with C != L; a folder with WAV files and no
+    images; a file whose name ends in .txt.
     """
     path, array = npz.split_array(as_path("path", path))
     try:
@@ -85,7 +85,9 @@ def is_sequences(path: str | os.PathLike[str]) -> bool:
         stored = npz.open_array(path, npz.choose_array(path) if array is None else array)
     except ValueError:
         return False
-    return _is_numbers(stored) and len(stored.shape) in (2, 3)
+    shape = stored.shape
+    is_square = len(shape) == 3 and shape[1] == shape[2]  # probably grey images, whose error says how to convert them
+    return _is_numbers(stored) and len(shape) in (2, 3) and not is_square
 
 
 def is_text_file(path: str | os.PathLike[str]) -> bool:

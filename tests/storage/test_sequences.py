@@ -347,3 +347,9 @@ def test_other_paths_are_refused(tmp_path, npz):
     assert error_line(load_sequences, f"{tmp_path}/names.txt:x") == f"{tmp_path}/names.txt is not an .npz; leave out :x"
     assert error_line(load_sequences, 3) == "path is 3; want a path"
     assert error_line(load_sequences, tmp_path, held_out=1) == "held_out is 1; want True or False"
+
+
+def test_square_floats_are_probably_images(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 28, 28), np.float32))
+    assert not is_sequences(tmp_path / "x.npz")
+    assert load_sequences(tmp_path / "x.npz").data.shape == (2, 28, 28)

@@ -116,8 +116,13 @@ def _storage(
         "samples": str(indices),
         "shard_size": shard_size,
         "class_labels": None if classes is None else str(classes),
-        **({"sample_rate": medium.sample_rate} if format == "wav" and isinstance(medium, Audio) else {}),
+        **(_of_waves(medium) if format == "wav" and isinstance(medium, Audio) else {}),
     }
+
+
+def _of_waves(medium: Audio) -> dict[str, Any]:
+    """What decides a WAV file besides its sample."""
+    return {"sample_rate": medium.sample_rate} | ({"companded": medium.scale} if medium.code == "companded" else {})
 
 
 def _labels(given: Iterable[int]) -> Indices:

@@ -1,4 +1,4 @@
-"""A small classifier of spoken digits, to judge drawn ones: a log-mel spectrogram, four convolutions, a mean.
+"""A small classifier of spoken digits, to judge sampled ones: a log-mel spectrogram, four convolutions, a mean.
 
     python -m bench.digit_classifier digits.npz classifier.pt
 

@@ -1,10 +1,11 @@
-"""How good are drawn digits, and what does the noise of the reverse step do for them?
+"""How good are sampled spoken digits, and what does the noise of the reverse step do for them?
 
     python -m bench.digits digits.npz --classifier classifier.pt --num-samples 300 --samples FOLDER
 
-A classifier, trained on the real training clips (see `bench.digit_classifier`), hears the samples. Measured are: how
-often it hears the digit that was asked for; the Fréchet distance of its features to real clips, beside that between
-two sets of real clips; how far samples are from the nearest training clip and from each other; and the signal itself.
+A classifier, trained on the real training clips (see `bench.digit_classifier`), classifies the samples. The measures
+are: how often it recognises the digit that was asked for; the Fréchet distance of its features to real clips, beside
+that between two sets of real clips; how far samples are from the nearest training clip and from each other; and the
+signal itself.
 Prints a table for docs/sound.md, and draws spectrograms.
 """
 

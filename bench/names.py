@@ -1,4 +1,4 @@
-"""How good are drawn names, and what does the noise of the reverse step do for them?
+"""How good are sampled names, and what does the noise of the reverse step do for them?
 
     python -m bench.names TRAIN.txt HELD-OUT.txt --checkpoint names --num-samples 2000
 
@@ -31,7 +31,7 @@ class Measured:
         bits: per letter, and the standard error.
         valid: share of the samples whose symbols are a name and nothing after its end.
         new: share that the training names lack; held_out: share among the held-out names.
-        distinct: different names per name.
+        distinct: number of distinct names / number of names.
         letters: their mean length.
         shown: the first ones.
     """

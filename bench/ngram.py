@@ -1,8 +1,8 @@
 """A letter n-gram model: the yardstick for texts that another model has drawn.
 
 Interpolated Witten-Bell smoothing (Witten and Bell 1991): the estimate of each order is mixed with that of the next
-lower one, which weighs `smoothing` times as much as different letters were seen after the context. The lowest order is
-mixed with the uniform distribution.
+lower one, which has the weight `smoothing` times the number of distinct letters seen after the context. The lowest
+order is mixed with the uniform distribution.
 """
 
 from collections.abc import Sequence

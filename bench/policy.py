@@ -1,7 +1,7 @@
-"""A robot's diffusion policy: the 1-D U-Net of its published size, batch 1, horizon 16, 100 steps per action.
+"""A robot's diffusion policy: the 1-D U-Net of its published size, batch 1, horizon 16, 100 steps.
 
-What users run today is the plain module with diffusers' scheduler, as lerobot and diffusion_policy do, or its
-compiled form.
+The baseline is what users run today: the plain module with diffusers' scheduler, as in lerobot and diffusion_policy,
+eager or compiled.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The latency of a robot's action: pytest bench/test_policy.py"""
+"""The latency of a robot's action sequence: pytest bench/test_policy.py"""
 
 import pytest
 

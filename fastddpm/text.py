@@ -60,7 +60,7 @@ class Text:
 
     @classmethod
     def fit(cls, texts: Sequence[str], code: str = "bits") -> "Text":
-        """The Text of all characters in texts, sorted; the length is that of the longest + 1, up to a multiple of 4."""
+        """The Text of the sorted characters of texts; its length is that of the longest + 1, up to a multiple of 4."""
         _check_texts(texts)
         longest = max(map(len, texts))
         if longest == 0:
@@ -97,7 +97,7 @@ class Text:
         """Samples as texts, up to the first end symbol of each.
 
         Args:
-            x: floating-point [N, C, L]. Bits are decoded by their signs, and numbers that no symbol has become U+FFFD;
+            x: floating-point [N, C, L]. Bits are decoded by their signs, and unused codes become U+FFFD;
                 embeddings are decoded to the nearest in Euclidean distance.
         Raises: ValueError: x is not as above, or holds NaN.
         """
@@ -157,7 +157,7 @@ class Text:
         return ((x > 0) * weights[:, None]).sum(1)
 
     def _closest(self, x: Tensor) -> Tensor:
-        """The nearest symbol at each position: [N, L] int64. All codes have one norm: it has the largest product.
+        """The nearest symbol at each position: [N, L] int64. All codes have one norm: it has the largest inner product.
 
         The products are added in a fixed order, so that the result does not depend on the batch or the device.
         """
@@ -235,5 +235,5 @@ def _codes(count: int, code: str, device: torch.device) -> Tensor:
         drawn = noise.normal(noise.address(SEED, count, "cpu"), (WIDTH,), stream=STREAM, t=0).tolist()
         norms = [math.sqrt(math.fsum(z * z for z in row)) for row in drawn]  # in float64, rounded alike everywhere
         rows = [[z / norm * math.sqrt(WIDTH) for z in row] for row, norm in zip(drawn, norms, strict=True)]
-    with torch.inference_mode(False):  # the caller's mode must not decide what later ones may do with it
+    with torch.inference_mode(False):  # it is cached, and one made in inference mode could not be used with autograd
         return torch.tensor(rows, dtype=torch.float32, device=device)

@@ -108,7 +108,9 @@ def weights_in(folder: Path) -> Path | None:
             if WEIGHTS in names:
                 return place / WEIGHTS
             if not any(name.endswith(SUFFIXES) for name in names):
-                raise ValueError(f"{place} holds the configuration of a policy of lerobot, but no {WEIGHTS}")
+                raise ValueError(
+                    f"{place} holds the configuration of a lerobot policy, but no {WEIGHTS}; copy it there"
+                )
         elif "n_obs_steps" in config and isinstance(config.get("type"), str):
             kind = shown(config["type"])
             raise ValueError(f"{place} holds a policy of lerobot of type {kind}; only 'diffusion' is supported")
@@ -162,7 +164,10 @@ def _check_names(keywords: Mapping[str, Any]) -> None:
                 f"there is no option {shown(name)}, because normalisation is not part of the network; normalise the "
                 "observations and unnormalise the samples with the policy's statistics, as the policy does"
             )
-        one_of("an option of a diffusion policy", name, OPTIONS)
+        if name not in OPTIONS:
+            raise ValueError(
+                f"there is no option {shown(name)}; the options of a diffusion policy are {', '.join(OPTIONS)}"
+            )
 
 
 def _with_our_names(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +181,10 @@ def _with_our_names(path: Path, parameters: Mapping[str, Any]) -> dict[str, Any]
     ours = {name: _RESIZING.sub(r"\1.", new) for name, new in ours.items()}
     if len(set(ours.values())) < len(ours):
         twice = [name for name, new in ours.items() if name != new and new in parameters]
-        raise ValueError(f"{path} holds parameters under two names, those of lerobot, too ({first_few(twice)})")
+        raise ValueError(
+            f"{path} holds the same parameters under the names of diffusion_policy and of lerobot "
+            f"({first_few(twice)}); want one set of names"
+        )
     return {ours[name]: value for name, value in parameters.items()}
 
 
@@ -198,7 +206,7 @@ def _shown_by(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
             "cond_predict_scale": rows == 2 * widths[0],
         }
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        misfit = "it has no parameter" if isinstance(error, KeyError) else "a parameter has another shape:"
+        misfit = "it has no parameter" if isinstance(error, KeyError) else "a parameter has an unexpected shape:"
         raise ValueError(f"{path} does not hold the 1-D U-Net of a diffusion policy: {misfit} {error}") from error
 
 
@@ -282,7 +290,7 @@ def _notes_on_others(
     mode = str(modes.get("ACTION", modes.get("action", ""))).upper()
     if not parts:
         return ()
-    text = f"{path} also holds the policy's {' and '.join(parts)}, which are not part of the network and not read"
+    text = f"{path} also holds the policy's {' and '.join(parts)}, which are not part of the network and not loaded"
     if encoders or global_cond_dim is not None:
         text += "; global_cond is what the policy's encoder returns for the observations"
     if mode != "IDENTITY":

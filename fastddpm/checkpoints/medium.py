@@ -1,12 +1,12 @@
 """What the samples of a checkpoint are, besides images: sounds or texts. `medium.json` beside it says which."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from fastddpm.checkpoints.reading import read_json
-from fastddpm.core.checks import one_of, shown
+from fastddpm.core.checks import one_of
 from fastddpm.storage.audio import Audio
 from fastddpm.storage.files import atomic
 from fastddpm.text import Text
@@ -29,7 +29,10 @@ def read_medium(folder: Path) -> Medium | None:
     try:
         return kind(**content)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe {kind.__name__.lower()}: {error} ({shown(content)})") from error
+        wanted = ", ".join(field.name for field in fields(kind))
+        raise ValueError(
+            f"{path} does not describe {kind.__name__.lower()}: {error}; want {wanted}: copy it from the checkpoint"
+        ) from error
 
 
 def write_medium(folder: Path, medium: Medium) -> None:

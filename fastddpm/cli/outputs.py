@@ -26,11 +26,11 @@ def destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
     if out is None:
         out = DEFAULT_OUT[format or "grid"]
     if not out:
-        raise ValueError("--out is ''; want a .png, an .npz or a folder")
+        raise ValueError("--out is ''; want a .png, an .npz, a .txt or a folder")
     suffix = "" if out.endswith(os.sep) or os.path.isdir(out) else Path(out).suffix.lower()
     implied = _FORMAT_OF_SUFFIX.get(suffix)
     if format is None and implied is None:
-        raise ValueError(f"--out is {out}; want a .png, an .npz or a folder, or give --format")
+        raise ValueError(f"--out is {out}; want a .png, an .npz, a .txt or a folder, or give --format")
     if format is not None and suffix and implied is not None and implied != format:
         raise ValueError(f"--format is {format}, but --out is {out}, which means {implied}; leave --format out")
     format = format or str(implied)
@@ -70,13 +70,16 @@ def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: st
         raise ValueError("--trajectory shows the states of the sampler, which --decode does not decode; omit one")
     if args.decode or draws_images(sampler) or (format == "npz" and args.trajectory is None):
         if format == "txt":
-            raise ValueError("--out is a .txt, but the model's samples are images; use a .png or an .npz")
+            raise ValueError("the format is txt, but the model's samples are images; use a .png, an .npz or a folder")
         return
     if sampler.medium is not None and args.trajectory is None:
         kind, suits = ("sounds", "grid") if isinstance(sampler.medium, Audio) else ("texts", "txt")
         if format != suits:
-            suffixes = ", ".join(name for name, of in _FORMAT_OF_SUFFIX.items() if of in (suits, "npz"))
-            raise ValueError(f"the model's samples are {kind}; want --out with the suffix {suffixes}, or a folder")
+            suffixes = " or ".join(name for name, of in _FORMAT_OF_SUFFIX.items() if of in (suits, "npz"))
+            raise ValueError(
+                f"the model's samples are {kind}; want --out with the suffix {suffixes}, or a folder with --format "
+                f"{'wav, npz' if suits == 'grid' else 'npz'} or webdataset"
+            )
         return
     without = ", without --trajectory" * (args.trajectory is not None)
     if sampler.decoder is not None:
@@ -85,7 +88,7 @@ def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: st
             f"images (it needs diffusers), or --format npz for the latents{without}"
         )
     raise ValueError(
-        f"the model's samples are {sampler.shape}, but an image has 1, 3 or 4 channels; use --format npz{without}"
+        f"the model's samples have the shape {sampler.shape}, which is not that of an image; use --format npz{without}"
     )
 
 

@@ -111,7 +111,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--trajectory", metavar="PATH", help="also draw the states from noise to the samples, as a .gif or a .png"
     )
     parser.add_argument(
-        "--format", choices=tuple(DEFAULT_OUT), help="output format (default: from --out; for a folder: png, or wav)"
+        "--format",
+        choices=tuple(DEFAULT_OUT),
+        help="output format (default: from --out; for a folder: png, or wav for sounds)",
     )
     parser.add_argument("--shard-size", type=int, metavar="K", help="samples per shard of a folder (default: a batch)")
     parser.add_argument(

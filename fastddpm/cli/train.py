@@ -32,7 +32,7 @@ examples:
   fastddpm train photographs/ --out runs/photographs --channels 64,128,256 --attention 1,2 --layers 2 --flip
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
   fastddpm train animals/ --out runs/guided --class-conditional --label-dropout 0.1    for classifier-free guidance
-  fastddpm train digits.npz --out runs/digits --class-conditional --label-dropout 0.1 --frame 64    waveforms
+  fastddpm train digits.npz --out runs/digits --class-conditional --frame 64 --prediction sample    waveforms
   fastddpm train names.txt --out runs/names --channels 128,256 --prediction sample    texts, one a line
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
@@ -40,7 +40,7 @@ DATA is an .npz or .npy with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY nam
 (idx, gzipped or not), or images of one size in a folder, a .zip or a .tar. Sequences are an .npz with floats or int16
 [N, L] or [N, C, L] (with an array sample_rate they are waveforms), a folder of WAV files, or a .txt with one text per
 line. The folder --out becomes a diffusers checkpoint, together with a log, a loss curve and samples. To resume an
-interrupted run, give the same command again. A finished run is trained longer by another run, in another folder, with
+interrupted run, give the same command again. To train a finished run further, start a new run in another folder with
 --init FOLDER. Under torchrun the processes share each batch, with the same images and noise as a single process.
 """
 
@@ -58,8 +58,8 @@ _OPTIONS: dict[str, tuple[Any, str]] = {  # a field of TrainOptions -> its defau
     "attention": ((2,), "levels with self-attention; 0 is the finest (images)"),
     "groups": (8, "groups of the group norms"),
     "dropout": (0.0, "dropout rate in the residual blocks (images)"),
-    "frame": (1, "neighbouring elements that are one position of the network (sequences)"),
-    "kernel_size": (5, "size of the convolutions (sequences)"),
+    "frame": (1, "consecutive elements merged into one position of the network (sequences)"),
+    "kernel_size": (5, "kernel size of the convolutions, odd (sequences)"),
     "label_dropout": (0.0, "share of the labels that are dropped, for classifier-free guidance, such as 0.1"),
     "seed": (0, "seed of the initial weights, the batches and the noise"),
     "save_every": (1000, "steps between checkpoints"),
@@ -118,7 +118,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--code",
         choices=(*TEXT_CODES, *AUDIO_CODES),
-        help="how sounds and texts become numbers (default: waveform, or bits)",
+        help="encoding of sounds (waveform, the default, or companded) or texts (bits, the default, or embeddings)",
     )
     parser.add_argument("--class-conditional", action="store_true", help="condition the model on the classes of DATA")
     parser.add_argument(

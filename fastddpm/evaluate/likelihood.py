@@ -145,10 +145,10 @@ def bound(
     Args:
         sampler: with any model. Its schedule defines p, including the variance_type, which may be learned.
         data: images uint8 [N, H, W, C], as `datasets.load_images` returns them: L_0 is the probability of their bytes.
-            Or int16 [N, *sampler.shape], samples of sound: L_0 is their probability. Or floating point
-            [N, *sampler.shape] in data units, computed in float32, within the range to which the schedule clips, if it
-            does: L_0 is then a density, which is not comparable with a probability; but if the sampler's medium is text
-            in bits, which must be -1 or 1, it is the probability of their signs.
+            int16 [N, *sampler.shape], waveforms: the probability of the sample values. Floating point
+            [N, *sampler.shape] in data units, computed in float32, within the clipping range if the schedule clips: a
+            density, which is not comparable with a probability. If the sampler's medium is text in bits, every value
+            must be -1 or 1, and L_0 is the probability of the signs.
         terms: K, how many of the T - 1 terms L_{t-1} to evaluate for each image, at random timesteps. Early ones are
             more likely, since their terms are large; the weights keep the bound unbiased. None: all.
         seed: 0 <= seed < 2^64.
@@ -328,7 +328,7 @@ def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, float | No
         )
     if isinstance(sampler.medium, Text) and sampler.medium.code == "bits":
         if not (x.abs() == 1).all():
-            raise ValueError("data is not -1 or 1 everywhere; want the bits of texts, as sampler.medium.encode(texts)")
+            raise ValueError("data has values other than -1 and 1; pass sampler.medium.encode(texts)")
         half_bin = 1.0
     return x.movedim(1, -1), half_bin
 

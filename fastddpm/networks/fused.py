@@ -46,12 +46,12 @@ def argument_of(net: Network) -> str | None:
 
 
 def labelled(labels: Tensor | None) -> dict[str, Tensor]:
-    """The arguments of a network besides x and t, if it takes these labels or none."""
+    """The class labels as keyword arguments of a network; none if labels is None."""
     return {} if labels is None else {LABELS: labels}
 
 
 def obstacles_of(net: Network) -> Obstacles:
-    """What prevents a fused copy of a network, because it decides the output besides configuration and parameters."""
+    """What rules out a fused copy: anything besides the configuration and the parameters that affects the output."""
     return fused_unet1d.obstacles_of(net) if isinstance(net, UNet1D) else unet2d.network_obstacles(net)
 
 

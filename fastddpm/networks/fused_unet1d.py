@@ -36,7 +36,8 @@ Convolution = partial(layers.Conv2d, bias=False)
 class FusedBlock(nn.Module):
     """The convolutions and norms of a residual block, or of `final_conv` with one of each and no residual.
 
-    Args: channels: of the input, and of each convolution's output; kernel: their size; columns: of FiLM.
+    Args: channels: of the input, and of each convolution's output; kernel: their size; columns: number of FiLM's
+        scales and shifts.
     """
 
     def __init__(self, channels: list[int], kernel: int, groups: int, columns: int):
@@ -109,7 +110,7 @@ class FusedUNet1D(SequenceNetwork):
 
     Attributes:
         projection, condition: the linear layers of FiLM of all blocks, for the time embedding and for the condition.
-        version: of the parameters.
+        version: incremented when the parameters change.
     """
 
     def __init__(self, **config: Any):
@@ -180,7 +181,7 @@ class FusedUNet1D(SequenceNetwork):
         changed = False
         for own, value in self._parameters_of(source):
             value = value.to(own.dtype)
-            if own.device.type != "cpu" or not torch.equal(own, value):  # a GPU would have to be waited for
+            if own.device.type != "cpu" or not torch.equal(own, value):  # on a GPU the comparison would sync
                 own.copy_(value)
                 changed = True
         if changed:
@@ -247,7 +248,7 @@ def for_inference(
 
 
 def obstacles_of(net: UNet1D) -> Obstacles:
-    """What prevents a fused copy of a network, because it decides the output besides configuration and parameters."""
+    """What rules out a fused copy: anything besides the configuration and the parameters that affects the output."""
     found: Obstacles = {} if type(net) is UNet1D else {f"it is a {type(net).__name__}, not a UNet1D": type(net)}
     try:
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in net.config.items()}

@@ -1,9 +1,9 @@
 """The conditional 1-D U-Net of diffusion policies, with the parameter names of lerobot's `DiffusionConditionalUnet1d`.
 
-Each residual block scales and shifts its features (FiLM, Perez et al. 2017, arXiv:1709.07871) by numbers that a linear
-layer computes from the time embedding and the condition, one after the other. A linear layer of a concatenation is a
-sum of two. So the part of the time is a row for each timestep, `time_rows`, and the part of the condition a row for
-each sample, `condition_rows`, which stays the same from step to step. `denoise` takes their sum.
+Each residual block scales and shifts its features (FiLM, Perez et al. 2017, arXiv:1709.07871). A linear layer computes
+the scales and shifts from the concatenated time embedding and condition. Applied to a concatenation, it is the sum of
+one linear layer per part. So the part of the time is a row for each timestep, `time_rows`, and the part of the
+condition a row for each sample, `condition_rows`, which stays the same from step to step. `denoise` takes their sum.
 
 Chi et al. 2023 (arXiv:2303.04137), section III and appendix A.
 """
@@ -73,15 +73,15 @@ def complete_config(config: dict[str, Any]) -> dict[str, Any]:
         c["global_cond_dim"] = c["diffusion_step_embed_dim"]
     if c["diffusion_step_embed_dim"] % 2 or not c["kernel_size"] % 2:
         raise ValueError(
-            f"UNet1D: diffusion_step_embed_dim is {c['diffusion_step_embed_dim']} and kernel_size {c['kernel_size']}; "
-            "want an even and an odd number"
+            f"UNet1D: diffusion_step_embed_dim is {c['diffusion_step_embed_dim']} and kernel_size is "
+            f"{c['kernel_size']}; want diffusion_step_embed_dim even and kernel_size odd"
         )
     if any(width % c["n_groups"] for width in c["down_dims"]):
-        raise ValueError(f"UNet1D: n_groups is {c['n_groups']}; want a number that divides down_dims {c['down_dims']}")
+        raise ValueError(f"UNet1D: n_groups is {c['n_groups']}; want a divisor of each of down_dims {c['down_dims']}")
     if (count := least_parameters(c)) > MOST_PARAMETERS:
         raise ValueError(
             f"UNet1D: a network of this configuration has {count:.1e} parameters or more; want at most "
-            f"{MOST_PARAMETERS:.0e}, by smaller down_dims, diffusion_step_embed_dim, global_cond_dim or "
+            f"{MOST_PARAMETERS:.0e}: reduce down_dims, diffusion_step_embed_dim, global_cond_dim or "
             "num_class_embeds"
         )
     return c
@@ -134,15 +134,17 @@ class SequenceNetwork(nn.Module):
         width = self.config["global_cond_dim"]
         if self.class_embedding is not None:
             if class_labels is None or global_cond is not None:
-                raise ValueError("this network is class-conditional; pass class_labels, one per sample, and no other")
+                raise ValueError(
+                    "this network is class-conditional: pass class_labels, one per sample, and leave global_cond out"
+                )
             return F.mish(self.class_embedding(class_labels))
         if class_labels is not None:
             raise ValueError("class_labels were given, but this network is not class-conditional; leave them out")
         if (global_cond is None) != (width is None):
             raise ValueError(
-                "global_cond was given, but this network has no condition; leave it out"
+                "global_cond was given, but this network is unconditional; leave it out"
                 if width is None
-                else f"this network has a condition; pass global_cond [N, {width}]"
+                else f"global_cond is missing: this network is conditional; pass global_cond [N, {width}]"
             )
         if global_cond is None:
             return None
@@ -164,15 +166,15 @@ class UNet1D(SequenceNetwork):
 
     Args:
         input_dim: channels C of a sequence.
-        global_cond_dim: numbers of the condition of a sample; None: none, or with classes diffusion_step_embed_dim.
+        global_cond_dim: size of each sample's condition; None: unconditional, or with classes diffusion_step_embed_dim.
         diffusion_step_embed_dim: of the time embedding; even.
         down_dims: channels of each level; each level after the first halves the length.
         kernel_size: of the convolutions; odd.
         n_groups: of the group norms.
         cond_predict_scale: whether the condition scales the features as well, besides shifting them.
-        num_class_embeds: the condition is a learned vector for each of so many class labels.
-        frame: so many neighbouring elements of a sequence, with all of their channels, are one position of the network,
-            as for waveforms.
+        num_class_embeds: number of classes; the condition is then a learned embedding of the class label.
+        frame: this many consecutive elements of a sequence, with all of their channels, form one position of the
+            network, as for waveforms.
         sample_size: the length L of a sample that the network was trained for.
     Raises: ValueError: an option, or a value of one, is unknown or not supported; the message names it.
     """
@@ -220,13 +222,14 @@ class UNet1D(SequenceNetwork):
         t = torch.as_tensor(t, device=x.device).reshape(-1)
         rows = self.time_rows(t)
         condition = self.condition_rows(global_cond, class_labels)
-        for name, given in (("t", rows), ("the condition", rows if condition is None else condition)):
+        argument = "class_labels" if self.class_embedding is not None else "global_cond"
+        for name, given in (("t", rows), (argument, rows if condition is None else condition)):
             if len(given) not in (1, len(x)):
-                raise ValueError(f"{name} has {len(given)} entries for a batch of {len(x)}; want one each")
+                raise ValueError(f"{name} has {len(given)} entries, but x has a batch of {len(x)}; want 1 or {len(x)}")
         return self.denoise(x, rows if condition is None else rows + condition)
 
     def time_rows(self, t: Tensor) -> Tensor:
-        """The part of FiLM's numbers that depends on t alone: [len(t), columns]. Args: t: [N]."""
+        """The part of FiLM's scales and shifts that depends on t alone: [len(t), columns]. Args: t: [N]."""
         embed, width = self.activated_time(t), self.config["diffusion_step_embed_dim"]
         return torch.cat([F.linear(embed, block.film.weight[:, :width], block.film.bias) for block in self.blocks], 1)
 
@@ -241,7 +244,7 @@ class UNet1D(SequenceNetwork):
         return torch.cat([F.linear(condition, block.film.weight[:, width:]) for block in self.blocks], 1)
 
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Evaluate the network, given FiLM's numbers for all blocks: one row for the whole batch, or [N, columns]."""
+        """Evaluate the network, given FiLM's scales and shifts of all blocks: one row for all entries, or [N, columns]."""
         self.check_shape(x)
         columns = iter(rows.split([block.columns for block in self.blocks], 1))
         h, skips = as_frames(x, self.config["frame"]), []
@@ -274,7 +277,7 @@ class ConvBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolution blocks with FiLM between them.
 
-    Attributes: columns: how many numbers FiLM takes: the shift of each channel, or its scale and then its shift.
+    Attributes: columns: how many numbers FiLM takes: the shifts of the channels, or their scales and then their shifts.
     """
 
     def __init__(self, c_in: int, c_out: int, config: dict[str, Any]):

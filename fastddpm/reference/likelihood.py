@@ -37,8 +37,9 @@ def normal_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor, half_bin: float = HALF_BIN) -> Tensor:
     """-log of the probability that N(mean, var) assigns to the bin of x, for each element, in nats: eq. 13.
 
-    The bins are two half_bin wide, with centres -1, -1 + 2 half_bin, ...; the first is unbounded, and so is one around
-    1. The result is finite wherever the mean is: the difference of two tails is computed from their logarithms.
+    Each bin is 2 half_bin wide, with centres -1, -1 + 2 half_bin, ... The first bin extends to -infinity, and a bin
+    centred on 1 to infinity. The result is finite wherever the mean is: the difference of two tails is computed from
+    their logarithms.
 
     Args:
         x: bytes u as (u - 127.5) / 127.5, 16-bit samples u as u / 32768, or bits as -1 and 1; floating point.

@@ -94,14 +94,16 @@ class ConditionArguments:
             return kwargs
         argument = argument_of(model)
         if unknown := kwargs.keys() - {argument or LABELS}:
-            raise ValueError(f"model_kwargs has {min(unknown)}; this network takes {argument or 'no argument'}")
+            takes = f"it takes only {argument!r}" if argument else "it takes no model_kwargs: leave it out"
+            raise ValueError(f"model_kwargs has {min(unknown)!r}, which this network does not take; {takes}")
         if argument == CONDITION:
             width = model.config["global_cond_dim"]
             given = kwargs.get(argument)
             if not isinstance(given, Tensor) or given.shape != (count, width) or not given.is_floating_point():
+                came = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else shown(given)
                 raise ValueError(
-                    f"model_kwargs[{argument!r}] is {shown(given)}; want [{count}, {width}] floating-point numbers: "
-                    "the condition of each sample"
+                    f"model_kwargs[{argument!r}] is {came}; want ({count}, {width}), floating point: the condition of "
+                    "each sample"
                 )
             checked_labels(self.class_labels, count, model)
             return {argument: _floats(f"model_kwargs[{argument!r}]", given)}

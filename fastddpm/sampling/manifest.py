@@ -93,11 +93,11 @@ def _storage(
     medium = sampler.medium
     if format == "wav" and (not isinstance(medium, Audio) or len(sampler.shape) != 2 or sampler.shape[0] != 1):
         raise ValueError(
-            f"samples are {sampler.shape}, which the checkpoint does not say are waveforms of one channel "
-            f"({MEDIUM}); write them as npz or webdataset"
+            f"format is wav, but the checkpoint's {MEDIUM} does not describe mono waveforms (samples are "
+            f"{sampler.shape}); use npz or webdataset"
         )
     if format == "wav" and drawing.trajectory is not None:
-        raise ValueError("samples are trajectories, of several waveforms; write them as npz or webdataset")
+        raise ValueError("format is wav, but each sample is a trajectory of several waveforms; use npz or webdataset")
     if not indices:
         raise ValueError("no samples were requested; want at least one")
     if (twice := indices.duplicate()) is not None:

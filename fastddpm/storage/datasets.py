@@ -105,7 +105,7 @@ def load_labels(
     """
     classes = _checked_classes(classes)
     if is_text_file(path):
-        raise ValueError(f"{path} has no class labels, as texts have none; leave them out")
+        raise ValueError(f"{path} is a text file, which has no class labels; leave them (--class-conditional) out")
     labels, name = _open(path, held_out=held_out, waves=True).labels(classes)
     return as_labels(labels, name, count, classes if classes is None or isinstance(classes, int) else len(classes))
 

@@ -26,7 +26,7 @@ _FEW = 8  # a last dimension up to this, and far below the one before it, is tak
 
 
 class Sequences(NamedTuple):
-    """Samples that are no images.
+    """Samples that are not images.
 
     Attributes:
         data: [N, C, L] float32, or int16 whose values / 32768 are the samples.
@@ -110,7 +110,7 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         if holds_waves(path):
             return "waves"
-        raise ValueError(f"{path} holds no WAV files, or images beside them; {WANTED}")
+        raise ValueError(f"{path} is a folder without WAV files, or with images beside them; {WANTED}")
     if is_text_file(path):
         return "text"
     try:
@@ -133,7 +133,7 @@ def _from_waves(folder: Path) -> Sequences:
         rate = rate or its_rate
         if its_rate != rate:
             came = f"{files.files[0]} has {rate} Hz, {path} has {its_rate} Hz"
-            raise ValueError(f"sample rates differ: {came}; convert one of them: {conversion(path, rate)}")
+            raise ValueError(f"sample rates differ: {came}; convert the second: {conversion(path, rate)}")
         waveforms.append(samples)
     longest = max(map(len, waveforms))
     data = np.zeros((len(waveforms), 1, MULTIPLE * -(-longest // MULTIPLE)), np.int16)
@@ -167,7 +167,10 @@ def _encoded(found: Sequences, code: str | None) -> Sequences:
     if code is None:
         return found
     if not isinstance(medium, Audio):
-        raise ValueError(f"code is {code}, but the sequences are just numbers; leave it out, or add a sample_rate")
+        raise ValueError(
+            f"code is {code}, but the data have no sample_rate, so they are not waveforms; leave code out, or add an "
+            "array sample_rate to the .npz"
+        )
     if (code := one_of("code", code, AUDIO_CODES)) == "waveform":
         return found
     waveforms = data / np.float32(FULL_SCALE) if data.dtype == np.int16 else data
@@ -199,7 +202,7 @@ def _check_header(stored: StoredArray, medium: Audio | None) -> None:
             way_out = "; convert it: x.astype('float32')"
         raise ValueError(f"{came}; want floats, or int16 for waveforms, [N, L] or [N, C, L]{way_out}")
     if 0 in shape:
-        raise ValueError(f"{came}: it holds no sequences")
+        raise ValueError(f"{came}, which is empty; want [N, L] or [N, C, L] with every size at least 1")
     if len(shape) == 3 and shape[2] <= _FEW and shape[1] >= 4 * shape[2]:
         raise ValueError(f"{came}, which looks like [N, L, C]; want [N, C, L]: x.transpose(0, 2, 1)")
     if medium is not None and len(shape) == 3 and shape[1] != 1:

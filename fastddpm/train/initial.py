@@ -68,7 +68,7 @@ def _loaded(source: str, place: str | Path) -> Initial:
     if checkpoint.decoder is not None:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
     if checkpoint.network is not None:
-        raise ValueError(f"init is {source}, whose network is of another package; start from another checkpoint")
+        raise ValueError(f"init is {source}, whose network cannot be trained here; start from another checkpoint")
     if checkpoint.timestep_scale is not None:
         raise ValueError(
             f"init is {source}, whose network is given t times {checkpoint.timestep_scale:g}, which training does not "

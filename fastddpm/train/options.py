@@ -46,8 +46,8 @@ class TrainOptions:
         attention: levels with self-attention; level 0 has the full resolution.
         groups: of the group norms.
         dropout: in the residual blocks.
-        frame, kernel_size: of a network for sequences: see `UNet1D`. For these, flip, layers, attention and dropout do
-            not apply.
+        frame, kernel_size: of a network for sequences: see `UNet1D`. Sequences do not use flip, layers, attention or
+            dropout.
         label_dropout: share of the labels that are replaced by the null label, for classifier-free guidance (Ho &
             Salimans 2022, arXiv:2207.12598). A network of K classes then has one more embedding, K, the null label.
         seed: of the initial weights and all random numbers; 0 <= seed < 2^64.
@@ -116,7 +116,7 @@ class TrainOptions:
             }
         channels, height, width = shape
         levels = range(len(self.channels))
-        _levels(self)  # of the default, which sequences do not have
+        _levels(self)  # checks the default, which is not checked for sequences
         down = ["AttnDownBlock2D" if i in self.attention else "DownBlock2D" for i in levels]
         return {
             "sample_size": height if height == width else (height, width),

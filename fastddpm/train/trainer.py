@@ -55,7 +55,7 @@ def train(
 ) -> Path:
     """Train on images or sequences and write a checkpoint of the averaged weights to the folder `out`.
 
-    The checkpoint is diffusers', or for sequences one with a `UNet1D` in the same layout.
+    The checkpoint has diffusers' layout; for sequences its network is a `UNet1D`.
     If the folder holds an unfinished run of the same data and options, that run is resumed. It may have another
     number of steps if the learning rates of the steps done are the same with it. A finished run is not changed. Ctrl-C
     and SIGTERM let the current step finish (under torchrun: the steps up to the next line of the log), which is saved.
@@ -67,7 +67,8 @@ def train(
 
     Args:
         data: images, [N, H, W, C] uint8; H and W multiples of 2^(levels - 1); C = 1, 3 or 4. Or sequences, [N, C, L]
-            float32 in data units, such as [-1, 1], or int16 of full scale; L a multiple of frame * 2^(levels - 1).
+            float32 in data units, such as [-1, 1], or int16, which is divided by 32768; L a multiple of
+            frame * 2^(levels - 1).
         out: folder to write.
         labels: [N] integers >= 0, to train a class-conditional network.
         classes: the name of each class. With `options.init` the labels are numbered as that checkpoint names its

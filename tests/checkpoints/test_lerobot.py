@@ -69,7 +69,7 @@ def sampler_of(found: checkpoints.Checkpoint) -> Sampler:
 # What lerobot computes
 
 
-def test_the_project_s_network_is_matched():
+def test_network_matches_lerobot():
     net = checkpoints.load(FIXTURE).network
     for k, t in enumerate(EXPECTED["net_t"]):
         with torch.no_grad():
@@ -208,7 +208,7 @@ def test_a_sampler_is_made_of_a_folder():
 # What is said
 
 
-def test_what_belongs_to_the_user_is_noted(tmp_path):
+def test_encoder_and_statistics_are_noted(tmp_path):
     path = FIXTURE / "model.safetensors"
     assert checkpoints.load(FIXTURE).notes == (STEPS.format(path=path),)
     extra = {
@@ -227,11 +227,11 @@ def test_what_belongs_to_the_user_is_noted(tmp_path):
     parts = f"the policy's vision encoder (diffusion.rgb_encoder) and normalisation statistics ({statistics})"
     first, _ = checkpoints.load(tmp_path).notes
     assert (
-        first == f"{path} also holds {parts}, which are not part of the network and not read; {ENCODER}; {NORMALISED}"
+        first == f"{path} also holds {parts}, which are not part of the network and not loaded; {ENCODER}; {NORMALISED}"
     )
 
 
-def test_a_policy_that_does_not_normalise_has_no_note_of_it(tmp_path):
+def test_identity_normalisation_is_not_noted(tmp_path):
     extra = {"diffusion.rgb_encoder.weight": torch.ones(2)}
     for mode, noted in (("IDENTITY", ""), ("MEAN_STD", "(MEAN_STD: to mean 0 and standard deviation 1)")):
         written(tmp_path, extra, num_inference_steps=None, normalization_mapping={"ACTION": mode})
@@ -309,7 +309,7 @@ def test_options_of_diffusion_policy_are_keywords_or_beside_it(tmp_path):
     assert checkpoints.load(path, num_train_timesteps=20).schedule.num_train_timesteps == 20
 
 
-def test_only_what_is_assumed_is_noted(tmp_path):
+def test_only_assumed_defaults_are_noted(tmp_path):
     torch.save(as_diffusion_policy(), path := tmp_path / "model.pt")
     (note,) = checkpoints.load(path, **SCHEDULE).notes
     assert "were assumed: n_groups 8; if" in note
@@ -318,7 +318,7 @@ def test_only_what_is_assumed_is_noted(tmp_path):
     assert checkpoints.load(path, schedule=Schedule(), n_groups=8).notes == ()
 
 
-def test_without_a_horizon_the_shape_is_the_user_s(tmp_path):
+def test_without_horizon_shape_is_required(tmp_path):
     torch.save(as_diffusion_policy(), path := tmp_path / "model.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -475,7 +475,7 @@ def test_pickles_of_objects_are_refused_with_the_way_out(tmp_path):
 @pytest.mark.parametrize(
     "name", ["normalization", "normalization_mapping", "normalizer", "unnormalize", "dataset_stats", "statistics"]
 )
-def test_normalisation_is_the_user_s(name):
+def test_normalisation_options_are_refused(name):
     text = check.error_line(checkpoints.load, FIXTURE, **{name: {"action": {"min": [-1.0, -1.0]}}})
     assert text.startswith(f"there is no option '{name}', because normalisation is not part of the network; normalise")
 
@@ -496,7 +496,7 @@ def test_another_format_is_refused(format):
     assert str(FIXTURE) in text or "UNet2D" in text
 
 
-def test_a_folder_without_weights_is_said(tmp_path):
+def test_folder_without_weights_is_refused(tmp_path):
     shutil.copy(FIXTURE / "config.json", tmp_path)
     text = check.error_line(checkpoints.load, tmp_path)
     assert text == f"{tmp_path} holds the configuration of a policy of lerobot, but no model.safetensors"
@@ -506,5 +506,5 @@ def test_a_variant_is_refused():
     assert "is one file; leave it out" in check.error_line(checkpoints.load, FIXTURE, variant="fp16")
 
 
-def test_training_cannot_continue_from_it(tmp_path):
+def test_training_from_a_policy_is_refused(tmp_path):
     assert check.error_line(load_initial, FIXTURE, tmp_path).startswith(f"init is {FIXTURE}, whose network ")

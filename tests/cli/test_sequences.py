@@ -166,9 +166,9 @@ def test_verify_climbs_the_ladder(make, capsys):
 @pytest.mark.parametrize(
     ("make", "flags", "message"),
     [
-        (names, ["--out", "x.png"], "samples are texts; want --out with the suffix .npz, .txt"),
-        (names, ["--out", "x/", "--format", "wav"], "which the checkpoint does not say are waveforms"),
-        (digits, ["--out", "x.txt"], "samples are sounds; want --out with the suffix .png, .npz"),
+        (names, ["--out", "x.png"], "samples are texts; want --out with the suffix .npz or .txt"),
+        (names, ["--out", "x/", "--format", "wav"], "medium.json does not describe mono waveforms"),
+        (digits, ["--out", "x.txt"], "samples are sounds; want --out with the suffix .png or .npz"),
     ],
 )
 def test_errors_of_sample(make, flags, message, capsys):

@@ -98,8 +98,8 @@ def test_the_callers_defaults_do_not_matter():
     [
         ({"input_dim": None}, "input_dim is None"),
         ({"down_dims": ()}, "down_dims is ()"),
-        ({"down_dims": (8, 18)}, "n_groups is 4; want a number that divides down_dims (8, 18)"),
-        ({"kernel_size": 4}, "kernel_size 4"),
+        ({"down_dims": (8, 18)}, "n_groups is 4; want a divisor of each of down_dims (8, 18)"),
+        ({"kernel_size": 4}, "kernel_size is 4"),
         ({"diffusion_step_embed_dim": 9}, "diffusion_step_embed_dim is 9"),
         ({"frame": 0}, "frame is 0"),
         ({"local_cond_dim": 3}, "unknown option 'local_cond_dim'"),
@@ -116,12 +116,17 @@ def test_errors_name_the_option(options, message):
         ({}, (2, 3, 15), {}, "want [N, 3, L] with L a multiple of 2"),
         ({}, (2, 4, 16), {}, "want [N, 3, L]"),
         ({"frame": 4}, (2, 3, 12), {}, "multiple of 8"),
-        ({}, (2, 3, 16), {"global_cond": torch.ones(2, 5)}, "this network has no condition"),
+        ({}, (2, 3, 16), {"global_cond": torch.ones(2, 5)}, "this network is unconditional"),
         ({}, (2, 3, 16), {"class_labels": torch.zeros(2).long()}, "not class-conditional"),
         ({"global_cond_dim": 5}, (2, 3, 16), {}, "pass global_cond [N, 5]"),
         ({"global_cond_dim": 5}, (2, 3, 16), {"global_cond": torch.ones(2, 4)}, "want [N, 5]"),
-        ({"global_cond_dim": 5}, (2, 3, 16), {"global_cond": torch.ones(3, 5)}, "3 entries for a batch of 2"),
-        ({"num_class_embeds": 4}, (2, 3, 16), {}, "pass class_labels"),
+        (
+            {"global_cond_dim": 5},
+            (2, 3, 16),
+            {"global_cond": torch.ones(3, 5)},
+            "global_cond has 3 entries, but x has a batch of 2; want 1 or 2",
+        ),
+        ({"num_class_embeds": 4}, (2, 3, 16), {}, "pass class_labels, one per sample"),
     ],
 )
 def test_errors_of_a_call(options, shape, given, message):

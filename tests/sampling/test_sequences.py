@@ -78,9 +78,9 @@ def test_a_changed_network_is_called_as_it_is():
 
 def test_the_sampler_wants_the_condition():
     sampler = Sampler(UNet1D(**TINY, global_cond_dim=5), Schedule(num_train_timesteps=4))
-    assert "want [2, 5] floating-point numbers" in error_line(sampler.sample, 2)
+    assert "want (2, 5), floating point" in error_line(sampler.sample, 2)
     wrong = {"model_kwargs": {"cond": torch.ones(2, 5)}}
-    assert "this network takes global_cond" in error_line(sampler.sample, 2, **wrong)
+    assert "it takes only 'global_cond'" in error_line(sampler.sample, 2, **wrong)
     assert "not a class-conditional" in error_line(
         sampler.sample, 2, model_kwargs={"global_cond": torch.ones(2, 5)}, class_labels=[0, 1]
     )

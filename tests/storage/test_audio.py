@@ -201,7 +201,7 @@ def test_damaged_files_are_refused(path, content, message):
     assert message in line
 
 
-def test_no_damage_has_another_error(path):
+def test_damaged_header_raises_only_value_error(path):
     """Each byte of the header is changed in turn."""
     for at in range(44):
         for value in (0, 1, 0x7F, 0xFF):
@@ -210,7 +210,7 @@ def test_no_damage_has_another_error(path):
                 assert 0 < len(read_wav(path)[0]) <= 100
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_folders_and_missing_files_are_refused(tmp_path):
     assert error_line(read_wav, tmp_path) == f"{tmp_path} is a folder; want a file"
     line = error_line(read_wav, tmp_path / "absent.wav")
     assert line == f"cannot read {tmp_path}/absent.wav: No such file or directory; want a WAV file"

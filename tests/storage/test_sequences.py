@@ -278,7 +278,7 @@ def test_loading_images_from_waves_is_refused(folder):
     assert "holds no images: 3 of 3 files are left out" in error_line(load_images, folder)
 
 
-def test_waves_need_soundfile_but_to_recognise_them_does_not(folder, monkeypatch):
+def test_soundfile_is_needed_to_read_wavs_not_to_recognise_them(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "soundfile", None)
     assert is_sequences(folder)
     assert load_labels(folder, count=3).tolist() == [0, 2, 1]

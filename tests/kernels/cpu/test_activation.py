@@ -91,7 +91,7 @@ def test_activations_at_the_ends(act):
     assert y[6] == pytest.approx(-90 * math.exp(-90), rel=1e-6, abs=0)  # torch returns 0 here
 
 
-def test_no_activation_is_the_identity():
+def test_act_none_is_the_identity():
     x = torch.tensor([0.0, -0.0, math.inf, -math.inf, -7.5])
     y = torch.full_like(x, math.nan)
     launch_activation(y, x, act=None)

@@ -244,7 +244,7 @@ class UNet1D(SequenceNetwork):
         return torch.cat([F.linear(condition, block.film.weight[:, width:]) for block in self.blocks], 1)
 
     def denoise(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Evaluate the network, given FiLM's scales and shifts of all blocks: one row for all entries, or [N, columns]."""
+        """Evaluate the network, given FiLM's scales and shifts of all blocks: one row for all, or [N, columns]."""
         self.check_shape(x)
         columns = iter(rows.split([block.columns for block in self.blocks], 1))
         h, skips = as_frames(x, self.config["frame"]), []

@@ -30,7 +30,7 @@ class Trivial(nn.Module):
 
 
 @pytest.mark.benchmark(timer=time.perf_counter)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [form for form in FORMATS if form != "wav"])
 @pytest.mark.parametrize("model", MODELS)
 def test_output(benchmark, record, tmp_path, model, format):
     """Drawing and jobs take turns. The time of a job is from its first step until everything is on the disk."""

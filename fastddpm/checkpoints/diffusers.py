@@ -180,7 +180,9 @@ def save(
     for path in (root / _INDEX, unet / _CONFIG, scheduler / _SCHEDULER, weights):
         check_regular(path)  # writing into a pipe would wait for its reader
     _write_json(root / _INDEX, index)
-    if medium is not None:
+    if medium is None:
+        (root / MEDIUM).unlink(missing_ok=True)  # of a checkpoint that this one replaces
+    else:
         write_medium(root, medium)
     private = {"_class_name": class_name} | ({} if null_label is None else {_NULL_LABEL: null_label})
     scale = {} if timestep_scale is None else {_SCALE: timestep_scale}

@@ -156,15 +156,20 @@ def build(
     return Checkpoint({}, {}, schedule, notes=notes, shape=of_sample, network=network)
 
 
+def is_option(name: str) -> bool:
+    """Whether this is an option of a policy. Raises: ValueError: it asks for statistics."""
+    if _STATISTICS.search(name):
+        raise ValueError(
+            f"there is no option {shown(name)}, because normalisation is not part of the network; normalise the "
+            "observations and unnormalise the samples with the policy's statistics, as the policy does"
+        )
+    return name in OPTIONS
+
+
 def _check_names(keywords: Mapping[str, Any]) -> None:
     """Raises: ValueError: a name is that of no option."""
     for name in keywords:
-        if _STATISTICS.search(name):
-            raise ValueError(
-                f"there is no option {shown(name)}, because normalisation is not part of the network; normalise the "
-                "observations and unnormalise the samples with the policy's statistics, as the policy does"
-            )
-        if name not in OPTIONS:
+        if not is_option(name):
             raise ValueError(
                 f"there is no option {shown(name)}; the options of a diffusion policy are {', '.join(OPTIONS)}"
             )

@@ -77,7 +77,7 @@ def _check_no_options(config: Mapping[str, Any], *, of_hub: bool = False) -> Non
     Args: of_hub: it is not downloaded yet, so it may be a policy of lerobot, which has options.
     """
     for unknown in config:
-        if of_hub and unknown in lerobot.OPTIONS:
+        if of_hub and lerobot.is_option(unknown):
             continue
         alike = difflib.get_close_matches(unknown, _ARGUMENTS, 1)
         hint = f"did you mean '{alike[0]}'?" if alike else "a checkpoint of diffusers needs none; leave it out"

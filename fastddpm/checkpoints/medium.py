@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastddpm.checkpoints.reading import read_json
-from fastddpm.core.checks import one_of
+from fastddpm.core.checks import one_of, shown
 from fastddpm.storage.audio import Audio
 from fastddpm.storage.files import atomic
 from fastddpm.text import Text
@@ -33,6 +33,16 @@ def read_medium(folder: Path) -> Medium | None:
         raise ValueError(
             f"{path} does not describe {kind.__name__.lower()}: {error}; want {wanted}: copy it from the checkpoint"
         ) from error
+
+
+def check_medium(medium: Any, shape: tuple[int, ...]) -> None:
+    """Raises: ValueError: this is no medium, or not one of samples of this shape."""
+    if medium is not None and not isinstance(medium, Medium):
+        raise ValueError(f"medium is {shown(medium)}; want an Audio, a Text or None")
+    if isinstance(medium, Text) and shape != medium.shape:
+        raise ValueError(f"medium is a Text of samples {medium.shape}, but these are {shape}")
+    if isinstance(medium, Audio) and (len(shape) != 2 or shape[0] != 1):
+        raise ValueError(f"medium is an Audio, of samples (1, L), but these are {shape}")
 
 
 def write_medium(folder: Path, medium: Medium) -> None:

@@ -30,12 +30,6 @@ def class_labels(given: str | None, sampler: "Sampler", samples: Indices) -> Ind
     return labels
 
 
-def listed(text: str) -> int:
-    """How many classes an option lists, where none of them has a name such as 1-2."""
-    ends = (entry.split("-") for entry in text.split(","))
-    return sum(int(end[1]) - int(end[0]) + 1 if len(end) == 2 and all(map(str.isdecimal, end)) else 1 for end in ends)
-
-
 def parse_labels(text: str, names: Sequence[str] | None) -> Sequence[int]:
     """The class labels that an option lists, as numbers: 0,3-5 or trousers,bag.
 

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fastddpm.cli.labels import parse_labels
@@ -123,10 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _load_data(args: argparse.Namespace, sampler: "Sampler") -> tuple[Any, list[str]]:
     """(the data as `bound` takes them, the texts that they are or nothing)."""
-    import numpy as np
-
     from fastddpm.storage import datasets, sequences
-    from fastddpm.storage.audio import FULL_SCALE, Audio
     from fastddpm.text import Text, read_texts
 
     if isinstance(sampler.medium, Text):
@@ -134,10 +130,7 @@ def _load_data(args: argparse.Namespace, sampler: "Sampler") -> tuple[Any, list[
         return sampler.medium.encode(texts), texts
     if len(sampler.shape) == 3:
         return datasets.load_images(args.data, held_out=True, progress=not args.quiet), []
-    data = sequences.load_sequences(args.data, held_out=True).data
-    if isinstance(medium := sampler.medium, Audio) and medium.code != "waveform":
-        data = medium.encode(data / np.float32(FULL_SCALE) if data.dtype == np.int16 else data)
-    return data, []
+    return sequences.load_sequences(args.data, held_out=True, like=sampler.medium).data, []
 
 
 def _of_texts(result: "Bound", texts: list[str], sampler: "Sampler") -> str:
@@ -157,17 +150,15 @@ def _of_texts(result: "Bound", texts: list[str], sampler: "Sampler") -> str:
 
 
 def _check_before_loading(args: argparse.Namespace) -> None:
-    from fastddpm.storage import datasets, sequences
     from fastddpm.storage.image_folder import would_hold
 
-    files = [Path(args.data)] if sequences.is_sequences(args.data) else datasets.image_files(args.data)
     for option, path, suffix in (("--out", args.out, ".npz"), ("--plot", args.plot, ".png")):
         if path is None:
             continue
         if as_path(option, path).suffix.lower() != suffix:
             raise ValueError(f"{option} is {path}; want a {suffix} file")
         if os.path.exists(path):
-            check_not_input(option, path, *checkpoint_files(args.checkpoint), *files)
+            check_not_input(option, path, *checkpoint_files(args.checkpoint), *_files_of_data(args.data))
     if args.plot is not None and would_hold(args.data, args.plot):
         raise ValueError(f"--plot is {args.plot}, in DATA, which would hold one more image; name another place")
     if args.out and args.plot and os.path.realpath(args.out) == os.path.realpath(args.plot):
@@ -176,6 +167,13 @@ def _check_before_loading(args: argparse.Namespace) -> None:
         check_writable(path)
     if args.num_images is not None:
         whole("--num-images", args.num_images, 1)
+
+
+def _files_of_data(data: str) -> list[Path]:
+    """The files that DATA are read from."""
+    from fastddpm.storage import datasets, sequences
+
+    return [datasets.split_array(data)[0]] if sequences.is_sequences(data) else datasets.image_files(data)
 
 
 def _load_with_variance_type(args: argparse.Namespace) -> "Sampler":

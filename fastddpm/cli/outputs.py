@@ -2,8 +2,11 @@
 
 import argparse
 import os
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 if TYPE_CHECKING:
     from fastddpm.sampling.sampler import Sampler
@@ -18,21 +21,22 @@ DEFAULT_OUT = {
     "webdataset": "samples",
 }
 _FORMAT_OF_SUFFIX = {".png": "grid", ".npz": "npz", ".txt": "txt", "": "png"}
-PICTURE = "spectrograms.png"  # in a folder of WAV files, of the first ones
+_FIRST = 25  # spectrograms in a folder of WAV files
 
 
 def destination(out: str | None, format: str | None) -> tuple[Path, str, bool]:
     """(path, format, whether the path is a folder). Either option may imply the other."""
-    if out is None:
-        out = DEFAULT_OUT[format or "grid"]
+    given, out = out, DEFAULT_OUT[format or "grid"] if out is None else out
     if not out:
         raise ValueError("--out is ''; want a .png, an .npz, a .txt or a folder")
-    suffix = "" if out.endswith(os.sep) or os.path.isdir(out) else Path(out).suffix.lower()
+    suffix = "" if out.endswith(os.sep) or (given and os.path.isdir(out)) else Path(out).suffix.lower()
     implied = _FORMAT_OF_SUFFIX.get(suffix)
     if format is None and implied is None:
         raise ValueError(f"--out is {out}; want a .png, an .npz, a .txt or a folder, or give --format")
     if format is not None and suffix and implied is not None and implied != format:
         raise ValueError(f"--format is {format}, but --out is {out}, which means {implied}; leave --format out")
+    if format == "wav" and suffix:
+        raise ValueError(f"--out is {out}, but --format wav writes a folder of WAV files; want a folder")
     format = format or str(implied)
     if format == "webdataset" and suffix == ".tar":
         folder = f"{Path(out).stem}/"
@@ -59,10 +63,11 @@ def format_of_medium(args: argparse.Namespace, sampler: "Sampler", format: str) 
     return "wav" if isinstance(sampler.medium, Audio) and args.format is None and format == "png" else format
 
 
-def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: str) -> None:
+def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: str, count: int) -> None:
     """Raises: ValueError: the options of one file do not fit what the model draws."""
     from fastddpm.sampling.manifest import draws_images
     from fastddpm.storage.audio import Audio
+    from fastddpm.storage.sequence_files import MOST_SHOWN
 
     if args.decode and sampler.decoder is None:
         raise ValueError("--decode is for a pipeline with a VAE, which this checkpoint does not have; leave it out")
@@ -80,6 +85,10 @@ def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: st
                 f"the model's samples are {kind}; want --out with the suffix {suffixes}, or a folder with --format "
                 f"{'wav, npz' if suits == 'grid' else 'npz'} or webdataset"
             )
+        if suits == "grid" and count > MOST_SHOWN:
+            raise ValueError(
+                f"{count} sounds are too many for one picture; want at most {MOST_SHOWN}, or a folder of WAV files"
+            )
         return
     without = ", without --trajectory" * (args.trajectory is not None)
     if sampler.decoder is not None:
@@ -92,13 +101,14 @@ def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: st
     )
 
 
-def draw_first(store: "ShardFolder", sampler: "Sampler", path: Path) -> None:
-    """Draw the spectrograms of the samples of the first shard, at most MOST_SHOWN."""
+def draw_first(store: "ShardFolder", sampler: "Sampler") -> None:
+    """Draw the spectrograms of the first samples."""
     import torch
 
     from fastddpm.storage.audio import Audio
-    from fastddpm.storage.sequence_files import MOST_SHOWN, save_sequences
+    from fastddpm.storage.sequence_files import PICTURE, save_sequences
 
-    waveforms, labels = torch.from_numpy(store.read(0)[:MOST_SHOWN]), store.labels(0)
-    shown = None if labels is None else labels[:MOST_SHOWN].tolist()
-    save_sequences(waveforms, path, Audio(store.manifest["sample_rate"]), shown, sampler.classes)
+    first = torch.from_numpy(np.stack(list(islice(chain.from_iterable(store.arrays()), _FIRST))))
+    labels = None if store.classes is None else store.all_labels()[: len(first)].tolist()
+    medium = Audio(store.manifest["sample_rate"])
+    save_sequences(first, store.path / PICTURE, medium, labels, sampler.classes)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastddpm.cli.conditions import add_conditions, condition_arguments, steps_of
-from fastddpm.cli.labels import class_labels, listed
+from fastddpm.cli.labels import class_labels, parse_labels
 from fastddpm.cli.options import (
     add_batch_size,
     add_checkpoint,
@@ -24,7 +24,6 @@ from fastddpm.cli.options import (
 )
 from fastddpm.cli.outputs import (
     DEFAULT_OUT,
-    PICTURE,
     check_what_is_drawn,
     destination,
     draw_first,
@@ -66,6 +65,9 @@ Sample i of a seed is the same image whatever else is drawn with it, up to the n
 A folder is written shard by shard. If the command is killed, run it again, with any number of processes: it draws the
 samples that are missing, and the folder ends up with the files of an uninterrupted run.
 """
+
+_DEFAULT_COUNT = 16
+_MOST_LISTED = 10_000  # classes of which one sample each is drawn by default
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -141,21 +143,25 @@ def run(args: argparse.Namespace) -> None:
     out, format, into_folder = destination(args.out, args.format)
     with ranks(args.device) as group:
         with group.agree():
-            if args.num_samples is None:
-                several = 1 if args.class_labels is None else listed(args.class_labels)
-                args.num_samples = several if several > 1 else 16
-            samples = Indices.of(args.num_samples if args.indices is None else args.indices)
+            count = _DEFAULT_COUNT if args.num_samples is None else args.num_samples
+            samples = Indices.of(count if args.indices is None else args.indices)
             if not samples:
                 raise ValueError("no samples were requested; give --num-samples or --indices")
             if into_folder:
                 _check_options_of_a_folder(args)
             else:
                 _check_options_of_one_file(args, samples, out, group)
-            check_writable(out, folder=into_folder, make=False)
+            if args.out is not None:
+                check_writable(out, folder=into_folder, make=False)
             sampler = _load_sampler(args, out, into_folder, group)
+            if args.out is None and not prints(args, sampler):
+                check_writable(out, folder=into_folder, make=False)
+            if args.class_labels is not None and args.num_samples is None and args.indices is None:
+                classes = len(parse_labels(args.class_labels, sampler.classes))
+                samples = Indices.of(classes if 1 < classes <= _MOST_LISTED else _DEFAULT_COUNT)
             format = format_of_medium(args, sampler, format)
             if not into_folder:
-                check_what_is_drawn(args, sampler, format)
+                check_what_is_drawn(args, sampler, format, len(samples))
             conditions = condition_arguments(args, sampler, len(samples))
             given = "class_labels" in conditions.get("model_kwargs", {}) and args.class_labels is None
             labels = None if given else class_labels(args.class_labels, sampler, samples)
@@ -228,7 +234,7 @@ def _sample_into_folder(
         **conditions,
     )
     if format == "wav" and group.rank == 0:
-        draw_first(store, sampler, out / PICTURE)
+        draw_first(store, sampler)
     if not args.quiet and group.rank == 0:
         print(f"{out}: all {len(store.samples)} samples are done; {time.monotonic() - began:.1f} s this time")
 

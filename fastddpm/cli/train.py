@@ -152,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
     from fastddpm.core.schedule import Schedule
     from fastddpm.processes.distributed import AgreedError, ranks
     from fastddpm.storage import datasets, sequences
+    from fastddpm.train.initial import load_initial
     from fastddpm.train.options import TrainOptions, check_options
     from fastddpm.train.state import LongerRunError
     from fastddpm.train.trainer import train
@@ -173,8 +174,13 @@ def run(args: argparse.Namespace) -> None:
             check_writable(args.out, folder=True, make=False)
             _check_apart(args.data, args.out)
             if sequences.is_sequences(args.data):
-                data, medium = sequences.load_sequences(args.data, code=args.code)
+                like = None if args.init is None else load_initial(args.init, Path(args.out)).medium
+                if like is not None and args.code not in (None, like.code):
+                    raise ValueError(f"--code is {args.code}, but --init brings its own, {like.code}; leave --code out")
+                data, medium = sequences.load_sequences(args.data, code=args.code, like=like)
                 options = _without_clipping(options, data)
+            elif args.code is not None:
+                raise ValueError(f"--code is {args.code}, but {args.data} are images; leave it out")
             else:
                 data = datasets.load_images(args.data, progress=prints)
             if args.class_conditional:

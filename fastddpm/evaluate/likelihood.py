@@ -26,12 +26,13 @@ from fastddpm.core.checks import checked_call, flag, is_whole, shown, whole
 from fastddpm.core.memory import send
 from fastddpm.evaluate.terms import BoundTerms, prior_kl, systematic
 from fastddpm.networks.fused import labelled
-from fastddpm.reference.likelihood import HALF_BIN
+from fastddpm.reference.likelihood import BYTES, PCM, SIGNS, Bins
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.batches import evaluating, size_after_failure
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.watch import Watch
+from fastddpm.storage.audio import FULL_SCALE, Audio
 from fastddpm.text import Text
 
 FEW_TIMESTEPS = 40  # up to this number, a plot shows each one; else
@@ -164,7 +165,7 @@ def bound(
     progress = flag("progress", progress)
     if sampler.value_range not in (None, (-1.0, 1.0)):
         raise ValueError(f"the sampler's value_range is {sampler.value_range}; the bound is for data in [-1, 1]")
-    x_0, half_bin = _channels_last_data(data, sampler)
+    x_0, bins = _channels_last_data(data, sampler)
     T, N = sampler.schedule.num_train_timesteps, len(x_0)
     if sampler.decoder is not None and x_0.dtype == torch.uint8:
         raise ValueError("data are images, but the model is of latents; want its latents, as floating-point numbers")
@@ -173,7 +174,7 @@ def bound(
     if terms is not None and (not is_whole(terms) or not least <= terms <= T - 1):
         raise ValueError(f"terms is {shown(terms)}; want a whole number from {least} to T - 1 = {T - 1}, or None: all")
     labels, addresses = sampler.checked_labels(class_labels, N), noise.address(seed, N)
-    bound_terms = BoundTerms(sampler, half_bin=half_bin)
+    bound_terms = BoundTerms(sampler, bins=bins)
     timesteps, weights = systematic(T - 1, T - 1 if terms is None else int(terms), seed, N)
     size = min(size, N * max(1, timesteps.shape[1]))
 
@@ -289,9 +290,8 @@ def _bins(timesteps: Sequence[int], counts: Sequence[int]) -> list[list[int]]:
     return bins
 
 
-def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, float | None]:
-    """Data on the CPU with channels last, [N, *spatial, C], uint8 or float32, a view of it if possible; and the half
-    width of their bins, or None.
+def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, Bins | None]:
+    """Data on the CPU with channels last, [N, *spatial, C], uint8 or float32, a view of it if possible; and their bins.
 
     Raises: ValueError: data is not as `bound` takes it.
     """
@@ -301,11 +301,13 @@ def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, float | No
         x = torch.as_tensor(np.ascontiguousarray(data) if isinstance(data, np.ndarray) else data, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"data is {shown(data)}; {wanted}") from error
-    half_bin = {torch.uint8: HALF_BIN, torch.int16: 2.0**-16}.get(x.dtype)
+    bins = {torch.uint8: BYTES, torch.int16: PCM}.get(x.dtype)
     if x.dtype == torch.uint8:
         want: tuple[int, ...] = (*shape[1:], shape[0])
     elif x.dtype == torch.int16:
-        x, want = x.float() / 2**15, shape
+        if isinstance(sampler.medium, Audio) and sampler.medium.code != "waveform":
+            raise ValueError("data is int16, but the model's samples are companded; pass sampler.medium.encode(...)")
+        x, want = x.float() / FULL_SCALE, shape
     elif x.is_floating_point() and x.layout == torch.strided:
         x, want = x.float(), shape
     else:
@@ -315,7 +317,7 @@ def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, float | No
         sizes = ", ".join(map(str, want))
         raise ValueError(f"data is {tuple(x.shape)} {x.dtype}; want [N, {sizes}] with N >= 1 for this model")
     if x.dtype == torch.uint8:
-        return x, half_bin
+        return x, bins
     if not x.isfinite().all():
         sample = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"data of sample {sample} is not finite; want finite numbers")
@@ -329,8 +331,8 @@ def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, float | No
     if isinstance(sampler.medium, Text) and sampler.medium.code == "bits":
         if not (x.abs() == 1).all():
             raise ValueError("data has values other than -1 and 1; pass sampler.medium.encode(texts)")
-        half_bin = 1.0
-    return x.movedim(1, -1), half_bin
+        bins = SIGNS
+    return x.movedim(1, -1), bins
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from fastddpm.core import noise
 from fastddpm.core.schedule import Schedule
 from fastddpm.core.table import step_rows, x_0_rows
 from fastddpm.reference.diffusion import predicted_x_0
-from fastddpm.reference.likelihood import decoder_nll, normal_kl, normal_nll
+from fastddpm.reference.likelihood import Bins, decoder_nll, normal_kl, normal_nll
 from fastddpm.sampling.sampler import Sampler
 
 
@@ -31,9 +31,9 @@ class BoundTerms:
     which are the attributes constant and error_factor (eq. 8, with its constant C).
     """
 
-    def __init__(self, sampler: Sampler, *, half_bin: float | None):
+    def __init__(self, sampler: Sampler, *, bins: Bins | None):
         schedule, device, T = sampler.schedule, sampler.device, sampler.schedule.num_train_timesteps
-        self.schedule, self.half_bin, self.channels = schedule, half_bin, sampler.shape[0]
+        self.schedule, self.bins, self.channels = schedule, bins, sampler.shape[0]
 
         rows, scale = step_rows(replace(schedule, variance_type="fixed_small"), torch.arange(T, device="cpu"))
         rows, noising = x_0_rows(rows, scale), schedule.noising_table()
@@ -80,9 +80,9 @@ class BoundTerms:
         """L_0, for our t = 0: of bins eq. 13, else the negative log density. Arguments as of `kl`."""
         mean, log_var = self._prediction(model_output, x_0, t, address)
         x = _float64_units(x_0)
-        if self.half_bin is None:
+        if self.bins is None:
             return normal_nll(x, mean, log_var).flatten(1).sum(1)
-        return decoder_nll(x, mean, log_var, self.half_bin).flatten(1).sum(1)
+        return decoder_nll(x, mean, log_var, self.bins).flatten(1).sum(1)
 
     def _prediction(self, model_output: Tensor, x_0: Tensor, t: Tensor, address: Tensor) -> tuple[Tensor, Tensor]:
         """The predicted x_0 (eq. 15), and the log of p's variance, which can be broadcast over it: float64."""

@@ -38,6 +38,11 @@ def is_own(model: Any) -> TypeGuard[Network]:
     return isinstance(model, Network)
 
 
+def kind_name(model: Any) -> str:
+    """What messages call a network of this package, also one of a subclass."""
+    return "UNet1D" if isinstance(model, UNet1D) else "UNet2D"
+
+
 def argument_of(net: Network) -> str | None:
     """Which argument a network takes besides x and t; None: it takes none."""
     if net.class_embedding is not None:

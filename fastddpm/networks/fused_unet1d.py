@@ -40,7 +40,7 @@ class FusedBlock(nn.Module):
         scales and shifts.
     """
 
-    def __init__(self, channels: list[int], kernel: int, groups: int, columns: int):
+    def __init__(self, channels: list[int], kernel: int, groups: int, columns: int, *, joins: bool = False):
         super().__init__()
         self.columns = columns
         self.convs, self.norms, self.biases = nn.ModuleList(), nn.ModuleList(), nn.ParameterList()
@@ -48,7 +48,7 @@ class FusedBlock(nn.Module):
             self.convs.append(Convolution(c_in, c_out, (1, kernel), padding=(0, kernel // 2)))
             self.norms.append(GroupNorm(groups, c_out))
             self.biases.append(cast(Tensor, self.norms[-1].bias).new_empty(1, c_out))
-        projects = columns > 0 and channels[0] != channels[-1]
+        projects = columns > 0 and (joins or channels[0] != channels[-1])
         self.shortcut = layers.Linear(channels[0], channels[-1]) if projects else None
 
     def forward(self, x: Tensor, film: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
@@ -80,7 +80,13 @@ class FusedBlock(nn.Module):
             yield bias, source.bias[None]
             yield cast(Tensor, norm.weight), of_norm.weight
             yield cast(Tensor, norm.bias), of_norm.bias
-        if self.shortcut is not None:
+        if self.shortcut is None:
+            return
+        if isinstance(residual, nn.Identity):  # of two parts, which the projection joins
+            n, device = self.shortcut.in_features, self.shortcut.weight.device
+            yield self.shortcut.weight, torch.eye(n, dtype=torch.float32, device=device)
+            yield self.shortcut.bias, torch.zeros(n, dtype=torch.float32, device=device)
+        else:
             source = cast(Any, residual)
             yield from ((self.shortcut.weight, source.weight[:, :, 0]), (self.shortcut.bias, source.bias))
 
@@ -120,8 +126,9 @@ class FusedUNet1D(SequenceNetwork):
         kernel, groups, widths = c["kernel_size"], c["n_groups"], list(c["down_dims"])
         channels, films = c["frame"] * c["input_dim"], 2 if c["cond_predict_scale"] else 1
 
-        def pair(c_in: int, c_out: int) -> list[nn.Module]:
-            return [FusedBlock([n, c_out, c_out], kernel, groups, films * c_out) for n in (c_in, c_out)]
+        def pair(c_in: int, c_out: int, *, joins: bool = False) -> list[nn.Module]:
+            first = FusedBlock([c_in, c_out, c_out], kernel, groups, films * c_out, joins=joins)
+            return [first, FusedBlock([c_out] * 3, kernel, groups, films * c_out)]
 
         self.down, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         for c_in, width in zip([channels, *widths], widths, strict=False):
@@ -130,7 +137,7 @@ class FusedUNet1D(SequenceNetwork):
         self.mid = nn.ModuleList(pair(widths[-1], widths[-1]))
         self.up, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for below, width in zip(reversed(widths), reversed(widths[:-1]), strict=False):
-            self.up.extend(pair(2 * below, width))
+            self.up.extend(pair(2 * below, width, joins=True))
             self.upsamplers.append(
                 nn.ConvTranspose2d(width, width, (1, 4), stride=(1, 2), padding=(0, 1), dtype=torch.float32)
             )

@@ -12,6 +12,7 @@ nats, in the dtype of x_0. States are [N, ...] of any rank.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,19 @@ from torch import Tensor
 from fastddpm.reference.diffusion import Diffusion, Model, target
 
 VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned", "learned_range")
-HALF_BIN = 1 / 255  # of bytes
+
+
+class Bins(NamedTuple):
+    """What discrete numbers stand for: bins of equal width with centres -1, -1 + 2 half_width, ..., top.
+
+    The first bin extends to -infinity, and the last to infinity.
+    """
+
+    half_width: float
+    top: float = 1.0
+
+
+BYTES, PCM, SIGNS = Bins(1 / 255), Bins(2**-16, 1 - 2**-15), Bins(1.0)  # bytes, 16-bit samples, bits
 HYBRID_WEIGHT = 0.001  # of L_vlb in L_hybrid
 
 
@@ -34,21 +47,20 @@ def normal_nll(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     return (math.log(2 * math.pi) + log_var + (x - mean).square() * torch.exp(-log_var)) / 2
 
 
-def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor, half_bin: float = HALF_BIN) -> Tensor:
+def decoder_nll(x: Tensor, mean: Tensor, log_var: Tensor, bins: Bins = BYTES) -> Tensor:
     """-log of the probability that N(mean, var) assigns to the bin of x, for each element, in nats: eq. 13.
 
-    Each bin is 2 half_bin wide, with centres -1, -1 + 2 half_bin, ... The first bin extends to -infinity, and a bin
-    centred on 1 to infinity. The result is finite wherever the mean is: the difference of two tails is computed from
-    their logarithms.
+    The result is finite wherever the mean is: the difference of two tails is computed from their logarithms.
 
     Args:
         x: bytes u as (u - 127.5) / 127.5, 16-bit samples u as u / 32768, or bits as -1 and 1; floating point.
         mean, log_var: broadcast to it.
-        half_bin: 1/255, 2^-16 or 1, respectively.
+        bins: BYTES, PCM or SIGNS, respectively.
     """
     scale = torch.exp(-log_var / 2)
-    low = torch.where(x < half_bin - 1, -math.inf, (x - half_bin - mean) * scale)
-    high = torch.where(x > 1 - half_bin, math.inf, (x + half_bin - mean) * scale)
+    half, top = bins
+    low = torch.where(x < half - 1, -math.inf, (x - half - mean) * scale)
+    high = torch.where(x > top - half, math.inf, (x + half - mean) * scale)
     right = low + high > 0  # where the lower tails are close to 1: the mirrored bin has the same probability
     low, high = torch.where(right, -high, low), torch.where(right, -low, high)
     log_high = torch.special.log_ndtr(high)
@@ -116,7 +128,7 @@ def term(
     predicts: str = "epsilon",
     variance_type: str = "fixed_small",
     clip: float | None = None,
-    half_bin: float | None = HALF_BIN,
+    bins: Bins | None = BYTES,
 ) -> Tensor:
     """One term of the bound for each entry: [N], in nats.
 
@@ -130,7 +142,7 @@ def term(
         eps: like x_0, standard normal: the noise in x_t.
         predicts, clip: see `predicted_x_0`.
         variance_type: see `log_variance`.
-        half_bin: L_0 is the probability of the bin of x_0, see `decoder_nll`; None: it is a density.
+        bins: L_0 is the probability of the bin of x_0, see `decoder_nll`; None: it is a density.
     Raises: ValueError: variance_type is unknown.
     """
     if variance_type not in VARIANCE_TYPES:
@@ -144,8 +156,8 @@ def term(
     q, p = process.posterior(x_0, x_t, t), process.posterior(mean_x_0, x_t, t)
     kl = normal_kl(q.mean, torch.where(q.var > 0, q.var, 1).log(), p.mean, log_var)
     nll = normal_nll(x_0, mean_x_0, log_var)
-    if half_bin is not None:
-        nll = decoder_nll(x_0, mean_x_0, log_var, half_bin)
+    if bins is not None:
+        nll = decoder_nll(x_0, mean_x_0, log_var, bins)
     return torch.where(t > 0, kl.flatten(1).sum(1), nll.flatten(1).sum(1))
 
 
@@ -158,13 +170,13 @@ def bound(
     predicts: str = "epsilon",
     variance_type: str = "fixed_small",
     clip: float | None = None,
-    half_bin: float | None = HALF_BIN,
+    bins: Bins | None = BYTES,
 ) -> Tensor:
     """The bound on -log p(x_0) for each entry, in nats: [N]. Divided by log 2 and an entry's elements, it is bits/dim.
 
     Args:
         noise: returns the eps of x_t, like x_0; called with 0, ..., T-1.
-        model, x_0, predicts, variance_type, clip, half_bin: see `term`.
+        model, x_0, predicts, variance_type, clip, bins: see `term`.
     """
     total = prior_kl(process, x_0)
     for t in range(process.T):
@@ -177,7 +189,7 @@ def bound(
             predicts=predicts,
             variance_type=variance_type,
             clip=clip,
-            half_bin=half_bin,
+            bins=bins,
         )
     return total
 

@@ -14,7 +14,7 @@ from fastddpm import ops
 from fastddpm.core.checks import one_of
 from fastddpm.core.names import ENGINES
 from fastddpm.core.precision import Compute
-from fastddpm.networks.fused import is_own, obstacles_of
+from fastddpm.networks.fused import is_own, kind_name, obstacles_of
 from fastddpm.networks.obstacles import called_as_it_is
 from fastddpm.sampling.batch_network import BatchNetwork
 from fastddpm.sampling.capture import empty_cache
@@ -140,7 +140,7 @@ class Engine:
         obstacle = next(iter(prepared.obstacles), None)
         if obstacle is not None and obstacle not in self._warned_of:
             self._warned_of.add(obstacle)
-            warnings.warn(called_as_it_is(type(self.model).__name__, prepared.obstacles), stacklevel=2)
+            warnings.warn(called_as_it_is(kind_name(self.model), prepared.obstacles), stacklevel=2)
 
     def clear(self) -> bool:
         """Free the buffers and graphs that are kept. Returns: whether there were any."""

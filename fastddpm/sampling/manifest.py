@@ -20,7 +20,7 @@ from fastddpm.core.schedule import elements
 from fastddpm.networks.fused import is_own, obstacles_of
 from fastddpm.sampling.parallel import checked_window
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.audio import Audio
+from fastddpm.storage.audio import Audio, check_soundfile
 from fastddpm.storage.fingerprint import code_sha256, machine, value_sha256, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
 from fastddpm.storage.shard_formats import FORMATS, are_images
@@ -96,6 +96,8 @@ def _storage(
             f"format is wav, but the checkpoint's {MEDIUM} does not describe mono waveforms (samples are "
             f"{sampler.shape}); use npz or webdataset"
         )
+    if format == "wav":
+        check_soundfile()  # before the work
     if format == "wav" and drawing.trajectory is not None:
         raise ValueError("format is wav, but each sample is a trajectory of several waveforms; use npz or webdataset")
     if not indices:

@@ -211,6 +211,11 @@ def save_spectrograms(
         file.write(content)
 
 
+def check_soundfile() -> None:
+    """Raises: ValueError: soundfile is not installed."""
+    _soundfile("a WAV file")
+
+
 def _soundfile(what: object) -> Any:
     """The module soundfile. Args: what: needs it."""
     try:

@@ -85,8 +85,7 @@ def with_titles(
     height, _, channels = picture.shape
     row = height / sum(rows)
     letters = font(int(min(14, max(8, row * 0.8))))
-    shown = map(str, labels) if names is None else ([*names, NO_CLASS][min(label, len(names))] for label in labels)
-    titles = [_title(name) for name in shown]
+    titles = titles_of(labels, names)
     width = round(max(letters.getlength(title) for title in titles)) + 2 * _MARGIN
     canvas = Image.new("L", (width, height), 255)
     draw = ImageDraw.Draw(canvas)
@@ -96,6 +95,12 @@ def with_titles(
     if channels == 4:
         column[..., 3] = 255
     return np.concatenate([column, picture], axis=1)
+
+
+def titles_of(labels: Sequence[int], names: Sequence[str] | None) -> list[str]:
+    """The names of classes as titles. Args: names: of the classes 0, 1, ...; a label after them is the null label."""
+    shown = map(str, labels) if names is None else ([*names, NO_CLASS][min(label, len(names))] for label in labels)
+    return [_title(name) for name in shown]
 
 
 def _title(name: str) -> str:

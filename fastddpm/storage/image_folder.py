@@ -11,13 +11,17 @@ from fastddpm.storage.decoding import SUFFIXES, ImageFile
 from fastddpm.storage.image_files import ImageFiles, images_among
 
 
-def open_folder(folder: Path, suffixes: Collection[str] = SUFFIXES, kind: str = "images") -> ImageFiles:
+def open_folder(
+    folder: Path, suffixes: Collection[str] = SUFFIXES, kind: str = "images", ignored: Collection[str] = ()
+) -> ImageFiles:
     """The image files in a folder and its subfolders, sorted by name (1, 10, 2); follows links, skips what is hidden.
 
-    Args: suffixes, kind: of the files that are wanted. Others than images have labels and classes, but no pixels.
+    Args:
+        suffixes, kind: of the files that are wanted. Others than images have labels and classes, but no pixels.
+        ignored: names of files that do not count.
     Raises: ValueError: there are none, or one of them, or a folder, cannot be read.
     """
-    names = _names(folder)
+    names = [name for name in _names(folder) if os.path.basename(name) not in ignored]
     files = {name: _file(folder, name) for name in names}
     if bad := [name for name, file in files.items() if file is None]:
         count = f"{len(bad)} of {len(names)} files cannot be read, the first is {folder / bad[0]}"
@@ -36,11 +40,16 @@ def would_hold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
     return any(str(above) in inside for place in places for above in (Path(place), *Path(place).parents))
 
 
-def holds_files(folder: Path, suffixes: Collection[str], *, but: Collection[str] = ()) -> bool:
-    """Whether `open_folder` would find files with these suffixes, and none with the suffixes `but`. Opens no file."""
+def holds_files(
+    folder: Path, suffixes: Collection[str], *, but: Collection[str] = (), ignored: Collection[str] = ()
+) -> bool:
+    """Whether `open_folder` would find files with these suffixes, and none with the suffixes `but`. Opens no file.
+
+    Args: ignored: names of files that do not count.
+    """
     found = set()
     for _, names in _folders(folder):
-        found |= {os.path.splitext(name)[1].lower() for name in names}
+        found |= {os.path.splitext(name)[1].lower() for name in names if name not in ignored}
         if not found.isdisjoint(but):
             return False
     return not found.isdisjoint(suffixes)

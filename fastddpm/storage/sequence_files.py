@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastddpm.storage import audio, images
+from fastddpm.storage.class_grid import titles_of
 from fastddpm.storage.files import atomic
 from fastddpm.text import Text
 
-MOST_SHOWN = 25  # spectrograms of a picture
+MOST_SHOWN = 100  # spectrograms of a picture
+PICTURE = "spectrograms.png"  # beside WAV files: the first ones
 
 
 def suffix_of(shape: Sequence[int], medium: audio.Audio | Text | None) -> str:
@@ -36,6 +38,5 @@ def save_sequences(
     elif medium is None:
         images.save_npz(samples, path)
     else:
-        samples = samples[:MOST_SHOWN]
-        titles = None if labels is None else [str(label) if names is None else names[label] for label in labels]
+        titles = None if labels is None else titles_of(labels, names)
         audio.save_spectrograms(path, medium.decode(samples)[:, 0].cpu().numpy(), titles, medium.sample_rate)

@@ -17,6 +17,7 @@ from fastddpm.storage.decoding import SUFFIXES
 from fastddpm.storage.files import as_path, check_regular
 from fastddpm.storage.image_files import ImageFiles
 from fastddpm.storage.image_folder import holds_files, open_folder
+from fastddpm.storage.sequence_files import PICTURE
 from fastddpm.text import Text, read_texts
 
 WANTED = "want an .npz with floats or int16 [N, L] or [N, C, L], a folder of WAV files, or a .txt with a text per line"
@@ -37,7 +38,9 @@ class Sequences(NamedTuple):
     medium: Audio | Text | None
 
 
-def load_sequences(path: str | os.PathLike[str], *, code: str | None = None, held_out: bool = False) -> Sequences:
+def load_sequences(
+    path: str | os.PathLike[str], *, code: str | None = None, held_out: bool = False, like: Audio | Text | None = None
+) -> Sequences:
     """All sequences, of one length, in memory.
 
     Args:
@@ -49,6 +52,7 @@ def load_sequences(path: str | os.PathLike[str], *, code: str | None = None, hel
             a .txt file in UTF-8 with one text per line, which are encoded by `Text.fit`.
         code: of texts, see `Text`, or of waveforms, see `Audio`; None: "bits" or "waveform".
         held_out: prefer an .npz's x_test.
+        like: encode the data as this medium does, whose sample rate or alphabet they must have; instead of code.
     Raises: ValueError: path does not exist, is of another kind, is damaged or empty; sample rates differ; or values are
         not finite, or for waveforms outside [-1, 1].
     Warns: files in a folder are left out.
@@ -60,13 +64,14 @@ def load_sequences(path: str | os.PathLike[str], *, code: str | None = None, hel
         raise ValueError(f"{path} is not an .npz; leave out :{array}")
     try:
         if kind == "waves":
-            return _encoded(_from_waves(path), code)
+            return _encoded(path, _from_waves(path), code, like)
         if kind == "text":
             texts = read_texts(path)
-            text = Text.fit(texts, code or "bits")
+            text = like if isinstance(like, Text) else Text.fit(texts, code or "bits")
+            _check_medium(path, text, like)
             return Sequences(text.encode(texts).numpy(), text)
         found = _from_npz(path, npz.choose_array(path, held_out=held_out) if array is None else array)
-        return _encoded(found, code)
+        return _encoded(path, found, code, like)
     except MemoryError as error:
         raise ValueError(f"the sequences of {path} do not fit in memory; use fewer, or shorter ones") from error
 
@@ -96,13 +101,13 @@ def is_text_file(path: str | os.PathLike[str]) -> bool:
 
 
 def holds_waves(folder: Path) -> bool:
-    """Whether a folder holds WAV files, and no images."""
-    return holds_files(folder, _WAVES, but=SUFFIXES)
+    """Whether a folder holds WAV files, and no images besides the one that `fastddpm sample` draws."""
+    return holds_files(folder, _WAVES, but=SUFFIXES, ignored=(PICTURE,))
 
 
 def open_waves(folder: Path) -> ImageFiles:
     """The WAV files in a folder and its subfolders, sorted by name, with the classes that they are in."""
-    return open_folder(folder, _WAVES, "WAV files")
+    return open_folder(folder, _WAVES, "WAV files", ignored=(PICTURE,))
 
 
 def _kind(path: Path) -> str:
@@ -161,9 +166,24 @@ def _from_npz(path: Path, array: str) -> Sequences:
     return Sequences(x if x.ndim == 3 else x[:, None], medium)
 
 
-def _encoded(found: Sequences, code: str | None) -> Sequences:
-    """Waveforms in a code. Raises: ValueError: they are none, or the code is not one of waveforms."""
+def _check_medium(path: Path, medium: Audio | Text | None, like: Audio | Text | None) -> None:
+    """Raises: ValueError: sequences are of another kind than a medium, or of another sample rate."""
+    kinds = {Audio: "waveforms with a sample rate", Text: "texts", type(None): "just numbers"}
+    if like is not None and type(medium) is not type(like):
+        raise ValueError(f"{path} holds {kinds[type(medium)]}, but the model's samples are {kinds[type(like)]}")
+    if isinstance(like, Audio) and isinstance(medium, Audio) and medium.sample_rate != like.sample_rate:
+        raise ValueError(
+            f"{path} has {medium.sample_rate} Hz, but the model's samples have {like.sample_rate} Hz; convert the "
+            f"waveforms: {conversion(Path('in.wav'), like.sample_rate)}"
+        )
+
+
+def _encoded(path: Path, found: Sequences, code: str | None, like: Audio | Text | None) -> Sequences:
+    """Sequences in a code, or that of a medium. Raises: ValueError: they are of another kind."""
     data, medium = found
+    _check_medium(path, medium, like)
+    if isinstance(like, Audio):
+        code = like.code
     if code is None:
         return found
     if not isinstance(medium, Audio):
@@ -174,7 +194,7 @@ def _encoded(found: Sequences, code: str | None) -> Sequences:
     if (code := one_of("code", code, AUDIO_CODES)) == "waveform":
         return found
     waveforms = data / np.float32(FULL_SCALE) if data.dtype == np.int16 else data
-    medium = Audio.fit(waveforms, medium.sample_rate, code)
+    medium = like if isinstance(like, Audio) else Audio.fit(waveforms, medium.sample_rate, code)
     return Sequences(medium.encode(waveforms), medium)
 
 

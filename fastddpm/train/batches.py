@@ -12,6 +12,7 @@ from fastddpm.core import noise
 from fastddpm.core.checks import shown
 from fastddpm.core.layout import channels_last
 from fastddpm.core.memory import send
+from fastddpm.core.schedule import Schedule
 from fastddpm.processes.distributed import Ranks
 from fastddpm.storage import images
 from fastddpm.storage.audio import FULL_SCALE
@@ -157,10 +158,11 @@ def on_device(data: Tensor, device: torch.device) -> Tensor:
     return data.to(device)
 
 
-def check_data(data: np.ndarray) -> tuple[int, ...]:
+def check_data(data: np.ndarray, schedule: Schedule) -> tuple[int, ...]:
     """The shape of a sample, channels first: (C, H, W) or (C, L).
 
-    Raises: ValueError: data is neither uint8 [N, H, W, C] nor finite float32 or int16 [N, C, L].
+    Raises: ValueError: data is neither uint8 [N, H, W, C] nor finite float32 or int16 [N, C, L], or beyond the range to
+        which the schedule clips x_0.
     """
     if not isinstance(data, np.ndarray):
         kind = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
@@ -168,6 +170,12 @@ def check_data(data: np.ndarray) -> tuple[int, ...]:
     if data.ndim == 3 and data.dtype in (np.float32, np.int16) and data.size:
         if not np.isfinite(data).all():
             raise ValueError(f"data is {data.dtype} {data.shape} with NaN or infinity; want finite numbers")
+        largest, limit = max(-float(data.min()), float(data.max())), schedule.clip_sample_range
+        if data.dtype == np.float32 and schedule.clip_sample and largest > limit:
+            raise ValueError(
+                f"data reaches {largest:g}, but the schedule clips x_0 to [-{limit:g}, {limit:g}]; scale the data, or "
+                "set clip_sample to False"
+            )
         return data.shape[1:]
     if data.dtype != np.uint8 or data.ndim != 4 or not len(data) or data.shape[3] not in images.CHANNELS:
         raise ValueError(f"data is {data.dtype} {data.shape}; want {WANTED}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import checkpoints
+from fastddpm.checkpoints.medium import Medium
 from fastddpm.core.checks import shown
 from fastddpm.core.schedule import Schedule
 from fastddpm.networks.fused import kind_of
@@ -33,6 +34,7 @@ class Initial(NamedTuple):
         schedule: its noise schedule.
         classes: the names of its classes; None: it has none, or does not name them.
         null_label: the label that stands for no class; None: there is none.
+        medium: what its samples are; None: images, or just numbers.
     """
 
     source: str
@@ -41,6 +43,7 @@ class Initial(NamedTuple):
     schedule: Schedule
     classes: tuple[str, ...] | None
     null_label: int | None
+    medium: Medium | None = None
 
 
 def load_initial(init: str | os.PathLike[str], out: Path) -> Initial:
@@ -68,7 +71,9 @@ def _loaded(source: str, place: str | Path) -> Initial:
     if checkpoint.decoder is not None:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
     if checkpoint.network is not None:
-        raise ValueError(f"init is {source}, whose network cannot be trained here; start from another checkpoint")
+        raise ValueError(
+            f"init is {source}, whose network is not a UNet2D or UNet1D that it configures; start from another checkpoint"
+        )
     if checkpoint.timestep_scale is not None:
         raise ValueError(
             f"init is {source}, whose network is given t times {checkpoint.timestep_scale:g}, which training does not "
@@ -85,6 +90,7 @@ def _loaded(source: str, place: str | Path) -> Initial:
         checkpoint.schedule,
         checkpoint.classes,
         checkpoint.null_label,
+        checkpoint.medium,
     )
 
 

@@ -102,6 +102,11 @@ class TrainOptions:
         for name in others:
             if (value := getattr(self, name)) != getattr(TrainOptions, name):
                 raise ValueError(f"{name} is {value}, which is for {kind} only; leave it out")
+        if len(shape) == 2 and self.schedule.learns_variance:
+            raise ValueError(
+                f"variance_type is {self.schedule.variance_type}, which is for images only; use fixed_small or "
+                "fixed_large"
+            )
         of_classes = {} if classes is None else {"num_class_embeds": classes}
         if len(shape) == 2:
             return of_classes | {

@@ -26,6 +26,7 @@ from fastddpm.train.updates import learning_rate_at
 STATE = "training.pt"
 _LENGTH = ("steps", "warmup")  # the options that decide the learning rate of a step, beside its peak
 _CHECKSUM = b"fastddpm crc32 "  # stands after the archive of torch.save, with eight digits; older versions wrote none
+_ADDED = {"label_dropout": 0.0, "frame": 1, "kernel_size": 5}  # options that older versions lacked, and what they did
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
@@ -107,7 +108,7 @@ def load_state(
     with _reported(path):
         held = _read(path)
         state, before = RunState.from_file(held["progress"]), _mapping("its run", held["run"])
-        before = {"label_dropout": 0.0} | before  # runs of older versions have neither this nor classes
+        before = _ADDED | before  # runs of older versions have neither these nor classes
         if "classes" not in before:
             identity = {name: value for name, value in identity.items() if name != "classes"}
         changed = differing(before, identity)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastddpm import checkpoints, ops
 from fastddpm.checkpoints import Checkpoint
-from fastddpm.checkpoints.medium import Medium
+from fastddpm.checkpoints.medium import Medium, check_medium
 from fastddpm.core.checks import checked_call, flag
 from fastddpm.core.precision import Compute
 from fastddpm.networks.fused import kind_of
@@ -129,7 +129,10 @@ class Trainer:
             initial = load_initial(options.init, out)
             options = replace(options, init=initial.source, schedule=initial.schedule)
             check_can_sample(options)
-        shape = check_data(data)
+        shape = check_data(data, options.schedule)
+        check_medium(medium, shape)
+        if initial is not None and initial.medium != medium:
+            raise ValueError(f"init is {initial.source}, whose samples are {initial.medium}, but these are {medium}")
         count = check_labels(labels, data)
         self.class_names = check_classes(classes, count)
         if initial is not None and labels is not None:

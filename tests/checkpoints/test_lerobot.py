@@ -371,7 +371,7 @@ def test_a_policy_of_the_hub_is_downloaded(tmp_path, monkeypatch):
             {"output_features": {"action": {"type": "ACTION", "shape": [7]}}},
             "output_features.action.shape is [7], but {path} holds a network with output_features.action.shape [2]",
         ),
-        ({"n_groups": 5}, "{path}: UNet1D: n_groups is 5; want a number that divides down_dims (32, 64)"),
+        ({"n_groups": 5}, "{path}: UNet1D: n_groups is 5; want a divisor of each of down_dims (32, 64)"),
         ({"n_groups": "8"}, "{path}: UNet1D: n_groups is '8'; want a whole number"),
         ({"horizon": 15}, "horizon is 15; want a multiple of 2 for the 2 levels of {path}"),
         ({"horizon": "16"}, "horizon is '16'; want a whole number, at least 1"),
@@ -478,6 +478,7 @@ def test_pickles_of_objects_are_refused_with_the_way_out(tmp_path):
 def test_normalisation_options_are_refused(name):
     text = check.error_line(checkpoints.load, FIXTURE, **{name: {"action": {"min": [-1.0, -1.0]}}})
     assert text.startswith(f"there is no option '{name}', because normalisation is not part of the network; normalise")
+    assert check.error_line(checkpoints.load, "lerobot/diffusion_pusht", **{name: 1}) == text
 
 
 def test_unknown_options_are_refused_with_the_known_ones(tmp_path):
@@ -485,7 +486,7 @@ def test_unknown_options_are_refused_with_the_known_ones(tmp_path):
     for place in (path, FIXTURE):
         text = check.error_line(checkpoints.load, place, num_diffusion_iters=100)
         assert text.startswith(
-            "an option of a diffusion policy is 'num_diffusion_iters'; want one of num_train_timesteps, beta_schedule"
+            "there is no option 'num_diffusion_iters'; the options of a diffusion policy are num_train_timesteps, beta"
         )
         assert "n_groups" in text
 
@@ -499,7 +500,7 @@ def test_another_format_is_refused(format):
 def test_folder_without_weights_is_refused(tmp_path):
     shutil.copy(FIXTURE / "config.json", tmp_path)
     text = check.error_line(checkpoints.load, tmp_path)
-    assert text == f"{tmp_path} holds the configuration of a policy of lerobot, but no model.safetensors"
+    assert text == f"{tmp_path} holds the configuration of a lerobot policy, but no model.safetensors; copy it there"
 
 
 def test_a_variant_is_refused():

@@ -140,7 +140,7 @@ MISTAKES = [
         r"mask is \(4, 8\) for 3 samples of \(1, 4, 4\); want \(1, 4, 4\), \(4, 4\)",
     ),
     ("tiny", "--cond floats.npy", "--cond is floats.npy, a single array; want an .npz with named arrays"),
-    ("tiny", "--cond two.npz", "model_kwargs has a; a UNet2D takes only class_labels"),
+    ("tiny", "--cond two.npz", "model_kwargs has 'a', which this network does not take; it takes no model_kwargs"),
     ("classes", "--guidance-scale 2", "--guidance-scale is given, but the checkpoint names no null label"),
     ("classes", "--null-label 2", "--null-label is given without --guidance-scale; give both"),
 ]

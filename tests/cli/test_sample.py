@@ -172,7 +172,7 @@ def test_interrupted_folder_is_resumed(tiny, monkeypatch, capsys):
 
 def test_samples_that_are_not_images_are_written_as_floats(tmp_path, capsys):
     latent = save_tiny(tmp_path / "latent", in_channels=5, out_channels=5)
-    assert "samples have 5 channels, but an image has 1, 3 or 4" in error_line(["sample", latent], capsys)
+    assert "samples have the shape (5, 4, 4), which is not that of an image" in error_line(["sample", latent], capsys)
     assert main(["sample", latent, "--format", "npz", "--num-samples", "2", "--quiet"]) == 0
     want = Sampler.from_pretrained(latent).sample(2, progress=False)
     assert np.array_equal(np.load("samples.npz")["arr_0"], want)

@@ -36,9 +36,9 @@ def names(*flags):
     return train("names.txt", "names", *flags)
 
 
-def digits(*flags, code="companded"):
+def digits(*flags, code="companded", rate=8000):
     x = np.random.default_rng(0).integers(-20000, 20000, (8, 64), np.int16)
-    np.savez("digits.npz", x_train=x, y_train=np.arange(8) % 2, x_test=x[:3], y_test=np.arange(3) % 2, sample_rate=8000)
+    np.savez("digits.npz", x_train=x, y_train=np.arange(8) % 2, x_test=x[:3], y_test=np.arange(3) % 2, sample_rate=rate)
     conditional = ["--class-conditional", "--label-dropout", "0.1", "--frame", "8", "--code", code]
     return train("digits.npz", "digits", *conditional, *flags)
 
@@ -73,8 +73,20 @@ def test_a_run_of_sequences_resumes():
     more = ["--init", out, "--out", "more", "--steps", "1", "--batch-size", "4", "--sample-every", "0", "--quiet"]
     assert main(["train", "names.txt", *more]) == 0
     assert checkpoints.load("more").config == checkpoints.load(out).config
+
+
+def test_a_continued_run_keeps_the_medium(capsys):
+    out = names()
+    Path("few.txt").write_text("ada\nhedy\n")  # of an alphabet of fewer letters
+    more = ["--steps", "1", "--batch-size", "2", "--sample-every", "0", "--quiet"]
+    assert main(["train", "few.txt", "--init", out, "--out", "more", *more]) == 0
+    assert checkpoints.load("more").medium == checkpoints.load(out).medium
     digits()
-    assert main(["train", "digits.npz", *more[:2], "--out", "other", "--steps", "1", "--quiet"]) == 2
+    capsys.readouterr()
+    for data, message in (("digits.npz", "holds waveforms with a sample rate, but the model's samples are texts"),):
+        assert message in error_line(["train", data, "--init", out, "--out", "other", *more], capsys)
+    flags = ["--init", out, "--code", "embeddings", "--out", "other", *more]
+    assert "--init brings its own, bits" in error_line(["train", "few.txt", *flags], capsys)
 
 
 def test_plain_sequences_are_trained_without_a_medium():
@@ -109,6 +121,26 @@ def test_sounds_are_written_as_wavs_with_a_picture(code):
     assert main(["sample", out, "--out", "waves", "--num-samples", "2", "--quiet"]) == 0  # wav is the default
     assert os.path.exists("waves/00001.wav")
     assert main(["sample", out, "--out", "all.png", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("flags", [["--out", "all.png"], ["--out", "waves/", "--format", "wav", "--shard-size", "7"]])
+def test_pictures_of_many_sounds_and_of_no_class(flags):
+    """The null label has no name."""
+    for digit in ("zero", "one"):
+        os.makedirs(f"data/{digit}")
+        for i in range(3):
+            save_wav(f"data/{digit}/{i}.wav", np.sin(np.arange(60) / (3 + i)).astype(np.float32), 8000)
+    out = train("data", "run", "--class-conditional", "--label-dropout", "0.5", "--sample-every", "1")
+    assert main(["sample", out, "--class-labels", "0-2", "--num-samples", "30", "--quiet", *flags]) == 0
+
+
+def test_written_wavs_are_read_again(capsys):
+    out = digits()
+    assert main(["sample", out, "--class-labels", "0-1", "--out", "drawn/", "--quiet"]) == 0
+    again = train("drawn", "again", "--class-conditional", "--batch-size", "2")
+    assert checkpoints.load(again).medium == Audio(8000)
+    capsys.readouterr()
+    assert main(["likelihood", out, "drawn", "--quiet", "--terms", "2"]) == 0
 
 
 def test_companding_gives_unit_variance_and_an_exact_inverse():
@@ -146,6 +178,19 @@ def test_the_bound_of_texts_is_the_probability_of_their_bits(capsys):
     assert f"{total * 48:.2f} bits per text" in printed
 
 
+def test_the_bound_refuses_to_overwrite_its_data_and_other_sample_rates(capsys):
+    digits()
+    capsys.readouterr()
+    before = Path("digits.npz").read_bytes()
+    message = error_line(["likelihood", "digits", "digits.npz:x_test", "--out", "digits.npz", "--quiet"], capsys)
+    assert "digits.npz" in message
+    assert Path("digits.npz").read_bytes() == before
+    with np.load("digits.npz") as arrays:
+        np.savez("other.npz", **{**arrays, "sample_rate": 16000})
+    message = error_line(["likelihood", "digits", "other.npz", "--quiet"], capsys)
+    assert "has 16000 Hz, but the model's samples have 8000 Hz; convert the waveforms: ffmpeg" in message
+
+
 def test_the_bound_of_sounds(capsys):
     for code in ("waveform", "companded"):
         out = digits("--out", f"digits-{code}", code=code)
@@ -168,6 +213,7 @@ def test_verify_climbs_the_ladder(make, capsys):
     [
         (names, ["--out", "x.png"], "samples are texts; want --out with the suffix .npz or .txt"),
         (names, ["--out", "x/", "--format", "wav"], "medium.json does not describe mono waveforms"),
+        (digits, ["--out", "x.wav", "--format", "wav"], "--format wav writes a folder of WAV files"),
         (digits, ["--out", "x.txt"], "samples are sounds; want --out with the suffix .png or .npz"),
     ],
 )
@@ -182,12 +228,18 @@ def test_errors_of_sample(make, flags, message, capsys):
         (["--layers", "2"], "layers is 2, which is for images only"),
         (["--frame", "5"], "sequences have the length 12"),
         (["--code", "companded"], "code is 'companded'"),
+        (["--variance-type", "learned_range"], "which is for images only"),
     ],
 )
 def test_errors_of_training(flags, message, capsys):
     Path("names.txt").write_text("\n".join(NAMES))
     arguments = ["train", "names.txt", "--out", "run", "--steps", "1", *SMALL, *flags]
     assert message in error_line(arguments, capsys)
+
+
+def test_a_code_is_not_for_images(capsys, images_with_labels):
+    flags = ["--out", "run", "--code", "bits", *SMALL]
+    assert "--code is bits, but images.npz are images" in error_line(["train", "images.npz", *flags], capsys)
 
 
 def test_a_letter_outside_the_alphabet_is_named(capsys):

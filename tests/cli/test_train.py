@@ -26,7 +26,12 @@ def test_train_passes_all_options(monkeypatch):
     monkeypatch.setattr(trainer, "train", trained)
     np.savez("data.npz", x_train=np.zeros((3, 4, 4), np.uint8), y_train=np.array([0, 1, 1]))
     assert main(["train", "data.npz", "--out", "run", "--quiet"]) == 0
-    want = {"options": TrainOptions(), "out": "run", "labels": None, "classes": None, "device": None, "progress": False}
+    want = {
+        "options": TrainOptions(),
+        "out": "run",
+        **dict.fromkeys(("labels", "classes", "medium", "device")),
+        "progress": False,
+    }
     assert given == want
 
     value_of_type = {int: 7, float: 0.25, bool: True, tuple: (4, 8)}

@@ -18,7 +18,16 @@ from tests.support.exact import assert_close, decimals, exact_abar, float64
 # Betas and what follows from them
 
 
-@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+def test_sqrt_is_the_schedule_of_diffusion_lm():
+    """Which diffusers lacks: abar falls as 1 - sqrt(t / T + 1e-4), from its value at 0 on."""
+    t = np.arange(1, 1000) / 1000
+    want = (1 - np.sqrt(t + 1e-4)) / (1 - np.sqrt(1e-4))
+    got = Schedule(beta_schedule="sqrt").alphas_cumprod.numpy()
+    assert np.abs(got[:-1] - want).max() < 1e-12
+    assert 0 < got[-1] < 1e-4
+
+
+@pytest.mark.parametrize("beta_schedule", [name for name in BETA_SCHEDULES if name != "sqrt"])
 @pytest.mark.parametrize("T", [1, 7, 1000])
 def test_betas_equal_diffusers(beta_schedule, T):
     s = Schedule(num_train_timesteps=T, beta_schedule=beta_schedule)

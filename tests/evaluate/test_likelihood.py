@@ -12,7 +12,7 @@ from fastddpm import Sampler, Schedule, UNet2D
 from fastddpm.core import noise
 from fastddpm.evaluate.likelihood import BIN_TERMS, Bound, bound, systematic
 from fastddpm.reference.diffusion import Diffusion, linear_betas
-from fastddpm.reference.likelihood import prior_kl, term
+from fastddpm.reference.likelihood import BYTES, prior_kl, term
 from fastddpm.reference.unet import UNet
 from fastddpm.sampling.batch_network import BatchNetwork
 from tests.reference.test_likelihood import MU, VAR, expected_term
@@ -55,7 +55,7 @@ def by_reference(model, schedule, data, dtype):
     x_0 = ((data.to(dtype) - 127.5) / 127.5).movedim(-1, 1) if discrete else data.to(dtype)
     options = {
         "predicts": schedule.prediction_type,
-        "half_bin": 1 / 255 if discrete else None,
+        "bins": BYTES if discrete else None,
         "clip": schedule.clip_sample_range if schedule.clip_sample else None,
         "variance_type": schedule.variance_type.removesuffix("_log"),
     }
@@ -396,7 +396,7 @@ def test_each_image_gets_its_class_label():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "data is None; want uint8 [N, H, W, C] or floating point [N, *shape]"),
+        (None, "data is None; want uint8 [N, H, W, C], or int16 or floating point [N, *shape]"),
         ("images.npz", "data is 'images.npz'; want uint8"),
         (0, "data is () torch.int64; want uint8"),
         (torch.zeros(2, 1, 8, 8).to_sparse(), "data is (2, 1, 8, 8) torch.float32 torch.sparse_coo; want uint8"),
@@ -442,7 +442,7 @@ def nan_at_5(x, t):
             custom_model,
             "fixed_small",
             {"data": images().int()},
-            "data is (16, 8, 8, 1) torch.int32; want uint8 [N, H, W, C] or",
+            "data is (16, 8, 8, 1) torch.int32; want uint8 [N, H, W, C], or",
         ),
         (
             custom_model,

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import norm
 
 from fastddpm.reference.diffusion import Diffusion, linear_betas
-from fastddpm.reference.likelihood import bound, decoder_nll, normal_kl, normal_nll, prior_kl, term
+from fastddpm.reference.likelihood import BYTES, PCM, SIGNS, bound, decoder_nll, normal_kl, normal_nll, prior_kl, term
 from tests.support.check import error_line
 
 PROCESS = Diffusion(linear_betas(20, 0.01, 0.3))
@@ -48,7 +48,7 @@ def expected_term(process, t, variance_type, var=VAR):
 def test_every_term_of_gaussian_data_has_its_closed_form(t, variance_type):
     x_0, eps = corners()
     at = torch.full((len(x_0),), t)
-    got = term(PROCESS, optimal(PROCESS), x_0, at, eps, variance_type=variance_type, half_bin=None).mean()
+    got = term(PROCESS, optimal(PROCESS), x_0, at, eps, variance_type=variance_type, bins=None).mean()
     torch.testing.assert_close(got, expected_term(PROCESS, t, variance_type), rtol=1e-11, atol=1e-12)
 
 
@@ -72,10 +72,10 @@ def test_bound_of_the_true_reverse_process_is_the_entropy(T):
     mean, var = abar[-1].sqrt() * MU, abar[-1] * VAR + 1 - abar[-1]
     left = (var + mean**2 - 1 - var.log()).sum() / 2
     entropy = (2 * math.pi * math.e * VAR).log().sum() / 2
-    exact = bound(process, model, x_0, lambda t: eps, variance_type="learned", half_bin=None).mean()
+    exact = bound(process, model, x_0, lambda t: eps, variance_type="learned", bins=None).mean()
     torch.testing.assert_close(exact, entropy + left, rtol=1e-10, atol=1e-11)
     for fixed in ("fixed_small", "fixed_large"):
-        loose = bound(process, optimal(process), x_0, lambda t: eps, variance_type=fixed, half_bin=None).mean()
+        loose = bound(process, optimal(process), x_0, lambda t: eps, variance_type=fixed, bins=None).mean()
         assert loose > entropy + left
     if T == 80:
         assert left < 1e-3
@@ -111,13 +111,13 @@ def test_decoder_is_finite_in_float32_far_from_the_mean():
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("half_bin", [1 / 255, None])
-def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, half_bin):
+@pytest.mark.parametrize("bins", [BYTES, None])
+def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, bins):
     generator = torch.Generator().manual_seed(0)
     t = torch.arange(20)
     x_0 = (torch.randint(0, 256, (20, 3), generator=generator).double() - 127.5) / 127.5
     eps = torch.randn(20, 3, dtype=torch.float64, generator=generator)
-    fixed = term(PROCESS, optimal(PROCESS), x_0, t, eps, variance_type=variance_type, clip=1.0, half_bin=half_bin)
+    fixed = term(PROCESS, optimal(PROCESS), x_0, t, eps, variance_type=variance_type, clip=1.0, bins=bins)
     small = torch.cat([PROCESS.posterior_var[1:2], PROCESS.posterior_var[1:]])
     var = small if variance_type == "fixed_small" else torch.cat([small[:1], PROCESS.betas[1:]])
     end = {"fixed_small": -1.0, "fixed_large": 1.0}[variance_type]
@@ -125,10 +125,10 @@ def test_learned_variance_equal_to_a_fixed_one_gives_its_terms(variance_type, ha
     ends[0] = -1
     for kind, v in (("learned", var), ("learned_range", ends)):
         model = lambda x, t, v=v: torch.cat([optimal(PROCESS)(x, t), v[t][:, None].expand_as(x)], 1)
-        got = term(PROCESS, model, x_0, t, eps, variance_type=kind, clip=1.0, half_bin=half_bin)
+        got = term(PROCESS, model, x_0, t, eps, variance_type=kind, clip=1.0, bins=bins)
         torch.testing.assert_close(got, fixed, rtol=1e-10, atol=1e-12)
         wrong = lambda x, t, v=v: torch.cat([optimal(PROCESS)(x, t), (0.9 * v[t])[:, None].expand_as(x)], 1)
-        off = term(PROCESS, wrong, x_0, t, eps, variance_type=kind, clip=1.0, half_bin=half_bin)
+        off = term(PROCESS, wrong, x_0, t, eps, variance_type=kind, clip=1.0, bins=bins)
         assert (off != fixed).all()
 
 
@@ -149,7 +149,7 @@ def test_all_prediction_types_give_the_same_terms():
 def test_bound_of_a_process_of_one_step():
     process = Diffusion(torch.tensor([0.3]))
     x_0, eps = corners()
-    got = bound(process, optimal(process), x_0, lambda t: eps, half_bin=None)
+    got = bound(process, optimal(process), x_0, lambda t: eps, bins=None)
     abar = 1 - process.betas[0]
     mean = (
         process.noised(x_0, 0, eps)
@@ -176,3 +176,25 @@ def test_unknown_variance_type_is_rejected():
         term, PROCESS, optimal(PROCESS), x_0, torch.zeros(64, dtype=torch.int64), eps, variance_type="big"
     )
     assert line == "variance_type is 'big'; want one of fixed_small, fixed_large, learned, learned_range"
+
+
+@pytest.mark.parametrize("mean", [-1.0, -0.3, 0.0, 0.9999, 1.0, 1.2])
+@pytest.mark.parametrize(
+    ("bins", "centres"),
+    [
+        (BYTES, (torch.arange(256) - 127.5) / 127.5),
+        (PCM, torch.arange(-32768, 32768) / 32768),
+        (SIGNS, torch.tensor([-1.0, 1.0])),
+    ],
+)
+def test_probabilities_of_all_bins_add_up_to_one(bins, centres, mean):
+    for log_var in (-18.0, -6.0, 0.0):
+        nll = decoder_nll(centres.double(), torch.tensor(mean).double(), torch.tensor(log_var).double(), bins)
+        assert abs(float(torch.exp(-nll).sum()) - 1) < 1e-9
+
+
+def test_the_probability_of_a_sign_is_that_of_its_half_line():
+    mean, log_var = torch.tensor(0.3, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    nll = decoder_nll(torch.tensor([-1.0, 1.0], dtype=torch.float64), mean, log_var, SIGNS)
+    positive = torch.special.ndtr(mean / torch.exp(log_var / 2))
+    assert torch.allclose(torch.exp(-nll), torch.stack([1 - positive, positive]), rtol=1e-12)

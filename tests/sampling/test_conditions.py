@@ -428,7 +428,10 @@ def test_unet_mistakes():
             {**labels, **concat, "guidance_scale": 2, "uncond_kwargs": {"class_labels": 4}},
             "uncond_kwargs, the null label: class_labels are [4, 4]; want whole numbers, 0 <= label < 4",
         ),
-        ({**concat, "model_kwargs": {"y": randn(2)}}, "model_kwargs has y; a UNet2D takes only class_labels"),
+        (
+            {**concat, "model_kwargs": {"y": randn(2)}},
+            "model_kwargs has 'y', which this network does not take; it takes only 'class_labels'",
+        ),
         ({**concat, **labels, "model_kwargs": labels}, "class_labels are in model_kwargs, too; give them once"),
     ):
         assert error_line(sampler.sample, 2, progress=False, **options).startswith(message)

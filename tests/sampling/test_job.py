@@ -27,6 +27,7 @@ from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage import fingerprint
 from fastddpm.storage.indices import Indices
 from fastddpm.storage.shards import FORMATS, ShardFolder
+from tests.storage.test_shards import PICTURE_FORMATS
 from tests.support.check import error_line
 from tests.support.jobs import (
     command,
@@ -63,7 +64,7 @@ def folders(tiny, tmp_path_factory):
             options(
                 tiny, folder / f"{form}-{way}", f"{FLAGS} --format {form} {flags} --json-log {folder}/{form}-{way}.log"
             )
-            for form in FORMATS
+            for form in PICTURE_FORMATS
             for way, flags in WAYS.items()
         ]
         assert run_ranks(folder, size, commands, *jobs) == ([0] * size, [""] * size)
@@ -84,7 +85,7 @@ def read(folder, form, k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_several_processes_write_the_folder_of_one(folders, tiny, form, way):
     """The same files, byte for byte; the images are those of `Sampler.sample` with the batches of each shard."""
     one, two, three = (contents(folder / f"{form}-{way}") for folder in folders.values())
@@ -100,7 +101,7 @@ def test_several_processes_write_the_folder_of_one(folders, tiny, form, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_shards_are_shared_evenly(folders, size, form, way):
     """The last JSON line of each job has the number of samples that each process has drawn."""
@@ -179,7 +180,7 @@ def damage_empty(out, name):
     (out / name).write_bytes(b"")
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_restart_draws_only_torn_shards(tmp_path, form, monkeypatch):
     """Shards 1 to 6 of 8, or their records, are truncated, changed, missing or empty."""
     out, sampler = tmp_path / "out", Sampler(tiny_unet(), SCHEDULE, device="cpu")
@@ -303,7 +304,7 @@ def test_damaged_manifest_is_refused(tiny, tmp_path, capsys):
     assert states(out) == before
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 def test_folder_of_other_files_is_refused(tmp_path, form):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / f"cat{FORMATS[form]}").touch()
@@ -637,7 +638,7 @@ def test_logs_that_would_damage_a_folder_are_refused(tmp_path):
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", PICTURE_FORMATS)
 @pytest.mark.parametrize("first", [4, 5, 3])
 def test_folder_grows(tmp_path, form, first, monkeypatch):
     """Only the further samples are drawn; the finished ones keep their files. Each part is in batches of its own."""

@@ -15,6 +15,7 @@ OPTIONS = {
     "one level": {"down_dims": (8,)},
     "three levels": {"down_dims": (8, 12, 16)},
     "equal widths": {"down_dims": (12, 12)},
+    "halving widths": {"down_dims": (16, 8)},
     "condition": {"global_cond_dim": 5},
     "condition that scales": {"global_cond_dim": 5, "cond_predict_scale": True},
     "scale without a condition": {"cond_predict_scale": True},

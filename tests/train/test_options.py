@@ -53,7 +53,7 @@ def test_cuda_graphs_need_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "what"),
     [
-        (np.arange(6), "labels are int64 (6,); want one whole number for each of the 7 images"),
+        (np.arange(6), "labels are int64 (6,); want one whole number for each of the 7 samples"),
         (np.arange(7.0), "labels are float64 (7,)"),
         (
             np.arange(7) - 1,

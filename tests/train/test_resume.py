@@ -16,6 +16,7 @@ from fastddpm import Schedule, checkpoints
 from fastddpm.processes.distributed import Ranks
 from fastddpm.storage import files
 from fastddpm.train import TrainOptions, run_folder, trainer
+from fastddpm.train.options import OF_SEQUENCES
 from fastddpm.train.state import LongerRunError, RunState, save_state
 from fastddpm.train.trainer import Trainer
 from tests.support.check import error_line
@@ -71,10 +72,11 @@ def test_killed_run_drops_the_same_labels(tmp_path, monkeypatch, variance_type):
     assert '"label_dropout": 0.5' in error_line(run, again, bare, labels=labels)
 
 
-def test_run_of_an_older_version_has_no_label_dropout(tmp_path):
+def test_run_of_an_older_version_lacks_some_options(tmp_path):
     before = parameters(run(tmp_path))
     state = torch.load(tmp_path / "training.pt", weights_only=True)
-    del state["run"]["label_dropout"]
+    for name in ("label_dropout", "frame", "kernel_size"):
+        del state["run"][name]
     torch.save(state, tmp_path / "training.pt")
     assert_same(parameters(run(tmp_path)), before)
 
@@ -266,7 +268,7 @@ def test_options_that_may_change_on_resume(tmp_path):
     before = parameters(run(tmp_path))
     assert_same(parameters(run(tmp_path, dataclasses.replace(SMALL, **FREE))), before)
     fields = {field.name for field in dataclasses.fields(TrainOptions)}
-    assert fields == FIXED.keys() | FREE.keys() | {"init"}
+    assert fields == FIXED.keys() | FREE.keys() | {"init", *OF_SEQUENCES}
 
 
 def test_default_warmup_may_be_spelled_out(tmp_path):

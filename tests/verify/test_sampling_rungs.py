@@ -127,7 +127,7 @@ def test_a_network_that_returns_nan_or_infinity_fails(value, tiny):
     case = NetworkCase(sound.schedule, CPU, TORCH, sound.model, sound.shape)
     with torch.no_grad():
         for precision in ("fp64", *case.precisions):
-            case.plain_output(precision, torch.zeros(1, 1, 8, 8), 0, None)  # builds the references, with sound weights
+            case.plain_output(precision, torch.zeros(1, 1, 8, 8), 0, {})  # builds the references, with sound weights
         broken.model.conv_out.bias[0] = value
     case.net = broken.model
     for name in ("unet", "trajectory", "distribution"):

@@ -72,7 +72,7 @@ def _loaded(source: str, place: str | Path) -> Initial:
         raise ValueError(f"init is {source}, whose network draws latents, not images; start from another checkpoint")
     if checkpoint.network is not None:
         raise ValueError(
-            f"init is {source}, whose network is not a UNet2D or UNet1D that it configures; start from another checkpoint"
+            f"init is {source}, whose network is not a UNet2D or UNet1D of its own; start from another one"
         )
     if checkpoint.timestep_scale is not None:
         raise ValueError(

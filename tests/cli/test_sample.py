@@ -238,7 +238,7 @@ def test_out_and_format_imply_each_other(tiny, flags, path, kind):
         ("--indices 1,x", "'1,x' is not a list"),
         ("--indices 1 --num-samples 2", "not allowed with"),
         ("--class-labels 1,2", "class_labels"),
-        ("--out x.jpg", "--out is x.jpg; want a .png, an .npz or a folder, or give --format"),
+        ("--out x.jpg", "--out is x.jpg; want a .png, an .npz, a .txt or a folder, or give --format"),
         ("--out x.png --format npz", "--format is npz, but --out is x.png, which means grid; leave --format out"),
         ("--out x.npz --format png", "--format is png, but --out is x.npz, which means npz"),
         ("--out x.npz --format webdataset", "--format is webdataset, but --out is x.npz, which means npz"),
@@ -306,7 +306,7 @@ def test_output_does_not_replace_the_checkpoint(tiny, flags, capsys):
 
 
 def test_empty_out_is_an_error(tiny, capsys):
-    assert "--out is ''; want a .png, an .npz or a folder" in error_line(["sample", tiny, "--out", ""], capsys)
+    assert "--out is ''; want a .png, an .npz, a .txt or a folder" in error_line(["sample", tiny, "--out", ""], capsys)
 
 
 @pytest.mark.parametrize("out", ["file/x.png", "file", "x.jpg"])

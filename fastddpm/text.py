@@ -36,11 +36,10 @@ class Text:
     """What samples are, if they are text: one symbol at each of L positions, written as C numbers.
 
     Symbol 0 is the end of the text and fills the positions after it; symbols 1, 2, ... are the characters of the
-    alphabet. The codes are
-        "bits": the symbol's number in binary, most significant bit first, each bit as -1 or 1: the analog bits of Chen
-            et al. 2022 (arXiv:2208.04202). C is the number of bits of the largest number.
-        "embeddings": a fixed vector for each symbol, as in Li et al. 2022 (arXiv:2205.14217) but not trained: C = 16
-            normal numbers of the project's noise standard (seed 0, stream 255), scaled to the norm 4.
+    alphabet. The code "bits" is the symbol's number in binary, most significant bit first, each bit as -1 or 1: the
+    analog bits of Chen et al. 2022 (arXiv:2208.04202); C is the number of bits of the largest number. The code
+    "embeddings" is a fixed vector for each symbol, as in Li et al. 2022 (arXiv:2205.14217) but not trained: C = 16
+    normal numbers of the project's noise standard (seed 0, stream 255), scaled to the norm 4.
 
     Attributes:
         alphabet: 1 to 1000 distinct characters.

@@ -92,8 +92,7 @@ def load_labels(
             an MNIST-format file of images, whose labels are in a file beside it, such as train-labels-idx1-ubyte for
             train-images-idx3-ubyte.gz, either of them gzipped or not;
             a folder of images or WAV files, or an archive, with one folder per class, as `load_classes` orders them; or
-                with a dataset.json as StyleGAN and EDM read it; or with a .cls beside each image, as webdataset reads
-                it;
+            with a dataset.json as StyleGAN and EDM read it; or with a .cls beside each image, as webdataset reads it;
             a folder of shards that `fastddpm sample` wrote.
         count: the number of images or sequences, N.
         held_out: as in `load_images`.

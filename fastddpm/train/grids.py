@@ -23,6 +23,10 @@ class Interrupted(Exception):
     """A signal came while a grid was drawn."""
 
 
+class Diverged(ValueError):
+    """The network draws no finite samples."""
+
+
 @dataclass(frozen=True)
 class GridPlan:
     """The grids of a run. They depend on its options and classes alone, so that a resumed run draws the same ones.
@@ -75,7 +79,7 @@ def draw_grid(
         medium: what the samples are, besides images.
         show: show the bar.
         stopped: whether to stop; asked after each step.
-    Raises: Interrupted: `stopped` returned True; nothing is written. ValueError: the network returned NaN or infinity.
+    Raises: Interrupted: `stopped` returned True; nothing is written. Diverged: the network returned NaN or infinity.
     """
     from tqdm import tqdm
 
@@ -98,9 +102,12 @@ def draw_grid(
 
     with bar:
         output = "uint8" if len(sampler.shape) == 3 else "float"
-        samples = sampler.sample(
-            plan.samples, seed=options.seed, class_labels=plan.labels, steps=steps, output=output, progress=on_steps
-        )
+        try:
+            samples = sampler.sample(
+                plan.samples, seed=options.seed, class_labels=plan.labels, steps=steps, output=output, progress=on_steps
+            )
+        except ValueError as error:
+            raise Diverged(str(error)) from error
     if output == "uint8":
         save_samples(samples, path, plan.labels, names)
     else:

@@ -97,15 +97,21 @@ def _loaded(source: str, place: str | Path) -> Initial:
 def network_of_run(
     options: TrainOptions,
     shape: tuple[int, ...],
+    medium: Medium | None,
     initial: Initial | None,
     count: int | None,
     null_label: int | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """(the configuration of a run's network, the weights that it starts from or None).
 
-    Args: shape: of a sample, channels first; count: classes without the null label; None: there are no labels.
+    Args:
+        shape: of a sample, channels first.
+        medium: what the samples are.
+        count: classes without the null label; None: there are no labels.
     Raises: ValueError: the options, the checkpoint and the data do not go together.
     """
+    if initial is not None and initial.medium != medium:
+        raise ValueError(f"init is {initial.source}, whose samples are {initial.medium}, but these are {medium}")
     config = options.unet_config(shape, count if count is None or null_label is None else count + 1)
     weights = None
     if initial is not None:

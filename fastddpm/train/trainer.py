@@ -33,7 +33,7 @@ from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.storage.sequence_files import suffix_of
 from fastddpm.train import run_folder
 from fastddpm.train.batches import Batches, check_classes, check_data, check_labels
-from fastddpm.train.grids import GridPlan, Interrupted, draw_grid
+from fastddpm.train.grids import Diverged, GridPlan, Interrupted, draw_grid
 from fastddpm.train.initial import load_initial, network_of_run, null_label, numbered_as
 from fastddpm.train.loss import TrainingLoss
 from fastddpm.train.options import TrainOptions, check_can_sample, check_options, resolve_engine
@@ -131,18 +131,15 @@ class Trainer:
             check_can_sample(options)
         shape = check_data(data, options.schedule)
         check_medium(medium, shape)
-        if initial is not None and initial.medium != medium:
-            raise ValueError(f"init is {initial.source}, whose samples are {initial.medium}, but these are {medium}")
         count = check_labels(labels, data)
         self.class_names = check_classes(classes, count)
         if initial is not None and labels is not None:
             labels, count, self.class_names = numbered_as(initial, labels, count, self.class_names)
         self.null_label = null_label(options, initial, count)
-        config, weights = network_of_run(options, shape, initial, count, self.null_label)
+        config, weights = network_of_run(options, shape, medium, initial, count, self.null_label)
         group.share(options.batch_size)  # fails if there are more processes than images in a batch
         self.options, self.medium = options, medium
-        self.out = out
-        self.group = group
+        self.out, self.group = out, group
         self.compute = Compute.resolve(group.device, options.precision)
         self.engine = resolve_engine(options.engine, self.compute.device)
         device = self.compute.device
@@ -358,11 +355,10 @@ class Trainer:
         }
 
     def _save_checkpoint(self, *, unless_same: bool = False) -> None:
-        ema, schedule = self.ema, self.options.schedule
         checkpoint = Checkpoint(
-            dict(ema.config),
-            ema.state_dict(),
-            schedule,
+            dict(self.ema.config),
+            self.ema.state_dict(),
+            self.options.schedule,
             self.class_names,
             null_label=self.null_label,
             medium=self.medium,
@@ -390,7 +386,7 @@ class Trainer:
             )
         except Interrupted:
             return True
-        except ValueError as error:
+        except Diverged as error:
             what = f"the network of step {self.state.step} draws no finite samples, so the run has diverged"
             raise ValueError(f"{what}; {self._way_out()}") from error
         finally:

@@ -26,7 +26,8 @@ from bench.digit_classifier import DIGITS, DigitClassifier, in_parts, load, load
 from bench.frechet import compare
 from bench.sigma import pairwise
 from fastddpm import Sampler
-from fastddpm.storage.audio import Audio, save_spectrograms
+from fastddpm.audio import Audio
+from fastddpm.storage.audio import save_spectrograms
 from fastddpm.storage.files import atomic
 from fastddpm.storage.images import save_npz
 from fastddpm.storage.plots import with_error
@@ -84,7 +85,12 @@ def measure(
     """Measure waveforms [N, L]. Args: distances: to real clips; train: log-mel spectrograms of the training clips."""
     found, right = in_parts(model.features, x), (in_parts(model, x).argmax(1) == digits).double()
     spectrograms = in_parts(model.spectrogram, x).flatten(1)
-    nearest = torch.cat([torch.cdist(part, train).min(1).values for part in spectrograms.split(50)])
+    nearest = torch.cat(
+        [
+            torch.cdist(part, train, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
+            for part in spectrograms.split(50)
+        ]
+    )
     apart = [pairwise(found[digits == digit]) for digit in range(DIGITS)]
     end = x[:, -round(END * x.shape[1]) :].double().square().mean(1)
     return Measured(

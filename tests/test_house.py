@@ -38,6 +38,7 @@ storage: datasets sequences merge shards shard_formats trajectory sequence_files
 ops: eps_loss x_0_error group_norm interleave noising predict_step normal residual parallel_steps conditional_step \
      step checks library backend
 text
+| audio
 core: noise schedule table betas layout precision memory checks names
 reference: likelihood unet1d unet parallel conditional diffusion
 kernels: report eps_loss x_0_error group_norm interleave noising predict_step normal residual draft \

@@ -5,9 +5,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from fastddpm.audio import Audio
 from fastddpm.checkpoints.reading import read_json
 from fastddpm.core.checks import one_of, shown
-from fastddpm.storage.audio import Audio
 from fastddpm.storage.files import atomic
 from fastddpm.text import Text
 
@@ -41,8 +41,8 @@ def check_medium(medium: Any, shape: tuple[int, ...]) -> None:
         raise ValueError(f"medium is {shown(medium)}; want an Audio, a Text or None")
     if isinstance(medium, Text) and shape != medium.shape:
         raise ValueError(f"medium is a Text of samples {medium.shape}, but these are {shape}")
-    if isinstance(medium, Audio) and (len(shape) != 2 or shape[0] != 1):
-        raise ValueError(f"medium is an Audio, of samples (1, L), but these are {shape}")
+    if isinstance(medium, Audio) and (len(shape) != 2 or shape[0] != medium.channels):
+        raise ValueError(f"medium is an Audio, of samples ({medium.channels}, L), but these are {shape}")
 
 
 def write_medium(folder: Path, medium: Medium) -> None:

@@ -56,7 +56,7 @@ def prints(args: argparse.Namespace, sampler: "Sampler") -> bool:
 
 def format_of_medium(args: argparse.Namespace, sampler: "Sampler", format: str) -> str:
     """The format, where sounds and texts have another default."""
-    from fastddpm.storage.audio import Audio
+    from fastddpm.audio import Audio
 
     if prints(args, sampler):
         return "txt"
@@ -65,8 +65,8 @@ def format_of_medium(args: argparse.Namespace, sampler: "Sampler", format: str) 
 
 def check_what_is_drawn(args: argparse.Namespace, sampler: "Sampler", format: str, count: int) -> None:
     """Raises: ValueError: the options of one file do not fit what the model draws."""
+    from fastddpm.audio import Audio
     from fastddpm.sampling.manifest import draws_images
-    from fastddpm.storage.audio import Audio
     from fastddpm.storage.sequence_files import MOST_SHOWN
 
     if args.decode and sampler.decoder is None:
@@ -105,7 +105,7 @@ def draw_first(store: "ShardFolder", sampler: "Sampler") -> None:
     """Draw the spectrograms of the first samples."""
     import torch
 
-    from fastddpm.storage.audio import Audio
+    from fastddpm.audio import Audio
     from fastddpm.storage.sequence_files import PICTURE, save_sequences
 
     first = torch.from_numpy(np.stack(list(islice(chain.from_iterable(store.arrays()), _FIRST))))

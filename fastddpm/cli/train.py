@@ -118,7 +118,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--code",
         choices=(*TEXT_CODES, *AUDIO_CODES),
-        help="encoding of sounds (waveform, the default, or companded) or texts (bits, the default, or embeddings)",
+        help="encoding of sounds (waveform, the default, or spectrogram) or texts (bits, the default, or embeddings)",
     )
     parser.add_argument("--class-conditional", action="store_true", help="condition the model on the classes of DATA")
     parser.add_argument(

@@ -16,7 +16,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 LEARNED_VARIANCE_TYPES = ("learned", "learned_range")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 
-TEXT_CODES, AUDIO_CODES = ("bits", "embeddings"), ("waveform", "companded")
+TEXT_CODES, AUDIO_CODES = ("bits", "embeddings"), ("waveform", "spectrogram")
 SCALE_NAMES = ("fid", "unit", "signed", "bytes")  # of pixels, for the networks of `fastddpm fid`
 
 TRAIN_PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # fp16 gradients would need a scaled loss

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastddpm import ops
+from fastddpm.audio import Audio
 from fastddpm.core import noise
 from fastddpm.core.checks import checked_call, flag, is_whole, shown, whole
 from fastddpm.core.memory import send
@@ -32,7 +33,7 @@ from fastddpm.sampling.batches import evaluating, size_after_failure
 from fastddpm.sampling.engine import Engine
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.sampling.watch import Watch
-from fastddpm.storage.audio import FULL_SCALE, Audio
+from fastddpm.storage.audio import FULL_SCALE
 from fastddpm.text import Text
 
 FEW_TIMESTEPS = 40  # up to this number, a plot shows each one; else
@@ -306,7 +307,7 @@ def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, Bins | Non
         want: tuple[int, ...] = (*shape[1:], shape[0])
     elif x.dtype == torch.int16:
         if isinstance(sampler.medium, Audio) and sampler.medium.code != "waveform":
-            raise ValueError("data is int16, but the model's samples are companded; pass sampler.medium.encode(...)")
+            raise ValueError("data is int16, but the model's samples are spectrograms; pass sampler.medium.encode(...)")
         x, want = x.float() / FULL_SCALE, shape
     elif x.is_floating_point() and x.layout == torch.strided:
         x, want = x.float(), shape

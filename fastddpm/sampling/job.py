@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastddpm.audio import Audio
 from fastddpm.core.checks import checked_call, flag, shown, takes_options_of
 from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
@@ -27,7 +28,6 @@ from fastddpm.sampling.conditions import Conditions
 from fastddpm.sampling.manifest import Drawing, draws_images, manifest
 from fastddpm.sampling.parallel import default_chains
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.audio import Audio
 from fastddpm.storage.files import as_path, check_writable, locked
 from fastddpm.storage.fingerprint import weights_sums
 from fastddpm.storage.indices import Indices

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastddpm.audio import Audio
 from fastddpm.checkpoints.medium import MEDIUM
 from fastddpm.core import checks
 from fastddpm.core.checks import one_of, shown, whole
@@ -20,7 +21,7 @@ from fastddpm.core.schedule import elements
 from fastddpm.networks.fused import is_own, obstacles_of
 from fastddpm.sampling.parallel import checked_window
 from fastddpm.sampling.sampler import Sampler
-from fastddpm.storage.audio import Audio, check_soundfile
+from fastddpm.storage.audio import check_soundfile
 from fastddpm.storage.fingerprint import code_sha256, machine, value_sha256, weights_sha256
 from fastddpm.storage.indices import LIMIT, Indices
 from fastddpm.storage.shard_formats import FORMATS, are_images
@@ -91,9 +92,9 @@ def _storage(
             what = f"{what}, which are not images"
         raise ValueError(f"{what}; write them as npz or webdataset")
     medium = sampler.medium
-    if format == "wav" and (not isinstance(medium, Audio) or len(sampler.shape) != 2 or sampler.shape[0] != 1):
+    if format == "wav" and (not isinstance(medium, Audio) or sampler.shape[:-1] != (medium.channels,)):
         raise ValueError(
-            f"format is wav, but the checkpoint's {MEDIUM} does not describe mono waveforms (samples are "
+            f"format is wav, but the checkpoint's {MEDIUM} does not describe sounds (samples are "
             f"{sampler.shape}); use npz or webdataset"
         )
     if format == "wav":
@@ -118,13 +119,15 @@ def _storage(
         "samples": str(indices),
         "shard_size": shard_size,
         "class_labels": None if classes is None else str(classes),
-        **(_of_waves(medium) if format == "wav" and isinstance(medium, Audio) else {}),
+        "shape": _stored_shape(sampler, drawing),
+        **(_of_waves(medium, sampler.shape) if format == "wav" and isinstance(medium, Audio) else {}),
     }
 
 
-def _of_waves(medium: Audio) -> dict[str, Any]:
-    """What decides a WAV file besides its sample."""
-    return {"sample_rate": medium.sample_rate} | ({"companded": medium.scale} if medium.code == "companded" else {})
+def _of_waves(medium: Audio, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What decides a WAV file besides its sample, and the shape of its waveform."""
+    decoded = {"shape": medium.shape_of_waveform(shape), "sample_rate": medium.sample_rate}
+    return decoded | ({} if medium.code == "waveform" else {"audio": medium.code})
 
 
 def _labels(given: Iterable[int]) -> Indices:
@@ -160,7 +163,6 @@ def _origin(sampler: Sampler, drawing: Drawing) -> dict[str, Any]:
         },
         **_parallel(drawing),
         "schedule": sampler.schedule.to_config(),
-        "shape": _stored_shape(sampler, drawing),
         **_unusual_settings(sampler),
         **({} if sampler.decoder is None else {"latents": True}),
         "model": {

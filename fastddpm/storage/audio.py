@@ -6,20 +6,18 @@ import os
 import shlex
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from fastddpm.core.checks import one_of, real, shown, whole
-from fastddpm.core.names import AUDIO_CODES
+from fastddpm.audio import HIGHEST_RATE, window_of
+from fastddpm.core.checks import shown, whole
 from fastddpm.storage.class_grid import font
 from fastddpm.storage.files import atomic, check_regular
 from fastddpm.storage.images import png
 
-HIGHEST_RATE = 1_000_000  # Hz
 FULL_SCALE = 32768  # 16-bit samples stand for numbers in [-1, 1): one more would be 1.0
 _LARGEST = 1 << 32  # bytes of a WAV file: its sizes are 32-bit numbers
 
@@ -33,48 +31,6 @@ _COLOURS = np.array([
     (0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97),
     (254, 194, 135), (252, 253, 191),
 ])  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Audio:
-    """What samples are, if they are waveforms: [1, L] numbers that stand for w in [-1, 1].
-
-    The codes are "waveform", the numbers w themselves, and "companded", the numbers scale sign(w) sqrt(|w|). Most of
-    speech is quiet. Companding brings quiet and loud parts closer together, as telephony does, so that a model spends
-    as much on a fricative as on a vowel; and its errors are small where it is silent.
-
-    Attributes:
-        sample_rate: per second, a whole number from 1 to 1,000,000.
-        code: "waveform" or "companded".
-        scale: of companded numbers; `fit` chooses it so that they have unit variance, as the noise has.
-    Raises: ValueError: an attribute is not as above.
-    """
-
-    sample_rate: int
-    code: str = "waveform"
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sample_rate", whole("sample_rate", self.sample_rate, 1, HIGHEST_RATE))
-        one_of("code", self.code, AUDIO_CODES)
-        object.__setattr__(self, "scale", real("scale", self.scale, 0, above=True))
-
-    @classmethod
-    def fit(cls, waveforms: np.ndarray, sample_rate: int, code: str = "waveform") -> "Audio":
-        """The Audio of waveforms, float [N, 1, L] in [-1, 1]: companded, they have unit variance, to three digits."""
-        audio = cls(sample_rate, code)
-        if code == "waveform" or not waveforms.any():
-            return audio
-        return replace(audio, scale=float(f"{1 / audio.encode(waveforms).std(dtype=np.float64):.3g}"))
-
-    def encode(self, waveforms: np.ndarray) -> np.ndarray:
-        """Waveforms as samples: float32, of the same shape."""
-        w = waveforms.astype(np.float32)
-        return w if self.code == "waveform" else np.float32(self.scale) * np.sign(w) * np.sqrt(np.abs(w))
-
-    def decode(self, samples: Tensor) -> Tensor:
-        """Samples as waveforms of the same shape, which may go beyond [-1, 1]."""
-        return samples if self.code == "waveform" else samples * samples.abs() / self.scale**2
 
 
 def read_wav(path: str | os.PathLike[str], *, sample_rate: int | None = None) -> tuple[np.ndarray, int]:
@@ -153,7 +109,7 @@ def spectrogram(
     values = _waveforms(waveform, "waveform", "[L] or [1, L]", 1)[0]
     if not np.isfinite(values).all():
         raise ValueError(f"waveform has {(~np.isfinite(values)).sum()} values that are not finite")
-    window = _window(sample_rate) if window is None else whole("window", window, 2, 1 << 20)
+    window = window_of(sample_rate) if window is None else whole("window", window, 2, 1 << 20)
     hop = max(1, window // 4) if hop is None else whole("hop", hop, 1)
     last = -(-len(values) // hop)
     padded = np.pad(values, (window // 2, last * hop + window - len(values)))
@@ -181,7 +137,7 @@ def draw_spectrograms(waveforms: Tensor | np.ndarray, labels: Sequence[object] |
         raise ValueError(f"there are {len(labels)} labels for {len(values)} waveforms; want one for each, or None")
     decibels = [spectrogram(each, sample_rate) for each in values]
     loudest = max(FLOOR + RANGE, *(float(each.max()) for each in decibels))  # so that silence is dark
-    hops = values.shape[1] / max(1, _window(sample_rate) // 4)
+    hops = values.shape[1] / max(1, window_of(sample_rate) // 4)
     columns = min(COLUMNS, len(values))
     (width, height), above = PANEL, _MARGIN + _LINE * (labels is not None)
     wide, high = width + _MARGIN, height + above
@@ -279,11 +235,6 @@ def _waveforms(x: Tensor | np.ndarray, name: str, wanted: str, ndim: int) -> np.
     if array.ndim not in (ndim, ndim + 1) or (array.ndim > ndim and array.shape[-2] != 1) or array.size == 0:
         raise ValueError(f"{name} is {array.shape} {array.dtype}; want {wanted}, at least one value")
     return array.reshape(-1, array.shape[-1]).astype(np.float64)
-
-
-def _window(sample_rate: int) -> int:
-    """The samples of a window of 32 ms, rounded up to a power of two."""
-    return max(16, 1 << math.ceil(math.log2(0.032 * sample_rate)) if sample_rate > 32 else 1)
 
 
 def _enlarged(decibels: np.ndarray, hops: float) -> np.ndarray:

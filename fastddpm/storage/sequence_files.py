@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastddpm.audio import Audio
 from fastddpm.storage import audio, images
 from fastddpm.storage.class_grid import titles_of
 from fastddpm.storage.files import atomic
@@ -14,7 +15,7 @@ MOST_SHOWN = 100  # spectrograms of a picture
 PICTURE = "spectrograms.png"  # beside WAV files: the first ones
 
 
-def suffix_of(shape: Sequence[int], medium: audio.Audio | Text | None) -> str:
+def suffix_of(shape: Sequence[int], medium: Audio | Text | None) -> str:
     """The suffix of a file that shows samples of a shape, channels first."""
     if isinstance(medium, Text):
         return ".txt"
@@ -24,7 +25,7 @@ def suffix_of(shape: Sequence[int], medium: audio.Audio | Text | None) -> str:
 def save_sequences(
     samples: Tensor,
     path: str | os.PathLike[str],
-    medium: audio.Audio | Text | None,
+    medium: Audio | Text | None,
     labels: Sequence[int] | None,
     names: Sequence[str] | None,
 ) -> None:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastddpm.audio import Audio
 from fastddpm.core.checks import flag, one_of
 from fastddpm.core.names import AUDIO_CODES
 from fastddpm.storage import npz
 from fastddpm.storage.arrays import StoredArray
-from fastddpm.storage.audio import FULL_SCALE, Audio, conversion, read_pcm
+from fastddpm.storage.audio import FULL_SCALE, conversion, read_pcm
 from fastddpm.storage.decoding import SUFFIXES
 from fastddpm.storage.files import as_path, check_regular
 from fastddpm.storage.image_files import ImageFiles
@@ -194,7 +195,7 @@ def _encoded(path: Path, found: Sequences, code: str | None, like: Audio | Text 
     if (code := one_of("code", code, AUDIO_CODES)) == "waveform":
         return found
     waveforms = data / np.float32(FULL_SCALE) if data.dtype == np.int16 else data
-    medium = like if isinstance(like, Audio) else Audio.fit(waveforms, medium.sample_rate, code)
+    medium = Audio(medium.sample_rate, code)
     return Sequences(medium.encode(waveforms), medium)
 
 

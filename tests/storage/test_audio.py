@@ -15,7 +15,6 @@ from PIL import Image
 
 from fastddpm.storage import audio
 from fastddpm.storage.audio import (
-    Audio,
     draw_spectrograms,
     read_wav,
     save_spectrograms,
@@ -119,17 +118,10 @@ def test_waveforms_are_checked(waveform, message):
 @pytest.mark.parametrize("rate", [0, 8000.0, True, 1_000_001, None])
 def test_sample_rates_are_checked(path, rate):
     message = f"sample_rate is {rate}; want a whole number from 1 to 1000000"
-    assert error_line(Audio, rate) == message
     for function, arguments in [(wav_bytes, [RAMP]), (spectrogram, [RAMP]), (draw_spectrograms, [RAMP[None], None])]:
         assert error_line(function, *arguments, rate) == message
     if rate is not None:
         assert error_line(read_wav, path, sample_rate=rate) == message
-
-
-def test_audio():
-    assert Audio(np.int64(8000)) == Audio(8000)
-    assert type(Audio(np.int64(8000)).sample_rate) is int
-    assert hash(Audio(8000)) != hash(Audio(16000))
 
 
 WANTED = "want 1 channel of Signed 16 bit PCM"

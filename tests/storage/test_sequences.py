@@ -8,7 +8,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from fastddpm.storage.audio import Audio
+from fastddpm.audio import Audio
 from fastddpm.storage.datasets import load_classes, load_images, load_labels
 from fastddpm.storage.sequences import is_sequences, load_sequences
 from fastddpm.text import Text
@@ -128,8 +128,8 @@ TALL = np.zeros((5, 64, 1), np.float32)
         ),
         (np.zeros((2, 3, 4, 5)), "is [2, 3, 4, 5] float64; want floats, or int16 for waveforms, [N, L] or [N, C, L]"),
         (np.zeros(()), "is [] float64; want floats"),
-        (np.zeros((0, 9)), "is [0, 9] float64: it holds no sequences"),
-        (np.zeros((9, 3, 0)), "is [9, 3, 0] float64: it holds no sequences"),
+        (np.zeros((0, 9)), "is [0, 9] float64, which is empty; want"),
+        (np.zeros((9, 3, 0)), "is [9, 3, 0] float64, which is empty; want"),
         (TALL, "is [5, 64, 1] float32, which looks like [N, L, C]; want [N, C, L]: x.transpose(0, 2, 1)"),
         (
             np.zeros((5, 64, 7)),
@@ -244,7 +244,8 @@ def test_rates_must_be_equal(folder):
     write_wav(folder / "2/d.wav", WAVES[0], 16000)
     line = error_line(load_sequences, folder)
     assert (
-        f"sample rates differ: {folder}/1/c.wav has 8000 Hz, {folder}/2/d.wav has 16000 Hz; convert one of them" in line
+        f"sample rates differ: {folder}/1/c.wav has 8000 Hz, {folder}/2/d.wav has 16000 Hz; convert the second: "
+        in line
     )
     assert line.endswith(f"ffmpeg -i {folder}/2/d.wav -ar 8000 -ac 1 -c:a pcm_s16le out.wav")
 
@@ -269,7 +270,9 @@ def test_files_that_are_left_out_are_named(folder):
 def test_a_folder_with_images_is_not_sequences(folder):
     Image.new("L", (4, 4)).save(folder / "1" / "cover.png")
     assert not is_sequences(folder)
-    assert f"{folder} holds no WAV files, or images beside them; want an .npz" in error_line(load_sequences, folder)
+    assert f"{folder} is a folder without WAV files, or with images beside them; want an .npz" in error_line(
+        load_sequences, folder
+    )
     (folder / "1" / "cover.png").rename(folder / "1" / ".cover.png")
     assert is_sequences(folder)
 
@@ -302,7 +305,7 @@ def test_texts(tmp_path, name, code):
 def test_texts_have_no_labels(tmp_path):
     (tmp_path / "names.txt").write_text("emma\n")
     assert load_classes(tmp_path / "names.txt") is None
-    want = f"{tmp_path}/names.txt has no class labels, as texts have none; leave them out"
+    want = f"{tmp_path}/names.txt is a text file, which has no class labels; leave them (--class-conditional) out"
     assert error_line(load_labels, tmp_path / "names.txt", count=1) == want
 
 
@@ -339,7 +342,7 @@ def test_other_paths_are_refused(tmp_path, npz):
     assert error_line(load_sequences, tmp_path / "x.npy") == f"{tmp_path}/x.npy is of unknown type; {wanted}"
     (tmp_path / "empty").mkdir()
     assert error_line(load_sequences, tmp_path / "empty").endswith(
-        f"holds no WAV files, or images beside them; {wanted}"
+        f"is a folder without WAV files, or with images beside them; {wanted}"
     )
     line = f"cannot read {tmp_path}/absent.txt: No such file or directory; {wanted}"
     assert error_line(load_sequences, tmp_path / "absent.txt") == line

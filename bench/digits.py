@@ -1,12 +1,12 @@
 """How good are sampled spoken digits, and what does the noise of the reverse step do for them?
 
-    python -m bench.digits digits.npz --checkpoint runs/digits --classifier classifier.pt --samples drawn
+    python -m bench.digits digits.npz --classifier classifier.pt --samples drawn
 
 A classifier, trained on the real training clips (see `bench.digit_classifier`), classifies the samples. The measures
 are: how often it recognises the digit that was asked for; the Fréchet distance of its features to real clips, beside
 that between two sets of real clips; how far samples are from the nearest training clip and from each other; and the
 signal itself.
-Prints a table for docs/sound.md, and draws spectrograms.
+Prints tables for docs/sigma.md, and draws spectrograms.
 """
 
 import argparse
@@ -27,13 +27,14 @@ from bench.frechet import compare
 from bench.sigma import pairwise
 from fastddpm import Sampler
 from fastddpm.audio import Audio
-from fastddpm.storage.audio import save_spectrograms
+from fastddpm.core.names import SHIPPED_SOUNDS
+from fastddpm.storage.audio import spectrogram
 from fastddpm.storage.files import atomic
 from fastddpm.storage.images import save_npz
-from fastddpm.storage.plots import with_error
+from fastddpm.storage.plots import STYLE, with_error
 
 SETTINGS = {"full": (1.0, "with σ_t z"), "half": (0.5, "with half of σ_t z"), "none": (0.0, "without σ_t z")}
-CLIPPED, END = 0.999, 0.05  # a sample from here on is clipped; the share of a clip that is its end
+CLIPPED, END = 0.999, 0.05  # two neighbours from here on are clipped; the share of a clip that is its end
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Measured:
         distance: Fréchet distance to real clips, and its deviation over choices of these.
         nearest: the median distance to the nearest training clip, between log-mel spectrograms.
         apart: the mean distance of two clips of the same digit in the classifier's features, and its standard error.
-        peak, rms, dc: medians; dc of the absolute means. clipped: the share of clips with a clipped sample.
+        peak, rms, dc: medians; dc of the absolute means. clipped: the share of clips with clipped samples.
         end_db: median level of the last twentieth, relative to full scale.
     """
 
@@ -102,7 +103,7 @@ def measure(
         float(x.abs().amax(1).median()),
         float(x.square().mean(1).sqrt().median()),
         float(x.mean(1).abs().median()),
-        float((x.abs().amax(1) >= CLIPPED).double().mean()),
+        float(((x[:, 1:].abs() >= CLIPPED) & (x[:, :-1].abs() >= CLIPPED)).any(1).double().mean()),
         float(10 * torch.log10(end.median() + 1e-12)),
     )
 
@@ -129,6 +130,25 @@ def markdown(found: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
+def plot(sets: dict[str, Tensor], sample_rate: int, path: str | os.PathLike[str]) -> None:
+    """Draw the spectrograms of the first clip of each digit, a row per set."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE, {"axes.grid": False}]):
+        figure = Figure(figsize=(11, 1.6 * len(sets)), dpi=100, layout="constrained")
+        for axes, (title, x) in zip(figure.subplots(len(sets), DIGITS, squeeze=False), sets.items(), strict=True):
+            for digit, (panel, waveform) in enumerate(zip(axes, x, strict=False)):
+                extent = (0, len(waveform) / sample_rate, 0, sample_rate / 2000)
+                levels = {"vmin": -80, "vmax": -10, "cmap": "magma"}
+                panel.imshow(spectrogram(waveform, sample_rate), origin="lower", aspect="auto", extent=extent, **levels)
+                panel.set(xticks=[], yticks=[])
+                panel.set_title(str(digit), pad=2)
+            axes[0].set_ylabel(title, fontsize=8)
+        with atomic(path) as file:
+            figure.savefig(file, format="png")
+
+
 def measure_all(
     sets: dict[str, Tensor], data: str | os.PathLike[str], model: DigitClassifier, *, splits: int = 5
 ) -> list[Measured]:
@@ -152,12 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("data", metavar="DATA.npz", help="int16 x_train, x_test [N, L]; digits y_train, y_test")
     parser.add_argument("--classifier", metavar="FILE", required=True, help="is trained and saved if it does not exist")
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a model of digits")
+    parser.add_argument(
+        "--checkpoint", default=SHIPPED_SOUNDS, metavar="FOLDER", help="a model of digits (default: %(default)s)"
+    )
     parser.add_argument("--num-samples", type=int, default=300, metavar="N", help="of each setting (default: 300)")
     parser.add_argument("--guidance-scale", type=float, default=2.0, metavar="S", help="default: 2")
     parser.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: all T)")
     parser.add_argument("--samples", metavar="FOLDER", required=True, help="folder of the samples, old and new")
-    parser.add_argument("--out", metavar="PNG", help="draw ten spectrograms of each setting: NAME-full.png and so on")
+    parser.add_argument("--out", metavar="PNG", help="draw ten spectrograms of each setting")
     parser.add_argument("--json", metavar="FILE", help="also write the measures")
     args = parser.parse_args(argv)
     try:
@@ -171,9 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, KeyError) as error:
         parser.error(str(error))
     if args.out:
-        for name, x in drawn.items():
-            path = Path(args.out).with_stem(f"{Path(args.out).stem}-{name}")
-            save_spectrograms(path, x[:DIGITS].numpy(), list(map(str, range(DIGITS))), sampler.medium.sample_rate)
+        plot({SETTINGS[name][1]: x for name, x in drawn.items()}, sampler.medium.sample_rate, args.out)
     if args.json:
         with atomic(args.json) as file:
             file.write((json.dumps([asdict(one) for one in found], indent=1) + "\n").encode())

@@ -1,26 +1,28 @@
 """How good are sampled names, and what does the noise of the reverse step do for them?
 
-    python -m bench.names TRAIN.txt HELD-OUT.txt --checkpoint runs/names --num-samples 2000
+    python -m bench.names TRAIN.txt HELD-OUT.txt --num-samples 2000
 
 The yardstick is a 5-gram model of the letters of the training names: how many bits per letter it needs for the samples,
 for held-out names and for its own samples. Beside that: how many samples are valid codes, new, among the held-out
-names, and different from each other. Prints a table for docs/words.md.
+names, and different from each other. Prints a table for docs/sigma.md, and draws names.
 """
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.ngram import NGram, bits_per_letter
 from fastddpm import Sampler
+from fastddpm.core.names import SHIPPED_TEXTS
 from fastddpm.storage.files import atomic
-from fastddpm.storage.plots import with_error
+from fastddpm.storage.plots import STYLE, with_error
 from fastddpm.text import Text, read_texts
 
 SETTINGS = {"with σ_t z": 1.0, "with half of σ_t z": 0.5, "without σ_t z": 0.0}  # title: factor of the noise
-SHOWN = 12  # names of each set, in the table
+SHOWN, DRAWN = 12, 36  # names of each set in the table, and in the picture
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def measure(
         sum(name in held_out for name in names) / n,
         len(set(names)) / n,
         sum(map(len, names)) / n,
-        list(names[:SHOWN]),
+        list(names[:DRAWN]),
     )
 
 
@@ -86,8 +88,25 @@ def markdown(found: Sequence[Measured]) -> str:
     for one in found:
         shares = (f"{100 * share:.1f} %" for share in (one.valid, one.new, one.held_out, one.distinct))
         lines.append(f"| {' | '.join([one.title, with_error(*one.bits), *shares, f'{one.letters:.2f}'])} |")
-    lines += ["", *(f"- {one.title}: {', '.join(one.shown)}" for one in found)]
+    lines += ["", *(f"- {one.title}: {', '.join(one.shown[:SHOWN])}" for one in found)]
     return "\n".join(lines)
+
+
+def plot(found: Sequence[Measured], path: str | os.PathLike[str]) -> None:
+    """Write the first names of each set in three columns below its title."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]):
+        figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
+        for axes, one in zip(figure.subplots(1, len(found)), found, strict=True):
+            axes.set_axis_off()
+            axes.set_title(f"{one.title}: {100 * one.distinct:.1f} % different", loc="left")
+            for n, name in enumerate(one.shown):
+                row, column = divmod(n, 3)
+                axes.text(column / 3, 1 - (row + 0.5) / (DRAWN / 3), name, va="center", transform=axes.transAxes)
+        with atomic(path) as file:
+            figure.savefig(file, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,8 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("train", help="the names of the training, one a line")
     parser.add_argument("held_out", help="names that were held out")
-    parser.add_argument("--checkpoint", required=True, metavar="FOLDER", help="a model of names")
+    parser.add_argument(
+        "--checkpoint", default=SHIPPED_TEXTS, metavar="FOLDER", help="a model of names (default: %(default)s)"
+    )
     parser.add_argument("--num-samples", type=int, default=2000, metavar="N", help="of each setting (default: 2000)")
+    parser.add_argument("--out", metavar="PNG", help="draw names of each setting")
     parser.add_argument("--json", metavar="FILE", help="also write the measures")
     args = parser.parse_args(argv)
     try:
@@ -114,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found.append(measure("the 5-gram's own", model.sample(args.num_samples), model, *sets))
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if args.out:
+        plot(found[: len(SETTINGS)], args.out)
     if args.json:
         with atomic(Path(args.json)) as file:
             file.write((json.dumps([asdict(one) for one in found], indent=1) + "\n").encode())

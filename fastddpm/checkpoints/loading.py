@@ -36,7 +36,7 @@ def load(
     """Read a checkpoint.
 
     Args:
-        source: a folder; or "fashion-mnist" or "fashion-mnist-classes", the bundled models; or the id of a model on
+        source: a folder; or one of SHIPPED_MODELS, which are bundled; or the id of a model on
             the Hugging Face hub ("google/ddpm-cifar10-32"), which is downloaded once; or a file of weights of another
             project, such as `256x256_diffusion.pt` or `model-100.pt`, or the folder that holds it; or a diffusion
             policy of lerobot, its folder or hub id.

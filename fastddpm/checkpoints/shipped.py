@@ -1,4 +1,4 @@
-"""The bundled models: small DDPMs of Fashion-MNIST, which draw garments of 28 x 28 pixels; one is class-conditional."""
+"""The bundled models: small DDPMs that draw garments of 28 x 28 pixels, spoken digits, and first names."""
 
 from pathlib import Path
 
@@ -8,5 +8,11 @@ FOLDERS = {name: Path(__file__).parents[1] / "models" / name for name in SHIPPED
 
 
 def shipped_model(name: str = SHIPPED_MODEL) -> Path:
-    """The folder of a bundled model. Args: name: one of SHIPPED_MODELS."""
+    """The folder of a bundled model.
+
+    Args: name: one of SHIPPED_MODELS.
+    Raises: ValueError: the package was built without it, perhaps for its licence.
+    """
+    if not FOLDERS[name].is_dir():
+        raise ValueError(f"this build of fastddpm was made without the model {name}; install another, or train it")
     return FOLDERS[name]

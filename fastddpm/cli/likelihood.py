@@ -37,7 +37,7 @@ EPILOG = """
 examples:
   fastddpm likelihood runs/mine test.npz                         every term for every image
   fastddpm likelihood fashion-mnist test.npz --num-images 1000 --terms 20 --plot bound.png
-  fastddpm likelihood runs/names held-out.txt                    texts, one a line
+  fastddpm likelihood names held-out.txt                         texts, one a line
 
 Prints a bound on -log2 p(image) in bits per dimension, as the DDPM paper reports it: the rate L_1 + ... + L_T and the
 distortion L_0, each with its standard error over the images. DATA is read and prepared as in `fastddpm train`; from an
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         print(
             _bound_text(result, array, seconds, variance_type, _kind(sampler))
-            + _of_texts(result, texts[: args.num_images], sampler)
+            + _of_medium(result, texts[: args.num_images], sampler)
         )
     if args.out is not None:
         _save_terms(result, args.out)
@@ -148,14 +148,16 @@ def _kind(sampler: "Sampler") -> str:
     return "sequences" if sampler.medium is None else "texts" if isinstance(sampler.medium, Text) else "sounds"
 
 
-def _of_texts(result: "Bound", texts: list[str], sampler: "Sampler") -> str:
-    """Further lines for texts: what the bound is for a text and a character."""
+def _of_medium(result: "Bound", texts: list[str], sampler: "Sampler") -> str:
+    """A further line for sounds and texts: what the bound says about the bits of one, and of a character."""
     from fastddpm.text import Text
 
-    if not isinstance(medium := sampler.medium, Text):
+    medium = sampler.medium
+    if medium is None or medium.code == "waveform":
         return ""
-    if medium.code != "bits":
-        return "\nL_0 is a density, so the bound does not say how many bits a text takes"
+    if not isinstance(medium, Text) or medium.code != "bits":
+        what = "text" if isinstance(medium, Text) else "sound"
+        return f"\nL_0 is a density, so the bound does not say how many bits a {what} takes"
     per_text = result.summary()["total"][0] * result.dimensions
     characters = sum(min(len(text) + 1, medium.length) for text in texts) / len(texts)  # with the end symbol
     return (

@@ -23,7 +23,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -
     """Add the argument CHECKPOINT and the option --variant."""
     text = "a checkpoint: a folder, a Hugging Face Hub id, or another project's .pt file"
     if required:
-        text = f"{text}; or {' or '.join(SHIPPED_MODELS)}, which are bundled"
+        text = f"{text}; or {', '.join(SHIPPED_MODELS)}, which are bundled"
         parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     else:
         text = f"{text} (default: {SHIPPED_MODEL}, the bundled model)"

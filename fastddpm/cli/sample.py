@@ -50,8 +50,8 @@ examples:
   fastddpm sample --num-samples 8 --trajectory way.gif     also the states from noise to garments
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
-  fastddpm sample runs/digits --class-labels 0-9 --guidance-scale 2 --out digits/ --format wav    ten WAV files
-  fastddpm sample runs/names --num-samples 20              texts, printed one a line
+  fastddpm sample spoken-digits --class-labels 0-9 --guidance-scale 2 --out digits/ --format wav    ten WAV files
+  fastddpm sample names --num-samples 20                   texts, printed one a line
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
   fastddpm sample --num-samples 1 --parallel law           one garment, with fewer sequential network calls
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture

@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from fastddpm.checkpoints.shipped import SHIPPED_MODELS, shipped_model
+from fastddpm.checkpoints.shipped import shipped_model
+from fastddpm.core.names import SHIPPED_IMAGES
 
 PACKAGE = "diffusers."
 
@@ -46,7 +47,7 @@ def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         source = args[0] if args else kwargs.get(_SOURCE)
-        if source in SHIPPED_MODELS and not os.path.isdir(source):
+        if source in SHIPPED_IMAGES and not os.path.isdir(source):
             found = str(shipped_model(source))
             args, kwargs = ((found, *args[1:]), kwargs) if args else (args, kwargs | {_SOURCE: found})
         return load(cls, *args, **kwargs)

@@ -113,7 +113,7 @@ def open_waves(folder: Path) -> ImageFiles:
 
 def _kind(path: Path) -> str:
     """What is at path: waves, text or npz. Raises: ValueError: it is something else, or cannot be read."""
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises an error of its own for a name that is too long
         if holds_waves(path):
             return "waves"
         raise ValueError(f"{path} is a folder without WAV files, or with images beside them; {WANTED}")

@@ -4,15 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from PIL import Image
 
-from bench import digit_classifier, digits, names
+from bench import digit_classifier, digit_data, digits, names
 from bench.digit_classifier import DigitClassifier
 from bench.ngram import NGram, bits_per_letter
 from fastddpm import Schedule, UNet1D, checkpoints
 from fastddpm.audio import Audio
 from fastddpm.text import Text
 
+RNG = np.random.default_rng(0)
 TRAIN = ["ada", "adele", "emma", "emmy", "ella", "lea"]
 TINY = {"down_dims": (8,), "diffusion_step_embed_dim": 8, "n_groups": 4, "kernel_size": 1}
 
@@ -54,9 +57,12 @@ def test_names_are_measured(tmp_path, capsys):
         (tmp_path / name).write_text("\n".join(texts))
     files = [str(tmp_path / name) for name in ("train.txt", "held-out.txt")]
     options = ["--checkpoint", str(tmp_path / "model"), "--num-samples", "50", "--json", str(tmp_path / "x.json")]
+    options += ["--out", str(tmp_path / "x.png")]
     names.main([*files, *options])
     printed = capsys.readouterr().out
     assert printed.count("| ") > 30
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (1100, 340)
     found = json.loads((tmp_path / "x.json").read_text())
     assert [one["title"] for one in found] == [*names.SETTINGS, "held-out names", "the 5-gram's own"]
     assert found[3]["held_out"] == 1
@@ -93,6 +99,26 @@ def test_a_classifier_is_trained_once(data, tmp_path, monkeypatch):
         digit_classifier.load_or_train(path, data)
 
 
+def test_the_recordings_become_one_file(tmp_path, capsys):
+    clips = {"3_ann_4": RNG.integers(-99, 99, 50), "9_bob_12": RNG.integers(-99, 99, 6144), "9_bob_5": np.zeros(6145)}
+    for name, clip in clips.items():
+        soundfile.write(tmp_path / f"{name}.wav", clip.astype(np.int16), 8000)
+    out = tmp_path / "digits.npz"
+    digit_data.main([str(tmp_path), str(out)])
+    assert capsys.readouterr().out == f"{out}: 1 clips to train, 1 to test\n"
+    arrays = np.load(out)
+    assert (arrays["y_train"].tolist(), arrays["y_test"].tolist(), int(arrays["sample_rate"])) == ([9], [3], 8000)
+    x = arrays["x_test"][0].astype(float)
+    scale = 0.95 * 32768 / np.abs(clips["3_ann_4"]).max()
+    assert np.abs(x[:50] - scale * clips["3_ann_4"]).max() <= 0.5
+    assert not x[50:].any()
+    soundfile.write(tmp_path / "9_bob_6.wav", np.zeros(9, np.int16), 16000)
+    with pytest.raises(ValueError, match=r"9_bob_6.wav has 16000 Hz; want 8000 Hz and a name such as 7_jackson_12.wav"):
+        digit_data.collect(tmp_path)
+    with pytest.raises(ValueError, match="lacks recordings"):
+        digit_data.collect(tmp_path / "no")
+
+
 def test_digits_are_measured(data, tmp_path, capsys):
     torch.save(DigitClassifier().state_dict(), tmp_path / "classifier.pt")
     net = UNet1D(**TINY, input_dim=128, sample_size=32, num_class_embeds=11)
@@ -107,7 +133,8 @@ def test_digits_are_measured(data, tmp_path, capsys):
     found = json.loads((tmp_path / "x.json").read_text())
     assert [one["title"] for one in found] == [*(title for _, title in digits.SETTINGS.values()), "held-out clips"]
     assert found[3]["nearest"] == 0  # they are among the training clips
-    assert all((tmp_path / f"sound-{name}.png").exists() for name in digits.SETTINGS)
+    with Image.open(tmp_path / "sound.png") as picture:
+        assert picture.size == (1100, 480)
     digits.main([data, *options])  # from the folder
     assert capsys.readouterr().out == printed
 
@@ -115,7 +142,7 @@ def test_digits_are_measured(data, tmp_path, capsys):
 def test_clipping_silence_and_offsets_are_measured():
     torch.manual_seed(0)
     model, t = DigitClassifier().eval(), torch.arange(2000) / 8000
-    x = torch.sin(2 * torch.pi * 200 * t).expand(20, -1).clone()
+    x = (1.1 * torch.sin(2 * torch.pi * 200 * t)).clamp(-1, 1).expand(20, -1).clone()
     x[:, -100:] = 0.01
     found = digits.measure("x", x, torch.arange(20) % 10, [1.0, 2.0], model.spectrogram(x).flatten(1).detach(), model)
     assert (found.clipped, round(found.end_db), found.nearest) == (1.0, -40, 0.0)

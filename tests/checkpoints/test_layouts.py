@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
 from fastddpm import Sampler, Schedule, UNet2D, checkpoints
-from fastddpm.checkpoints import shipped_model
+from fastddpm.checkpoints import SHIPPED_MODELS, shipped_model
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.train.initial import load_initial
 from tests.support.check import error_line
@@ -210,12 +210,13 @@ def test_variant_is_part_of_a_name(folder, variant):
 # The bundled model
 
 
-@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-classes"])
+@pytest.mark.parametrize("name", SHIPPED_MODELS)
 def test_bundled_models_have_names(name, tmp_path, monkeypatch, unet, scheduler):
     monkeypatch.chdir(tmp_path)
     want = checkpoints.load(shipped_model(name))
     got = checkpoints.load(name)
-    assert (got.config, got.schedule, got.classes) == (want.config, want.schedule, want.classes)
+    for part in ("config", "schedule", "classes", "medium"):
+        assert getattr(got, part) == getattr(want, part)
     assert_same_tensors(got.parameters, want.parameters)
     DDPMPipeline(unet, scheduler).save_pretrained(name)
     assert_same_tensors(checkpoints.load(name).parameters, unet.state_dict())

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastddpm import Sampler
-from fastddpm.checkpoints import SHIPPED_MODELS, shipped_model
+from fastddpm.checkpoints import shipped_model
 from fastddpm.core import noise
+from fastddpm.core.names import SHIPPED_IMAGES
 from tests.support.check import TINY, assert_as_accurate
 
 diffusers = pytest.importorskip("diffusers")
@@ -245,11 +246,11 @@ def test_a_sampler_and_a_pipeline_of_one_checkpoint_make_the_same_images(folder,
     assert_as_accurate((images / 2 + 0.5).clamp(0, 1), plain, ref)
 
 
-@pytest.mark.parametrize("name", SHIPPED_MODELS)
+@pytest.mark.parametrize("name", SHIPPED_IMAGES)
 def test_the_shipped_models_load_by_name(name):
     got, want = fast.UNet2DModel.from_pretrained(name), diffusers.UNet2DModel.from_pretrained(shipped_model(name))
     assert all(torch.equal(value, got.state_dict()[key]) for key, value in want.state_dict().items())
-    assert got.config.num_class_embeds == (None if name == SHIPPED_MODELS[0] else 11)
+    assert got.config.num_class_embeds == (None if name == SHIPPED_IMAGES[0] else 11)
 
 
 def test_the_shipped_model_gives_diffusers_images():

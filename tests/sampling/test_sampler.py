@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from fastddpm import Sampler, Schedule, UNet2D
-from fastddpm.checkpoints import SHIPPED_MODELS, shipped_model
+from fastddpm.checkpoints import SHIPPED_MODELS, shipped, shipped_model
 from fastddpm.core import noise
 from fastddpm.core.precision import PRECISIONS
 from fastddpm.evaluate.features import shipped_classifier
@@ -544,12 +544,29 @@ def test_progress_bar_can_be_switched_off(capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", SHIPPED_MODELS)
-def test_the_shipped_models_sample(name):
-    assert sum(file.stat().st_size for file in shipped_model(name).rglob("*")) <= 6_000_000
-    labels = None if name == SHIPPED_MODELS[0] else [0, 9]
-    images = Sampler.from_pretrained(name).sample(2, steps=2, class_labels=labels, progress=False, output="uint8")
-    assert images.shape == (2, 28, 28, 1)
+@pytest.mark.parametrize(
+    ("name", "labels", "shape", "megabytes"),
+    [
+        ("fashion-mnist", None, (1, 28, 28), 6),
+        ("fashion-mnist-classes", [0, 9], (1, 28, 28), 6),
+        ("spoken-digits", [0, 9], (128, 96), 8),
+        ("names", None, (16, 16), 4),
+    ],
+)
+def test_the_shipped_models_sample(name, labels, shape, megabytes):
+    assert sum(file.stat().st_size for file in shipped_model(name).rglob("*")) <= 1_000_000 * megabytes
+    assert Sampler.from_pretrained(name).sample(2, steps=2, class_labels=labels, progress=False).shape == (2, *shape)
+
+
+def test_each_shipped_model_is_tested():
+    assert SHIPPED_MODELS == ("fashion-mnist", "fashion-mnist-classes", "spoken-digits", "names")
+    assert {folder.name for folder in shipped_model().parent.iterdir()} == {*SHIPPED_MODELS, "fashion-mnist-classifier"}
+
+
+def test_a_build_may_leave_a_model_out(monkeypatch, tmp_path):
+    monkeypatch.setitem(shipped.FOLDERS, "spoken-digits", tmp_path / "no")
+    with pytest.raises(ValueError, match="this build of fastddpm was made without the model spoken-digits; install"):
+        Sampler.from_pretrained("spoken-digits")
 
 
 @pytest.mark.slow

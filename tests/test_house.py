@@ -384,7 +384,9 @@ def test_wheel_says_what_it_is_and_where_it_comes_from(site):
     assert urls.keys() == {"Repository", "Documentation", "Changelog", "Issues"}
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
     assert "Typing :: Typed" in about.get_all("Classifier")
-    assert about["License-Expression"] == "Apache-2.0 AND CC-BY-SA-4.0"  # so that a classifier of the licence would be refused
+    assert (
+        about["License-Expression"] == "Apache-2.0 AND CC-BY-SA-4.0"
+    )  # so that a classifier of the licence would be refused
     assert about["Description-Content-Type"] == "text/markdown"
     assert about.get_payload().startswith("# fastddpm\n")
 

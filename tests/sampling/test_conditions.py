@@ -216,7 +216,7 @@ def test_x_0_fn_may_ask_for_the_sample_index_and_for_gradients():
 def test_unet_is_guided_away_from_the_null_label():
     torch.manual_seed(0)
     net = UNet2D(**{**TINY, "sample_size": 8, "num_class_embeds": 4}).eval()
-    sampler, options = Sampler(net, SCHEDULE, device="cpu"), {"seed": 6, "progress": False}
+    sampler, options = Sampler(net, SCHEDULE, device="cpu", precision="fp32"), {"seed": 6, "progress": False}
     labels = torch.tensor([0, 1, 2])
     got = sampler.sample(3, class_labels=labels, guidance_scale=2, uncond_kwargs={"class_labels": 3}, **options)
     table, address = SCHEDULE.table(), noise.address(6, 3)
@@ -239,7 +239,7 @@ def test_unet_is_guided_away_from_the_null_label():
 def test_unet_with_concat_has_the_shape_of_its_output():
     torch.manual_seed(0)
     net = UNet2D(**{**TINY, "sample_size": 8, "in_channels": 5, "out_channels": 3}).eval()
-    sampler, concat = Sampler(net, SCHEDULE, device="cpu"), randn(2, 2, 8, 8)
+    sampler, concat = Sampler(net, SCHEDULE, device="cpu", precision="fp32"), randn(2, 2, 8, 8)
     assert sampler.shape == (3, 8, 8)
     got = sampler.sample(2, concat=concat, progress=False)
     plain = Sampler(lambda x, t: net(torch.cat([x, concat], 1), t), SCHEDULE, shape=(3, 8, 8), device="cpu")
@@ -270,7 +270,8 @@ def test_network_is_told_the_time_as_it_wants(options, want):
 def test_unet_is_told_scaled_timesteps():
     torch.manual_seed(0)
     net = UNet2D(**{**TINY, "sample_size": 8}).eval()
-    scaled = Sampler(net, SCHEDULE, device="cpu", timestep_scale=1000 / T).sample(1, progress=False)
+    sampler = Sampler(net, SCHEDULE, device="cpu", precision="fp32", timestep_scale=1000 / T)
+    scaled = sampler.sample(1, progress=False)
     want = Sampler(lambda x, t: net(x, t * (1000 / T)), SCHEDULE, shape=scaled.shape[1:], device="cpu")
     assert (scaled - want.sample(1, progress=False)).abs().max() <= 1e-4
 
@@ -305,7 +306,10 @@ MISTAKES = [
     ({"model_kwargs": {"y": randn(3)}}, r"model_kwargs['y'] is (3,) for 2 samples; want one entry per sample"),
     ({"model_kwargs": [1]}, "model_kwargs is [1]; want a dict of the network's arguments by their names"),
     ({"model_kwargs": {"z": randn(2)}}, "the network cannot be called as model(x_t, t, z=...) ("),
-    ({"class_labels": [1, 2]}, "class_labels were given, but the model is not a class-conditional UNet2D; leave them"),
+    (
+        {"class_labels": [1, 2]},
+        "class_labels were given, but the model is not a class-conditional UNet2D or UNet1D;",
+    ),
     ({"concat": randn(2, 1, 4, 4)}, "concat is (2, 1, 4, 4) for samples of (2, 4, 3); want [2, C, 4, 3]"),
     ({"concat": randn(1, 1, 4, 3)}, "concat is (1, 1, 4, 3) for 2 samples; want one entry per sample"),
     ({"concat": torch.ones(2, 1, 4, 3).long()}, "concat is torch.int64; want floating-point numbers in data units"),

@@ -375,7 +375,7 @@ def test_model_of_a_job_must_be_a_module(tmp_path):
         (-1, {}, "samples are -1"),
         ([1, 2, 1], {}, "sample 1 is requested twice"),
         ([1 << 56], {}, "0 <= index < 2^56"),
-        (3, {"format": "gif"}, "format is 'gif'; want one of npz, png, webdataset"),
+        (3, {"format": "gif"}, "format is 'gif'; want one of npz, png, wav, webdataset"),
         (3, {"shard_size": 0}, "shard_size is 0"),
         (3, {"shard_size": True}, "shard_size is True"),
         (3, {"shard_size": 2.0}, "shard_size is 2.0"),

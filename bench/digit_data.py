@@ -29,8 +29,10 @@ def collect(folder: Path) -> dict[str, np.ndarray]:
     for path in sorted(folder.glob("*.wav")):
         name = re.fullmatch(r"(\d)_\w+_(\d+)", path.stem)
         samples, rate = read_pcm(path)
-        if not name or rate != RATE:
-            raise ValueError(f"{path} has {rate} Hz; want {RATE} Hz and a name such as 7_jackson_12.wav")
+        if not name:
+            raise ValueError(f"{path} is no recording of the dataset; want names such as 7_jackson_12.wav")
+        if rate != RATE:
+            raise ValueError(f"{path} has {rate} Hz; want {RATE} Hz")
         if len(samples) > LENGTH:
             continue
         clip = np.zeros(LENGTH)

@@ -30,11 +30,12 @@ from fastddpm.audio import Audio
 from fastddpm.core.names import SHIPPED_SOUNDS
 from fastddpm.storage.audio import spectrogram
 from fastddpm.storage.files import atomic
+from fastddpm.storage.fingerprint import weights_sha256
 from fastddpm.storage.images import save_npz
 from fastddpm.storage.plots import STYLE, with_error
 
 SETTINGS = {"full": (1.0, "with σ_t z"), "half": (0.5, "with half of σ_t z"), "none": (0.0, "without σ_t z")}
-CLIPPED, END = 0.999, 0.05  # two neighbours from here on are clipped; the share of a clip that is its end
+CLIPPED, END = 32767 / 32768, 0.05  # two neighbours from here on are clipped; the share of a clip that is its end
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,20 @@ class Measured:
 
 def draw(sampler: Sampler, setting: str, num_samples: int, folder: Path, **options: Any) -> Tensor:
     """[N, L]: the waveforms of a setting, every digit in turn. The folder keeps them for the next time."""
-    path = folder / f"{setting}.npz"
+    path, about = folder / f"{setting}.npz", folder / f"{setting}.json"
+    how = {"weights": weights_sha256(sampler.model), "num_samples": num_samples, **options}
     if path.exists():
+        if not about.exists() or json.loads(about.read_text()) != how:
+            raise ValueError(f"{path} was drawn by another model or with other options; name another folder")
         with np.load(path) as arrays:
-            if len(arrays["arr_0"]) == num_samples:
-                return torch.from_numpy(arrays["arr_0"])
-        raise ValueError(f"{path} holds another number of samples than {num_samples}; name another folder")
+            return torch.from_numpy(arrays["arr_0"])
     medium = sampler.medium
     assert isinstance(medium, Audio)
     digits = [i % DIGITS for i in range(num_samples)]
     x = sampler.sample(num_samples, class_labels=digits, noise=SETTINGS[setting][0], **options)
     waveforms = medium.decode(x)[:, 0].clamp(-1, 1)
     folder.mkdir(parents=True, exist_ok=True)
+    about.write_text(json.dumps(how))
     save_npz(waveforms, path)
     return waveforms
 

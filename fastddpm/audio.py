@@ -9,6 +9,7 @@ sound.decode(x)  # waveforms again
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.core import noise
-from fastddpm.core.checks import one_of, whole
+from fastddpm.core.checks import one_of, shown, whole
 from fastddpm.core.names import AUDIO_CODES
 
 HIGHEST_RATE = 1_000_000  # Hz
 RANGE = 70.0  # dB from the level of the number -1 to that of the number 1
 COLUMNS = 16  # encoded waveforms are padded to a multiple of so many columns, so that a network can halve their number
 ROUNDS, MOMENTUM = 60, 0.99  # of the search for phases; Perraudin et al. recommend 0.99
-SEED, STREAM = 0, 255  # of the first phases, as docs/noise.md calls them; the sample index and t are 0
-_AT_ONCE = 1 << 22  # values of an intermediate result
+_AT_ONCE = 1 << 20  # values at a time: encoding takes some 140 bytes for each value, decoding 240
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Audio:
     The code "waveform" is the waveform itself, [1, L] numbers in [-1, 1].
 
     The code "spectrogram" is its level at each frequency and time, [C, columns] numbers in [-1, 1]. Row k is the
-    frequency k * sample_rate / (2 C), column i the time i * C / 2 samples: the magnitude m of a short-time Fourier
-    transform with a Hann window of 2 C samples, 32 ms rounded up to a power of two. A sine of amplitude 1 has m = 1. It
-    is written in dB: from -1, which is m = 0, to 1, which is m = 1 and more, over a range of 70 dB. The phase is lost.
-    `decode` finds one that fits the magnitudes, by the method of Griffin & Lim 1984 as Perraudin et al. 2013
-    accelerate it, from first phases that are always the same.
+    frequency k * sample_rate / (2 C), column i the time i * C / 2 samples. m is the magnitude of a short-time Fourier
+    transform with a Hann window of 2 C samples: 32 ms rounded up to a power of two, at least 16. A sine of amplitude 1
+    has m = 1. The level is 1 + 20 log10(m + 10^(-70/20)) / 35, clamped to [-1, 1]: silence is -1, and 2 are 70 dB. The
+    phase is lost. `decode` finds one that fits the magnitudes, by the method of Griffin & Lim 1984 as Perraudin et al.
+    2013 accelerate it. It begins with the phases of the complex numbers [C + 1, columns] whose real and imaginary parts
+    are, in this order, normal numbers of the noise standard (seed 0, sample 0, stream 255, t = 0).
 
     Attributes:
         sample_rate: per second, a whole number from 1 to 1,000,000.
@@ -63,24 +64,29 @@ class Audio:
         return 1, shape[1] if self.code == "waveform" else shape[1] * self.channels // 2
 
     def encode(self, waveforms: np.ndarray) -> np.ndarray:
-        """Floating-point waveforms [N, 1, L] in [-1, 1] as samples, float32.
+        """Floating-point waveforms [N, 1, L] in [-1, 1], N and L >= 1, as samples, float32.
 
         A spectrogram covers the waveform and zeros after it, up to a multiple of 16 columns.
+        Raises: ValueError: waveforms are not as above.
         """
+        if not isinstance(waveforms, np.ndarray) or waveforms.dtype.kind != "f" or not _fits(waveforms, 1):
+            raise ValueError(f"waveforms are {_came(waveforms)}; want a NumPy array of floats in [-1, 1], [N, 1, L]")
         if self.code == "waveform":
             return waveforms.astype(np.float32)
         length = waveforms.shape[2]
         padding = -length % (COLUMNS * self.channels // 2)
-        parts = torch.from_numpy(np.ascontiguousarray(waveforms[:, 0])).split(max(1, _AT_ONCE // (length + padding)))
-        return torch.cat([self._levels(F.pad(part.double(), (0, padding))) for part in parts]).numpy()
+        parts = torch.from_numpy(waveforms[:, 0].astype(np.float64)).split(max(1, _AT_ONCE // (length + padding)))
+        return torch.cat([self._levels(F.pad(part, (0, padding))) for part in parts]).numpy()
 
     def decode(self, samples: Tensor) -> Tensor:
-        """Floating-point samples as waveforms [N, 1, L] on their device.
+        """Floating-point samples [N, C, L], N and L >= 1, as waveforms [N, 1, L] of their dtype, on their device.
 
         Those of the code "waveform" may go beyond [-1, 1]. From a spectrogram [C, columns] a waveform has
-        L = columns * C / 2. It would go beyond [-1, 1] where the levels do not belong to any waveform; then it is
-        scaled to a peak of 1.
+        L = columns * C / 2. With the phases that are found it may go beyond [-1, 1]; then it is scaled to a peak of 1.
+        Raises: ValueError: samples are not as above.
         """
+        if not isinstance(samples, Tensor) or not samples.is_floating_point() or not _fits(samples, self.channels):
+            raise ValueError(f"samples are {_came(samples)}; want a tensor of floats, [N, {self.channels}, L]")
         if self.code == "waveform":
             return samples
         parts = samples.double().split(max(1, _AT_ONCE // math.prod(samples.shape[1:])))
@@ -128,6 +134,15 @@ def window_of(sample_rate: int) -> int:
     return max(16, 1 << math.ceil(math.log2(0.032 * sample_rate)) if sample_rate > 32 else 1)
 
 
+def _fits(x: np.ndarray | Tensor, channels: int) -> bool:
+    """Whether x is [N, channels, L] with N and L >= 1."""
+    return x.ndim == 3 and x.shape[1] == channels and 0 not in x.shape
+
+
+def _came(x: Any) -> str:
+    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, np.ndarray | Tensor) else shown(x)
+
+
 def _phases(spectrum: Tensor) -> Tensor:
     """Numbers of the same angles and of absolute value 1."""
     return spectrum / spectrum.abs().clamp(min=1e-30)
@@ -135,7 +150,7 @@ def _phases(spectrum: Tensor) -> Tensor:
 
 def _normal(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Normal numbers [*shape, 2], always the same ones."""
-    drawn = noise.normal(noise.address(SEED, 1, "cpu"), (2 * math.prod(shape),), stream=STREAM, t=0)
+    drawn = noise.normal(noise.address(0, 1, "cpu"), (2 * math.prod(shape),), stream=noise.CODES, t=0)
     return drawn.double().view(*shape, 2).to(device)
 
 

@@ -27,7 +27,6 @@ from fastddpm.core.names import TEXT_CODES
 MOST_CHARACTERS = 1000  # of an alphabet
 INVALID = "\ufffd"  # what a number that no symbol has is decoded to: Unicode's replacement character
 WIDTH = 16  # numbers per symbol of the code "embeddings"
-SEED, STREAM = 0, 255  # of the embeddings, as docs/noise.md calls them; the sample index is the symbol's number, t is 0
 _AT_ONCE = 1 << 22  # values of an intermediate result
 
 
@@ -39,7 +38,7 @@ class Text:
     alphabet. The code "bits" is the symbol's number in binary, most significant bit first, each bit as -1 or 1: the
     analog bits of Chen et al. 2022 (arXiv:2208.04202); C is the number of bits of the largest number. The code
     "embeddings" is a fixed vector for each symbol, as in Li et al. 2022 (arXiv:2205.14217) but not trained: C = 16
-    normal numbers of the project's noise standard (seed 0, stream 255), scaled to the norm 4.
+    normal numbers of the noise standard (seed 0, sample: the symbol, stream 255, t = 0), scaled to the norm 4.
 
     Attributes:
         alphabet: 1 to 1000 distinct characters.
@@ -231,7 +230,7 @@ def _codes(count: int, code: str, device: torch.device) -> Tensor:
         bits = (count - 1).bit_length()
         rows = [[2.0 * (symbol >> bit & 1) - 1 for bit in reversed(range(bits))] for symbol in range(count)]
     else:
-        drawn = noise.normal(noise.address(SEED, count, "cpu"), (WIDTH,), stream=STREAM, t=0).tolist()
+        drawn = noise.normal(noise.address(0, count, "cpu"), (WIDTH,), stream=noise.CODES, t=0).tolist()
         norms = [math.sqrt(math.fsum(z * z for z in row)) for row in drawn]  # in float64, rounded alike everywhere
         rows = [[z / norm * math.sqrt(WIDTH) for z in row] for row, norm in zip(drawn, norms, strict=True)]
     with torch.inference_mode(False):  # it is cached, and one made in inference mode could not be used with autograd

@@ -88,6 +88,38 @@ def test_waveforms_are_left_as_they_are():
     assert (Audio(8000).channels, Audio(8000).shape_of_waveform((1, 100))) == (1, (1, 100))
 
 
+X, W = np.zeros((2, 128, 16), np.float32), np.zeros((2, 1, 1024), np.float32)
+
+
+@pytest.mark.parametrize(
+    "waveforms", [W[0], W[:0], W[..., :0], W.repeat(3, 1), W.astype(np.int16), torch.zeros(2, 1, 1024), None]
+)
+@pytest.mark.parametrize("sound", [SOUND, Audio(8000)])
+def test_waveforms_are_checked(sound, waveforms):
+    with pytest.raises(ValueError, match=r"^waveforms are .*; want a NumPy array of floats in \[-1, 1\], \[N, 1, L\]$"):
+        sound.encode(waveforms)
+
+
+@pytest.mark.parametrize("samples", [X[0], X[:0], X[..., :0], X[:, :3], X.astype(np.int64)])
+def test_samples_are_checked(samples):
+    with pytest.raises(ValueError, match=r"^samples are .*; want a tensor of floats, \[N, 128, L\]$"):
+        SOUND.decode(torch.from_numpy(samples))
+    with pytest.raises(ValueError, match=r"^samples are \(2, 128, 16\) float32; want a tensor"):
+        SOUND.decode(X)
+
+
+def test_read_only_waveforms_are_encoded():
+    waveforms = noises(1, 100)
+    waveforms.flags.writeable = False
+    assert SOUND.encode(waveforms).shape == (1, 128, 16)
+
+
+def test_levels_are_defined():
+    """1 + 20 log10(m + 10^(-70/20)) / 35, of a sine whose amplitude is the range below full scale."""
+    x = SOUND.encode(sine(1000, amplitude=10 ** (-70 / 20)))
+    assert np.abs(x[0, 32, 4:-4] - (1 + 20 * np.log10(2 * 10 ** (-70 / 20)) / 35)).max() < 1e-3
+
+
 @pytest.mark.parametrize("rate", [0, 8000.0, True, HIGHEST_RATE + 1, None])
 def test_sample_rates_are_checked(rate):
     with pytest.raises(ValueError, match=f"sample_rate is {rate}; want a whole number from 1 to 1000000"):

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fastddpm.checkpoints import lerobot
 from fastddpm.checkpoints.checkpoint import Checkpoint
-from fastddpm.checkpoints.medium import MEDIUM, Medium, read_medium, write_medium
+from fastddpm.checkpoints.medium import MEDIUM, Medium, check_medium, read_medium, write_medium
 from fastddpm.checkpoints.reading import as_folder, in_one_line, named, read_any_json, read_json
 from fastddpm.checkpoints.weights import WEIGHTS, read_weights, weight_files
 from fastddpm.core.checks import checked_call, flag, is_whole, real, shown
-from fastddpm.core.names import SHIPPED_MODEL
+from fastddpm.core.names import SHIPPED_MODELS
 from fastddpm.core.schedule import Schedule
 from fastddpm.networks.config import beyond_diffusers as config_beyond_diffusers
 from fastddpm.networks.config import complete_config
@@ -31,7 +31,7 @@ from fastddpm.networks.fused import completed, kind_of
 from fastddpm.networks.unet2d import UNet2D
 from fastddpm.storage.files import atomic, check_regular
 
-WANTED = f"want a folder, {SHIPPED_MODEL}, or a hub id such as google/ddpm-cifar10-32"
+WANTED = f"want a folder, one of {', '.join(SHIPPED_MODELS)}, or a hub id such as google/ddpm-cifar10-32"
 _INDEX = "model_index.json"
 _CONFIG = "config.json"
 _SCHEDULER = "scheduler_config.json"
@@ -73,17 +73,18 @@ def read(folder: Path, variant: str | None = None, schedule: Schedule | None = N
     classes, ignored = _read_classes(home, complete["num_class_embeds"] if null_label is None else null_label)
     decoder = home if _has_latents(home) else None
     notes = *notes, *renamed, *ignored
+    with _naming(home / MEDIUM):
+        check_medium(medium := read_medium(home), _shape(complete, medium))
     return Checkpoint(
-        options,
-        parameters,
-        schedule,
-        classes,
-        decoder,
-        notes,
-        null_label,
-        timestep_scale=scale,
-        medium=read_medium(home),
+        options, parameters, schedule, classes, decoder, notes, null_label, timestep_scale=scale, medium=medium
     )
+
+
+def _shape(complete: Mapping[str, Any], medium: Medium | None) -> tuple[int, ...]:
+    """The shape of a network's samples, as far as its options say; the length that a text has, if they do not."""
+    if "input_dim" not in complete:
+        return complete["in_channels"], 1, 1
+    return complete["input_dim"], complete["sample_size"] or getattr(medium, "length", 1)
 
 
 def decoder_of(folder: Path) -> tuple[str, str] | None:
@@ -165,10 +166,11 @@ def save(
     root = as_folder("folder", folder)
     _check_content(config, state_dict, schedule, dtype)
     null_label = _null_label(null_label, config)
-    if not flag("pipeline", pipeline) and (root / "unet").exists():
+    if not flag("pipeline", pipeline) and os.path.exists(root / "unet"):
         raise ValueError(f"{root} holds a pipeline's unet/, which would be loaded instead; use another folder")
     unet, scheduler = (root / "unet", root / "scheduler") if pipeline else (root, root)
     options = _options(config)
+    check_medium(medium, _shape(completed(options)[0], medium))
     known = not beyond_diffusers(config, timestep_scale)
     class_name = "UNet2DModel" if known else kind_of(config).__name__
     index = {

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fastddpm.core.checks import one_of
 from fastddpm.core.names import SHIPPED_MODEL, SHIPPED_MODELS
 
 FOLDERS = {name: Path(__file__).parents[1] / "models" / name for name in SHIPPED_MODELS}
@@ -11,8 +12,9 @@ def shipped_model(name: str = SHIPPED_MODEL) -> Path:
     """The folder of a bundled model.
 
     Args: name: one of SHIPPED_MODELS.
-    Raises: ValueError: the package was built without it, perhaps for its licence.
+    Raises: ValueError: there is no such model, or the package was built without it, perhaps for its licence.
     """
-    if not FOLDERS[name].is_dir():
-        raise ValueError(f"this build of fastddpm was made without the model {name}; install another, or train it")
-    return FOLDERS[name]
+    folder = FOLDERS[one_of("name", name, SHIPPED_MODELS)]
+    if not folder.is_dir():
+        raise ValueError(f"this build of fastddpm lacks the model '{name}'; install a build that has it, or train it")
+    return folder

@@ -1,6 +1,7 @@
 """What samples are given on the command line: guidance, arguments of the network, images to change or to complete."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +135,7 @@ def _values(option: str, path: str) -> np.ndarray:
         if len(arrays) != 1:
             raise ValueError(f"{option} is {path}, which holds {', '.join(arrays) or 'no arrays'}; want a single array")
         return next(iter(arrays.values()))
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return load_images(path, progress=False)
     try:
         with Image.open(path) as image:

@@ -20,6 +20,7 @@ from fastddpm.core.precision import named_device
 STEP, START, TRAIN, LIKELIHOOD = 0, 1, 2, 3  # streams: z of a reverse step; x_T; eps in training; eps in likelihood
 KNOWN, RENOISE = 4, 5  # z of the known part of x_{t-1}; z on the way back from x_{t-1} to x_t
 COUPLING = 6  # u, which decides whether a draft is accepted in sampling parallel in time
+CODES = 255  # the embeddings of text, and the first phases of sounds
 VISIT = 1 << 20  # is added to t in each further visit of a timestep; more than any number of timesteps
 
 END = 1 << 56  # of the sample indices
@@ -83,7 +84,7 @@ def normal(address: Tensor, shape: Sequence[int], *, stream: int, t: int | Tenso
         address: [N, 2] int64: (seed, sample index) of each; the unsigned 64-bit seed in two's complement,
             0 <= index < 2^56. Unchecked: reading it would sync.
         shape: of one sample, channels first: (C, H, W), (C, L) or (D,).
-        stream: 0 to 255, the purpose of the noise: STEP, START, ... or RENOISE; 128 to 255 are free for users.
+        stream: 0 to 255, the purpose of the noise: STEP, START, ... or RENOISE; 128 to 254 are free for users.
         t: timestep, an int or [N] integers; 0 <= t < 2^32. Unchecked in a tensor: reading it would sync.
     Returns: float32 [N, *shape] on address's device, channels-last in memory.
     Raises: ValueError: an argument is not as above.

@@ -307,7 +307,9 @@ def _channels_last_data(data: Any, sampler: Sampler) -> tuple[Tensor, Bins | Non
         want: tuple[int, ...] = (*shape[1:], shape[0])
     elif x.dtype == torch.int16:
         if isinstance(sampler.medium, Audio) and sampler.medium.code != "waveform":
-            raise ValueError("data is int16, but the model's samples are spectrograms; pass sampler.medium.encode(...)")
+            raise ValueError(
+                "data is int16, but the model draws spectrograms; pass sampler.medium.encode(data / 32768)"
+            )
         x, want = x.float() / FULL_SCALE, shape
     elif x.is_floating_point() and x.layout == torch.strided:
         x, want = x.float(), shape

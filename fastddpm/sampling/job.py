@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastddpm.audio import Audio
+from fastddpm.checkpoints.medium import Medium
 from fastddpm.core.checks import checked_call, flag, shown, takes_options_of
 from fastddpm.processes.displays import Stderr, check_log
 from fastddpm.processes.distributed import AgreedError, Ranks, ranks
@@ -174,7 +175,7 @@ def _draw_missing(
             stopped=stopped,
         )
         with job_progress:
-            with _Writer(shards, job_progress) as writer:
+            with _Writer(shards, drawer.sampler.medium, job_progress) as writer:
                 for k in mine:
                     writer.put(k, drawer.draw(shards, k, job_progress))
             job_progress.done()
@@ -265,7 +266,7 @@ class _Drawer:
         places = torch.tensor(shards.places(k), dtype=torch.int64, device="cpu")
         return {**arguments(self.conditions.take(places)), **vars(self.drawing)}
 
-    def draw(self, shards: ShardFolder, k: int, progress: JobProgress) -> np.ndarray:
+    def draw(self, shards: ShardFolder, k: int, progress: JobProgress) -> Tensor:
         """The samples of shard k. Raises: ValueError: the weights are others now."""
         x = self.sampler.sample(
             shards.indices(k),
@@ -277,9 +278,7 @@ class _Drawer:
             kept = f"shards of the old weights stay in {shards.path}"
             way_out = "give the job a copy of the model that nothing else changes"
             raise ValueError(f"the model's weights were changed while the job ran; {kept}, and no others: {way_out}")
-        if shards.format == "wav" and isinstance(medium := self.sampler.medium, Audio):
-            x = medium.decode(x)
-        return np.ascontiguousarray(x.numpy())
+        return x
 
     def _weights(self) -> object:
         model = self.sampler.model
@@ -304,21 +303,23 @@ def _wait(arrived: Callable[[], bool], progress: JobProgress) -> None:
 
 
 class _Writer:
-    """Encodes and writes shards while others are drawn. When the block ends, all of them are written."""
+    """Decodes, encodes and writes shards while others are drawn. When the block ends, all of them are written."""
 
-    def __init__(self, shards: ShardFolder, progress: JobProgress):
-        self.shards, self.progress = shards, progress
+    def __init__(self, shards: ShardFolder, medium: Medium | None, progress: JobProgress):
+        self.shards, self.medium, self.progress = shards, medium, progress
         self.pool, self.waiting = ThreadPoolExecutor(1, "writer"), deque[Future[None]]()
 
-    def put(self, k: int, samples: np.ndarray) -> None:
+    def put(self, k: int, samples: Tensor) -> None:
         """Queue a shard for writing. Raises: the error of an earlier one."""
         while len(self.waiting) >= WAITING or (self.waiting and self.waiting[0].done()):
             self.waiting.popleft().result()
         self.waiting.append(self.pool.submit(self._write, k, samples))
 
-    def _write(self, k: int, samples: np.ndarray) -> None:
+    def _write(self, k: int, samples: Tensor) -> None:
         try:
-            self.shards.write(k, samples)
+            if self.shards.format == "wav" and isinstance(self.medium, Audio):
+                samples = self.medium.decode(samples)
+            self.shards.write(k, np.ascontiguousarray(samples.numpy()))
         except Exception as error:
             self.progress.fail(error)  # which ends the drawing of the current shard
             raise

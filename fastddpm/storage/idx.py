@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -68,6 +69,6 @@ def labels_beside(path: Path) -> Path:
         raise ValueError(f"{path} has no 'images' in its name that 'labels' could replace; {way_out}")
     name = re.sub("idx[34]", "idx1", path.name.removesuffix(".gz").replace("images", "labels"))
     for file in (path.with_name(name), path.with_name(f"{name}.gz")):
-        if file.is_file():
+        if os.path.isfile(file):
             return file
     raise ValueError(f"{path} has no labels beside it; want {path.with_name(name)} or the same with .gz")

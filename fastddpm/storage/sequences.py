@@ -10,6 +10,7 @@ import numpy as np
 
 from fastddpm.audio import Audio
 from fastddpm.core.checks import flag, one_of
+from fastddpm.core.memory import is_out_of_memory
 from fastddpm.core.names import AUDIO_CODES
 from fastddpm.storage import npz
 from fastddpm.storage.arrays import StoredArray
@@ -73,7 +74,9 @@ def load_sequences(
             return Sequences(text.encode(texts).numpy(), text)
         found = _from_npz(path, npz.choose_array(path, held_out=held_out) if array is None else array)
         return _encoded(path, found, code, like)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         raise ValueError(f"the sequences of {path} do not fit in memory; use fewer, or shorter ones") from error
 
 

@@ -113,7 +113,10 @@ def test_the_recordings_become_one_file(tmp_path, capsys):
     assert np.abs(x[:50] - scale * clips["3_ann_4"]).max() <= 0.5
     assert not x[50:].any()
     soundfile.write(tmp_path / "9_bob_6.wav", np.zeros(9, np.int16), 16000)
-    with pytest.raises(ValueError, match=r"9_bob_6.wav has 16000 Hz; want 8000 Hz and a name such as 7_jackson_12.wav"):
+    with pytest.raises(ValueError, match=r"9_bob_6.wav has 16000 Hz; want 8000 Hz"):
+        digit_data.collect(tmp_path)
+    (tmp_path / "9_bob_6.wav").rename(tmp_path / "9.wav")
+    with pytest.raises(ValueError, match=r"9.wav is no recording of the dataset; want names such as 7_jackson_12.wav"):
         digit_data.collect(tmp_path)
     with pytest.raises(ValueError, match="lacks recordings"):
         digit_data.collect(tmp_path / "no")
@@ -137,6 +140,9 @@ def test_digits_are_measured(data, tmp_path, capsys):
         assert picture.size == (1100, 480)
     digits.main([data, *options])  # from the folder
     assert capsys.readouterr().out == printed
+    with pytest.raises(SystemExit):
+        digits.main([data, *options, "--steps", "2"])
+    assert "full.npz was drawn by another model or with other options" in capsys.readouterr().err
 
 
 def test_clipping_silence_and_offsets_are_measured():
@@ -147,5 +153,9 @@ def test_clipping_silence_and_offsets_are_measured():
     found = digits.measure("x", x, torch.arange(20) % 10, [1.0, 2.0], model.spectrogram(x).flatten(1).detach(), model)
     assert (found.clipped, round(found.end_db), found.nearest) == (1.0, -40, 0.0)
     assert found.peak == pytest.approx(1, abs=1e-3)
+    at_full_scale = torch.sin(2 * torch.pi * 90 * t).expand(20, -1)
+    at_full_scale = at_full_scale / at_full_scale.abs().max()
+    found = digits.measure("x", at_full_scale, torch.arange(20) % 10, [1.0, 2.0], torch.zeros(1, 40 * 32), model)
+    assert (found.peak, found.clipped) == (1.0, 0.0)
     quiet = digits.measure("x", x / 2 + 0.1, torch.arange(20) % 10, [1.0, 2.0], torch.zeros(1, 40 * 32), model)
     assert (quiet.clipped, round(quiet.dc, 2)) == (0.0, 0.1)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler,
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
-from fastddpm import Sampler, Schedule, UNet2D, checkpoints
+from fastddpm import Sampler, Schedule, UNet1D, UNet2D, checkpoints
+from fastddpm.audio import Audio
 from fastddpm.checkpoints import SHIPPED_MODELS, shipped_model
 from fastddpm.evaluate.likelihood import bound
 from fastddpm.train.initial import load_initial
@@ -205,6 +207,17 @@ def test_variant_is_part_of_a_name(folder, variant):
     assert line.startswith("variant is ")
     assert line.endswith("want a name such as 'fp16', or None")
     assert len(line) < 300
+
+
+def test_a_medium_must_fit_the_network(tmp_path):
+    net, schedule = UNet1D(input_dim=128, down_dims=(8,), n_groups=4, sample_size=16), Schedule()
+    wrong = "medium is an Audio, of samples (256, L), but these are (128, 16)"
+    save = partial(checkpoints.save, tmp_path / "x", net.config, net.state_dict(), schedule)
+    assert error_line(save, medium=Audio(16000, "spectrogram")) == wrong
+    save(medium=Audio(8000, "spectrogram"))
+    medium = tmp_path / "x" / "medium.json"
+    medium.write_text(medium.read_text().replace("8000", "16000"))
+    assert error_line(checkpoints.load, tmp_path / "x") == f"{medium}: {wrong}"
 
 
 # The bundled model

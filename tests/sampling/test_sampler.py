@@ -565,7 +565,7 @@ def test_each_shipped_model_is_tested():
 
 def test_a_build_may_leave_a_model_out(monkeypatch, tmp_path):
     monkeypatch.setitem(shipped.FOLDERS, "spoken-digits", tmp_path / "no")
-    with pytest.raises(ValueError, match="this build of fastddpm was made without the model spoken-digits; install"):
+    with pytest.raises(ValueError, match="this build of fastddpm lacks the model 'spoken-digits'; install a build"):
         Sampler.from_pretrained("spoken-digits")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="with --known: take each step but the last R times (default: 1)",
     )
+    group.add_argument(
+        "--round", action="store_true", help="replace the predicted x_0 of each step by the nearest letters (texts)"
+    )
 
 
 def condition_arguments(args: argparse.Namespace, sampler: "Sampler", count: int) -> dict[str, Any]:
@@ -62,6 +66,8 @@ def condition_arguments(args: argparse.Namespace, sampler: "Sampler", count: int
             found[name] = _states(f"--{name}", path, sampler, count, own_channels=name == "concat")
     if args.mask is not None:
         found["mask"] = _mask(args.mask)
+    if args.round:
+        found["x_0_fn"] = _rounding(sampler)
     for name, default in (("guidance_scale", None), ("strength", None), ("resample", 1)):
         if getattr(args, name) != default:
             found[name] = getattr(args, name)
@@ -84,6 +90,14 @@ def steps_of(args: argparse.Namespace, sampler: "Sampler") -> int:
     if args.strength is not None:
         steps = steps_of_strength(steps, args.strength)
     return with_visits(steps, args.resample)
+
+
+def _rounding(sampler: "Sampler") -> Callable[..., Any]:
+    from fastddpm.text import Text
+
+    if not isinstance(sampler.medium, Text):
+        raise ValueError("--round is for models of texts, such as names; leave it out")
+    return sampler.medium.nearest
 
 
 def _states(option: str, path: str, sampler: "Sampler", count: int, *, own_channels: bool) -> np.ndarray:

@@ -51,7 +51,7 @@ examples:
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
   fastddpm sample spoken-digits --class-labels 0-9 --guidance-scale 2 --out digits/ --format wav    ten WAV files
-  fastddpm sample names --num-samples 20                   texts, printed one a line
+  fastddpm sample names --num-samples 20 --round           texts, printed one a line
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
   fastddpm sample --num-samples 1 --parallel law           one garment, with fewer sequential network calls
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture
@@ -312,9 +312,10 @@ def _decoded(sampler: "Sampler", latents: "Tensor", batch_size: int | None) -> "
 
 
 def _check_options_of_a_folder(args: argparse.Namespace) -> None:
-    for option, is_given in (("--decode", args.decode), ("--trajectory", args.trajectory is not None)):
+    for option, is_given in (("--decode", args.decode), ("--trajectory", args.trajectory), ("--round", args.round)):
         if is_given:
-            raise ValueError(f"{option} is for one file, not for a folder; use --out x.png, or --out x.npz")
+            way_out = f"use --out x.{'txt' if option == '--round' else 'png'}, or --out x.npz"
+            raise ValueError(f"{option} is for one file, not for a folder; {way_out}")
 
 
 def _check_options_of_one_file(args: argparse.Namespace, samples: Indices, out: Path, group: "Ranks") -> None:
@@ -327,6 +328,8 @@ def _check_options_of_one_file(args: argparse.Namespace, samples: Indices, out: 
     for option, value in (("--shard-size", args.shard_size), ("--json-log", args.json_log)):
         if value is not None:
             raise ValueError(f"{option} does not apply to one file, {out}; {way_out}")
+    if args.round and (args.parallel != "off" or args.window is not None):
+        raise ValueError("--round requires sequential steps; leave out --round, or --parallel and --window")
     if len(samples) > MOST_SAMPLES:
         raise ValueError(f"{len(samples)} samples are too many for one file, {out}; {way_out}")
     if args.decode and find_spec("diffusers") is None:

@@ -64,6 +64,9 @@ def test_texts_are_trained_and_printed(capsys, code):
     assert not os.path.exists("samples.png")
     assert main(["sample", out, "--num-samples", "5", "--seed", "3", "--out", "drawn.txt", "--quiet"]) == 0
     assert Path("drawn.txt").read_text() == printed
+    assert main(["sample", out, "--num-samples", "9", "--steps", "4", "--quiet", "--round"]) == 0
+    x = Sampler.from_pretrained(out).sample(9, steps=4, progress=False, x_0_fn=medium.nearest)
+    assert capsys.readouterr().out == "".join(f"{name}\n" for name in medium.decode(x))
 
 
 def test_a_run_of_sequences_resumes():
@@ -205,6 +208,13 @@ def test_verify_climbs_the_ladder(make, capsys):
     ("make", "flags", "message"),
     [
         (names, ["--out", "x.png"], "samples are texts; want --out with the suffix .npz or .txt"),
+        (
+            names,
+            ["--out", "x/", "--format", "npz", "--round"],
+            "--round is for one file, not for a folder; use",
+        ),
+        (names, ["--parallel", "law", "--round"], "--round requires sequential steps; leave out --round"),
+        (digits, ["--round"], "--round is for models of texts, such as names; leave it out"),
         (names, ["--out", "x/", "--format", "wav"], "medium.json does not describe sounds"),
         (digits, ["--out", "x.wav", "--format", "wav"], "--format wav writes a folder of WAV files"),
         (digits, ["--out", "x.txt"], "samples are sounds; want --out with the suffix .png or .npz"),

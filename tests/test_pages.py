@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastddpm import Schedule, checkpoints
+from fastddpm import Schedule, UNet1D, checkpoints
+from fastddpm.audio import Audio
 from fastddpm.checkpoints import shipped
 from fastddpm.storage.images import save_pngs
+from fastddpm.text import Text
 from tests.support.jobs import tiny_unet
 from tests.support.unet_model import UNetModel
 
@@ -54,7 +56,7 @@ WITH_PYTHON = [page for page in PAGES if any(language == "python" for language, 
 def readers_folder(tmp_path, monkeypatch):
     """A folder with what the pages name: checkpoints (instead of a download), data, a network that gives features.
 
-    The bundled model is a stand-in, too: a small network and 100 steps, so that a page takes seconds.
+    Bundled models are stand-ins, too: small networks and few steps, so that a page takes seconds.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -63,6 +65,15 @@ def readers_folder(tmp_path, monkeypatch):
     for name, net, steps in (("runs/mine", grey, 100), ("google/ddpm-cifar10-32", colour, 1000)):
         checkpoints.save(name, net.config, net.state_dict(), Schedule(num_train_timesteps=steps))
     monkeypatch.setitem(shipped.FOLDERS, "fashion-mnist", tmp_path / "runs/mine")
+    small, few = {"down_dims": (8,), "n_groups": 4, "kernel_size": 1}, Schedule(num_train_timesteps=10)
+    digits = UNet1D(**small, input_dim=128, sample_size=96, num_class_embeds=11)
+    names = UNet1D(**small, input_dim=16, sample_size=16)
+    for name, net, more in (
+        ("spoken-digits", digits, {"null_label": 10, "medium": Audio(8000, "spectrogram")}),
+        ("names", names, {"medium": Text.fit(["abcdefghijkl"], "embeddings")}),
+    ):
+        checkpoints.save(f"runs/{name}", net.config, net.state_dict(), few, **more)
+        monkeypatch.setitem(shipped.FOLDERS, name, tmp_path / "runs" / name)
     rng = np.random.default_rng(0)
     np.savez("fashion-mnist.npz", x_train=rng.integers(0, 256, (16, 28, 28), np.uint8))
     np.savez("test.npz", x=rng.integers(0, 256, (3, 28, 28), np.uint8))

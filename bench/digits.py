@@ -116,7 +116,7 @@ def markdown(found: Sequence[Measured]) -> str:
     titles = "clips", "heard as asked", "Fréchet distance", "nearest training clip", "distance of two"
     lines = [f"| {' | '.join(titles)} |", "|---|" + "--:|" * (len(titles) - 1)]
     for one in found:
-        heard = f"{100 * one.heard[0]:.0f} ± {100 * one.heard[1]:.0f} %"
+        heard = f"{with_error(100 * one.heard[0], 100 * one.heard[1])} %"
         cells = heard, with_error(*one.distance), f"{one.nearest:.1f}", with_error(*one.apart)
         lines.append(f"| {' | '.join([one.title, *cells])} |")
     titles = "clips", "peak", "rms", "DC", "clipped", "last 5 %"

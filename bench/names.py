@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.names", formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__
     )
-    parser.add_argument("train", help="the names of the training, one a line")
+    parser.add_argument("train", help="training names, one per line")
     parser.add_argument("held_out", help="names that were held out")
     parser.add_argument(
         "--checkpoint", default=SHIPPED_TEXTS, metavar="FOLDER", help="a model of names (default: %(default)s)"
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets = set(train), set(held_out)
         found = [measure_samples(sampler, title, args.num_samples, model, *sets) for title in SETTINGS]
         found.append(measure("held-out names", held_out, model, *sets))
-        found.append(measure("the 5-gram's own", model.sample(args.num_samples), model, *sets))
+        found.append(measure("names drawn from the 5-gram model", model.sample(args.num_samples), model, *sets))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.out:

@@ -29,17 +29,18 @@ _AT_ONCE = 1 << 20  # values at a time: encoding takes some 140 bytes for each v
 
 @dataclass(frozen=True)
 class Audio:
-    """What samples are, if they are sounds of one channel.
+    """The representation of mono sounds as samples of a model.
 
     The code "waveform" is the waveform itself, [1, L] numbers in [-1, 1].
 
     The code "spectrogram" is its level at each frequency and time, [C, columns] numbers in [-1, 1]. Row k is the
-    frequency k * sample_rate / (2 C), column i the time i * C / 2 samples. m is the magnitude of a short-time Fourier
-    transform with a Hann window of 2 C samples: 32 ms rounded up to a power of two, at least 16. A sine of amplitude 1
-    has m = 1. The level is 1 + 20 log10(m + 10^(-70/20)) / 35, clamped to [-1, 1]: silence is -1, and 2 are 70 dB. The
-    phase is lost. `decode` finds one that fits the magnitudes, by the method of Griffin & Lim 1984 as Perraudin et al.
-    2013 accelerate it. It begins with the phases of the complex numbers [C + 1, columns] whose real and imaginary parts
-    are, in this order, normal numbers of the noise standard (seed 0, sample 0, stream 255, t = 0).
+    frequency k * sample_rate / (2 C), column i is centred at sample i * C / 2. The level is 1 + 20 log10(m +
+    10^(-70/20)) / 35, clamped to [-1, 1]: -1 is silence, 1 is full scale, and the range covers 70 dB. m is the
+    magnitude of a short-time Fourier transform with a hop of C / 2 and a Hann window of 2 C samples, which are 32 ms
+    rounded up to a power of two, at least 16. A sine of amplitude 1 has m = 1. The phase is lost. `decode` finds one
+    that fits the magnitudes, by the method of Griffin & Lim 1984 as Perraudin et al. 2013 accelerate it. It begins with
+    the phases of the complex numbers [C + 1, columns] whose real and imaginary parts are, in this order, normal numbers
+    of the noise standard (seed 0, sample 0, stream 255, t = 0).
 
     Attributes:
         sample_rate: per second, a whole number from 1 to 1,000,000.

@@ -32,7 +32,7 @@ _AT_ONCE = 1 << 22  # values of an intermediate result
 
 @dataclass(frozen=True)
 class Text:
-    """What samples are, if they are text: one symbol at each of L positions, written as C numbers.
+    """The representation of texts as samples of a model: one symbol at each of L positions, written as C numbers.
 
     Symbol 0 is the end of the text and fills the positions after it; symbols 1, 2, ... are the characters of the
     alphabet. The code "bits" is the symbol's number in binary, most significant bit first, each bit as -1 or 1: the
@@ -58,7 +58,8 @@ class Text:
 
     @classmethod
     def fit(cls, texts: Sequence[str], code: str = "bits") -> "Text":
-        """The Text of the sorted characters of texts; its length is that of the longest + 1, up to a multiple of 4."""
+        """The Text of the sorted characters of texts; its length is that of the longest and the end symbol,
+        up to a multiple of 4."""
         _check_texts(texts)
         longest = max(map(len, texts))
         if longest == 0:

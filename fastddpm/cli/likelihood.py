@@ -37,7 +37,7 @@ EPILOG = """
 examples:
   fastddpm likelihood runs/mine test.npz                         every term for every image
   fastddpm likelihood fashion-mnist test.npz --num-images 1000 --terms 20 --plot bound.png
-  fastddpm likelihood names held-out.txt                         texts, one a line
+  fastddpm likelihood runs/names held-out.txt                    texts, one per line
 
 Prints a bound on -log2 p(image) in bits per dimension, as the DDPM paper reports it: the rate L_1 + ... + L_T and the
 distortion L_0, each with its standard error over the images. DATA is read and prepared as in `fastddpm train`; from an

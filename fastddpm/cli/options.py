@@ -21,12 +21,12 @@ MOST_NUMBERS = 10_000_000  # in a list that is kept in memory
 
 def add_checkpoint(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add the argument CHECKPOINT and the option --variant."""
-    text = "a checkpoint: a folder, a Hugging Face Hub id, or another project's .pt file"
+    text = "a checkpoint: a folder, a Hugging Face Hub id, another project's .pt file, or a bundled model: "
+    text += ", ".join(SHIPPED_MODELS)
     if required:
-        text = f"{text}; or {', '.join(SHIPPED_MODELS)}, which are bundled"
         parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     else:
-        text = f"{text} (default: {SHIPPED_MODEL}, the bundled model)"
+        text = f"{text} (default: {SHIPPED_MODEL})"
         parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", help=text)
     parser.add_argument("--variant", metavar="NAME", help="variant of the weight files, such as fp16")
 

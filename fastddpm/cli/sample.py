@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 SUMMARY = "draw images, sounds or texts from a trained model"
 EPILOG = """
 examples:
-  fastddpm sample                                          16 garments from the bundled model -> samples.png
+  fastddpm sample                                          16 garments from the model fashion-mnist -> samples.png
   fastddpm sample google/ddpm-cifar10-32 --num-samples 64  a diffusers checkpoint from the Hugging Face Hub
   fastddpm sample runs/mine --sampler ddim --steps 50      a local folder; 50 deterministic steps instead of all T
   fastddpm sample --num-samples 8 --trajectory way.gif     also the states from noise to garments
   fastddpm sample runs/mine --class-labels trousers,bag    a class-conditional model
   fastddpm sample --class-labels 0-9 --guidance-scale 2    the bundled class-conditional model, fashion-mnist-classes
   fastddpm sample spoken-digits --class-labels 0-9 --guidance-scale 2 --out digits/ --format wav    ten WAV files
-  fastddpm sample names --num-samples 20 --round           texts, printed one a line
+  fastddpm sample names --num-samples 20 --round           texts, printed one per line
   fastddpm sample --init garment.png --strength 0.5        variations of a picture
   fastddpm sample --num-samples 1 --parallel law           one garment, with fewer sequential network calls
   fastddpm sample --known garment.png --mask left.png      other right halves of a picture
@@ -59,7 +59,7 @@ examples:
   fastddpm sample runs/mine --num-samples 50000 --out samples/ --format webdataset
   torchrun --nproc-per-node 8 -m fastddpm sample runs/mine --num-samples 50000 --out samples/
 
-Sample i of a seed is the same image whatever else is drawn with it, up to the network's rounding. With
+Sample i of a seed is the same whatever else is drawn with it, up to the network's rounding. With
 --batch-invariant the bits are the same, too.
 
 A folder is written shard by shard. If the command is killed, run it again, with any number of processes: it draws the

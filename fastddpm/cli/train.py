@@ -33,7 +33,7 @@ examples:
   fastddpm train animals/ --out runs/animals --class-conditional    with one subfolder per class
   fastddpm train animals/ --out runs/guided --class-conditional --label-dropout 0.1    for classifier-free guidance
   fastddpm train digits.npz --out runs/digits --class-conditional --code spectrogram --prediction sample    sounds
-  fastddpm train names.txt --out runs/names --channels 128 --kernel-size 5 --prediction sample    texts, one a line
+  fastddpm train names.txt --out runs/names --channels 128 --kernel-size 5 --prediction sample    texts, one per line
   torchrun --nproc-per-node 8 -m fastddpm train photographs/ --out runs/photographs
 
 DATA is an .npz or .npy with uint8 [N, H, W] or [N, H, W, C] (FILE.npz:ARRAY names the array), an MNIST-format file

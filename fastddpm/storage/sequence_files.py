@@ -29,7 +29,7 @@ def save_sequences(
     labels: Sequence[int] | None,
     names: Sequence[str] | None,
 ) -> None:
-    """Write one file that shows all samples [N, C, L]: texts one a line, sounds as spectrograms, numbers as an .npz.
+    """Write one file that shows all samples [N, C, L]: texts one per line, sounds as spectrograms, numbers as an .npz.
 
     Args: labels: the class of each; names: of the classes.
     """

@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets = set(train), set(held_out)
         found = [measure_samples(sampler, title, args.num_samples, model, *sets) for title in SETTINGS]
         found.append(measure("held-out names", held_out, model, *sets))
-        found.append(measure("names drawn from the 5-gram model", model.sample(args.num_samples), model, *sets))
+        found.append(measure("drawn from the 5-gram model", model.sample(args.num_samples), model, *sets))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     if args.out:

@@ -312,7 +312,11 @@ def _decoded(sampler: "Sampler", latents: "Tensor", batch_size: int | None) -> "
 
 
 def _check_options_of_a_folder(args: argparse.Namespace) -> None:
-    for option, is_given in (("--decode", args.decode), ("--trajectory", args.trajectory), ("--round", args.round)):
+    for option, is_given in (
+        ("--decode", args.decode),
+        ("--trajectory", args.trajectory is not None),
+        ("--round", args.round),
+    ):
         if is_given:
             way_out = f"use --out x.{'txt' if option == '--round' else 'png'}, or --out x.npz"
             raise ValueError(f"{option} is for one file, not for a folder; {way_out}")

@@ -23,13 +23,14 @@ WINDOW = 8  # slots of a chain
 SAMPLES = 64  # in each set whose distribution is compared
 TRAJECTORY_BOUNDS = {"fp32": 2, "bf16": 4}  # of the median error, as multiples of plain torch's
 SHORTEST = 20  # steps of a trajectory that is shortened to save time
+ENOUGH = 4096  # elements of a batch whose largest error is compared: of a few hundred it is up to chance
 COST_OF_SETS = 11  # a step of the rungs batch and distribution, in steps of the trajectory (two Xeon cores, batch 1)
 
 Errors = list[tuple[int, float, float]]  # (t, error, error of plain torch) after each step, as root mean squares
 
 
 def unet_rung(case: NetworkCase, damage: bool) -> Iterator[Record]:
-    n, T = 2, case.schedule.num_train_timesteps
+    n, T = max(2, -(-ENOUGH // math.prod(case.shape))), case.schedule.num_train_timesteps
     x, given = noise.normal(noise.address(0, n), case.shape, stream=noise.START, t=T), case.given(range(n))
     for precision in case.bar(case.precisions, "U-Net"):
         compute = Compute(case.device, precision)

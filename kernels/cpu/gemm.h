@@ -14,7 +14,8 @@
 namespace fastddpm::FASTDDPM_ISA {
 
 constexpr int CHUNK = 16;
-constexpr int SUMMED = 16;  // chunks that are summed before they are added to the rest, which bounds the error
+// Up to SUMMED chunks are summed at once. Longer sums are added up from parts of half as many, which bounds the error.
+constexpr int SUMMED = 16;
 constexpr int COLUMNS = 2 * LANES;  // of a panel of weights
 constexpr int LINE = 16;  // floats of a cache line
 constexpr int SLACK = 32;  // rows beyond the last one that A and C must have: they are computed, but not used
@@ -90,8 +91,9 @@ template <class T>
 void multiply(int count, const float* a, int64_t chunks, int64_t stride, const float* b, const float* following,
               float* c) {
     int parts = (count + ROWS - 1) / ROWS;
-    for (int64_t chunk = 0; chunk < chunks; chunk += SUMMED) {
-        int64_t depth = smaller<int64_t>(SUMMED, chunks - chunk);
+    int64_t summed = chunks > SUMMED ? SUMMED / 2 : SUMMED;
+    for (int64_t chunk = 0; chunk < chunks; chunk += summed) {
+        int64_t depth = smaller<int64_t>(summed, chunks - chunk);
         const float *rows = a + chunk * stride * CHUNK, *panel = b + chunk * CHUNK * COLUMNS;
         const float* next = chunk + depth < chunks ? panel + depth * CHUNK * COLUMNS : following;
         for (int part = 0; part < parts; ++part) {

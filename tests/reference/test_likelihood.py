@@ -182,7 +182,7 @@ def test_unknown_variance_type_is_rejected():
 @pytest.mark.parametrize(
     ("bins", "centres"),
     [
-        (BYTES, (torch.arange(256) - 127.5) / 127.5),
+        (BYTES, (torch.arange(256, dtype=torch.float64) - 127.5) / 127.5),
         (PCM, torch.arange(-32768, 32768) / 32768),
         (SIGNS, torch.tensor([-1.0, 1.0])),
     ],

@@ -32,7 +32,7 @@ from fastddpm.storage.audio import spectrogram
 from fastddpm.storage.files import atomic
 from fastddpm.storage.fingerprint import weights_sha256
 from fastddpm.storage.images import save_npz
-from fastddpm.storage.plots import STYLE, with_error
+from fastddpm.storage.plots import new_figure, with_error
 
 SETTINGS = {"full": (1.0, "with σ_t z"), "half": (0.5, "with half of σ_t z"), "none": (0.0, "without σ_t z")}
 CLIPPED, END = 32767 / 32768, 0.05  # two neighbours from here on are clipped; the share of a clip that is its end
@@ -89,12 +89,8 @@ def measure(
     """Measure waveforms [N, L]. Args: distances: to real clips; train: log-mel spectrograms of the training clips."""
     found, right = in_parts(model.features, x), (in_parts(model, x).argmax(1) == digits).double()
     spectrograms = in_parts(model.spectrogram, x).flatten(1)
-    nearest = torch.cat(
-        [
-            torch.cdist(part, train, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
-            for part in spectrograms.split(50)
-        ]
-    )
+    exact = {"compute_mode": "donot_use_mm_for_euclid_dist"}  # else equal clips would have a distance
+    nearest = torch.cat([torch.cdist(part, train, **exact).min(1).values for part in spectrograms.split(50)])
     apart = [pairwise(found[digits == digit]) for digit in range(DIGITS)]
     end = x[:, -round(END * x.shape[1]) :].double().square().mean(1)
     return Measured(
@@ -135,21 +131,15 @@ def markdown(found: Sequence[Measured]) -> str:
 
 def plot(sets: dict[str, Tensor], sample_rate: int, path: str | os.PathLike[str]) -> None:
     """Draw the spectrograms of the first clip of each digit, a row per set."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(["default", STYLE, {"axes.grid": False}]):
-        figure = Figure(figsize=(11, 1.6 * len(sets)), dpi=100, layout="constrained")
+    with new_figure(path, (11, 1.6 * len(sets)), dpi=100, layout="constrained") as figure:
         for axes, (title, x) in zip(figure.subplots(len(sets), DIGITS, squeeze=False), sets.items(), strict=True):
             for digit, (panel, waveform) in enumerate(zip(axes, x, strict=False)):
                 extent = (0, len(waveform) / sample_rate, 0, sample_rate / 2000)
                 levels = {"vmin": -80, "vmax": -10, "cmap": "magma"}
                 panel.imshow(spectrogram(waveform, sample_rate), origin="lower", aspect="auto", extent=extent, **levels)
-                panel.set(xticks=[], yticks=[])
+                panel.set(xticks=[], yticks=[])  # and so no grid
                 panel.set_title(str(digit), pad=2)
             axes[0].set_ylabel(title, fontsize=8)
-        with atomic(path) as file:
-            figure.savefig(file, format="png")
 
 
 def measure_all(

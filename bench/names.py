@@ -18,7 +18,7 @@ from bench.ngram import NGram, bits_per_letter
 from fastddpm import Sampler
 from fastddpm.core.names import SHIPPED_TEXTS
 from fastddpm.storage.files import atomic
-from fastddpm.storage.plots import STYLE, with_error
+from fastddpm.storage.plots import new_figure, with_error
 from fastddpm.text import Text, read_texts
 
 SETTINGS = {  # title: (factor of the noise, whether the predicted x_0 are replaced by the nearest letters)
@@ -101,19 +101,13 @@ def markdown(found: Sequence[Measured]) -> str:
 
 def plot(found: Sequence[Measured], path: str | os.PathLike[str]) -> None:
     """Write the first names of each set in three columns below its title."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(11, 3.4), dpi=100, layout="constrained")
+    with new_figure(path, (11, 3.4), dpi=100, layout="constrained") as figure:
         for axes, one in zip(figure.subplots(1, len(found)), found, strict=True):
             axes.set_axis_off()
             axes.set_title(f"{one.title}: {100 * one.distinct:.1f} % different", loc="left")
             for n, name in enumerate(one.shown):
                 row, column = divmod(n, 3)
                 axes.text(column / 3, 1 - (row + 0.5) / (DRAWN / 3), name, va="center", transform=axes.transAxes)
-        with atomic(path) as file:
-            figure.savefig(file, format="png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

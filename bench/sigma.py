@@ -29,7 +29,7 @@ from fastddpm.evaluate.features import CLASSES, SIDE, Classifier
 from fastddpm.sampling.sampler import Sampler
 from fastddpm.storage import images
 from fastddpm.storage.files import atomic, check_writable
-from fastddpm.storage.plots import STYLE, with_error
+from fastddpm.storage.plots import new_figure, with_error
 
 BATCH = 64  # samples per file, which are drawn together
 SHOWN = 64  # samples in a picture
@@ -156,22 +156,16 @@ def markdown(found: Sequence[Measured]) -> str:
 
 def picture(grids: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str], *, dpi: int = 100) -> None:
     """Write a PNG with some captions and, below each, the first 64 of its uint8 images [N, 28, 28], pixel by pixel."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     tiled = [images.grid(pictures[:SHOWN, ..., None], width=448)[..., 0] for _, pictures in grids]
     height, width = (max(grid.shape[axis] for grid in tiled) for axis in (0, 1))
     margin, above = 12, 52
     whole = len(tiled) * (width + margin) + margin, height + above + margin
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=(whole[0] / dpi, whole[1] / dpi), dpi=dpi)
+    with new_figure(path, (whole[0] / dpi, whole[1] / dpi), dpi=dpi) as figure:
         for i, ((caption, _), grid) in enumerate(zip(grids, tiled, strict=True)):
             left = margin + i * (width + margin)
             figure.figimage(grid, left, margin, cmap="gray", vmin=0, vmax=255)
             place = ((left + width / 2) / whole[0], 1 - above / 2 / whole[1])
             figure.text(*place, caption, ha="center", va="center", fontsize=11)
-        with atomic(path) as file:
-            figure.savefig(file, format="png")
 
 
 def _caption(one: Measured) -> str:

@@ -9,7 +9,6 @@ sound.decode(x)  # waveforms again
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastddpm.core import noise
-from fastddpm.core.checks import one_of, shown, whole
+from fastddpm.core.checks import one_of, shape_of, whole
 from fastddpm.core.names import AUDIO_CODES
 
 HIGHEST_RATE = 1_000_000  # Hz
@@ -71,7 +70,7 @@ class Audio:
         Raises: ValueError: waveforms are not as above.
         """
         if not isinstance(waveforms, np.ndarray) or waveforms.dtype.kind != "f" or not _fits(waveforms, 1):
-            raise ValueError(f"waveforms are {_came(waveforms)}; want a NumPy array of floats in [-1, 1], [N, 1, L]")
+            raise ValueError(f"waveforms are {shape_of(waveforms)}; want a NumPy array of floats in [-1, 1], [N, 1, L]")
         if self.code == "waveform":
             return waveforms.astype(np.float32)
         length = waveforms.shape[2]
@@ -87,7 +86,7 @@ class Audio:
         Raises: ValueError: samples are not as above.
         """
         if not isinstance(samples, Tensor) or not samples.is_floating_point() or not _fits(samples, self.channels):
-            raise ValueError(f"samples are {_came(samples)}; want a tensor of floats, [N, {self.channels}, L]")
+            raise ValueError(f"samples are {shape_of(samples)}; want a tensor of floats, [N, {self.channels}, L]")
         if self.code == "waveform":
             return samples
         parts = samples.double().split(max(1, _AT_ONCE // math.prod(samples.shape[1:])))
@@ -138,10 +137,6 @@ def window_of(sample_rate: int) -> int:
 def _fits(x: np.ndarray | Tensor, channels: int) -> bool:
     """Whether x is [N, channels, L] with N and L >= 1."""
     return x.ndim == 3 and x.shape[1] == channels and 0 not in x.shape
-
-
-def _came(x: Any) -> str:
-    return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, np.ndarray | Tensor) else shown(x)
 
 
 def _phases(spectrum: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastddpm.core import noise
-from fastddpm.core.checks import one_of, shown, whole
+from fastddpm.core.checks import one_of, shape_of, shown, whole
 from fastddpm.core.names import TEXT_CODES
 
 MOST_CHARACTERS = 1000  # of an alphabet
@@ -58,8 +58,10 @@ class Text:
 
     @classmethod
     def fit(cls, texts: Sequence[str], code: str = "bits") -> "Text":
-        """The Text of the sorted characters of texts; its length is that of the longest and the end symbol,
-        up to a multiple of 4."""
+        """The Text of the sorted characters of texts.
+
+        Its length is that of the longest text and the end symbol, rounded up to a multiple of 4.
+        """
         _check_texts(texts)
         longest = max(map(len, texts))
         if longest == 0:
@@ -143,8 +145,7 @@ class Text:
         """x as a tensor of float32 or float64. Raises: ValueError: it is not samples of this kind."""
         tensor = torch.as_tensor(x, device="cpu") if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.shape[1:] != self.shape:
-            came = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor | np.ndarray) else shown(x)
-            raise ValueError(f"x is {came}; want floating-point [N, {self.shape[0]}, {self.shape[1]}]")
+            raise ValueError(f"x is {shape_of(x)}; want floating-point [N, {self.shape[0]}, {self.shape[1]}]")
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     def _symbols(self, x: Tensor) -> Tensor:

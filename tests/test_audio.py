@@ -26,7 +26,7 @@ def test_levels_are_those_of_the_spectrogram_in_float64():
     for levels, waveform in zip(x, waveforms, strict=True):
         magnitude = 10 ** (spectrogram(waveform[0], 8000).astype(np.float64)[:128, :32] / 20)
         want = 20 * np.log10(magnitude + 10**-3.5) / 35 + 1
-        assert np.abs(levels - want.clip(-1, 1)).max() < 1e-5
+        assert np.abs(levels - want.clip(-1, 1)).max() < 3e-7  # that the levels of both are rounded
 
 
 @pytest.mark.parametrize(("rate", "channels"), [(1, 8), (500, 8), (8000, 128), (16000, 256), (44100, 1024)])
@@ -41,7 +41,7 @@ def test_rows_cover_32_ms(rate, channels):
 
 def test_a_sine_of_full_scale_has_the_level_1_and_silence_has_minus_1():
     x = SOUND.encode(sine(1000, amplitude=1.0))
-    assert np.abs(x[0, 32, 4:-4] - 1).max() < 1e-4  # 1000 Hz * 256 / 8000 Hz
+    assert (x[0, 32, 4:-4] == 1).all()  # 1000 Hz * 256 / 8000 Hz
     assert SOUND.encode(np.zeros((2, 1, 1024), np.float32)).max() == -1
     assert not SOUND.decode(torch.full((2, 128, 16), -1.0)).any()
 
@@ -117,7 +117,7 @@ def test_read_only_waveforms_are_encoded():
 def test_levels_are_defined():
     """1 + 20 log10(m + 10^(-70/20)) / 35, of a sine whose amplitude is the range below full scale."""
     x = SOUND.encode(sine(1000, amplitude=10 ** (-70 / 20)))
-    assert np.abs(x[0, 32, 4:-4] - (1 + 20 * np.log10(2 * 10 ** (-70 / 20)) / 35)).max() < 1e-3
+    assert np.abs(x[0, 32, 4:-4] - (1 + 20 * np.log10(2 * 10 ** (-70 / 20)) / 35)).max() < 1e-7
 
 
 @pytest.mark.parametrize("rate", [0, 8000.0, True, HIGHEST_RATE + 1, None])

@@ -71,6 +71,12 @@ def shown(value: object, length: int = 100) -> str:
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
+def shape_of(value: Any) -> str:
+    """The shape and dtype of an array or a tensor, such as "(2, 3) float32"; of anything else what `shown` returns."""
+    is_array = hasattr(value, "shape") and hasattr(value, "dtype")
+    return f"{tuple(value.shape)} {value.dtype}" if is_array else shown(value)
+
+
 def whole(name: str, value: Any, low: int, high: float = math.inf) -> int:
     """Return value as an int. Raises: ValueError: it is not a whole number from low to high."""
     if not is_whole(value) or not low <= value <= high:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastddpm.core.checks import flag, is_real, shown, whole
+from fastddpm.core.checks import flag, is_real, shape_of, shown, whole
 from fastddpm.networks.fused import CONDITION, LABELS, argument_of, is_own
 from fastddpm.sampling.arguments import checked_labels
 from fastddpm.sampling.conditions import Conditions
@@ -100,10 +100,9 @@ class ConditionArguments:
             width = model.config["global_cond_dim"]
             given = kwargs.get(argument)
             if not isinstance(given, Tensor) or given.shape != (count, width) or not given.is_floating_point():
-                came = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else shown(given)
                 raise ValueError(
-                    f"model_kwargs[{argument!r}] is {came}; want ({count}, {width}), floating point: the condition of "
-                    "each sample"
+                    f"model_kwargs[{argument!r}] is {shape_of(given)}; want ({count}, {width}), floating point: the "
+                    "condition of each sample"
                 )
             checked_labels(self.class_labels, count, model)
             return {argument: _floats(f"model_kwargs[{argument!r}]", given)}

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fastddpm.audio import HIGHEST_RATE, window_of
-from fastddpm.core.checks import shown, whole
+from fastddpm.core.checks import shape_of, whole
 from fastddpm.storage.class_grid import font
 from fastddpm.storage.files import atomic, check_regular
 from fastddpm.storage.images import png
@@ -230,8 +230,7 @@ def _waveforms(x: Tensor | np.ndarray, name: str, wanted: str, ndim: int) -> np.
     """One or several waveforms as float64 [N, L]. Raises: ValueError: the shape or the dtype is wrong."""
     array = x.detach().cpu().double().numpy() if isinstance(x, Tensor) and x.is_floating_point() else x
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        came = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor | np.ndarray) else shown(x)
-        raise ValueError(f"{name} is {came}; want floating-point {wanted} in [-1, 1]")
+        raise ValueError(f"{name} is {shape_of(x)}; want floating-point {wanted} in [-1, 1]")
     if array.ndim not in (ndim, ndim + 1) or (array.ndim > ndim and array.shape[-2] != 1) or array.size == 0:
         raise ValueError(f"{name} is {array.shape} {array.dtype}; want {wanted}, at least one value")
     return array.reshape(-1, array.shape[-1]).astype(np.float64)

@@ -134,12 +134,19 @@ def _check_terms(t: np.ndarray, term: np.ndarray, spread: np.ndarray, *, prior: 
 @contextmanager
 def figure_axes(path: str | os.PathLike[str]) -> Iterator[Any]:
     """Axes to plot on; writes the PNG when the block ends without an exception."""
+    with new_figure(path, (7.2, 4.2), dpi=150, layout="constrained") as figure:
+        yield figure.add_subplot()
+
+
+@contextmanager
+def new_figure(path: str | os.PathLike[str], inches: tuple[float, float], **options: Any) -> Iterator[Any]:
+    """A matplotlib Figure of a width and height; writes the PNG when the block ends without an exception."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]):
-        figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-        yield figure.add_subplot()
+        figure = Figure(figsize=inches, **options)
+        yield figure
         with atomic(path) as file:
             figure.savefig(file, format="png")
 
